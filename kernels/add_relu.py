@@ -1,0 +1,25 @@
+"""Residual add + ReLU, elementwise over dense memory: the path where no convolution can take the add with it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, cdiv
+from .tiles import relu
+
+
+@triton.jit(do_not_specialize=["NUMEL"])
+def add_relu_kernel(x_ptr, other_ptr, y_ptr, NUMEL, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < NUMEL
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    other = tl.load(other_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, relu(x + other).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def add_relu(*, out: Tensor, x: Tensor, other: Tensor, block: int, num_warps: int) -> Launch:
+    """The launch that writes `out = relu(x + other)`; the three share shape, dtype and dense memory order."""
+    arguments = {"x_ptr": x, "other_ptr": other, "y_ptr": out, "NUMEL": x.numel(), "BLOCK": block}
+    return Launch(add_relu_kernel, (cdiv(x.numel(), block),), arguments, num_warps)

@@ -1,0 +1,37 @@
+"""A kernel launch as a value: it can be run, compiled ahead of time for a GPU that is not there, or looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one `@triton.jit` kernel, complete: nothing is left to choose when it runs.
+
+    `arguments` holds every kernel parameter by name, constants included. The same value is what a GPU runs, what the
+    interpreter runs and what ahead-of-time compilation reads its signature from, so the three cannot drift apart.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        """Launch on the current device and stream. Does not wait."""
+        self.kernel[self.grid](
+            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True
+        )
+
+
+def cdiv(a: int, b: int) -> int:
+    """Integer division, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` (1 for n = 0)."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,30 @@
+"""Device functions that more than one kernel uses."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def relu(x):
+    # tl.maximum compiles to max.f32, which drops NaN; PyTorch's ReLU keeps it, and keeps -0.0.
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k, BLOCK_K: tl.constexpr):
+    """Scale and shift, both fp32 [BLOCK_K], such that batch norm with running statistics is `x * scale + shift`.
+
+    Square root and division are the correctly rounded ones: the approximate forms flush denormal variances to zero.
+    The gathers move nothing (element i goes to place i); they let the compiler spread the vectors over the threads
+    once, before the main loop, instead of doubling the accumulator tile's registers in the epilogue.
+    """
+    mean = tl.load(mean_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    var = tl.load(var_ptr + offs_k, mask=mask_k, other=1.0).to(tl.float32)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    place = tl.arange(0, BLOCK_K)
+    return tl.gather(scale, place, 0), tl.gather(shift, place, 0)

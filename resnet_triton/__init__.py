@@ -1,0 +1,23 @@
+"""ResNet inference on hand-written Triton kernels, with torchvision's names, weights and answers."""
+
+from . import functional
+from .convert import Report, optimize, report, revert
+from .models import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "Report",
+    "ResNet",
+    "functional",
+    "optimize",
+    "report",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "revert",
+]

@@ -1,0 +1,116 @@
+"""The configuration of a convolution, the shape it is chosen for, and the one statement of what is legal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from ..device import DeviceFacts
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Everything about a `conv_bn_relu` call that tiling may depend on. `shortcut_c` is 0 without a shortcut."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int = 1
+    s: int = 1
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    dtype: str = "float16"
+    precision: str = "ieee"  # "ieee" or "tf32"; only fp32 has the choice
+    residual: bool = False
+    shortcut_c: int = 0
+    shortcut_stride: tuple[int, int] = (1, 1)
+
+    @property
+    def p(self) -> int:
+        """Output rows."""
+        return (self.h + 2 * self.padding[0] - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1
+
+    @property
+    def q(self) -> int:
+        """Output columns."""
+        return (self.w + 2 * self.padding[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return 4 if self.dtype == "float32" else 2
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tile sizes and compile options of one convolution launch.
+
+    `block_m` output pixels by `block_k` output channels, reduced `block_c` channels at a time. With `box` (rows,
+    columns, images) the kernel loads through tensor descriptors and the tile is that box; without, through pointers.
+    """
+
+    block_m: int
+    block_k: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    box: tuple[int, int, int] | None = None
+
+    @property
+    def path(self) -> str:
+        """"descriptor" or "pointer"."""
+        return "pointer" if self.box is None else "descriptor"
+
+
+def supports_descriptors(shape: ConvShape) -> bool:
+    """Whether `conv_box_kernel` can serve this shape at all; anything else takes the pointer path.
+
+    Descriptors want channel rows in multiples of 16 bytes; the stride-2 view splits columns by parity, so the width
+    must be even. The kernel is written for the filters of ResNets and is kept that narrow.
+    """
+    granule = 16 // shape.itemsize
+    channels = (shape.c, shape.k, shape.shortcut_c)
+    if shape.shortcut_c and shape.shortcut_stride not in ((1, 1), (2, 2)):
+        return False
+    return (
+        (shape.r, shape.s) in ((1, 1), (3, 3))
+        and shape.stride in ((1, 1), (2, 2))
+        and shape.padding == (shape.r // 2, shape.s // 2)
+        and shape.dilation == (1, 1)
+        and (shape.stride == (1, 1) or shape.w % 2 == 0)
+        and all(c % granule == 0 for c in channels)
+        and shape.n * shape.p * shape.q > 0
+    )
+
+
+def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
+    """Upper bound, in bytes, on the shared memory of a launch; `tests/test_codegen.py` holds it against the compiler."""
+    tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
+    if config.box is None:
+        return max(tiles, config.block_m * config.block_k * 4) + 1024
+    return tiles + config.block_m * config.block_k * shape.itemsize * (2 if shape.residual else 1) + 2048
+
+
+def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
+    """Whether `config` may be used for `shape` on `device`. Tuner, tables, heuristic and tests all ask here."""
+    sizes = (config.block_m, config.block_k, config.block_c, config.num_warps)
+    if any(size <= 0 or size & (size - 1) for size in sizes) or not 1 <= config.num_stages <= 8:
+        return False
+    if min(config.block_m, config.block_k, config.block_c) < 16 or max(config.block_m, config.block_k) > 256:
+        return False
+    if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
+        return False
+    if shape.shortcut_c and config.block_m * config.block_k > 128 * 128:
+        return False  # two fp32 accumulators at 256x128 spill whatever one does (sm_90, ptxas 12.8)
+    if config.box is not None:
+        if not (device.has_descriptors and supports_descriptors(shape)) or prod(config.box) != config.block_m:
+            return False
+        if any(size <= 0 or size & (size - 1) for size in config.box):
+            return False
+        strided = shape.stride == (2, 2) or (shape.shortcut_c and shape.shortcut_stride == (2, 2))
+        if strided and config.box[0] != 1:
+            return False  # a box row at stride 2 is every second input row, which one load cannot fetch
+    return shared_memory(config, shape) <= device.shared_memory

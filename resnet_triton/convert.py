@@ -1,0 +1,110 @@
+"""Turn a torchvision ResNet into ours and back, and say what runs where."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import nn
+
+from . import config, dispatch, models
+from .device import facts
+from .trace import Call, trace
+
+_OURS: dict[str, type[nn.Module]] = {
+    "ResNet": models.ResNet, "BasicBlock": models.BasicBlock, "Bottleneck": models.Bottleneck,
+}  # fmt: skip
+
+
+def optimize(model: nn.Module, *, kernels: str = "auto", inplace: bool = False) -> nn.Module:
+    """Make a torchvision ResNet, or a model that contains one or its blocks, run on our kernels.
+
+    Returns a new module tree that shares every parameter and buffer with `model` (`inplace=True`: `model` itself).
+    Instances get our class, so names, hooks and state_dict stay; classes are never patched. The shared convolution
+    weights move to channels_last memory in place; `revert` moves them back. Subclasses with code of their own are left
+    alone, but not their blocks. A model of ours only has its `kernels` mode changed.
+
+    Raises ValueError if `kernels` is unknown or there is nothing to optimize.
+    """
+    dispatch.check_mode(kernels)
+    if not any(_is_torchvision(m) or isinstance(m, tuple(_OURS.values())) for m in model.modules()):
+        raise ValueError(f"{type(model).__name__} contains no torchvision ResNet, BasicBlock or Bottleneck to optimize")
+    if not inplace:
+        shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+        model = copy.deepcopy(model, shared)
+    for module in model.modules():
+        if _is_torchvision(module):
+            module._torchvision_class = type(module)  # type: ignore[assignment]
+            module.__class__ = _OURS[type(module).__name__]
+        if isinstance(module, tuple(_OURS.values())):
+            module.kernels = kernels  # type: ignore[assignment]
+    for parameter in _filters(model):
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `optimize` in place: torchvision's classes, contiguous weights. Returns `model`.
+
+    Raises ValueError for a model that `optimize` did not convert.
+    """
+    converted = [m for m in model.modules() if "_torchvision_class" in vars(m)]
+    if not converted:
+        raise ValueError(f"{type(model).__name__} was not converted by optimize, so there is nothing to revert")
+    for module in converted:
+        module.__class__ = vars(module).pop("_torchvision_class")
+        vars(module).pop("kernels", None)
+    for parameter in _filters(model):
+        parameter.data = parameter.data.contiguous()
+    return model
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs where. `calls` in execution order; `counted`, the calls this process has made so far."""
+
+    calls: list[Call]
+    counted: dict[tuple[str, str], int]
+
+    def __str__(self) -> str:
+        rows = [("layer", "operator", "runs on", "why, or how")]
+        rows += [(c.name or "-", c.operator, _backend(c), _detail(c)) for c in self.calls]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+            for row in rows
+        ]
+        counts = ", ".join(f"{op} {n} on {backend}" for (op, backend), n in sorted(self.counted.items())) or "none"
+        return "\n".join([*lines, f"calls so far in this process: {counts}"])
+
+
+def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Report:
+    """Which layer of `model` runs on what, and why, for an input of `shape`, as inference would run now.
+
+    Computes nothing: the model is traced on fake tensors.
+    """
+    return Report(trace(model, shape), dict(dispatch.calls))
+
+
+def _backend(call: Call) -> str:
+    return "Triton kernel" if call.backend == "triton" else "PyTorch"
+
+
+def _detail(call: Call) -> str:
+    if call.backend != "triton" or call.operator != "conv_bn_relu":
+        return call.reason
+    chosen = config.lookup(call.shape, facts(call.device))
+    return ", ".join(filter(None, [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", call.reason]))
+
+
+def _is_torchvision(module: nn.Module) -> bool:
+    """Exactly one of torchvision's own ResNet classes; a subclass may have overridden anything."""
+    cls = type(module)
+    return cls.__module__ == "torchvision.models.resnet" and cls.__name__ in _OURS
+
+
+def _filters(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in model.parameters() if p.dim() == 4)

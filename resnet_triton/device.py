@@ -1,0 +1,67 @@
+"""Facts of a GPU that decide how kernels are shaped. Nothing here runs at import."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What heuristics and legality checks may know of a device.
+
+    `arch` is the compute capability as one number (9.0 -> 90), `shared_memory` the bytes one program may use.
+    """
+
+    name: str
+    arch: int
+    sm_count: int
+    shared_memory: int
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether tensor descriptors become hardware bulk copies (TMA), and so are worth using."""
+        return self.arch >= 90
+
+
+# One GPU per architecture, for ahead-of-time compilation and the interpreter (CUDA programming guide, "Technical
+# Specifications per Compute Capability"; the products' data sheets).
+KNOWN = {
+    80: DeviceFacts("NVIDIA A100", 80, 108, 163 * 1024),
+    86: DeviceFacts("NVIDIA RTX A6000", 86, 84, 99 * 1024),
+    89: DeviceFacts("NVIDIA GeForce RTX 4090", 89, 128, 99 * 1024),
+    90: DeviceFacts("NVIDIA H200", 90, 132, 227 * 1024),
+    100: DeviceFacts("NVIDIA B200", 100, 148, 227 * 1024),
+    120: DeviceFacts("NVIDIA GeForce RTX 5090", 120, 170, 99 * 1024),
+}
+_override: DeviceFacts | None = None
+
+
+def facts(device: torch.device) -> DeviceFacts:
+    """Facts of `device`. A CPU tensor only gets here through Triton's interpreter, which plays an H200."""
+    if _override is not None:
+        return _override
+    if device.type == "cuda":
+        return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
+    return KNOWN[90]
+
+
+@contextmanager
+def override(pretended: DeviceFacts) -> Iterator[None]:
+    """Make `facts` answer `pretended` for every device: tests run another GPU's choices in the interpreter."""
+    global _override
+    previous, _override = _override, pretended
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+@functools.cache
+def _cuda_facts(index: int) -> DeviceFacts:
+    p = torch.cuda.get_device_properties(index)
+    return DeviceFacts(p.name, p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)

@@ -1,0 +1,79 @@
+"""Where a call runs, our kernels or PyTorch, and the count of both: a fallback is never silent."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import device, interpreter
+
+MODES = ("auto", "torch", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+calls: Counter[tuple[str, str]] = Counter()
+"""How often each (operator, backend) ran in this process; the backend is "triton" or "torch"."""
+_lock = threading.Lock()
+
+
+class Choice(NamedTuple):
+    """A backend, "triton" or "torch", and why it was chosen."""
+
+    backend: str
+    reason: str
+
+
+def choose(kernels: str, x: Tensor, *, obstacle: str | None = None) -> Choice:
+    """Decide where a call on `x` runs. Under `kernels="triton"` a reason against the kernels is NotImplementedError.
+
+    `obstacle` is a reason that the caller has found already.
+    """
+    check_mode(kernels)
+    if kernels == "torch":
+        return Choice("torch", 'kernels="torch" was asked for')
+    obstacle = obstacle or _device_obstacle(x.device, forced=kernels == "triton")
+    if obstacle is None and x.dtype not in DTYPES:
+        obstacle = f"dtype {x.dtype}"
+    if obstacle is None:
+        return Choice("triton", "interpreted on the CPU" if x.device.type == "cpu" else "")
+    if kernels == "triton":
+        raise NotImplementedError(f'kernels="triton" cannot run this call: {obstacle}')
+    return Choice("torch", obstacle)
+
+
+def check_mode(kernels: str) -> None:
+    """ValueError unless `kernels` is one of `MODES`."""
+    if kernels not in MODES:
+        raise ValueError(f"kernels={kernels!r}, expected one of {', '.join(map(repr, MODES))}")
+
+
+def count(operator: str, backend: str) -> None:
+    """Record one call."""
+    with _lock:
+        calls[operator, backend] += 1
+
+
+def _device_obstacle(where: torch.device, *, forced: bool) -> str | None:
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if where.type == "cpu":
+        if forced and interpreter.active():
+            return None
+        return "CPU tensors, and TRITON_INTERPRET is not set" if forced else "CPU tensors"
+    if where.type != "cuda":
+        return f"tensors on device {where.type!r}"
+    if torch.version.hip is not None:
+        return "AMD GPU, not verified"
+    arch = device.facts(where).arch
+    return f"compute capability {arch / 10}, below 8.0" if arch < 80 else None
+
+
+def mixed_dtypes(*tensors: Tensor | None) -> str | None:
+    """An obstacle, if the tensors do not share one dtype."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return f"mixed dtypes {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None

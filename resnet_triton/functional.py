@@ -1,0 +1,82 @@
+"""Fused operations of ResNet inference, with torch.nn.functional's conventions.
+
+4-D tensors are NCHW-shaped, in any memory format; results are in channels_last. `kernels` is "auto" (our Triton kernels
+where they apply, PyTorch otherwise), "torch", or "triton", which raises NotImplementedError instead of falling back and,
+in a process started with TRITON_INTERPRET=1, runs the kernels on CPU tensors too. With gradients wanted or autocast
+on, the call runs on PyTorch. Wrong shapes and devices raise ValueError, wrong dtypes TypeError, both naming the argument.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # registers torch.ops.resnet_triton  # noqa: F401
+
+IntOrPair = int | tuple[int, int]
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    kernels: str = "auto",
+) -> Tensor:
+    """`relu(batch_norm(conv2d(x, weight)) + residual)`, with batch norm's running statistics.
+
+    x (N, C, H, W), weight (K, C / groups, R, S), statistics and affine parameters (K,), residual and result
+    (N, K, P, Q). fp32 (TF32 if `torch.backends.cudnn.conv.fp32_precision` says so), fp16 and bf16 run on the kernels,
+    accumulate in fp32 and round once; batch norm's tensors may be of another floating dtype. Grouped convolutions run
+    on PyTorch.
+    """
+    return torch.ops.resnet_triton.conv_bn_relu(
+        x, weight, running_mean, running_var, bn_weight, bn_bias, eps,
+        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, residual,
+        None, None, None, None, None, None, 0.0, [1, 1], relu, kernels,
+    )  # fmt: skip
+
+
+def add_relu(x: Tensor, other: Tensor, *, kernels: str = "auto") -> Tensor:
+    """`relu(x + other)`; both (N, C, H, W)."""
+    return torch.ops.resnet_triton.add_relu(x, other, kernels)
+
+
+def max_pool2d(
+    x: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None = None, padding: IntOrPair = 0, *, kernels: str = "auto"
+) -> Tensor:
+    """Max pooling of (N, C, H, W); NaN wins, padding is -inf and at most half the window, stride defaults to the window."""
+    size = _pair("kernel_size", kernel_size)
+    step = size if stride is None else _pair("stride", stride)
+    return torch.ops.resnet_triton.max_pool2d(x, size, step, _pair("padding", padding), kernels)
+
+
+def global_avg_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
+    """Mean over all pixels, summed in fp32: (N, C, H, W) -> (N, C, 1, 1)."""
+    return torch.ops.resnet_triton.global_avg_pool(x, kernels)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
+    """`x @ weight.T + bias`: x (..., C), weight (K, C), bias (K,), result (..., K).
+
+    TF32 only if `torch.backends.cuda.matmul.fp32_precision` says so.
+    """
+    return torch.ops.resnet_triton.linear(x, weight, bias, kernels)
+
+
+def _pair(name: str, value: IntOrPair) -> list[int]:
+    if isinstance(value, int):
+        return [value, value]
+    if len(value) != 2:
+        raise ValueError(f"{name}={value!r}, expected an int or a pair of ints")
+    return list(value)

@@ -1,0 +1,300 @@
+"""The ResNet family with torchvision's names, registration order, initialisation and state_dict.
+
+The modules hold parameters exactly as torchvision's do; only `forward` differs: each convolution goes, with its batch
+norm, ReLU and residual or shortcut, into one fused call. A module that is not what it should be (training mode, a
+replaced norm layer, a forward hook) is simply called, as torchvision would call it.
+
+Architecture: He et al., "Deep Residual Learning for Image Recognition", 2015; the stride sits in the bottleneck's 3x3
+convolution, as in torchvision ("ResNet v1.5").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, vision
+from . import functional as F
+
+NormLayer = Callable[[int], nn.Module]
+
+
+def conv_obstacle(conv: nn.Module, norm: nn.Module) -> str | None:
+    """Why `norm(conv(x))` cannot be one fused call; None if it can."""
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+        return f"{type(conv).__name__} and {type(norm).__name__} instead of Conv2d and BatchNorm2d"
+    if norm.training:
+        return "training mode"
+    if norm.running_mean is None or norm.running_var is None:
+        return "batch norm without running statistics"
+    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return "convolution with a bias or without zero padding in numbers"
+    return "forward hook" if _hooked(conv) or _hooked(norm) else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is exactly of this kind and nothing watches it, so that a fused call may stand in for it."""
+    return type(module) is kind and not _hooked(module)
+
+
+def conv_norm_act(
+    x: Tensor,
+    conv: Any,
+    norm: Any,
+    act: nn.Module | None,
+    kernels: str,
+    *,
+    identity: Tensor | None = None,
+    downsample: nn.Module | None = None,
+) -> Tensor:
+    """`act(norm(conv(x)) + downsample(identity))` in one fused call if the modules allow it, else module by module."""
+    relu = act is not None and _plain(act, nn.ReLU)
+    obstacle = conv_obstacle(conv, norm)
+    if obstacle is not None:
+        y = _by_modules(x, conv, norm, kernels, obstacle)
+        if identity is not None:
+            y = y + (identity if downsample is None else downsample(identity))
+        return y if act is None else act(y)
+
+    shortcut = _shortcut(downsample)
+    if shortcut is None and downsample is not None:
+        identity = downsample(identity)
+    s_conv, s_norm = shortcut or (None, None)
+    y = torch.ops.resnet_triton.conv_bn_relu(
+        x, conv.weight, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps,
+        conv.stride, conv.padding, conv.dilation, conv.groups, None if s_conv else identity,
+        *((identity, s_conv.weight, s_norm.running_mean, s_norm.running_var, s_norm.weight, s_norm.bias, s_norm.eps,
+           s_conv.stride) if s_conv else (None, None, None, None, None, None, 0.0, (1, 1))),
+        relu, kernels,
+    )  # fmt: skip
+    return y if relu or act is None else act(y)
+
+
+def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, kernels: str, obstacle: str) -> Tensor:
+    dispatch.choose(kernels, x, obstacle=obstacle)
+    dispatch.count("conv_bn_relu", "torch")
+    y: Tensor = norm(conv(x))
+    return y
+
+
+def _shortcut(downsample: nn.Module | None) -> tuple[Any, Any] | None:
+    """The shortcut's convolution and batch norm, if they can ride in the block's last convolution."""
+    if downsample is None or not _plain(downsample, nn.Sequential) or len(downsample) != 2:  # type: ignore[arg-type]
+        return None
+    conv, norm = downsample.children()
+    if conv_obstacle(conv, norm) is not None:
+        return None
+    pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    return (conv, norm) if pointwise else None
+
+
+def _conv3x3(c: int, k: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c, k, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
+
+
+def _conv1x1(c: int, k: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c, k, 1, stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: ResNet-18 and 34."""
+
+    expansion = 1
+    kernels = "auto"
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1,
+        base_width: int = 64, dilation: int = 1, norm_layer: NormLayer | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        if groups != 1 or base_width != 64 or dilation > 1:
+            raise ValueError("BasicBlock takes groups=1, width_per_group=64 and no dilation; use Bottleneck")
+        self.conv1 = _conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.kernels)
+        return conv_norm_act(
+            y, self.conv2, self.bn2, self.relu, self.kernels, identity=x, downsample=self.downsample
+        )
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut: ResNet-50, 101 and 152."""
+
+    expansion = 4
+    kernels = "auto"
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1,
+        base_width: int = 64, dilation: int = 1, norm_layer: NormLayer | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = _conv1x1(inplanes, width)
+        self.bn1 = norm_layer(width)
+        self.conv2 = _conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = _conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.kernels)
+        y = conv_norm_act(y, self.conv2, self.bn2, self.relu, self.kernels)
+        return conv_norm_act(
+            y, self.conv3, self.bn3, self.relu, self.kernels, identity=x, downsample=self.downsample
+        )
+
+
+class ResNet(nn.Module):
+    """torchvision's `ResNet`, argument for argument; `kernels` on the instance and its blocks says what runs it."""
+
+    kernels = "auto"
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: list[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: list[bool] | None = None,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        dilate = replace_stride_with_dilation or [False, False, False]
+        if len(dilate) != 3:
+            raise ValueError(f"replace_stride_with_dilation={dilate!r}, expected None or three bools")
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self.inplanes = 64
+        self.dilation = 1
+        self.groups = groups
+        self.base_width = width_per_group
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = self._norm_layer(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = self._make_layer(block, 64, layers[0])
+        self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
+        self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])
+        self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self._initialise(zero_init_residual)
+
+    def _make_layer(
+        self, block: type[BasicBlock] | type[Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        previous_dilation = self.dilation
+        if dilate:
+            self.dilation, stride = self.dilation * stride, 1
+        width = planes * block.expansion
+        downsample = None
+        if stride != 1 or self.inplanes != width:
+            downsample = nn.Sequential(_conv1x1(self.inplanes, width, stride), self._norm_layer(width))
+        shared: tuple[Any, ...] = (self.groups, self.base_width)
+        stack = [block(self.inplanes, planes, stride, downsample, *shared, previous_dilation, self._norm_layer)]
+        self.inplanes = width
+        stack += [block(width, planes, 1, None, *shared, self.dilation, self._norm_layer) for _ in range(1, blocks)]
+        return nn.Sequential(*stack)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(m, nn.BatchNorm2d | nn.GroupNorm):
+                nn.init.constant_(m.weight, 1)
+                nn.init.constant_(m.bias, 0)
+        if zero_init_residual:
+            for m in self.modules():
+                last = m.bn3 if isinstance(m, Bottleneck) else m.bn2 if isinstance(m, BasicBlock) else None
+                if last is not None and last.weight is not None:
+                    nn.init.constant_(last.weight, 0)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.kernels)
+        x = self._pool(x)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+        if _plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1)):
+            x = F.global_avg_pool(x, kernels=self.kernels)
+        else:
+            x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        if _plain(self.fc, nn.Linear):
+            return F.linear(x, self.fc.weight, self.fc.bias, kernels=self.kernels)
+        y: Tensor = self.fc(x)
+        return y
+
+    def _pool(self, x: Tensor) -> Tensor:
+        pool = self.maxpool
+        ordinary = _plain(pool, nn.MaxPool2d) and pool.dilation == 1 and not (pool.ceil_mode or pool.return_indices)
+        if ordinary:
+            return F.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, kernels=self.kernels)
+        y: Tensor = pool(x)
+        return y
+
+
+def _resnet(
+    name: str, block: type[BasicBlock] | type[Bottleneck], layers: list[int], weights: Any, progress: bool, **kwargs: Any
+) -> ResNet:
+    """Build, initialise as torchvision does, then move the filters to channels_last memory, where kernels read them."""
+    state = None
+    if weights is not None:
+        pretrained = vision.find_weights(name, weights)
+        classes = len(pretrained.meta["categories"])
+        if kwargs.setdefault("num_classes", classes) != classes:
+            raise ValueError(f"num_classes={kwargs['num_classes']}, expected {classes} for weights {pretrained}")
+        state = pretrained.get_state_dict(progress=progress, check_hash=True)
+    model = ResNet(block, layers, **kwargs)
+    if state is not None:
+        model.load_state_dict(state)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-18. `weights`: None, torchvision's `ResNet18_Weights` member or its name ("IMAGENET1K_V1", "DEFAULT").
+
+    Further arguments go to `ResNet`. Weights need torchvision and, the first time, a network.
+    """
+    return _resnet("resnet18", BasicBlock, [2, 2, 2, 2], weights, progress, **kwargs)
+
+
+def resnet34(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-34; arguments as for `resnet18`."""
+    return _resnet("resnet34", BasicBlock, [3, 4, 6, 3], weights, progress, **kwargs)
+
+
+def resnet50(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-50; arguments as for `resnet18`."""
+    return _resnet("resnet50", Bottleneck, [3, 4, 6, 3], weights, progress, **kwargs)
+
+
+def resnet101(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-101; arguments as for `resnet18`."""
+    return _resnet("resnet101", Bottleneck, [3, 4, 23, 3], weights, progress, **kwargs)
+
+
+def resnet152(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-152; arguments as for `resnet18`."""
+    return _resnet("resnet152", Bottleneck, [3, 8, 36, 3], weights, progress, **kwargs)

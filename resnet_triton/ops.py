@@ -1,0 +1,440 @@
+"""The `torch.library` operators: what torch.compile, export and autograd see.
+
+Each operator is five functions in a row: its output (validation and allocation, which is also the fake for tracing),
+what keeps it off our kernels, the kernel launch planned for it, its PyTorch form, and its schema. `_register` turns
+them into an operator that chooses between kernel and PyTorch (`dispatch.choose`), with autograd and autocast kernels
+around it that hand the call to PyTorch.
+
+Call operators as `torch.ops.resnet_triton.x`; holding the operator object would break deepcopy and pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import config, device, interpreter, reference
+from .dispatch import HAS_TRITON, Choice, choose, count, mixed_dtypes
+
+if HAS_TRITON:
+    from .kernels.add_relu import add_relu as add_relu_launch
+    from .kernels.conv_bn_relu import BatchNorm, Shortcut
+    from .kernels.conv_bn_relu import conv_bn_relu as conv_bn_relu_launch
+    from .kernels.global_avg_pool import global_avg_pool as global_avg_pool_launch
+    from .kernels.launch import Launch, next_power_of_2
+    from .kernels.linear import linear as linear_launch
+    from .kernels.max_pool import max_pool as max_pool_launch
+
+_library = torch.library.Library("resnet_triton", "DEF")
+
+
+class Operator(NamedTuple):
+    """One operator's parts; all take the operator's arguments, in the order of its schema."""
+
+    name: str
+    output: Callable[..., Tensor]
+    obstacle: Callable[..., str | None]
+    plan: Callable[..., Launch]
+    torch_form: Callable[..., Tensor]
+
+    def choose(self, out: Tensor, *args: Any) -> Choice:
+        """Where this call runs, and why. `out` is the allocated output."""
+        return choose(args[-1], args[0], obstacle=self.obstacle(out, *args))
+
+    def run(self, *args: Any) -> Tensor:
+        """Validate, choose, and run on the kernel or on PyTorch."""
+        out = self.output(*args)
+        if self.choose(out, *args).backend == "torch":
+            return self.run_torch(*args)
+        if out.numel() == 0:
+            return out
+        if out.device.type == "cuda":
+            with torch.cuda.device(out.device):
+                self.plan(out, *args).run()
+        else:
+            interpreter.repair()
+            self.plan(out, *args).run()
+        count(self.name, "triton")
+        return out
+
+    def run_torch(self, *args: Any) -> Tensor:
+        """Run on PyTorch, counted."""
+        count(self.name, "torch")
+        return self.torch_form(*args)
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def _register(operator: Operator, schema: str, *, autocast: bool = False) -> None:
+    """Define `resnet_triton::<name>`. The first argument of every operator is x, the last is `kernels`."""
+    name = operator.name
+
+    def autograd(*args: Any) -> Tensor:
+        gradient = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if gradient or forward_ad._current_level >= 0:
+            choose(args[-1], args[0], obstacle="a gradient is asked for")
+            return operator.run_torch(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.resnet_triton, name)(*args)
+
+    def under_autocast(*args: Any) -> Tensor:
+        choose(args[-1], args[0], obstacle="autocast is on")
+        return operator.run_torch(*args)
+
+    OPERATORS[name] = operator
+    _library.define(name + schema)
+    _library.impl(name, operator.run, "CPU")
+    _library.impl(name, operator.run, "CUDA")
+    _library.impl(name, autograd, "Autograd")
+    if autocast:
+        _library.impl(name, under_autocast, "AutocastCPU")
+        _library.impl(name, under_autocast, "AutocastCUDA")
+    torch.library.register_fake(f"resnet_triton::{name}", operator.output, lib=_library)
+
+
+# --- shared by the operators -----------------------------------------------------------------------------------------
+
+
+def conv_precision(dtype: torch.dtype) -> str:
+    """How fp32 convolutions multiply, "tf32" or "ieee": torch's own flag for cuDNN convolutions."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """The same for matrix products, which PyTorch keeps IEEE by default."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _channels_last(x: Any) -> Any:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _empty(x: Tensor, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
+    if x.dim() != rank:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {rank} dimensions {meaning}")
+
+
+def _check_tensors(x: Tensor, **others: Tensor | None) -> None:
+    for name, t in {"x": x, **others}.items():
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, expected {x.device} like x")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+
+
+def _window(x: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+    """Output rows and columns of a sliding window; ValueError where it does not fit."""
+    if min(size) < 1 or min(stride) < 1 or min(padding) < 0 or min(dilation) < 1:
+        raise ValueError(
+            f"window {tuple(size)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation {tuple(dilation)}, "
+            "expected positive numbers (padding may be 0)"
+        )
+    span = [d * (f - 1) + 1 for f, d in zip(size, dilation, strict=True)]
+    padded = [extent + 2 * p for extent, p in zip(x.shape[2:], padding, strict=True)]
+    if any(a < b for a, b in zip(padded, span, strict=True)) or 0 in x.shape[1:]:
+        raise ValueError(f"input has shape {tuple(x.shape)}, expected at least {tuple(span)} pixels, padding included")
+    return [(a - b) // s + 1 for a, b, s in zip(padded, span, stride, strict=True)]
+
+
+def _too_large(out: Tensor, x: Tensor, padding: int) -> str | None:
+    """Kernels count pixels, and elements within one image row, in int32; everything else in int64."""
+    pixels = max(out.numel() // max(out.shape[1], 1), x.shape[2] * x.shape[3])
+    row = (x.shape[3] + 2 * padding) * x.shape[1]
+    return f"{pixels} pixels, {row} elements a row exceed int32" if max(pixels, row) >= 2**31 - 2**10 else None
+
+
+# --- convolution + batch norm [+ residual | + shortcut] [+ ReLU] -----------------------------------------------------
+
+
+class ConvCall(NamedTuple):
+    """The arguments of `resnet_triton::conv_bn_relu`, in the order of its schema."""
+
+    x: Tensor
+    weight: Tensor
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    residual: Tensor | None
+    short_x: Tensor | None
+    short_weight: Tensor | None
+    short_mean: Tensor | None
+    short_var: Tensor | None
+    short_gamma: Tensor | None
+    short_beta: Tensor | None
+    short_eps: float
+    short_stride: list[int]
+    relu: bool
+    kernels: str
+
+    @property
+    def shape(self) -> config.ConvShape:
+        """The key under which the configuration of this call is looked up."""
+        n, c, h, w = self.x.shape
+        k, _, r, s = self.weight.shape
+        return config.ConvShape(
+            n, c, h, w, k, r, s, _pair(self.stride), _pair(self.padding), _pair(self.dilation),
+            str(self.x.dtype).removeprefix("torch."), conv_precision(self.x.dtype), self.residual is not None,
+            0 if self.short_x is None else self.short_x.shape[1], _pair(self.short_stride),
+        )  # fmt: skip
+
+
+def _conv_output(*args: Any) -> Tensor:
+    """Validate the call and allocate its output. Runs on real tensors and as the fake."""
+    call = ConvCall(*args)
+    x, weight = call.x, call.weight
+    _check_rank("x", x, 4, "(N, C, H, W)")
+    _check_rank("weight", weight, 4, "(K, C, R, S)")
+    _check_tensors(
+        x, weight=weight, running_mean=call.mean, running_var=call.var, bn_weight=call.gamma, bn_bias=call.beta,
+        residual=call.residual, shortcut_x=call.short_x, shortcut_weight=call.short_weight,
+    )  # fmt: skip
+    k, c, r, s = weight.shape
+    if call.groups < 1 or k % call.groups or x.shape[1] != c * call.groups:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, expected {c * call.groups} for weight {tuple(weight.shape)} "
+            f"and groups={call.groups}"
+        )
+    statistics = {"running_mean": call.mean, "running_var": call.var, "bn_weight": call.gamma, "bn_bias": call.beta}
+    for name, t in statistics.items():
+        if t is not None and t.shape != (k,):
+            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected ({k},) for weight {tuple(weight.shape)}")
+    p, q = _window(x, [r, s], call.stride, call.padding, call.dilation)
+    shape = (x.shape[0], k, p, q)
+    if call.residual is not None and call.residual.shape != shape:
+        raise ValueError(f"residual has shape {tuple(call.residual.shape)}, expected the output's {shape}")
+    if call.short_x is not None and call.short_weight is not None:
+        rows, columns = _window(call.short_x, [1, 1], call.short_stride, [0, 0], [1, 1])
+        given = (call.short_x.shape[0], call.short_weight.shape[0], rows, columns)
+        if given != shape or call.short_weight.shape[1:] != (call.short_x.shape[1], 1, 1):
+            raise ValueError(f"shortcut by weight {tuple(call.short_weight.shape)} gives {given}, expected {shape}")
+    return _empty(x, shape)
+
+
+def _conv_obstacle(out: Tensor, *args: Any) -> str | None:
+    call = ConvCall(*args)
+    if call.groups != 1:
+        return "grouped convolution"
+    return mixed_dtypes(call.x, call.weight, call.residual, call.short_x, call.short_weight) or _too_large(
+        out, call.x, call.padding[1]
+    )
+
+
+def _plan_conv(out: Tensor, *args: Any) -> Launch:
+    call = ConvCall(*args)
+    x, weight = _channels_last(call.x), _channels_last(call.weight)
+    residual = None if call.residual is None else _channels_last(call.residual)
+    shortcut = None
+    if call.short_x is not None:
+        norm = BatchNorm(*_dense(call.short_mean, call.short_var, call.short_gamma, call.short_beta), call.short_eps)
+        shortcut = Shortcut(
+            _channels_last(call.short_x), _channels_last(call.short_weight), norm, _pair(call.short_stride)
+        )
+    shape = call.shape
+    aligned = _aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
+    c = config.lookup(shape, device.facts(x.device), descriptors=aligned)
+    return conv_bn_relu_launch(
+        out=out, x=x, weight=weight,
+        batch_norm=BatchNorm(*_dense(call.mean, call.var, call.gamma, call.beta), call.eps),
+        residual=residual, shortcut=shortcut,
+        stride=shape.stride, padding=shape.padding, dilation=shape.dilation, relu=call.relu, precision=shape.precision,
+        box=c.box, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
+def _torch_conv_bn_relu(*args: Any) -> Tensor:
+    call = ConvCall(*args)
+    residual = call.residual
+    if call.short_x is not None:
+        residual = reference.conv_bn_relu(
+            call.short_x, call.short_weight, call.short_mean, call.short_var, call.short_gamma, call.short_beta,
+            call.short_eps, stride=_pair(call.short_stride), relu=False,
+        )  # fmt: skip
+    return reference.conv_bn_relu(
+        *call[:7], stride=_pair(call.stride), padding=_pair(call.padding), dilation=_pair(call.dilation),
+        groups=call.groups, residual=residual, relu=call.relu,
+    )  # fmt: skip
+
+
+_register(
+    Operator("conv_bn_relu", _conv_output, _conv_obstacle, _plan_conv, _torch_conv_bn_relu),
+    "(Tensor x, Tensor weight, Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? residual, Tensor? shortcut_x, "
+    "Tensor? shortcut_weight, Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? shortcut_bn_weight, "
+    "Tensor? shortcut_bn_bias, float shortcut_eps, int[2] shortcut_stride, bool relu, str kernels) -> Tensor",
+    autocast=True,
+)
+
+
+# --- residual add + ReLU ---------------------------------------------------------------------------------------------
+
+
+def _add_relu_output(x: Tensor, other: Tensor, kernels: str) -> Tensor:
+    _check_rank("x", x, 4, "(N, C, H, W)")
+    _check_tensors(x, other=other)
+    if other.shape != x.shape:
+        raise ValueError(f"other has shape {tuple(other.shape)}, expected x's {tuple(x.shape)}")
+    return _empty(x, x.shape, torch.promote_types(x.dtype, other.dtype))
+
+
+def _add_relu_obstacle(out: Tensor, x: Tensor, other: Tensor, kernels: str) -> str | None:
+    return mixed_dtypes(x, other)
+
+
+def _plan_add_relu(out: Tensor, x: Tensor, other: Tensor, kernels: str) -> Launch:
+    return add_relu_launch(out=out, x=_channels_last(x), other=_channels_last(other), block=1024, num_warps=4)
+
+
+def _torch_add_relu(x: Tensor, other: Tensor, kernels: str) -> Tensor:
+    return _channels_last(reference.add_relu(x, other))
+
+
+_register(
+    Operator("add_relu", _add_relu_output, _add_relu_obstacle, _plan_add_relu, _torch_add_relu),
+    "(Tensor x, Tensor other, str kernels) -> Tensor",
+)
+
+
+# --- max pool --------------------------------------------------------------------------------------------------------
+
+
+def _max_pool_output(x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str) -> Tensor:
+    _check_rank("x", x, 4, "(N, C, H, W)")
+    _check_tensors(x)
+    p, q = _window(x, size, stride, padding, [1, 1])
+    if any(2 * pad > edge for pad, edge in zip(padding, size, strict=True)):
+        raise ValueError(f"padding is {tuple(padding)}, expected at most half of kernel_size {tuple(size)}")
+    return _empty(x, (x.shape[0], x.shape[1], p, q))
+
+
+def _max_pool_obstacle(
+    out: Tensor, x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str
+) -> str | None:
+    return _too_large(out, x, padding[1])
+
+
+def _plan_max_pool(
+    out: Tensor, x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str
+) -> Launch:
+    block_c = min(next_power_of_2(x.shape[1]), 64)
+    return max_pool_launch(
+        out=out, x=_channels_last(x), kernel_size=_pair(size), stride=_pair(stride), padding=_pair(padding),
+        block_m=2048 // block_c, block_c=block_c, num_warps=4,
+    )  # fmt: skip
+
+
+def _torch_max_pool(x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str) -> Tensor:
+    return _channels_last(reference.max_pool2d(x, _pair(size), _pair(stride), _pair(padding)))
+
+
+_register(
+    Operator("max_pool2d", _max_pool_output, _max_pool_obstacle, _plan_max_pool, _torch_max_pool),
+    "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, str kernels) -> Tensor",
+)
+
+
+# --- global average pool ---------------------------------------------------------------------------------------------
+
+
+def _global_avg_pool_output(x: Tensor, kernels: str) -> Tensor:
+    _check_rank("x", x, 4, "(N, C, H, W)")
+    _check_tensors(x)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected at least one channel and one pixel")
+    return _empty(x, (x.shape[0], x.shape[1], 1, 1))
+
+
+def _global_avg_pool_obstacle(out: Tensor, x: Tensor, kernels: str) -> str | None:
+    return _too_large(out, x, 0)
+
+
+def _plan_global_avg_pool(out: Tensor, x: Tensor, kernels: str) -> Launch:
+    block_c = min(next_power_of_2(x.shape[1]), 64)
+    block_p = min(next_power_of_2(x.shape[2] * x.shape[3]), 64)
+    return global_avg_pool_launch(out=out, x=_channels_last(x), block_p=block_p, block_c=block_c, num_warps=4)
+
+
+def _torch_global_avg_pool(x: Tensor, kernels: str) -> Tensor:
+    return _channels_last(reference.global_avg_pool(x))
+
+
+_register(
+    Operator(
+        "global_avg_pool", _global_avg_pool_output, _global_avg_pool_obstacle, _plan_global_avg_pool,
+        _torch_global_avg_pool,
+    ),  # fmt: skip
+    "(Tensor x, str kernels) -> Tensor",
+)
+
+
+# --- linear ----------------------------------------------------------------------------------------------------------
+
+
+def _linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Tensor:
+    _check_rank("weight", weight, 2, "(out_features, in_features)")
+    _check_tensors(x, weight=weight, bias=bias)
+    k, c = weight.shape
+    if x.dim() < 1 or x.shape[-1] != c:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {c}) for weight {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (k,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({k},) for weight {tuple(weight.shape)}")
+    return x.new_empty((*x.shape[:-1], k))
+
+
+def _linear_obstacle(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> str | None:
+    rows = out.numel() // max(weight.shape[0], 1)
+    if rows >= 2**31 - 2**10:
+        return f"{rows} rows exceed int32"
+    return "no input features" if weight.shape[1] == 0 else mixed_dtypes(x, weight, bias)
+
+
+def _plan_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Launch:
+    k, c = weight.shape
+    rows = x.reshape(-1, c).contiguous()
+    precision = matmul_precision(x.dtype)
+    tile = config.linear_heuristic(rows.shape[0], k, x.element_size(), precision)
+    return linear_launch(
+        out=out.view(-1, k), x=rows, weight=weight.contiguous(), bias=None if bias is None else bias.contiguous(),
+        precision=precision, block_m=tile.block_m, block_k=tile.block_k, block_c=tile.block_c,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Tensor:
+    return reference.linear(x, weight, bias)
+
+
+_register(
+    Operator("linear", _linear_output, _linear_obstacle, _plan_linear, _torch_linear),
+    "(Tensor x, Tensor weight, Tensor? bias, str kernels) -> Tensor",
+    autocast=True,
+)
