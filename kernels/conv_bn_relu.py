@@ -109,9 +109,6 @@ def conv_pointer_kernel(
     acc = acc * scale[None, :] + shift[None, :]
 
     if short_x_ptr is not None:
-        short_scale, short_shift = batch_norm_scale_shift(
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
-        )
         x_pixel = short_x_ptr + ((n * SHORT_H + p * SHORT_STRIDE_H) * SHORT_W + q * SHORT_STRIDE_W) * SHORT_C
         w_filter = short_w_ptr + offs_k.to(tl.int64) * SHORT_C
         short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -121,6 +118,10 @@ def conv_pointer_kernel(
             a = tl.load(x_pixel[:, None] + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
             b = tl.load(w_filter[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0)
             short = tl.dot(a, b, short, input_precision=PRECISION)
+        # Not before the loop: beside two accumulators, two more vectors would spill (sm_90: 255 registers against 216).
+        short_scale, short_shift = batch_norm_scale_shift(
+            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
+        )
         acc += short * short_scale[None, :] + short_shift[None, :]
 
     offs_y = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
@@ -176,9 +177,6 @@ def conv_box_kernel(
     acc = acc * scale[None, :] + shift[None, :]
 
     if short_x_desc is not None:
-        short_scale, short_shift = batch_norm_scale_shift(
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
-        )
         short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for c0 in range(0, SHORT_C, BLOCK_C):
             if SHORT_STRIDE == 1:
@@ -188,6 +186,10 @@ def conv_box_kernel(
             a = a.reshape(BLOCK_M, BLOCK_C)
             b = short_w_desc.load([k0, 0, c0]).reshape(BLOCK_K, BLOCK_C)
             short = tl.dot(a, b.T, short, input_precision=PRECISION)
+        # Not before the loop: beside two accumulators, two more vectors would spill (sm_90: 255 registers against 216).
+        short_scale, short_shift = batch_norm_scale_shift(
+            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
+        )
         acc += short * short_scale[None, :] + short_shift[None, :]
 
     if res_desc is not None:
@@ -210,6 +212,7 @@ def conv_bn_relu(
     dilation: tuple[int, int],
     relu: bool,
     precision: str,
+    flat: bool,
     block_m: int,
     block_k: int,
     block_c: int,
@@ -220,7 +223,7 @@ def conv_bn_relu(
     """The launch that writes `out` (N, K, P, Q); allocates nothing and chooses nothing.
 
     All 4-D tensors are NCHW-shaped, dense in channels_last memory and of one dtype (fp32, fp16 or bf16). `precision`
-    is "ieee" or "tf32" and matters for fp32 alone. With `box` (rows, columns, images; product `block_m`) the launch
+    is "ieee" or "tf32" and matters for fp32 alone; `flat` is for few or unaligned channels. With `box` (rows, columns, images; product `block_m`) the launch
     uses tensor descriptors, which ask for filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers
     and channel rows, an even input width at stride 2, and one box row at stride 2. The caller has checked all this.
     """
@@ -245,7 +248,7 @@ def conv_bn_relu(
             "DILATION_H": dilation[0], "DILATION_W": dilation[1],
             "SHORT_STRIDE_H": shortcut.stride[0] if shortcut else 1,
             "SHORT_STRIDE_W": shortcut.stride[1] if shortcut else 1,
-            "FLAT": c < 16 or c % 8 != 0, "BLOCK_M": block_m,
+            "FLAT": flat, "BLOCK_M": block_m,
         }  # fmt: skip
         grid = (cdiv(n * p * q, block_m) * cdiv(k, block_k),)
         return Launch(conv_pointer_kernel, grid, arguments | common, num_warps, num_stages)

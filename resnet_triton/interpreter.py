@@ -12,8 +12,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import numpy as np
-
 
 def active() -> bool:
     """Whether kernels are interpreted. Triton reads the variable when a kernel is defined, so this asks the kernel."""
@@ -27,6 +25,7 @@ def active() -> bool:
 @functools.cache
 def repair() -> None:
     """Make bfloat16 exact in the interpreter of this process. Calling it again does nothing."""
+    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -266,7 +266,7 @@ def _plan_conv(out: Tensor, *args: Any) -> Launch:
         batch_norm=BatchNorm(*_dense(call.mean, call.var, call.gamma, call.beta), call.eps),
         residual=residual, shortcut=shortcut,
         stride=shape.stride, padding=shape.padding, dilation=shape.dilation, relu=call.relu, precision=shape.precision,
-        box=c.box, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
+        flat=config.is_flat(shape.c), box=c.box, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ is now: hooks, replaced layers, training mode. Reports, ahead-of-time compilatio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -66,7 +66,7 @@ def trace(
         x = torch.zeros(shape, dtype=dtype or parameter.dtype, device=parameter.device)
         with torch.no_grad(), recorder:
             functional_call(model, tensors, (x,), strict=True)
-    return recorder.calls
+    return [replace(call, args=tuple(map(_meta, call.args))) for call in recorder.calls]
 
 
 def _as(t: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -85,10 +85,10 @@ class _Recorder(TorchDispatchMode):
         name = next((self.names[id(a)] for a in args if id(a) in self.names), "")
         if func.namespace == "resnet_triton":
             backend, reason = OPERATORS[operator].choose(out, *args)
-            self.calls.append(Call(name, operator, tuple(map(_meta, args)), out.device, backend, reason))
+            self.calls.append(Call(name, operator, args, out.device, backend, reason))
         elif func.namespace == "aten" and operator in _HEAVY:
             reason = "called as a module"
-            self.calls.append(Call(name, f"aten.{operator}", tuple(map(_meta, args)), args[0].device, "torch", reason))
+            self.calls.append(Call(name, f"aten.{operator}", args, args[0].device, "torch", reason))
         return out
 
 

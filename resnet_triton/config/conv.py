@@ -61,7 +61,7 @@ class ConvConfig:
 
     @property
     def path(self) -> str:
-        """"descriptor" or "pointer"."""
+        """Which kernel this configures: "descriptor" or "pointer"."""
         return "pointer" if self.box is None else "descriptor"
 
 
@@ -84,6 +84,11 @@ def supports_descriptors(shape: ConvShape) -> bool:
         and all(c % granule == 0 for c in channels)
         and shape.n * shape.p * shape.q > 0
     )
+
+
+def is_flat(c: int) -> bool:
+    """Whether the pointer path reduces over one (tap, channel) index: few channels, or rows too odd for wide loads."""
+    return c < 16 or c % 8 != 0
 
 
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:

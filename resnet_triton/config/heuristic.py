@@ -7,32 +7,43 @@ limited by how much arithmetic it does per byte it loads. Nothing here has been 
 from __future__ import annotations
 
 from ..device import DeviceFacts
-from .conv import ConvConfig, ConvShape, is_legal, supports_descriptors
+from .conv import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors
 
-# (block_m, block_k, num_warps, num_stages)
-_BOX_TILES = ((256, 128, 8, 3), (128, 128, 8, 4), (256, 64, 8, 3), (128, 64, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4))
-_POINTER_TILES = ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3))
+# (block_m, block_k, block_c of a 16-bit type, num_warps, num_stages), each seen to compile without spills.
+_BOX_TILES = (
+    (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (256, 64, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+)  # fmt: skip
+_POINTER_TILES = (
+    (128, 128, 32, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (32, 32, 64, 4, 3),
+)  # fmt: skip
+# Element-wise gathers keep an address and a mask per element, so these tiles give each thread fewer elements.
+_FLAT_TILES = ((128, 64, 64, 8, 2), (64, 64, 64, 8, 2), (32, 64, 64, 4, 2), (32, 32, 64, 4, 2))
+_IEEE_TILES = ((64, 64, 16, 4, 3), (32, 32, 16, 4, 3))  # fp32 multiply-adds: larger accumulators spill
+_IEEE_FLAT_TILES = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
 
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
     ieee = shape.dtype == "float32" and shape.precision == "ieee"
-    candidates: list[ConvConfig] = []
-    if descriptors and device.has_descriptors and supports_descriptors(shape):
-        block_c = 128 // shape.itemsize  # one 128-byte swizzled row
-        for block_m, block_k, warps, stages in _BOX_TILES:
-            if ieee:
-                break  # no tensor cores: the accumulators of these tiles spill
-            box = _box(shape, block_m)
-            candidates.append(ConvConfig(block_m, block_k, block_c, warps, stages, box))
-    if not candidates:
-        if ieee:
-            candidates = [ConvConfig(64, 64, 16, 4, 3), ConvConfig(32, 32, 16, 4, 3)]
-        else:
-            block_c = 32 if shape.dtype == "float32" or shape.c <= 32 else 64
-            candidates = [ConvConfig(m, k, block_c, warps, stages) for m, k, warps, stages in _POINTER_TILES]
-    legal = [config for config in candidates if is_legal(config, shape, device)]
-    return min(legal, key=lambda config: _estimate(config, shape, device))
+    # IEEE fp32 is bound by its arithmetic, so descriptors would buy nothing.
+    boxes = descriptors and not ieee and device.has_descriptors and supports_descriptors(shape)
+    if boxes:
+        tiles: tuple[tuple[int, ...], ...] = _BOX_TILES
+    elif is_flat(shape.c):
+        tiles = _IEEE_FLAT_TILES if ieee else _FLAT_TILES
+    else:
+        tiles = _IEEE_TILES if ieee else _POINTER_TILES
+    widest = 32 if shape.itemsize == 4 else 64  # channels in one 128-byte row of shared memory
+    candidates = [
+        ConvConfig(m, k, min(c, widest), warps, stages, _box(shape, m) if boxes else None)
+        for m, k, c, warps, stages in tiles
+        if device.arch < 100 or m * k <= 2048 * warps  # sm_100 moves a whole accumulator through registers at the end
+    ]
+    return min(
+        (config for config in candidates if is_legal(config, shape, device)),
+        key=lambda config: _estimate(config, shape, device),
+    )
 
 
 def linear_heuristic(m: int, k: int, itemsize: int, precision: str) -> ConvConfig:
@@ -43,7 +54,7 @@ def linear_heuristic(m: int, k: int, itemsize: int, precision: str) -> ConvConfi
     return ConvConfig(block_m, 64, 128 // itemsize, 4, 3)
 
 
-def tiles(config: ConvConfig, shape: ConvShape) -> int:
+def programs(config: ConvConfig, shape: ConvShape) -> int:
     """Programs in the launch."""
     if config.box is None:
         pixels = -(-shape.n * shape.p * shape.q // config.block_m)
@@ -54,7 +65,7 @@ def tiles(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def _estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
-    rounds = -(-tiles(config, shape) // device.sm_count)
+    rounds = -(-programs(config, shape) // device.sm_count)
     area = config.block_m * config.block_k
     intensity = area / (config.block_m + config.block_k)  # multiply-adds per element loaded
     return rounds * area / min(intensity, 85.0)  # 256x128 and 128x256 reach 85; more would not be faster
