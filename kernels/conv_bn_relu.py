@@ -35,7 +35,10 @@ class BatchNorm(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """A 1x1 convolution without padding and its batch norm, added before the ReLU: x (N, C', H', W'), weight (K, C', 1, 1)."""
+    """A 1x1 convolution without padding and its batch norm, added before the ReLU.
+
+    x (N, C', H', W'), weight (K, C', 1, 1).
+    """
 
     x: Tensor
     weight: Tensor
@@ -177,8 +180,11 @@ def conv_box_kernel(
     acc = acc * scale[None, :] + shift[None, :]
 
     if short_x_desc is not None:
+        # A tile with more than one pixel reaches wgmma through registers; pipelined here as well, Triton 3.6.0 makes
+        # ptxas serialise every wgmma of the kernel (C7513).
+        STAGES: tl.constexpr = None if BOX_H * BOX_W == 1 else 1
         short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for c0 in range(0, SHORT_C, BLOCK_C):
+        for c0 in tl.range(0, SHORT_C, BLOCK_C, num_stages=STAGES):
             if SHORT_STRIDE == 1:
                 a = short_x_desc.load([p0, q0, n0, c0])
             else:
@@ -223,9 +229,10 @@ def conv_bn_relu(
     """The launch that writes `out` (N, K, P, Q); allocates nothing and chooses nothing.
 
     All 4-D tensors are NCHW-shaped, dense in channels_last memory and of one dtype (fp32, fp16 or bf16). `precision`
-    is "ieee" or "tf32" and matters for fp32 alone; `flat` is for few or unaligned channels. With `box` (rows, columns, images; product `block_m`) the launch
-    uses tensor descriptors, which ask for filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers
-    and channel rows, an even input width at stride 2, and one box row at stride 2. The caller has checked all this.
+    is "ieee" or "tf32" and matters for fp32 alone. `flat` reduces over one (tap, channel) index, for few or unaligned
+    channels. With `box` (rows, columns, images; product `block_m`) the launch uses tensor descriptors, which ask for
+    filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers and channel rows, and at stride 2 for
+    an even input width and one box row. The caller has checked all this.
     """
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
@@ -282,9 +289,7 @@ def _pixels(x: Tensor, stride: int, box: tuple[int, int, int], block_c: int) -> 
     if stride == 1:
         return TensorDescriptor(x, [h, w, n, c], [w * c, c, h * w * c, 1], [*box, block_c])
     box_h, box_w, box_n = box
-    return TensorDescriptor(
-        x, [h, w // 2, 2, n, c], [w * c, 2 * c, c, h * w * c, 1], [box_h, box_w, 1, box_n, block_c]
-    )
+    return TensorDescriptor(x, [h, w // 2, 2, n, c], [w * c, 2 * c, c, h * w * c, 1], [box_h, box_w, 1, box_n, block_c])
 
 
 def _filters(weight: Tensor, block_k: int, block_c: int) -> TensorDescriptor:

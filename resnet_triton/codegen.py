@@ -105,9 +105,8 @@ def specialise(launch: Launch) -> Specialisation:
             signature.append((parameter.name, "constexpr"))
         else:
             signature.append((parameter.name, _type(value)))
-    return Specialisation(
-        kernel.fn.__module__, kernel.fn.__name__, tuple(signature), tuple(constants), launch.num_warps, launch.num_stages
-    )
+    where = (kernel.fn.__module__, kernel.fn.__name__)
+    return Specialisation(*where, tuple(signature), tuple(constants), launch.num_warps, launch.num_stages)
 
 
 def _type(value: Any) -> str:
@@ -161,8 +160,9 @@ def _assemble(ptx: str, arch: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", str(path), "-o", str(path.with_suffix(".cubin"))]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        options = ["-v", f"--gpu-name={target[1]}", "-o", str(path.with_suffix(".cubin"))]
+        ptxas = subprocess.run([get_ptxas(arch).path, *options, str(path)], capture_output=True, text=True, check=True)
+        return ptxas.stderr
 
 
 def rows(
@@ -178,10 +178,11 @@ def rows(
                 for arch in archs:
                     for call in calls:
                         launch = call.launch(KNOWN[arch])
-                        about = {
+                        path = "descriptor" if "x_desc" in launch.arguments else "pointer"
+                        about: dict[str, Any] = {
                             "arch": f"sm_{arch}", "layer": call.name or call.operator, "operator": call.operator,
-                            "batch": batch, "dtype": dtype, "path": "descriptor" if "x_desc" in launch.arguments else "pointer",
-                            "tile": _tile(launch.arguments), "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+                            "batch": batch, "dtype": dtype, "path": path, "tile": _tile(launch.arguments),
+                            "num_warps": launch.num_warps, "num_stages": launch.num_stages,
                         }  # fmt: skip
                         planned.append((about, arch, specialise(launch)))
     distinct = list(dict.fromkeys((source, arch) for _, arch, source in planned))
@@ -198,7 +199,7 @@ def _tile(arguments: dict[str, Any]) -> str:
 
 @contextmanager
 def _fp32_precision(precision: str) -> Iterator[None]:
-    places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    places: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
     for place in places:
         place.fp32_precision = precision
@@ -234,7 +235,7 @@ def command(archs: list[int], batches: list[int], dtypes: list[str], jobs: int, 
         json.dump({"triton": triton.__version__, "rows": table}, sys.stdout, indent=1)
         print()
     else:
-        print(f"{faulty} rows with faults" if faulty else "no spills, no serialised wgmma, shared memory within the device")
+        print(f"{faulty} rows with faults" if faulty else "no faults: spills, serialised wgmma, too much shared memory")
     return 1 if faulty else 0
 
 

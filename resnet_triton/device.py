@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -63,5 +64,5 @@ def override(pretended: DeviceFacts) -> Iterator[None]:
 
 @functools.cache
 def _cuda_facts(index: int) -> DeviceFacts:
-    p = torch.cuda.get_device_properties(index)
+    p: Any = torch.cuda.get_device_properties(index)
     return DeviceFacts(p.name, p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)

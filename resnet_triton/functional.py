@@ -1,9 +1,10 @@
 """Fused operations of ResNet inference, with torch.nn.functional's conventions.
 
-4-D tensors are NCHW-shaped, in any memory format; results are in channels_last. `kernels` is "auto" (our Triton kernels
-where they apply, PyTorch otherwise), "torch", or "triton", which raises NotImplementedError instead of falling back and,
-in a process started with TRITON_INTERPRET=1, runs the kernels on CPU tensors too. With gradients wanted or autocast
-on, the call runs on PyTorch. Wrong shapes and devices raise ValueError, wrong dtypes TypeError, both naming the argument.
+4-D tensors are NCHW-shaped, in any memory format; results are in channels_last. `kernels` is "auto" (our Triton
+kernels where they apply, PyTorch otherwise), "torch", or "triton", which raises NotImplementedError instead of falling
+back and, in a process started with TRITON_INTERPRET=1, runs the kernels on CPU tensors too. With gradients wanted or
+autocast on, the call runs on PyTorch. Wrong shapes and devices raise ValueError, wrong dtypes TypeError, both naming
+the argument.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def add_relu(x: Tensor, other: Tensor, *, kernels: str = "auto") -> Tensor:
 def max_pool2d(
     x: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None = None, padding: IntOrPair = 0, *, kernels: str = "auto"
 ) -> Tensor:
-    """Max pooling of (N, C, H, W); NaN wins, padding is -inf and at most half the window, stride defaults to the window."""
+    """Max pooling of (N, C, H, W).
+
+    NaN wins; padding counts as -inf and is at most half the window; the stride defaults to the window.
+    """
     size = _pair("kernel_size", kernel_size)
     step = size if stride is None else _pair("stride", stride)
     return torch.ops.resnet_triton.max_pool2d(x, size, step, _pair("padding", padding), kernels)

@@ -2,8 +2,8 @@
 
 `TRITON_INTERPRET=1` runs kernels on CPU tensors, program by program, in NumPy. Upstream (seen in 3.6.0 to 3.9.0) keeps
 bfloat16 as raw uint16: `tl.dot` multiplies those integers, and casts from fp32 truncate instead of rounding. Both are
-silently wrong, so `repair()` replaces them before the first interpreted launch. `tests/test_interpreter.py` fails on the
-day upstream is right and this file can go.
+silently wrong, so `repair()` replaces them before the first interpreted launch. `tests/test_interpreter.py` fails on
+the day upstream is right and this file can go.
 """
 
 from __future__ import annotations

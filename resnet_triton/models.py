@@ -66,15 +66,21 @@ def conv_norm_act(
     shortcut = _shortcut(downsample)
     if shortcut is None and downsample is not None:
         identity = downsample(identity)
-    s_conv, s_norm = shortcut or (None, None)
+    added: tuple[Any, ...] = (identity, *_NO_SHORTCUT)
+    if shortcut is not None:
+        s_conv, s_norm = shortcut
+        added = (None, identity, s_conv.weight, *_batch_norm(s_norm), s_conv.stride)
     y = torch.ops.resnet_triton.conv_bn_relu(
-        x, conv.weight, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps,
-        conv.stride, conv.padding, conv.dilation, conv.groups, None if s_conv else identity,
-        *((identity, s_conv.weight, s_norm.running_mean, s_norm.running_var, s_norm.weight, s_norm.bias, s_norm.eps,
-           s_conv.stride) if s_conv else (None, None, None, None, None, None, 0.0, (1, 1))),
-        relu, kernels,
-    )  # fmt: skip
+        x, conv.weight, *_batch_norm(norm), conv.stride, conv.padding, conv.dilation, conv.groups, *added, relu, kernels
+    )
     return y if relu or act is None else act(y)
+
+
+_NO_SHORTCUT = (None, None, None, None, None, None, 0.0, (1, 1))
+
+
+def _batch_norm(norm: Any) -> tuple[Any, ...]:
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
 
 
 def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, kernels: str, obstacle: str) -> Tensor:
@@ -127,9 +133,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.kernels)
-        return conv_norm_act(
-            y, self.conv2, self.bn2, self.relu, self.kernels, identity=x, downsample=self.downsample
-        )
+        return conv_norm_act(y, self.conv2, self.bn2, self.relu, self.kernels, identity=x, downsample=self.downsample)
 
 
 class Bottleneck(nn.Module):
@@ -158,9 +162,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.kernels)
         y = conv_norm_act(y, self.conv2, self.bn2, self.relu, self.kernels)
-        return conv_norm_act(
-            y, self.conv3, self.bn3, self.relu, self.kernels, identity=x, downsample=self.downsample
-        )
+        return conv_norm_act(y, self.conv3, self.bn3, self.relu, self.kernels, identity=x, downsample=self.downsample)
 
 
 class ResNet(nn.Module):
@@ -201,19 +203,24 @@ class ResNet(nn.Module):
         self._initialise(zero_init_residual)
 
     def _make_layer(
-        self, block: type[BasicBlock] | type[Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
     ) -> nn.Sequential:
-        previous_dilation = self.dilation
+        previous = self.dilation
         if dilate:
             self.dilation, stride = self.dilation * stride, 1
         width = planes * block.expansion
         downsample = None
         if stride != 1 or self.inplanes != width:
             downsample = nn.Sequential(_conv1x1(self.inplanes, width, stride), self._norm_layer(width))
-        shared: tuple[Any, ...] = (self.groups, self.base_width)
-        stack = [block(self.inplanes, planes, stride, downsample, *shared, previous_dilation, self._norm_layer)]
+        groups, base, norm = self.groups, self.base_width, self._norm_layer
+        stack = [block(self.inplanes, planes, stride, downsample, groups, base, previous, norm)]
         self.inplanes = width
-        stack += [block(width, planes, 1, None, *shared, self.dilation, self._norm_layer) for _ in range(1, blocks)]
+        stack += [block(width, planes, 1, None, groups, base, self.dilation, norm) for _ in range(1, blocks)]
         return nn.Sequential(*stack)
 
     def _initialise(self, zero_init_residual: bool) -> None:
@@ -256,7 +263,12 @@ class ResNet(nn.Module):
 
 
 def _resnet(
-    name: str, block: type[BasicBlock] | type[Bottleneck], layers: list[int], weights: Any, progress: bool, **kwargs: Any
+    name: str,
+    block: type[BasicBlock] | type[Bottleneck],
+    layers: list[int],
+    weights: Any,
+    progress: bool,
+    **kwargs: Any,
 ) -> ResNet:
     """Build, initialise as torchvision does, then move the filters to channels_last memory, where kernels read them."""
     state = None
@@ -269,7 +281,7 @@ def _resnet(
     model = ResNet(block, layers, **kwargs)
     if state is not None:
         model.load_state_dict(state)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:

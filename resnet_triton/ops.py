@@ -102,7 +102,8 @@ def _register(operator: Operator, schema: str, *, autocast: bool = False) -> Non
 
 def conv_precision(dtype: torch.dtype) -> str:
     """How fp32 convolutions multiply, "tf32" or "ieee": torch's own flag for cuDNN convolutions."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    flag = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if dtype == torch.float32 and flag == "tf32" else "ieee"
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
@@ -118,8 +119,8 @@ def _channels_last(x: Any) -> Any:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _empty(x: Tensor, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -184,10 +185,10 @@ class ConvCall(NamedTuple):
     dilation: list[int]
     groups: int
     residual: Tensor | None
-    short_x: Tensor | None
-    short_weight: Tensor | None
-    short_mean: Tensor | None
-    short_var: Tensor | None
+    short_x: Tensor | None  # the shortcut's input; with it come its weight and statistics
+    short_weight: Any
+    short_mean: Any
+    short_var: Any
     short_gamma: Tensor | None
     short_beta: Tensor | None
     short_eps: float
@@ -254,21 +255,25 @@ def _plan_conv(out: Tensor, *args: Any) -> Launch:
     residual = None if call.residual is None else _channels_last(call.residual)
     shortcut = None
     if call.short_x is not None:
-        norm = BatchNorm(*_dense(call.short_mean, call.short_var, call.short_gamma, call.short_beta), call.short_eps)
-        shortcut = Shortcut(
-            _channels_last(call.short_x), _channels_last(call.short_weight), norm, _pair(call.short_stride)
-        )
+        norm = _norm(call.short_mean, call.short_var, call.short_gamma, call.short_beta, call.short_eps)
+        images, filters = _channels_last(call.short_x), _channels_last(call.short_weight)
+        shortcut = Shortcut(images, filters, norm, _pair(call.short_stride))
     shape = call.shape
     aligned = _aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
     c = config.lookup(shape, device.facts(x.device), descriptors=aligned)
     return conv_bn_relu_launch(
         out=out, x=x, weight=weight,
-        batch_norm=BatchNorm(*_dense(call.mean, call.var, call.gamma, call.beta), call.eps),
+        batch_norm=_norm(call.mean, call.var, call.gamma, call.beta, call.eps),
         residual=residual, shortcut=shortcut,
         stride=shape.stride, padding=shape.padding, dilation=shape.dilation, relu=call.relu, precision=shape.precision,
         flat=config.is_flat(shape.c), box=c.box, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
+
+
+def _norm(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> BatchNorm:
+    mean, var = mean.contiguous(), var.contiguous()
+    return BatchNorm(mean, var, _contiguous(gamma), _contiguous(beta), eps)
 
 
 def _torch_conv_bn_relu(*args: Any) -> Tensor:
@@ -365,7 +370,7 @@ _register(
 # --- global average pool ---------------------------------------------------------------------------------------------
 
 
-def _global_avg_pool_output(x: Tensor, kernels: str) -> Tensor:
+def _avg_pool_output(x: Tensor, kernels: str) -> Tensor:
     _check_rank("x", x, 4, "(N, C, H, W)")
     _check_tensors(x)
     if 0 in x.shape[1:]:
@@ -373,25 +378,22 @@ def _global_avg_pool_output(x: Tensor, kernels: str) -> Tensor:
     return _empty(x, (x.shape[0], x.shape[1], 1, 1))
 
 
-def _global_avg_pool_obstacle(out: Tensor, x: Tensor, kernels: str) -> str | None:
+def _avg_pool_obstacle(out: Tensor, x: Tensor, kernels: str) -> str | None:
     return _too_large(out, x, 0)
 
 
-def _plan_global_avg_pool(out: Tensor, x: Tensor, kernels: str) -> Launch:
+def _plan_avg_pool(out: Tensor, x: Tensor, kernels: str) -> Launch:
     block_c = min(next_power_of_2(x.shape[1]), 64)
     block_p = min(next_power_of_2(x.shape[2] * x.shape[3]), 64)
     return global_avg_pool_launch(out=out, x=_channels_last(x), block_p=block_p, block_c=block_c, num_warps=4)
 
 
-def _torch_global_avg_pool(x: Tensor, kernels: str) -> Tensor:
+def _torch_avg_pool(x: Tensor, kernels: str) -> Tensor:
     return _channels_last(reference.global_avg_pool(x))
 
 
 _register(
-    Operator(
-        "global_avg_pool", _global_avg_pool_output, _global_avg_pool_obstacle, _plan_global_avg_pool,
-        _torch_global_avg_pool,
-    ),  # fmt: skip
+    Operator("global_avg_pool", _avg_pool_output, _avg_pool_obstacle, _plan_avg_pool, _torch_avg_pool),
     "(Tensor x, str kernels) -> Tensor",
 )
 
@@ -423,7 +425,7 @@ def _plan_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ke
     precision = matmul_precision(x.dtype)
     tile = config.linear_heuristic(rows.shape[0], k, x.element_size(), precision)
     return linear_launch(
-        out=out.view(-1, k), x=rows, weight=weight.contiguous(), bias=None if bias is None else bias.contiguous(),
+        out=out.view(-1, k), x=rows, weight=weight.contiguous(), bias=_contiguous(bias),
         precision=precision, block_m=tile.block_m, block_k=tile.block_k, block_c=tile.block_c,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

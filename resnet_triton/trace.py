@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .device import DeviceFacts, override
 from .config import ConvShape
+from .device import DeviceFacts, override
 from .kernels.launch import Launch
 from .ops import OPERATORS, ConvCall
 
@@ -51,9 +51,7 @@ class Call:
             return operator.plan(operator.output(*self.args), *self.args)
 
 
-def trace(
-    model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: torch.dtype | None = None
-) -> list[Call]:
+def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: torch.dtype | None = None) -> list[Call]:
     """Every call of our operators, and every sizeable one PyTorch runs itself, in `model(zeros(shape))`.
 
     `dtype` reads the model as if it had been converted; by default it is taken as it is.
@@ -75,7 +73,7 @@ def _as(t: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
         self.calls: list[Call] = []
 

@@ -20,7 +20,9 @@ def torchvision() -> Any:
     try:
         import torchvision
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("torchvision is not installed; install resnet-triton[vision]", name=error.name) from None
+        raise ModuleNotFoundError(
+            "torchvision is not installed; install resnet-triton[vision]", name=error.name
+        ) from None
     except RuntimeError as error:
         if "torchvision::nms" not in str(error) or _stubs:
             raise

@@ -92,7 +92,7 @@ def is_flat(c: int) -> bool:
 
 
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
-    """Upper bound, in bytes, on the shared memory of a launch; `tests/test_codegen.py` holds it against the compiler."""
+    """Upper bound on a launch's shared memory, in bytes; `tests/test_codegen.py` holds it against the compiler."""
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
     if config.box is None:
         return max(tiles, config.block_m * config.block_k * 4) + 1024

@@ -1,0 +1,71 @@
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+OLDEST_TRITON := 3.6.0
+OLDEST_DIR := $(VENV)/triton-$(OLDEST_TRITON)
+OLDEST_STAMP := $(OLDEST_DIR)/.installed
+
+# What a user's shell may export must not change what the tests check.
+HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE -u PYTEST_ADDOPTS -u PYTEST_PLUGINS \
+	-u TRITON_INTERPRET -u TRITON_DEBUG -u TRITON_KERNEL_OVERRIDE -u TRITON_DEFAULT_BACKEND -u TRITON_OVERRIDE_ARCH \
+	-u TORCHDYNAMO_DISABLE -u TORCH_COMPILE_DISABLE -u TORCH_LOGS
+
+# pip's warnings run to pages on some machines; -qq keeps its errors.
+PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SILENT:
+.PHONY: help env demo test lint types package codegen codegen-oldest bench clean
+
+help: ## this list
+	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	echo 'ARGS="..." is passed on, as in: make demo ARGS=--json'
+
+env: $(STAMP) ## build .venv (the other commands do it when it is missing or out of date)
+
+# All output goes to stderr: stdout belongs to the command that needed the environment.
+$(STAMP): pyproject.toml constraints.txt
+	echo 'Building $(VENV) (once; it takes a few minutes) ...' >&2
+	$(PYTHON) -m venv $(VENV) >&2
+	$(PIP) -c constraints.txt -e '.[dev]' >&2
+	touch $@
+
+$(OLDEST_STAMP): $(STAMP)
+	rm -rf $(OLDEST_DIR)
+	$(PIP) --no-deps --target $(OLDEST_DIR) triton==$(OLDEST_TRITON) >&2
+	touch $@
+
+demo: $(STAMP) ## compare a ResNet-18 with and without the kernels on this machine
+	$(PY) -m resnet_triton demo $(ARGS)
+
+# One thread a worker: torch would otherwise start a thread per core in each of them.
+test: $(STAMP) ## run the tests, except those of `make package`
+	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not packaging' $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(STAMP) ## mypy
+	$(PY) -m mypy
+
+package: $(STAMP) ## build, install and import the distributions
+	$(HERMETIC) $(PY) -m pytest -m packaging $(ARGS)
+
+codegen: $(STAMP) ## compile the kernels ahead of time and check the machine code; needs no GPU
+	$(HERMETIC) $(PY) -m resnet_triton codegen $(ARGS)
+
+codegen-oldest: $(OLDEST_STAMP) ## the same with the oldest supported Triton
+	$(HERMETIC) PYTHONPATH=$(OLDEST_DIR) $(PY) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton'
+	$(HERMETIC) PYTHONPATH=$(OLDEST_DIR) $(PY) -m resnet_triton codegen $(ARGS)
+
+bench: $(STAMP) ## run the benchmark suite
+	$(PY) -m resnet_triton bench $(ARGS)
+
+clean: ## remove builds and caches (not .venv)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
