@@ -24,7 +24,7 @@ def conv_bn_relu(
     *, n: int, c: int, h: int, w: int, k: int, p: int, q: int, r: int, s: int, itemsize: int,
     stride: tuple[int, int] = (1, 1), residual: bool = False, shortcut_c: int = 0,
 ) -> Cost:  # fmt: skip
-    """Convolution of (n, c, h, w) by (k, c, r, s) to (n, k, p, q), with a residual or a 1x1 shortcut of `shortcut_c`."""
+    """Convolution of (n, c, h, w) by (k, c, r, s) to (n, k, p, q), with a residual or a 1x1 shortcut."""
     pixels = n * p * q
     flops = 2 * pixels * k * (c * r * s + shortcut_c)
     rows = p * r if r < stride[0] else h  # a filter narrower than its stride skips the rows in between

@@ -1,9 +1,9 @@
 """The `torch.library` operators: what torch.compile, export and autograd see.
 
-Each operator is five functions in a row: its output (validation and allocation, which is also the fake for tracing),
-what keeps it off our kernels, the kernel launch planned for it, its PyTorch form, and its schema. `_register` turns
-them into an operator that chooses between kernel and PyTorch (`dispatch.choose`), with autograd and autocast kernels
-around it that hand the call to PyTorch.
+Each operator is four functions in a row and a schema: its result's shape and dtype (here calls are validated), what
+keeps it off our kernels, the kernel launch planned for it, and its PyTorch form. `_register` turns them into an
+operator that chooses between kernel and PyTorch (`dispatch.choose`), with a fake for tracing, and autograd and autocast
+kernels that hand the call to PyTorch.
 
 Call operators as `torch.ops.resnet_triton.x`; holding the operator object would break deepcopy and pickle.
 """
@@ -11,6 +11,7 @@ Call operators as `torch.ops.resnet_triton.x`; holding the operator object would
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -29,27 +30,42 @@ if HAS_TRITON:
     from .kernels.linear import linear as linear_launch
     from .kernels.max_pool import max_pool as max_pool_launch
 
+Shape = tuple[int, ...]
+
 _library = torch.library.Library("resnet_triton", "DEF")
+
+
+class Result(NamedTuple):
+    """What a valid call returns, before anything is computed."""
+
+    shape: Shape
+    dtype: torch.dtype
+    memory: torch.memory_format = torch.channels_last
 
 
 class Operator(NamedTuple):
     """One operator's parts; all take the operator's arguments, in the order of its schema."""
 
     name: str
-    output: Callable[..., Tensor]
+    result: Callable[..., Result]
     obstacle: Callable[..., str | None]
     plan: Callable[..., Launch]
     torch_form: Callable[..., Tensor]
 
-    def choose(self, out: Tensor, *args: Any) -> Choice:
-        """Where this call runs, and why. `out` is the allocated output."""
-        return choose(args[-1], args[0], obstacle=self.obstacle(out, *args))
+    def choose(self, *args: Any) -> Choice:
+        """Validate a call and say where it runs, and why."""
+        return choose(args[-1], args[0], obstacle=self.obstacle(self.result(*args).shape, *args))
+
+    def output(self, *args: Any) -> Tensor:
+        """Validate a call and allocate its result, uninitialised: also the fake for tracing."""
+        shape, dtype, memory = self.result(*args)
+        return torch.empty(shape, dtype=dtype, device=args[0].device, memory_format=memory)
 
     def run(self, *args: Any) -> Tensor:
         """Validate, choose, and run on the kernel or on PyTorch."""
-        out = self.output(*args)
-        if self.choose(out, *args).backend == "torch":
+        if self.choose(*args).backend == "torch":
             return self.run_torch(*args)
+        out = self.output(*args)
         if out.numel() == 0:
             return out
         if out.device.type == "cuda":
@@ -123,10 +139,6 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _empty(x: Tensor, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _aligned(*tensors: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
@@ -160,9 +172,9 @@ def _window(x: Tensor, size: list[int], stride: list[int], padding: list[int], d
     return [(a - b) // s + 1 for a, b, s in zip(padded, span, stride, strict=True)]
 
 
-def _too_large(out: Tensor, x: Tensor, padding: int) -> str | None:
+def _too_large(shape: Shape, x: Tensor, padding: int) -> str | None:
     """Kernels count pixels, and elements within one image row, in int32; everything else in int64."""
-    pixels = max(out.numel() // max(out.shape[1], 1), x.shape[2] * x.shape[3])
+    pixels = max(shape[0] * shape[2] * shape[3], x.shape[2] * x.shape[3])
     row = (x.shape[3] + 2 * padding) * x.shape[1]
     return f"{pixels} pixels, {row} elements a row exceed int32" if max(pixels, row) >= 2**31 - 2**10 else None
 
@@ -208,8 +220,7 @@ class ConvCall(NamedTuple):
         )  # fmt: skip
 
 
-def _conv_output(*args: Any) -> Tensor:
-    """Validate the call and allocate its output. Runs on real tensors and as the fake."""
+def _conv_result(*args: Any) -> Result:
     call = ConvCall(*args)
     x, weight = call.x, call.weight
     _check_rank("x", x, 4, "(N, C, H, W)")
@@ -237,15 +248,15 @@ def _conv_output(*args: Any) -> Tensor:
         given = (call.short_x.shape[0], call.short_weight.shape[0], rows, columns)
         if given != shape or call.short_weight.shape[1:] != (call.short_x.shape[1], 1, 1):
             raise ValueError(f"shortcut by weight {tuple(call.short_weight.shape)} gives {given}, expected {shape}")
-    return _empty(x, shape)
+    return Result(shape, x.dtype)
 
 
-def _conv_obstacle(out: Tensor, *args: Any) -> str | None:
+def _conv_obstacle(shape: Shape, *args: Any) -> str | None:
     call = ConvCall(*args)
     if call.groups != 1:
         return "grouped convolution"
     return mixed_dtypes(call.x, call.weight, call.residual, call.short_x, call.short_weight) or _too_large(
-        out, call.x, call.padding[1]
+        shape, call.x, call.padding[1]
     )
 
 
@@ -284,14 +295,15 @@ def _torch_conv_bn_relu(*args: Any) -> Tensor:
             call.short_x, call.short_weight, call.short_mean, call.short_var, call.short_gamma, call.short_beta,
             call.short_eps, stride=_pair(call.short_stride), relu=False,
         )  # fmt: skip
-    return reference.conv_bn_relu(
+    y = reference.conv_bn_relu(
         *call[:7], stride=_pair(call.stride), padding=_pair(call.padding), dilation=_pair(call.dilation),
         groups=call.groups, residual=residual, relu=call.relu,
     )  # fmt: skip
+    return _channels_last(y)
 
 
 _register(
-    Operator("conv_bn_relu", _conv_output, _conv_obstacle, _plan_conv, _torch_conv_bn_relu),
+    Operator("conv_bn_relu", _conv_result, _conv_obstacle, _plan_conv, _torch_conv_bn_relu),
     "(Tensor x, Tensor weight, Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? residual, Tensor? shortcut_x, "
     "Tensor? shortcut_weight, Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? shortcut_bn_weight, "
@@ -303,15 +315,15 @@ _register(
 # --- residual add + ReLU ---------------------------------------------------------------------------------------------
 
 
-def _add_relu_output(x: Tensor, other: Tensor, kernels: str) -> Tensor:
+def _add_relu_result(x: Tensor, other: Tensor, kernels: str) -> Result:
     _check_rank("x", x, 4, "(N, C, H, W)")
     _check_tensors(x, other=other)
     if other.shape != x.shape:
         raise ValueError(f"other has shape {tuple(other.shape)}, expected x's {tuple(x.shape)}")
-    return _empty(x, x.shape, torch.promote_types(x.dtype, other.dtype))
+    return Result(tuple(x.shape), torch.promote_types(x.dtype, other.dtype))
 
 
-def _add_relu_obstacle(out: Tensor, x: Tensor, other: Tensor, kernels: str) -> str | None:
+def _add_relu_obstacle(shape: Shape, x: Tensor, other: Tensor, kernels: str) -> str | None:
     return mixed_dtypes(x, other)
 
 
@@ -324,7 +336,7 @@ def _torch_add_relu(x: Tensor, other: Tensor, kernels: str) -> Tensor:
 
 
 _register(
-    Operator("add_relu", _add_relu_output, _add_relu_obstacle, _plan_add_relu, _torch_add_relu),
+    Operator("add_relu", _add_relu_result, _add_relu_obstacle, _plan_add_relu, _torch_add_relu),
     "(Tensor x, Tensor other, str kernels) -> Tensor",
 )
 
@@ -332,19 +344,19 @@ _register(
 # --- max pool --------------------------------------------------------------------------------------------------------
 
 
-def _max_pool_output(x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str) -> Tensor:
+def _max_pool_result(x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str) -> Result:
     _check_rank("x", x, 4, "(N, C, H, W)")
     _check_tensors(x)
     p, q = _window(x, size, stride, padding, [1, 1])
     if any(2 * pad > edge for pad, edge in zip(padding, size, strict=True)):
         raise ValueError(f"padding is {tuple(padding)}, expected at most half of kernel_size {tuple(size)}")
-    return _empty(x, (x.shape[0], x.shape[1], p, q))
+    return Result((x.shape[0], x.shape[1], p, q), x.dtype)
 
 
 def _max_pool_obstacle(
-    out: Tensor, x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str
+    shape: Shape, x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str
 ) -> str | None:
-    return _too_large(out, x, padding[1])
+    return _too_large(shape, x, padding[1])
 
 
 def _plan_max_pool(
@@ -362,7 +374,7 @@ def _torch_max_pool(x: Tensor, size: list[int], stride: list[int], padding: list
 
 
 _register(
-    Operator("max_pool2d", _max_pool_output, _max_pool_obstacle, _plan_max_pool, _torch_max_pool),
+    Operator("max_pool2d", _max_pool_result, _max_pool_obstacle, _plan_max_pool, _torch_max_pool),
     "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, str kernels) -> Tensor",
 )
 
@@ -370,16 +382,16 @@ _register(
 # --- global average pool ---------------------------------------------------------------------------------------------
 
 
-def _avg_pool_output(x: Tensor, kernels: str) -> Tensor:
+def _avg_pool_result(x: Tensor, kernels: str) -> Result:
     _check_rank("x", x, 4, "(N, C, H, W)")
     _check_tensors(x)
     if 0 in x.shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected at least one channel and one pixel")
-    return _empty(x, (x.shape[0], x.shape[1], 1, 1))
+    return Result((x.shape[0], x.shape[1], 1, 1), x.dtype)
 
 
-def _avg_pool_obstacle(out: Tensor, x: Tensor, kernels: str) -> str | None:
-    return _too_large(out, x, 0)
+def _avg_pool_obstacle(shape: Shape, x: Tensor, kernels: str) -> str | None:
+    return _too_large(shape, x, 0)
 
 
 def _plan_avg_pool(out: Tensor, x: Tensor, kernels: str) -> Launch:
@@ -393,7 +405,7 @@ def _torch_avg_pool(x: Tensor, kernels: str) -> Tensor:
 
 
 _register(
-    Operator("global_avg_pool", _avg_pool_output, _avg_pool_obstacle, _plan_avg_pool, _torch_avg_pool),
+    Operator("global_avg_pool", _avg_pool_result, _avg_pool_obstacle, _plan_avg_pool, _torch_avg_pool),
     "(Tensor x, str kernels) -> Tensor",
 )
 
@@ -401,7 +413,7 @@ _register(
 # --- linear ----------------------------------------------------------------------------------------------------------
 
 
-def _linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Tensor:
+def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Result:
     _check_rank("weight", weight, 2, "(out_features, in_features)")
     _check_tensors(x, weight=weight, bias=bias)
     k, c = weight.shape
@@ -409,11 +421,11 @@ def _linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str)
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {c}) for weight {tuple(weight.shape)}")
     if bias is not None and bias.shape != (k,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({k},) for weight {tuple(weight.shape)}")
-    return x.new_empty((*x.shape[:-1], k))
+    return Result((*x.shape[:-1], k), x.dtype, torch.contiguous_format)
 
 
-def _linear_obstacle(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> str | None:
-    rows = out.numel() // max(weight.shape[0], 1)
+def _linear_obstacle(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> str | None:
+    rows = prod(shape[:-1])
     if rows >= 2**31 - 2**10:
         return f"{rows} rows exceed int32"
     return "no input features" if weight.shape[1] == 0 else mixed_dtypes(x, weight, bias)
@@ -436,7 +448,7 @@ def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) 
 
 
 _register(
-    Operator("linear", _linear_output, _linear_obstacle, _plan_linear, _torch_linear),
+    Operator("linear", _linear_result, _linear_obstacle, _plan_linear, _torch_linear),
     "(Tensor x, Tensor weight, Tensor? bias, str kernels) -> Tensor",
     autocast=True,
 )

@@ -82,7 +82,7 @@ class _Recorder(TorchDispatchMode):
         operator = func._schema.name.partition("::")[2]
         name = next((self.names[id(a)] for a in args if id(a) in self.names), "")
         if func.namespace == "resnet_triton":
-            backend, reason = OPERATORS[operator].choose(out, *args)
+            backend, reason = OPERATORS[operator].choose(*args)
             self.calls.append(Call(name, operator, args, out.device, backend, reason))
         elif func.namespace == "aten" and operator in _HEAVY:
             reason = "called as a module"
