@@ -41,13 +41,15 @@ def optimize(model: nn.Module, *, kernels: str = "auto", inplace: bool = False) 
             module.__class__ = _OURS[type(module).__name__]
         if isinstance(module, tuple(_OURS.values())):
             module.kernels = kernels  # type: ignore[assignment]
-    for parameter in _filters(model):
+    already = {n for n, p in _filters(model) if p.is_contiguous(memory_format=torch.channels_last)}
+    vars(model).setdefault("_channels_last_before", already)
+    for _, parameter in _filters(model):
         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo `optimize` in place: torchvision's classes, contiguous weights. Returns `model`.
+    """Undo `optimize` in place: torchvision's classes, weights in the memory format they came in. Returns `model`.
 
     Raises ValueError for a model that `optimize` did not convert.
     """
@@ -57,8 +59,10 @@ def revert(model: nn.Module) -> nn.Module:
     for module in converted:
         module.__class__ = vars(module).pop("_torchvision_class")
         vars(module).pop("kernels", None)
-    for parameter in _filters(model):
-        parameter.data = parameter.data.contiguous()
+    already = vars(model).pop("_channels_last_before", set())
+    for name, parameter in _filters(model):
+        if name not in already:
+            parameter.data = parameter.data.contiguous()
     return model
 
 
@@ -106,5 +110,5 @@ def _is_torchvision(module: nn.Module) -> bool:
     return cls.__module__ == "torchvision.models.resnet" and cls.__name__ in _OURS
 
 
-def _filters(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (p for p in model.parameters() if p.dim() == 4)
+def _filters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.dim() == 4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 calls: Counter[tuple[str, str]] = Counter()
 """How often each (operator, backend) ran in this process; the backend is "triton" or "torch"."""
 _lock = threading.Lock()
+tracer: ContextVar[Callable[[str], None] | None] = ContextVar("tracer", default=None)
+"""Set while a model is traced: it is told the reason of each call that PyTorch takes over, and nothing is counted."""
 
 
 class Choice(NamedTuple):
@@ -52,8 +56,13 @@ def check_mode(kernels: str) -> None:
         raise ValueError(f"kernels={kernels!r}, expected one of {', '.join(map(repr, MODES))}")
 
 
-def count(operator: str, backend: str) -> None:
-    """Record one call."""
+def count(operator: str, backend: str, reason: str = "") -> None:
+    """Record one call; in a trace, tell the tracer instead. Nothing is counted inside torch.compile's graphs."""
+    if torch.compiler.is_compiling():
+        return
+    if (tell := tracer.get()) is not None:
+        tell(reason)
+        return
     with _lock:
         calls[operator, backend] += 1
 

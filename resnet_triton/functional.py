@@ -81,6 +81,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: st
 def _pair(name: str, value: IntOrPair) -> list[int]:
     if isinstance(value, int):
         return [value, value]
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}={value!r}, expected an int or a pair of ints")
     if len(value) != 2:
         raise ValueError(f"{name}={value!r}, expected an int or a pair of ints")
     return list(value)

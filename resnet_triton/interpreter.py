@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -20,6 +23,17 @@ def active() -> bool:
     except ImportError:  # no Triton here
         return False
     return type(add_relu_kernel).__name__ == "InterpretedFunction"
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def ready() -> Iterator[None]:
+    """Repair the interpreter and keep it to this thread: it holds the running program's index in a global."""
+    with _lock:
+        repair()
+        yield
 
 
 @functools.cache

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import dispatch, vision
 from . import functional as F
@@ -32,16 +33,18 @@ def conv_obstacle(conv: nn.Module, norm: nn.Module) -> str | None:
         return "batch norm without running statistics"
     if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return "convolution with a bias or without zero padding in numbers"
-    return "forward hook" if _hooked(conv) or _hooked(norm) else None
+    return "a hook or a forward of its own" if _watched(conv) or _watched(norm) else None
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _watched(module: nn.Module) -> bool:
+    """Whether calling this instance does more than its class's forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is exactly of this kind and nothing watches it, so that a fused call may stand in for it."""
-    return type(module) is kind and not _hooked(module)
+    return type(module) is kind and not _watched(module)
 
 
 def conv_norm_act(
@@ -85,7 +88,7 @@ def _batch_norm(norm: Any) -> tuple[Any, ...]:
 
 def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, kernels: str, obstacle: str) -> Tensor:
     dispatch.choose(kernels, x, obstacle=obstacle)
-    dispatch.count("conv_bn_relu", "torch")
+    dispatch.count("conv_bn_relu", "torch", obstacle)
     y: Tensor = norm(conv(x))
     return y
 
@@ -243,23 +246,29 @@ class ResNet(nn.Module):
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)
-        if _plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1)):
-            x = F.global_avg_pool(x, kernels=self.kernels)
-        else:
-            x = self.avgpool(x)
+        x = self._average(x)
         x = torch.flatten(x, 1)
-        if _plain(self.fc, nn.Linear):
-            return F.linear(x, self.fc.weight, self.fc.bias, kernels=self.kernels)
-        y: Tensor = self.fc(x)
-        return y
+        return self._classify(x)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    # While torch.fx traces, these three stay module calls: feature extractors ask for them by name.
+
+    def _pool(self, x: Tensor) -> Any:
         pool = self.maxpool
         ordinary = _plain(pool, nn.MaxPool2d) and pool.dilation == 1 and not (pool.ceil_mode or pool.return_indices)
-        if ordinary:
+        if ordinary and not isinstance(x, fx.Proxy):
             return F.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, kernels=self.kernels)
-        y: Tensor = pool(x)
-        return y
+        return pool(x)
+
+    def _average(self, x: Tensor) -> Any:
+        everything = _plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1))
+        if everything and not isinstance(x, fx.Proxy):
+            return F.global_avg_pool(x, kernels=self.kernels)
+        return self.avgpool(x)
+
+    def _classify(self, x: Tensor) -> Any:
+        if _plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):
+            return F.linear(x, self.fc.weight, self.fc.bias, kernels=self.kernels)
+        return self.fc(x)
 
 
 def _resnet(
@@ -277,7 +286,7 @@ def _resnet(
         classes = len(pretrained.meta["categories"])
         if kwargs.setdefault("num_classes", classes) != classes:
             raise ValueError(f"num_classes={kwargs['num_classes']}, expected {classes} for weights {pretrained}")
-        state = pretrained.get_state_dict(progress=progress, check_hash=True)
+        state = pretrained.get_state_dict(progress=progress, check_hash=True, weights_only=True)
     model = ResNet(block, layers, **kwargs)
     if state is not None:
         model.load_state_dict(state)

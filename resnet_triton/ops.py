@@ -72,10 +72,16 @@ class Operator(NamedTuple):
             with torch.cuda.device(out.device):
                 self.plan(out, *args).run()
         else:
-            interpreter.repair()
-            self.plan(out, *args).run()
+            with interpreter.ready():
+                self.plan(out, *args).run()
         count(self.name, "triton")
         return out
+
+    def refuse_kernels(self, obstacle: str, *args: Any) -> Tensor:
+        """Validate and run on PyTorch, or raise if the kernels were asked for."""
+        self.result(*args)
+        choose(args[-1], args[0], obstacle=obstacle)
+        return self.run_torch(*args)
 
     def run_torch(self, *args: Any) -> Tensor:
         """Run on PyTorch, counted."""
@@ -93,14 +99,12 @@ def _register(operator: Operator, schema: str, *, autocast: bool = False) -> Non
     def autograd(*args: Any) -> Tensor:
         gradient = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if gradient or forward_ad._current_level >= 0:
-            choose(args[-1], args[0], obstacle="a gradient is asked for")
-            return operator.run_torch(*args)
+            return operator.refuse_kernels("a gradient is asked for", *args)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.resnet_triton, name)(*args)
 
     def under_autocast(*args: Any) -> Tensor:
-        choose(args[-1], args[0], obstacle="autocast is on")
-        return operator.run_torch(*args)
+        return operator.refuse_kernels("autocast is on", *args)
 
     OPERATORS[name] = operator
     _library.define(name + schema)
@@ -158,17 +162,19 @@ def _check_tensors(x: Tensor, **others: Tensor | None) -> None:
             raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
 
 
-def _window(x: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+def _window(
+    name: str, x: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
     """Output rows and columns of a sliding window; ValueError where it does not fit."""
     if min(size) < 1 or min(stride) < 1 or min(padding) < 0 or min(dilation) < 1:
         raise ValueError(
-            f"window {tuple(size)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation {tuple(dilation)}, "
-            "expected positive numbers (padding may be 0)"
+            f"kernel_size is {tuple(size)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation "
+            f"{tuple(dilation)}; expected positive numbers (padding may be 0)"
         )
     span = [d * (f - 1) + 1 for f, d in zip(size, dilation, strict=True)]
     padded = [extent + 2 * p for extent, p in zip(x.shape[2:], padding, strict=True)]
     if any(a < b for a, b in zip(padded, span, strict=True)) or 0 in x.shape[1:]:
-        raise ValueError(f"input has shape {tuple(x.shape)}, expected at least {tuple(span)} pixels, padding included")
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least {tuple(span)} pixels with padding")
     return [(a - b) // s + 1 for a, b, s in zip(padded, span, stride, strict=True)]
 
 
@@ -225,26 +231,28 @@ def _conv_result(*args: Any) -> Result:
     x, weight = call.x, call.weight
     _check_rank("x", x, 4, "(N, C, H, W)")
     _check_rank("weight", weight, 4, "(K, C, R, S)")
-    _check_tensors(
-        x, weight=weight, running_mean=call.mean, running_var=call.var, bn_weight=call.gamma, bn_bias=call.beta,
-        residual=call.residual, shortcut_x=call.short_x, shortcut_weight=call.short_weight,
-    )  # fmt: skip
     k, c, r, s = weight.shape
+    per_channel = {
+        "running_mean": call.mean, "running_var": call.var, "bn_weight": call.gamma, "bn_bias": call.beta,
+        "shortcut_mean": call.short_mean, "shortcut_var": call.short_var,
+        "shortcut_bn_weight": call.short_gamma, "shortcut_bn_bias": call.short_beta,
+    }  # fmt: skip
+    whole = {"residual": call.residual, "shortcut_x": call.short_x, "shortcut_weight": call.short_weight}
+    _check_tensors(x, weight=weight, **per_channel, **whole)
     if call.groups < 1 or k % call.groups or x.shape[1] != c * call.groups:
         raise ValueError(
             f"x has {x.shape[1]} channels, expected {c * call.groups} for weight {tuple(weight.shape)} "
             f"and groups={call.groups}"
         )
-    statistics = {"running_mean": call.mean, "running_var": call.var, "bn_weight": call.gamma, "bn_bias": call.beta}
-    for name, t in statistics.items():
+    for name, t in per_channel.items():
         if t is not None and t.shape != (k,):
             raise ValueError(f"{name} has shape {tuple(t.shape)}, expected ({k},) for weight {tuple(weight.shape)}")
-    p, q = _window(x, [r, s], call.stride, call.padding, call.dilation)
+    p, q = _window("x", x, [r, s], call.stride, call.padding, call.dilation)
     shape = (x.shape[0], k, p, q)
     if call.residual is not None and call.residual.shape != shape:
         raise ValueError(f"residual has shape {tuple(call.residual.shape)}, expected the output's {shape}")
     if call.short_x is not None and call.short_weight is not None:
-        rows, columns = _window(call.short_x, [1, 1], call.short_stride, [0, 0], [1, 1])
+        rows, columns = _window("shortcut_x", call.short_x, [1, 1], call.short_stride, [0, 0], [1, 1])
         given = (call.short_x.shape[0], call.short_weight.shape[0], rows, columns)
         if given != shape or call.short_weight.shape[1:] != (call.short_x.shape[1], 1, 1):
             raise ValueError(f"shortcut by weight {tuple(call.short_weight.shape)} gives {given}, expected {shape}")
@@ -347,7 +355,7 @@ _register(
 def _max_pool_result(x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str) -> Result:
     _check_rank("x", x, 4, "(N, C, H, W)")
     _check_tensors(x)
-    p, q = _window(x, size, stride, padding, [1, 1])
+    p, q = _window("x", x, size, stride, padding, [1, 1])
     if any(2 * pad > edge for pad, edge in zip(padding, size, strict=True)):
         raise ValueError(f"padding is {tuple(padding)}, expected at most half of kernel_size {tuple(size)}")
     return Result((x.shape[0], x.shape[1], p, q), x.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Pair = tuple[int, int]
 
@@ -42,13 +43,13 @@ def conv_bn_relu(
         torch.addcmul(shift[:, None, None], y, scale[:, None, None], out=y)
     else:
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
-    return add_relu(y, residual, relu=relu, inplace=True)
+    return add_relu(y, residual, relu=relu, inplace=True).to(y.dtype)  # a wider residual does not widen the result
 
 
 def add_relu(x: Tensor, other: Tensor | None = None, *, relu: bool = True, inplace: bool = False) -> Tensor:
     """`relu(x + other)`; `inplace` may overwrite x, `other=None` and `relu=False` leave their step out."""
     if other is not None:
-        x = x.add_(other) if inplace and not _differentiated(x, other) else x + other
+        x = x + other if _differentiated(x, other) or not inplace else x.add_(other)
     return F.relu(x, inplace=inplace) if relu else x
 
 
@@ -68,4 +69,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted or forward_ad._current_level >= 0

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .config import ConvShape
 from .device import DeviceFacts, override
+from .dispatch import tracer
 from .kernels.launch import Launch
 from .ops import OPERATORS, ConvCall
 
@@ -54,7 +55,7 @@ class Call:
 def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: torch.dtype | None = None) -> list[Call]:
     """Every call of our operators, and every sizeable one PyTorch runs itself, in `model(zeros(shape))`.
 
-    `dtype` reads the model as if it had been converted; by default it is taken as it is.
+    `dtype` reads the model as if it had been converted; by default it is taken as it is. Forward hooks run, on fakes.
     """
     parameter = next(model.parameters())
     named = {name: t.detach() for name, t in chain(model.named_parameters(), model.named_buffers())}
@@ -62,8 +63,12 @@ def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: to
         tensors = {name: _as(fake.from_tensor(t), dtype) for name, t in named.items()}
         recorder = _Recorder({id(t): name.rpartition(".")[0] for name, t in tensors.items()})
         x = torch.zeros(shape, dtype=dtype or parameter.dtype, device=parameter.device)
-        with torch.no_grad(), recorder:
-            functional_call(model, tensors, (x,), strict=True)
+        token = tracer.set(recorder.explain)
+        try:
+            with torch.no_grad(), recorder:
+                functional_call(model, tensors, (x,), strict=True)
+        finally:
+            tracer.reset(token)
     return [replace(call, args=tuple(map(_meta, call.args))) for call in recorder.calls]
 
 
@@ -76,16 +81,22 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
         self.calls: list[Call] = []
+        self.reason = ""
+
+    def explain(self, reason: str) -> None:
+        """Take the reason why the operators that follow run module by module."""
+        self.reason = reason
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         operator = func._schema.name.partition("::")[2]
         name = next((self.names[id(a)] for a in args if id(a) in self.names), "")
         if func.namespace == "resnet_triton":
+            self.reason = ""
             backend, reason = OPERATORS[operator].choose(*args)
             self.calls.append(Call(name, operator, args, out.device, backend, reason))
         elif func.namespace == "aten" and operator in _HEAVY:
-            reason = "called as a module"
+            reason = self.reason or "called as a module"
             self.calls.append(Call(name, f"aten.{operator}", args, args[0].device, "torch", reason))
         return out
 

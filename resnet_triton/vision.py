@@ -20,6 +20,8 @@ def torchvision() -> Any:
     try:
         import torchvision
     except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
         raise ModuleNotFoundError(
             "torchvision is not installed; install resnet-triton[vision]", name=error.name
         ) from None
@@ -42,8 +44,8 @@ def find_weights(architecture: str, weights: Any) -> Any:
     enum = models.get_model_weights(architecture)
     if isinstance(weights, enum):
         return weights
-    name = str(weights).rpartition(".")[2]
-    if name not in enum.__members__:
+    prefix, _, name = str(weights).rpartition(".")
+    if prefix not in ("", enum.__name__) or name not in enum.__members__:
         known = ", ".join(enum.__members__)
         raise ValueError(f"unknown weights {weights!r} for {architecture}, expected one of {known}")
     return enum[name]

@@ -1,0 +1,25 @@
+"""Where the kernels of a test run run: on the GPU if there is one, else on the CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined, so before any of ours is imported
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device of the tensors that kernels work on in this run."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))

@@ -1,0 +1,389 @@
+"""The operators inside PyTorch: opcheck, gradients, autocast, compile, export, functorch, copies and threads."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from resnet_triton import BasicBlock, dispatch, resnet18
+from resnet_triton import functional as F
+
+BACKENDS = ("torch", "triton", "auto")
+# torch's own forward-mode derivatives still use torch.jit.script
+JIT_SCRIPT = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Iterator[None]:
+    """fp32 means fp32 here. By the older flag: torch.export refuses to run once the newer one is set (torch 2.13)."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+def arguments(operator: str, device: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The tensors of one small call."""
+    torch.manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    if operator == "conv_bn_relu":
+        return [
+            randn(2, 4, 5, 6),
+            randn(8, 4, 3, 3),
+            randn(8),
+            randn(8).abs() + 0.5,
+            randn(8),
+            randn(8),
+            randn(2, 8, 5, 6),
+        ]
+    if operator == "linear":
+        return [randn(3, 10), randn(6, 10), randn(6)]
+    return [randn(2, 4, 5, 6)] * 2 if operator == "add_relu" else [randn(2, 4, 5, 6)]
+
+
+def ours(operator: str, tensors: list[Tensor], kernels: str = "auto") -> Tensor:
+    """Our function of `arguments(operator)`."""
+    if operator == "conv_bn_relu":
+        return F.conv_bn_relu(*tensors[:6], 1e-3, padding=1, residual=tensors[6], kernels=kernels)
+    if operator == "max_pool2d":
+        return F.max_pool2d(*tensors, 3, 2, 1, kernels=kernels)
+    return getattr(F, operator)(*tensors, kernels=kernels)
+
+
+def theirs(operator: str, tensors: list[Tensor]) -> Tensor:
+    """The same with torch.nn.functional alone."""
+    if operator == "conv_bn_relu":
+        x, weight, mean, var, gamma, beta, residual = tensors
+        y = TF.batch_norm(TF.conv2d(x, weight, padding=1), mean, var, gamma, beta, False, 0.0, 1e-3)
+        return TF.relu(y + residual)
+    if operator == "max_pool2d":
+        return TF.max_pool2d(*tensors, 3, 2, 1)
+    if operator == "global_avg_pool":
+        return TF.adaptive_avg_pool2d(*tensors, 1)
+    return TF.linear(*tensors) if operator == "linear" else TF.relu(tensors[0] + tensors[1])
+
+
+OPERATORS = ("conv_bn_relu", "add_relu", "max_pool2d", "global_avg_pool", "linear")
+DIFFERENTIABLE = {
+    "conv_bn_relu": (0, 1, 4, 5, 6),
+    "add_relu": (0, 1),
+    "linear": (0, 1, 2),
+}  # batch norm's statistics not
+
+
+def with_gradients(operator: str, tensors: list[Tensor]) -> list[Tensor]:
+    wanted = DIFFERENTIABLE.get(operator, (0,))
+    return [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+
+
+def schema_arguments(operator: str, tensors: list[Tensor], kernels: str) -> tuple[Any, ...]:
+    if operator == "conv_bn_relu":
+        return (*tensors[:6], 1e-3, [1, 1], [1, 1], [1, 1], 1, tensors[6], *[None] * 6, 0.0, [1, 1], True, kernels)
+    if operator == "max_pool2d":
+        return (*tensors, [3, 3], [2, 2], [1, 1], kernels)
+    return (*tensors, kernels)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "permuted": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,  # dense, yet neither format
+}
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_opcheck(device, operator, layout, kernels):
+    tensors = [layout(t) for t in arguments(operator, device)]
+    torch.library.opcheck(
+        getattr(torch.ops.resnet_triton, operator).default, schema_arguments(operator, tensors, kernels)
+    )
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_opcheck_with_gradients(device, operator):
+    tensors = with_gradients(operator, arguments(operator, device))
+    torch.library.opcheck(
+        getattr(torch.ops.resnet_triton, operator).default, schema_arguments(operator, tensors, "auto")
+    )
+
+
+def test_opcheck_of_the_fused_shortcut(device):
+    tensors = arguments("conv_bn_relu", device)
+    short_weight = torch.randn(8, 4, 1, 1, device=device)
+    call = [*schema_arguments("conv_bn_relu", tensors, "triton")]
+    call[11:20] = [None, tensors[0], short_weight, *tensors[2:6], 1e-3, [1, 1]]
+    operator = torch.ops.resnet_triton.conv_bn_relu.default
+    torch.library.opcheck(operator, tuple(call))
+    x, weight, mean, var, gamma, beta, _ = tensors
+    shortcut = TF.batch_norm(TF.conv2d(x, short_weight), mean, var, gamma, beta, False, 0.0, 1e-3)
+    expected = theirs("conv_bn_relu", [x, weight, mean, var, gamma, beta, shortcut])
+    torch.testing.assert_close(operator(*call), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mean", "var", "bn_weight", "bn_bias"])
+def test_shortcut_statistics_are_checked(device, name):
+    """A kernel that is given too short a vector would read past its end."""
+    tensors = arguments("conv_bn_relu", device)
+    call = [*schema_arguments("conv_bn_relu", tensors, "triton")]
+    call[11:20] = [None, tensors[0], torch.randn(8, 4, 1, 1, device=device), *tensors[2:6], 1e-3, [1, 1]]
+    call[14 + ["mean", "var", "bn_weight", "bn_bias"].index(name)] = torch.ones(3, device=device)
+    with pytest.raises(ValueError, match=f"shortcut_{name}"):
+        torch.ops.resnet_triton.conv_bn_relu(*call)
+
+
+# --- derivatives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_are_those_of_torch(device, operator):
+    tensors = arguments(operator, device)
+    gradients = []
+    for function in (ours, theirs):
+        leaves = with_gradients(operator, tensors)
+        y = function(operator, leaves)
+        (y * torch.linspace(-1, 1, y.numel(), device=device).view(y.shape)).sum().backward()
+        gradients.append([t.grad for t in leaves])
+    assert any(g is not None for g in gradients[0])
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+@JIT_SCRIPT
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradcheck(device, operator):
+    """Backward, forward-mode and, because ReLU and max are piecewise linear, second derivatives too."""
+    tensors = arguments(operator, device, torch.float64)
+    if operator == "conv_bn_relu":  # gradcheck perturbs element by element: keep them few
+        tensors = [
+            tensors[0][:1, :2, :3, :3],
+            tensors[1][:2, :2],
+            *(t[:2] for t in tensors[2:6]),
+            tensors[6][:1, :2, :3, :3],
+        ]
+    tensors = with_gradients(operator, tensors)
+    assert torch.autograd.gradcheck(lambda *t: ours(operator, list(t)), tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda *t: ours(operator, list(t)), tensors)
+
+
+@JIT_SCRIPT
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_forward_mode_in_fp32(device, operator):
+    x, *rest = arguments(operator, device)
+    tangent = torch.ones_like(x)
+    _, actual = torch.func.jvp(lambda x: ours(operator, [x, *rest]), (x,), (tangent,))
+    _, expected = torch.func.jvp(lambda x: theirs(operator, [x, *rest]), (x,), (tangent,))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_torch_func_grad(device, operator):
+    x, *rest = arguments(operator, device)
+    actual = torch.func.grad(lambda x: ours(operator, [x, *rest]).square().sum())(x)
+    expected = torch.func.grad(lambda x: theirs(operator, [x, *rest]).square().sum())(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels_refuse_to_drop_a_gradient(device, operator):
+    tensors = arguments(operator, device)
+    leaves = with_gradients(operator, tensors)
+    with pytest.raises(NotImplementedError, match="gradient"):
+        ours(operator, leaves, "triton")
+    with torch.no_grad():
+        actual = ours(operator, leaves, "triton")
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, theirs(operator, tensors), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_inference_mode(device, operator, kernels):
+    with torch.inference_mode():
+        tensors = arguments(operator, device)
+        actual = ours(operator, tensors, kernels)
+        assert actual.is_inference()
+        torch.testing.assert_close(actual, theirs(operator, tensors), rtol=1e-4, atol=1e-4)
+
+
+# --- autocast --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast(device, operator, grad, dtype):
+    tensors = arguments(operator, device)
+    if operator == "conv_bn_relu":
+        tensors[6] = tensors[6].to(dtype)  # a residual is another convolution's result, so of autocast's dtype
+    tensors = with_gradients(operator, tensors) if grad else tensors
+    with torch.autocast(torch.device(device).type, dtype):
+        actual, expected = ours(operator, tensors), theirs(operator, tensors)
+    assert actual.dtype == expected.dtype
+    assert actual.requires_grad == grad
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("operator", ["conv_bn_relu", "linear"])
+def test_kernels_refuse_autocast(device, operator):
+    with (
+        torch.autocast(torch.device(device).type, torch.bfloat16),
+        pytest.raises(NotImplementedError, match="autocast"),
+    ):
+        ours(operator, arguments(operator, device), "triton")
+
+
+# --- torch.compile, export, functorch --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recompiles():
+    """A fresh compiler; the number of graphs compiled so far."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def chain(tensors: list[Tensor], kernels: str) -> Tensor:
+    """Every operator after the other. Inductor checks the strides of each result against those it was promised."""
+    y = F.conv_bn_relu(*tensors[:6], 1e-3, padding=1, residual=tensors[6], kernels=kernels)
+    y = F.max_pool2d(F.add_relu(y, tensors[6], kernels=kernels), 2, kernels=kernels)
+    y = torch.flatten(F.global_avg_pool(y, kernels=kernels), 1)
+    return F.linear(y, tensors[4][None, :], kernels=kernels)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@torch.no_grad()
+def test_compiled_functions(device, recompiles, layout, kernels):
+    tensors = [layout(t) for t in arguments("conv_bn_relu", device)]
+    compiled = torch.compile(chain, fullgraph=True)
+    torch.testing.assert_close(compiled(tensors, kernels), chain(tensors, kernels), rtol=1e-5, atol=1e-5)
+    assert recompiles() == 1
+
+
+def test_compiled_gradients(device, recompiles):
+    results = []
+    for function in (torch.compile(chain, fullgraph=True, backend="aot_eager"), chain):
+        leaves = with_gradients("conv_bn_relu", arguments("conv_bn_relu", device))
+        function(leaves, "auto").square().sum().backward()
+        results.append([t.grad for t in leaves])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_compiled_model_with_a_dynamic_batch(device, recompiles):
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10).eval().to(device)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for batch in (2, 3, 7):
+        x = torch.randn(batch, 3, 32, 32, device=device)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert recompiles() == 1
+
+
+def test_compiled_training(device, recompiles):
+    """Modules that are called as they are, here in training mode, must not break the graph."""
+    torch.manual_seed(0)
+    block = BasicBlock(4, 4).train().to(device)
+    x = torch.randn(2, 4, 5, 5, device=device)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
+
+
+# torch's own remark on saving any channels_last weight; the loaded program is compared below
+@pytest.mark.filterwarnings("ignore:No complete tensor found in the group:UserWarning")
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_export_with_a_dynamic_batch(device, grad):
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10).eval().to(device)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    x = torch.randn(5, 3, 32, 32, device=device)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},))
+        targets = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+        assert targets["resnet_triton.conv_bn_relu.default"] == 17
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        torch.testing.assert_close(torch.export.load(buffer).module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("operator", OPERATORS)
+@torch.no_grad()
+def test_make_fx(device, operator, tracing_mode):
+    tensors = arguments(operator, device)
+    graph = make_fx(lambda *t: ours(operator, list(t)), tracing_mode=tracing_mode)(*tensors)
+    assert [str(n.target) for n in graph.graph.nodes if n.op == "call_function"] == [
+        f"resnet_triton.{operator}.default"
+    ]
+    torch.testing.assert_close(graph(*tensors), theirs(operator, tensors), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_vmap(device, operator, kernels):
+    """vmap has no rule for these and runs them one by one: slow, yet right."""
+    x, *rest = arguments(operator, device)
+    stack = torch.stack([x, -x, x + 1])
+    actual = torch.func.vmap(lambda x: ours(operator, [x, *rest], kernels))(stack)
+    expected = torch.stack([theirs(operator, [x, *rest]) for x in stack])
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- copies, threads -------------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """A module with a parameter and one operator call, at module scope so that it can be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+        self.function = F.conv_bn_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, x.new_zeros(6), x.new_ones(6))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_of_what_holds_an_operator(device, copied):
+    holder = Holder().to(device)
+    x = torch.randn(1, 4, 5, 5, device=device)
+    assert torch.equal(copied(holder)(x), holder(x))
+
+
+@torch.no_grad()
+def test_threads(device):
+    """Two threads at once: the same answers as one after the other, and no call goes uncounted.
+
+    On the PyTorch path without a GPU: Triton's interpreter keeps the running program in one global place.
+    """
+    batches = [[t + seed for t in arguments("conv_bn_relu", device)] for seed in range(8)]
+    expected = [ours("conv_bn_relu", tensors) for tensors in batches]
+
+    def work(tensors: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return ours("conv_bn_relu", tensors)
+
+    before = Counter(dispatch.calls)
+    with ThreadPoolExecutor(2) as pool:
+        actual = list(pool.map(work, batches))
+    assert sum((dispatch.calls - before).values()) == len(batches)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
