@@ -162,6 +162,12 @@ def _check_tensors(x: Tensor, **others: Tensor | None) -> None:
             raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
 
 
+def _check_same_dtype(x: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected {x.dtype} like x")
+
+
 def _window(
     name: str, x: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[int]:
@@ -261,9 +267,10 @@ def _conv_result(*args: Any) -> Result:
 
 def _conv_obstacle(shape: Shape, *args: Any) -> str | None:
     call = ConvCall(*args)
+    _check_same_dtype(call.x, weight=call.weight)
     if call.groups != 1:
         return "grouped convolution"
-    return mixed_dtypes(call.x, call.weight, call.residual, call.short_x, call.short_weight) or _too_large(
+    return mixed_dtypes(call.x, call.residual, call.short_x, call.short_weight) or _too_large(
         shape, call.x, call.padding[1]
     )
 
@@ -433,10 +440,11 @@ def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str)
 
 
 def _linear_obstacle(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> str | None:
+    _check_same_dtype(x, weight=weight, bias=bias)
     rows = prod(shape[:-1])
     if rows >= 2**31 - 2**10:
         return f"{rows} rows exceed int32"
-    return "no input features" if weight.shape[1] == 0 else mixed_dtypes(x, weight, bias)
+    return "no input features" if weight.shape[1] == 0 else None
 
 
 def _plan_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Launch:

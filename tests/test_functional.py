@@ -332,12 +332,14 @@ def test_grouped_convolution(device):
     )
 
 
-def test_fp16_image_with_fp32_weight_is_as_in_torch(device):
+@pytest.mark.parametrize("kernels", ["auto", "torch", "triton"])
+def test_weights_of_another_dtype_are_named(device, kernels):
+    """PyTorch refuses these too, with a RuntimeError that does not say which tensor is meant."""
     x, weight, *norm = conv_tensors(device, 1, 4, 4, 4, 4, 1, 1)
-    with pytest.raises(RuntimeError):
-        TF.conv2d(x.half(), weight)
-    with pytest.raises(RuntimeError):
-        F.conv_bn_relu(x.half(), weight, *norm)
+    with pytest.raises(TypeError, match=r"weight has dtype torch.float32, expected torch.float16 like x"):
+        F.conv_bn_relu(x.half(), weight, *norm, kernels=kernels)
+    with pytest.raises(TypeError, match=r"bias has dtype torch.float32, expected torch.float16 like x"):
+        F.linear(x[:, :, 0, 0].half(), weight[:, :, 0, 0].half(), norm[0], kernels=kernels)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
