@@ -1,9 +1,9 @@
 """Triton's interpreter, with its bfloat16 faults repaired and a check that doubles its time left out.
 
 `TRITON_INTERPRET=1` runs kernels on CPU tensors, program by program, in NumPy. Upstream (seen in 3.6.0 to 3.9.0) keeps
-bfloat16 as raw uint16: `tl.dot` multiplies those integers, and casts from fp32 truncate instead of rounding. Both are
-silently wrong, so `repair()` replaces them before the first interpreted launch. `tests/test_interpreter.py` fails on
-the day upstream is right and this file can go.
+bfloat16 as raw uint16: `tl.dot` multiplies those integers, casts from fp32 truncate instead of rounding, and casts to
+fp32 garble denormals. All of it is silently wrong, so `repair()` replaces it before the first interpreted launch.
+`tests/test_interpreter.py` fails on the day upstream is right and this file can go.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def repair() -> None:
         return handle(product + d.data, d.dtype.scalar)
 
     def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.bfloat16 and target == tl.float32:
+            return np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16
         to_nearest = rounding is None or rounding == interpreter._ir.ROUNDING_MODE.RTNE
         if source == tl.float32 and target == tl.bfloat16 and to_nearest:
             data = np.ascontiguousarray(data)

@@ -225,10 +225,11 @@ class ConvCall(NamedTuple):
         """The key under which the configuration of this call is looked up."""
         n, c, h, w = self.x.shape
         k, _, r, s = self.weight.shape
+        short_c, short_w = (0, 0) if self.short_x is None else (self.short_x.shape[1], self.short_x.shape[3])
         return config.ConvShape(
             n, c, h, w, k, r, s, _pair(self.stride), _pair(self.padding), _pair(self.dilation),
             str(self.x.dtype).removeprefix("torch."), conv_precision(self.x.dtype), self.residual is not None,
-            0 if self.short_x is None else self.short_x.shape[1], _pair(self.short_stride),
+            short_c, short_w, _pair(self.short_stride),
         )  # fmt: skip
 
 

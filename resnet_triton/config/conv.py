@@ -10,7 +10,10 @@ from ..device import DeviceFacts
 
 @dataclass(frozen=True)
 class ConvShape:
-    """Everything about a `conv_bn_relu` call that tiling may depend on. `shortcut_c` is 0 without a shortcut."""
+    """Everything about a `conv_bn_relu` call that tiling may depend on.
+
+    `shortcut_c` and `shortcut_w` are channels and columns of the shortcut's input, 0 without a shortcut.
+    """
 
     n: int
     c: int
@@ -26,6 +29,7 @@ class ConvShape:
     precision: str = "ieee"  # "ieee" or "tf32"; only fp32 has the choice
     residual: bool = False
     shortcut_c: int = 0
+    shortcut_w: int = 0
     shortcut_stride: tuple[int, int] = (1, 1)
 
     @property
@@ -73,17 +77,20 @@ def supports_descriptors(shape: ConvShape) -> bool:
     """
     granule = 16 // shape.itemsize
     channels = (shape.c, shape.k, shape.shortcut_c)
-    if shape.shortcut_c and shape.shortcut_stride not in ((1, 1), (2, 2)):
+    if shape.shortcut_c and not _fits_stride(shape.shortcut_stride, shape.shortcut_w):
         return False
     return (
         (shape.r, shape.s) in ((1, 1), (3, 3))
-        and shape.stride in ((1, 1), (2, 2))
+        and _fits_stride(shape.stride, shape.w)
         and shape.padding == (shape.r // 2, shape.s // 2)
         and shape.dilation == (1, 1)
-        and (shape.stride == (1, 1) or shape.w % 2 == 0)
         and all(c % granule == 0 for c in channels)
         and shape.n * shape.p * shape.q > 0
     )
+
+
+def _fits_stride(stride: tuple[int, int], width: int) -> bool:
+    return stride == (1, 1) or (stride == (2, 2) and width % 2 == 0)
 
 
 def is_flat(c: int) -> bool:

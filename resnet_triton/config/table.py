@@ -21,6 +21,7 @@ from .heuristic import conv_heuristic
 
 FOLDER = Path(__file__).parent
 MAX_BYTES = 4 << 20
+SCHEMA = 1
 
 
 def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
@@ -42,9 +43,10 @@ def load(path: Path) -> dict[ConvShape, ConvConfig]:
         raise ValueError(f"{path.name}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
         raise ValueError(f"{path.name}: not JSON ({error})") from None
-    if not isinstance(data, dict) or data.get("schema") != 1 or not isinstance(data.get("entries"), list):
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if type(schema) is not int or schema != SCHEMA or not isinstance(data.get("entries"), list):
         raise ValueError(f'{path.name}: expected an object with "schema": 1 and a list "entries"')
     table = {}
     for i, entry in enumerate(data["entries"]):

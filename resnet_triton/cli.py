@@ -1,0 +1,275 @@
+"""The command `resnet-triton`: reads arguments, runs one command, prints what it returns.
+
+Results go to stdout; progress, notes and errors to stderr. Every mistake a user can make ends in one line and exit code
+2; a check that fails, in exit code 1. All that is heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn
+
+from . import __version__
+
+Bar = Callable[[str, int | None], AbstractContextManager[Callable[[], None]]]
+"""How long work shows itself: `with bar("training", steps) as step:`, and `step()` after each (total None: unknown)."""
+
+EXTRAS = {"rich": "cli", "sklearn": "cli", "torchvision": "vision", "PIL": "vision", "safetensors": "vision"}
+"""Optional packages by import name, and the extra of ours that installs them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 1 (a check failed), 2 (wrong input), 130 (Ctrl-C) or 141 (stdout was closed).
+
+    Errors nobody foresaw keep their traceback; `--debug` or RESNET_TRITON_DEBUG=1 shows it for the others too.
+    """
+    args = argparse.Namespace(debug=os.environ.get("RESNET_TRITON_DEBUG", "0") not in ("", "0"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label or file name must not break the output
+    try:
+        code = _run(argv, args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in `resnet-triton ... | head`
+        _discard_stdout()
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        message = _explain(error)
+        if message is None or args.debug:
+            raise
+        _discard_stdout()
+        _complain(message)
+        return 2
+    return code
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table on stdout. A column whose name starts with ">" is aligned to the right, an empty one left out."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    cells = [[_printable(str(cell)) for cell in row] for row in rows]
+    kept = [i for i in range(len(columns)) if any(row[i] for row in cells)]
+    grid = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=any(columns))
+    for name in (columns[i] for i in kept):
+        grid.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    for row in cells:
+        grid.add_row(*(row[i] for i in kept))
+    # A pipe or a file gets lines long enough not to be broken.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    with console.capture() as text:
+        console.print(grid)
+    sys.stdout.write(text.get())
+
+
+@contextmanager
+def bar(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """A `Bar` on stderr that disappears when done; silent if stderr is no terminal or rich is not installed."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        yield lambda: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
+        progress.TaskProgressColumn(), progress.TimeElapsedColumn(),
+    )  # fmt: skip
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as display:
+        task = display.add_task(description, total=total)
+        yield lambda: display.advance(task)
+
+
+def _run(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
+    try:
+        _parser().parse_args(argv, args)
+    except SystemExit as done:  # --help and --version
+        return int(done.code or 0)
+    run: Callable[[argparse.Namespace], int] = args.run
+    return run(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    findings = _emit(args, lambda: doctor.examine(bar), doctor.show)
+    return 0 if findings["ok"] else 1
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from . import dispatch, predict
+
+    def work() -> Any:
+        return predict.predict(
+            args.images, args.weights, topk=args.topk, batch=args.batch, device=args.device, dtype=args.dtype,
+            kernels=args.kernels, bar=bar,
+        )  # fmt: skip
+
+    _emit(args, work, predict.show)
+    ran = {backend: sum(n for (_, on), n in dispatch.calls.items() if on == backend) for backend in ("triton", "torch")}
+    print(f"{ran['triton']} layer calls ran on Triton kernels, {ran['torch']} on PyTorch", file=sys.stderr)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    result = _emit(args, lambda: demo.run(device=args.device, bar=bar), demo.show)
+    if not result["failures"]:
+        return 0
+    _complain(f"the demo failed: {'; '.join(result['failures'])}; resnet-triton doctor tests each kernel by itself")
+    return 1
+
+
+def _codegen(args: argparse.Namespace) -> int:
+    from . import codegen
+
+    return codegen.command(args.arch, args.batch, args.dtype, args.jobs, args.json)
+
+
+def _emit(args: argparse.Namespace, work: Callable[[], Any], show: Callable[[Any], None]) -> Any:
+    """Do the work, then print its result, as JSON or by `show`. Returns the result."""
+    if not args.json:
+        import rich  # noqa: F401  # that it is missing is better noticed before the work than after
+    with contextlib.redirect_stdout(io.StringIO()):  # torch.hub says "Downloading ..." there
+        result = work()
+    if args.json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        show(result)
+    return result
+
+
+def _explain(error: Exception) -> str | None:
+    """One line about a failure the user can do something about; None for any other."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(package)
+        hint = ", or use --json" if package == "rich" else ""
+        return extra and f"{package} is not installed; install it with: pip install 'resnet-triton[{extra}]'{hint}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, for a GPU
+        return "the GPU has too little free memory, expected room for one batch; use a smaller --batch or --device cpu"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return str(error) if isinstance(error, ValueError | OSError | NotImplementedError) else None
+
+
+def _complain(message: str) -> None:
+    print(f"resnet-triton: error: {_printable(' '.join(message.split()))}", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """`text` with control characters spelled out: file names and labels must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _discard_stdout() -> None:
+    """If stdout takes no more, send the rest of its buffer nowhere; Python would complain when it flushes on exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = _Parser(add_help=False)
+    shared.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser = _Parser(
+        prog="resnet-triton", allow_abbrev=False, parents=[shared],
+        description="ResNet-18 inference on hand-written Triton kernels, with torchvision's weights and answers.",
+        epilog="Start with: resnet-triton doctor. Exit codes: 0 good, 1 a check failed, 2 wrong input, 130 Ctrl-C.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"resnet-triton {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"Example: {example}",
+            allow_abbrev=False, parents=[shared],
+        )  # fmt: skip
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+        return added
+
+    def device(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N (default: %(default)s)"
+        )
+
+    command(
+        "doctor", _doctor, "check versions, GPU, Triton cache and every kernel, and show what each layer runs on",
+        "resnet-triton doctor --json",
+    )  # fmt: skip
+
+    p = command(
+        "predict", _predict, "classify image files",
+        "resnet-triton predict cat.jpg dog.png --topk 3 --weights my-resnet18.pt",
+    )  # fmt: skip
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF file")
+    p.add_argument(
+        "--weights", default="DEFAULT", metavar="FILE|NAME",
+        help="a ResNet-18 checkpoint (.pt, .pth, .safetensors), or torchvision's IMAGENET1K_V1 or DEFAULT, which are "
+        "downloaded once, 45 MB (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument("--topk", type=_positive, default=5, metavar="N", help="classes to show (default: %(default)s)")
+    p.add_argument("--batch", type=_positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
+    device(p)
+    p.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"],
+        help="auto is float16 on a GPU and float32 on the CPU (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--kernels", default="auto", choices=["auto", "torch", "triton"],
+        help="auto: our kernels where they apply, else PyTorch; triton: fail rather than use PyTorch "
+        "(default: %(default)s)",
+    )  # fmt: skip
+
+    d = command(
+        "demo", _demo, "train ResNet-18 on handwritten digits (once, about a minute) and compare it with and without "
+        "the kernels", "resnet-triton demo",
+    )  # fmt: skip
+    device(d)
+
+    c = command(
+        "codegen", _codegen, "compile the kernels for GPUs that need not be here and report on the machine code",
+        "resnet-triton codegen --arch 80 90 --batch 1 32 --dtype float16",
+    )  # fmt: skip
+    c.add_argument(
+        "--arch", type=_positive, nargs="+", default=[80, 90, 100, 120], metavar="CC",
+        help="compute capabilities times ten, 90 for 9.0 (default: 80 90 100 120)",
+    )  # fmt: skip
+    c.add_argument(
+        "--batch", type=_positive, nargs="+", default=[1, 32], metavar="N", help="images at a time (default: 1 32)"
+    )
+    c.add_argument("--dtype", nargs="+", default=["float16"], metavar="T", help="element types (default: float16)")
+    c.add_argument(
+        "--jobs", type=_positive, default=os.cpu_count() or 1, metavar="N",
+        help="compiler processes at a time (default: one for each core, here %(default)s)",
+    )  # fmt: skip
+    return parser

@@ -1,0 +1,261 @@
+"""`resnet-triton doctor`: what is installed, whether the kernels can run here, and whether they compute right."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__, config, dispatch, interpreter, models, reference, vision
+from . import functional as F
+from .cli import Bar, table
+from .convert import report
+from .device import facts, override
+
+Json = dict[str, Any]
+
+
+def examine(bar: Bar) -> Json:
+    """Everything `show` prints, as plain data. "ok" is False if a kernel gave a wrong answer or none."""
+    gpus, no_gpu = _gpus()
+    where = torch.device("cuda" if gpus else "cpu")
+    obstacle = no_kernels(where)
+    on_gpu = obstacle is None
+    model = models.resnet18().eval().to(where, torch.float16 if on_gpu else torch.float32)
+    layers = [
+        {"layer": c.name, "operator": c.operator, "backend": c.backend, "detail": _detail(c)}
+        for c in report(model).calls
+    ]
+    tests: list[Json] = []  # last, because a kernel that writes out of bounds ruins the GPU for this process
+    if dispatch.HAS_TRITON:
+        with bar("testing the kernels", None):
+            tests = self_test("cuda") if on_gpu else _interpreted_self_test()
+    return {
+        "versions": versions(),
+        "gpus": gpus,
+        "kernels": {"usable": on_gpu, "reason": no_gpu if no_gpu and dispatch.HAS_TRITON else obstacle},
+        "cache": _cache(),
+        "self_test": {"backend": "cuda" if on_gpu else "interpreter" if tests else "none", "results": tests},
+        "layers": layers,
+        "ok": all(test["ok"] is not False for test in tests),
+    }
+
+
+def show(findings: Json) -> None:
+    """Print what `examine` found."""
+    kernels, cache, tests = findings["kernels"], findings["cache"], findings["self_test"]
+    about = [(name, version or "none") for name, version in findings["versions"].items()]
+    about += [
+        ("GPU", f"{g['name']}, compute capability {g['capability']}, {g['sms']} SMs, {g['shared_memory']} bytes of "
+                "shared memory a program") for g in findings["gpus"]
+    ]  # fmt: skip
+    about.append(("kernels", "run on the GPU" if kernels["usable"] else f"do not run here: {kernels['reason']}"))
+    about.append(("Triton cache", cache["path"] or "none"))
+    if cache["warning"]:
+        about.append(("WARNING", cache["warning"]))
+    table("This machine", ("", ""), about)
+
+    if tests["results"]:
+        title = {"cuda": "Self-test on the GPU", "interpreter": "Self-test in Triton's interpreter on the CPU"}
+        verdict = {True: "exact", False: "WRONG", None: "skipped"}
+        rows = [(t["kernel"], t["path"], verdict[t["ok"]], t["detail"]) for t in tests["results"]]
+        table(title[tests["backend"]], ("kernel", "path", "against PyTorch", "remark"), rows)
+        if tests["backend"] == "interpreter":
+            print("The interpreter checks values. It says nothing about speed, nor about a GPU's compiler.\n")
+    layers = [(c["layer"], c["operator"], c["backend"], c["detail"]) for c in findings["layers"]]
+    table("ResNet-18, one image of 224x224 pixels", ("layer", "operator", "runs on", "why, or how"), layers)
+    print("Everything that can work here works." if findings["ok"] else "A kernel is wrong: see the self-test above.")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what matters; None for what is not installed."""
+    return {
+        "resnet-triton": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": _version(lambda: importlib.import_module("triton")),
+        "torchvision": _version(vision.torchvision),
+        "cuda": torch.version.cuda,
+    }
+
+
+def no_kernels(where: torch.device) -> str | None:
+    """Why compiled kernels cannot run on this device; None if they can."""
+    backend, reason = dispatch.choose("auto", torch.empty(0, device=where))
+    if backend == "triton":
+        return "TRITON_INTERPRET is set" if interpreter.active() else None
+    return reason
+
+
+def self_test(device: str) -> list[Json]:
+    """Run each kernel on small whole numbers, where every rounding is exact, and compare with PyTorch in fp64."""
+    return [_attempt(*case, device=device) for case in _CASES]
+
+
+def in_interpreter(module: str, payload: bytes = b"") -> Any:
+    """`module.interpreted(payload)`, run in a new process with TRITON_INTERPRET=1, which Triton reads at import.
+
+    The result travels as JSON. RuntimeError if the process fails.
+    """
+    script = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"  # find this package the way this process did
+        f"import json; from {module} import interpreted\n"
+        "print(json.dumps(interpreted(sys.stdin.buffer.read())))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], input=payload, capture_output=True, env=environment)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(f"the process with Triton's interpreter failed: {' '.join(last) or done.returncode}")
+    return json.loads(done.stdout)
+
+
+def interpreted(payload: bytes) -> list[Json]:
+    """What `in_interpreter` calls."""
+    return self_test("cpu")
+
+
+def _interpreted_self_test() -> list[Json]:
+    try:
+        results: list[Json] = in_interpreter(__name__)
+    except RuntimeError as error:
+        return [{"kernel": "all", "path": "", "ok": False, "detail": str(error)}]
+    return results
+
+
+def _attempt(kernel: str, path: str, compute: Callable[..., tuple[Tensor, Tensor]], *, device: str) -> Json:
+    result: Json = {"kernel": kernel, "path": path, "ok": None, "detail": ""}
+    here = facts(torch.device(device))
+    if path == "descriptor" and not here.has_descriptors:
+        return {**result, "detail": f"needs compute capability 9.0, this GPU has {here.arch / 10}"}
+    # A device below 9.0 has no descriptors, so its configurations take the pointer path on any GPU.
+    pretended = override(replace(here, arch=80)) if path == "pointer" else nullcontext()
+    torch.manual_seed(0)
+    try:
+        with torch.inference_mode(), pretended:
+            got, wanted = compute(device)
+    except Exception as error:  # whatever a compiler or driver raises belongs into the report
+        return {**result, "ok": False, "detail": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    wrong = int((got.double().cpu() != wanted.half().double()).sum())
+    return {**result, "ok": wrong == 0, "detail": f"{wrong} of {got.numel()} values differ" if wrong else ""}
+
+
+def _integers(device: str, *shape: int) -> tuple[Tensor, Tensor]:
+    """The same random whole numbers from -3 to 3 for the kernel, and in fp64 for PyTorch."""
+    values = torch.randint(-3, 4, shape).double()
+    return values.to(device, torch.float16), values
+
+
+def _conv(device: str, channels: int, size: int, stride: int, residual: bool) -> tuple[Tensor, Tensor]:
+    shapes = [
+        (2, channels, 12, 12),
+        (16, channels, size, size),
+        (16,),
+        (16,),
+        (16,),
+        (2, 16, 12 // stride, 12 // stride),
+    ]
+    ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
+    x, weight, mean, gamma, beta, add = ours
+    got = F.conv_bn_relu(
+        x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=stride, padding=size // 2,
+        residual=add if residual else None, kernels="triton",
+    )  # fmt: skip
+    x, weight, mean, gamma, beta, add = plain
+    wanted = reference.conv_bn_relu(
+        x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=(stride, stride),
+        padding=(size // 2, size // 2), residual=add if residual else None,
+    )  # fmt: skip
+    return got, wanted
+
+
+def _max_pool(device: str) -> tuple[Tensor, Tensor]:
+    x, plain = _integers(device, 2, 16, 11, 11)
+    return F.max_pool2d(x, 3, 2, 1, kernels="triton"), reference.max_pool2d(plain, (3, 3), (2, 2), (1, 1))
+
+
+def _global_avg_pool(device: str) -> tuple[Tensor, Tensor]:
+    x, plain = _integers(device, 2, 16, 8, 8)
+    return F.global_avg_pool(x, kernels="triton"), reference.global_avg_pool(plain)
+
+
+def _add_relu(device: str) -> tuple[Tensor, Tensor]:
+    (x, plain), (other, plain_other) = _integers(device, 2, 16, 7, 7), _integers(device, 2, 16, 7, 7)
+    return F.add_relu(x, other, kernels="triton"), reference.add_relu(plain, plain_other)
+
+
+def _linear(device: str) -> tuple[Tensor, Tensor]:
+    ours, plain = zip(*(_integers(device, *shape) for shape in ((5, 48), (10, 48), (10,))), strict=True)
+    return F.linear(*ours, kernels="triton"), reference.linear(*plain)
+
+
+_CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
+    ("conv_bn_relu, 7x7/2 of 3 channels", "pointer", lambda device: _conv(device, 3, 7, 2, False)),
+    ("conv_bn_relu, 3x3 + residual", "pointer", lambda device: _conv(device, 16, 3, 1, True)),
+    ("conv_bn_relu, 3x3 + residual", "descriptor", lambda device: _conv(device, 16, 3, 1, True)),
+    ("conv_bn_relu, 3x3/2", "descriptor", lambda device: _conv(device, 16, 3, 2, False)),
+    ("max_pool2d", "", _max_pool),
+    ("global_avg_pool", "", _global_avg_pool),
+    ("add_relu", "", _add_relu),
+    ("linear", "", _linear),
+]
+
+
+def _gpus() -> tuple[list[Json], str]:
+    """The GPUs torch can use, and why there are none."""
+    with warnings.catch_warnings(record=True) as caught:  # torch warns when the driver does not suit it
+        warnings.simplefilter("always")
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not found:
+        told = [str(w.message).partition("\n")[0] for w in caught]
+        built = "torch finds no GPU" if torch.version.cuda else "this torch is built without CUDA"
+        return [], told[0] if told else built
+    return [
+        {"name": f.name, "capability": f"{f.arch / 10}", "sms": f.sm_count, "shared_memory": f.shared_memory}
+        for f in (facts(torch.device("cuda", i)) for i in range(found))
+    ], ""
+
+
+def _cache() -> Json:
+    """Triton's cache folder, and a warning if somebody else could put code there: what it holds is executed."""
+    if not dispatch.HAS_TRITON:
+        return {"path": None, "warning": None}
+    from triton import knobs
+
+    folder = Path(knobs.cache.dir)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    status = existing.stat()
+    warning = None
+    if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
+        warning = f"{existing} belongs to another user (uid {status.st_uid}), who could put code there that Triton runs"
+    elif os.name == "posix" and status.st_mode & 0o022:
+        warning = f"{existing} can be written by other users, who could put code there that Triton runs"
+    hint = "; set TRITON_CACHE_DIR to a folder that only you can write to, or chmod go-w it"
+    return {"path": str(folder), "warning": warning and warning + hint}
+
+
+def _detail(call: Any) -> str:
+    if call.backend != "triton" or call.operator != "conv_bn_relu":
+        return str(call.reason)
+    return f"{config.lookup(call.shape, facts(call.device)).path} path"
+
+
+def _version(load: Callable[[], Any]) -> str | None:
+    try:
+        return str(load().__version__)
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # installed, and broken in whatever way
+        return f"broken ({type(error).__name__}: {error})".partition("\n")[0]

@@ -1,0 +1,225 @@
+"""Data on which the kernels are exact, the fp64 reference, and runs that only a kernel can pass.
+
+Small integers, and batch norms that scale by powers of two, leave nothing to round before the output: every order of
+summation gives the same bits, so a test can ask for `torch.equal` whatever the tiling. CUTLASS tests this way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_triton import config, interpreter
+from resnet_triton.config import ConvConfig, ConvShape
+from resnet_triton.ops import OPERATORS, ConvCall
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+Layout = Callable[[Tensor], Tensor]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    """A dtype as a test's id: torch.float16 -> "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def integers(g: torch.Generator, limit: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Integers in [-limit, limit]."""
+    return torch.randint(-limit, limit + 1, shape, generator=g, device=g.device).to(dtype)
+
+
+def _one_of(g: torch.Generator, values: Sequence[float], size: int, dtype: torch.dtype) -> Tensor:
+    picks = torch.randint(len(values), (size,), generator=g, device=g.device)
+    return torch.tensor(values, dtype=dtype, device=g.device)[picks]
+
+
+def _batch_norm(g: torch.Generator, k: int, dtype: torch.dtype, affine: bool) -> tuple[Any, ...]:
+    mean, var = integers(g, 3, k, dtype=dtype), _one_of(g, [0.25, 1, 4, 16], k, dtype)
+    if not affine:
+        return mean, var, None, None, 0.0
+    return mean, var, _one_of(g, [0, 0.5, -0.5, 1, 2], k, dtype), integers(g, 4, k, dtype=dtype), 0.0
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def conv_call(
+    g: torch.Generator,
+    shape: ConvShape,
+    *,
+    relu: bool = True,
+    affine: bool = True,
+    short_affine: bool = True,
+    bn_dtype: torch.dtype = torch.float32,
+    short_size: tuple[int, int] | None = None,
+    layout: Layout = channels_last,
+) -> ConvCall:
+    """A call of this shape on exact data. `short_size` is the shortcut's input size, by default the ResNet's."""
+    dtype = getattr(torch, shape.dtype)
+    n, k, p, q = shape.n, shape.k, shape.p, shape.q
+    x = layout(integers(g, 3, n, shape.c, shape.h, shape.w, dtype=dtype))
+    weight = layout(integers(g, 2, k, shape.c, shape.r, shape.s, dtype=dtype))
+    residual = layout(integers(g, 3, n, k, p, q, dtype=dtype)) if shape.residual else None
+    short: tuple[Any, ...] = (None, None, None, None, None, None, 0.0)
+    if shape.shortcut_c:
+        h, w = short_size or (p * shape.shortcut_stride[0], q * shape.shortcut_stride[1])
+        short = (
+            layout(integers(g, 3, n, shape.shortcut_c, h, w, dtype=dtype)),
+            layout(integers(g, 2, k, shape.shortcut_c, 1, 1, dtype=dtype)),
+            *_batch_norm(g, k, bn_dtype, short_affine),
+        )
+    return ConvCall(
+        x, weight, *_batch_norm(g, k, bn_dtype, affine), list(shape.stride), list(shape.padding), list(shape.dilation),
+        1, residual, *short, list(shape.shortcut_stride), relu, "triton",
+    )  # fmt: skip
+
+
+def _into(t: Tensor, margin: Sequence[int], index: tuple[slice, ...]) -> Tensor:
+    """`t` copied into a part of a larger tensor."""
+    larger = t.new_full([size + extra for size, extra in zip(t.shape, margin, strict=True)], float("nan"))
+    return larger[index].copy_(t)
+
+
+def _every_second(t: Tensor) -> Tensor:
+    n, c, h, w = t.shape
+    return t.new_full((n, c, 2 * h, 2 * w), float("nan"))[:, :, ::2, 1::2].copy_(t)
+
+
+def offset_by_one(t: Tensor) -> Tensor:
+    """channels_last memory that starts one element into its storage: not aligned to 16 bytes."""
+    source = channels_last(t)
+    storage = t.new_full((t.numel() + 1,), float("nan"))
+    return storage[1:].as_strided(source.shape, source.stride(), 1).copy_(t)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": channels_last,
+    "slice": lambda t: _into(t, (1, 3, 2, 1), (slice(1, None), slice(2, -1), slice(1, -1), slice(None, -1))),
+    "channels_last slice": lambda t: _into(
+        t.permute(0, 2, 3, 1), (0, 1, 1, 8), (slice(None), slice(1, None), slice(None, -1), slice(None, -8))
+    ).permute(0, 3, 1, 2),
+    "every second pixel": _every_second,
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch innermost": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "offset by one": offset_by_one,
+}
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def _normed_conv(
+    x: Tensor, w: Tensor, mean: Tensor, var: Tensor, gamma: Any, beta: Any, eps: float, **k: Any
+) -> Tensor:
+    # Rounding undoes what an algorithm that transforms its input (Winograd, FFT) would leave of an integer.
+    y = F.conv2d(x.double(), w.double(), **k).round_()
+    mean, scale = mean.double()[:, None, None], (var.double() + eps).rsqrt()[:, None, None]
+    y = (y - mean) * scale
+    if gamma is not None:
+        y = y * gamma.double()[:, None, None]
+    return y if beta is None else y + beta.double()[:, None, None]
+
+
+def conv_reference(call: ConvCall) -> Tensor:
+    """The call's answer on exact data in fp64."""
+    y = _normed_conv(*call[:7], stride=call.stride, padding=call.padding, dilation=call.dilation)
+    if call.residual is not None:
+        y = y + call.residual.double()
+    if call.short_x is not None:
+        y = y + _normed_conv(*call[12:19], stride=call.short_stride)
+    return y.relu() if call.relu else y
+
+
+def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """An fp64 result, rounded once. It has to be exact in fp32, or the data were not what this module promises."""
+    assert torch.equal(y.float().double(), y), "not exact in fp32"
+    return y.to(dtype)
+
+
+def assert_exact(y: Tensor, expected: Tensor, note: object = "") -> None:
+    """Equal shapes, dtypes and values; NaN, with which outputs are filled, equals nothing."""
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype), note
+    if not torch.equal(y, expected):
+        wrong = (y != expected).nonzero()
+        i = tuple(wrong[0].tolist())
+        raise AssertionError(f"{len(wrong)} of {y.numel()} differ, first {i}: {y[i]}, expected {expected[i]} {note}")
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def _memory(t: Tensor) -> Tensor:
+    """All bytes of a tensor's storage, gaps between its elements included."""
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
+
+
+def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: str | None = None) -> Tensor:
+    """The operator's kernel on an output full of NaN; its inputs and what surrounds the output must stay as they are.
+
+    The launch is made here, so PyTorch cannot have stood in for it. `programs` runs these program ids alone
+    (interpreter only), `kernel` names the kernel that is expected.
+    """
+    operator = OPERATORS[name]
+    like = operator.output(*args)
+    margin = 2**17  # more than a tile may write past either end
+    buffer = like.new_full((like.numel() + 2 * margin,), float("nan"))
+    out = buffer.as_strided(like.shape, like.stride(), margin)
+    assert operator.choose(*args).backend == "triton"
+    launch = operator.plan(out, *args)
+    if kernel is not None:
+        assert launch.kernel.__name__ == kernel
+    before = [(a, _memory(a).clone()) for a in args if isinstance(a, Tensor)]
+    with contextlib.ExitStack() as stack:
+        if out.is_cuda:
+            stack.enter_context(torch.cuda.device(out.device))
+        else:
+            stack.enter_context(interpreter.ready())
+        if programs is not None:
+            launch = dataclasses.replace(launch, grid=(len(programs),))
+            stack.enter_context(_only(programs))
+        launch.run()
+    for tensor, bits in before:
+        assert torch.equal(_memory(tensor), bits), f"{name} changed an input of shape {tuple(tensor.shape)}"
+    assert buffer[:margin].isnan().all(), f"{name} wrote before its output"
+    assert buffer[-margin:].isnan().all(), f"{name} wrote behind its output"
+    return out
+
+
+def run_conv(call: ConvCall, chosen: ConvConfig, programs: Sequence[int] | None = None) -> Tensor:
+    """`run` with this configuration instead of the one looked up; unaligned tensors still drop its box."""
+
+    def lookup(shape: ConvShape, facts: Any, *, descriptors: bool = True) -> ConvConfig:
+        return chosen if descriptors else dataclasses.replace(chosen, box=None)
+
+    with mock.patch.object(config, "lookup", lookup):
+        return run("conv_bn_relu", *call, programs=programs)
+
+
+@contextlib.contextmanager
+def _only(programs: Sequence[int]) -> Iterator[None]:
+    """Make the interpreter number its programs like this instead of 0, 1, 2, ..."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter as upstream
+
+    def create_get_program_id(builder: Any, axis: int) -> Any:
+        return upstream.TensorHandle(np.array([programs[builder.grid_idx[axis]]], dtype=np.int32), tl.int32)
+
+    with mock.patch.object(upstream.InterpreterBuilder, "create_get_program_id", create_get_program_id):
+        yield

@@ -1,0 +1,135 @@
+"""The demo, with a training so short that it learns nothing: what it compares does not depend on that."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resnet_triton import cli, demo
+
+pytest.importorskip("sklearn.datasets")
+pytest.importorskip("rich")
+pytest.importorskip("triton")
+RECIPE = demo.Recipe(epochs=1, batch=20, train_images=40)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "resnet-triton"
+
+
+def run() -> dict[str, Any]:
+    return demo.run(RECIPE, kernel_images=1, device="cpu", bar=cli.bar)
+
+
+def test_demo(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run()
+    assert result["failures"] == []
+    assert result["images"] == 360
+    assert result["accuracy_ours"] == result["accuracy_torchvision"]
+    assert (result["kernel_backend"], result["kernel_images"]) == ("interpreter", 1)
+    assert (result["kernel_launches"], result["kernel_fallbacks"]) == (20, 0)
+    assert result["top1_agreement"] == result["kernel_top1_agreement"] == 1.0
+    assert 0 <= max(result["max_abs_error"], result["kernel_max_abs_error"], result["photo_max_abs_error"]) < 1e-3
+
+    monkeypatch.setattr(demo, "run", lambda **_: result)
+    assert cli.main(["demo", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert (json.loads(captured.out), captured.err) == (result, "")
+    assert cli.main(["demo"]) == 0
+    assert "checks values, says nothing about speed" in capsys.readouterr().out
+
+    (sample,) = cache.glob("digit-*.png")
+    assert cli.main(["predict", str(sample), "--weights", result["checkpoint"], "--json", "--device", "cpu"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert {top["label"] for top in answer["top"]} <= set("0123456789")
+    assert sorted(path.suffix for path in cache.iterdir()) == [".png", ".pt"]
+
+
+def test_a_wrong_kernel_fails_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The interpreter's process gets a copy of the package whose linear layer subtracts the bias."""
+    package = tmp_path / "broken" / "resnet_triton"
+    shutil.copytree(Path(demo.__file__).parent, package)
+    kernel = package / "kernels" / "linear.py"
+    source = kernel.read_text(encoding="utf-8")
+    assert source.count("acc += tl.load(bias_ptr") == 1
+    kernel.write_text(source.replace("acc += tl.load(bias_ptr", "acc -= tl.load(bias_ptr"), encoding="utf-8")
+    monkeypatch.syspath_prepend(package.parent)
+    real = demo.run
+    monkeypatch.setattr(demo, "run", lambda **options: real(RECIPE, kernel_images=1, **{**options, "device": "cpu"}))
+    assert cli.main(["demo", "--json"]) == 1
+    out, err = capsys.readouterr()
+    (failure,) = json.loads(out)["failures"]
+    assert "our kernels" in failure
+    assert "logits differ by" in failure
+    assert err.startswith("resnet-triton: error: the demo failed: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong_by", "launches", "fallbacks", "wanted"),
+    [
+        (0.0, 20, 0, []),
+        (0.0, 0, 0, ["0 kernel launches and 0 calls on PyTorch, expected some and none"]),
+        (0.0, 19, 1, ["19 kernel launches and 1 calls on PyTorch, expected some and none"]),
+        (0.01, 20, 0, ["kernels: logits differ by 1.0e-02, expected at most 1e-03"]),
+        (float("nan"), 20, 0, ["kernels: 50.0% of the answers are torchvision's, expected 100%",
+                               "kernels: logits differ by NaN, expected at most 1e-03"]),
+    ],
+)  # fmt: skip
+def test_what_fails_the_demo(wrong_by: float, launches: int, fallbacks: int, wanted: list[str]) -> None:
+    logits, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64), torch.tensor([0, 1])
+    ours = demo._row("ours", logits, logits, labels, 1.0)
+    kernels = demo._row("kernels", logits + torch.tensor([wrong_by, 0.0]), logits, labels, None)
+    assert demo._failures(ours, kernels, 0.0, launches, fallbacks) == wanted
+    json.dumps(demo.asdict(kernels), allow_nan=False)
+
+
+def test_weights_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings = []
+    real = demo.train
+    monkeypatch.setattr(demo, "train", lambda *arguments: trainings.append(1) or real(*arguments))
+    digits = demo.load_digits(RECIPE)
+
+    first, path, _ = demo.trained(RECIPE, digits, cli.bar)
+    assert path is not None
+    assert path.parent == cache
+    again, _, _ = demo.trained(RECIPE, digits, cli.bar)
+    assert len(trainings) == 1
+    assert all(torch.equal(again[key], value) for key, value in first.items())
+
+    path.write_bytes(path.read_bytes()[:5000])  # damaged
+    demo.trained(RECIPE, digits, cli.bar)
+    assert len(trainings) == 2
+    assert demo.read_checkpoint(path).image_size == 32
+
+    _, other, _ = demo.trained(demo.Recipe(epochs=1, batch=40, train_images=40), digits, cli.bar)  # another recipe
+    assert len(trainings) == 3
+    assert other != path
+    assert all(file.suffix == ".pt" for file in cache.iterdir())  # no temporary files
+
+
+def test_a_cache_that_cannot_be_written(cache: Path) -> None:
+    cache.write_text("in the way")
+    state, path, notes = demo.trained(RECIPE, demo.load_digits(RECIPE), cli.bar)
+    assert path is None
+    assert "could not be kept" in notes[-1]
+    assert "fc.weight" in state
+
+
+def test_an_interrupted_write_leaves_nothing(cache: Path) -> None:
+    def interrupted(stream: Any) -> None:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo._write(cache / "file", interrupted)
+    assert list(cache.iterdir()) == []

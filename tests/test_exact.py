@@ -1,0 +1,538 @@
+"""Every kernel, bit for bit: on exact data `torch.equal` with fp64 rounded once, and the special values of IEEE 754.
+
+On a GPU the ResNet layers run in full size. In the interpreter the same layers, with the same channels, filters and
+configurations, get images just large enough for several ragged tiles, and of a large grid only some programs run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import random
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exact import (
+    DTYPES,
+    LAYOUTS,
+    assert_exact,
+    channels_last,
+    conv_call,
+    conv_reference,
+    dtype_id,
+    generator,
+    integers,
+    offset_by_one,
+    rounded,
+    run,
+    run_conv,
+)
+from torch import Tensor
+
+from resnet_triton import config, dispatch, ops, resnet18
+from resnet_triton.config import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors
+from resnet_triton.config.heuristic import programs as grid_size
+from resnet_triton.device import KNOWN, facts
+from resnet_triton.kernels.launch import cdiv
+from resnet_triton.ops import ConvCall
+from resnet_triton.trace import trace
+
+INF, NAN = float("inf"), float("nan")
+PATHS = {
+    "pointer": ConvConfig(32, 32, 16, 4, 2),
+    "descriptor": ConvConfig(32, 32, 16, 4, 2, box=(2, 4, 4)),
+    "descriptor, one row": ConvConfig(32, 32, 16, 4, 2, box=(1, 8, 4)),
+}
+BOTH_PATHS = pytest.mark.parametrize("path", ["pointer", "descriptor"])
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+# NumPy, which computes in the interpreter, warns of what these tests are about.
+SPECIAL_VALUES = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def steps(shape: ConvShape, chosen: ConvConfig) -> int:
+    """Products of tiles in one program: what a program costs in the interpreter."""
+    if chosen.box is None and is_flat(shape.c):
+        main = cdiv(shape.c * shape.r * shape.s, chosen.block_c)
+    else:
+        main = shape.r * shape.s * cdiv(shape.c, chosen.block_c)
+    return main + cdiv(shape.shortcut_c, chosen.block_c)
+
+
+# --- ResNet-18's convolutions ----------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """One of ResNet-18's convolutions and a configuration that the lookup chooses for it."""
+
+    name: str
+    shape: ConvShape
+    chosen: ConvConfig
+
+    def __str__(self) -> str:
+        box = "x".join(map(str, self.chosen.box)) if self.chosen.box else "pointer"
+        tile = f"{self.chosen.block_m}x{self.chosen.block_k}x{self.chosen.block_c}"
+        precision = f"-{self.shape.precision}" if self.shape.dtype == "float32" else ""
+        return f"{self.shape.dtype}{precision}-{self.name}-n{self.shape.n}-{tile}-{box}"
+
+
+@functools.cache
+def resnet18_convolutions() -> list[tuple[str, ConvShape]]:
+    return [(c.name, c.shape) for c in trace(resnet18().eval(), (1, 3, 224, 224)) if c.operator == "conv_bn_relu"]
+
+
+def layers() -> list[Layer]:
+    """Every distinct (layer, configuration) at four batch sizes, with descriptors (sm_90) and without (sm_80).
+
+    Float16 and bfloat16 are tiled alike. The interpreter takes them in turns, a GPU both.
+    """
+    halves = ("float16", "bfloat16")
+    found: dict[Any, Layer] = {}
+    for dtype, precision in ((halves[0], "ieee"), (halves[1], "ieee"), ("float32", "tf32"), ("float32", "ieee")):
+        for arch in (90, 80):
+            for batch in (1, 8, 32, 128):
+                for i, (name, shape) in enumerate(resnet18_convolutions()):
+                    if (
+                        dtype in halves
+                        and dtype != halves[(i + batch.bit_length()) % 2]
+                        and not torch.cuda.is_available()
+                    ):
+                        continue
+                    shape = dataclasses.replace(shape, n=batch, dtype=dtype, precision=precision)
+                    chosen = config.lookup(shape, KNOWN[arch])
+                    kind = dataclasses.replace(shape, n=0)
+                    found.setdefault((kind, chosen), Layer(name, shape, chosen))
+    return list(found.values())
+
+
+def small(shape: ConvShape, chosen: ConvConfig) -> ConvShape:
+    """The layer on smaller images, and fewer, whose output is no multiple of the tile in any direction."""
+    if chosen.box is None:
+        n, p, q = cdiv(chosen.block_m + 1, 35), 5, 7
+    else:
+        p, q, n = (max(extent + 1, 2) for extent in chosen.box)
+        if n * p * q * shape.c * shape.k > 3e7:
+            n = min(n, 3)  # still ragged; the reference takes its time, too
+    return dataclasses.replace(shape, n=n, h=p * shape.stride[0], w=q * shape.stride[1])
+
+
+@pytest.mark.parametrize("layer", layers(), ids=str)
+def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
+    shape, chosen = layer.shape, layer.chosen
+    whole = device.type == "cuda"
+    if whole and not is_legal(chosen, shape, facts(device)):
+        pytest.skip(f"not legal on {facts(device).name}")
+    shape = shape if whole else small(shape, chosen)
+    programs = None
+    grid = grid_size(chosen, shape)
+    affordable = max(80 // steps(shape, chosen), 1)
+    if not whole and affordable < grid:
+        programs = random.Random(str(layer)).sample(range(grid), affordable)
+    call = conv_call(generator(device, 0), shape)
+    with mock.patch.object(ops, "conv_precision", return_value=shape.precision):
+        out = run_conv(call, chosen, programs)
+    expected = rounded(conv_reference(call), call.x.dtype)
+    if programs is None:
+        assert_exact(out, expected)
+        return
+    written = ~out.isnan()
+    assert_exact(out[written], expected[written])
+    sizes = (
+        zip((shape.p, shape.q, shape.n), chosen.box, strict=True) if chosen.box else [(shape.n * 35, chosen.block_m)]
+    )
+    smallest = math.prod(size % tile or tile for size, tile in sizes)  # of all tiles: that in the last corner
+    assert written.sum() >= len(programs) * smallest * chosen.block_k
+
+
+def test_layers_cover_what_they_claim() -> None:
+    cases = layers()
+    assert {layer.chosen.path for layer in cases} == {"pointer", "descriptor"}
+    assert {(s.c, s.k, s.r, s.stride[0], s.residual, s.shortcut_c) for _, s, _ in cases} == {
+        (3, 64, 7, 2, False, 0),
+        *((c, c, 3, 1, residual, 0) for c in (64, 128, 256, 512) for residual in (False, True)),
+        *((c // 2, c, 3, 2, False, 0) for c in (128, 256, 512)),
+        *((c, c, 3, 1, False, c // 2) for c in (128, 256, 512)),
+    }
+
+
+# --- convolution: every option, random cases -------------------------------------------------------------------------
+
+EPILOGUES: dict[str, dict[str, Any]] = {
+    "plain": {"relu": False},
+    "relu": {},
+    "residual": {"residual": True, "relu": False},
+    "residual, relu": {"residual": True},
+    "shortcut": {"shortcut_c": 24, "shortcut_stride": (2, 2), "relu": False},
+    "shortcut, relu": {"shortcut_c": 40, "shortcut_stride": (1, 1)},
+    "not affine": {"affine": False, "relu": False},
+    "shortcut not affine": {"shortcut_c": 16, "short_affine": False},
+    "only shortcut affine": {"shortcut_c": 16, "affine": False},
+}
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("path", ["pointer", "descriptor, one row"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_conv_epilogue(device: torch.device, path: str, epilogue: str, dtype: torch.dtype) -> None:
+    options = EPILOGUES[epilogue]
+    geometry = {name: options[name] for name in ("residual", "shortcut_c", "shortcut_stride") if name in options}
+    others = {name: value for name, value in options.items() if name not in geometry}
+    shape = ConvShape(5, 24, 2, 9, 40, dtype=dtype_id(dtype), **geometry)
+    call = conv_call(generator(device, 1), shape, **others)
+    assert_exact(run_conv(call, PATHS[path]), rounded(conv_reference(call), dtype))
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+def test_conv_batch_norm_dtype(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    shape = ConvShape(2, 16, 3, 5, 24, dtype=dtype_id(dtype), shortcut_c=8)
+    for bn_dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        call = conv_call(generator(device, 2), shape, bn_dtype=bn_dtype)
+        assert_exact(run_conv(call, PATHS[path]), rounded(conv_reference(call), dtype), bn_dtype)
+
+
+@pytest.mark.parametrize("width", [7, 8])
+def test_shortcut_of_odd_width(device: torch.device, width: int) -> None:
+    """An odd number of columns has no view that splits them by parity: the last column would read as zero."""
+    shape = ConvShape(1, 16, 4, 4, 16, 3, 3, padding=(1, 1), shortcut_c=16, shortcut_stride=(2, 2))
+    call = conv_call(generator(device, 3), shape, short_size=(7, width))
+    assert_exact(run("conv_bn_relu", *call), rounded(conv_reference(call), torch.float16))
+
+
+def random_shape(rng: random.Random, dtype: torch.dtype, *, friendly: bool) -> ConvShape:
+    """A convolution of any geometry, or a `friendly` one that tensor descriptors may serve."""
+    stride = rng.choice([1, 2])
+    r = rng.choice([1, 3])
+    strides, filters, padding, dilation = (stride, stride), (r, r), (r // 2, r // 2), (1, 1)
+    channels = [8, 16, 24, 40, 64]
+    if not friendly:
+        strides = (rng.randint(1, 3), rng.randint(1, 3))
+        filters = (rng.randint(1, 7), rng.randint(1, 7))
+        padding = (rng.randint(0, 3), rng.randint(0, 3))
+        dilation = (rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3]))
+        channels = [1, 2, 3, 5, 8, 16, 24, 64, 65, 72]
+    extra = rng.choice(["", "residual", "shortcut"])
+    short = rng.choice([1, 2]) if friendly else rng.randint(1, 3)
+    return ConvShape(
+        rng.choice([1, 2, 3, 5, 9]), rng.choice(channels), rng.choice([1, 2, 3, 5, 7, 8, 12, 13]),
+        rng.choice([1, 2, 4, 6, 7, 8, 10, 11]), rng.choice(channels + [33, 48][: 2 - friendly]), *filters, strides,
+        padding, dilation, dtype_id(dtype), residual=extra == "residual",
+        shortcut_c=rng.choice(channels) if extra == "shortcut" else 0, shortcut_stride=(short, short),
+    )  # fmt: skip
+
+
+def random_config(rng: random.Random, shape: ConvShape) -> ConvConfig:
+    block_m = rng.choice([16, 32, 64, 128])
+    box = None
+    if supports_descriptors(shape) and rng.random() < 0.9:
+        flat = 2 in (shape.stride[0], shape.shortcut_stride[0])
+        log_h = 0 if flat else rng.randint(0, block_m.bit_length() - 1)
+        log_w = rng.randint(0, block_m.bit_length() - 1 - log_h)
+        box = (1 << log_h, 1 << log_w, block_m >> (log_h + log_w))
+    return ConvConfig(
+        block_m, rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), rng.choice([4, 8]), rng.randint(1, 3), box
+    )
+
+
+def random_conv(seed: int, device: torch.device) -> tuple[ConvCall, ConvConfig]:
+    """A small convolution: shape, memory layouts, data and a legal configuration, all from the seed."""
+    rng = random.Random(seed)
+    dtype = DTYPES[seed % 3]
+    while True:
+        shape = random_shape(rng, dtype, friendly=seed % 2 == 0)
+        if shape.p < 1 or shape.q < 1:
+            continue
+        chosen = random_config(rng, shape)
+        if is_legal(chosen, shape, facts(device)) and grid_size(chosen, shape) * steps(shape, chosen) <= 64:
+            break
+    ragged = [rng.randint(1, s) if e > 1 else 1 for e, s in zip((shape.p, shape.q), shape.shortcut_stride, strict=True)]
+    call = conv_call(
+        generator(device, seed), shape, relu=rng.random() < 0.5, affine=rng.random() < 0.8,
+        short_affine=rng.random() < 0.8, bn_dtype=rng.choice([torch.float32, torch.float32, dtype, torch.float64]),
+        short_size=tuple((e - 1) * s + extra for e, s, extra in
+                         zip((shape.p, shape.q), shape.shortcut_stride, ragged, strict=True)),
+        layout=lambda t: rng.choice(list(LAYOUTS.values()))(t),
+    )  # fmt: skip
+    return call, chosen
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_conv(device: torch.device, seed: int) -> None:
+    call, chosen = random_conv(seed, device)
+    if chosen.box is not None and not is_legal(chosen, call.shape, facts(device)):
+        chosen = dataclasses.replace(chosen, box=None)
+    out = run_conv(call, chosen)
+    assert_exact(out, rounded(conv_reference(call), call.x.dtype), (call.shape, chosen))
+
+
+def test_random_cases_are_diverse() -> None:
+    cases = [random_conv(seed, torch.device("cpu")) for seed in range(300)]
+    shapes = [call.shape for call, _ in cases]
+    assert sum(chosen.path == "descriptor" for _, chosen in cases) > 60
+    assert sum(s.residual for s in shapes) > 50
+    assert sum(s.shortcut_c > 0 for s in shapes) > 50
+    assert sum(s.r != s.s for s in shapes) > 50
+    assert sum(s.dilation != (1, 1) for s in shapes) > 50
+    assert sum(call.x.data_ptr() % 16 != 0 for call, _ in cases) > 10
+    assert {s.dtype for s in shapes} == set(map(dtype_id, DTYPES))
+
+
+# --- the other kernels -----------------------------------------------------------------------------------------------
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "size", "stride", "padding"),
+    [
+        pytest.param((2, 64, 13, 15), (3, 3), (2, 2), (1, 1), id="ResNet"),
+        pytest.param((3, 5, 7, 4), (2, 3), (1, 2), (0, 1), id="not square"),
+        pytest.param((1, 65, 5, 5), (5, 5), (5, 5), (0, 0), id="whole image"),
+        pytest.param((2, 1, 1, 3), (1, 1), (3, 1), (0, 0), id="1x1"),
+    ],
+)
+def test_max_pool(
+    device: torch.device, shape: Any, size: Any, stride: Any, padding: Any, layout: str, dtype: torch.dtype
+) -> None:
+    x = torch.randn(shape, generator=generator(device, 0), device=device) - 2  # a padding of zeros would win
+    x = LAYOUTS[layout](x.to(dtype))
+    expected = F.max_pool2d(x.double(), size, stride, padding).to(dtype)
+    assert_exact(run("max_pool2d", x, list(size), list(stride), list(padding), "triton"), expected)
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 512, 7, 7), (3, 65, 9, 11), (1, 3, 1, 1), (5, 40, 2, 41)], ids=str)
+def test_global_avg_pool(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
+    g = generator(device, 0)
+    n, c, h, w = shape
+    deviation = integers(g, 9, n, c, h, w)
+    x = integers(g, 50, n, c, 1, 1) + deviation - deviation.flip(2, 3)  # sums to a multiple of the pixels
+    x = LAYOUTS[layout](x.to(dtype))
+    assert_exact(run("global_avg_pool", x, "triton"), rounded(x.double().mean((2, 3), keepdim=True), dtype))
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 65, 3, 7), (1, 1, 1, 1), (2, 64, 4, 2)], ids=str)
+def test_add_relu(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
+    g = generator(device, 0)
+    x, other = integers(g, 9, *shape, dtype=dtype), LAYOUTS[layout](integers(g, 9, *shape, dtype=dtype))
+    assert_exact(run("add_relu", x, other, "triton"), rounded((x.double() + other.double()).relu(), dtype))
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("rows", [1, 17, 65, 130])
+@pytest.mark.parametrize(("c", "k", "bias"), [(512, 50, True), (3, 65, False), (65, 1, True), (1, 64, False)])
+def test_linear(device: torch.device, rows: int, c: int, k: int, bias: bool, dtype: torch.dtype) -> None:
+    g = generator(device, 0)
+    x, w = integers(g, 3, rows, c, dtype=dtype), integers(g, 2, k, c, dtype=dtype)
+    b = integers(g, 9, k, dtype=dtype) if bias else None
+    expected = x.double() @ w.double().T + (0 if b is None else b.double())
+    assert_exact(run("linear", x, w, b, "triton"), rounded(expected, dtype))
+
+
+@ALL_DTYPES
+def test_linear_layouts(device: torch.device, dtype: torch.dtype) -> None:
+    g = generator(device, 0)
+    x = integers(g, 3, 40, 2, 6, dtype=dtype).permute(1, 2, 0)[:, 1:]  # (2, 5, 40), columns innermost
+    w = integers(g, 2, 40, 26, dtype=dtype).T[::2]
+    b = integers(g, 9, 26, dtype=dtype)[::2]
+    expected = rounded(x.double() @ w.double().T + b.double(), dtype)
+    assert_exact(run("linear", x, w, b, "triton"), expected)
+    assert_exact(run("linear", x[0, 0], w, b, "triton"), expected[0, 0])
+
+
+# --- the operators as they are called --------------------------------------------------------------------------------
+
+
+def operator_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    g = generator(device, 0)
+    x = integers(g, 3, 2, 16, 6, 6)
+    return {
+        "conv_bn_relu": tuple(conv_call(g, ConvShape(2, 16, 6, 6, 16, 3, 3, padding=(1, 1), residual=True))),
+        "max_pool2d": (x, [3, 3], [2, 2], [1, 1], "triton"),
+        "global_avg_pool": (x, "triton"),
+        "add_relu": (x, integers(g, 3, 2, 16, 6, 6), "triton"),
+        "linear": (x[:, :, 0, 0], integers(g, 2, 10, 16), integers(g, 2, 10), "triton"),
+    }
+
+
+@pytest.mark.parametrize("name", ["conv_bn_relu", "max_pool2d", "global_avg_pool", "add_relu", "linear"])
+def test_operator_launches_its_kernel_once(device: torch.device, name: str) -> None:
+    args = operator_calls(device)[name]
+    before = dispatch.calls.copy()
+    y = getattr(torch.ops.resnet_triton, name)(*args)
+    assert dispatch.calls - before == {(name, "triton"): 1}
+    assert_exact(y, run(name, *args))
+
+
+@pytest.mark.parametrize("name", ["conv_bn_relu", "max_pool2d", "global_avg_pool", "add_relu", "linear"])
+def test_operator_sees_the_sign_of_a_negative_view(device: torch.device, name: str) -> None:
+    x, *rest = operator_calls(device)[name]
+    operator = getattr(torch.ops.resnet_triton, name)
+    assert_exact(operator(torch._neg_view(x), *rest), operator(-x, *rest))
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+def test_unaligned_tensors_take_the_pointer_path(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    shape = ConvShape(2, 16, 3, 5, 16, 3, 3, padding=(1, 1), dtype=dtype_id(dtype), residual=True)
+    for moved in ("x", "weight", "residual", None) if path == "pointer" else [None]:
+        call = conv_call(generator(device, 0), shape)
+        if moved is not None:
+            call = call._replace(**{moved: offset_by_one(getattr(call, moved))})
+        descriptors = moved is None and facts(device).has_descriptors
+        kernel = "conv_box_kernel" if descriptors else "conv_pointer_kernel"
+        with mock.patch.object(ops, "conv_precision", return_value="tf32"):
+            out = run("conv_bn_relu", *call, kernel=kernel)
+        assert_exact(out, rounded(conv_reference(call), dtype), moved)
+
+
+# --- special values --------------------------------------------------------------------------------------------------
+
+
+def same(y: Tensor, expected: Tensor) -> bool:
+    """Equal values, NaN where NaN is expected, and signs of zero alike."""
+    y, expected = y.cpu(), expected.cpu()
+    nan = expected.isnan()
+    numbers = torch.equal(y[~nan], expected[~nan]) and torch.equal(y.signbit()[~nan], expected.signbit()[~nan])
+    return torch.equal(y.isnan(), nan) and numbers
+
+
+def conv(x: Tensor, w: Tensor, path: str, **changes: Any) -> Tensor:
+    """A convolution with 3x3 or 1x1 filters, same padding, and a batch norm that changes nothing unless told to."""
+    k, r = w.shape[0], w.shape[2]
+    call = ConvCall(
+        x, channels_last(w), x.new_zeros(k), x.new_ones(k), None, None, 0.0, [1, 1], [r // 2, r // 2], [1, 1], 1, None,
+        None, None, None, None, None, None, 0.0, [1, 1], False, "triton",
+    )  # fmt: skip
+    return run_conv(call._replace(**changes), PATHS[path])
+
+
+@ALL_DTYPES
+@SPECIAL_VALUES
+def test_relu_of_special_values(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.tensor([NAN, INF, -INF, -0.0, 0.0, -1.0, 1.0], dtype=dtype, device=device).reshape(1, 1, 1, -1)
+    y = run("add_relu", x, torch.full_like(x, -0.0), "triton")
+    assert same(y.flatten(), torch.tensor([NAN, INF, 0.0, -0.0, 0.0, 0.0, 1.0], dtype=dtype))
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+@SPECIAL_VALUES
+def test_conv_relu_of_special_values(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    values = torch.tensor([NAN, INF, -INF, -1.0, 1.0], dtype=dtype, device=device)
+    residual = torch.zeros(1, 8, 1, 5, dtype=dtype, device=device) + values
+    x, w = torch.zeros(1, 8, 1, 5, dtype=dtype, device=device), torch.ones(8, 8, 1, 1, dtype=dtype, device=device)
+    y = conv(x, w, path, residual=residual, relu=True)
+    assert same(y[0, 3, 0], torch.tensor([NAN, INF, 0.0, 0.0, 1.0], dtype=dtype))
+
+
+@ALL_DTYPES
+@SPECIAL_VALUES
+def test_max_pool_of_special_values(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.full((1, 1, 6, 6), -INF, device=device, dtype=dtype)
+    x[0, 0, 0, 0] = NAN  # seen by the first window only
+    x[0, 0, 5, 5] = NAN  # the last value of the last window
+    x[0, 0, 3, 0] = INF
+    x[0, 0, 0, 4] = -3.0
+    expected = torch.tensor([[NAN, -INF, -3.0], [INF, -INF, -INF], [INF, -INF, NAN]], dtype=dtype)
+    assert same(run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0], expected)
+    x[0, 0, 1, 1] = 5.0  # after the NaN, and the last value of its window
+    assert run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0, 0, 0].isnan()
+
+
+@SPECIAL_VALUES
+def test_avg_pool_of_special_values(device: torch.device) -> None:
+    x = torch.full((1, 5, 7, 7), 65504.0, dtype=torch.float16, device=device)
+    x[0, 1, 2, 3] = INF
+    x[0, 2, 4, 0], x[0, 2, 4, 1] = INF, -INF
+    x[0, 3, 6, 6] = NAN
+    x[0, 4] = -0.0
+    y = run("global_avg_pool", x, "triton").flatten()
+    assert same(y.abs(), torch.tensor([65504.0, INF, NAN, NAN, 0.0], dtype=torch.float16))
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+@SPECIAL_VALUES
+@pytest.mark.parametrize("weight", [NAN, INF], ids=str)
+def test_no_tap_is_skipped_in_the_padding(device: torch.device, path: str, dtype: torch.dtype, weight: float) -> None:
+    x, w = torch.ones(2, 16, 4, 5, dtype=dtype, device=device), torch.ones(8, 16, 3, 3, dtype=dtype, device=device)
+    w[3, 7, 0, 2] = weight  # reads one row up and one column to the right
+    y = conv(channels_last(x), w, path)[:, 3]
+    expected = torch.full((2, 4, 5), weight, dtype=dtype)
+    expected[:, 0, :] = NAN
+    expected[:, :, 4] = NAN
+    assert same(y, expected)
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+@SPECIAL_VALUES
+def test_infinity_times_zero(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    x, w = torch.ones(1, 16, 3, 3, dtype=dtype, device=device), torch.ones(8, 16, 1, 1, dtype=dtype, device=device)
+    x[0, 5, 1, 1] = INF
+    w[2, 5] = 0.0
+    y = conv(x, w, path)[0, :, 1, 1]
+    assert same(y, torch.tensor([INF, INF, NAN, INF, INF, INF, INF, INF], dtype=dtype))
+    z = run("linear", x[:, :, 1, 1], w[:, :, 0, 0], None, "triton")
+    assert same(z[0], y)
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+@SPECIAL_VALUES
+def test_tails_of_tiles_read_no_neighbours(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    """24 channels in tiles of 16, 40 filters in tiles of 32: an infinite neighbour, times zero, would give NaN."""
+    x, w = torch.ones(1, 24, 3, 3, dtype=dtype, device=device), torch.ones(40, 24, 3, 3, dtype=dtype, device=device)
+    w[:, :8, 1, 1] = INF  # follows the last channels of the tap before
+    w[39] = 1.0
+    y = conv(channels_last(x), w, path)[0]
+    assert_exact(y[:39], torch.full_like(y[:39], INF))
+    assert_exact(y[39], 24 * F.conv2d(x[:1, :1], torch.ones_like(w[:1, :1]), padding=1)[0, 0])
+
+
+@ALL_DTYPES
+@SPECIAL_VALUES
+@pytest.mark.parametrize(("path", "c"), [("pointer", 3), ("pointer", 24), ("descriptor", 24)])
+def test_windows_read_no_neighbours(device: torch.device, path: str, c: int, dtype: torch.dtype) -> None:
+    """An infinite pixel makes those outputs infinite whose window holds it, and turns no other into NaN."""
+    g = generator(device, 0)
+    x, w = integers(g, 3, 2, c, 6, 7, dtype=dtype), torch.ones(8, c, 3, 3, dtype=dtype, device=device)
+    expected = F.conv2d(x.double(), w.double(), padding=1).to(dtype)
+    x[0, 1, 3, 4] = INF
+    expected[0, :, 2:5, 3:6] = INF
+    assert_exact(conv(channels_last(x), w, path), expected)
+
+
+@BOTH_PATHS
+@SPECIAL_VALUES
+def test_batch_norm_of_special_statistics(device: torch.device, path: str) -> None:
+    g = generator(device, 0)
+    x, w = integers(g, 3, 2, 8, 3, 3), integers(g, 2, 8, 8, 3, 3)
+    var = torch.tensor([0.0, -1.0, INF, NAN, 1e-40, 1.0, 1.0, 1.0], device=device)
+    mean = torch.tensor([0.0, 0.0, 3.0, 0.0, 0.0, INF, NAN, 3e38], device=device)
+    gamma = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0], device=device)
+    beta = torch.arange(8.0, device=device)
+    y = conv(x, w, path, mean=mean, var=var, gamma=gamma, beta=beta)
+    for k, value in {0: NAN, 1: NAN, 2: 2.0, 3: NAN, 5: -INF, 6: NAN, 7: 7.0}.items():
+        assert same(y[:, k], torch.full_like(y[:, k], value)), (var[k], mean[k])
+    expected = F.conv2d(x.double(), w.double(), padding=1)[:, 4] / var[4].double().sqrt() + 4.0
+    torch.testing.assert_close(y[:, 4], expected.float(), rtol=1e-6, atol=0.0)
+    assert same(conv(x, w, path, var=torch.zeros_like(var), eps=0.25), 2 * F.conv2d(x, w, padding=1) + 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@BOTH_PATHS
+def test_sums_that_leave_the_range_and_come_back(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    x, w = torch.full((1, 48, 2, 2), 256.0, dtype=dtype, device=device), torch.zeros(8, 48, 1, 1, device=device)
+    w[:, :16], w[:, 16:32], w[:, 47] = 256.0, -256.0, 0.5  # the sum is 2**20, then 0, then 128
+    y = conv(x, w.to(dtype), path)
+    assert_exact(y, torch.full_like(y, 128.0))
+    z = run("linear", x[:, :, 0, 0], w[:, :, 0, 0].to(dtype), None, "triton")
+    assert_exact(z, torch.full_like(z, 128.0))
