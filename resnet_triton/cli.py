@@ -261,11 +261,16 @@ def _parser() -> argparse.ArgumentParser:
         "resnet-triton codegen --arch 80 90 --batch 1 32 --dtype float16",
     )  # fmt: skip
     c.add_argument(
-        "--arch", type=_positive, nargs="+", default=[80, 90, 100, 120], metavar="CC",
-        help="compute capabilities times ten, 90 for 9.0 (default: 80 90 100 120)",
+        "--arch", type=_positive, nargs="+", default=[80, 90, 100], metavar="CC",
+        help="compute capabilities times ten, 90 for 9.0 (default: 80 90 100)",
     )  # fmt: skip
     c.add_argument(
-        "--batch", type=_positive, nargs="+", default=[1, 32], metavar="N", help="images at a time (default: 1 32)"
+        "--batch",
+        type=_positive,
+        nargs="+",
+        default=[1, 8, 32, 128],
+        metavar="N",
+        help="images at a time (default: 1 8 32 128)",
     )
     c.add_argument("--dtype", nargs="+", default=["float16"], metavar="T", help="element types (default: float16)")
     c.add_argument(

@@ -82,6 +82,11 @@ def _device_obstacle(where: torch.device, *, forced: bool) -> str | None:
     return f"compute capability {arch / 10}, below 8.0" if arch < 80 else None
 
 
+def observed() -> bool:
+    """Whether something wants to see operators: a compiler, an exporter or our own tracer."""
+    return torch.compiler.is_compiling() or tracer.get() is not None
+
+
 def mixed_dtypes(*tensors: Tensor | None) -> str | None:
     """An obstacle, if the tensors do not share one dtype."""
     dtypes = {t.dtype for t in tensors if t is not None}

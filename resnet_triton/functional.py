@@ -43,7 +43,7 @@ def conv_bn_relu(
     """
     return torch.ops.resnet_triton.conv_bn_relu(
         x, weight, running_mean, running_var, bn_weight, bn_bias, eps,
-        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, residual,
+        pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups, residual,
         None, None, None, None, None, None, 0.0, [1, 1], relu, kernels,
     )  # fmt: skip
 
@@ -60,9 +60,9 @@ def max_pool2d(
 
     NaN wins; padding counts as -inf and is at most half the window; the stride defaults to the window.
     """
-    size = _pair("kernel_size", kernel_size)
-    step = size if stride is None else _pair("stride", stride)
-    return torch.ops.resnet_triton.max_pool2d(x, size, step, _pair("padding", padding), kernels)
+    size = pair(kernel_size, "kernel_size")
+    step = size if stride is None else pair(stride, "stride")
+    return torch.ops.resnet_triton.max_pool2d(x, size, step, pair(padding, "padding"), kernels)
 
 
 def global_avg_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
@@ -78,7 +78,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: st
     return torch.ops.resnet_triton.linear(x, weight, bias, kernels)
 
 
-def _pair(name: str, value: IntOrPair) -> list[int]:
+def pair(value: IntOrPair, name: str = "value") -> list[int]:
+    """An int twice, or a pair as it is. TypeError or ValueError for anything else, naming it `name`."""
     if isinstance(value, int):
         return [value, value]
     if not isinstance(value, (tuple, list)):

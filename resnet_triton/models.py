@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import dispatch, vision
-from . import functional as F
+from . import dispatch, ops, vision
+from .functional import pair
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -73,9 +73,8 @@ def conv_norm_act(
     if shortcut is not None:
         s_conv, s_norm = shortcut
         added = (None, identity, s_conv.weight, *_batch_norm(s_norm), s_conv.stride)
-    y = torch.ops.resnet_triton.conv_bn_relu(
-        x, conv.weight, *_batch_norm(norm), conv.stride, conv.padding, conv.dilation, conv.groups, *added, relu, kernels
-    )
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = ops.call("conv_bn_relu", x, conv.weight, *_batch_norm(norm), *geometry, *added, relu, kernels)
     return y if relu or act is None else act(y)
 
 
@@ -256,18 +255,19 @@ class ResNet(nn.Module):
         pool = self.maxpool
         ordinary = _plain(pool, nn.MaxPool2d) and pool.dilation == 1 and not (pool.ceil_mode or pool.return_indices)
         if ordinary and not isinstance(x, fx.Proxy):
-            return F.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, kernels=self.kernels)
+            window = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
+            return ops.call("max_pool2d", x, *window, self.kernels)
         return pool(x)
 
     def _average(self, x: Tensor) -> Any:
         everything = _plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1))
         if everything and not isinstance(x, fx.Proxy):
-            return F.global_avg_pool(x, kernels=self.kernels)
+            return ops.call("global_avg_pool", x, self.kernels)
         return self.avgpool(x)
 
     def _classify(self, x: Tensor) -> Any:
         if _plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):
-            return F.linear(x, self.fc.weight, self.fc.bias, kernels=self.kernels)
+            return ops.call("linear", x, self.fc.weight, self.fc.bias, self.kernels)
         return self.fc(x)
 
 

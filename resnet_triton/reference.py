@@ -12,6 +12,10 @@ from torch.autograd import forward_ad
 
 Pair = tuple[int, int]
 
+# Elements from which batch norm on the CPU pays in place, one pass of addcmul: F.batch_norm writes to new memory, which
+# costs page faults that a smaller result, still in the cache, does not (1.1x on the whole model at batch 16, 2 cores).
+_LARGE = 1 << 20
+
 
 def conv_bn_relu(
     x: Tensor,
@@ -31,12 +35,8 @@ def conv_bn_relu(
 ) -> Tensor:
     """Convolution, batch norm with running statistics, residual add, ReLU."""
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    if (
-        y.dtype == torch.float32 == running_var.dtype
-        and y.device.type == "cpu"
-        and not _differentiated(y, bn_weight, bn_bias)
-    ):
-        # One pass in place instead of F.batch_norm into new memory: 1.2x on the whole model at batch 16 (CPU, 2 cores).
+    fp32 = y.dtype == torch.float32 == running_var.dtype and y.device.type == "cpu"
+    if fp32 and y.numel() >= _LARGE and not _differentiated(y, bn_weight, bn_bias):
         scale = (running_var + eps).rsqrt()
         scale = scale if bn_weight is None else scale * bn_weight
         shift = -running_mean * scale if bn_bias is None else bn_bias - running_mean * scale

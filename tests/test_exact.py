@@ -87,20 +87,16 @@ def resnet18_convolutions() -> list[tuple[str, ConvShape]]:
 def layers() -> list[Layer]:
     """Every distinct (layer, configuration) at four batch sizes, with descriptors (sm_90) and without (sm_80).
 
-    Float16 and bfloat16 are tiled alike. The interpreter takes them in turns, a GPU both.
+    Float16 and bfloat16 are tiled alike: the interpreter takes them in turns, a GPU both.
     """
-    halves = ("float16", "bfloat16")
+    halves = [("float16", "ieee"), ("bfloat16", "ieee")]
     found: dict[Any, Layer] = {}
-    for dtype, precision in ((halves[0], "ieee"), (halves[1], "ieee"), ("float32", "tf32"), ("float32", "ieee")):
-        for arch in (90, 80):
-            for batch in (1, 8, 32, 128):
-                for i, (name, shape) in enumerate(resnet18_convolutions()):
-                    if (
-                        dtype in halves
-                        and dtype != halves[(i + batch.bit_length()) % 2]
-                        and not torch.cuda.is_available()
-                    ):
-                        continue
+    for arch in (90, 80):
+        for batch in (1, 8, 32, 128):
+            for i, (name, shape) in enumerate(resnet18_convolutions()):
+                turn = (i + batch.bit_length()) % 2
+                numbers = halves if torch.cuda.is_available() else [halves[turn]]
+                for dtype, precision in (*numbers, ("float32", "tf32"), ("float32", "ieee")):
                     shape = dataclasses.replace(shape, n=batch, dtype=dtype, precision=precision)
                     chosen = config.lookup(shape, KNOWN[arch])
                     kind = dataclasses.replace(shape, n=0)
@@ -109,13 +105,13 @@ def layers() -> list[Layer]:
 
 
 def small(shape: ConvShape, chosen: ConvConfig) -> ConvShape:
-    """The layer on smaller images, and fewer, whose output is no multiple of the tile in any direction."""
+    """The layer on smaller images, and fewer: just over whole tiles, so that the last is ragged."""
     if chosen.box is None:
         n, p, q = cdiv(chosen.block_m + 1, 35), 5, 7
     else:
-        p, q, n = (max(extent + 1, 2) for extent in chosen.box)
+        p, q, n = chosen.box[0] + 1, 2 * chosen.box[1] + 1, chosen.box[2] + 1  # not as many columns of tiles as rows
         if n * p * q * shape.c * shape.k > 3e7:
-            n = min(n, 3)  # still ragged; the reference takes its time, too
+            n = min(n, 3)  # one ragged tile of images: the reference takes its time, too
     return dataclasses.replace(shape, n=n, h=p * shape.stride[0], w=q * shape.stride[1])
 
 
@@ -187,10 +183,14 @@ def test_conv_epilogue(device: torch.device, path: str, epilogue: str, dtype: to
 
 @ALL_DTYPES
 @BOTH_PATHS
-def test_conv_batch_norm_dtype(device: torch.device, path: str, dtype: torch.dtype) -> None:
+def test_conv_batch_norm_tensors(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    """Statistics and affine parameters of every dtype, with gaps in their memory."""
     shape = ConvShape(2, 16, 3, 5, 24, dtype=dtype_id(dtype), shortcut_c=8)
     for bn_dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         call = conv_call(generator(device, 2), shape, bn_dtype=bn_dtype)
+        names = [prefix + name for prefix in ("", "short_") for name in ("mean", "var", "gamma", "beta")]
+        call = call._replace(**{name: getattr(call, name)[:, None].expand(-1, 2).clone()[:, 1] for name in names})
+        assert not call.var.is_contiguous()
         assert_exact(run_conv(call, PATHS[path]), rounded(conv_reference(call), dtype), bn_dtype)
 
 
