@@ -8,6 +8,10 @@ kernels differ only in how they load:
   one descriptor load fetches the input box shifted by the filter tap; coordinates in the padding read as zero.
 * `conv_pointer_kernel` (everywhere): masked pointers over consecutive output pixels, for any geometry.
 
+Few output pixels leave most of a GPU idle. Then SPLIT_K programs share a tile: each reduces over an equal part of the
+(channel slab, tap) steps and applies the scale, the first adds the shift and the last the shortcut, and whoever
+finishes last sums up. Equal parts, because a loop of unknown length makes ptxas serialise wgmma (C7513, sm_90).
+
 Neither skips a filter tap that falls into the padding: a NaN or Inf weight there must give NaN, as in PyTorch.
 """
 
@@ -21,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, cdiv
-from .tiles import batch_norm_scale_shift, relu
+from .tiles import batch_norm_scale_shift, relu, sum_splits
 
 
 class BatchNorm(NamedTuple):
@@ -50,16 +54,17 @@ class Shortcut(NamedTuple):
 def conv_pointer_kernel(
     x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     short_x_ptr, short_w_ptr, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
-    M, H, W, P, Q, SHORT_H, SHORT_W,
+    workspace_ptr, arrivals_ptr, M, H, W, P, Q, SHORT_H, SHORT_W,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     SHORT_C: tl.constexpr, SHORT_STRIDE_H: tl.constexpr, SHORT_STRIDE_W: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
+    split = tl.program_id(1)
     offs_k = (pid % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     offs_m = (pid // TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -91,7 +96,9 @@ def conv_pointer_kernel(
             )  # [BLOCK_C, BLOCK_K]
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:  # channel slabs outside, taps inside: the nine shifted reads of a slab stay close in time
-        for i in range(R * S * ((C + BLOCK_C - 1) // BLOCK_C)):
+        STEPS: tl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C)
+        for j in range(STEPS // SPLIT_K):
+            i = split * (STEPS // SPLIT_K) + j
             tap = i % (R * S)
             offs_c = i // (R * S) * BLOCK_C + tl.arange(0, BLOCK_C)
             mask_c = offs_c < C
@@ -109,9 +116,11 @@ def conv_pointer_kernel(
                 (w_filter + tap * C)[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0
             )  # [BLOCK_C, BLOCK_K]
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    if SPLIT_K > 1:
+        shift = tl.where(split == 0, shift, 0.0)
     acc = acc * scale[None, :] + shift[None, :]
 
-    if short_x_ptr is not None:
+    if short_x_ptr is not None and (SPLIT_K == 1 or split == SPLIT_K - 1):
         x_pixel = short_x_ptr + ((n * SHORT_H + p * SHORT_STRIDE_H) * SHORT_W + q * SHORT_STRIDE_W) * SHORT_C
         w_filter = short_w_ptr + offs_k.to(tl.int64) * SHORT_C
         short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -129,6 +138,9 @@ def conv_pointer_kernel(
 
     offs_y = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
     mask_y = mask_m[:, None] & mask_k[None, :]
+    if SPLIT_K > 1:
+        acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
+        mask_y = mask_y & last
     if res_ptr is not None:
         acc += tl.load(res_ptr + offs_y, mask=mask_y, other=0.0).to(tl.float32)
     if RELU:
@@ -140,10 +152,10 @@ def conv_pointer_kernel(
 def conv_box_kernel(
     x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
-    P, Q,
+    workspace_ptr, arrivals_ptr, P, Q,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr,
     SHORT_C: tl.constexpr, SHORT_STRIDE: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
     BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # x_desc, y_desc and res_desc view NHWC memory as (H, W, N, C). With stride 2, columns are split by parity:
@@ -153,6 +165,7 @@ def conv_box_kernel(
     PAD_H: tl.constexpr = R // 2
     PAD_W: tl.constexpr = S // 2
     pid = tl.program_id(0)
+    split = tl.program_id(1)
     k0 = (pid % TILES_K) * BLOCK_K
     tile = pid // TILES_K
     tiles_q = tl.cdiv(Q, BOX_W)
@@ -165,7 +178,9 @@ def conv_box_kernel(
     scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
 
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for i in range(R * S * ((C + BLOCK_C - 1) // BLOCK_C)):
+    STEPS: tl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C)
+    for j in range(STEPS // SPLIT_K):
+        i = split * (STEPS // SPLIT_K) + j
         tap = i % (R * S)
         c0 = i // (R * S) * BLOCK_C
         h = p0 * STRIDE + tap // S - PAD_H
@@ -177,9 +192,11 @@ def conv_box_kernel(
         a = a.reshape(BLOCK_M, BLOCK_C)
         b = w_desc.load([k0, tap, c0]).reshape(BLOCK_K, BLOCK_C)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    if SPLIT_K > 1:
+        shift = tl.where(split == 0, shift, 0.0)
     acc = acc * scale[None, :] + shift[None, :]
 
-    if short_x_desc is not None:
+    if short_x_desc is not None and (SPLIT_K == 1 or split == SPLIT_K - 1):
         # A tile with more than one pixel reaches wgmma through registers; pipelined here as well, Triton 3.6.0 makes
         # ptxas serialise every wgmma of the kernel (C7513).
         STAGES: tl.constexpr = None if BOX_H * BOX_W == 1 else 1
@@ -198,6 +215,10 @@ def conv_box_kernel(
         )
         acc += short * short_scale[None, :] + short_shift[None, :]
 
+    if SPLIT_K > 1:
+        acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
+        if not last:
+            return
     if res_desc is not None:
         acc += res_desc.load([p0, q0, n0, k0]).reshape(BLOCK_M, BLOCK_K).to(tl.float32)
     if RELU:
@@ -223,6 +244,9 @@ def conv_bn_relu(
     block_k: int,
     block_c: int,
     box: tuple[int, int, int] | None,
+    split_k: int,
+    workspace: Tensor | None,
+    arrivals: Tensor | None,
     num_warps: int,
     num_stages: int,
 ) -> Launch:
@@ -233,6 +257,9 @@ def conv_bn_relu(
     channels. With `box` (rows, columns, images; product `block_m`) the launch uses tensor descriptors, which ask for
     filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers and channel rows, and at stride 2 for
     an even input width and one box row. The caller has checked all this.
+
+    With `split_k` > 1 that many programs share a tile (not if `flat`): `workspace` is fp32 with `split_k * block_m *
+    block_k` elements a tile, `arrivals` int32 with one zero a tile, which the launch leaves at zero.
     """
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
@@ -244,6 +271,7 @@ def conv_bn_relu(
         **_batch_norm_arguments(shortcut),
         "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "SHORT_C": short_c,
         "RELU": relu, "PRECISION": precision, "BLOCK_K": block_k, "BLOCK_C": block_c,
+        "SPLIT_K": split_k, "workspace_ptr": workspace, "arrivals_ptr": arrivals,
     }  # fmt: skip
     if box is None:
         arguments = {
@@ -257,7 +285,7 @@ def conv_bn_relu(
             "SHORT_STRIDE_W": shortcut.stride[1] if shortcut else 1,
             "FLAT": flat, "BLOCK_M": block_m,
         }  # fmt: skip
-        grid = (cdiv(n * p * q, block_m) * cdiv(k, block_k),)
+        grid = (cdiv(n * p * q, block_m) * cdiv(k, block_k), split_k)
         return Launch(conv_pointer_kernel, grid, arguments | common, num_warps, num_stages)
 
     box_h, box_w, box_n = box
@@ -271,7 +299,7 @@ def conv_bn_relu(
         "STRIDE": stride[0], "SHORT_STRIDE": shortcut.stride[0] if shortcut else 1,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n,
     }  # fmt: skip
-    grid = (cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k),)
+    grid = (cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k), split_k)
     return Launch(conv_box_kernel, grid, arguments | common, num_warps, num_stages)
 
 

@@ -11,6 +11,28 @@ def relu(x):
 
 
 @triton.jit
+def sum_splits(
+    acc, workspace_ptr, arrivals_ptr, tile, split, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Hand in this program's share of a tile, fp32 [BLOCK_M, BLOCK_K]; the last to do so gets the sum and True.
+
+    Shares are summed in the order of their splits, so the result does not depend on who is last. The barrier matters:
+    nothing else orders a tile's stores before the arrival that announces them. The last one leaves the counter at zero.
+    """
+    offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    shares = workspace_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_K)
+    tl.store(shares + split * (BLOCK_M * BLOCK_K) + offs, acc)
+    tl.debug_barrier()
+    last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    if last:
+        acc = tl.load(shares + offs, cache_modifier=".cg")
+        for i in range(1, SPLIT_K):
+            acc += tl.load(shares + i * (BLOCK_M * BLOCK_K) + offs, cache_modifier=".cg")
+        tl.store(arrivals_ptr + tile, 0)
+    return acc, last
+
+
+@triton.jit
 def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k, BLOCK_K: tl.constexpr):
     """Scale and shift, both fp32 [BLOCK_K], such that batch norm with running statistics is `x * scale + shift`.
 

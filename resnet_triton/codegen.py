@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from .device import KNOWN
 from .kernels.launch import Launch
+from .precision import fp32_precision
 from .trace import trace
 
 DTYPES = {
@@ -33,7 +33,7 @@ DTYPES = {
     "tf32": (torch.float32, "tf32"),
     "float32": (torch.float32, "ieee"),
 }
-_POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 _TENSOR_CORE = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
 
 
@@ -71,6 +71,7 @@ class Row:
     dtype: str
     path: str
     tile: str
+    split_k: int
     num_warps: int
     num_stages: int
     registers: int
@@ -121,19 +122,8 @@ def _type(value: Any) -> str:
 
 
 def compile_for(source: Specialisation, arch: int) -> Code:
-    """Compile for compute capability `arch` (90 for 9.0). Raises what Triton raises."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(importlib.import_module(source.module), source.kernel)
-    signature = dict(source.signature)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=dict(source.constants), attrs=aligned),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True},
-    )
+    """Compile for compute capability `arch` (90 for 9.0) and read the vital signs. Raises what Triton raises."""
+    compiled = triton_compile(source, arch)
     ptx = compiled.asm["ptx"]
     log = _assemble(ptx, arch)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
@@ -147,6 +137,22 @@ def compile_for(source: Specialisation, arch: int) -> Code:
         tensor_core=next((name for text, name in _TENSOR_CORE.items() if text in ptx), "none"),
         tma="cp.async.bulk.tensor" in ptx,
         serialized="serializ" in log,
+    )
+
+
+def triton_compile(source: Specialisation, arch: int) -> Any:
+    """Triton's compiled kernel; its `asm` holds every stage as text, "ttgir" and "ptx" among them."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(source.module), source.kernel)
+    signature = dict(source.signature)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    return triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=dict(source.constants), attrs=aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True},
     )
 
 
@@ -173,7 +179,7 @@ def rows(
     for dtype in dtypes:
         torch_dtype, precision = DTYPES[dtype]
         for batch in batches:
-            with _fp32_precision(precision):
+            with fp32_precision(precision):
                 calls = trace(model, (batch, 3, image, image), torch_dtype)
                 for arch in archs:
                     for call in calls:
@@ -182,6 +188,7 @@ def rows(
                         about: dict[str, Any] = {
                             "arch": f"sm_{arch}", "layer": call.name or call.operator, "operator": call.operator,
                             "batch": batch, "dtype": dtype, "path": path, "tile": _tile(launch.arguments),
+                            "split_k": launch.arguments.get("SPLIT_K", 1),
                             "num_warps": launch.num_warps, "num_stages": launch.num_stages,
                         }  # fmt: skip
                         planned.append((about, arch, specialise(launch)))
@@ -195,19 +202,6 @@ def rows(
 def _tile(arguments: dict[str, Any]) -> str:
     names = ("BOX_H", "BOX_W", "BOX_N", "BLOCK", "BLOCK_M", "BLOCK_P", "BLOCK_K", "BLOCK_C")
     return "x".join(str(arguments[name]) for name in names if name in arguments)
-
-
-@contextmanager
-def _fp32_precision(precision: str) -> Iterator[None]:
-    places: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
 
 
 def command(archs: list[int], batches: list[int], dtypes: list[str], jobs: int, as_json: bool) -> int:
@@ -244,14 +238,14 @@ def command(archs: list[int], batches: list[int], dtypes: list[str], jobs: int, 
 
 
 _HEADER = (
-    f"{'arch':7}{'batch':>5}  {'dtype':9}{'layer':22}{'path':11}{'tile':18}{'warps':>5}{'stages':>7}{'regs':>6}"
-    f"{'spill':>6}{'shared':>8}  {'matrix':8}{'copy':5}"
+    f"{'arch':7}{'batch':>5}  {'dtype':9}{'layer':20}{'path':11}{'tile':16}{'split':>5}{'warps':>6}{'stages':>7}"
+    f"{'regs':>6}{'spill':>6}{'shared':>8}  {'matrix':8}{'copy':5}"
 )
 
 
 def _line(row: Row, faults: list[str]) -> str:
     return (
-        f"{row.arch:7}{row.batch:5}  {row.dtype:9}{row.layer:22}{row.path:11}{row.tile:18}{row.num_warps:5}"
-        f"{row.num_stages:7}{row.registers:6}{row.spill_bytes:6}{row.shared_memory:8}  {row.tensor_core:8}"
-        f"{'tma' if row.tma else '-':5}{'; '.join(faults)}"
+        f"{row.arch:7}{row.batch:5}  {row.dtype:9}{row.layer:20}{row.path:11}{row.tile:16}{row.split_k:5}"
+        f"{row.num_warps:6}{row.num_stages:7}{row.registers:6}{row.spill_bytes:6}{row.shared_memory:8}  "
+        f"{row.tensor_core:8}{'tma' if row.tma else '-':5}{'; '.join(faults)}"
     ).rstrip()

@@ -101,7 +101,9 @@ def _detail(call: Call) -> str:
     if call.backend != "triton" or call.operator != "conv_bn_relu":
         return call.reason
     chosen = config.lookup(call.shape, facts(call.device))
-    return ", ".join(filter(None, [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", call.reason]))
+    shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
+    how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason]
+    return ", ".join(filter(None, how))
 
 
 def _is_torchvision(module: nn.Module) -> bool:

@@ -6,49 +6,30 @@ but that the kernels give torchvision's answers: on a GPU if there is one, else 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import io
-import json
 import math
-import os
 import shlex
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import dispatch, models, vision
-from .cli import Bar, table
 from .convert import optimize
+from .digits import Recipe, half_the_threads, load_digits, sample, trained
 from .doctor import in_interpreter, no_kernels, versions
-from .predict import find_device, read_checkpoint
+from .precision import fp32_precision
+from .predict import find_device
+from .terminal import Bar, table
 
 TOLERANCE = 1e-3
 """Largest difference between fp32 logits (about 20 in size) that passes; summation order alone gives about 1e-5."""
-IMAGE_SIZE = 32
-CATEGORIES = [str(digit) for digit in range(10)]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the network is trained; together with the version of torch, the key under which the result is kept."""
-
-    version: int = 1
-    epochs: int = 3
-    batch: int = 64
-    learning_rate: float = 2e-3
-    train_images: int = 1437
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,16 +42,6 @@ class Row:
     top1_agreement: float
     max_abs_error: float | None
     ms_per_image: float | None
-
-
-class Digits(NamedTuple):
-    """Normalised images (N, 3, 32, 32), their labels (N,), and the first held-out digit as scanned, uint8 (8, 8)."""
-
-    train: Tensor
-    train_labels: Tensor
-    held_out: Tensor
-    labels: Tensor
-    scan: Tensor
 
 
 def run(recipe: Recipe | None = None, *, kernel_images: int = 8, device: str = "auto", bar: Bar) -> dict[str, Any]:
@@ -98,7 +69,7 @@ def run(recipe: Recipe | None = None, *, kernel_images: int = 8, device: str = "
     ours = "our kernels" if where.type == "cuda" else "ours on PyTorch"
 
     before = Counter(dispatch.calls)
-    with _ieee_fp32(), _half_the_threads() as threads:
+    with fp32_precision("ieee"), half_the_threads() as threads:
         logits, times = _classify(pair, images, bar)
         photos = _compare_photos(where)
     counts = Counter(dispatch.calls) - before
@@ -134,7 +105,7 @@ def run(recipe: Recipe | None = None, *, kernel_images: int = 8, device: str = "
         f"Two photographs at 224x224 through random 1000-class weights: logits differ by at most {_number(photos)}."
     )
     if path is not None:
-        command = ["resnet-triton", "predict", str(_sample(digits, path.parent)), "--weights", str(path)]
+        command = ["resnet-triton", "predict", str(sample(digits, path.parent)), "--weights", str(path)]
         notes.append(f"Try it: {shlex.join(command)}")
     return {
         "images": len(labels),
@@ -171,87 +142,6 @@ def show(result: dict[str, Any]) -> None:
     ]  # fmt: skip
     table("Handwritten digits the network has not seen, against torchvision in fp32", columns, rows)
     print("\n".join(result["notes"]))
-
-
-def load_digits(recipe: Recipe) -> Digits:
-    """scikit-learn's digits, white on black, split in a fixed, stratified way; 360 are held out."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data = load_digits()
-    pixels = torch.from_numpy(data.images * (255 / 16)).round().to(torch.uint8)
-    prepare = vision.torchvision().models.ResNet18_Weights.IMAGENET1K_V1.transforms(
-        crop_size=IMAGE_SIZE, resize_size=IMAGE_SIZE
-    )
-    images = prepare(pixels[:, None].expand(-1, 3, -1, -1))
-    labels = torch.from_numpy(data.target)
-    train, held_out = train_test_split(
-        torch.arange(len(labels)), train_size=recipe.train_images, test_size=360, stratify=labels, random_state=0
-    )
-    return Digits(images[train], labels[train], images[held_out], labels[held_out], pixels[held_out[0]])
-
-
-def trained(recipe: Recipe, digits: Digits, bar: Bar) -> tuple[dict[str, Tensor], Path | None, list[str]]:
-    """Weights by this recipe, the file they are kept in (None if it cannot be written), and a note on both."""
-    determined_by = json.dumps([asdict(recipe), torch.__version__], sort_keys=True)
-    path = cache_folder() / f"digits-{hashlib.sha256(determined_by.encode()).hexdigest()[:12]}.pt"
-    try:
-        return read_checkpoint(path).state, path, ["The weights were trained by an earlier run."]
-    except (ValueError, OSError):  # not there, or damaged: train again
-        started = time.perf_counter()
-        state = train(recipe, digits, bar)
-    notes = [f"Trained {recipe.epochs} epochs in {time.perf_counter() - started:.0f} s."]
-    try:
-        checkpoint = {"state_dict": state, "categories": CATEGORIES, "image_size": IMAGE_SIZE}
-        _write(path, lambda stream: torch.save(checkpoint, stream))
-    except OSError as error:
-        return state, None, [*notes, f"The weights could not be kept: {path.parent}: {error.strerror}."]
-    return state, path, notes
-
-
-def train(recipe: Recipe, digits: Digits, bar: Bar) -> dict[str, Tensor]:
-    """Train torchvision's ResNet-18 on the CPU, where it takes about a minute on two cores."""
-    batches = len(digits.train) // recipe.batch
-    progress = bar("training ResNet-18 on digits", recipe.epochs * batches)
-    with torch.random.fork_rng(devices=[]), _half_the_threads(), progress as step:
-        torch.manual_seed(recipe.seed)
-        model = vision.torchvision().models.resnet18(num_classes=10)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=recipe.epochs * batches
-        )
-        for _ in range(recipe.epochs):
-            order = torch.randperm(len(digits.train))[: batches * recipe.batch]
-            for chosen in order.split(recipe.batch):
-                loss = nn.functional.cross_entropy(model(digits.train[chosen]), digits.train_labels[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                step()
-    state: dict[str, Tensor] = model.state_dict()
-    return state
-
-
-@contextmanager
-def _half_the_threads() -> Iterator[int]:
-    """Layers this small gain little from more threads, and lose much where other work delays one of them.
-
-    Two busy cores: 184 s of training with two threads, 45 s with one; 1 to 30 ms an image with two.
-    """
-    before = torch.get_num_threads()
-    threads = max(1, before // 2)
-    torch.set_num_threads(threads)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(before)
-
-
-def cache_folder() -> Path:
-    """Where results are kept: $XDG_CACHE_HOME/resnet-triton, by default ~/.cache/resnet-triton."""
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (configured if configured.is_absolute() else Path.home() / ".cache") / "resnet-triton"
 
 
 def interpreted(payload: bytes) -> dict[str, Any]:
@@ -305,20 +195,6 @@ def _timed(model: Any, batch: Tensor) -> tuple[Tensor, float]:
     return answer, time.perf_counter() - started
 
 
-@contextmanager
-def _ieee_fp32() -> Iterator[None]:
-    """TF32 off for convolutions and matrix products: PyTorch's and ours both read these switches."""
-    switches: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
-
-
 def _compare_photos(where: torch.device) -> float | None:
     """Largest logit difference on scikit-learn's two photographs, with random weights: full size, 1000 classes."""
     from PIL import Image
@@ -369,27 +245,3 @@ def _failures(ours: Row, kernels: Row, photos: float | None, launches: int, fall
         if error is None or error > TOLERANCE
     ]
     return found
-
-
-def _sample(digits: Digits, folder: Path) -> Path:
-    """A held-out digit as a PNG file in `folder`, to try `predict` on."""
-    from PIL import Image
-
-    path = folder / f"digit-{digits.labels[0]}.png"
-    if not path.exists():
-        with contextlib.suppress(OSError):
-            _write(path, lambda stream: Image.fromarray(digits.scan.numpy()).save(stream, "PNG"))
-    return path
-
-
-def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write all of a file or nothing, whatever happens and whoever else is writing it."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from . import __version__, config, dispatch, interpreter, models, reference, vision
 from . import functional as F
-from .cli import Bar, table
 from .convert import report
 from .device import facts, override
+from .terminal import Bar, table
 
 Json = dict[str, Any]
 

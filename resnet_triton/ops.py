@@ -1,25 +1,23 @@
-"""The `torch.library` operators: what torch.compile, export and autograd see.
+"""The operators.
 
-Each operator is four functions in a row and a schema: its result's shape and dtype (here calls are validated), what
-keeps it off our kernels, the kernel launch planned for it, and its PyTorch form. `_register` turns them into an
-operator that chooses between kernel and PyTorch (`dispatch.choose`), with a fake for tracing, and autograd and autocast
-kernels that hand the call to PyTorch.
-
-Call operators as `torch.ops.resnet_triton.x`; holding the operator object would break deepcopy and pickle.
+Each is four functions in a row and a schema: its result's shape and dtype (here calls are validated), what keeps it off
+our kernels, the kernel launch planned for it, and its PyTorch form. `registry.register` makes an operator of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import config, device, interpreter, reference
-from .dispatch import HAS_TRITON, Choice, check_mode, choose, count, mixed_dtypes, observed
+from . import config, device, reference
+from .dispatch import HAS_TRITON, mixed_dtypes
+from .precision import conv_precision, matmul_precision
+from .registry import OPERATORS, Operator, Result, Shape, call, register
+
+__all__ = ["OPERATORS", "ConvCall", "call"]
 
 if HAS_TRITON:
     from .kernels.add_relu import add_relu as add_relu_launch
@@ -30,122 +28,7 @@ if HAS_TRITON:
     from .kernels.linear import linear as linear_launch
     from .kernels.max_pool import max_pool as max_pool_launch
 
-Shape = tuple[int, ...]
-
-_library = torch.library.Library("resnet_triton", "DEF")
-
-
-class Result(NamedTuple):
-    """What a valid call returns, before anything is computed."""
-
-    shape: Shape
-    dtype: torch.dtype
-    memory: torch.memory_format = torch.channels_last
-
-
-class Operator(NamedTuple):
-    """One operator's parts; all take the operator's arguments, in the order of its schema."""
-
-    name: str
-    result: Callable[..., Result]
-    obstacle: Callable[..., str | None]
-    plan: Callable[..., Launch]
-    torch_form: Callable[..., Tensor]
-
-    def choose(self, *args: Any) -> Choice:
-        """Validate a call and say where it runs, and why."""
-        return choose(args[-1], args[0], obstacle=self.obstacle(self.result(*args).shape, *args))
-
-    def output(self, *args: Any) -> Tensor:
-        """Validate a call and allocate its result, uninitialised: also the fake for tracing."""
-        shape, dtype, memory = self.result(*args)
-        return torch.empty(shape, dtype=dtype, device=args[0].device, memory_format=memory)
-
-    def run(self, *args: Any) -> Tensor:
-        """Validate, choose, and run on the kernel or on PyTorch."""
-        if self.choose(*args).backend == "torch":
-            return self.run_torch(*args)
-        out = self.output(*args)
-        if out.numel() == 0:
-            return out
-        if out.device.type == "cuda":
-            with torch.cuda.device(out.device):
-                self.plan(out, *args).run()
-        else:
-            with interpreter.ready():
-                self.plan(out, *args).run()
-        count(self.name, "triton")
-        return out
-
-    def refuse_kernels(self, obstacle: str, *args: Any) -> Tensor:
-        """Validate and run on PyTorch, or raise if the kernels were asked for."""
-        self.result(*args)
-        choose(args[-1], args[0], obstacle=obstacle)
-        return self.run_torch(*args)
-
-    def run_torch(self, *args: Any) -> Tensor:
-        """Run on PyTorch, counted."""
-        count(self.name, "torch")
-        return self.torch_form(*args)
-
-
-OPERATORS: dict[str, Operator] = {}
-
-
-def call(name: str, *args: Any) -> Tensor:
-    """Run an operator as the models do: a plain CPU tensor goes to PyTorch without a detour through the dispatcher.
-
-    The detour costs about 0.1 ms a call, which at batch 1 is more than channels_last gains. Everything else (tracing,
-    compiling, tensor subclasses, GPUs, interpreted kernels) calls the operator itself.
-    """
-    x, kernels = args[0], args[-1]
-    if type(x) is Tensor and x.device.type == "cpu" and kernels != "triton" and not observed():
-        check_mode(kernels)
-        try:
-            return OPERATORS[name].run_torch(*args)
-        except RuntimeError:
-            OPERATORS[name].choose(*args)  # raises our error, if it was a wrong argument
-            raise
-    return getattr(torch.ops.resnet_triton, name)(*args)
-
-
-def _register(operator: Operator, schema: str, *, autocast: bool = False) -> None:
-    """Define `resnet_triton::<name>`. The first argument of every operator is x, the last is `kernels`."""
-    name = operator.name
-
-    def autograd(*args: Any) -> Tensor:
-        gradient = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if gradient or forward_ad._current_level >= 0:
-            return operator.refuse_kernels("a gradient is asked for", *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.resnet_triton, name)(*args)
-
-    def under_autocast(*args: Any) -> Tensor:
-        return operator.refuse_kernels("autocast is on", *args)
-
-    OPERATORS[name] = operator
-    _library.define(name + schema)
-    _library.impl(name, operator.run, "CPU")
-    _library.impl(name, operator.run, "CUDA")
-    _library.impl(name, autograd, "Autograd")
-    if autocast:
-        _library.impl(name, under_autocast, "AutocastCPU")
-        _library.impl(name, under_autocast, "AutocastCUDA")
-    torch.library.register_fake(f"resnet_triton::{name}", operator.output, lib=_library)
-
-
 # --- shared by the operators -----------------------------------------------------------------------------------------
-
-
-def conv_precision(dtype: torch.dtype) -> str:
-    """How fp32 convolutions multiply, "tf32" or "ieee": torch's own flag for cuDNN convolutions."""
-    flag = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if dtype == torch.float32 and flag == "tf32" else "ieee"
-
-
-def matmul_precision(dtype: torch.dtype) -> str:
-    """The same for matrix products, which PyTorch keeps IEEE by default."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _pair(values: list[int]) -> tuple[int, int]:
@@ -305,14 +188,36 @@ def _plan_conv(out: Tensor, *args: Any) -> Launch:
     shape = call.shape
     aligned = _aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
     c = config.lookup(shape, device.facts(x.device), descriptors=aligned)
+    workspace = arrivals = None
+    if c.split_k > 1:
+        shared = config.tiles(c, shape)
+        workspace = x.new_empty(shared * c.split_k * c.block_m * c.block_k, dtype=torch.float32)
+        arrivals = _arrivals(x.device, shared)
     return conv_bn_relu_launch(
         out=out, x=x, weight=weight,
         batch_norm=_norm(call.mean, call.var, call.gamma, call.beta, call.eps),
         residual=residual, shortcut=shortcut,
         stride=shape.stride, padding=shape.padding, dilation=shape.dilation, relu=call.relu, precision=shape.precision,
         flat=config.is_flat(shape.c), box=c.box, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
-        num_warps=c.num_warps, num_stages=c.num_stages,
+        split_k=c.split_k, workspace=workspace, arrivals=arrivals, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrivals(where: torch.device, tiles: int) -> Tensor:
+    """Zeroed counters for the launches of one stream, which follow each other and leave them at zero."""
+    stream = 0
+    if where.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: counters of its own
+            return torch.zeros(tiles, dtype=torch.int32, device=where)
+        stream = torch.cuda.current_stream(where).cuda_stream
+    counters = _counters.get((where, stream))
+    if counters is None or counters.numel() < tiles:
+        counters = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=where)
+        _counters[where, stream] = counters
+    return counters
 
 
 def _norm(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> BatchNorm:
@@ -335,7 +240,7 @@ def _torch_conv_bn_relu(*args: Any) -> Tensor:
     return _channels_last(y)
 
 
-_register(
+register(
     Operator("conv_bn_relu", _conv_result, _conv_obstacle, _plan_conv, _torch_conv_bn_relu),
     "(Tensor x, Tensor weight, Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? residual, Tensor? shortcut_x, "
@@ -368,7 +273,7 @@ def _torch_add_relu(x: Tensor, other: Tensor, kernels: str) -> Tensor:
     return _channels_last(reference.add_relu(x, other))
 
 
-_register(
+register(
     Operator("add_relu", _add_relu_result, _add_relu_obstacle, _plan_add_relu, _torch_add_relu),
     "(Tensor x, Tensor other, str kernels) -> Tensor",
 )
@@ -406,7 +311,7 @@ def _torch_max_pool(x: Tensor, size: list[int], stride: list[int], padding: list
     return _channels_last(reference.max_pool2d(x, _pair(size), _pair(stride), _pair(padding)))
 
 
-_register(
+register(
     Operator("max_pool2d", _max_pool_result, _max_pool_obstacle, _plan_max_pool, _torch_max_pool),
     "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, str kernels) -> Tensor",
 )
@@ -437,7 +342,7 @@ def _torch_avg_pool(x: Tensor, kernels: str) -> Tensor:
     return _channels_last(reference.global_avg_pool(x))
 
 
-_register(
+register(
     Operator("global_avg_pool", _avg_pool_result, _avg_pool_obstacle, _plan_avg_pool, _torch_avg_pool),
     "(Tensor x, str kernels) -> Tensor",
 )
@@ -481,7 +386,7 @@ def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) 
     return reference.linear(x, weight, bias)
 
 
-_register(
+register(
     Operator("linear", _linear_result, _linear_obstacle, _plan_linear, _torch_linear),
     "(Tensor x, Tensor weight, Tensor? bias, str kernels) -> Tensor",
     autocast=True,

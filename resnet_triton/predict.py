@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, models, vision
-from .cli import Bar, table
 from .convert import optimize
+from .terminal import Bar, table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What is decoded at all. Pillow knows many more formats, some of them run other programs."""

@@ -36,7 +36,8 @@ def conv_bn_relu(
     """Convolution, batch norm with running statistics, residual add, ReLU."""
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     fp32 = y.dtype == torch.float32 == running_var.dtype and y.device.type == "cpu"
-    if fp32 and y.numel() >= _LARGE and not _differentiated(y, bn_weight, bn_bias):
+    plain = fp32 and not torch.compiler.is_compiling() and not _differentiated(y, bn_weight, bn_bias)
+    if plain and y.numel() >= _LARGE:
         scale = (running_var + eps).rsqrt()
         scale = scale if bn_weight is None else scale * bn_weight
         shift = -running_mean * scale if bn_bias is None else bn_bias - running_mean * scale

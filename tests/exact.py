@@ -191,7 +191,7 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
         else:
             stack.enter_context(interpreter.ready())
         if programs is not None:
-            launch = dataclasses.replace(launch, grid=(len(programs),))
+            launch = dataclasses.replace(launch, grid=(len(programs), *launch.grid[1:]))
             stack.enter_context(_only(programs))
         launch.run()
     for tensor, bits in before:
@@ -213,13 +213,14 @@ def run_conv(call: ConvCall, chosen: ConvConfig, programs: Sequence[int] | None 
 
 @contextlib.contextmanager
 def _only(programs: Sequence[int]) -> Iterator[None]:
-    """Make the interpreter number its programs like this instead of 0, 1, 2, ..."""
+    """Make the interpreter number its programs, on the first axis, like this instead of 0, 1, 2, ..."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter as upstream
 
     def create_get_program_id(builder: Any, axis: int) -> Any:
-        return upstream.TensorHandle(np.array([programs[builder.grid_idx[axis]]], dtype=np.int32), tl.int32)
+        index = builder.grid_idx[axis]
+        return upstream.TensorHandle(np.array([programs[index] if axis == 0 else index], dtype=np.int32), tl.int32)
 
     with mock.patch.object(upstream.InterpreterBuilder, "create_get_program_id", create_get_program_id):
         yield

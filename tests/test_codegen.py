@@ -111,7 +111,8 @@ def test_each_fault_is_named():
 
     sound = {
         "arch": "sm_90", "layer": "conv1", "operator": "conv_bn_relu", "batch": 1, "dtype": "float16",
-        "path": "descriptor", "tile": "", "num_warps": 4, "num_stages": 3, "registers": 99, "spill_bytes": 0,
+        "path": "descriptor", "tile": "", "split_k": 1,
+        "num_warps": 4, "num_stages": 3, "registers": 99, "spill_bytes": 0,
         "shared_memory": 232448, "tensor_core": "wgmma", "tma": True, "serialized": False,
     }  # fmt: skip
     assert Row(**sound).faults() == []

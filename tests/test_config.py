@@ -110,7 +110,8 @@ SERVED = {
     "stride 2": STRIDED,
     "odd width at stride 1": replace(SHAPE, w=57),
     "odd height at stride 2": replace(STRIDED, h=57),
-    "shortcut": replace(SHORTCUT, shortcut_stride=(2, 2)),
+    "shortcut": replace(SHORTCUT, shortcut_w=112, shortcut_stride=(2, 2)),
+    "odd shortcut at stride 1": replace(SHORTCUT, shortcut_w=57),
     "fp32 with 4 channels": replace(SHAPE, c=4, k=12, dtype="float32"),
 }
 NOT_SERVED = {
@@ -119,6 +120,7 @@ NOT_SERVED = {
     "fp16 with 60 filters": replace(SHAPE, k=60),
     "fp32 with 6 channels": replace(SHAPE, c=6, dtype="float32"),
     "shortcut of 12 channels": replace(SHAPE, shortcut_c=12),
+    "odd shortcut at stride 2": replace(SHORTCUT, shortcut_w=57, shortcut_stride=(2, 2)),
     "shortcut with stride 3": replace(SHORTCUT, shortcut_stride=(3, 3)),
     "shortcut with two strides": replace(SHORTCUT, shortcut_stride=(1, 2)),
     "5x5": replace(SHAPE, r=5, s=5, padding=(2, 2)),

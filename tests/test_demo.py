@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_triton import cli, demo
+from resnet_triton import cli, demo, digits, terminal
 
 pytest.importorskip("sklearn.datasets")
 pytest.importorskip("rich")
 pytest.importorskip("triton")
-RECIPE = demo.Recipe(epochs=1, batch=20, train_images=40)
+RECIPE = digits.Recipe(epochs=1, batch=20, train_images=40)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run() -> dict[str, Any]:
-    return demo.run(RECIPE, kernel_images=1, device="cpu", bar=cli.bar)
+    return demo.run(RECIPE, kernel_images=1, device="cpu", bar=terminal.bar)
 
 
 def test_demo(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,23 +95,24 @@ def test_what_fails_the_demo(wrong_by: float, launches: int, fallbacks: int, wan
 
 def test_weights_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = []
-    real = demo.train
-    monkeypatch.setattr(demo, "train", lambda *arguments: trainings.append(1) or real(*arguments))
-    digits = demo.load_digits(RECIPE)
+    real = digits.train
+    monkeypatch.setattr(digits, "train", lambda *arguments: trainings.append(1) or real(*arguments))
+    data = digits.load_digits(RECIPE)
 
-    first, path, _ = demo.trained(RECIPE, digits, cli.bar)
+    first, path, _ = digits.trained(RECIPE, data, terminal.bar)
     assert path is not None
     assert path.parent == cache
-    again, _, _ = demo.trained(RECIPE, digits, cli.bar)
+    again, _, _ = digits.trained(RECIPE, data, terminal.bar)
     assert len(trainings) == 1
     assert all(torch.equal(again[key], value) for key, value in first.items())
 
     path.write_bytes(path.read_bytes()[:5000])  # damaged
-    demo.trained(RECIPE, digits, cli.bar)
+    digits.trained(RECIPE, data, terminal.bar)
     assert len(trainings) == 2
-    assert demo.read_checkpoint(path).image_size == 32
+    assert digits.read_checkpoint(path).image_size == 32
 
-    _, other, _ = demo.trained(demo.Recipe(epochs=1, batch=40, train_images=40), digits, cli.bar)  # another recipe
+    another = digits.Recipe(epochs=1, batch=40, train_images=40)
+    _, other, _ = digits.trained(another, data, terminal.bar)
     assert len(trainings) == 3
     assert other != path
     assert all(file.suffix == ".pt" for file in cache.iterdir())  # no temporary files
@@ -119,7 +120,7 @@ def test_weights_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cache_that_cannot_be_written(cache: Path) -> None:
     cache.write_text("in the way")
-    state, path, notes = demo.trained(RECIPE, demo.load_digits(RECIPE), cli.bar)
+    state, path, notes = digits.trained(RECIPE, digits.load_digits(RECIPE), terminal.bar)
     assert path is None
     assert "could not be kept" in notes[-1]
     assert "fc.weight" in state
@@ -131,5 +132,5 @@ def test_an_interrupted_write_leaves_nothing(cache: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo._write(cache / "file", interrupted)
+        digits._write(cache / "file", interrupted)
     assert list(cache.iterdir()) == []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import random
 from typing import Any, NamedTuple
 from unittest import mock
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from resnet_triton import config, dispatch, ops, resnet18
 from resnet_triton.config import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors
-from resnet_triton.config.heuristic import programs as grid_size
+from resnet_triton.config import tiles as grid_size
 from resnet_triton.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.ops import ConvCall
@@ -115,6 +114,20 @@ def small(shape: ConvShape, chosen: ConvConfig) -> ConvShape:
     return dataclasses.replace(shape, n=n, h=p * shape.stride[0], w=q * shape.stride[1])
 
 
+def tiles_written(written: Tensor, chosen: ConvConfig) -> int:
+    """How many tiles of the output were written; each has to be written completely or not at all."""
+    n, k, p, q = (torch.arange(size) for size in written.shape)
+    if chosen.box is None:
+        pixels = torch.arange(len(n) * len(p) * len(q)).reshape(len(n), 1, len(p), len(q)) // chosen.block_m
+    else:
+        rows, columns, images = chosen.box
+        pixels = ((n // images)[:, None, None, None] * 1000 + (p // rows)[:, None]) * 1000 + q // columns
+    tiles = pixels * 1000 + (k // chosen.block_k)[:, None, None]
+    touched = set(tiles[written].tolist())
+    assert not touched & set(tiles[~written].tolist())
+    return len(touched)
+
+
 @pytest.mark.parametrize("layer", layers(), ids=str)
 def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
     shape, chosen = layer.shape, layer.chosen
@@ -136,11 +149,7 @@ def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
         return
     written = ~out.isnan()
     assert_exact(out[written], expected[written])
-    sizes = (
-        zip((shape.p, shape.q, shape.n), chosen.box, strict=True) if chosen.box else [(shape.n * 35, chosen.block_m)]
-    )
-    smallest = math.prod(size % tile or tile for size, tile in sizes)  # of all tiles: that in the last corner
-    assert written.sum() >= len(programs) * smallest * chosen.block_k
+    assert tiles_written(written, chosen) == len(programs)
 
 
 def test_layers_cover_what_they_claim() -> None:

@@ -86,4 +86,4 @@ def test_launches_for_a_gpu_that_is_not_there(calls, arch):
         tiles = -(-56 // h) * -(-56 // w) * -(-16 // n)
     else:
         tiles = -(-16 * 56 * 56 // launch.arguments["BLOCK_M"])
-    assert launch.grid == (tiles * -(-64 // launch.arguments["BLOCK_K"]),)
+    assert launch.grid == (tiles * -(-64 // launch.arguments["BLOCK_K"]), launch.arguments["SPLIT_K"])

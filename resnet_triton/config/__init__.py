@@ -4,7 +4,7 @@ Lookup order: the GPU's table (`<gpu>.json` in this folder), then the heuristic.
 device facts; nothing searches or times anything at call time.
 """
 
-from .conv import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors
+from .conv import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors, tiles
 from .heuristic import conv_heuristic, linear_heuristic
 from .table import lookup
 
@@ -17,4 +17,5 @@ __all__ = [
     "linear_heuristic",
     "lookup",
     "supports_descriptors",
+    "tiles",
 ]

@@ -54,6 +54,7 @@ class ConvConfig:
 
     `block_m` output pixels by `block_k` output channels, reduced `block_c` channels at a time. With `box` (rows,
     columns, images) the kernel loads through tensor descriptors and the tile is that box; without, through pointers.
+    `split_k` programs share a tile, each reducing over a part of the channels and taps.
     """
 
     block_m: int
@@ -62,6 +63,7 @@ class ConvConfig:
     num_warps: int
     num_stages: int
     box: tuple[int, int, int] | None = None
+    split_k: int = 1
 
     @property
     def path(self) -> str:
@@ -106,12 +108,38 @@ def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     return tiles + config.block_m * config.block_k * shape.itemsize * (2 if shape.residual else 1) + 2048
 
 
+def steps(config: ConvConfig, shape: ConvShape) -> int:
+    """Turns of the main loop: filter taps times slabs of `block_c` channels."""
+    if config.box is None and is_flat(shape.c):
+        return -(-shape.r * shape.s * shape.c // config.block_c)
+    return shape.r * shape.s * -(-shape.c // config.block_c)
+
+
+def tiles(config: ConvConfig, shape: ConvShape) -> int:
+    """Output tiles; a launch has `split_k` programs for each."""
+    if config.box is None:
+        pixels = -(-shape.n * shape.p * shape.q // config.block_m)
+    else:
+        h, w, n = config.box
+        pixels = -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n)
+    return pixels * -(-shape.k // config.block_k)
+
+
+def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
+    """At most 16 equal shares of at most 64 KB, since one program reads them all."""
+    flat = config.box is None and is_flat(shape.c)
+    small = config.block_m * config.block_k * 4 <= 64 * 1024
+    return 2 <= config.split_k <= 16 and steps(config, shape) % config.split_k == 0 and small and not flat
+
+
 def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     """Whether `config` may be used for `shape` on `device`. Tuner, tables, heuristic and tests all ask here."""
     sizes = (config.block_m, config.block_k, config.block_c, config.num_warps)
     if any(size <= 0 or size & (size - 1) for size in sizes) or not 1 <= config.num_stages <= 8:
         return False
     if min(config.block_m, config.block_k, config.block_c) < 16 or max(config.block_m, config.block_k) > 256:
+        return False
+    if config.split_k != 1 and not _may_split(config, shape):
         return False
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False

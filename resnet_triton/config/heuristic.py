@@ -1,13 +1,14 @@
 """Tile choices from shape and device facts alone: no timing, no state, the same answer everywhere.
 
-The estimate is the number of rounds the GPU needs (tiles over SMs) times the work of one tile, where a tile's speed is
-limited by how much arithmetic it does per byte it loads. Nothing here has been fitted to a measurement yet.
+The estimate is the number of rounds the GPU needs (programs over SMs) times the work of one program, where a tile's
+speed is limited by how much arithmetic it does per byte it loads, plus what sharing a tile costs. Nothing here has been
+fitted to a measurement yet.
 """
 
 from __future__ import annotations
 
 from ..device import DeviceFacts
-from .conv import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors
+from .conv import ConvConfig, ConvShape, is_flat, is_legal, steps, supports_descriptors, tiles
 
 # (block_m, block_k, block_c of a 16-bit type, num_warps, num_stages), each seen to compile without spills.
 _BOX_TILES = (
@@ -22,6 +23,11 @@ _FLAT_TILES = ((128, 64, 64, 8, 2), (64, 64, 64, 8, 2), (32, 64, 64, 4, 2), (32,
 _IEEE_TILES = ((64, 64, 16, 4, 3), (32, 32, 16, 4, 3))  # fp32 multiply-adds: larger accumulators spill
 _IEEE_FLAT_TILES = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
+_SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
+_FLOPS_PER_NS = 6000  # one SM: 790 TFLOP/s over 132
+_BYTES_PER_NS = 73  # one SM reading L2: 9.7 TB/s over 132
+_ARRIVAL_NS = 1500  # a store, a barrier, an atomic and the first load back, none of them overlapped
+
 
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
@@ -29,15 +35,16 @@ def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool =
     # IEEE fp32 is bound by its arithmetic, so descriptors would buy nothing.
     boxes = descriptors and not ieee and device.has_descriptors and supports_descriptors(shape)
     if boxes:
-        tiles: tuple[tuple[int, ...], ...] = _BOX_TILES
+        shapes: tuple[tuple[int, ...], ...] = _BOX_TILES
     elif is_flat(shape.c):
-        tiles = _IEEE_FLAT_TILES if ieee else _FLAT_TILES
+        shapes = _IEEE_FLAT_TILES if ieee else _FLAT_TILES
     else:
-        tiles = _IEEE_TILES if ieee else _POINTER_TILES
+        shapes = _IEEE_TILES if ieee else _POINTER_TILES
     widest = 32 if shape.itemsize == 4 else 64  # channels in one 128-byte row of shared memory
     candidates = [
-        ConvConfig(m, k, min(c, widest), warps, stages, _box(shape, m) if boxes else None)
-        for m, k, c, warps, stages in tiles
+        ConvConfig(m, k, min(c, widest), warps, stages, _box(shape, m) if boxes else None, split)
+        for m, k, c, warps, stages in shapes
+        for split in _SPLITS
         if device.arch < 100 or m * k <= 2048 * warps  # sm_100 moves a whole accumulator through registers at the end
     ]
     return min(
@@ -54,21 +61,17 @@ def linear_heuristic(m: int, k: int, itemsize: int, precision: str) -> ConvConfi
     return ConvConfig(block_m, 64, 128 // itemsize, 4, 3)
 
 
-def programs(config: ConvConfig, shape: ConvShape) -> int:
-    """Programs in the launch."""
-    if config.box is None:
-        pixels = -(-shape.n * shape.p * shape.q // config.block_m)
-    else:
-        h, w, n = config.box
-        pixels = -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n)
-    return pixels * -(-shape.k // config.block_k)
-
-
 def _estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
-    rounds = -(-programs(config, shape) // device.sm_count)
+    """Nanoseconds the launch might take; only the order of the candidates matters. The ceilings are an H200's."""
     area = config.block_m * config.block_k
     intensity = area / (config.block_m + config.block_k)  # multiply-adds per element loaded
-    return rounds * area / min(intensity, 85.0)  # 256x128 and 128x256 reach 85; more would not be faster
+    efficiency = min(intensity, 85.0) / 85.0  # 256x128 reaches 85; larger tiles would not be faster
+    step = 2 * area * config.block_c / (_FLOPS_PER_NS * efficiency)
+    rounds = -(-tiles(config, shape) * config.split_k // device.sm_count)
+    work = rounds * -(-steps(config, shape) // config.split_k) * step
+    if config.split_k == 1:
+        return work
+    return work + _ARRIVAL_NS + 4 * area * (config.split_k + 1) / _BYTES_PER_NS  # the last program reads every share
 
 
 def _box(shape: ConvShape, block_m: int) -> tuple[int, int, int]:

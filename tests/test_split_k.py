@@ -1,0 +1,108 @@
+"""Several programs a tile: exact, repeatable, counters left at zero, and ordered in the machine code."""
+
+import json
+import re
+from unittest import mock
+
+import pytest
+import torch
+from exact import conv_call, conv_reference, generator
+from test_codegen import run as run_compiled
+
+from resnet_triton import config, interpreter, ops
+from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal
+from resnet_triton.device import KNOWN
+
+PATHS = {"pointer": None, "box": (4, 4, 1), "one row": (1, 8, 2)}
+
+
+def share(shape: ConvShape, split: int, path: str) -> ConvConfig:
+    chosen = ConvConfig(16, 32, 16, 4, 2, PATHS[path], split)
+    assert is_legal(chosen, shape, KNOWN[90])
+    return chosen
+
+
+def launch(call: ops.ConvCall, chosen: ConvConfig) -> torch.Tensor:
+    operator = ops.OPERATORS["conv_bn_relu"]
+    out = operator.output(*call).fill_(float("nan"))
+    with mock.patch.object(config, "lookup", return_value=chosen):
+        planned = operator.plan(out, *call)
+    planned.arguments["workspace_ptr"].fill_(float("nan"))
+    with interpreter.ready():
+        planned.run()
+    assert planned.grid[1] == chosen.split_k
+    assert not planned.arguments["arrivals_ptr"].any(), "the next launch needs its counters at zero"
+    return out
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("split", "dtype"), [(2, "float32"), (3, "bfloat16"), (6, "float16"), (9, "float16")])
+@pytest.mark.parametrize("extra", ["residual", "shortcut"])
+def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
+    stride = (2, 2) if path == "one row" else (1, 1)
+    shape = ConvShape(
+        1, 32, 10, 6, 40, 3, 3, stride, (1, 1), dtype=dtype, residual=extra == "residual",
+        shortcut_c=24 if extra == "shortcut" else 0, shortcut_stride=(2, 2) if path == "one row" else (1, 1),
+    )  # fmt: skip
+    call = conv_call(generator(device, split), shape)
+    expected = conv_reference(call).to(getattr(torch, dtype))
+    first = launch(call, share(shape, split, path))
+    assert torch.equal(first, expected)
+    assert torch.equal(first, launch(call, share(shape, split, path)))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_shift_that_is_not_finite_is_added_once(device, value):
+    shape = ConvShape(1, 32, 4, 4, 32, 3, 3, padding=(1, 1), residual=True)
+    call = conv_call(generator(device, 0), shape)
+    call.beta[3] = value
+    y = launch(call, share(shape, 3, "pointer"))
+    assert torch.equal(y.isnan(), conv_reference(call).isnan())
+    assert torch.equal(y.isinf(), conv_reference(call).isinf())
+
+
+def test_shares_are_equal_small_and_few():
+    shape = ConvShape(1, 256, 7, 7, 512, 3, 3, padding=(1, 1))
+    legal = [s for s in range(1, 40) if is_legal(ConvConfig(64, 64, 64, 4, 3, (8, 8, 1), s), shape, KNOWN[90])]
+    assert legal == [1, 2, 3, 4, 6, 9, 12]  # 36 steps; at most 16 shares
+    assert not is_legal(ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2), shape, KNOWN[90]), "a share of 128 KB"
+    stem = ConvShape(1, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3))
+    assert not is_legal(ConvConfig(64, 64, 32, 4, 2, None, 5), stem, KNOWN[90]), "the flat reduction is not split"
+
+
+def test_only_small_launches_are_split():
+    layer4 = ConvShape(1, 512, 7, 7, 512, 3, 3, padding=(1, 1), residual=True)
+    assert conv_heuristic(layer4, KNOWN[90]).split_k > 1
+    assert all(
+        conv_heuristic(ConvShape(n, 64, 56, 56, 64, 3, 3, padding=(1, 1)), KNOWN[90]).split_k == 1 for n in (8, 256)
+    )
+
+
+ASSEMBLY = """
+import json
+import torch
+import resnet_triton
+from resnet_triton import codegen, device
+from resnet_triton.trace import trace
+calls = trace(resnet_triton.resnet18().eval(), (1, 3, 224, 224), torch.float16)
+call = next(c for c in calls if c.name == "layer4.1.conv2")
+found = []
+for arch in (80, 90, 100):
+    launch = call.launch(device.KNOWN[arch])
+    assert launch.arguments["SPLIT_K"] > 1, launch
+    found.append(codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"])
+print(json.dumps(found))
+"""
+
+
+def test_a_barrier_stands_between_the_share_and_its_announcement():
+    """Nothing in the interpreter shows this order: it runs one program at a time."""
+    for ptx in json.loads(run_compiled(ASSEMBLY)):
+        lines = ptx.splitlines()
+        arrival = next(i for i, line in enumerate(lines) if re.search(r"\batom\..*\.add", line))
+        assert "acq_rel" in lines[arrival]
+        assert ".gpu" in lines[arrival]
+        stores = [i for i, line in enumerate(lines[:arrival]) if "st.global" in line]
+        assert stores, "the share is stored before it is announced"
+        assert any("bar.sync" in line for line in lines[stores[-1] : arrival])
+        assert not re.search(r"\b(atom|red)\b.*\.f(16|32)", ptx), "floating-point atomics are not repeatable"
