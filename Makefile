@@ -63,8 +63,8 @@ codegen-oldest: $(OLDEST_STAMP) ## the same with the oldest supported Triton
 	$(HERMETIC) PYTHONPATH=$(OLDEST_DIR) $(PY) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton'
 	$(HERMETIC) PYTHONPATH=$(OLDEST_DIR) $(PY) -m resnet_triton codegen $(ARGS)
 
-bench: $(STAMP) ## run the benchmark suite
-	$(PY) -m resnet_triton bench $(ARGS)
+bench: $(STAMP) ## time ResNet-18 against torchvision's on this machine
+	$(PY) -m benchmarks.model $(ARGS)
 
 clean: ## remove builds and caches (not .venv)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
