@@ -1,0 +1,50 @@
+"""FLOPs and bytes of the kernels against counts made elsewhere and by hand."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnet_triton import resnet18, resnet50
+from resnet_triton.kernels import cost
+from resnet_triton.ops import ConvCall
+from resnet_triton.trace import trace
+
+
+def conv_cost(call: ConvCall, itemsize: int = 2) -> cost.Cost:
+    s = call.shape
+    return cost.conv_bn_relu(
+        n=s.n, c=s.c, h=s.h, w=s.w, k=s.k, p=s.p, q=s.q, r=s.r, s=s.s, itemsize=itemsize, stride=s.stride,
+        residual=s.residual, shortcut_c=s.shortcut_c,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [resnet18, resnet50])
+def test_flops_are_those_pytorch_counts(build):
+    model = build().eval()
+    shape = (2, 3, 64, 64)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(torch.zeros(shape))
+    flops = sum(conv_cost(ConvCall(*c.args)).flops for c in trace(model, shape) if c.operator == "conv_bn_relu")
+    flops += cost.linear(m=2, c=model.fc.in_features, k=1000, itemsize=4).flops
+    assert flops == counted.get_total_flops()
+
+
+def test_bytes_read_each_input_once_and_write_each_output_once():
+    layer = {"n": 2, "c": 64, "h": 28, "w": 28, "k": 128, "p": 14, "q": 14, "itemsize": 2}
+    x, y = 2 * 64 * 28 * 28, 2 * 128 * 14 * 14
+    assert cost.conv_bn_relu(**layer, r=3, s=3, stride=(2, 2)).bytes == 2 * (x + y + 128 * 64 * 9)
+    assert cost.conv_bn_relu(**layer, r=3, s=3, stride=(2, 2), residual=True).bytes == 2 * (x + 2 * y + 128 * 64 * 9)
+    # A 1x1 filter with stride 2 reads every second row and column.
+    assert cost.conv_bn_relu(**layer, r=1, s=1, stride=(2, 2)).bytes == 2 * (x // 4 + y + 128 * 64)
+    with_shortcut = cost.conv_bn_relu(**layer, r=3, s=3, stride=(2, 2), shortcut_c=32)
+    assert with_shortcut.bytes == 2 * (x + y + 128 * 64 * 9 + 128 * 32 + 2 * 32 * 14 * 14)
+    assert with_shortcut.flops == 2 * y * (64 * 9 + 32)
+    assert cost.max_pool(n=2, c=3, h=8, w=8, p=4, q=4, itemsize=4) == (0, 4 * 6 * (64 + 16))
+    assert cost.global_avg_pool(n=2, c=3, h=8, w=8, itemsize=4) == (2 * 3 * 64, 4 * 6 * 65)
+    assert cost.add_relu(numel=10, itemsize=2) == (10, 60)
+    assert cost.linear(m=2, c=3, k=5, itemsize=2) == (60, 2 * (6 + 15 + 10))
+
+
+def test_floor_is_the_slower_of_arithmetic_and_memory():
+    assert cost.Cost(flops=100, bytes=10).floor(10.0, 10.0) == 10.0
+    assert cost.Cost(flops=10, bytes=100).floor(10.0, 10.0) == 10.0

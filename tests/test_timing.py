@@ -1,0 +1,59 @@
+"""The timing routine against known sleeps, and the benchmark that uses it."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from resnet_triton import timing
+
+model = pytest.importorskip("benchmarks.model")
+
+
+def test_sleeps_are_timed_in_turns():
+    order = []
+
+    def nap(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+
+    samples = timing.interleaved({"a": lambda: nap("a", 0.01), "b": lambda: nap("b", 0.05)}, rounds=5, warmup=1)
+    assert order == ["a", "b"] * 6
+    assert [len(s) for s in samples.values()] == [5, 5]
+    assert 0.01 <= timing.median(samples["a"]) < 0.04  # a busy machine wakes up late
+    assert 0.05 <= timing.median(samples["b"]) < 0.08
+
+
+def test_no_rounds_are_refused():
+    with pytest.raises(ValueError, match="rounds=0, expected at least 1"):
+        timing.interleaved({"a": lambda: None}, rounds=0)
+
+
+@pytest.fixture
+def small_images(monkeypatch):
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda n, c, h, w, **k: rand(n, c, 32, 32, **k))
+
+
+def test_the_benchmark_compares_three_alternatives(small_images, capsys):
+    assert model.main(["--batches", "1,2", "--rounds", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(r["batch"], r["alternative"]) for r in rows[::3]] == [(1, "torchvision eager"), (2, "torchvision eager")]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["p20_ms"] <= row["ms"] <= row["p80_ms"]
+        assert row["images_per_s"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
+
+
+def test_a_wrong_answer_is_not_timed(small_images, monkeypatch):
+    real = model.resnet_triton.resnet18
+
+    def wrong(**kwargs):
+        built = real(**kwargs)
+        built.register_forward_hook(lambda module, args, out: out + 1)
+        return built
+
+    monkeypatch.setattr(model.resnet_triton, "resnet18", wrong)
+    with pytest.raises(SystemExit, match="resnet_triton differs from torchvision by 1 at batch 1; not timed"):
+        model.main(["--batches", "1", "--rounds", "1"])
