@@ -7,6 +7,8 @@ fitted to a measurement yet.
 
 from __future__ import annotations
 
+import functools
+
 from ..device import DeviceFacts
 from .conv import ConvConfig, ConvShape, is_flat, is_legal, steps, supports_descriptors, tiles
 
@@ -29,6 +31,7 @@ _BYTES_PER_NS = 73  # one SM reading L2: 9.7 TB/s over 132
 _ARRIVAL_NS = 1500  # a store, a barrier, an atomic and the first load back, none of them overlapped
 
 
+@functools.lru_cache(maxsize=4096)  # every launch asks, and weighing the candidates takes milliseconds
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
     ieee = shape.dtype == "float32" and shape.precision == "ieee"
