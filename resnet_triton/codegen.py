@@ -183,15 +183,15 @@ def rows(
                 calls = trace(model, (batch, 3, image, image), torch_dtype)
                 for arch in archs:
                     for call in calls:
-                        launch = call.launch(KNOWN[arch])
-                        path = "descriptor" if "x_desc" in launch.arguments else "pointer"
-                        about: dict[str, Any] = {
-                            "arch": f"sm_{arch}", "layer": call.name or call.operator, "operator": call.operator,
-                            "batch": batch, "dtype": dtype, "path": path, "tile": _tile(launch.arguments),
-                            "split_k": launch.arguments.get("SPLIT_K", 1),
-                            "num_warps": launch.num_warps, "num_stages": launch.num_stages,
-                        }  # fmt: skip
-                        planned.append((about, arch, specialise(launch)))
+                        for launch in call.launches(KNOWN[arch]):
+                            path = "descriptor" if "x_desc" in launch.arguments else "pointer"
+                            about: dict[str, Any] = {
+                                "arch": f"sm_{arch}", "layer": call.name or call.operator, "operator": call.operator,
+                                "batch": batch, "dtype": dtype, "path": path, "tile": _tile(launch.arguments),
+                                "split_k": launch.arguments.get("SPLIT_K", 1),
+                                "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+                            }  # fmt: skip
+                            planned.append((about, arch, specialise(launch)))
     distinct = list(dict.fromkeys((source, arch) for _, arch, source in planned))
     with ProcessPoolExecutor(jobs) as pool:
         compiled = {key: pool.submit(compile_for, *key) for key in distinct}

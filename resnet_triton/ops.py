@@ -1,7 +1,7 @@
 """The operators.
 
 Each is four functions in a row and a schema: its result's shape and dtype (here calls are validated), what keeps it off
-our kernels, the kernel launch planned for it, and its PyTorch form. `registry.register` makes an operator of them.
+our kernels, the launches planned for it, and its PyTorch form. `registry.register` makes an operator of them.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _conv_obstacle(shape: Shape, *args: Any) -> str | None:
     )
 
 
-def _plan_conv(out: Tensor, *args: Any) -> Launch:
+def _plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
     call = ConvCall(*args)
     x, weight = _channels_last(call.x), _channels_last(call.weight)
     residual = None if call.residual is None else _channels_last(call.residual)
@@ -193,7 +193,7 @@ def _plan_conv(out: Tensor, *args: Any) -> Launch:
         shared = config.tiles(c, shape)
         workspace = x.new_empty(shared * c.split_k * c.block_m * c.block_k, dtype=torch.float32)
         arrivals = _arrivals(x.device, shared)
-    return conv_bn_relu_launch(
+    launch = conv_bn_relu_launch(
         out=out, x=x, weight=weight,
         batch_norm=_norm(call.mean, call.var, call.gamma, call.beta, call.eps),
         residual=residual, shortcut=shortcut,
@@ -201,6 +201,7 @@ def _plan_conv(out: Tensor, *args: Any) -> Launch:
         flat=config.is_flat(shape.c), box=c.box, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
         split_k=c.split_k, workspace=workspace, arrivals=arrivals, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
+    return (launch,)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -265,8 +266,9 @@ def _add_relu_obstacle(shape: Shape, x: Tensor, other: Tensor, kernels: str) -> 
     return mixed_dtypes(x, other)
 
 
-def _plan_add_relu(out: Tensor, x: Tensor, other: Tensor, kernels: str) -> Launch:
-    return add_relu_launch(out=out, x=_channels_last(x), other=_channels_last(other), block=1024, num_warps=4)
+def _plan_add_relu(out: Tensor, x: Tensor, other: Tensor, kernels: str) -> tuple[Launch, ...]:
+    launch = add_relu_launch(out=out, x=_channels_last(x), other=_channels_last(other), block=1024, num_warps=4)
+    return (launch,)
 
 
 def _torch_add_relu(x: Tensor, other: Tensor, kernels: str) -> Tensor:
@@ -299,12 +301,13 @@ def _max_pool_obstacle(
 
 def _plan_max_pool(
     out: Tensor, x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str
-) -> Launch:
+) -> tuple[Launch, ...]:
     block_c = min(next_power_of_2(x.shape[1]), 64)
-    return max_pool_launch(
+    launch = max_pool_launch(
         out=out, x=_channels_last(x), kernel_size=_pair(size), stride=_pair(stride), padding=_pair(padding),
         block_m=2048 // block_c, block_c=block_c, num_warps=4,
     )  # fmt: skip
+    return (launch,)
 
 
 def _torch_max_pool(x: Tensor, size: list[int], stride: list[int], padding: list[int], kernels: str) -> Tensor:
@@ -332,10 +335,11 @@ def _avg_pool_obstacle(shape: Shape, x: Tensor, kernels: str) -> str | None:
     return _too_large(shape, x, 0)
 
 
-def _plan_avg_pool(out: Tensor, x: Tensor, kernels: str) -> Launch:
+def _plan_avg_pool(out: Tensor, x: Tensor, kernels: str) -> tuple[Launch, ...]:
     block_c = min(next_power_of_2(x.shape[1]), 64)
     block_p = min(next_power_of_2(x.shape[2] * x.shape[3]), 64)
-    return global_avg_pool_launch(out=out, x=_channels_last(x), block_p=block_p, block_c=block_c, num_warps=4)
+    launch = global_avg_pool_launch(out=out, x=_channels_last(x), block_p=block_p, block_c=block_c, num_warps=4)
+    return (launch,)
 
 
 def _torch_avg_pool(x: Tensor, kernels: str) -> Tensor:
@@ -370,16 +374,17 @@ def _linear_obstacle(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | Non
     return "no input features" if weight.shape[1] == 0 else None
 
 
-def _plan_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Launch:
+def _plan_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> tuple[Launch, ...]:
     k, c = weight.shape
     rows = x.reshape(-1, c).contiguous()
     precision = matmul_precision(x.dtype)
     tile = config.linear_heuristic(rows.shape[0], k, x.element_size(), precision)
-    return linear_launch(
+    launch = linear_launch(
         out=out.view(-1, k), x=rows, weight=weight.contiguous(), bias=_contiguous(bias),
         precision=precision, block_m=tile.block_m, block_k=tile.block_k, block_c=tile.block_c,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+    return (launch,)
 
 
 def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Tensor:

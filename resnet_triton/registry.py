@@ -1,7 +1,8 @@
 """What an operator is, and how `torch.library` learns of it: what torch.compile, export and autograd see.
 
-An operator validates its call, chooses between kernel and PyTorch (`dispatch.choose`), allocates the result and
-launches. Around it stand a fake for tracing, and autograd and autocast kernels that hand the call to PyTorch.
+An operator validates its call, chooses between kernels and PyTorch (`dispatch.choose`), allocates the result and
+launches; most need one launch. Around it stand a fake for tracing, and autograd and autocast kernels that hand the call
+to PyTorch.
 
 Call operators as `torch.ops.resnet_triton.x`; holding the operator object would break deepcopy and pickle.
 """
@@ -40,7 +41,7 @@ class Operator(NamedTuple):
     name: str
     result: Callable[..., Result]
     obstacle: Callable[..., str | None]
-    plan: Callable[..., Launch]
+    plan: Callable[..., tuple[Launch, ...]]
     torch_form: Callable[..., Tensor]
 
     def choose(self, *args: Any) -> Choice:
@@ -59,12 +60,9 @@ class Operator(NamedTuple):
         out = self.output(*args)
         if out.numel() == 0:
             return out
-        if out.device.type == "cuda":
-            with torch.cuda.device(out.device):
-                self.plan(out, *args).run()
-        else:
-            with interpreter.ready():
-                self.plan(out, *args).run()
+        with torch.cuda.device(out.device) if out.device.type == "cuda" else interpreter.ready():
+            for launch in self.plan(out, *args):
+                launch.run()
         count(self.name, "triton")
         return out
 

@@ -45,8 +45,8 @@ class Call:
         """The configuration key of a convolution."""
         return ConvCall(*self.args).shape
 
-    def launch(self, facts: DeviceFacts) -> Launch:
-        """The launch our kernel would make of this call on a device with these facts."""
+    def launches(self, facts: DeviceFacts) -> tuple[Launch, ...]:
+        """The launches our kernels would make of this call on a device with these facts, in order."""
         operator = OPERATORS[self.operator]
         with override(facts):
             return operator.plan(operator.output(*self.args), *self.args)

@@ -173,7 +173,7 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
     """The operator's kernel on an output full of NaN; its inputs and what surrounds the output must stay as they are.
 
     The launch is made here, so PyTorch cannot have stood in for it. `programs` runs these program ids alone
-    (interpreter only), `kernel` names the kernel that is expected.
+    (interpreter only) of the last launch, `kernel` names the kernel that is expected there.
     """
     operator = OPERATORS[name]
     like = operator.output(*args)
@@ -181,7 +181,7 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
     buffer = like.new_full((like.numel() + 2 * margin,), float("nan"))
     out = buffer.as_strided(like.shape, like.stride(), margin)
     assert operator.choose(*args).backend == "triton"
-    launch = operator.plan(out, *args)
+    *earlier, launch = operator.plan(out, *args)
     if kernel is not None:
         assert launch.kernel.__name__ == kernel
     before = [(a, _memory(a).clone()) for a in args if isinstance(a, Tensor)]
@@ -190,6 +190,8 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
             stack.enter_context(torch.cuda.device(out.device))
         else:
             stack.enter_context(interpreter.ready())
+        for preparation in earlier:
+            preparation.run()
         if programs is not None:
             launch = dataclasses.replace(launch, grid=(len(programs), *launch.grid[1:]))
             stack.enter_context(_only(programs))

@@ -74,7 +74,7 @@ for arch in (80, 90):
     for batch in (1, 32):
         for call in trace(model, (batch, 3, 224, 224), torch.float16)[::3]:
             if call.operator == "conv_bn_relu":
-                code = codegen.compile_for(codegen.specialise(call.launch(facts)), arch)
+                code = codegen.compile_for(codegen.specialise(call.launches(facts)[-1]), arch)
                 found.append((code.shared_memory, shared_memory(config.lookup(call.shape, facts), call.shape)))
 print(json.dumps(found))
 """
@@ -97,7 +97,7 @@ from resnet_triton.trace import trace
 calls = trace(resnet_triton.resnet18().eval(), (128, 3, 224, 224), torch.float16)
 call = next(c for c in calls if c.name == "layer4.0.conv2")
 config.lookup = lambda *a, **k: ConvConfig(256, 128, 64, 8, 3, (1, 2, 128))  # two accumulators that cannot fit
-code = codegen.compile_for(codegen.specialise(call.launch(device.KNOWN[90])), 90)
+code = codegen.compile_for(codegen.specialise(call.launches(device.KNOWN[90])[-1]), 90)
 print(code.spill_bytes)
 """
 

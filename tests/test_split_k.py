@@ -26,7 +26,7 @@ def launch(call: ops.ConvCall, chosen: ConvConfig) -> torch.Tensor:
     operator = ops.OPERATORS["conv_bn_relu"]
     out = operator.output(*call).fill_(float("nan"))
     with mock.patch.object(config, "lookup", return_value=chosen):
-        planned = operator.plan(out, *call)
+        (planned,) = operator.plan(out, *call)
     planned.arguments["workspace_ptr"].fill_(float("nan"))
     with interpreter.ready():
         planned.run()
@@ -88,7 +88,7 @@ calls = trace(resnet_triton.resnet18().eval(), (1, 3, 224, 224), torch.float16)
 call = next(c for c in calls if c.name == "layer4.1.conv2")
 found = []
 for arch in (80, 90, 100):
-    launch = call.launch(device.KNOWN[arch])
+    launch = call.launches(device.KNOWN[arch])[-1]
     assert launch.arguments["SPLIT_K"] > 1, launch
     found.append(codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"])
 print(json.dumps(found))
