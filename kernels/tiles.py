@@ -50,3 +50,9 @@ def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k,
         shift += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     place = tl.arange(0, BLOCK_K)
     return tl.gather(scale, place, 0), tl.gather(shift, place, 0)
+
+
+@triton.jit
+def maximum(a, b):
+    """Elementwise maximum in which NaN wins, as in PyTorch's max pooling."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -32,19 +32,19 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(kernels: str, x: Tensor, *, obstacle: str | None = None) -> Choice:
-    """Decide where a call on `x` runs. Under `kernels="triton"` a reason against the kernels is NotImplementedError.
+def choose(kernels: str, where: torch.device, dtype: torch.dtype, obstacle: str | None = None) -> Choice:
+    """Decide where a call with a result in `dtype` runs; `obstacle` is a reason against the kernels found already.
 
-    `obstacle` is a reason that the caller has found already.
+    Under `kernels="triton"` such a reason is a NotImplementedError.
     """
     check_mode(kernels)
     if kernels == "torch":
         return Choice("torch", 'kernels="torch" was asked for')
-    obstacle = obstacle or _device_obstacle(x.device, forced=kernels == "triton")
-    if obstacle is None and x.dtype not in DTYPES:
-        obstacle = f"dtype {x.dtype}"
+    obstacle = obstacle or _device_obstacle(where, forced=kernels == "triton")
+    if obstacle is None and dtype not in DTYPES:
+        obstacle = f"dtype {dtype}"
     if obstacle is None:
-        return Choice("triton", "interpreted on the CPU" if x.device.type == "cpu" else "")
+        return Choice("triton", "interpreted on the CPU" if where.type == "cpu" else "")
     if kernels == "triton":
         raise NotImplementedError(f'kernels="triton" cannot run this call: {obstacle}')
     return Choice("torch", obstacle)

@@ -93,7 +93,7 @@ def versions() -> dict[str, str | None]:
 
 def no_kernels(where: torch.device) -> str | None:
     """Why compiled kernels cannot run on this device; None if they can."""
-    backend, reason = dispatch.choose("auto", torch.empty(0, device=where))
+    backend, reason = dispatch.choose("auto", where, torch.float32)
     if backend == "triton":
         return "TRITON_INTERPRET is set" if interpreter.active() else None
     return reason

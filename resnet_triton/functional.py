@@ -9,6 +9,8 @@ the argument.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,30 @@ def conv_bn_relu(
     )  # fmt: skip
 
 
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+    kernels: str = "auto",
+) -> Tensor:
+    """A ResNet's stem: `max_pool2d(relu(batch_norm(conv2d(x, weight, stride=2, padding=3))), 3, 2, 1)`.
+
+    x (N, C, H, W), weight (K, C, 7, 7), statistics and affine parameters (K,), result (N, K, H', W') in the weight's
+    dtype, to which x is rounded. Bytes (torch.uint8) become `(x / 255 - pixel_mean) / pixel_std` first, with one value
+    for each channel, computed in fp32. On GPUs with tensor descriptors (9.0 and newer), fp16 and bf16 with up to four
+    channels take one fused kernel and never hold the tensor between convolution and pool.
+    """
+    statistics = (running_mean, running_var, bn_weight, bn_bias, eps)
+    return torch.ops.resnet_triton.stem(x, weight, *statistics, pixel_mean, pixel_std, kernels)
+
+
 def add_relu(x: Tensor, other: Tensor, *, kernels: str = "auto") -> Tensor:
     """`relu(x + other)`; both (N, C, H, W)."""
     return torch.ops.resnet_triton.add_relu(x, other, kernels)
@@ -76,6 +102,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: st
     TF32 only if `torch.backends.cuda.matmul.fp32_precision` says so.
     """
     return torch.ops.resnet_triton.linear(x, weight, bias, kernels)
+
+
+def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
+    """A classifier's head, `linear(global_avg_pool(x).flatten(1), weight, bias)`: one launch for few images.
+
+    x (N, C, H, W), weight (K, C), bias (K,), result (N, K).
+    """
+    return torch.ops.resnet_triton.avg_pool_linear(x, weight, bias, kernels)
 
 
 def pair(value: IntOrPair, name: str = "value") -> list[int]:

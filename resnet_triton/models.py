@@ -10,7 +10,7 @@ convolution, as in torchvision ("ResNet v1.5").
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,16 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not _watched(module)
 
 
+def _plain_pool(pool: nn.Module) -> bool:
+    """Whether `pool` is a max pool such as our operators compute."""
+    return (
+        isinstance(pool, nn.MaxPool2d)
+        and _plain(pool, nn.MaxPool2d)
+        and pool.dilation == 1
+        and not (pool.ceil_mode or pool.return_indices)
+    )
+
+
 def conv_norm_act(
     x: Tensor,
     conv: Any,
@@ -69,7 +79,7 @@ def conv_norm_act(
     shortcut = _shortcut(downsample)
     if shortcut is None and downsample is not None:
         identity = downsample(identity)
-    added: tuple[Any, ...] = (identity, *_NO_SHORTCUT)
+    added: tuple[Any, ...] = (identity, *ops.NO_SHORTCUT)
     if shortcut is not None:
         s_conv, s_norm = shortcut
         added = (None, identity, s_conv.weight, *_batch_norm(s_norm), s_conv.stride)
@@ -78,15 +88,12 @@ def conv_norm_act(
     return y if relu or act is None else act(y)
 
 
-_NO_SHORTCUT = (None, None, None, None, None, None, 0.0, (1, 1))
-
-
 def _batch_norm(norm: Any) -> tuple[Any, ...]:
     return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
 
 
 def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, kernels: str, obstacle: str) -> Tensor:
-    dispatch.choose(kernels, x, obstacle=obstacle)
+    dispatch.choose(kernels, x.device, x.dtype, obstacle)
     dispatch.count("conv_bn_relu", "torch", obstacle)
     y: Tensor = norm(conv(x))
     return y
@@ -168,9 +175,14 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """torchvision's `ResNet`, argument for argument; `kernels` on the instance and its blocks says what runs it."""
+    """torchvision's `ResNet`, argument for argument; `kernels` on the instance and its blocks says what runs it.
+
+    With `normalize` set to a mean and a standard deviation for each channel, images may also be bytes (torch.uint8),
+    which become `(x / 255 - mean) / std` on the way in.
+    """
 
     kernels = "auto"
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None
 
     def __init__(
         self,
@@ -239,31 +251,50 @@ class ResNet(nn.Module):
                     nn.init.constant_(last.weight, 0)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.kernels)
-        x = self._pool(x)
+        x = self._stem(x)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)
-        x = self._average(x)
-        x = torch.flatten(x, 1)
-        return self._classify(x)
+        return self._head(x)
 
-    # While torch.fx traces, these three stay module calls: feature extractors ask for them by name.
+    # Feature extractors ask for the pools and the classifier by name: while torch.fx traces, they stay module calls.
+
+    def _stem(self, x: Tensor) -> Tensor:
+        conv, norm, pool = self.conv1, self.bn1, self.maxpool
+        ordinary = (
+            not isinstance(x, fx.Proxy)
+            and conv_obstacle(conv, norm) is None
+            and (conv.kernel_size, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
+            and (conv.dilation, conv.groups) == ((1, 1), 1)
+            and _plain(self.relu, nn.ReLU)
+            and _plain_pool(pool)
+            and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == ([3, 3], [2, 2], [1, 1])
+        )
+        pixels = self.normalize if ordinary and x.dtype == torch.uint8 else None
+        if ordinary and (x.dtype == conv.weight.dtype or pixels is not None):
+            return ops.call("stem", x, conv.weight, *_batch_norm(norm), *(pixels or (None, None)), self.kernels)
+        return self._pool(conv_norm_act(x, conv, norm, self.relu, self.kernels))
+
+    def _head(self, x: Tensor) -> Tensor:
+        if not isinstance(x, fx.Proxy) and self._averages_everything() and _plain(self.fc, nn.Linear):
+            return ops.call("avg_pool_linear", x, self.fc.weight, self.fc.bias, self.kernels)
+        return self._classify(torch.flatten(self._average(x), 1))
 
     def _pool(self, x: Tensor) -> Any:
         pool = self.maxpool
-        ordinary = _plain(pool, nn.MaxPool2d) and pool.dilation == 1 and not (pool.ceil_mode or pool.return_indices)
-        if ordinary and not isinstance(x, fx.Proxy):
+        if _plain_pool(pool) and not isinstance(x, fx.Proxy):
             window = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
             return ops.call("max_pool2d", x, *window, self.kernels)
         return pool(x)
 
     def _average(self, x: Tensor) -> Any:
-        everything = _plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1))
-        if everything and not isinstance(x, fx.Proxy):
+        if self._averages_everything() and not isinstance(x, fx.Proxy):
             return ops.call("global_avg_pool", x, self.kernels)
         return self.avgpool(x)
+
+    def _averages_everything(self) -> bool:
+        return _plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1))
 
     def _classify(self, x: Tensor) -> Any:
         if _plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):

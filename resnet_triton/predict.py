@@ -52,7 +52,7 @@ def predict(
     on_gpu = where.type == "cuda"
     precision = getattr(torch, dtype) if dtype != "auto" else torch.float16 if on_gpu else torch.float32
     try:
-        dispatch.choose(kernels, torch.empty(0, device=where, dtype=precision))
+        dispatch.choose(kernels, where, precision)
     except NotImplementedError as error:
         raise ValueError(f"{error}; use a GPU of compute capability 8.0 or newer, or kernels=auto") from None
     classifier = find_classifier(weights)

@@ -46,7 +46,8 @@ class Operator(NamedTuple):
 
     def choose(self, *args: Any) -> Choice:
         """Validate a call and say where it runs, and why."""
-        return choose(args[-1], args[0], obstacle=self.obstacle(self.result(*args).shape, *args))
+        shape, dtype, _ = self.result(*args)
+        return choose(args[-1], args[0].device, dtype, self.obstacle(shape, *args))
 
     def output(self, *args: Any) -> Tensor:
         """Validate a call and allocate its result, uninitialised: also the fake for tracing."""
@@ -68,8 +69,7 @@ class Operator(NamedTuple):
 
     def refuse_kernels(self, obstacle: str, *args: Any) -> Tensor:
         """Validate and run on PyTorch, or raise if the kernels were asked for."""
-        self.result(*args)
-        choose(args[-1], args[0], obstacle=obstacle)
+        choose(args[-1], args[0].device, self.result(*args).dtype, obstacle)
         return self.run_torch(*args)
 
     def run_torch(self, *args: Any) -> Tensor:

@@ -8,6 +8,7 @@ fitted to a measurement yet.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 from ..device import DeviceFacts
 from .conv import ConvConfig, ConvShape, is_flat, is_legal, steps, supports_descriptors, tiles
@@ -62,6 +63,30 @@ def linear_heuristic(m: int, k: int, itemsize: int, precision: str) -> ConvConfi
         return ConvConfig(16 if m <= 16 else 64, 64, 16, 4, 3)
     block_m = 16 if m <= 16 else 32 if m <= 64 else 64
     return ConvConfig(block_m, 64, 128 // itemsize, 4, 3)
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """Tile of the stem's second launch: `strip` pooled rows of `block_q // 2 - 1` columns by `block_k` channels."""
+
+    block_q: int
+    block_k: int
+    strip: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.lru_cache(maxsize=4096)
+def stem_heuristic(n: int, k: int, p: int, q: int, device: DeviceFacts) -> StemConfig:
+    """Tiles for a stem with a result of (n, k, p, q).
+
+    A strip computes one row of the convolution besides its own, so long strips are cheaper, short ones more parallel.
+    """
+    few = n * p * -(-q // 63) < device.sm_count  # narrow tiles then use twice as many SMs
+    block_q, warps = (64, 4) if few else (128, 8)
+    columns = n * -(-k // 64) * -(-q // (block_q // 2 - 1))
+    strip = min(range(1, p + 1), key=lambda rows: (-(-columns * -(-p // rows) // device.sm_count) * (rows + 1), rows))
+    return StemConfig(block_q, 64, strip, warps, 2)
 
 
 def _estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
