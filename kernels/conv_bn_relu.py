@@ -1,31 +1,30 @@
 """Convolution + batch norm [+ residual | + 1x1 shortcut convolution and its batch norm] [+ ReLU], in one kernel.
 
 Implicit GEMM over channels-last memory: M = N*P*Q output pixels, K output channels, reduction over R*S*C. Batch norm is
-applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. Two
+applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. Three
 kernels differ only in how they load:
 
-* `conv_box_kernel` (sm_90 and newer): tensor descriptors. Its M tile is a box of output rows x columns x images, and
-  one descriptor load fetches the input box shifted by the filter tap; coordinates in the padding read as zero.
-* `conv_pointer_kernel` (everywhere): masked pointers over consecutive output pixels, for any geometry.
+* `conv_box.py` (sm_90 and newer): tensor descriptors; the M tile is a box of output rows x columns x images;
+* `conv_columns.py` (sm_90 and newer): the same for two or three columns that share their loads;
+* `conv_pointer.py` (everywhere): masked pointers over consecutive output pixels, for any geometry.
 
 Few output pixels leave most of a GPU idle. Then SPLIT_K programs share a tile: each reduces over an equal part of the
 (channel slab, tap) steps and applies the scale, the first adds the shift and the last the shortcut, and whoever
 finishes last sums up. Equal parts, because a loop of unknown length makes ptxas serialise wgmma (C7513, sm_90).
 
-Neither skips a filter tap that falls into the padding: a NaN or Inf weight there must give NaN, as in PyTorch.
+None skips a filter tap that falls into the padding: a NaN or Inf weight there must give NaN, as in PyTorch.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .conv_box import conv_box_kernel, filters, pixels
+from .conv_columns import conv_columns_kernel
+from .conv_pointer import conv_pointer_kernel
 from .launch import Launch, cdiv
-from .tiles import batch_norm_scale_shift, relu, sum_splits
 
 
 class BatchNorm(NamedTuple):
@@ -50,182 +49,6 @@ class Shortcut(NamedTuple):
     stride: tuple[int, int]
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])
-def conv_pointer_kernel(
-    x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-    short_x_ptr, short_w_ptr, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
-    workspace_ptr, arrivals_ptr, M, H, W, P, Q, SHORT_H, SHORT_W,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    SHORT_C: tl.constexpr, SHORT_STRIDE_H: tl.constexpr, SHORT_STRIDE_W: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    pid = tl.program_id(0)
-    split = tl.program_id(1)
-    offs_k = (pid % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
-    offs_m = (pid // TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    q = offs_m % Q
-    p = (offs_m // Q) % P
-    n = (offs_m // (P * Q)).to(tl.int64)
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
-
-    h0 = p * STRIDE_H - PAD_H
-    w0 = q * STRIDE_W - PAD_W
-    row = W.to(tl.int64) * C  # elements from one input row to the next
-    x_pixel = x_ptr + (n * H + h0) * row + w0.to(tl.int64) * C
-    w_filter = w_ptr + offs_k.to(tl.int64) * (R * S * C)
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    if FLAT:  # few or unaligned channels: one reduction index over (tap, channel) wastes least
-        for start in range(0, R * S * C, BLOCK_C):
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < R * S * C
-            r = offs_c // (S * C) * DILATION_H
-            s = offs_c // C % S * DILATION_W
-            h = h0[:, None] + r[None, :]
-            w = w0[:, None] + s[None, :]
-            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m[:, None] & mask_c[None, :]
-            offs_x = r * row + s * C + offs_c % C
-            a = tl.load(x_pixel[:, None] + offs_x[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_C]
-            b = tl.load(
-                w_filter[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0
-            )  # [BLOCK_C, BLOCK_K]
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    else:  # channel slabs outside, taps inside: the nine shifted reads of a slab stay close in time
-        STEPS: tl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C)
-        for j in range(STEPS // SPLIT_K):
-            i = split * (STEPS // SPLIT_K) + j
-            tap = i % (R * S)
-            offs_c = i // (R * S) * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C
-            r = tap // S * DILATION_H
-            s = tap % S * DILATION_W
-            h = h0 + r
-            w = w0 + s
-            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m
-            a = tl.load(
-                (x_pixel + (r * row + s * C))[:, None] + offs_c[None, :],
-                mask=inside[:, None] & mask_c[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_C]
-            b = tl.load(
-                (w_filter + tap * C)[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0
-            )  # [BLOCK_C, BLOCK_K]
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    if SPLIT_K > 1:
-        shift = tl.where(split == 0, shift, 0.0)
-    acc = acc * scale[None, :] + shift[None, :]
-
-    if short_x_ptr is not None and (SPLIT_K == 1 or split == SPLIT_K - 1):
-        x_pixel = short_x_ptr + ((n * SHORT_H + p * SHORT_STRIDE_H) * SHORT_W + q * SHORT_STRIDE_W) * SHORT_C
-        w_filter = short_w_ptr + offs_k.to(tl.int64) * SHORT_C
-        short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for start in range(0, SHORT_C, BLOCK_C):
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < SHORT_C
-            a = tl.load(x_pixel[:, None] + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-            b = tl.load(w_filter[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0)
-            short = tl.dot(a, b, short, input_precision=PRECISION)
-        # Not before the loop: beside two accumulators, two more vectors would spill (sm_90: 255 registers against 216).
-        short_scale, short_shift = batch_norm_scale_shift(
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
-        )
-        acc += short * short_scale[None, :] + short_shift[None, :]
-
-    offs_y = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
-    mask_y = mask_m[:, None] & mask_k[None, :]
-    if SPLIT_K > 1:
-        acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
-        mask_y = mask_y & last
-    if res_ptr is not None:
-        acc += tl.load(res_ptr + offs_y, mask=mask_y, other=0.0).to(tl.float32)
-    if RELU:
-        acc = relu(acc)
-    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
-
-
-@triton.jit(do_not_specialize=["P", "Q"])
-def conv_box_kernel(
-    x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
-    workspace_ptr, arrivals_ptr, P, Q,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr,
-    SHORT_C: tl.constexpr, SHORT_STRIDE: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
-    BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    # x_desc, y_desc and res_desc view NHWC memory as (H, W, N, C). With stride 2, columns are split by parity:
-    # (H, W/2, 2, N, C), so that every second column is one contiguous box.
-    BLOCK_M: tl.constexpr = BOX_H * BOX_W * BOX_N
-    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    PAD_H: tl.constexpr = R // 2
-    PAD_W: tl.constexpr = S // 2
-    pid = tl.program_id(0)
-    split = tl.program_id(1)
-    k0 = (pid % TILES_K) * BLOCK_K
-    tile = pid // TILES_K
-    tiles_q = tl.cdiv(Q, BOX_W)
-    tiles_p = tl.cdiv(P, BOX_H)
-    q0 = (tile % tiles_q) * BOX_W
-    p0 = (tile // tiles_q % tiles_p) * BOX_H
-    n0 = (tile // (tiles_q * tiles_p)) * BOX_N
-    offs_k = k0 + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    STEPS: tl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C)
-    for j in range(STEPS // SPLIT_K):
-        i = split * (STEPS // SPLIT_K) + j
-        tap = i % (R * S)
-        c0 = i // (R * S) * BLOCK_C
-        h = p0 * STRIDE + tap // S - PAD_H
-        w = tap % S - PAD_W
-        if STRIDE == 1:
-            a = x_desc.load([h, q0 + w, n0, c0])
-        else:
-            a = x_desc.load([h, q0 + (w + 2) // 2 - 1, (w + 2) % 2, n0, c0])
-        a = a.reshape(BLOCK_M, BLOCK_C)
-        b = w_desc.load([k0, tap, c0]).reshape(BLOCK_K, BLOCK_C)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    if SPLIT_K > 1:
-        shift = tl.where(split == 0, shift, 0.0)
-    acc = acc * scale[None, :] + shift[None, :]
-
-    if short_x_desc is not None and (SPLIT_K == 1 or split == SPLIT_K - 1):
-        # A tile with more than one pixel reaches wgmma through registers; pipelined here as well, Triton 3.6.0 makes
-        # ptxas serialise every wgmma of the kernel (C7513).
-        STAGES: tl.constexpr = None if BOX_H * BOX_W == 1 else 1
-        short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for c0 in tl.range(0, SHORT_C, BLOCK_C, num_stages=STAGES):
-            if SHORT_STRIDE == 1:
-                a = short_x_desc.load([p0, q0, n0, c0])
-            else:
-                a = short_x_desc.load([p0 * 2, q0, 0, n0, c0])
-            a = a.reshape(BLOCK_M, BLOCK_C)
-            b = short_w_desc.load([k0, 0, c0]).reshape(BLOCK_K, BLOCK_C)
-            short = tl.dot(a, b.T, short, input_precision=PRECISION)
-        # Not before the loop: beside two accumulators, two more vectors would spill (sm_90: 255 registers against 216).
-        short_scale, short_shift = batch_norm_scale_shift(
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
-        )
-        acc += short * short_scale[None, :] + short_shift[None, :]
-
-    if SPLIT_K > 1:
-        acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
-        if not last:
-            return
-    if res_desc is not None:
-        acc += res_desc.load([p0, q0, n0, k0]).reshape(BLOCK_M, BLOCK_K).to(tl.float32)
-    if RELU:
-        acc = relu(acc)
-    y_desc.store([p0, q0, n0, k0], acc.to(y_desc.dtype).reshape(BOX_H, BOX_W, BOX_N, BLOCK_K))
-
-
 def conv_bn_relu(
     *,
     out: Tensor,
@@ -244,6 +67,8 @@ def conv_bn_relu(
     block_k: int,
     block_c: int,
     box: tuple[int, int, int] | None,
+    columns: int,
+    early_residual: bool,
     split_k: int,
     workspace: Tensor | None,
     arrivals: Tensor | None,
@@ -256,7 +81,9 @@ def conv_bn_relu(
     is "ieee" or "tf32" and matters for fp32 alone. `flat` reduces over one (tap, channel) index, for few or unaligned
     channels. With `box` (rows, columns, images; product `block_m`) the launch uses tensor descriptors, which ask for
     filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers and channel rows, and at stride 2 for
-    an even input width and one box row. The caller has checked all this.
+    an even input width and one box row (one image of even height: any). With `columns` 2 or 3 (a 3x3 filter of stride
+    1, box (1, 1, n), no shortcut, no split) a program computes that many boxes side by side. `early_residual` loads the
+    residual before the main loop, through pointers. The caller has checked all this.
 
     With `split_k` > 1 that many programs share a tile (not if `flat`): `workspace` is fp32 with `split_k * block_m *
     block_k` elements a tile, `arrivals` int32 with one zero a tile, which the launch leaves at zero.
@@ -264,63 +91,53 @@ def conv_bn_relu(
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
     _, _, p, q = out.shape
-    short_c = 0 if shortcut is None else shortcut.x.shape[1]
-    common = {
+    arguments: dict[str, object] = {
         "mean_ptr": batch_norm.mean, "var_ptr": batch_norm.var,
         "gamma_ptr": batch_norm.weight, "beta_ptr": batch_norm.bias, "eps": batch_norm.eps,
-        **_batch_norm_arguments(shortcut),
-        "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "SHORT_C": short_c,
-        "RELU": relu, "PRECISION": precision, "BLOCK_K": block_k, "BLOCK_C": block_c,
+        **_shortcut_arguments(shortcut),
+        "N": n, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "RELU": relu, "PRECISION": precision,
+        "BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": block_c,
         "SPLIT_K": split_k, "workspace_ptr": workspace, "arrivals_ptr": arrivals,
     }  # fmt: skip
     if box is None:
-        arguments = {
-            "x_ptr": x, "w_ptr": weight, "y_ptr": out, "res_ptr": residual,
-            "short_x_ptr": shortcut and shortcut.x, "short_w_ptr": shortcut and shortcut.weight,
-            "M": n * p * q, "H": h, "W": w,
-            "SHORT_H": shortcut.x.shape[2] if shortcut else 0, "SHORT_W": shortcut.x.shape[3] if shortcut else 0,
+        kernel, columns = conv_pointer_kernel, 1
+        tiles = cdiv(n * p * q, block_m)
+        arguments |= {
+            "x_ptr": x, "w_ptr": weight, "y_ptr": out, "res_ptr": residual, "M": n * p * q, "H": h, "W": w,
             "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
-            "DILATION_H": dilation[0], "DILATION_W": dilation[1],
-            "SHORT_STRIDE_H": shortcut.stride[0] if shortcut else 1,
-            "SHORT_STRIDE_W": shortcut.stride[1] if shortcut else 1,
-            "FLAT": flat, "BLOCK_M": block_m,
+            "DILATION_H": dilation[0], "DILATION_W": dilation[1], "FLAT": flat,
         }  # fmt: skip
-        grid = (cdiv(n * p * q, block_m) * cdiv(k, block_k), split_k)
-        return Launch(conv_pointer_kernel, grid, arguments | common, num_warps, num_stages)
+    else:
+        kernel = conv_box_kernel if columns == 1 else conv_columns_kernel
+        box_h, box_w, box_n = box
+        tiles = cdiv(p, box_h) * cdiv(q, box_w * columns) * cdiv(n, box_n)
+        x_desc, view = pixels(x, stride[0], box, block_c)
+        y_desc, y_view = pixels(out, 1, box, block_k)
+        late = None if residual is None or early_residual else pixels(residual, 1, box, block_k)[0]
+        short_x_desc, short_view = pixels(shortcut.x, shortcut.stride[0], box, block_c) if shortcut else (None, 0)
+        arguments |= {
+            "x_desc": x_desc, "w_desc": filters(weight, block_k, block_c), "y_desc": y_desc, "res_desc": late,
+            "res_ptr": residual if early_residual else None,
+            "short_x_desc": short_x_desc, "short_w_desc": shortcut and filters(shortcut.weight, block_k, block_c),
+            "STRIDE": stride[0], "VIEW": view, "Y_VIEW": y_view,
+            "SHORT_STRIDE": shortcut.stride[0] if shortcut else 1, "SHORT_VIEW": short_view,
+            "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "COLUMNS": columns,
+        }  # fmt: skip
+    grid = (tiles * cdiv(k, block_k), split_k)
+    return Launch(kernel, grid, {name: arguments[name] for name in kernel.arg_names}, num_warps, num_stages)
 
-    box_h, box_w, box_n = box
-    arguments = {
-        "x_desc": _pixels(x, stride[0], box, block_c),
-        "w_desc": _filters(weight, block_k, block_c),
-        "y_desc": _pixels(out, 1, box, block_k),
-        "res_desc": None if residual is None else _pixels(residual, 1, box, block_k),
-        "short_x_desc": shortcut and _pixels(shortcut.x, shortcut.stride[0], box, block_c),
-        "short_w_desc": shortcut and _filters(shortcut.weight, block_k, block_c),
-        "STRIDE": stride[0], "SHORT_STRIDE": shortcut.stride[0] if shortcut else 1,
-        "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n,
-    }  # fmt: skip
-    grid = (cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k), split_k)
-    return Launch(conv_box_kernel, grid, arguments | common, num_warps, num_stages)
 
-
-def _batch_norm_arguments(shortcut: Shortcut | None) -> dict[str, object]:
-    bn = BatchNorm(None, None, None, None, 0.0) if shortcut is None else shortcut.batch_norm
+def _shortcut_arguments(shortcut: Shortcut | None) -> dict[str, object]:
+    if shortcut is None:
+        names = ("x_ptr", "w_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
+        sizes = {"SHORT_H": 0, "SHORT_W": 0, "SHORT_C": 0, "SHORT_STRIDE_H": 1, "SHORT_STRIDE_W": 1}
+        return {**{f"short_{name}": None for name in names}, "short_eps": 0.0, **sizes}
+    bn = shortcut.batch_norm
+    _, c, h, w = shortcut.x.shape
     return {
+        "short_x_ptr": shortcut.x, "short_w_ptr": shortcut.weight,
         "short_mean_ptr": bn.mean, "short_var_ptr": bn.var,
         "short_gamma_ptr": bn.weight, "short_beta_ptr": bn.bias, "short_eps": bn.eps,
+        "SHORT_H": h, "SHORT_W": w, "SHORT_C": c,
+        "SHORT_STRIDE_H": shortcut.stride[0], "SHORT_STRIDE_W": shortcut.stride[1],
     }  # fmt: skip
-
-
-def _pixels(x: Tensor, stride: int, box: tuple[int, int, int], block_c: int) -> TensorDescriptor:
-    """NHWC memory as (H, W, N, C), or (H, W/2, 2, N, C) for stride 2."""
-    n, c, h, w = x.shape
-    if stride == 1:
-        return TensorDescriptor(x, [h, w, n, c], [w * c, c, h * w * c, 1], [*box, block_c])
-    box_h, box_w, box_n = box
-    return TensorDescriptor(x, [h, w // 2, 2, n, c], [w * c, 2 * c, c, h * w * c, 1], [box_h, box_w, 1, box_n, block_c])
-
-
-def _filters(weight: Tensor, block_k: int, block_c: int) -> TensorDescriptor:
-    """KRSC memory as (K, R*S, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
-    k, c, r, s = weight.shape
-    return TensorDescriptor(weight, [k, r * s, c], [r * s * c, c, 1], [block_k, 1, block_c])

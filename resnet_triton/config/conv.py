@@ -12,7 +12,7 @@ from ..device import DeviceFacts
 class ConvShape:
     """Everything about a `conv_bn_relu` call that tiling may depend on.
 
-    `shortcut_c` and `shortcut_w` are channels and columns of the shortcut's input, 0 without a shortcut.
+    `shortcut_c`, `shortcut_h` and `shortcut_w` are channels, rows and columns of the shortcut's input, 0 without one.
     """
 
     n: int
@@ -29,6 +29,7 @@ class ConvShape:
     precision: str = "ieee"  # "ieee" or "tf32"; only fp32 has the choice
     residual: bool = False
     shortcut_c: int = 0
+    shortcut_h: int = 0
     shortcut_w: int = 0
     shortcut_stride: tuple[int, int] = (1, 1)
 
@@ -54,7 +55,8 @@ class ConvConfig:
 
     `block_m` output pixels by `block_k` output channels, reduced `block_c` channels at a time. With `box` (rows,
     columns, images) the kernel loads through tensor descriptors and the tile is that box; without, through pointers.
-    `split_k` programs share a tile, each reducing over a part of the channels and taps.
+    `columns` boxes (1, 1, n) side by side share a program and most of its loads. `split_k` programs share a tile, each
+    reducing over a part of the channels and taps.
     """
 
     block_m: int
@@ -64,11 +66,18 @@ class ConvConfig:
     num_stages: int
     box: tuple[int, int, int] | None = None
     split_k: int = 1
+    columns: int = 1
 
     @property
     def path(self) -> str:
-        """Which kernel this configures: "descriptor" or "pointer"."""
+        """How this loads: through "descriptor" or "pointer"."""
         return "pointer" if self.box is None else "descriptor"
+
+    @property
+    def early_residual(self) -> bool:
+        """Whether registers have room for the residual beside the accumulators during the main loop (sm_90)."""
+        accumulators = self.block_m * self.block_k * self.columns
+        return self.box is not None and self.split_k == 1 and accumulators <= 2048 * self.num_warps
 
 
 def supports_descriptors(shape: ConvShape) -> bool:
@@ -103,9 +112,12 @@ def is_flat(c: int) -> bool:
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     """Upper bound on a launch's shared memory, in bytes; `tests/test_codegen.py` holds it against the compiler."""
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
+    if config.columns > 1:
+        loaded = (config.columns + 2) * config.block_m + 3 * config.block_k
+        return config.num_stages * loaded * config.block_c * shape.itemsize + 4096
     if config.box is None:
         return max(tiles, config.block_m * config.block_k * 4) + 1024
-    return tiles + config.block_m * config.block_k * shape.itemsize * (2 if shape.residual else 1) + 2048
+    return max(tiles, config.block_m * config.block_k * shape.itemsize * (2 if shape.residual else 1)) + 2048
 
 
 def steps(config: ConvConfig, shape: ConvShape) -> int:
@@ -116,12 +128,12 @@ def steps(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def tiles(config: ConvConfig, shape: ConvShape) -> int:
-    """Output tiles; a launch has `split_k` programs for each."""
+    """Output tiles, of `columns` boxes each; a launch has `split_k` programs for each."""
     if config.box is None:
         pixels = -(-shape.n * shape.p * shape.q // config.block_m)
     else:
         h, w, n = config.box
-        pixels = -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n)
+        pixels = -(-shape.p // h) * -(-shape.q // (w * config.columns)) * -(-shape.n // n)
     return pixels * -(-shape.k // config.block_k)
 
 
@@ -130,6 +142,24 @@ def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
     flat = config.box is None and is_flat(shape.c)
     small = config.block_m * config.block_k * 4 <= 64 * 1024
     return 2 <= config.split_k <= 16 and steps(config, shape) % config.split_k == 0 and small and not flat
+
+
+def _may_have_columns(config: ConvConfig, shape: ConvShape) -> bool:
+    """Two or three accumulators, for a 3x3 filter of stride 1 and a box that is one pixel."""
+    plain = (shape.r, shape.s, shape.stride) == (3, 3, (1, 1)) and not shape.shortcut_c and config.split_k == 1
+    pixel = config.box is not None and config.box[:2] == (1, 1)
+    return config.columns in (2, 3) and plain and pixel
+
+
+def boxes_have_rows(shape: ConvShape) -> bool:
+    """Whether a box may have several rows: at stride 2 those are every second input row, which one load cannot fetch.
+
+    Unless there is only one image: then the view of `kernels/conv_box.py` has a dimension to spare for row parity.
+    """
+    strided = [shape.h] if shape.stride == (2, 2) else []
+    if shape.shortcut_c and shape.shortcut_stride == (2, 2):
+        strided.append(shape.shortcut_h)
+    return not strided or (shape.n == 1 and all(h % 2 == 0 for h in strided))
 
 
 def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
@@ -143,6 +173,8 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
         return False
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False
+    if config.columns != 1 and not _may_have_columns(config, shape):
+        return False
     if shape.shortcut_c and config.block_m * config.block_k > 128 * 128:
         return False  # two fp32 accumulators at 256x128 spill whatever one does (sm_90, ptxas 12.8)
     if config.box is not None:
@@ -150,7 +182,6 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
             return False
         if any(size <= 0 or size & (size - 1) for size in config.box):
             return False
-        strided = shape.stride == (2, 2) or (shape.shortcut_c and shape.shortcut_stride == (2, 2))
-        if strided and config.box[0] != 1:
-            return False  # a box row at stride 2 is every second input row, which one load cannot fetch
+        if config.box[0] != 1 and not boxes_have_rows(shape):
+            return False
     return shared_memory(config, shape) <= device.shared_memory

@@ -1,8 +1,7 @@
 """Tile choices from shape and device facts alone: no timing, no state, the same answer everywhere.
 
-The estimate is the number of rounds the GPU needs (programs over SMs) times the work of one program, where a tile's
-speed is limited by how much arithmetic it does per byte it loads, plus what sharing a tile costs. Nothing here has been
-fitted to a measurement yet.
+The estimate is the number of rounds the GPU needs (programs over SMs) times the work of one program, which is bound by
+its arithmetic or by what it loads, plus what sharing a tile costs. Nothing here has been fitted to a measurement yet.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ import functools
 from dataclasses import dataclass
 
 from ..device import DeviceFacts
-from .conv import ConvConfig, ConvShape, is_flat, is_legal, steps, supports_descriptors, tiles
+from .conv import ConvConfig, ConvShape, boxes_have_rows, is_flat, is_legal, steps, supports_descriptors, tiles
 
 # (block_m, block_k, block_c of a 16-bit type, num_warps, num_stages), each seen to compile without spills.
 _BOX_TILES = (
     (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (256, 64, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
-    (64, 64, 64, 4, 4),
+    (64, 64, 64, 4, 4), (64, 32, 64, 4, 4),
 )  # fmt: skip
+_COLUMN_TILES = ((128, 64, 64, 8, 2),)
 _POINTER_TILES = (
     (128, 128, 32, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (32, 32, 64, 4, 3),
 )  # fmt: skip
@@ -29,32 +29,53 @@ _IEEE_FLAT_TILES = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 _SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 _FLOPS_PER_NS = 6000  # one SM: 790 TFLOP/s over 132
 _BYTES_PER_NS = 73  # one SM reading L2: 9.7 TB/s over 132
+_PROGRAM_NS = 500  # filling the pipeline, batch norm, the store: half of it hidden behind other programs
 _ARRIVAL_NS = 1500  # a store, a barrier, an atomic and the first load back, none of them overlapped
+_MATRIX = {16: 0.2, 32: 0.4, 64: 0.75}  # share of the matrix rate by output channels: narrow tiles read more operands
+_WAITING = 0.85  # the same, where every product is waited for
+_MANY = 32  # images from which boxes waste little of any shape
+_POINTERS = 1.4  # loads through pointers spend instructions on addresses and masks, beside the products
 
 
 @functools.lru_cache(maxsize=4096)  # every launch asks, and weighing the candidates takes milliseconds
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
+    return min(candidates(shape, device, descriptors=descriptors), key=lambda config: estimate(config, shape, device))
+
+
+def candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> list[ConvConfig]:
+    """The legal configurations that the heuristic weighs, never none."""
     ieee = shape.dtype == "float32" and shape.precision == "ieee"
+    pointers: tuple[tuple[int, int, int, int, int], ...]
+    if is_flat(shape.c):
+        pointers = _IEEE_FLAT_TILES if ieee else _FLAT_TILES
+    else:
+        pointers = _IEEE_TILES if ieee else _POINTER_TILES
+    widest = 32 if shape.itemsize == 4 else 64  # channels in one 128-byte row of shared memory
+    found = []
     # IEEE fp32 is bound by its arithmetic, so descriptors would buy nothing.
     boxes = descriptors and not ieee and device.has_descriptors and supports_descriptors(shape)
+    if not boxes or shape.n < _MANY:
+        found += [
+            ConvConfig(m, k, min(c, widest), warps, stages, None, split)
+            for m, k, c, warps, stages in pointers
+            for split in _SPLITS
+        ]
     if boxes:
-        shapes: tuple[tuple[int, ...], ...] = _BOX_TILES
-    elif is_flat(shape.c):
-        shapes = _IEEE_FLAT_TILES if ieee else _FLAT_TILES
-    else:
-        shapes = _IEEE_TILES if ieee else _POINTER_TILES
-    widest = 32 if shape.itemsize == 4 else 64  # channels in one 128-byte row of shared memory
-    candidates = [
-        ConvConfig(m, k, min(c, widest), warps, stages, _box(shape, m) if boxes else None, split)
-        for m, k, c, warps, stages in shapes
-        for split in _SPLITS
-        if device.arch < 100 or m * k <= 2048 * warps  # sm_100 moves a whole accumulator through registers at the end
-    ]
-    return min(
-        (config for config in candidates if is_legal(config, shape, device)),
-        key=lambda config: _estimate(config, shape, device),
-    )
+        for m, k, c, warps, stages in _BOX_TILES:
+            box = _box(shape, m)
+            found += [ConvConfig(m, k, min(c, widest), warps, stages, box, split) for split in _SPLITS]
+        found += [
+            ConvConfig(m, k, min(c, widest), warps, stages, (1, 1, m), columns=columns)
+            for m, k, c, warps, stages in _COLUMN_TILES
+            for columns in (2, 3)
+        ]
+    return [config for config in found if is_legal(config, shape, device) and _fits_registers(config, device)]
+
+
+def _fits_registers(config: ConvConfig, device: DeviceFacts) -> bool:
+    """On sm_100 a whole accumulator moves through registers at the end."""
+    return device.arch < 100 or config.block_m * config.block_k <= 2048 * config.num_warps
 
 
 def linear_heuristic(m: int, k: int, itemsize: int, precision: str) -> ConvConfig:
@@ -89,17 +110,21 @@ def stem_heuristic(n: int, k: int, p: int, q: int, device: DeviceFacts) -> StemC
     return StemConfig(block_q, 64, strip, warps, 2)
 
 
-def _estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
+def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
     """Nanoseconds the launch might take; only the order of the candidates matters. The ceilings are an H200's."""
-    area = config.block_m * config.block_k
-    intensity = area / (config.block_m + config.block_k)  # multiply-adds per element loaded
-    efficiency = min(intensity, 85.0) / 85.0  # 256x128 reaches 85; larger tiles would not be faster
-    step = 2 * area * config.block_c / (_FLOPS_PER_NS * efficiency)
+    m, k, columns = config.block_m, config.block_k, config.columns
+    turns = -(-steps(config, shape) // config.split_k)
+    flops = 2 * m * k * columns * config.block_c * turns
+    loaded = (m + k) * turns if columns == 1 else ((columns + 2) * m + 3 * k) * (turns // 3)
+    rate = _FLOPS_PER_NS * _MATRIX.get(k, 1.0) * (1.0 if columns == 1 else _WAITING)
+    if shape.itemsize == 4:
+        rate /= 2
+    loading = loaded * config.block_c * shape.itemsize / _BYTES_PER_NS
     rounds = -(-tiles(config, shape) * config.split_k // device.sm_count)
-    work = rounds * -(-steps(config, shape) // config.split_k) * step
+    work = rounds * (max(flops / rate, loading) * (_POINTERS if config.box is None else 1.0) + _PROGRAM_NS)
     if config.split_k == 1:
         return work
-    return work + _ARRIVAL_NS + 4 * area * (config.split_k + 1) / _BYTES_PER_NS  # the last program reads every share
+    return work + _ARRIVAL_NS + 4 * m * k * (config.split_k + 1) / _BYTES_PER_NS  # the last program reads every share
 
 
 def _box(shape: ConvShape, block_m: int) -> tuple[int, int, int]:
@@ -108,9 +133,8 @@ def _box(shape: ConvShape, block_m: int) -> tuple[int, int, int]:
     Whole-image-batch boxes (1, 1, n) win ties because their leading unit dimensions let wgmma read the tile straight
     from shared memory.
     """
-    flat = shape.stride == (2, 2) or (shape.shortcut_c > 0 and shape.shortcut_stride == (2, 2))
     boxes = []
-    for log_h in range(1 if flat else block_m.bit_length()):
+    for log_h in range(block_m.bit_length() if boxes_have_rows(shape) else 1):
         for log_w in range(block_m.bit_length() - log_h):
             h, w = 1 << log_h, 1 << log_w
             boxes.append((h, w, block_m // (h * w)))

@@ -60,11 +60,11 @@ class ConvCall(NamedTuple):
         """The key under which the configuration of this call is looked up."""
         n, c, h, w = self.x.shape
         k, _, r, s = self.weight.shape
-        short_c, short_w = (0, 0) if self.short_x is None else (self.short_x.shape[1], self.short_x.shape[3])
+        short_c, short_h, short_w = (0, 0, 0) if self.short_x is None else self.short_x.shape[1:]
         return config.ConvShape(
             n, c, h, w, k, r, s, as_tuple(self.stride), as_tuple(self.padding), as_tuple(self.dilation),
             str(self.x.dtype).removeprefix("torch."), conv_precision(self.x.dtype), self.residual is not None,
-            short_c, short_w, as_tuple(self.short_stride),
+            short_c, short_h, short_w, as_tuple(self.short_stride),
         )  # fmt: skip
 
 
@@ -137,8 +137,10 @@ def plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
         batch_norm=batch_norm(call.mean, call.var, call.gamma, call.beta, call.eps),
         residual=residual, shortcut=shortcut,
         stride=shape.stride, padding=shape.padding, dilation=shape.dilation, relu=call.relu, precision=shape.precision,
-        flat=config.is_flat(shape.c), box=c.box, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
-        split_k=c.split_k, workspace=workspace, arrivals=arrivals, num_warps=c.num_warps, num_stages=c.num_stages,
+        flat=config.is_flat(shape.c), box=c.box, columns=c.columns,
+        early_residual=c.early_residual, split_k=c.split_k,
+        block_m=c.block_m, block_k=c.block_k, block_c=c.block_c, workspace=workspace, arrivals=arrivals,
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return (launch,)
 

@@ -91,7 +91,7 @@ def _head_result(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -
 
 def _head_obstacle(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> str | None:
     check_same_dtype(x, weight=weight, bias=bias)
-    return avg_pool_obstacle(shape, x, kernels)
+    return avg_pool_obstacle((*x.shape[:2], 1, 1), x, kernels)
 
 
 def _plan_head(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> tuple[Launch, ...]:

@@ -1,0 +1,182 @@
+"""Convolution through tensor descriptors (sm_90 and newer): the M tile is a box of output rows x columns x images.
+
+One descriptor load fetches the input box shifted by the filter tap; coordinates in the padding read as zero. Tensor
+cores read a tile straight from shared memory if only one of the box's sides is longer than 1 and lies just before the
+channels, hence the three orders of dimensions below.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .tiles import batch_norm_scale_shift, relu, sum_splits
+
+IMAGES, ROWS, ONE_IMAGE = 0, 1, 2
+"""Views of NHWC memory. At stride 2, columns (and, of one image, rows) are split by parity, so that every second one is
+again a box:
+
+* IMAGES, boxes of several images: (H, W, N, C), at stride 2 (H, W/2, 2, N, C);
+* ROWS, boxes within an image: (N, H, W, C), at stride 2 (N, H, 2, W/2, C);
+* ONE_IMAGE, only at stride 2, the only view there in which boxes of several rows exist: (2, 2, H/2, W/2, C).
+"""
+
+
+def pixels(x: Tensor, stride: int, box: tuple[int, int, int], block_c: int) -> tuple[TensorDescriptor, int]:
+    """`x` as a descriptor that loads `box` at `stride`, `block_c` channels at a time, and the view it takes."""
+    n, c, h, w = x.shape
+    box_h, box_w, box_n = box
+    row, image = w * c, h * w * c
+    if stride == 1 and box_n > 1:
+        return TensorDescriptor(x, [h, w, n, c], [row, c, image, 1], [box_h, box_w, box_n, block_c]), IMAGES
+    if stride == 1:
+        return TensorDescriptor(x, [n, h, w, c], [image, row, c, 1], [1, box_h, box_w, block_c]), ROWS
+    if box_n > 1:
+        shape, strides = [h, w // 2, 2, n, c], [row, 2 * c, c, image, 1]
+        return TensorDescriptor(x, shape, strides, [box_h, box_w, 1, box_n, block_c]), IMAGES
+    if n == 1 and h % 2 == 0:
+        shape, strides = [2, 2, h // 2, w // 2, c], [row, c, 2 * row, 2 * c, 1]
+        return TensorDescriptor(x, shape, strides, [1, 1, box_h, box_w, block_c]), ONE_IMAGE
+    shape, strides = [n, h, 2, w // 2, c], [image, row, c, 2 * c, 1]
+    return TensorDescriptor(x, shape, strides, [1, box_h, 1, box_w, block_c]), ROWS
+
+
+def filters(weight: Tensor, block_k: int, block_c: int) -> TensorDescriptor:
+    """KRSC memory as (K, R*S, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
+    k, c, r, s = weight.shape
+    return TensorDescriptor(weight, [k, r * s, c], [r * s * c, c, 1], [block_k, 1, block_c])
+
+
+@triton.jit
+def load_pixels(desc, p, q, n, r, s, c, STRIDE: tl.constexpr, VIEW: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The input box under output box (p, q, n), shifted by r rows and s columns, as [BLOCK_M, channels]."""
+    if STRIDE == 1:
+        if VIEW == 0:
+            a = desc.load([p + r, q + s, n, c])
+        else:
+            a = desc.load([n, p + r, q + s, c])
+    else:  # column 2q + s is number q + floor(s / 2) among those of its parity; s is -1, 0 or 1
+        column = q + (s + 2) // 2 - 1
+        parity = (s + 2) % 2
+        if VIEW == 0:
+            a = desc.load([p * 2 + r, column, parity, n, c])
+        elif VIEW == 1:
+            a = desc.load([n, p * 2 + r, parity, column, c])
+        else:
+            a = desc.load([(r + 2) % 2, parity, p + (r + 2) // 2 - 1, column, c])
+    return a.reshape(BLOCK_M, desc.block_shape[-1])
+
+
+@triton.jit
+def store_pixels(
+    desc, y, p, q, n, k, VIEW: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr
+):
+    y = y.to(desc.dtype)
+    if VIEW == 0:
+        desc.store([p, q, n, k], y.reshape(BOX_H, BOX_W, BOX_N, desc.block_shape[-1]))
+    else:
+        desc.store([n, p, q, k], y.reshape(1, BOX_H, BOX_W, desc.block_shape[-1]))
+
+
+@triton.jit
+def load_filters(desc, k, tap, c):
+    """Filters k .. at one tap, as [channels, filters]."""
+    return desc.load([k, tap, c]).reshape(desc.block_shape[0], desc.block_shape[2]).T
+
+
+@triton.jit
+def load_early(
+    ptr,
+    p,
+    q,
+    n,
+    P,
+    Q,
+    N,
+    offs_k,
+    mask_k,
+    K: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    BOX_N: tl.constexpr,
+):
+    """Output box (p, q, n) of an NHWC tensor through pointers, which unlike a descriptor's load need not be waited for.
+
+    Issued before a main loop, it has arrived behind it.
+    """
+    offs_m = tl.arange(0, BOX_H * BOX_W * BOX_N)
+    n = n + offs_m % BOX_N
+    q = q + offs_m // BOX_N % BOX_W
+    p = p + offs_m // (BOX_N * BOX_W)
+    inside = (n < N) & (q < Q) & (p < P)
+    offs = ((n.to(tl.int64) * P + p) * Q + q)[:, None] * K + offs_k[None, :]
+    return tl.load(ptr + offs, mask=inside[:, None] & mask_k[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["N", "P", "Q"])
+def conv_box_kernel(
+    x_desc, w_desc, y_desc, res_desc, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
+    workspace_ptr, arrivals_ptr, N, P, Q,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE: tl.constexpr, VIEW: tl.constexpr, Y_VIEW: tl.constexpr,
+    SHORT_C: tl.constexpr, SHORT_STRIDE: tl.constexpr, SHORT_VIEW: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
+    BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = BOX_H * BOX_W * BOX_N
+    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    k0 = (pid % TILES_K) * BLOCK_K
+    tile = pid // TILES_K
+    tiles_q = tl.cdiv(Q, BOX_W)
+    tiles_p = tl.cdiv(P, BOX_H)
+    q0 = (tile % tiles_q) * BOX_W
+    p0 = (tile // tiles_q % tiles_p) * BOX_H
+    n0 = (tile // (tiles_q * tiles_p)) * BOX_N
+    offs_k = k0 + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
+    if res_ptr is not None:
+        residual = load_early(res_ptr, p0, q0, n0, P, Q, N, offs_k, mask_k, K, BOX_H, BOX_W, BOX_N)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    STEPS: tl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C)
+    for j in range(STEPS // SPLIT_K):  # channel slabs outside, taps inside: a slab's shifted reads stay close in time
+        i = split * (STEPS // SPLIT_K) + j
+        tap = i % (R * S)
+        c0 = i // (R * S) * BLOCK_C
+        a = load_pixels(x_desc, p0, q0, n0, tap // S - R // 2, tap % S - S // 2, c0, STRIDE, VIEW, BLOCK_M)
+        acc = tl.dot(a, load_filters(w_desc, k0, tap, c0), acc, input_precision=PRECISION)
+    if SPLIT_K > 1:
+        shift = tl.where(split == 0, shift, 0.0)
+    acc = acc * scale[None, :] + shift[None, :]
+
+    if short_x_desc is not None and (SPLIT_K == 1 or split == SPLIT_K - 1):
+        # A tile with more than one pixel reaches wgmma through registers; pipelined here as well, Triton 3.6.0 makes
+        # ptxas serialise every wgmma of the kernel (C7513).
+        STAGES: tl.constexpr = None if BOX_H * BOX_W == 1 else 1
+        short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for c0 in tl.range(0, SHORT_C, BLOCK_C, num_stages=STAGES):
+            a = load_pixels(short_x_desc, p0, q0, n0, 0, 0, c0, SHORT_STRIDE, SHORT_VIEW, BLOCK_M)
+            short = tl.dot(a, load_filters(short_w_desc, k0, 0, c0), short, input_precision=PRECISION)
+        # Not before the loop: beside two accumulators, two more vectors would spill (sm_90: 255 registers against 216).
+        short_scale, short_shift = batch_norm_scale_shift(
+            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
+        )
+        acc += short * short_scale[None, :] + short_shift[None, :]
+
+    if SPLIT_K > 1:
+        acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
+        if not last:
+            return
+    if res_ptr is not None:
+        acc += residual.to(tl.float32)
+    if res_desc is not None:
+        acc += load_pixels(res_desc, p0, q0, n0, 0, 0, k0, 1, Y_VIEW, BLOCK_M).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    store_pixels(y_desc, acc, p0, q0, n0, k0, Y_VIEW, BOX_H, BOX_W, BOX_N)

@@ -1,0 +1,106 @@
+"""Convolution through masked pointers: consecutive output pixels, any geometry, any GPU."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import batch_norm_scale_shift, relu, sum_splits
+
+
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])
+def conv_pointer_kernel(
+    x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+    short_x_ptr, short_w_ptr, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
+    workspace_ptr, arrivals_ptr, M, H, W, P, Q, SHORT_H, SHORT_W,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    SHORT_C: tl.constexpr, SHORT_STRIDE_H: tl.constexpr, SHORT_STRIDE_W: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    offs_k = (pid % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    offs_m = (pid // TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    q = offs_m % Q
+    p = (offs_m // Q) % P
+    n = (offs_m // (P * Q)).to(tl.int64)
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
+
+    h0 = p * STRIDE_H - PAD_H
+    w0 = q * STRIDE_W - PAD_W
+    row = W.to(tl.int64) * C  # elements from one input row to the next
+    x_pixel = x_ptr + (n * H + h0) * row + w0.to(tl.int64) * C
+    w_filter = w_ptr + offs_k.to(tl.int64) * (R * S * C)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    if FLAT:  # few or unaligned channels: one reduction index over (tap, channel) wastes least
+        for start in range(0, R * S * C, BLOCK_C):
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < R * S * C
+            r = offs_c // (S * C) * DILATION_H
+            s = offs_c // C % S * DILATION_W
+            h = h0[:, None] + r[None, :]
+            w = w0[:, None] + s[None, :]
+            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m[:, None] & mask_c[None, :]
+            offs_x = r * row + s * C + offs_c % C
+            a = tl.load(x_pixel[:, None] + offs_x[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_C]
+            b = tl.load(
+                w_filter[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0
+            )  # [BLOCK_C, BLOCK_K]
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    else:  # channel slabs outside, taps inside: the nine shifted reads of a slab stay close in time
+        STEPS: tl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C)
+        for j in range(STEPS // SPLIT_K):
+            i = split * (STEPS // SPLIT_K) + j
+            tap = i % (R * S)
+            offs_c = i // (R * S) * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < C
+            r = tap // S * DILATION_H
+            s = tap % S * DILATION_W
+            h = h0 + r
+            w = w0 + s
+            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m
+            a = tl.load(
+                (x_pixel + (r * row + s * C))[:, None] + offs_c[None, :],
+                mask=inside[:, None] & mask_c[None, :],
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_C]
+            b = tl.load(
+                (w_filter + tap * C)[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0
+            )  # [BLOCK_C, BLOCK_K]
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    if SPLIT_K > 1:
+        shift = tl.where(split == 0, shift, 0.0)
+    acc = acc * scale[None, :] + shift[None, :]
+
+    if short_x_ptr is not None and (SPLIT_K == 1 or split == SPLIT_K - 1):
+        x_pixel = short_x_ptr + ((n * SHORT_H + p * SHORT_STRIDE_H) * SHORT_W + q * SHORT_STRIDE_W) * SHORT_C
+        w_filter = short_w_ptr + offs_k.to(tl.int64) * SHORT_C
+        short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for start in range(0, SHORT_C, BLOCK_C):
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < SHORT_C
+            a = tl.load(x_pixel[:, None] + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+            b = tl.load(w_filter[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0)
+            short = tl.dot(a, b, short, input_precision=PRECISION)
+        # Not before the loop: beside two accumulators, two more vectors would spill (sm_90: 255 registers against 216).
+        short_scale, short_shift = batch_norm_scale_shift(
+            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
+        )
+        acc += short * short_scale[None, :] + short_shift[None, :]
+
+    offs_y = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
+    mask_y = mask_m[:, None] & mask_k[None, :]
+    if SPLIT_K > 1:
+        acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
+        mask_y = mask_y & last
+    if res_ptr is not None:
+        acc += tl.load(res_ptr + offs_y, mask=mask_y, other=0.0).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
