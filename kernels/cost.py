@@ -35,6 +35,12 @@ def conv_bn_relu(
     return Cost(flops, elements * itemsize)
 
 
+def stem(*, n: int, c: int, h: int, w: int, k: int, p: int, q: int, itemsize: int) -> Cost:
+    """7x7/2 convolution of (n, c, h, w) and 3x3/2 max pool, to (n, k, p, q); packing and padding not counted."""
+    rows, columns = (h - 1) // 2 + 1, (w - 1) // 2 + 1
+    return Cost(2 * n * rows * columns * k * c * 49, (n * c * h * w + k * c * 49 + n * k * p * q) * itemsize)
+
+
 def max_pool(*, n: int, c: int, h: int, w: int, p: int, q: int, itemsize: int) -> Cost:
     """Max pooling of (n, c, h, w) to (n, c, p, q)."""
     return Cost(0, n * c * (h * w + p * q) * itemsize)
@@ -43,6 +49,11 @@ def max_pool(*, n: int, c: int, h: int, w: int, p: int, q: int, itemsize: int) -
 def global_avg_pool(*, n: int, c: int, h: int, w: int, itemsize: int) -> Cost:
     """Mean over all pixels of (n, c, h, w)."""
     return Cost(n * c * h * w, n * c * (h * w + 1) * itemsize)
+
+
+def avg_pool_linear(*, n: int, c: int, h: int, w: int, k: int, itemsize: int) -> Cost:
+    """Mean over all pixels of (n, c, h, w), then (n, c) by (k, c) and a bias."""
+    return Cost(n * c * h * w + 2 * n * c * k, (n * c * h * w + k * c + n * k) * itemsize)
 
 
 def add_relu(*, numel: int, itemsize: int) -> Cost:

@@ -207,7 +207,7 @@ def run_conv(call: ConvCall, chosen: ConvConfig, programs: Sequence[int] | None 
     """`run` with this configuration instead of the one looked up; unaligned tensors still drop its box."""
 
     def lookup(shape: ConvShape, facts: Any, *, descriptors: bool = True) -> ConvConfig:
-        return chosen if descriptors else dataclasses.replace(chosen, box=None)
+        return chosen if descriptors else dataclasses.replace(chosen, box=None, columns=1)
 
     with mock.patch.object(config, "lookup", lookup):
         return run("conv_bn_relu", *call, programs=programs)

@@ -132,7 +132,7 @@ def test_error_bound(
 def in_precision(precision: str) -> Iterator[None]:
     """What torch's flags for fp32 products would say."""
     with (
-        mock.patch.object(ops, "conv_precision", return_value=precision),
+        mock.patch.object(ops.conv, "conv_precision", return_value=precision),
         mock.patch.object(ops, "matmul_precision", return_value=precision),
     ):
         yield

@@ -35,9 +35,11 @@ from torch import Tensor
 from resnet_triton import config, dispatch, ops, resnet18
 from resnet_triton.config import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors
 from resnet_triton.config import tiles as grid_size
+from resnet_triton.config.conv import boxes_have_rows
 from resnet_triton.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.ops import ConvCall
+from resnet_triton.ops.stem import StemCall
 from resnet_triton.trace import trace
 
 INF, NAN = float("inf"), float("nan")
@@ -45,6 +47,7 @@ PATHS = {
     "pointer": ConvConfig(32, 32, 16, 4, 2),
     "descriptor": ConvConfig(32, 32, 16, 4, 2, box=(2, 4, 4)),
     "descriptor, one row": ConvConfig(32, 32, 16, 4, 2, box=(1, 8, 4)),
+    "descriptor, one image": ConvConfig(32, 32, 16, 4, 2, box=(4, 8, 1)),
 }
 BOTH_PATHS = pytest.mark.parametrize("path", ["pointer", "descriptor"])
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -73,6 +76,8 @@ class Layer(NamedTuple):
 
     def __str__(self) -> str:
         box = "x".join(map(str, self.chosen.box)) if self.chosen.box else "pointer"
+        box += f"-columns{self.chosen.columns}" * (self.chosen.columns > 1)
+        box += f"-split{self.chosen.split_k}" * (self.chosen.split_k > 1)
         tile = f"{self.chosen.block_m}x{self.chosen.block_k}x{self.chosen.block_c}"
         precision = f"-{self.shape.precision}" if self.shape.dtype == "float32" else ""
         return f"{self.shape.dtype}{precision}-{self.name}-n{self.shape.n}-{tile}-{box}"
@@ -80,25 +85,30 @@ class Layer(NamedTuple):
 
 @functools.cache
 def resnet18_convolutions() -> list[tuple[str, ConvShape]]:
-    return [(c.name, c.shape) for c in trace(resnet18().eval(), (1, 3, 224, 224)) if c.operator == "conv_bn_relu"]
+    traced = trace(resnet18().eval(), (1, 3, 224, 224))
+    stem = StemCall(*traced[0].args)  # its convolution, as GPUs without descriptors run it
+    return [("conv1", stem.convolution(stem.x).shape)] + [
+        (c.name, c.shape) for c in traced if c.operator == "conv_bn_relu"
+    ]
 
 
 def layers() -> list[Layer]:
-    """Every distinct (layer, configuration) at four batch sizes, with descriptors (sm_90) and without (sm_80).
+    """Every distinct (layer, configuration) at ten batch sizes, with descriptors (sm_90) and without (sm_80).
 
-    Float16 and bfloat16 are tiled alike: the interpreter takes them in turns, a GPU both.
+    Float16 and bfloat16 are tiled alike: the interpreter takes them in turns, a GPU both. fp32 is tested at four sizes.
     """
     halves = [("float16", "ieee"), ("bfloat16", "ieee")]
     found: dict[Any, Layer] = {}
     for arch in (90, 80):
-        for batch in (1, 8, 32, 128):
+        for batch in (1, 8, 32, 128, 2, 3, 7, 33, 64, 129):
             for i, (name, shape) in enumerate(resnet18_convolutions()):
                 turn = (i + batch.bit_length()) % 2
                 numbers = halves if torch.cuda.is_available() else [halves[turn]]
-                for dtype, precision in (*numbers, ("float32", "tf32"), ("float32", "ieee")):
+                singles = [("float32", "tf32"), ("float32", "ieee")] if batch in (1, 8, 32, 128) else []
+                for dtype, precision in (*numbers, *singles):
                     shape = dataclasses.replace(shape, n=batch, dtype=dtype, precision=precision)
                     chosen = config.lookup(shape, KNOWN[arch])
-                    kind = dataclasses.replace(shape, n=0)
+                    kind = dataclasses.replace(shape, n=min(batch, 2))  # one image has views of its own
                     found.setdefault((kind, chosen), Layer(name, shape, chosen))
     return list(found.values())
 
@@ -108,7 +118,8 @@ def small(shape: ConvShape, chosen: ConvConfig) -> ConvShape:
     if chosen.box is None:
         n, p, q = cdiv(chosen.block_m + 1, 35), 5, 7
     else:
-        p, q, n = chosen.box[0] + 1, 2 * chosen.box[1] + 1, chosen.box[2] + 1  # not as many columns of tiles as rows
+        p, q, n = chosen.box[0] + 1, 2 * chosen.box[1] * chosen.columns + 1, chosen.box[2] + 1  # fewer rows of tiles
+        n = 1 if shape.n == 1 else n
         if n * p * q * shape.c * shape.k > 3e7:
             n = min(n, 3)  # one ragged tile of images: the reference takes its time, too
     return dataclasses.replace(shape, n=n, h=p * shape.stride[0], w=q * shape.stride[1])
@@ -121,6 +132,7 @@ def tiles_written(written: Tensor, chosen: ConvConfig) -> int:
         pixels = torch.arange(len(n) * len(p) * len(q)).reshape(len(n), 1, len(p), len(q)) // chosen.block_m
     else:
         rows, columns, images = chosen.box
+        columns *= chosen.columns
         pixels = ((n // images)[:, None, None, None] * 1000 + (p // rows)[:, None]) * 1000 + q // columns
     tiles = pixels * 1000 + (k // chosen.block_k)[:, None, None]
     touched = set(tiles[written].tolist())
@@ -141,7 +153,7 @@ def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
     if not whole and affordable < grid:
         programs = random.Random(str(layer)).sample(range(grid), affordable)
     call = conv_call(generator(device, 0), shape)
-    with mock.patch.object(ops, "conv_precision", return_value=shape.precision):
+    with mock.patch.object(ops.conv, "conv_precision", return_value=shape.precision):
         out = run_conv(call, chosen, programs)
     expected = rounded(conv_reference(call), call.x.dtype)
     if programs is None:
@@ -237,13 +249,16 @@ def random_config(rng: random.Random, shape: ConvShape) -> ConvConfig:
     block_m = rng.choice([16, 32, 64, 128])
     box = None
     if supports_descriptors(shape) and rng.random() < 0.9:
-        flat = 2 in (shape.stride[0], shape.shortcut_stride[0])
-        log_h = 0 if flat else rng.randint(0, block_m.bit_length() - 1)
+        log_h = rng.randint(0, block_m.bit_length() - 1) if boxes_have_rows(shape) else 0
         log_w = rng.randint(0, block_m.bit_length() - 1 - log_h)
         box = (1 << log_h, 1 << log_w, block_m >> (log_h + log_w))
-    return ConvConfig(
+    chosen = ConvConfig(
         block_m, rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), rng.choice([4, 8]), rng.randint(1, 3), box
     )
+    shared = dataclasses.replace(chosen, box=box and (1, 1, block_m), columns=rng.choice([2, 3]))
+    split = dataclasses.replace(chosen, split_k=rng.choice([2, 3, 6]))
+    legal = [c for c in (shared, split) if is_legal(c, shape, KNOWN[90])]
+    return rng.choice(legal) if legal and rng.random() < 0.5 else chosen
 
 
 def random_conv(seed: int, device: torch.device) -> tuple[ConvCall, ConvConfig]:
@@ -272,7 +287,7 @@ def random_conv(seed: int, device: torch.device) -> tuple[ConvCall, ConvConfig]:
 def test_random_conv(device: torch.device, seed: int) -> None:
     call, chosen = random_conv(seed, device)
     if chosen.box is not None and not is_legal(chosen, call.shape, facts(device)):
-        chosen = dataclasses.replace(chosen, box=None)
+        chosen = dataclasses.replace(chosen, box=None, columns=1)
     out = run_conv(call, chosen)
     assert_exact(out, rounded(conv_reference(call), call.x.dtype), (call.shape, chosen))
 
@@ -281,6 +296,15 @@ def test_random_cases_are_diverse() -> None:
     cases = [random_conv(seed, torch.device("cpu")) for seed in range(300)]
     shapes = [call.shape for call, _ in cases]
     assert sum(chosen.path == "descriptor" for _, chosen in cases) > 60
+    assert sum(chosen.columns > 1 for _, chosen in cases) > 2
+    assert sum(chosen.split_k > 1 for _, chosen in cases) > 10
+    assert (
+        sum(
+            chosen.box is not None and chosen.box[2] == 1 and s.n == 1 and s.stride == (2, 2) and chosen.box[0] > 1
+            for s, (_, chosen) in zip(shapes, cases, strict=True)
+        )
+        > 2
+    )
     assert sum(s.residual for s in shapes) > 50
     assert sum(s.shortcut_c > 0 for s in shapes) > 50
     assert sum(s.r != s.s for s in shapes) > 50
@@ -358,6 +382,64 @@ def test_linear_layouts(device: torch.device, dtype: torch.dtype) -> None:
 # --- the operators as they are called --------------------------------------------------------------------------------
 
 
+@ALL_DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 512, 7, 7, 50), (16, 40, 3, 2, 1), (1, 300, 9, 8, 17)], ids=str)
+def test_avg_pool_linear(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
+    """Every pixel of a channel the same: means are whole, and so are the products."""
+    *size, k = shape
+    g = generator(device, 20)
+    x = LAYOUTS[layout](integers(g, 3, *size[:2], 1, 1, dtype=dtype).expand(size))
+    weight, bias = integers(g, 2, k, size[1], dtype=dtype), integers(g, 4, k, dtype=dtype)
+    for b in (bias, None):
+        args = (x, weight, b, "triton")
+        y = run("avg_pool_linear", *args, kernel="avg_pool_linear_kernel")
+        expected = x[:, :, 0, 0].double() @ weight.double().T
+        assert_exact(y, rounded(expected if b is None else expected + b.double(), dtype))
+
+
+def test_many_images_take_two_launches(device: torch.device) -> None:
+    g = generator(device, 21)
+    x, weight = integers(g, 3, 17, 16, 2, 2), integers(g, 2, 5, 16)
+    args = (x, weight, None, "triton")
+    launches = ops.OPERATORS["avg_pool_linear"].plan(ops.OPERATORS["avg_pool_linear"].output(*args), *args)
+    assert [launch.kernel.__name__ for launch in launches] == ["global_avg_pool_kernel", "linear_kernel"]
+    assert_exact(run("avg_pool_linear", *args), rounded(x.double().mean((2, 3)) @ weight.double().T, x.dtype))
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("extra", ["residual", "shortcut"])
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 12)], ids=str)
+def test_one_image_at_stride_2(device: torch.device, size: tuple[int, int], extra: str, dtype: torch.dtype) -> None:
+    """Boxes of several rows where rows and columns are split by parity; an odd number of rows has no such view."""
+    shape = ConvShape(
+        1, 24, *size, 40, 3, 3, (2, 2), (1, 1), dtype=dtype_id(dtype), residual=extra == "residual", precision="tf32",
+        shortcut_c=16 if extra == "shortcut" else 0, shortcut_h=size[0], shortcut_w=size[1], shortcut_stride=(2, 2),
+    )  # fmt: skip
+    for box in ((4, 4, 1), (2, 8, 1), (1, 16, 1)):
+        chosen = ConvConfig(16, 32, 16, 4, 2, box)
+        assert is_legal(chosen, shape, KNOWN[90]) == (size[0] % 2 == 0 or box[0] == 1)
+        if is_legal(chosen, shape, KNOWN[90]):
+            call = conv_call(generator(device, 3), shape, short_size=size)
+            assert_exact(run_conv(call, chosen), rounded(conv_reference(call), dtype), box)
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("residual", ["early", "late", "none"])
+def test_columns(device: torch.device, residual: str, width: int, columns: int) -> None:
+    """Every number of columns over and under a program's."""
+    dtype = DTYPES[width % 3]
+    shape = ConvShape(17, 24, 2, width, 40, 3, 3, padding=(1, 1), dtype=dtype_id(dtype), precision="tf32")
+    shape = dataclasses.replace(shape, residual=residual != "none")
+    narrow = ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=columns)
+    chosen = dataclasses.replace(narrow, block_k=128, num_warps=1) if residual == "late" else narrow
+    assert is_legal(chosen, shape, KNOWN[90])
+    assert chosen.early_residual == (residual != "late")
+    call = conv_call(generator(device, width), shape)
+    assert_exact(run_conv(call, chosen), rounded(conv_reference(call), dtype))
+
+
 def operator_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
     g = generator(device, 0)
     x = integers(g, 3, 2, 16, 6, 6)
@@ -367,10 +449,16 @@ def operator_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "global_avg_pool": (x, "triton"),
         "add_relu": (x, integers(g, 3, 2, 16, 6, 6), "triton"),
         "linear": (x[:, :, 0, 0], integers(g, 2, 10, 16), integers(g, 2, 10), "triton"),
-    }
+        "avg_pool_linear": (x, integers(g, 2, 10, 16), integers(g, 2, 10), "triton"),
+        "stem": (x[:, :3].half(), integers(g, 2, 8, 3, 7, 7).half(), *(torch.ones(8, device=device),) * 4, 0.0, None,
+                 None, "triton"),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["conv_bn_relu", "max_pool2d", "global_avg_pool", "add_relu", "linear"])
+EVERY_OPERATOR = pytest.mark.parametrize("name", list(ops.OPERATORS))
+
+
+@EVERY_OPERATOR
 def test_operator_launches_its_kernel_once(device: torch.device, name: str) -> None:
     args = operator_calls(device)[name]
     before = dispatch.calls.copy()
@@ -379,7 +467,7 @@ def test_operator_launches_its_kernel_once(device: torch.device, name: str) -> N
     assert_exact(y, run(name, *args))
 
 
-@pytest.mark.parametrize("name", ["conv_bn_relu", "max_pool2d", "global_avg_pool", "add_relu", "linear"])
+@EVERY_OPERATOR
 def test_operator_sees_the_sign_of_a_negative_view(device: torch.device, name: str) -> None:
     x, *rest = operator_calls(device)[name]
     operator = getattr(torch.ops.resnet_triton, name)
@@ -389,14 +477,14 @@ def test_operator_sees_the_sign_of_a_negative_view(device: torch.device, name: s
 @ALL_DTYPES
 @BOTH_PATHS
 def test_unaligned_tensors_take_the_pointer_path(device: torch.device, path: str, dtype: torch.dtype) -> None:
-    shape = ConvShape(2, 16, 3, 5, 16, 3, 3, padding=(1, 1), dtype=dtype_id(dtype), residual=True)
+    shape = ConvShape(32, 16, 3, 5, 16, 3, 3, padding=(1, 1), dtype=dtype_id(dtype), residual=True)
     for moved in ("x", "weight", "residual", None) if path == "pointer" else [None]:
         call = conv_call(generator(device, 0), shape)
         if moved is not None:
             call = call._replace(**{moved: offset_by_one(getattr(call, moved))})
         descriptors = moved is None and facts(device).has_descriptors
         kernel = "conv_box_kernel" if descriptors else "conv_pointer_kernel"
-        with mock.patch.object(ops, "conv_precision", return_value="tf32"):
+        with mock.patch.object(ops.conv, "conv_precision", return_value="tf32"):
             out = run("conv_bn_relu", *call, kernel=kernel)
         assert_exact(out, rounded(conv_reference(call), dtype), moved)
 
