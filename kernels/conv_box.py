@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import batch_norm_scale_shift, relu, sum_splits
+from .tiles import batch_norm_scale_shift, begin, relu, sum_splits
 
 IMAGES, ROWS, ONE_IMAGE = 0, 1, 2
 """Views of NHWC memory. At stride 2, columns (and, of one image, rows) are split by parity, so that every second one is
@@ -87,24 +87,13 @@ def load_filters(desc, k, tap, c):
 
 
 @triton.jit
-def load_early(
-    ptr,
-    p,
-    q,
-    n,
-    P,
-    Q,
-    N,
-    offs_k,
-    mask_k,
-    K: tl.constexpr,
-    BOX_H: tl.constexpr,
-    BOX_W: tl.constexpr,
-    BOX_N: tl.constexpr,
+def box_offsets(
+    p, q, n, P, Q, N, offs_k, mask_k, K: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr
 ):
-    """Output box (p, q, n) of an NHWC tensor through pointers, which unlike a descriptor's load need not be waited for.
+    """Offsets and mask of output box (p, q, n) in NHWC memory, both [BLOCK_M, BLOCK_K].
 
-    Issued before a main loop, it has arrived behind it.
+    Loads through pointers need not be waited for as a descriptor's must: issued before a main loop, they have arrived
+    behind it.
     """
     offs_m = tl.arange(0, BOX_H * BOX_W * BOX_N)
     n = n + offs_m % BOX_N
@@ -112,7 +101,7 @@ def load_early(
     p = p + offs_m // (BOX_N * BOX_W)
     inside = (n < N) & (q < Q) & (p < P)
     offs = ((n.to(tl.int64) * P + p) * Q + q)[:, None] * K + offs_k[None, :]
-    return tl.load(ptr + offs, mask=inside[:, None] & mask_k[None, :], other=0.0)
+    return offs, inside[:, None] & mask_k[None, :]
 
 
 @triton.jit(do_not_specialize=["N", "P", "Q"])
@@ -126,6 +115,7 @@ def conv_box_kernel(
     RELU: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
     BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    begin()
     BLOCK_M: tl.constexpr = BOX_H * BOX_W * BOX_N
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
@@ -141,7 +131,8 @@ def conv_box_kernel(
     mask_k = offs_k < K
     scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
     if res_ptr is not None:
-        residual = load_early(res_ptr, p0, q0, n0, P, Q, N, offs_k, mask_k, K, BOX_H, BOX_W, BOX_N)
+        offs, mask = box_offsets(p0, q0, n0, P, Q, N, offs_k, mask_k, K, BOX_H, BOX_W, BOX_N)
+        residual = tl.load(res_ptr + offs, mask=mask, other=0.0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     STEPS: tl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C)
@@ -170,6 +161,10 @@ def conv_box_kernel(
         acc += short * short_scale[None, :] + short_shift[None, :]
 
     if SPLIT_K > 1:
+        if arrivals_ptr is None:  # a second launch sums
+            offs, mask = box_offsets(p0, q0, n0, P, Q, N, offs_k, mask_k, K, BOX_H, BOX_W, BOX_N)
+            tl.store(workspace_ptr + split.to(tl.int64) * N * P * Q * K + offs, acc, mask=mask)
+            return
         acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
         if not last:
             return

@@ -10,8 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .conv_box import load_early, load_filters, load_pixels, store_pixels
-from .tiles import batch_norm_scale_shift, relu
+from .conv_box import box_offsets, load_filters, load_pixels, store_pixels
+from .tiles import batch_norm_scale_shift, begin, relu
+
+
+@triton.jit
+def _load(ptr, p, q, n0, P, Q, N, offs_k, mask_k, K: tl.constexpr, BLOCK_M: tl.constexpr):
+    offs, mask = box_offsets(p, q, n0, P, Q, N, offs_k, mask_k, K, 1, 1, BLOCK_M)
+    return tl.load(ptr + offs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -35,6 +41,7 @@ def conv_columns_kernel(
     C: tl.constexpr, K: tl.constexpr, VIEW: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    begin()
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     k0 = (pid % TILES_K) * BLOCK_K
@@ -50,10 +57,10 @@ def conv_columns_kernel(
     res1 = None
     res2 = None
     if res_ptr is not None:
-        res0 = load_early(res_ptr, p, q, n0, P, Q, N, offs_k, mask_k, K, 1, 1, BLOCK_M)
-        res1 = load_early(res_ptr, p, q + 1, n0, P, Q, N, offs_k, mask_k, K, 1, 1, BLOCK_M)
+        res0 = _load(res_ptr, p, q, n0, P, Q, N, offs_k, mask_k, K, BLOCK_M)
+        res1 = _load(res_ptr, p, q + 1, n0, P, Q, N, offs_k, mask_k, K, BLOCK_M)
         if COLUMNS == 3:
-            res2 = load_early(res_ptr, p, q + 2, n0, P, Q, N, offs_k, mask_k, K, 1, 1, BLOCK_M)
+            res2 = _load(res_ptr, p, q + 2, n0, P, Q, N, offs_k, mask_k, K, BLOCK_M)
 
     first = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)

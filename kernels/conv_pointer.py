@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import batch_norm_scale_shift, relu, sum_splits
+from .tiles import batch_norm_scale_shift, begin, relu, sum_splits
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])
@@ -20,6 +20,7 @@ def conv_pointer_kernel(
     RELU: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    begin()
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -97,6 +98,9 @@ def conv_pointer_kernel(
     offs_y = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
     mask_y = mask_m[:, None] & mask_k[None, :]
     if SPLIT_K > 1:
+        if arrivals_ptr is None:  # a second launch sums
+            tl.store(workspace_ptr + split.to(tl.int64) * M * K + offs_y, acc, mask=mask_y)
+            return
         acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
         mask_y = mask_y & last
     if res_ptr is not None:

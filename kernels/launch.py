@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .tiles import PDL
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -22,9 +24,10 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the current device and stream. Does not wait."""
-        self.kernel[self.grid](
-            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True
-        )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if PDL:
+            options["launch_pdl"] = True
+        self.kernel[self.grid](**self.arguments, **options)
 
 
 def cdiv(a: int, b: int) -> int:

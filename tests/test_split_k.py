@@ -16,8 +16,8 @@ from resnet_triton.device import KNOWN
 PATHS = {"pointer": None, "box": (4, 4, 1), "one row": (1, 8, 2)}
 
 
-def share(shape: ConvShape, split: int, path: str) -> ConvConfig:
-    chosen = ConvConfig(16, 32, 16, 4, 2, PATHS[path], split)
+def share(shape: ConvShape, split: int, path: str, *, two_launches: bool = False) -> ConvConfig:
+    chosen = ConvConfig(16, 32, 16, 4, 2, PATHS[path], split, two_launches=two_launches)
     assert is_legal(chosen, shape, KNOWN[90])
     return chosen
 
@@ -26,12 +26,15 @@ def launch(call: ops.ConvCall, chosen: ConvConfig) -> torch.Tensor:
     operator = ops.OPERATORS["conv_bn_relu"]
     out = operator.output(*call).fill_(float("nan"))
     with mock.patch.object(config, "lookup", return_value=chosen):
-        (planned,) = operator.plan(out, *call)
+        planned, *rest = operator.plan(out, *call)
+    assert len(rest) == chosen.two_launches
     planned.arguments["workspace_ptr"].fill_(float("nan"))
-    with interpreter.ready():
-        planned.run()
+    with torch.cuda.device(out.device) if out.is_cuda else interpreter.ready():
+        for each in (planned, *rest):
+            each.run()
     assert planned.grid[1] == chosen.split_k
-    assert not planned.arguments["arrivals_ptr"].any(), "the next launch needs its counters at zero"
+    if not rest:
+        assert not planned.arguments["arrivals_ptr"].any(), "the next launch needs its counters at zero"
     return out
 
 
@@ -49,6 +52,7 @@ def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
     first = launch(call, share(shape, split, path))
     assert torch.equal(first, expected)
     assert torch.equal(first, launch(call, share(shape, split, path)))
+    assert torch.equal(first, launch(call, share(shape, split, path, two_launches=True)))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -56,9 +60,10 @@ def test_a_shift_that_is_not_finite_is_added_once(device, value):
     shape = ConvShape(1, 32, 4, 4, 32, 3, 3, padding=(1, 1), residual=True)
     call = conv_call(generator(device, 0), shape)
     call.beta[3] = value
-    y = launch(call, share(shape, 3, "pointer"))
-    assert torch.equal(y.isnan(), conv_reference(call).isnan())
-    assert torch.equal(y.isinf(), conv_reference(call).isinf())
+    for two_launches in (False, True):
+        y = launch(call, share(shape, 3, "pointer", two_launches=two_launches))
+        assert torch.equal(y.isnan(), conv_reference(call).isnan())
+        assert torch.equal(y.isinf(), conv_reference(call).isinf())
 
 
 def test_shares_are_equal_small_and_few():
@@ -66,6 +71,9 @@ def test_shares_are_equal_small_and_few():
     legal = [s for s in range(1, 40) if is_legal(ConvConfig(64, 64, 64, 4, 3, (8, 8, 1), s), shape, KNOWN[90])]
     assert legal == [1, 2, 3, 4, 6, 9, 12]  # 36 steps; at most 16 shares
     assert not is_legal(ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2), shape, KNOWN[90]), "a share of 128 KB"
+    large = ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, two_launches=True)
+    assert is_legal(large, shape, KNOWN[90]), "no program reads another's share"
+    assert not is_legal(ConvConfig(64, 64, 64, 4, 3, two_launches=True), shape, KNOWN[90]), "nothing to sum"
     stem = ConvShape(1, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3))
     assert not is_legal(ConvConfig(64, 64, 32, 4, 2, None, 5), stem, KNOWN[90]), "the flat reduction is not split"
 
@@ -106,3 +114,33 @@ def test_a_barrier_stands_between_the_share_and_its_announcement():
         assert stores, "the share is stored before it is announced"
         assert any("bar.sync" in line for line in lines[stores[-1] : arrival])
         assert not re.search(r"\b(atom|red)\b.*\.f(16|32)", ptx), "floating-point atomics are not repeatable"
+
+
+PDL = """
+import json
+import torch
+import resnet_triton
+from resnet_triton import codegen, device
+from resnet_triton.trace import trace
+calls = trace(resnet_triton.resnet18().eval(), (1, 3, 224, 224), torch.float16)
+found = {}
+for call in (calls[0], calls[1], calls[-2], calls[-1]):
+    for launch in call.launches(device.KNOWN[90]):
+        found[launch.kernel.__name__] = codegen.triton_compile(codegen.specialise(launch), 90).asm["ptx"]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_with_dependent_launch_every_kernel_waits_before_it_touches_memory(on, monkeypatch):
+    if on:
+        monkeypatch.setenv("RESNET_TRITON_PDL", "1")
+    kernels = json.loads(run_compiled(PDL))
+    assert len(kernels) >= 4
+    for name, ptx in kernels.items():
+        body = ptx[ptx.index(".entry") :]
+        touches = re.search(r"\b(ld\.global|st\.global|atom\.|cp\.async|prefetch)", body)
+        assert touches, name
+        wait = body.find("griddepcontrol.wait")
+        assert (0 < wait < touches.start()) if on else wait == -1, name
+        assert ("griddepcontrol.launch_dependents" in body) == on, name

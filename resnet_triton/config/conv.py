@@ -56,7 +56,8 @@ class ConvConfig:
     `block_m` output pixels by `block_k` output channels, reduced `block_c` channels at a time. With `box` (rows,
     columns, images) the kernel loads through tensor descriptors and the tile is that box; without, through pointers.
     `columns` boxes (1, 1, n) side by side share a program and most of its loads. `split_k` programs share a tile, each
-    reducing over a part of the channels and taps.
+    reducing over a part of the channels and taps; with `two_launches` a second launch sums their shares, instead of
+    whichever program is last.
     """
 
     block_m: int
@@ -67,6 +68,7 @@ class ConvConfig:
     box: tuple[int, int, int] | None = None
     split_k: int = 1
     columns: int = 1
+    two_launches: bool = False
 
     @property
     def path(self) -> str:
@@ -138,9 +140,9 @@ def tiles(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
-    """At most 16 equal shares of at most 64 KB, since one program reads them all."""
+    """At most 16 equal shares, and of at most 64 KB if one program reads them all."""
     flat = config.box is None and is_flat(shape.c)
-    small = config.block_m * config.block_k * 4 <= 64 * 1024
+    small = config.block_m * config.block_k * 4 <= 64 * 1024 or config.two_launches
     return 2 <= config.split_k <= 16 and steps(config, shape) % config.split_k == 0 and small and not flat
 
 
@@ -169,7 +171,7 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
         return False
     if min(config.block_m, config.block_k, config.block_c) < 16 or max(config.block_m, config.block_k) > 256:
         return False
-    if config.split_k != 1 and not _may_split(config, shape):
+    if not _may_split(config, shape) if config.split_k != 1 else config.two_launches:
         return False
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False

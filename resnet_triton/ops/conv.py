@@ -27,6 +27,7 @@ if HAS_TRITON:
     from ..kernels.conv_bn_relu import BatchNorm, Shortcut
     from ..kernels.conv_bn_relu import conv_bn_relu as conv_bn_relu_launch
     from ..kernels.launch import Launch
+    from ..kernels.sum_shares import sum_shares
 
 
 class ConvCall(NamedTuple):
@@ -128,7 +129,9 @@ def plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
     descriptors = aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
     c = config.lookup(shape, device.facts(x.device), descriptors=descriptors)
     workspace = arrivals = None
-    if c.split_k > 1:
+    if c.two_launches:
+        workspace = x.new_empty(c.split_k, out.numel(), dtype=torch.float32)
+    elif c.split_k > 1:
         shared = config.tiles(c, shape)
         workspace = x.new_empty(shared * c.split_k * c.block_m * c.block_k, dtype=torch.float32)
         arrivals = _arrivals(x.device, shared)
@@ -137,12 +140,14 @@ def plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
         batch_norm=batch_norm(call.mean, call.var, call.gamma, call.beta, call.eps),
         residual=residual, shortcut=shortcut,
         stride=shape.stride, padding=shape.padding, dilation=shape.dilation, relu=call.relu, precision=shape.precision,
-        flat=config.is_flat(shape.c), box=c.box, columns=c.columns,
-        early_residual=c.early_residual, split_k=c.split_k,
-        block_m=c.block_m, block_k=c.block_k, block_c=c.block_c, workspace=workspace, arrivals=arrivals,
-        num_warps=c.num_warps, num_stages=c.num_stages,
+        flat=config.is_flat(shape.c), box=c.box, columns=c.columns, early_residual=c.early_residual,
+        block_m=c.block_m, block_k=c.block_k, block_c=c.block_c, split_k=c.split_k,
+        workspace=workspace, arrivals=arrivals, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
-    return (launch,)
+    if workspace is None or arrivals is not None:
+        return (launch,)
+    end = sum_shares(out=out, shares=workspace, residual=residual, relu=call.relu, block=1024, num_warps=4)
+    return launch, end
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
