@@ -52,9 +52,7 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         raise ValueError(f"no 'Used N registers' in ptxas's report: {log[:200]!r}")
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
     waits = re.findall(r"warp_group_dot_wait[^\n]*?pendings = (\d+)", ttgir)
-    messages = re.findall(
-        r"^ptxas\S*\s+(?:info|warning)\s*: (.*(?:\(C\d+\)|[Ss]erializ|warning).*)$", log, re.MULTILINE
-    )
+    said = [line for line in log.splitlines() if re.match(r"ptxas.*(?:\(C\d+\)|serializ|warning)", line)]
     return Code(
         registers=int(registers[1]),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
@@ -66,7 +64,7 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         wgmma=sum(bool(re.match(r"[HQIB]GMMA\b", name)) for name in instructions),
         wgmma_waits=sum(name.startswith("WARPGROUP.DEPBAR") for name in instructions),
         pendings=tuple(map(int, waits)),
-        messages=tuple(dict.fromkeys(messages)),
+        messages=tuple(dict.fromkeys(line.partition(": ")[2] for line in said)),
         float_atomics=len(_FLOAT_ATOMIC.findall(ptx)),
         unordered_atomics=_unordered(ptx.splitlines(), r"\bst\.[\w.]*global", r"\bbar(?:rier)?\.sync", r"\batom\."),
     )
@@ -87,9 +85,7 @@ def read_amd(*, ttir: str, assembly: str, shared_memory: int) -> Code:
         tensor_core="mfma" if "v_mfma" in assembly else "none",
         dots=_dots(ttir),
         float_atomics=len(_AMD_FLOAT_ATOMIC.findall(assembly)),
-        unordered_atomics=_unordered(
-            lines, r"\b(?:global|buffer)_store", r"\bs_barrier", r"\b(?:global|buffer)_atomic"
-        ),
+        unordered_atomics=_unordered(lines, r"\b(?:global|buffer)_store", r"\bs_barrier", r"_atomic_"),
     )
 
 

@@ -80,9 +80,9 @@ def as_markdown(result: Record) -> str:
     """One table for each architecture."""
     parts = [
         "# Machine code of ResNet-18's kernels\n\n"
-        f"Compiled ahead of time by Triton {result['triton']}, not run. `{REGENERATE}` writes this file. Columns marked "
-        "*predicted* are arithmetic on published or measured ceilings, not measurements; an empty one has no ceiling "
-        "with a source. `resnet_triton/roofline.py` says what each means.\n"
+        f"Compiled by Triton {result['triton']}, not run; `{REGENERATE}` writes this file. Columns marked *predicted* "
+        "are arithmetic on published or measured ceilings, not measurements; where no ceiling with a source is known "
+        "they are empty. `resnet_triton/codegen/roofline.py` says what each means.\n"
     ]
     for arch, group in groupby(result["rows"], key=lambda row: row["arch"]):
         where = target(arch)
@@ -92,12 +92,35 @@ def as_markdown(result: Record) -> str:
         parts.append(_line(headings) + _line(["---"] * len(headings)))
         for row in group:
             values = [row[key] for _, key in _LAYER + _CODE] + [row["predicted"][key] for _, key in _PREDICTED]
-            parts.append(_line([_cell(value) for value in values] + ["; ".join([*row["faults"], *row["messages"]])]))
+            parts.append(_line([_cell(value) for value in values] + [_remarks(row)]))
     return "".join(parts)
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
+
+
+_VITAL = {
+    "arch": "arch", "batch": "batch", "dtype": "dtype", "layer": "layer", "path": "path", "tile": "tile",
+    "split": "split_k", "warps": "num_warps", "regs": "registers", "spill": "spill_bytes", "shared": "shared_memory",
+    "instr": "instructions", "matrix": "tensor_core", "TMA": "tma", "wgmma/wait": "wgmma_per_wait",
+    "occup": "occupancy", "waves": "waves",
+}  # fmt: skip
+_TEXT = ("arch", "dtype", "layer", "path", "tile", "matrix", "TMA", "")
+
+
+def show(result: Record) -> None:
+    """Print the vital columns; the files that `--out` writes have all of them."""
+    headings = [*_VITAL, "predicted floor us", ""]
+    lines = [
+        [*(_cell(row[key]) for key in _VITAL.values()), _cell(row["predicted"]["floor_us"]), _remarks(row)]
+        for row in result["rows"]
+    ]
+    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    print(f"Triton {result['triton']}, ptxas {', '.join(f'{v} for {k}' for k, v in result['ptxas'].items())}")
+    for line in [headings, *lines]:
+        cells = zip(headings, line, widths, strict=True)
+        print("  ".join(c.ljust(w) if heading in _TEXT else c.rjust(w) for heading, c, w in cells).rstrip())
 
 
 def _cell(value: object) -> str:
@@ -108,20 +131,5 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-_VITAL = (
-    f"{'arch':7}{'batch':>5}  {'dtype':9}{'layer':16}{'path':11}{'tile':16}{'split':>5}{'warps':>6}{'regs':>5}{'spill':>6}"
-    f"{'shared':>8}{'instr':>6}  {'matrix':8}{'copy':5}{'wgmma/wait':>10}{'occup':>6}{'waves':>7}{'predicted floor us':>20}"
-)
-
-
-def show(result: Record) -> None:
-    """Print the vital columns; all of them are in the files that `--out` writes."""
-    print(f"Triton {result['triton']}, ptxas {', '.join(f'{v} for {k}' for k, v in result['ptxas'].items())}\n{_VITAL}")
-    for row in result["rows"]:
-        wait, floor = _cell(row["wgmma_per_wait"]), _cell(row["predicted"]["floor_us"])
-        print(
-            f"{row['arch']:7}{row['batch']:5}  {row['dtype']:9}{row['layer']:16}{row['path']:11}{row['tile']:16}"
-            f"{row['split_k']:5}{row['num_warps']:6}{row['registers']:5}{row['spill_bytes']:6}{row['shared_memory']:8}"
-            f"{row['instructions']:6}  {row['tensor_core']:8}{'tma' if row['tma'] else '-':5}{wait:>10}"
-            f"{row['occupancy']:6.2f}{row['waves']:7.2f}{floor:>20}  {'; '.join([*row['faults'], *row['messages']])}".rstrip()
-        )
+def _remarks(row: Record) -> str:
+    return "; ".join([*row["faults"], *row["messages"]])

@@ -21,7 +21,7 @@ from .targets import Multiprocessor, Target
 from .traffic import loaded_bytes
 
 ARRIVAL_US = 1.5
-"""A store, a barrier, an atomic and the first load back, one after the other: an estimate from latencies, unmeasured."""
+"""A store, a barrier, an atomic and the first load back, one after the other: estimated from latencies."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,11 @@ def wave_loss(filled: float) -> float:
 
 def split_k_tail_us(launch: Launch, split: int, l2: float | None, sm_count: int) -> float | None:
     """Reading `split` shares back by one program, and summing while they come, after handing in its own."""
-    if split == 1 or l2 is None:
-        return None if l2 is None else 0.0
-    workspace = launch.arguments["workspace_ptr"]
+    if split == 1:
+        return 0.0
+    workspace = launch.arguments.get("workspace_ptr")
+    if l2 is None or workspace is None:
+        return None
     share = workspace.numel() * workspace.element_size() / prod(launch.grid)
     return ARRIVAL_US + share * (split + 1) / (l2 / sm_count) * 1e6
 

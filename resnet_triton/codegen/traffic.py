@@ -41,13 +41,9 @@ def loaded_bytes(ttir: str, integers: Mapping[str, int], grid: tuple[int, ...], 
             times.pop()
         if line.endswith("{"):
             if (loop := _FOR.search(line)) is not None:
-                start, stop, step = loop.groups()
-                if stop not in known or step not in known or (start not in known and start not in programs):
+                trips = _trips(loop, known, programs)
+                if trips is None:
                     return None
-                # Programs that start at their own number share one range evenly.
-                trips = (
-                    known[stop] / known[step] if start in programs else _trips(known[start], known[stop], known[step])
-                )
                 times.append(times[-1] * trips)
             else:
                 times.append(times[-1] / split if "scf.if" in line or "else" in line else times[-1])
@@ -62,8 +58,14 @@ def loaded_bytes(ttir: str, integers: Mapping[str, int], grid: tuple[int, ...], 
     return round(total * prod(grid))
 
 
-def _trips(start: int, stop: int, step: int) -> int:
-    return max(-(-(stop - start) // step), 0)
+def _trips(loop: re.Match[str], known: Mapping[str, int], programs: set[str]) -> float | None:
+    """How often a loop runs, on the average of all programs; None if that cannot be told."""
+    start, stop, step = loop.groups()
+    if stop not in known or step not in known:
+        return None
+    if start in programs:  # each starts at its own number: they share one range evenly
+        return known[stop] / known[step]
+    return max(-(-(known[stop] - known[start]) // known[step]), 0) if start in known else None
 
 
 def _learn(line: str, known: dict[str, int], programs: set[str], grid: tuple[int, ...]) -> None:
