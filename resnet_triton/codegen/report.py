@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ _PREDICTED = [
 
 
 def as_markdown(result: Record) -> str:
-    """One table for each architecture."""
+    """For each architecture a table of sums over the model and one of all its launches."""
     parts = [
         "# Machine code of ResNet-18's kernels\n\n"
         f"Compiled by Triton {result['triton']}, not run; `{REGENERATE}` writes this file. Columns marked *predicted* "
@@ -85,19 +85,35 @@ def as_markdown(result: Record) -> str:
         "they are empty. `resnet_triton/codegen/roofline.py` says what each means.\n"
     ]
     for arch, group in groupby(result["rows"], key=lambda row: row["arch"]):
-        where = target(arch)
+        found, where = list(group), target(arch)
         compiler = f"ptxas {result['ptxas'][arch]}" if arch in result["ptxas"] else "LLVM"
         parts.append(f"\n## {arch}: {where.facts.name}\n\n{compiler}. Ceilings: {where.ceilings.source}.\n\n")
-        headings = [h for h, _ in _LAYER + _CODE] + [f"{h} (predicted)" for h, _ in _PREDICTED] + ["faults, messages"]
-        parts.append(_line(headings) + _line(["---"] * len(headings)))
-        for row in group:
-            values = [row[key] for _, key in _LAYER + _CODE] + [row["predicted"][key] for _, key in _PREDICTED]
-            parts.append(_line([_cell(value) for value in values] + [_remarks(row)]))
+        predicted = [f"{heading} (predicted)" for heading, _ in _PREDICTED]
+        summed = [heading for heading in predicted if " us " in heading]
+        parts.append(_table(["batch", "dtype", "launches", *summed], _sums(found)))
+        headings = [*(heading for heading, _ in _LAYER + _CODE), *predicted, "faults, messages"]
+        lines = [
+            [*(row[key] for _, key in _LAYER + _CODE), *(row["predicted"][key] for _, key in _PREDICTED), _remarks(row)]
+            for row in found
+        ]
+        parts.append("\n" + _table(headings, lines))
     return "".join(parts)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |\n"
+def _sums(found: list[Record]) -> Iterator[list[object]]:
+    """The whole model at each batch size and dtype; an empty cell where a part is unknown."""
+    for (batch, dtype), group in groupby(found, key=lambda row: (row["batch"], row["dtype"])):
+        predicted = [row["predicted"] for row in group]
+        sums: list[object] = [batch, dtype, len(predicted)]
+        for key in (key for _, key in _PREDICTED if key.endswith("_us")):
+            values = [p[key] for p in predicted if p[key] is not None]
+            sums.append(sum(values) if len(values) == len(predicted) else None)
+        yield sums
+
+
+def _table(headings: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    whole = [headings, ["---"] * len(headings), *([_cell(value) for value in line] for line in lines)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in whole)
 
 
 _VITAL = {
@@ -128,7 +144,7 @@ def _cell(value: object) -> str:
         return ""
     if value is True:
         return "yes"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _remarks(row: Record) -> str:
