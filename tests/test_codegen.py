@@ -185,7 +185,7 @@ CODE = Code(
     wgmma=8, wgmma_waits=2, pendings=(1, 0),
 )  # fmt: skip
 ROW = Row(
-    arch="sm_90", layer="layer1.0.conv1", operator="conv_bn_relu", kernel="k", batch=32, dtype="float16",
+    arch="sm_90", layer="layer1.0.conv1", operator="conv_bn_relu", launch=0, kernel="k", batch=32, dtype="float16",
     path="descriptor", filter="3x3", tile="1x1x128", split_k=1, num_warps=4, num_stages=3, programs=100,
     programs_per_sm=1, occupancy=0.5, waves=0.758, code=CODE, predicted=Prediction(40.0, 30.0, 0.24, 1.3, 0.0),
 )  # fmt: skip
@@ -286,13 +286,13 @@ def test_the_budget_catches_what_got_worse():
     def worse(**changes: object) -> list[str]:
         return list(budget.regressions({**RESULT, "rows": [{**ROW.record(), **changes}]}, RESULT))
 
-    where = "sm_90 batch 32 float16 layer1.0.conv1 (k)"
+    where = "sm_90 batch 32 float16 layer1.0.conv1 launch 0 (k)"
     assert worse() == worse(registers=107, instructions=1050, occupancy=0.75, wgmma_per_wait=5.0) == []
     assert worse(registers=108) == [f"{where}: 108 registers, expected at most 107"]
     assert worse(instructions=1051) == [f"{where}: 1051 instructions, expected at most 1050"]
     assert worse(occupancy=0.25) == [f"{where}: occupancy 0.25, expected at least 0.5"]
     assert worse(wgmma_per_wait=None) == [f"{where}: wgmma_per_wait None, expected at least 4.0"]
-    assert worse(layer="layer9") == ["sm_90 batch 32 float16 layer9 (k): not in the budget"]
+    assert worse(layer="layer9") == ["sm_90 batch 32 float16 layer9 launch 0 (k): not in the budget"]
     assert worse(batch=64) == worse(arch="sm_100", registers=255) == [], "not held"
     with pytest.raises(ValueError, match=r"made with Triton 3.7.1, expected 4"):
         list(budget.regressions({**RESULT, "triton": "4"}, RESULT))

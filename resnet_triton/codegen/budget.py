@@ -57,7 +57,7 @@ def load(path: Path) -> Record:
 
 
 def _name(row: Record) -> str:
-    return f"{row['arch']} batch {row['batch']} {row['dtype']} {row['layer']} ({row['kernel']})"
+    return f"{row['arch']} batch {row['batch']} {row['dtype']} {row['layer']} launch {row['launch']} ({row['kernel']})"
 
 
 def _combination(row: Record) -> tuple[str, int, str]:

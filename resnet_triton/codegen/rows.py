@@ -35,12 +35,14 @@ HELD = ("sm_80", "sm_90")
 class Row:
     """One launch of a layer at one batch size and dtype, compiled for one architecture.
 
-    `filter` is "3x3" and the like, "" for kernels without one; `programs` the size of the grid.
+    `launch` counts from 0 within the layer; `filter` is "3x3" and the like, "" for kernels without one; `programs` the
+    size of the grid.
     """
 
     arch: str
     layer: str
     operator: str
+    launch: int
     kernel: str
     batch: int
     dtype: str
@@ -95,6 +97,7 @@ class _Planned(NamedTuple):
     operator: str
     batch: int
     dtype: str
+    place: int  # among the layer's launches
     launch: Launch
     work: Cost | None
     target: Target
@@ -131,11 +134,10 @@ def _plan(model: nn.Module, where: Target, batch: int, dtype: str, image: int) -
         for call in trace(model, (batch, 3, image, image), torch_dtype):
             if call.operator not in OPERATORS:
                 continue  # PyTorch's own
-            work = least(call)
-            for launch in call.launches(where.facts):
-                layer = call.name or call.operator
-                yield _Planned(layer, call.operator, batch, dtype, launch, work, where, specialise(launch))
-                work = Cost(0, 0)
+            layer = call.name or call.operator
+            for i, launch in enumerate(call.launches(where.facts)):
+                work = least(call) if i == 0 else Cost(0, 0)
+                yield _Planned(layer, call.operator, batch, dtype, i, launch, work, where, specialise(launch))
 
 
 def _row(p: _Planned, code: Code, ttir: str) -> Row:
@@ -147,6 +149,7 @@ def _row(p: _Planned, code: Code, ttir: str) -> Row:
         arch=p.target.name,
         layer=p.layer,
         operator=p.operator,
+        launch=p.place,
         kernel=launch.kernel.fn.__name__,
         batch=p.batch,
         dtype=p.dtype,
