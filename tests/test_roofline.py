@@ -1,6 +1,7 @@
 """Predictions against arithmetic done by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("triton")
 
 from resnet_triton import resnet18
 from resnet_triton.codegen import TARGETS
+from resnet_triton.codegen.assembly import Code
 from resnet_triton.codegen.roofline import COSTS, floor_us, least, programs_per_sm, split_k_tail_us, wave_loss, waves
 from resnet_triton.codegen.traffic import loaded_bytes
 from resnet_triton.kernels.cost import Cost
@@ -19,9 +21,7 @@ from resnet_triton.ops import OPERATORS
 from resnet_triton.trace import trace
 
 
-def code(registers: int, shared_memory: int) -> object:
-    from dataclasses import replace
-
+def code(registers: int, shared_memory: int) -> Code:
     return replace(CODE, registers=registers, shared_memory=shared_memory)
 
 

@@ -62,7 +62,7 @@ def programs_per_sm(code: Code, num_warps: int, sm: Multiprocessor) -> int:
     """Programs a multiprocessor holds at a time; 0 if not even one fits.
 
     Registers are given to a warp in steps of 8 a thread, shared memory to a program in steps of 128 bytes (CUDA
-    occupancy calculator; AMD's vector registers come in steps of 8 as well).
+    occupancy calculator; AMD's vector registers come in steps of 8 as well). Tensor memory (sm_100) is not counted.
     """
     warp = _round_up(max(code.registers, 1), 8) * sm.warp_size
     by_registers = 4 * (sm.registers // 4 // warp) // num_warps

@@ -29,8 +29,8 @@ class Multiprocessor:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a GPU can do at best: `half` (fp16 and bf16, accumulated in fp32), `tf32` and `single` FLOP/s, `dram` and
-    `l2` B/s, and the seconds between two nodes of a CUDA graph.
+    """What a GPU can do at best: `half` (fp16 and bf16, accumulated in fp32), `tf32` and `single` in FLOP/s, `dram` and
+    `l2` in B/s, and `graph_gap`, the seconds between two nodes of a CUDA graph.
     """
 
     source: str
@@ -57,7 +57,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """ "sm_90", "gfx942"."""
+        """As compilers call the architecture: "sm_90", "gfx942"."""
         arch = self.compiler[1]
         return f"sm_{arch}" if isinstance(arch, int) else arch
 
