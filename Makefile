@@ -19,7 +19,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test lint types package codegen codegen-oldest bench clean
+.PHONY: help env demo test lint types package codegen codegen-all codegen-oldest bench clean
 
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ package: $(STAMP) ## build, install and import the distributions
 
 codegen: $(STAMP) ## compile the kernels ahead of time and check the machine code; needs no GPU
 	$(HERMETIC) $(PY) -m resnet_triton codegen $(ARGS)
+
+codegen-all: $(STAMP) ## every target, batch size and dtype, written to benchmarks/results; takes long
+	$(HERMETIC) $(PY) -m resnet_triton codegen --arch 80 86 89 90 100 120 gfx942 --batch 1 8 32 128 \
+		--dtype float16 bfloat16 tf32 float32 --out benchmarks/results $(ARGS)
 
 codegen-oldest: $(OLDEST_STAMP) ## the same with the oldest supported Triton
 	$(HERMETIC) PYTHONPATH=$(OLDEST_DIR) $(PY) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton'

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
@@ -90,9 +91,20 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _codegen(args: argparse.Namespace) -> int:
-    from . import codegen
+    from .codegen import budget, report
 
-    return codegen.command(args.arch, args.batch, args.dtype, args.jobs, args.json)
+    allowed = budget.load(args.budget) if args.budget else None
+    result = report.compile_all(args.arch, args.batch, args.dtype, args.jobs, bar)
+    if args.out:
+        report.write(result, args.out)
+    if args.json:
+        print(report.as_json(result), end="")
+    else:
+        report.show(result)
+    failures = budget.faults(result) + ([] if allowed is None else list(budget.regressions(result, allowed)))
+    for failure in failures:
+        _complain(failure)
+    return 1 if failures else 0
 
 
 def _emit(args: argparse.Namespace, work: Callable[[], Any], show: Callable[[Any], None]) -> Any:
@@ -213,18 +225,19 @@ def _parser() -> argparse.ArgumentParser:
         "resnet-triton codegen --arch 80 90 --batch 1 32 --dtype float16",
     )  # fmt: skip
     c.add_argument(
-        "--arch", type=_positive, nargs="+", default=[80, 90, 100], metavar="CC",
-        help="compute capabilities times ten, 90 for 9.0 (default: 80 90 100)",
+        "--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], metavar="ARCH",
+        help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or gfx942; 90 means sm_90 (default: sm_80 sm_90 sm_100)",
     )  # fmt: skip
     c.add_argument(
-        "--batch",
-        type=_positive,
-        nargs="+",
-        default=[1, 8, 32, 128],
-        metavar="N",
+        "--batch", type=_positive, nargs="+", default=[1, 8, 32, 128], metavar="N",
         help="images at a time (default: 1 8 32 128)",
-    )
-    c.add_argument("--dtype", nargs="+", default=["float16"], metavar="T", help="element types (default: float16)")
+    )  # fmt: skip
+    c.add_argument(
+        "--dtype", nargs="+", default=["float16"], metavar="T",
+        help="float16, bfloat16, tf32 or float32 (default: float16)",
+    )  # fmt: skip
+    c.add_argument("--out", type=Path, metavar="DIR", help="write codegen.json and codegen.md there")
+    c.add_argument("--budget", type=Path, metavar="FILE", help="fail if a row is worse than in this codegen.json")
     c.add_argument(
         "--jobs", type=_positive, default=os.cpu_count() or 1, metavar="N",
         help="compiler processes at a time (default: one for each core, here %(default)s)",

@@ -1,19 +1,30 @@
 """Machine code of the kernels for GPUs that are not here, at the configurations the heuristics choose.
 
 `make codegen` compiles every combination of architecture and batch size; here are as many as ten minutes allow.
-Compilation needs kernels that are not interpreted, so everything here runs in subprocesses without TRITON_INTERPRET.
+Compilation needs kernels that are not interpreted, so everything that compiles runs in subprocesses without
+TRITON_INTERPRET. The predictions are in `test_roofline.py`.
 """
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-RESNET18 = 20  # calls in a forward: 17 fused convolutions (3 with their shortcut), two pools, one linear layer
+from resnet_triton import cli, resnet18
+from resnet_triton.codegen import TARGETS, Row, budget, report, target
+from resnet_triton.codegen.assembly import Code, read_nvidia
+from resnet_triton.codegen.roofline import Prediction
+from resnet_triton.device import KNOWN
+from resnet_triton.trace import trace
+
+BUDGET = Path(__file__).parents[1] / "benchmarks" / "results" / "codegen.json"
 
 
 def run(script: str, *arguments: str) -> str:
@@ -25,39 +36,63 @@ def run(script: str, *arguments: str) -> str:
 
 ROWS = """
 import json, sys
-from dataclasses import asdict
-import resnet_triton
+import resnet_triton, triton
 from resnet_triton import codegen
 arch, batches, dtypes = json.loads(sys.argv[1])
 found = codegen.rows(resnet_triton.resnet18().eval(), [arch], batches, dtypes, jobs=1)
-print(json.dumps([{**asdict(row), "faults": row.faults()} for row in found]))
+print(json.dumps({"triton": triton.__version__, "rows": [row.record() for row in found]}))
 """
 
 
-def rows(arch: int, batches: list[int], *dtypes: str) -> list[dict]:
+def compiled(arch: int | str, batches: list[int], *dtypes: str) -> report.Record:
     return json.loads(run(ROWS, json.dumps([arch, batches, dtypes])))
+
+
+def layers() -> set[str]:
+    with torch.device("meta"):
+        model = resnet18().eval()
+    return {call.name or call.operator for call in trace(model)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "batches"), [(80, [1, 32]), (90, [1, 8, 32, 128]), (100, [8, 128])])
 def test_float16_is_sound(arch, batches):
-    found = rows(arch, batches, "float16")
-    assert len(found) == len(batches) * RESNET18
-    assert [r for r in found if r["faults"]] == []
-    convolutions = [r for r in found if r["operator"] == "conv_bn_relu"]
-    matrix = {80: {"mma"}, 90: {"wgmma"}, 100: {"tcgen05"}}[arch]
-    assert {r["tensor_core"] for r in convolutions} == matrix
-    inner = [r for r in convolutions if r["layer"] != "conv1"]
+    found = compiled(arch, batches, "float16")["rows"]
+    assert {(r["layer"], r["batch"]) for r in found} == {(layer, batch) for layer in layers() for batch in batches}
+    unsound = [r for r in found if r["faults"] and (arch != 100 or not r["faults"][0].startswith("spills"))]
+    assert unsound == []
+    products = [r for r in found if r["operator"] == "conv_bn_relu" and r["dots"]]
+    assert {r["tensor_core"] for r in products} == {{80: "mma", 90: "wgmma", 100: "tcgen05"}[arch]}
+    inner = [r for r in products if r["filter"] == "3x3"]
     assert {(r["path"], r["tma"]) for r in inner} == {("pointer", False) if arch == 80 else ("descriptor", True)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "tf32", "float32"])
 def test_other_dtypes_are_sound_on_hopper(dtype):
-    found = rows(90, [32], dtype)
+    found = compiled(90, [32], dtype)["rows"]
     assert [r for r in found if r["faults"]] == []
-    products = {r["tensor_core"] for r in found if r["operator"] in ("conv_bn_relu", "linear")}
-    assert products <= ({"none"} if dtype == "float32" else {"wgmma", "mma"}), "IEEE fp32 must not touch tensor cores"
+
+
+@pytest.mark.slow
+def test_amd_compiles():
+    found = compiled("gfx942", [32], "float16")["rows"]
+    assert {r["tensor_core"] for r in found if r["dots"]} == {"mfma"}
+    assert {r["path"] for r in found} == {"pointer"}
+    assert [r for r in found if r["registers"] == 0 or r["instructions"] == 0 or r["programs_per_sm"] == 0] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "batches"), [(80, [32]), (90, [1, 128])])
+def test_code_stays_within_its_budget(arch, batches):
+    import triton
+
+    allowed = budget.load(BUDGET)
+    if allowed["triton"] != triton.__version__:
+        pytest.skip(f"the budget was made with Triton {allowed['triton']}, here is {triton.__version__}")
+    assert {(f"sm_{arch}", batch) for batch in batches} <= {(r["arch"], r["batch"]) for r in allowed["rows"]}
+    worse = list(budget.regressions(compiled(arch, batches, "float16"), allowed))
+    assert not worse, "\n".join([*worse, f"if that is meant: {report.REGENERATE}, and commit benchmarks/results"])
 
 
 BOUND = """
@@ -106,30 +141,184 @@ def test_a_tile_that_spills_is_seen_to_spill():
     assert int(run(FAULTS)) > 0
 
 
+PLANTED = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def float_atomic(x_ptr):
+    tl.atomic_add(x_ptr, 1.0)
+
+@triton.jit
+def announced_too_early(x_ptr, arrivals_ptr, BARRIER: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, 128), 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.atomic_add(arrivals_ptr, 1, sem="relaxed")
+"""
+COMPILE_PLANTED = """
+import json, sys
+from resnet_triton.codegen import Specialisation, compile_for
+sys.path.insert(0, sys.argv[1])
+for arch in (80, 90):
+    float_atomic = Specialisation("planted", "float_atomic", (("x_ptr", "*fp32"),), (), 4, 2)
+    found = [compile_for(float_atomic, arch).float_atomics]
+    for barrier in (False, True):
+        signature = (("x_ptr", "*fp32"), ("arrivals_ptr", "*i32"), ("BARRIER", "constexpr"))
+        source = Specialisation("planted", "announced_too_early", signature, (("BARRIER", barrier),), 4, 2)
+        code = compile_for(source, arch)
+        found += [code.float_atomics, code.unordered_atomics]
+    print(json.dumps(found))
+"""
+
+
+def test_planted_atomics_are_seen_in_real_code(tmp_path):
+    Path(tmp_path, "planted.py").write_text(PLANTED)
+    for line in run(COMPILE_PLANTED, str(tmp_path)).splitlines():
+        atomics, *ordering = json.loads(line)
+        assert atomics == 1
+        assert ordering == [0, 1, 0, 0], "only the kernel without a barrier is at fault"
+
+
+CODE = Code(
+    registers=99, spill_bytes=0, shared_memory=232448, instructions=1000, tensor_core="wgmma", tma=True, dots=1,
+    wgmma=8, wgmma_waits=2, pendings=(1, 0),
+)  # fmt: skip
+ROW = Row(
+    arch="sm_90", layer="layer1.0.conv1", operator="conv_bn_relu", launch=0, kernel="k", batch=32, dtype="float16",
+    path="descriptor", filter="3x3", tile="1x1x128", split_k=1, num_warps=4, num_stages=3, programs=100,
+    programs_per_sm=1, occupancy=0.5, waves=0.758, code=CODE, predicted=Prediction(40.0, 30.0, 0.24, 1.3, 0.0),
+)  # fmt: skip
+
+
+def faults(row: Row = ROW, **code: object) -> list[str]:
+    return replace(row, code=replace(CODE, **code)).faults()
+
+
 def test_each_fault_is_named():
-    from resnet_triton.codegen import Row
+    assert faults() == []
+    assert faults(spill_bytes=8) == ["spills 8 bytes"]
+    assert faults(messages=("(C7513) ... wgmma.mma_async instructions are serialized",)) == ["ptxas serialised wgmma"]
+    assert faults(shared_memory=232449) == ["needs 232449 bytes of shared memory"]
+    assert faults(float_atomics=2) == ["2 floating-point atomics"]
+    assert faults(unordered_atomics=1) == ["no barrier between a store and the atomic after it"]
+    assert faults(tma=False) == ["no TMA"]
+    assert faults(wgmma=0) == ["no wgmma"]
+    stem = replace(ROW, filter="7x7")
+    assert faults(stem, wgmma=0, tma=False) == []
+    assert faults(stem, tensor_core="none") == ["no tensor-core instruction"]
+    assert faults(stem, tensor_core="none", dots=0) == [], "a pool needs none"
+    assert faults(replace(ROW, batch=8), wgmma=0, tma=False, tensor_core="mma") == []
+    assert faults(replace(ROW, dtype="float32")) == ["IEEE fp32 on tensor cores (wgmma)"]
+    assert faults(replace(ROW, dtype="float32"), tensor_core="none", wgmma=0, tma=False) == []
 
-    sound = {
-        "arch": "sm_90", "layer": "conv1", "operator": "conv_bn_relu", "batch": 1, "dtype": "float16",
-        "path": "descriptor", "tile": "", "split_k": 1,
-        "num_warps": 4, "num_stages": 3, "registers": 99, "spill_bytes": 0,
-        "shared_memory": 232448, "tensor_core": "wgmma", "tma": True, "serialized": False,
+
+LOG = """ptxas info    : 0 bytes gmem
+ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...
+ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...
+    0 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P0 WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0020*/              @!P1 HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0030*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0040*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   NOP;
+"""
+PTX = """
+    st.global.v4.b32 [%rd1], {%r1, %r2, %r3, %r4};
+    @%p1 atom.global.gpu.acq_rel.add.u32 %r5, [%rd2], 1;
+    red.global.add.f32 [%rd1], %f1;
+    atom.global.add.noftz.f16x2 %r1, [%rd1], %r2;
+    redux.sync.add.s32 %r1, %r2, 0xffffffff;
+"""
+
+
+def test_machine_code_is_read():
+    code = read_nvidia(ttir="%a = tt.dot %b, %c", ttgir="", ptx=PTX, sass=SASS, log=LOG, shared_memory=0)
+    assert (code.registers, code.spill_bytes, code.instructions) == (255, 32, 7)
+    assert (code.wgmma, code.wgmma_waits, code.wgmma_per_wait) == (3, 2, 1.5)
+    assert (code.float_atomics, code.unordered_atomics) == (2, 2)
+    assert len(code.messages) == 1
+    assert code.messages[0].startswith("(C7513) Potential Performance Loss")
+    assert code.serialized
+    with pytest.raises(ValueError, match="no 'Used N registers' in ptxas's report"):
+        read_nvidia(ttir="", ttgir="", ptx="", sass="", log="ptxas fatal", shared_memory=0)
+
+
+RESULT = {"triton": "3.7.1", "ptxas": {"sm_90": "12.8"}, "predicted": "never measured", "rows": [ROW.record()]}
+
+
+def test_predictions_are_never_shown_without_the_mark(capsys):
+    report.show(RESULT)
+    _, heading, line = capsys.readouterr().out.splitlines()
+    assert heading.index("predicted floor us") + len("predicted floor us") == line.index("40") + len("40")
+    row = json.loads(report.as_json(RESULT))["rows"][0]
+    assert row["predicted"] == {
+        "floor_us": 40.0, "l2_us": 30.0, "wave_loss": 0.24, "launch_gap_us": 1.3, "split_k_tail_us": 0.0
     }  # fmt: skip
-    assert Row(**sound).faults() == []
-    planted = {
-        "spill_bytes": (8, "spills 8 bytes"),
-        "serialized": (True, "ptxas serialised wgmma"),
-        "shared_memory": (232449, "needs 232449 bytes of shared memory"),
-        "tensor_core": ("none", "no tensor-core instruction"),
-    }
-    for field, (value, fault) in planted.items():
-        assert Row(**{**sound, field: value}).faults() == [fault]
+    assert not set(row) & set(row["predicted"])
+    headings, _, cells = (line.split(" | ") for line in report.as_markdown(RESULT).splitlines()[-3:])
+    assert [value for name, value in zip(headings, cells, strict=True) if "(predicted)" in name] == [
+        "40", "30", "0.24", "1.3", "0"
+    ]  # fmt: skip
 
 
-def test_unknown_targets_are_named():
-    from resnet_triton import codegen
+def test_a_report_has_one_row_a_line_and_comes_back(tmp_path):
+    result = {**RESULT, "rows": RESULT["rows"] * 3}
+    report.write(result, tmp_path / "new")
+    text = Path(tmp_path, "new", "codegen.json").read_text()
+    assert sum(line.startswith('{"arch"') for line in text.splitlines()) == 3
+    assert budget.load(Path(tmp_path, "new", "codegen.json")) == json.loads(json.dumps(result))
+    row = json.loads(text)["rows"][0]
+    assert {"arch", "layer", "batch", "dtype", "spill_bytes", "serialized"} <= set(row)
+    assert "## sm_90: NVIDIA H200" in Path(tmp_path, "new", "codegen.md").read_text()
+    Path(tmp_path, "list.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected an object"):
+        budget.load(Path(tmp_path, "list.json"))
 
-    with pytest.raises(ValueError, match=r"cannot compile for 70, expected architectures 80, 86"):
-        codegen.command([70], [1], ["float16"], 1, False)
-    with pytest.raises(ValueError, match="cannot compile for 'int8'"):
-        codegen.command([90], [1], ["int8"], 1, False)
+
+def test_the_budget_catches_what_got_worse():
+    def worse(**changes: object) -> list[str]:
+        return list(budget.regressions({**RESULT, "rows": [{**ROW.record(), **changes}]}, RESULT))
+
+    where = "sm_90 batch 32 float16 layer1.0.conv1 launch 0 (k)"
+    assert worse() == worse(registers=107, instructions=1050, occupancy=0.75, wgmma_per_wait=5.0) == []
+    assert worse(registers=108) == [f"{where}: 108 registers, expected at most 107"]
+    assert worse(instructions=1051) == [f"{where}: 1051 instructions, expected at most 1050"]
+    assert worse(occupancy=0.25) == [f"{where}: occupancy 0.25, expected at least 0.5"]
+    assert worse(wgmma_per_wait=None) == [f"{where}: wgmma_per_wait None, expected at least 4.0"]
+    assert worse(layer="layer9") == ["sm_90 batch 32 float16 layer9 launch 0 (k): not in the budget"]
+    assert worse(batch=64) == worse(arch="sm_100", registers=255) == [], "not held"
+    with pytest.raises(ValueError, match=r"made with Triton 3.7.1, expected 4"):
+        list(budget.regressions({**RESULT, "triton": "4"}, RESULT))
+
+
+def test_the_command_fails_on_a_fault_and_on_a_broken_budget(monkeypatch, tmp_path, capsys):
+    found = dict(RESULT)
+    monkeypatch.setattr(report, "compile_all", lambda *_: found)
+    assert cli.main(["codegen", "--out", str(tmp_path)]) == 0
+    committed = str(tmp_path / "codegen.json")
+    assert cli.main(["codegen", "--json", "--budget", committed]) == 0
+    found["rows"] = [{**ROW.record(), "registers": 200, "faults": ["spills 8 bytes"]}]
+    capsys.readouterr()
+    assert cli.main(["codegen", "--budget", committed]) == 1
+    errors = capsys.readouterr().err
+    assert "spills 8 bytes" in errors
+    assert "200 registers, expected at most 107" in errors
+    found["rows"] = [{**found["rows"][0], "arch": "sm_100"}]
+    assert cli.main(["codegen"]) == 0, "reported only"
+
+
+def test_targets():
+    assert set(KNOWN) <= set(TARGETS)
+    assert [target(arch).name for arch in (90, "90", "sm_90", "gfx942")] == ["sm_90"] * 3 + ["gfx942"]
+    assert not target("gfx942").facts.has_descriptors
+    with pytest.raises(ValueError, match=r"cannot compile for 'sm_70', expected one of sm_80, sm_86"):
+        report.compile_all(["sm_70"], [1], ["float16"], 1, None)
+    with pytest.raises(ValueError, match="cannot compile for dtype 'int8'"):
+        report.compile_all(["90"], [1], ["int8"], 1, None)

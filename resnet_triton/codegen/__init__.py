@@ -1,0 +1,28 @@
+"""Compile the kernels for GPUs that are not here, and judge the machine code.
+
+Every call of a traced model is planned exactly as it would be launched on the target and compiled by Triton and ptxas
+(AMD: LLVM), all of which run on a CPU. A row then says whether the tensor cores and the bulk copy engine are used,
+whether registers spill, whether shared memory fits, whether ptxas serialised the asynchronous matrix instructions, how
+many programs a multiprocessor holds and, marked as predictions, where the time may go.
+
+    targets -> assembly -> compiler -> roofline (with traffic) -> rows -> budget -> report
+"""
+
+from __future__ import annotations
+
+from .compiler import Specialisation, compile_for, specialise, triton_compile
+from .rows import DTYPES, HELD, Row, rows
+from .targets import TARGETS, target
+
+__all__ = [
+    "DTYPES",
+    "HELD",
+    "TARGETS",
+    "Row",
+    "Specialisation",
+    "compile_for",
+    "rows",
+    "specialise",
+    "target",
+    "triton_compile",
+]

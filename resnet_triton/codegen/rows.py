@@ -1,0 +1,168 @@
+"""One row for each launch of a model on each target: what its machine code is like, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..kernels.cost import Cost
+from ..kernels.launch import Launch
+from ..ops import OPERATORS
+from ..precision import fp32_precision
+from ..trace import trace
+from .assembly import Code
+from .compiler import Specialisation, compile_and_keep, specialise
+from .roofline import Prediction, least, predict, programs_per_sm, waves
+from .targets import Target, target
+
+DTYPES = {
+    "float16": (torch.float16, "ieee"),
+    "bfloat16": (torch.bfloat16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "float32": (torch.float32, "ieee"),
+}
+HELD = ("sm_80", "sm_90")
+"""Where a fault is a failure; on other targets it is reported."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch of a layer at one batch size and dtype, compiled for one architecture.
+
+    `launch` counts from 0 within the layer; `filter` is "3x3" and the like, "" for kernels without one; `programs` the
+    size of the grid.
+    """
+
+    arch: str
+    layer: str
+    operator: str
+    launch: int
+    kernel: str
+    batch: int
+    dtype: str
+    path: str
+    filter: str
+    tile: str
+    split_k: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    programs_per_sm: int
+    occupancy: float
+    waves: float
+    code: Code
+    predicted: Prediction
+
+    def faults(self) -> list[str]:
+        """What a shipped configuration must not show."""
+        code, ieee = self.code, self.dtype == "float32"
+        found = []
+        if code.spill_bytes:
+            found.append(f"spills {code.spill_bytes} bytes")
+        if code.serialized:
+            found.append("ptxas serialised wgmma")
+        if code.shared_memory > target(self.arch).facts.shared_memory:
+            found.append(f"needs {code.shared_memory} bytes of shared memory")
+        if code.dots and not ieee and code.tensor_core == "none":
+            found.append("no tensor-core instruction")
+        if ieee and code.tensor_core != "none":
+            found.append(f"IEEE fp32 on tensor cores ({code.tensor_core})")
+        if code.dots and self.arch == "sm_90" and self.batch >= 32 and self.filter in ("1x1", "3x3") and not ieee:
+            found += [f"no {name}" for name, used in (("wgmma", code.wgmma), ("TMA", code.tma)) if not used]
+        if code.float_atomics:
+            found.append(f"{code.float_atomics} floating-point atomics")
+        if code.unordered_atomics:
+            found.append("no barrier between a store and the atomic after it")
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """The row as plain data, the code's vital signs beside the rest, predictions in an object of their own."""
+        code, predicted = asdict(self.code), asdict(self.predicted)
+        about = {name: value for name, value in vars(self).items() if name not in ("code", "predicted")}
+        derived = {"wgmma_per_wait": self.code.wgmma_per_wait, "serialized": self.code.serialized}
+        rounded = {name: None if value is None else float(f"{value:.4g}") for name, value in predicted.items()}
+        return {**about, **code, **derived, "faults": self.faults(), "predicted": rounded}
+
+
+class _Planned(NamedTuple):
+    """A launch waiting for its compiler."""
+
+    layer: str
+    operator: str
+    batch: int
+    dtype: str
+    place: int  # among the layer's launches
+    launch: Launch
+    work: Cost | None
+    target: Target
+    source: Specialisation
+
+
+def rows(
+    model: nn.Module,
+    archs: Sequence[int | str],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    *,
+    jobs: int = 2,
+    image: int = 224,
+) -> Iterator[Row]:
+    """Compile every layer of `model` for every combination, each distinct kernel once, in `jobs` processes."""
+    planned = [
+        launch
+        for arch in archs
+        for dtype in dtypes
+        for batch in batches
+        for launch in _plan(model, target(arch), batch, dtype, image)
+    ]
+    with ProcessPoolExecutor(jobs) as pool:
+        distinct = dict.fromkeys((p.source, p.target.compiler[1]) for p in planned)
+        compiled = {key: pool.submit(compile_and_keep, *key) for key in distinct}
+        for p in planned:
+            yield _row(p, *compiled[p.source, p.target.compiler[1]].result())
+
+
+def _plan(model: nn.Module, where: Target, batch: int, dtype: str, image: int) -> Iterator[_Planned]:
+    torch_dtype, precision = DTYPES[dtype]
+    with fp32_precision(precision):
+        for call in trace(model, (batch, 3, image, image), torch_dtype):
+            if call.operator not in OPERATORS:
+                continue  # PyTorch's own
+            layer = call.name or call.operator
+            for i, launch in enumerate(call.launches(where.facts)):
+                work = least(call) if i == 0 else Cost(0, 0)
+                yield _Planned(layer, call.operator, batch, dtype, i, launch, work, where, specialise(launch))
+
+
+def _row(p: _Planned, code: Code, ttir: str) -> Row:
+    launch, arguments, sm = p.launch, p.launch.arguments, p.target.sm
+    resident = programs_per_sm(code, launch.num_warps, sm)
+    descriptors = any(name.endswith("_desc") and value is not None for name, value in arguments.items())
+    sizes = [name for name in launch.kernel.arg_names if name.startswith(("BOX", "BLOCK"))]
+    return Row(
+        arch=p.target.name,
+        layer=p.layer,
+        operator=p.operator,
+        launch=p.place,
+        kernel=launch.kernel.fn.__name__,
+        batch=p.batch,
+        dtype=p.dtype,
+        path="descriptor" if descriptors else "pointer",
+        filter=f"{arguments['R']}x{arguments['S']}" if {"R", "S"} <= set(arguments) else "",
+        tile="x".join(str(arguments[name]) for name in sizes),
+        split_k=arguments.get("SPLIT_K", 1),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        programs=prod(launch.grid),
+        programs_per_sm=resident,
+        occupancy=round(resident * launch.num_warps / sm.warps, 3),
+        waves=round(waves(launch, code, p.target), 3),
+        code=code,
+        predicted=predict(p.work, launch, code, ttir, p.target, p.dtype),
+    )
