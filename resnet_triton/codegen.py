@@ -123,13 +123,17 @@ def _type(value: Any) -> str:
 
 def compile_for(source: Specialisation, arch: int) -> Code:
     """Compile for compute capability `arch` (90 for 9.0) and read the vital signs. Raises what Triton raises."""
-    compiled = triton_compile(source, arch)
+    return vital_signs(triton_compile(source, arch), arch)
+
+
+def vital_signs(compiled: Any, arch: int) -> Code:
+    """The vital signs of Triton's compiled kernel."""
     ptx = compiled.asm["ptx"]
     log = _assemble(ptx, arch)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
-        raise RuntimeError(f"ptxas printed no resource usage for {source.kernel} on sm_{arch}: {log[:200]!r}")
+        raise RuntimeError(f"ptxas printed no resource usage for {compiled.name} on sm_{arch}: {log[:200]!r}")
     return Code(
         registers=int(registers[1]),
         spill_bytes=sum(map(int, spills)),
