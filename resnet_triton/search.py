@@ -10,7 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import datetime
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -85,11 +85,11 @@ class Search:
                 break
         return self._settle()
 
-    def _submit(self, shape: ConvShape, configs: Iterable[ConvConfig]) -> None:
+    def _submit(self, shape: ConvShape, configs: Sequence[ConvConfig]) -> None:
         for config in configs:
             self.compiler.submit(shape, config)
 
-    def _time(self, configs: list[ConvConfig]) -> None:
+    def _time(self, configs: Sequence[ConvConfig]) -> None:
         """Time what compiles well; the heuristic's choice in any case, as the one to beat."""
         self._submit(self.shape, configs)
         self.seen.update(configs)

@@ -6,7 +6,8 @@ for another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -36,7 +37,8 @@ def predicted_ns(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> f
     return _estimate(config, shape, device)
 
 
-def candidates(shape: ConvShape, device: DeviceFacts, count: int) -> list[ConvConfig]:
+@functools.lru_cache(maxsize=8)  # asked twice in a tune: to compile ahead, and to time
+def candidates(shape: ConvShape, device: DeviceFacts, count: int) -> tuple[ConvConfig, ...]:
     """The heuristic's choice, then the `count` best tiles by the cost model, each in its most promising form.
 
     The model knows neither warps nor stages, and many boxes are equal to it: a plain ranking would be variations of one
@@ -51,7 +53,7 @@ def candidates(shape: ConvShape, device: DeviceFacts, count: int) -> list[ConvCo
         if tile not in best or key < best[tile][0]:
             best[tile] = key, config
     ranked = [config for _, config in sorted(best.values(), key=lambda pair: pair[0])]
-    return list(dict.fromkeys([conv_heuristic(shape, device), *ranked[:count]]))
+    return tuple(dict.fromkeys([conv_heuristic(shape, device), *ranked[:count]]))
 
 
 def neighbours(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> list[ConvConfig]:
@@ -116,18 +118,16 @@ def adapt(
 
 def _forms(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
     """Every legal tile with every box and split, at the warps and stages that usually suit it."""
-    for block_m, block_k, block_c in product(AXES["block_m"], AXES["block_k"], AXES["block_c"]):
-        warps = 4 if block_m * block_k <= 64 * 128 else 8
-        plain = ConvConfig(block_m, block_k, block_c, warps, 2)
-        for box in (None, *boxes(plain, block_m, shape, device)):
-            deepest = _first_fit((replace(plain, box=box, num_stages=s) for s in (4, 3, 2)), shape, device)
+    for block_m in AXES["block_m"]:
+        slim = ConvConfig(block_m, 16, 16, 4, 2)  # legal wherever a larger tile of these boxes is
+        forms = (None, *boxes(slim, block_m, shape, device))
+        for block_k, block_c, box in product(AXES["block_k"], AXES["block_c"], forms):
+            warps = 4 if block_m * block_k <= 64 * 128 else 8
+            stages = (ConvConfig(block_m, block_k, block_c, warps, s, box) for s in (4, 3, 2))
+            deepest = next((c for c in stages if _fits(c, shape, device)), None)
             if deepest is not None:
                 splits = (replace(deepest, split_k=split) for split in AXES["split_k"])
                 yield from (c for c in splits if is_legal(c, shape, device))
-
-
-def _first_fit(configs: Iterable[ConvConfig], shape: ConvShape, device: DeviceFacts) -> ConvConfig | None:
-    return next((c for c in configs if _fits(c, shape, device)), None)
 
 
 def _fits(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:

@@ -92,14 +92,14 @@ def save(table: Table, path: Path) -> None:
 
 def load(path: Path) -> Table:
     """Read and check a table. ValueError, in one line, names the first thing that is wrong."""
-    if path.exists() and not path.is_file():  # a pipe would keep us waiting
+    if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device may never end
         raise ValueError(f"{path.name}: not a regular file")
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"{path.name}: expected at most {MAX_BYTES} bytes")
     try:
-        data = json.loads(content.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+        data = json.loads(content.decode(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
         raise ValueError(f"{path.name}: not JSON ({error})") from None
     schema = data.pop("schema", None) if isinstance(data, dict) else None
@@ -123,10 +123,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(data) != len(pairs):
         raise ValueError("an object has the same key twice")
     return data
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a number")
 
 
 def _build(cls: type, data: Any, where: str, **given: Any) -> Any:
