@@ -455,6 +455,7 @@ def test_the_command(
     asked = []
     monkeypatch.setattr(tune, "workload", lambda *a: asked.append(a) or LAYERS)
     monkeypatch.setattr(tune, "gpu_bench", lambda jobs: rig.bench)
+    monkeypatch.setenv("COLUMNS", "160")
     assert (
         cli.main(
             [
