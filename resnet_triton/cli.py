@@ -107,6 +107,19 @@ def _codegen(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from .tuner import command as tune
+
+    def work() -> Any:
+        return tune.run(
+            budget=args.budget, batches=args.batches, dtypes=args.dtypes, families=args.models, out=args.out,
+            again=args.again, jobs=args.jobs, bar=bar,
+        )  # fmt: skip
+
+    result = _emit(args, work, tune.show)
+    return 1 if any(row["wrong"] for row in result["rows"]) else 0
+
+
 def _emit(args: argparse.Namespace, work: Callable[[], Any], show: Callable[[Any], None]) -> Any:
     """Do the work, then print its result, as JSON or by `show`. Returns the result."""
     if not args.json:
@@ -155,6 +168,14 @@ def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _positives(text: str) -> list[int]:
+    return [_positive(number) for number in _names(text)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,6 +260,28 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--out", type=Path, metavar="DIR", help="write codegen.json and codegen.md there")
     c.add_argument("--budget", type=Path, metavar="FILE", help="fail if a row is worse than in this codegen.json")
     c.add_argument(
+        "--jobs", type=_positive, default=os.cpu_count() or 1, metavar="N",
+        help="compiler processes at a time (default: one for each core, here %(default)s)",
+    )  # fmt: skip
+
+    t = command(
+        "tune", _tune, "find the fastest tiles for this GPU and write them to its table; go on where an earlier run "
+        "stopped", "resnet-triton tune --budget 300 --batches 1,128",
+    )  # fmt: skip
+    t.add_argument(
+        "--budget", type=_positive, default=300, metavar="SECONDS", help="when to stop (default: %(default)s)"
+    )
+    t.add_argument(
+        "--batches", type=_positives, default=[1, 8, 32, 128, 256], metavar="N,N",
+        help="images at a time (default: 1,8,32,128,256); lookups reach to half and twice a batch",
+    )  # fmt: skip
+    t.add_argument("--dtypes", type=_names, default=["float16"], metavar="T,T", help="(default: float16)")
+    t.add_argument("--models", type=_names, default=["resnet18"], metavar="M,M", help="(default: resnet18)")
+    t.add_argument(
+        "--out", type=Path, metavar="FILE", help="the table to go on with (default: the one in this package)"
+    )
+    t.add_argument("--again", action="store_true", help="tune shapes that the table has already")
+    t.add_argument(
         "--jobs", type=_positive, default=os.cpu_count() or 1, metavar="N",
         help="compiler processes at a time (default: one for each core, here %(default)s)",
     )  # fmt: skip

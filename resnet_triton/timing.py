@@ -1,12 +1,27 @@
-"""Wall-clock timing of alternatives against each other."""
+"""Timing: alternatives against each other by the wall clock, and single launches on a GPU with its L2 cache cold."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+
+Launch = Callable[[], object]
+Meter = Callable[[Launch, int], list[float]]
+"""`meter(work, replays)`: seconds that each of `replays` repetitions of `work` took."""
+
+_LAUNCHES = 10  # at least so many between two events, whose resolution is half a microsecond
+
+
+class Spread(NamedTuple):
+    """Median, 20th and 80th percentile, in seconds."""
+
+    p50: float
+    p20: float
+    p80: float
 
 
 def interleaved(
@@ -33,6 +48,48 @@ def interleaved(
 def median(samples: list[float]) -> float:
     """The median of some samples."""
     return statistics.median(samples)
+
+
+def graph_seconds(calls: Sequence[Launch], *, replays: int, meter: Meter | None = None) -> Spread:
+    """Seconds of one launch. Each of `calls` makes the same launch on buffers of its own; they take turns.
+
+    If all buffers together exceed the L2 cache twice, every launch finds its inputs in DRAM. The launches of a turn are
+    recorded as one CUDA graph, so that the host takes no part; `meter` stands in for graph and clock in tests.
+    """
+    if not calls or replays < 2:
+        raise ValueError(f"{len(calls)} calls, replays={replays}; expected at least one call and two replays")
+    launches = max(len(calls), _LAUNCHES)
+
+    def turn() -> None:
+        for i in range(launches):
+            calls[i % len(calls)]()
+
+    samples = sorted(seconds / launches for seconds in (meter or replay)(turn, replays))
+    p20, _, _, p80 = statistics.quantiles(samples, n=5)
+    return Spread(statistics.median(samples), p20, p80)
+
+
+def replay(work: Launch, replays: int) -> list[float]:
+    """The `Meter` of the current CUDA device: capture `work` once, replay it between events, wait at the end."""
+    stream: Any = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        work()  # loads the kernels, which a capture may not
+        stream.synchronize()
+        graph.capture_begin()  # torch.cuda.graph() would collect garbage each time
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        graph.replay()  # the first one uploads the graph
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+        for start, end in events:
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+    stream.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
 def _synchronize() -> None:

@@ -30,6 +30,40 @@ def test_no_rounds_are_refused():
         timing.interleaved({"a": lambda: None}, rounds=0)
 
 
+def test_launches_take_turns_and_are_counted_singly():
+    order = []
+    calls = [lambda i=i: order.append(i) for i in range(4)]
+
+    def meter(work, replays):
+        work()
+        return [12 * s for s in (5.0, 1.0, 3.0, 2.0, 4.0)[:replays]]
+
+    assert timing.graph_seconds(calls * 3, replays=5, meter=meter) == (3.0, pytest.approx(1.2), pytest.approx(4.8))
+    assert order == [0, 1, 2, 3] * 3
+    order.clear()
+    assert timing.graph_seconds(calls, replays=5, meter=meter).p50 == pytest.approx(3.6)
+    assert order == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1], "too few launches would drown in the clock's resolution"
+
+
+def test_nothing_to_time_is_refused():
+    with pytest.raises(ValueError, match="0 calls, replays=5; expected at least one call and two replays"):
+        timing.graph_seconds([], replays=5)
+    with pytest.raises(ValueError, match="1 calls, replays=1"):
+        timing.graph_seconds([lambda: None], replays=1)
+
+
+@pytest.mark.gpu
+def test_a_graph_times_the_gpu_not_the_host():
+    x = torch.rand(64 << 20, device="cuda")
+
+    def copy():
+        time.sleep(0.01)  # while the graph is recorded, not when it is replayed
+        x.clone()
+
+    spread = timing.graph_seconds([copy], replays=5)
+    assert 0 < spread.p20 <= spread.p50 <= spread.p80 < 0.009
+
+
 @pytest.fixture
 def small_images(monkeypatch):
     rand = torch.rand

@@ -10,7 +10,7 @@ many programs a multiprocessor holds and, marked as predictions, where the time 
 
 from __future__ import annotations
 
-from .compiler import Specialisation, compile_for, specialise, triton_compile
+from .compiler import Specialisation, compile_for, specialise, triton_compile, vital_signs
 from .rows import DTYPES, HELD, Row, rows
 from .targets import TARGETS, target
 
@@ -25,4 +25,5 @@ __all__ = [
     "specialise",
     "target",
     "triton_compile",
+    "vital_signs",
 ]

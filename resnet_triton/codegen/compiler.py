@@ -63,14 +63,18 @@ def compile_for(source: Specialisation, arch: int | str) -> Code:
 def compile_and_keep(source: Specialisation, arch: int | str) -> tuple[Code, str]:
     """The vital signs, and the TTIR they come from."""
     compiled = triton_compile(source, arch)
+    return vital_signs(compiled), compiled.asm["ttir"]
+
+
+def vital_signs(compiled: Any) -> Code:
+    """Those of Triton's compiled kernel."""
     texts, shared_memory = compiled.asm, compiled.metadata.shared
     ttir = texts["ttir"]
     if "amdgcn" in texts:
-        return read_amd(ttir=ttir, assembly=texts["amdgcn"], shared_memory=shared_memory), ttir
+        return read_amd(ttir=ttir, assembly=texts["amdgcn"], shared_memory=shared_memory)
     ptx = texts["ptx"]
     log, sass = _assemble(ptx, compiled.metadata.target.arch)
-    code = read_nvidia(ttir=ttir, ttgir=texts["ttgir"], ptx=ptx, sass=sass, log=log, shared_memory=shared_memory)
-    return code, ttir
+    return read_nvidia(ttir=ttir, ttgir=texts["ttgir"], ptx=ptx, sass=sass, log=log, shared_memory=shared_memory)
 
 
 def triton_compile(source: Specialisation, arch: int | str) -> Any:

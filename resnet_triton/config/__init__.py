@@ -1,12 +1,12 @@
 """How each kernel is tiled: the configuration, what is legal, and where a configuration comes from.
 
-Lookup order: the GPU's table (`<gpu>.json` in this folder), then the heuristic. Both are pure functions of shape and
-device facts; nothing searches or times anything at call time.
+Lookup order: the GPU's table (`<gpu>.json` in this folder), its entry for a near batch size, then the heuristic. All
+are pure functions of shape and device facts; nothing searches or times anything at call time.
 """
 
+from .choice import lookup, pinned
 from .conv import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors, tiles
 from .heuristic import StemConfig, conv_heuristic, linear_heuristic, stem_heuristic
-from .table import lookup
 
 __all__ = [
     "ConvConfig",
@@ -17,6 +17,7 @@ __all__ = [
     "is_legal",
     "linear_heuristic",
     "lookup",
+    "pinned",
     "stem_heuristic",
     "supports_descriptors",
     "tiles",

@@ -40,10 +40,10 @@ _POINTERS = 1.4  # loads through pointers spend instructions on addresses and ma
 @functools.lru_cache(maxsize=4096)  # every launch asks, and weighing the candidates takes milliseconds
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
-    return min(candidates(shape, device, descriptors=descriptors), key=lambda config: estimate(config, shape, device))
+    return min(_candidates(shape, device, descriptors=descriptors), key=lambda config: estimate(config, shape, device))
 
 
-def candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> list[ConvConfig]:
+def _candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> list[ConvConfig]:
     """The legal configurations that the heuristic weighs, never none."""
     ieee = shape.dtype == "float32" and shape.precision == "ieee"
     pointers: tuple[tuple[int, int, int, int, int], ...]

@@ -1,35 +1,62 @@
-"""Tuned tables: one JSON file per GPU, read as data and checked before use.
+"""Tuned tables: one JSON file per GPU, read as data, checked before use and replaced as a whole.
 
-A file holds `{"schema": 1, "gpu": ..., "triton": ..., "entries": [{"shape": {...}, "config": {...}}, ...]}`. A table is
-never trusted: unknown keys, wrong types, illegal tiles and oversized files make the lookup warn once and use the
-heuristic instead.
+    {"schema": 1, "gpu": ..., "driver": ..., "triton": ..., "torch": ..., "date": ..., "entries": [
+    {"shape": {...}, "config": {...}, "timing": {...}},
+    ...
+    ]}
+
+Driver, versions and date are those of the run that wrote the file last; an entry's timing says when and with which
+Triton it was measured. A table is never trusted: unknown or repeated keys, wrong types, numbers out of range and
+oversized files make it a ValueError. Whether an entry is legal on the GPU is asked at each use.
 """
 
 from __future__ import annotations
 
-import functools
 import json
+import math
+import os
 import re
-import warnings
-from dataclasses import fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..device import DeviceFacts
-from .conv import ConvConfig, ConvShape, is_legal
-from .heuristic import conv_heuristic
+from .conv import ConvConfig, ConvShape
 
 FOLDER = Path(__file__).parent
 MAX_BYTES = 4 << 20
 SCHEMA = 1
 
 
-def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
-    """The configuration for a convolution: the table's exact entry if there is a legal one, else the heuristic."""
-    config = _table(FOLDER / f"{slug(device.name)}.json").get(shape)
-    if config is not None and (descriptors or config.box is None) and is_legal(config, shape, device):
-        return config
-    return conv_heuristic(shape, device, descriptors=descriptors)
+@dataclass(frozen=True)
+class Timing:
+    """How an entry was found: L2-cold microseconds, those of the heuristic's choice, and how many were tried."""
+
+    us: float
+    p20_us: float
+    p80_us: float
+    heuristic_us: float
+    tried: int
+    triton: str
+    date: str
+
+
+class Entry(NamedTuple):
+    """One tuned convolution. A table written by hand may have no timing."""
+
+    config: ConvConfig
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tuned convolutions of one GPU, and what they were tuned with."""
+
+    gpu: str
+    driver: str = ""
+    triton: str = ""
+    torch: str = ""
+    date: str = ""
+    entries: dict[ConvShape, Entry] = field(default_factory=dict)
 
 
 def slug(gpu: str) -> str:
@@ -37,41 +64,71 @@ def slug(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
-def load(path: Path) -> dict[ConvShape, ConvConfig]:
-    """Read and check a table. ValueError, in one line, names the first thing that is wrong."""
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path.name}: {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
+def path_of(gpu: str) -> Path:
+    """Where a GPU's table is looked for."""
+    return FOLDER / f"{slug(gpu)}.json"
+
+
+def save(table: Table, path: Path) -> None:
+    """Replace the file in one step: whoever is interrupted, at whatever point, leaves the old table or the new one."""
+    header = {f.name: getattr(table, f.name) for f in fields(Table) if f.name != "entries"}
+    lines = []
+    for shape in sorted(table.entries, key=astuple):
+        config, timing = table.entries[shape]
+        entry = {"shape": asdict(shape), "config": asdict(config)}
+        lines.append(json.dumps(entry if timing is None else {**entry, "timing": asdict(timing)}, allow_nan=False))
+    head = json.dumps({"schema": SCHEMA, **header, "entries": []}).removesuffix("]}")
+    text = head + "\n" + ",\n".join(lines) + "\n]}\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Table:
+    """Read and check a table. ValueError, in one line, names the first thing that is wrong."""
+    if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device may never end
+        raise ValueError(f"{path.name}: not a regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path.name}: expected at most {MAX_BYTES} bytes")
+    try:
+        data = json.loads(content.decode(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
         raise ValueError(f"{path.name}: not JSON ({error})") from None
-    schema = data.get("schema") if isinstance(data, dict) else None
+    schema = data.pop("schema", None) if isinstance(data, dict) else None
     if type(schema) is not int or schema != SCHEMA or not isinstance(data.get("entries"), list):
         raise ValueError(f'{path.name}: expected an object with "schema": 1 and a list "entries"')
-    table = {}
-    for i, entry in enumerate(data["entries"]):
-        if not isinstance(entry, dict) or set(entry) - {"shape", "config", "timing"}:
-            raise ValueError(f'{path.name}: entry {i} must have "shape", "config" and at most "timing"')
+    entries: dict[ConvShape, Entry] = {}
+    for i, item in enumerate(data.pop("entries")):
         where = f"{path.name}: entry {i}"
-        table[_build(ConvShape, entry.get("shape"), where)] = _build(ConvConfig, entry.get("config"), where)
-    return table
+        if not isinstance(item, dict) or set(item) - {"shape", "config", "timing"}:
+            raise ValueError(f'{where} must have "shape", "config" and at most "timing"')
+        shape = _build(ConvShape, item.get("shape"), where)
+        if shape in entries:
+            raise ValueError(f"{where} repeats the shape of an earlier one")
+        timing = _build(Timing, item["timing"], where) if "timing" in item else None
+        entries[shape] = Entry(_build(ConvConfig, item.get("config"), where), timing)
+    return _build(Table, data, path.name, entries=entries)
 
 
-@functools.cache
-def _table(path: Path) -> dict[ConvShape, ConvConfig]:
-    if not path.exists():
-        return {}
-    try:
-        return load(path)
-    except (ValueError, OSError) as error:
-        warnings.warn(f"ignoring tuned table, using heuristics: {error}", stacklevel=2)
-        return {}
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return data
 
 
-def _build(cls: type, data: Any, where: str) -> Any:
+def _build(cls: type, data: Any, where: str, **given: Any) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: {cls.__name__} must be an object, got {type(data).__name__}")
-    known = {f.name: str(f.type) for f in fields(cls)}
+    known = {f.name: str(f.type) for f in fields(cls) if f.name not in given}
     if unknown := sorted(set(data) - set(known)):
         raise ValueError(f"{where}: unknown key {unknown[0]!r} in {cls.__name__}")
     values = {}
@@ -81,13 +138,15 @@ def _build(cls: type, data: Any, where: str) -> Any:
             length = kind.count("int")
             ok = value is None if value is None and "None" in kind else _ints(value, length)
             value = None if value is None else tuple(value) if ok else value
+        elif kind == "float":
+            ok = type(value) in (int, float) and 0 <= value < math.inf
         else:
             ok = type(value).__name__ == kind and (kind != "int" or 0 <= value < 2**31)
         if not ok:
             raise ValueError(f"{where}: {cls.__name__}.{name} must be {kind}, got {value!r}")
         values[name] = value
     try:
-        return cls(**values)
+        return cls(**values, **given)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
 

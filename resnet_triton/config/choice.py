@@ -1,0 +1,93 @@
+"""Which configuration a convolution gets: the table's, a neighbouring batch size's, or the heuristic's."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from ..device import DeviceFacts
+from . import table
+from .candidates import adapt
+from .conv import ConvConfig, ConvShape, is_legal
+from .heuristic import conv_heuristic
+
+_pinned: ConvConfig | None = None
+
+
+def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
+    """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors).
+
+    The table's entry for the very shape, else its entry for the nearest batch size within a factor of two if that does
+    well here by the cost model, else the heuristic. Every launch asks, so answers are kept.
+    """
+    return _pinned or _choose(shape, device, descriptors)
+
+
+@contextmanager
+def pinned(config: ConvConfig) -> Iterator[None]:
+    """Make `lookup` answer `config` whatever the question: the tuner plans its launches this way."""
+    global _pinned
+    previous, _pinned = _pinned, config
+    try:
+        yield
+    finally:
+        _pinned = previous
+
+
+def forget() -> None:
+    """Read the tables anew at the next lookup: one of them has been written."""
+    _choose.cache_clear()
+    _table.cache_clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(shape: ConvShape, device: DeviceFacts, descriptors: bool) -> ConvConfig:
+    known = _table(device.name)
+    exact = known.entries.get(shape)
+    if exact is not None and (descriptors or exact.config.box is None) and is_legal(exact.config, shape, device):
+        return exact.config
+    for tuned in _nearest(known, shape):
+        config = adapt(known.entries[tuned].config, tuned, shape, device, descriptors=descriptors)
+        if config is not None:
+            return config
+    return conv_heuristic(shape, device, descriptors=descriptors)
+
+
+def _nearest(known: table.Table, shape: ConvShape) -> list[ConvShape]:
+    """Entries that differ from `shape` in a batch size at most twice or half as large, nearest first."""
+    same = [s for s in known.entries if s.n and s.n != shape.n and replace(s, n=shape.n) == shape]
+    near = [s for s in same if s.n <= 2 * shape.n and shape.n <= 2 * s.n]
+    return sorted(near, key=lambda s: max(s.n / shape.n, shape.n / s.n))
+
+
+@functools.cache
+def _table(gpu: str) -> table.Table:
+    """The GPU's table, empty if there is none or it is not sound. Anything odd is said once."""
+    path = table.path_of(gpu)
+    try:
+        known = table.load(path)
+        if table.slug(known.gpu) != path.stem:
+            raise ValueError(f"{path.name}: tuned for {known.gpu!r}, expected {gpu!r}")
+    except FileNotFoundError:
+        return table.Table(gpu)
+    except (ValueError, OSError) as error:
+        warnings.warn(f"ignoring tuned table, using heuristics: {error}", stacklevel=2)
+        return table.Table(gpu)
+    _warn_of_another_triton(path.name, known)
+    return known
+
+
+def _warn_of_another_triton(name: str, known: table.Table) -> None:
+    import triton
+
+    here = triton.__version__.split(".")[:2]
+    tuned_with = {e.timing.triton for e in known.entries.values() if e.timing} or {known.triton}
+    if others := sorted(v for v in tuned_with if v and v.split(".")[:2] != here):
+        warnings.warn(
+            f"{name} was tuned with Triton {', '.join(others)}, this is {triton.__version__}; other tiles may be "
+            "faster now: resnet-triton tune --again",
+            stacklevel=2,
+        )

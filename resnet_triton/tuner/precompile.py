@@ -1,0 +1,129 @@
+"""Compile configurations in other processes, so that a launch finds its kernel in Triton's cache on disk.
+
+The cache key holds signature, attributes, options and target just as the launch puts them together, and how it does so
+differs between Triton versions. So a worker makes the very launch, on tensors without memory, and stops after compiling
+(`JITFunction.warmup`). A driver that only knows its target keeps the worker away from the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context, parent_process
+from types import TracebackType
+from typing import Any
+
+from ..codegen import vital_signs
+from ..config import ConvConfig, ConvShape
+from ..device import DeviceFacts, override
+from ..ops import OPERATORS
+from .trial import abstract_call, plan
+
+
+class Compilers:
+    """`jobs` processes that compile for one device. `submit` gives a configuration's faults, none if it is sound."""
+
+    def __init__(self, facts: DeviceFacts, jobs: int) -> None:
+        self._facts = facts
+        self._pool = ProcessPoolExecutor(jobs, get_context("spawn"), _initialise, (facts.arch,))
+        self._submitted: dict[tuple[ConvShape, ConvConfig], Future[list[str]]] = {}
+
+    def submit(self, shape: ConvShape, chosen: ConvConfig) -> Future[list[str]]:
+        """Start compiling; a second call for the same pair returns the same future."""
+        key = shape, chosen
+        if key not in self._submitted:
+            self._submitted[key] = self._pool.submit(faults, shape, chosen, self._facts)
+        return self._submitted[key]
+
+    def __enter__(self) -> Compilers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)  # what has begun takes seconds
+
+
+def faults(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[str]:
+    """Compile and say what is wrong with the machine code, or with the attempt."""
+    try:
+        found = []
+        for compiled in compile_launches(shape, chosen, facts):
+            code = vital_signs(compiled)
+            if code.spill_bytes:
+                found.append(f"spills {code.spill_bytes} bytes")
+            if code.serialized:
+                found.append("ptxas serialised wgmma")
+            if code.shared_memory > facts.shared_memory:
+                found.append(f"needs {code.shared_memory} bytes of shared memory")
+        return found
+    except Exception as error:  # whatever a compiler raises: this configuration is out, the others are not
+        return [f"{type(error).__name__}: {error}".partition("\n")[0]]
+
+
+def compile_launches(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[Any]:
+    """Triton's compiled kernels for this configuration, where `pretend` has been called."""
+    compiled = []
+    call = abstract_call(shape)
+    with override(facts):
+        for launch in plan(call, OPERATORS["conv_bn_relu"].output(*call), chosen, shape.precision):
+            warmup = _Warmup(launch.kernel)
+            replace(launch, kernel=warmup).run()  # the options of a launch are the launch's business
+            compiled.append(warmup.compiled)
+    return compiled
+
+
+def pretend(arch: int) -> None:
+    """Make Triton compile for this compute capability in this process, whatever GPU there is or is not."""
+    from triton.runtime.driver import driver
+
+    driver.set_active(_AbsentDriver(arch))
+
+
+class _AbsentDriver:
+    """What a warm-up asks of a driver."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Warmup:
+    """Stands in for a kernel in a launch and compiles where it would run."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: Any = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_only(**arguments: Any) -> None:
+            self.compiled = self.kernel.warmup(grid=grid, **arguments)
+
+        return compile_only
+
+
+def _initialise(arch: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    pretend(arch)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()  # a parent that was killed could not say goodbye
+        os._exit(1)

@@ -1,0 +1,175 @@
+"""One convolution on made-up data, to be run under any configuration: compiled, timed and checked.
+
+For timing the data are random, as zeros would flatter. For checking they are small integers, with batch norms that
+scale by powers of two: nothing is rounded before the output, so every order of summation gives the same bits and a
+configuration is right if it equals the fp64 reference, and wrong otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import config, interpreter
+from ..config import ConvConfig, ConvShape
+from ..kernels.launch import Launch
+from ..ops import OPERATORS, ConvCall
+from ..precision import fp32_precision
+from ..timing import Meter, Spread, graph_seconds
+
+_CHUNK = 16  # images at a time in fp64: a batch of stem outputs would not fit a smaller GPU
+
+Fill = Callable[[Sequence[int]], Tensor]
+
+
+def abstract_call(shape: ConvShape) -> ConvCall:
+    """A call of this shape without memory, on the meta device."""
+
+    def nothing(size: Sequence[int]) -> Tensor:
+        return torch.empty(*size, device="meta")
+
+    return _call(shape, nothing, nothing, lambda k: (nothing([k]),) * 4)
+
+
+def random_call(shape: ConvShape, device: torch.device, seed: int) -> ConvCall:
+    """Normally distributed data, scaled as in a trained network."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def normal(size: Sequence[int]) -> Tensor:
+        return torch.randn(*size, generator=g, device=device)
+
+    def filters(size: Sequence[int]) -> Tensor:
+        return normal(size) / (shape.c * shape.r * shape.s) ** 0.5
+
+    def norm(k: int) -> list[Tensor]:
+        return [normal([k]), normal([k]).abs() + 0.5, normal([k]), normal([k])]
+
+    return _call(shape, normal, filters, norm)
+
+
+def exact_call(shape: ConvShape, device: torch.device, seed: int) -> ConvCall:
+    """Data on which the answer is exact in fp32 whatever the tiling."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def integers(limit: int, size: Sequence[int]) -> Tensor:
+        return torch.randint(-limit, limit + 1, size, generator=g, device=device).float()
+
+    def one_of(values: list[float], k: int) -> Tensor:
+        return torch.tensor(values, device=device)[torch.randint(len(values), (k,), generator=g, device=device)]
+
+    def norm(k: int) -> list[Tensor]:
+        return [integers(3, [k]), one_of([0.25, 1, 4, 16], k), one_of([0.5, -0.5, 1, 2], k), integers(4, [k])]
+
+    return _call(shape, lambda size: integers(3, size), lambda size: integers(2, size), norm)
+
+
+def exact_answer(call: ConvCall) -> Tensor:
+    """The call's answer on exact data: computed in fp64, rounded once."""
+    batch = call.x.shape[0]
+    parts = [_answer(_images(call, slice(i, i + _CHUNK))).to(call.x.dtype) for i in range(0, batch, _CHUNK)]
+    return torch.cat(parts)
+
+
+class Trial:
+    """A convolution on enough sets of buffers to exceed twice an L2 cache of `l2_bytes`."""
+
+    def __init__(self, shape: ConvShape, device: torch.device, l2_bytes: int) -> None:
+        self.shape, self.device = shape, device
+        first = random_call(shape, device, 0)
+        tensors = [*(t for t in first if isinstance(t, Tensor)), _output(first)]
+        sets = 1 + 2 * l2_bytes // sum(t.numel() * t.element_size() for t in tensors)
+        self.calls = [first, *(random_call(shape, device, seed) for seed in range(1, sets))]
+        self.outputs = [_output(call) for call in self.calls]
+        self._expected: tuple[ConvCall, Tensor] | None = None
+
+    def time(self, chosen: ConvConfig, *, replays: int, meter: Meter) -> Spread:
+        """Seconds of one launch with the L2 cache cold."""
+        sets = zip(self.calls, self.outputs, strict=True)
+        planned = [plan(call, out, chosen, self.shape.precision) for call, out in sets]
+        with _running(self.device):
+            return graph_seconds([partial(_run, launches) for launches in planned], replays=replays, meter=meter)
+
+    def is_exact(self, chosen: ConvConfig) -> bool:
+        """Whether the kernel gives exactly the reference's answer; its output is full of NaN before."""
+        if self._expected is None:
+            call = exact_call(self.shape, self.device, 0)
+            self._expected = call, exact_answer(call)
+        call, expected = self._expected
+        out = _output(call).fill_(float("nan"))
+        launches = plan(call, out, chosen, self.shape.precision)
+        with _running(self.device):
+            _run(launches)
+        return torch.equal(out, expected)
+
+
+def plan(call: ConvCall, out: Tensor, chosen: ConvConfig, precision: str) -> tuple[Launch, ...]:
+    """The launches of a call under a given configuration; `precision` is how fp32 is multiplied."""
+    with config.pinned(chosen), fp32_precision(precision):
+        return OPERATORS["conv_bn_relu"].plan(out, *call)
+
+
+def _run(launches: tuple[Launch, ...]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def _running(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else interpreter.ready()
+
+
+def _output(call: ConvCall) -> Tensor:
+    return OPERATORS["conv_bn_relu"].output(*call)
+
+
+def _call(shape: ConvShape, images: Fill, filters: Fill, norm: Callable[[int], Sequence[Tensor]]) -> ConvCall:
+    def cast(t: Tensor) -> Tensor:
+        return t.to(getattr(torch, shape.dtype)).contiguous(memory_format=torch.channels_last)
+
+    output = [shape.n, shape.k, shape.p, shape.q]
+    x = cast(images([shape.n, shape.c, shape.h, shape.w]))
+    weight = cast(filters([shape.k, shape.c, shape.r, shape.s]))
+    mean, var, gamma, beta = norm(shape.k)
+    short: list[Any] = [None] * 6
+    if shape.shortcut_c:
+        size = [shape.n, shape.shortcut_c, shape.shortcut_h, shape.shortcut_w]
+        short = [cast(images(size)), cast(filters([shape.k, shape.shortcut_c, 1, 1])), *norm(shape.k)]
+    return ConvCall(
+        x=x, weight=weight, mean=mean, var=var, gamma=gamma, beta=beta, eps=0.0,
+        stride=[*shape.stride], padding=[*shape.padding], dilation=[*shape.dilation], groups=1,
+        residual=cast(images(output)) if shape.residual else None,
+        short_x=short[0], short_weight=short[1], short_mean=short[2], short_var=short[3],
+        short_gamma=short[4], short_beta=short[5], short_eps=0.0, short_stride=[*shape.shortcut_stride],
+        relu=True, kernels="triton",
+    )  # fmt: skip
+
+
+def _images(call: ConvCall, some: slice) -> ConvCall:
+    def cut(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t[some]
+
+    return call._replace(x=call.x[some], residual=cut(call.residual), short_x=cut(call.short_x))
+
+
+def _answer(call: ConvCall) -> Tensor:
+    y = _normed(
+        F.conv2d(call.x.double(), call.weight.double(), None, call.stride, call.padding, call.dilation),
+        call.mean, call.var, call.gamma, call.beta,
+    )  # fmt: skip
+    if call.residual is not None:
+        y += call.residual.double()
+    if call.short_x is not None:
+        short = F.conv2d(call.short_x.double(), call.short_weight.double(), None, call.short_stride)
+        y += _normed(short, call.short_mean, call.short_var, call.short_gamma, call.short_beta)
+    return y.relu_()
+
+
+def _normed(y: Tensor, mean: Tensor, var: Tensor, gamma: Any, beta: Any) -> Tensor:
+    # Integers stay integers in a convolution; rounding undoes what an algorithm that transforms its input would leave.
+    mean, scale, beta = (v.double()[:, None, None] for v in (mean, gamma / var.sqrt(), beta))
+    return (y.round_() - mean) * scale + beta
