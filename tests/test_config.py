@@ -545,7 +545,9 @@ def test_candidates_are_legal_distinct_and_start_with_the_heuristic(arch: int, d
         tried = candidates.candidates(shape, device, 12)
         assert tried[0] == conv_heuristic(shape, device)
         assert len(set(tried)) == len(tried) >= 10
-        assert len({(c.path, c.block_m, c.block_k) for c in tried[1:]}) == len(tried) - 1, "one form of each tile"
+        assert len({(c.path, c.block_m, c.block_k, c.columns) for c in tried[1:]}) == len(tried) - 1, (
+            "one form of each tile"
+        )
         costs = [candidates.estimate(c, shape, device) for c in tried[1:]]
         assert costs == sorted(costs)
         for c in [*tried, *candidates.neighbours(tried[0], shape, device)]:

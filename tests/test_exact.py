@@ -35,7 +35,7 @@ from torch import Tensor
 from resnet_triton import config, dispatch, ops, resnet18
 from resnet_triton.config import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors
 from resnet_triton.config import tiles as grid_size
-from resnet_triton.config.conv import boxes_have_rows
+from resnet_triton.config.conv import may_have_rows
 from resnet_triton.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.ops import ConvCall
@@ -249,7 +249,7 @@ def random_config(rng: random.Random, shape: ConvShape) -> ConvConfig:
     block_m = rng.choice([16, 32, 64, 128])
     box = None
     if supports_descriptors(shape) and rng.random() < 0.9:
-        log_h = rng.randint(0, block_m.bit_length() - 1) if boxes_have_rows(shape) else 0
+        log_h = rng.randint(0, block_m.bit_length() - 1) if may_have_rows(shape, 1) else 0
         log_w = rng.randint(0, block_m.bit_length() - 1 - log_h)
         box = (1 << log_h, 1 << log_w, block_m >> (log_h + log_w))
     chosen = ConvConfig(
@@ -409,6 +409,7 @@ def test_one_image_at_stride_2(device: torch.device, size: tuple[int, int], extr
         1, 24, *size, 40, 3, 3, (2, 2), (1, 1), dtype=dtype_id(dtype), residual=extra == "residual", precision="tf32",
         shortcut_c=16 if extra == "shortcut" else 0, shortcut_h=size[0], shortcut_w=size[1], shortcut_stride=(2, 2),
     )  # fmt: skip
+    assert not is_legal(ConvConfig(16, 32, 16, 4, 2, (2, 2, 4)), shape, KNOWN[90]), "rows of several images"
     for box in ((4, 4, 1), (2, 8, 1), (1, 16, 1)):
         chosen = ConvConfig(16, 32, 16, 4, 2, box)
         assert is_legal(chosen, shape, KNOWN[90]) == (size[0] % 2 == 0 or box[0] == 1)

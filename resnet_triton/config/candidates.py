@@ -36,7 +36,7 @@ _SLACK = 1.1  # differences below 10 % mean nothing to a model of this kind
 
 @functools.lru_cache(maxsize=8)  # asked twice in a tune: to compile ahead, and to time
 def candidates(shape: ConvShape, device: DeviceFacts, count: int) -> tuple[ConvConfig, ...]:
-    """The heuristic's choice, then the `count` best tiles by the cost model, each in its most promising form.
+    """The heuristic's choice, then about the `count` best tiles by the cost model, each in its most promising form.
 
     The model knows neither warps nor stages, and many boxes are equal to it: a plain ranking would be variations of one
     tile. Variations are what `neighbours` is for.
@@ -50,7 +50,9 @@ def candidates(shape: ConvShape, device: DeviceFacts, count: int) -> tuple[ConvC
         if tile not in best or key < best[tile][0]:
             best[tile] = key, config
     ranked = [config for _, config in sorted(best.values(), key=lambda pair: pair[0])]
-    return tuple(dict.fromkeys([conv_heuristic(shape, device), *ranked[:count]]))
+    leaders = {config.path: config for config in reversed(ranked)}.values()  # the model may misjudge a whole path
+    kept = {*ranked[: count - 1], *leaders}
+    return tuple(dict.fromkeys([conv_heuristic(shape, device), *(config for config in ranked if config in kept)]))
 
 
 def neighbours(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> list[ConvConfig]:

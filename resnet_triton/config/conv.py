@@ -153,15 +153,16 @@ def _may_have_columns(config: ConvConfig, shape: ConvShape) -> bool:
     return config.columns in (2, 3) and plain and pixel
 
 
-def boxes_have_rows(shape: ConvShape) -> bool:
-    """Whether a box may have several rows: at stride 2 those are every second input row, which one load cannot fetch.
+def may_have_rows(shape: ConvShape, images: int) -> bool:
+    """Whether a box of so many images may have several rows.
 
-    Unless there is only one image: then the view of `kernels/conv_box.py` has a dimension to spare for row parity.
+    At stride 2 these would be every second input row, which one load cannot fetch, except of a single image: then the
+    view of `kernels/conv_box.py` has a dimension to spare for row parity.
     """
     strided = [shape.h] if shape.stride == (2, 2) else []
     if shape.shortcut_c and shape.shortcut_stride == (2, 2):
         strided.append(shape.shortcut_h)
-    return not strided or (shape.n == 1 and all(h % 2 == 0 for h in strided))
+    return not strided or (shape.n == images == 1 and all(h % 2 == 0 for h in strided))
 
 
 def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
@@ -184,6 +185,6 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
             return False
         if any(size <= 0 or size & (size - 1) for size in config.box):
             return False
-        if config.box[0] != 1 and not boxes_have_rows(shape):
+        if config.box[0] != 1 and not may_have_rows(shape, config.box[2]):
             return False
     return shared_memory(config, shape) <= device.shared_memory

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import product
 
 from ..device import DeviceFacts
-from .conv import ConvConfig, ConvShape, boxes_have_rows, is_flat, is_legal, steps, supports_descriptors, tiles
+from .conv import ConvConfig, ConvShape, is_flat, is_legal, may_have_rows, steps, supports_descriptors, tiles
 
 # (block_m, block_k, block_c of a 16-bit type, num_warps, num_stages), each seen to compile without spills.
 _BOX_TILES = (
@@ -133,11 +134,9 @@ def _box(shape: ConvShape, block_m: int) -> tuple[int, int, int]:
     Whole-image-batch boxes (1, 1, n) win ties because their leading unit dimensions let wgmma read the tile straight
     from shared memory.
     """
-    boxes = []
-    for log_h in range(block_m.bit_length() if boxes_have_rows(shape) else 1):
-        for log_w in range(block_m.bit_length() - log_h):
-            h, w = 1 << log_h, 1 << log_w
-            boxes.append((h, w, block_m // (h * w)))
+    sides = [1 << i for i in range(block_m.bit_length())]
+    boxes = [(h, w, block_m // (h * w)) for h, w in product(sides, sides) if h * w <= block_m]
+    boxes = [(h, w, n) for h, w, n in boxes if h == 1 or may_have_rows(shape, n)]
 
     def covered(box: tuple[int, int, int]) -> tuple[int, int, int]:
         h, w, n = box
