@@ -496,7 +496,8 @@ from resnet_triton.tuner import precompile, trial
 from resnet_triton.config import ConvConfig, ConvShape
 from resnet_triton.device import KNOWN, override
 
-layer = ConvShape(8, 64, 8, 8, 128, 3, 3, padding=(1, 1), shortcut_c=32, shortcut_h=16, shortcut_w=16, shortcut_stride=(2, 2))
+short = {"shortcut_c": 32, "shortcut_h": 16, "shortcut_w": 16, "shortcut_stride": (2, 2)}
+layer = ConvShape(8, 64, 8, 8, 128, 3, 3, padding=(1, 1), **short)
 stem = ConvShape(2, 3, 32, 32, 64, 7, 7, (2, 2), (3, 3), dtype="float32", precision="tf32")
 pairs = [(layer, ConvConfig(64, 64, 32, 4, 3, (1, 8, 8))), (layer, ConvConfig(32, 32, 32, 4, 2, None, 3)),
          (stem, ConvConfig(32, 32, 32, 4, 2))]
