@@ -21,11 +21,13 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    dependent: bool = True
+    """Whether the kernel starts with `tiles.begin`, and so may be launched before the one ahead of it is done."""
 
     def run(self) -> None:
         """Launch on the current device and stream. Does not wait."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        if PDL:
+        if PDL and self.dependent:
             options["launch_pdl"] = True
         self.kernel[self.grid](**self.arguments, **options)
 

@@ -69,7 +69,7 @@ def compile_and_keep(source: Specialisation, arch: int | str) -> tuple[Code, str
 def vital_signs(compiled: Any) -> Code:
     """Those of Triton's compiled kernel."""
     texts, shared_memory = compiled.asm, compiled.metadata.shared
-    ttir = texts["ttir"]
+    ttir = texts["ttir" if "ttir" in texts else "ttgir"]  # Gluon starts from the latter
     if "amdgcn" in texts:
         return read_amd(ttir=ttir, assembly=texts["amdgcn"], shared_memory=shared_memory)
     ptx = texts["ptx"]

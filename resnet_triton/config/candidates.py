@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from math import prod
 from typing import Any
 
@@ -26,6 +26,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "split_k": tuple(range(1, 17)),
     "columns": (1, 2, 3),
     "two_launches": (False, True),
+    "strip": (0, 4, 7, 8, 14, 28, 56),
 }
 """The values that fields other than the box may take, in order: a neighbour is one step away."""
 
@@ -42,11 +43,11 @@ def candidates(shape: ConvShape, device: DeviceFacts, count: int) -> tuple[ConvC
     tile. Variations are what `neighbours` is for.
     """
     best: dict[tuple[Any, ...], tuple[tuple[float, ...], ConvConfig]] = {}
-    for config in _forms(shape, device):
+    for config in chain(_forms(shape, device), _walks(shape, device)):
         _, w, n = config.box or (0, 0, 0)
         row = abs(config.block_c * shape.itemsize - 128)  # shared memory is swizzled in rows of 128 bytes
         key = (estimate(config, shape, device), row, -n, -w)
-        tile = (config.path, config.block_m, config.block_k, config.columns)
+        tile = (config.path, config.block_m, config.block_k, config.columns, config.strip > 0)
         if tile not in best or key < best[tile][0]:
             best[tile] = key, config
     ranked = [config for _, config in sorted(best.values(), key=lambda pair: pair[0])]
@@ -66,7 +67,7 @@ def neighbours(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> lis
         near += [replace(config, box=box) for box in boxes(config, config.block_m, shape, device)[:1]]
     else:
         near += [replace(config, box=box, block_m=prod(box)) for box in _box_steps(config.box)]
-        near.append(replace(config, box=None, columns=1))
+        near.append(replace(config, box=None, columns=1, strip=0))
     worst = _HOPELESS * estimate(config, shape, device)
     fitting = (c for c in dict.fromkeys(near) if c != config and _fits(c, shape, device))
     return [c for c in fitting if estimate(c, shape, device) <= worst]
@@ -128,6 +129,14 @@ def _forms(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
                 forms = [replace(deepest, split_k=split) for split in AXES["split_k"]]
                 forms += [replace(deepest, columns=columns, num_warps=8, num_stages=2) for columns in AXES["columns"]]
                 yield from (c for c in dict.fromkeys(forms) if _fits(c, shape, device))
+
+
+def _walks(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
+    """The kernel that walks down columns, which the heuristic never chooses."""
+    for rows, strip in product((64, 128), AXES["strip"]):
+        config = ConvConfig(rows, 64, 64, rows // 16, 2, (1, 1, rows), strip=strip)
+        if strip and is_legal(config, shape, device):
+            yield config
 
 
 def _fits(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:

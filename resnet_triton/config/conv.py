@@ -57,7 +57,7 @@ class ConvConfig:
     columns, images) the kernel loads through tensor descriptors and the tile is that box; without, through pointers.
     `columns` boxes (1, 1, n) side by side share a program and most of its loads. `split_k` programs share a tile, each
     reducing over a part of the channels and taps; with `two_launches` a second launch sums their shares, instead of
-    whichever program is last.
+    whichever program is last. With `strip` a program walks down that many output rows, loading each input tile once.
     """
 
     block_m: int
@@ -69,6 +69,7 @@ class ConvConfig:
     split_k: int = 1
     columns: int = 1
     two_launches: bool = False
+    strip: int = 0
 
     @property
     def path(self) -> str:
@@ -114,6 +115,8 @@ def is_flat(c: int) -> bool:
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     """Upper bound on a launch's shared memory, in bytes; `tests/test_codegen.py` holds it against the compiler."""
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
+    if config.strip:  # nine filter tiles, two turns of three input tiles, the result
+        return (9 * config.block_k + 7 * config.block_m) * config.block_c * shape.itemsize + 2048
     if config.columns > 1:
         loaded = (config.columns + 2) * config.block_m + 3 * config.block_k
         return config.num_stages * loaded * config.block_c * shape.itemsize + 4096
@@ -130,12 +133,12 @@ def steps(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def tiles(config: ConvConfig, shape: ConvShape) -> int:
-    """Output tiles, of `columns` boxes each; a launch has `split_k` programs for each."""
+    """Output tiles, of `columns` or `strip` boxes each; a launch has `split_k` programs for each."""
     if config.box is None:
         pixels = -(-shape.n * shape.p * shape.q // config.block_m)
     else:
         h, w, n = config.box
-        pixels = -(-shape.p // h) * -(-shape.q // (w * config.columns)) * -(-shape.n // n)
+        pixels = -(-shape.p // (config.strip or h)) * -(-shape.q // (w * config.columns)) * -(-shape.n // n)
     return pixels * -(-shape.k // config.block_k)
 
 
@@ -151,6 +154,14 @@ def _may_have_columns(config: ConvConfig, shape: ConvShape) -> bool:
     plain = (shape.r, shape.s, shape.stride) == (3, 3, (1, 1)) and not shape.shortcut_c and config.split_k == 1
     pixel = config.box is not None and config.box[:2] == (1, 1)
     return config.columns in (2, 3) and plain and pixel
+
+
+def _may_walk(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
+    """What `kernels/conv_halo.py` is written for: ResNet's layer1 on Hopper, 16 rows of a tile for each warp."""
+    plain = (shape.r, shape.s, shape.stride, shape.c, shape.k) == (3, 3, (1, 1), 64, 64) and not shape.shortcut_c
+    sizes = (config.block_k, config.block_c, config.split_k, config.columns) == (64, 64, 1, 1)
+    tile = config.box == (1, 1, config.block_m) and config.block_m == 16 * config.num_warps
+    return device.arch == 90 and plain and sizes and tile and shape.itemsize == 2 and config.strip > 0
 
 
 def may_have_rows(shape: ConvShape, images: int) -> bool:
@@ -177,6 +188,8 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False
     if config.columns != 1 and not _may_have_columns(config, shape):
+        return False
+    if config.strip and not _may_walk(config, shape, device):
         return False
     if shape.shortcut_c and config.block_m * config.block_k > 128 * 128:
         return False  # two fp32 accumulators at 256x128 spill whatever one does (sm_90, ptxas 12.8)

@@ -114,9 +114,11 @@ def stem_heuristic(n: int, k: int, p: int, q: int, device: DeviceFacts) -> StemC
 def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
     """Nanoseconds the launch might take; only the order of the candidates matters. The ceilings are an H200's."""
     m, k, columns = config.block_m, config.block_k, config.columns
-    turns = -(-steps(config, shape) // config.split_k)
+    turns = -(-steps(config, shape) // config.split_k) * (config.strip + 2 if config.strip else 1)
     flops = 2 * m * k * columns * config.block_c * turns
     loaded = (m + k) * turns if columns == 1 else ((columns + 2) * m + 3 * k) * (turns // 3)
+    if config.strip:
+        loaded = 3 * m * (config.strip + 2) + 9 * k
     rate = _FLOPS_PER_NS * _MATRIX.get(k, 1.0) * (1.0 if columns == 1 else _WAITING)
     if shape.itemsize == 4:
         rate /= 2

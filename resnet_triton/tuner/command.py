@@ -154,7 +154,7 @@ def _row(names: list[str], shape: ConvShape, found: Found) -> dict[str, Any]:
 def _brief(c: dict[str, Any]) -> str:
     pixels = "x".join(map(str, c["box"] or [c["block_m"]]))
     sizes = f"{pixels} by {c['block_k']} by {c['block_c']}"
-    shared = f", {c['columns']} columns" if c["columns"] > 1 else ""
+    shared = f", {c['columns']} columns" if c["columns"] > 1 else f", {c['strip']} rows" if c["strip"] else ""
     split = f"split {c['split_k']}" + " and summed by a second launch" * c["two_launches"]
     return f"{sizes}{shared}, {c['num_warps']} warps, {c['num_stages']} stages, {split}"
 
