@@ -26,7 +26,9 @@ def test_flops_are_those_pytorch_counts(build):
         model(torch.zeros(shape))
     c = model.fc.in_features
     flops = cost.stem(n=2, c=3, h=64, w=64, k=64, p=16, q=16, itemsize=4).flops
-    flops += sum(conv_cost(ConvCall(*call.args)).flops for call in trace(model, shape) if call.operator == "conv_bn_relu")
+    flops += sum(
+        conv_cost(ConvCall(*call.args)).flops for call in trace(model, shape) if call.operator == "conv_bn_relu"
+    )
     flops += cost.avg_pool_linear(n=2, c=c, h=2, w=2, k=1000, itemsize=4).flops
     assert flops - cost.global_avg_pool(n=2, c=c, h=2, w=2, itemsize=4).flops == counted.get_total_flops()
 
@@ -52,7 +54,9 @@ def test_bytes_read_each_input_once_and_write_each_output_once():
     assert cost.global_avg_pool(n=2, c=3, h=8, w=8, itemsize=4) == (2 * 3 * 64, 4 * 6 * 65)
     assert cost.add_relu(numel=10, itemsize=2) == (10, 60)
     assert cost.linear(m=2, c=3, k=5, itemsize=2) == (60, 2 * (6 + 15 + 10))
-    assert cost.stem(n=2, c=3, h=16, w=16, k=8, p=4, q=4, itemsize=2).bytes == 2 * (2 * 3 * 256 + 8 * 3 * 49 + 2 * 8 * 16)
+    assert cost.stem(n=2, c=3, h=16, w=16, k=8, p=4, q=4, itemsize=2).bytes == 2 * (
+        2 * 3 * 256 + 8 * 3 * 49 + 2 * 8 * 16
+    )
     assert cost.avg_pool_linear(n=2, c=3, h=8, w=8, k=5, itemsize=2) == (2 * 3 * 64 + 60, 2 * (2 * 3 * 64 + 15 + 10))
 
 
