@@ -78,8 +78,8 @@ def test_a_wrong_kernel_fails_the_demo(
     ("wrong_by", "launches", "fallbacks", "wanted"),
     [
         (0.0, 18, 0, []),
-        (0.0, 0, 0, ["0 kernel launches and 0 calls on PyTorch, expected some and none"]),
-        (0.0, 17, 1, ["17 kernel launches and 1 calls on PyTorch, expected some and none"]),
+        (0.0, 0, 0, ["0 layer calls on the kernels and 0 on PyTorch, expected some and none"]),
+        (0.0, 17, 1, ["17 layer calls on the kernels and 1 on PyTorch, expected some and none"]),
         (0.01, 18, 0, ["kernels: logits differ by 1.0e-02, expected at most 1e-03"]),
         (float("nan"), 18, 0, ["kernels: 50.0% of the answers are torchvision's, expected 100%",
                                "kernels: logits differ by NaN, expected at most 1e-03"]),
