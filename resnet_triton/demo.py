@@ -100,7 +100,7 @@ def run(recipe: Recipe | None = None, *, kernel_images: int = 8, device: str = "
             f"about speed ({answer['seconds']:.0f} s)."
         )
     launches, fallbacks = (sum(n for (_, on), n in counts.items() if on == name) for name in ("triton", "torch"))
-    notes.append(f"{launches} kernel launches, {fallbacks} calls that fell back to PyTorch.")
+    notes.append(f"{launches} layer calls ran on the kernels, {fallbacks} fell back to PyTorch.")
     notes.append(
         f"Two photographs at 224x224 through random 1000-class weights: logits differ by at most {_number(photos)}."
     )
@@ -231,7 +231,7 @@ def _number(error: float | None) -> str:
 def _failures(ours: Row, kernels: Row, photos: float | None, launches: int, fallbacks: int) -> list[str]:
     found = []
     if launches == 0 or fallbacks:
-        found.append(f"{launches} kernel launches and {fallbacks} calls on PyTorch, expected some and none")
+        found.append(f"{launches} layer calls on the kernels and {fallbacks} on PyTorch, expected some and none")
     rows = dict.fromkeys((ours, kernels))
     found += [
         f"{row.backend}: {row.top1_agreement:.1%} of the answers are torchvision's, expected 100%"

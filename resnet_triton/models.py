@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import dispatch, ops, vision
+from . import dispatch, ops, reference, vision
 from .functional import pair
 
 NormLayer = Callable[[int], nn.Module]
@@ -274,6 +274,8 @@ class ResNet(nn.Module):
         pixels = self.normalize if ordinary and x.dtype == torch.uint8 else None
         if ordinary and (x.dtype == conv.weight.dtype or pixels is not None):
             return ops.call("stem", x, conv.weight, *_batch_norm(norm), *(pixels or (None, None)), self.kernels)
+        if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8 and self.normalize is not None:
+            x = reference.normalize(x, *self.normalize).to(conv.weight.dtype)
         return self._pool(conv_norm_act(x, conv, norm, self.relu, self.kernels))
 
     def _head(self, x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def stem(
         y = conv_bn_relu(images, weight, *statistics, stride=(2, 2), padding=(3, 3))
         return max_pool2d(y, (3, 3), (2, 2), (1, 1))
 
-    if x.device.type != "cpu" or x.shape[0] <= _FEW or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= _FEW:  # a graph must not ask for sizes
         return few(x)
     return torch.cat([few(images) for images in x.split(_FEW)])
 

@@ -421,27 +421,58 @@ def test_doctor(run: Run) -> None:
     assert findings["self_test"]["backend"] == ("cuda" if torch.cuda.is_available() else "interpreter")
     tested = {(t["kernel"].partition(",")[0], t["path"]): t["ok"] for t in findings["self_test"]["results"]}
     assert set(tested) == {
-        ("conv_bn_relu", "pointer"), ("conv_bn_relu", "descriptor"), ("max_pool2d", ""), ("global_avg_pool", ""),
-        ("add_relu", ""), ("linear", ""),
+        ("stem", "descriptor"), ("stem", "pointer"), ("conv_bn_relu", "descriptor"), ("conv_bn_relu", "pointer"),
+        ("max_pool2d", ""), ("global_avg_pool", ""), ("avg_pool_linear", ""), ("add_relu", ""), ("linear", ""),
     }  # fmt: skip
     assert all(ok is not False for ok in tested.values())
-    assert len(findings["layers"]) == 20
+    assert len(findings["layers"]) == 18
+
+
+def test_doctor_launches_every_kernel_on_the_path_it_names(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    from resnet_triton import doctor
+    from resnet_triton.device import facts
+    from resnet_triton.kernels.launch import Launch
+
+    if facts(device).arch not in (90, 100):
+        pytest.skip("the heuristic takes no columns here")
+    launched: list[str] = []
+    real = Launch.run
+
+    def recorded(launch: Launch) -> None:
+        launched.append(launch.kernel.__name__)
+        real(launch)
+
+    monkeypatch.setattr(Launch, "run", recorded)
+    paths: dict[str, set[str]] = {}
+    for kernel, path, compute in doctor._CASES:
+        launched.clear()
+        assert doctor._attempt(kernel, path, compute, device=device.type)["ok"]
+        paths.setdefault(path, set()).update(launched)
+    assert paths["descriptor"] == {"pack_kernel", "stem_kernel", "conv_box_kernel", "conv_columns_kernel"}
+    assert paths["pointer"] == {"conv_pointer_kernel", "max_pool_kernel"}
+    sources = (path.read_text(encoding="utf-8") for path in (PACKAGE / "kernels").glob("*.py"))
+    assert set.union(*paths.values()) == {
+        name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plants a fault in the interpreter's process")
 def test_doctor_finds_a_broken_kernel(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that tests the kernels gets a copy of the package in which one of two loads looks a pixel too far."""
+    """The process that tests the kernels gets a copy of the package in which one load looks a pixel too far."""
     shutil.copytree(PACKAGE, tmp_path / "resnet_triton")
-    kernel = tmp_path / "resnet_triton" / "kernels" / "conv_bn_relu.py"
+    kernel = tmp_path / "resnet_triton" / "kernels" / "conv_box.py"
     source = kernel.read_text(encoding="utf-8")
-    assert source.count("x_desc.load([h, q0 + w,") == 1
-    kernel.write_text(source.replace("x_desc.load([h, q0 + w,", "x_desc.load([h, q0 + w + 1,"), encoding="utf-8")
+    load = "desc.load([p * 2 + r, column, parity, n, c])"
+    assert source.count(load) == 1
+    kernel.write_text(source.replace(load, load.replace("column,", "column + 1,")), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     outcome = run("doctor", "--json")
     assert outcome.code == 1
     (wrong,) = (test for test in json.loads(outcome.out)["self_test"]["results"] if not test["ok"])
-    assert (wrong["kernel"], wrong["path"]) == ("conv_bn_relu, 3x3 + residual", "descriptor")
-    assert re.fullmatch(r"\d+ of 4608 values differ", wrong["detail"])
+    assert (wrong["kernel"], wrong["path"]) == ("conv_bn_relu, 3x3/2", "descriptor")
+    assert re.fullmatch(r"\d+ of 8192 values differ", wrong["detail"])
 
 
 def test_doctor_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

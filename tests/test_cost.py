@@ -24,9 +24,20 @@ def test_flops_are_those_pytorch_counts(build):
     shape = (2, 3, 64, 64)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.zeros(shape))
-    flops = sum(conv_cost(ConvCall(*c.args)).flops for c in trace(model, shape) if c.operator == "conv_bn_relu")
-    flops += cost.linear(m=2, c=model.fc.in_features, k=1000, itemsize=4).flops
-    assert flops == counted.get_total_flops()
+    c = model.fc.in_features
+    flops = cost.stem(n=2, c=3, h=64, w=64, k=64, p=16, q=16, itemsize=4).flops
+    flops += sum(
+        conv_cost(ConvCall(*call.args)).flops for call in trace(model, shape) if call.operator == "conv_bn_relu"
+    )
+    flops += cost.avg_pool_linear(n=2, c=c, h=2, w=2, k=1000, itemsize=4).flops
+    assert flops - cost.global_avg_pool(n=2, c=c, h=2, w=2, itemsize=4).flops == counted.get_total_flops()
+
+
+def test_flops_of_the_stem_are_those_pytorch_counts_for_odd_sizes():
+    with FlopCounterMode(display=False) as counted:
+        y = torch.nn.functional.conv2d(torch.zeros(2, 3, 17, 30), torch.zeros(8, 3, 7, 7), stride=2, padding=3)
+    p, q = torch.nn.functional.max_pool2d(y, 3, 2, 1).shape[2:]
+    assert cost.stem(n=2, c=3, h=17, w=30, k=8, p=p, q=q, itemsize=2).flops == counted.get_total_flops()
 
 
 def test_bytes_read_each_input_once_and_write_each_output_once():
@@ -43,6 +54,10 @@ def test_bytes_read_each_input_once_and_write_each_output_once():
     assert cost.global_avg_pool(n=2, c=3, h=8, w=8, itemsize=4) == (2 * 3 * 64, 4 * 6 * 65)
     assert cost.add_relu(numel=10, itemsize=2) == (10, 60)
     assert cost.linear(m=2, c=3, k=5, itemsize=2) == (60, 2 * (6 + 15 + 10))
+    assert cost.stem(n=2, c=3, h=16, w=16, k=8, p=4, q=4, itemsize=2).bytes == 2 * (
+        2 * 3 * 256 + 8 * 3 * 49 + 2 * 8 * 16
+    )
+    assert cost.avg_pool_linear(n=2, c=3, h=8, w=8, k=5, itemsize=2) == (2 * 3 * 64 + 60, 2 * (2 * 3 * 64 + 15 + 10))
 
 
 def test_floor_is_the_slower_of_arithmetic_and_memory():

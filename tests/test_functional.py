@@ -46,6 +46,14 @@ def torch_conv(
     return TF.relu(y) if relu else y
 
 
+def torch_stem(x: Tensor, *rest: Any) -> Tensor:
+    return TF.max_pool2d(torch_conv(x, *rest, stride=2, padding=3), 3, 2, 1)
+
+
+def torch_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return TF.linear(x.mean((2, 3)), weight, bias)
+
+
 def conv_tensors(device: Any, n: int, c: int, h: int, w: int, k: int, r: int, s: int, groups: int = 1) -> list[Tensor]:
     """x, weight, mean, var, gamma, beta in fp32."""
     torch.manual_seed(0)
@@ -140,6 +148,8 @@ def test_dtype_of_result(device, kernels, dtype):
         F.max_pool2d(x, 2, kernels=kernels),
         F.global_avg_pool(x, kernels=kernels),
         F.linear(x, weight[:, :, 0, 0], bias, kernels=kernels),
+        F.avg_pool_linear(x, weight[:, :, 0, 0], bias, kernels=kernels),
+        F.stem(x, weight.expand(4, 4, 7, 7) / 7, *norm, kernels=kernels),
     ]
     expected = [
         torch_conv(x.double(), weight.double(), *(t.double() for t in norm), 1e-5),
@@ -147,6 +157,8 @@ def test_dtype_of_result(device, kernels, dtype):
         TF.max_pool2d(x.double(), 2),
         x.double().mean((2, 3), keepdim=True),
         TF.linear(x.double(), weight[:, :, 0, 0].double(), bias.double()),
+        torch_head(x.double(), weight[:, :, 0, 0].double(), bias.double()),
+        torch_stem(x.double(), (weight.expand(4, 4, 7, 7) / 7).double(), *(t.double() for t in norm), 1e-5),
     ]
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     for actual, value in zip(results, expected, strict=True):
@@ -212,6 +224,48 @@ def test_linear(device, size, bias, kernels):
     torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("affine", [False, True], ids=["no-affine", "affine"])
+@pytest.mark.parametrize("size", [(2, 3, 9, 12), (1, 1, 1, 1), (5, 6, 7, 3), (0, 3, 8, 8)], ids=str)
+def test_stem(device, size, affine, kernels):
+    tensors = conv_tensors(device, *size, 10, 7, 7)
+    tensors = tensors if affine else tensors[:4]
+    expected = torch_stem(*(t.double() for t in tensors), *[None] * (6 - len(tensors)), 1e-5)
+    actual = F.stem(*tensors, kernels=kernels)
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
+    assert is_channels_last(actual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_stem_of_bytes(device, batch, kernels, dtype):
+    """Bytes give the answer of the images that were normalised by hand, in the dtype of the weight."""
+    _, weight, *norm = conv_tensors(device, 1, 3, 1, 1, 8, 7, 7)
+    x = torch.randint(256, (batch, 3, 10, 9), device=device, dtype=torch.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = (x / 255 - torch.tensor(mean, device=device)[:, None, None]) / torch.tensor(std, device=device)[
+        :, None, None
+    ]
+    expected = torch_stem(*(t.double() for t in (images.to(dtype), weight.to(dtype), *norm)), 1e-5)
+    actual = F.stem(x, weight.to(dtype), *norm, pixel_mean=mean, pixel_std=std, kernels=kernels)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(actual, expected.to(dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("size", [(2, 33, 3, 5), (1, 7, 1, 1), (17, 9, 2, 2), (0, 33, 4, 4)], ids=str)
+def test_avg_pool_linear(device, size, bias, kernels):
+    torch.manual_seed(0)
+    x, weight = torch.randn(size, device=device), torch.randn(70, size[1], device=device)
+    b = torch.randn(70, device=device) if bias else None
+    expected = torch_head(x.double(), weight.double(), None if b is None else b.double())
+    actual = F.avg_pool_linear(x, weight, b, kernels=kernels)
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
+
+
 # --- memory formats --------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +301,12 @@ CALLS: dict[str, tuple[list[tuple[int, ...]], Callable[..., Tensor], Callable[..
     "max_pool2d": ([(2, 3, 5, 6)], lambda x, **kw: F.max_pool2d(x, 3, 2, 1, **kw), lambda x: TF.max_pool2d(x, 3, 2, 1)),
     "global_avg_pool": ([(2, 3, 5, 4)], F.global_avg_pool, lambda x: TF.adaptive_avg_pool2d(x, 1)),
     "linear": ([(3, 10), (6, 10)], F.linear, TF.linear),
+    "stem": (
+        [(2, 3, 9, 8), (8, 3, 7, 7)],
+        lambda x, w, **kw: F.stem(x, w / 12, w.new_zeros(8), w.new_ones(8), **kw),
+        lambda x, w: torch_stem(x, w / 12, w.new_zeros(8), w.new_ones(8), None, None, 1e-5),
+    ),
+    "avg_pool_linear": ([(2, 10, 5, 4), (6, 10)], F.avg_pool_linear, torch_head),
 }
 
 
@@ -264,7 +324,7 @@ def test_any_layout_of_the_inputs(device, call, layout, kernels):
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(
-    "call", [c for name, c in CALLS.items() if name != "linear"], ids=[n for n in CALLS if n != "linear"]
+    "call", [c for n, c in CALLS.items() if "linear" not in n], ids=[n for n in CALLS if "linear" not in n]
 )
 def test_result_is_channels_last(device, call, layout, kernels):
     shapes, ours, _ = call
@@ -297,12 +357,32 @@ def test_backend_is_counted(device, ran):
     }
 
 
+HALVES: dict[str, Any] = {"pixel_mean": [0.5] * 4, "pixel_std": [0.5] * 4}
+
+
+def stem_tensors(tensors: list[Tensor], x: Tensor) -> list[Tensor]:
+    """x, and in fp64 a 1x1 convolution's weight, spread over the stem's 7x7 taps, and its batch norm."""
+    _, weight, *norm = (t.double() for t in tensors)
+    return [x, weight.expand(-1, -1, 7, 7), *norm]
+
+
 FALLBACKS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "fp64-conv": ("conv_bn_relu", lambda a, kw: F.conv_bn_relu(*(t.double() for t in a), **kw), "torch.float64"),
     "fp64-add": ("add_relu", lambda a, kw: F.add_relu(a[0].double(), a[0].double(), **kw), "torch.float64"),
     "fp64-pool": ("max_pool2d", lambda a, kw: F.max_pool2d(a[0].double(), 2, **kw), "torch.float64"),
     "fp64-average": ("global_avg_pool", lambda a, kw: F.global_avg_pool(a[0].double(), **kw), "torch.float64"),
     "fp64-linear": ("linear", lambda a, kw: F.linear(a[0].double(), a[0][0, 0].double(), **kw), "torch.float64"),
+    "fp64-stem": ("stem", lambda a, kw: F.stem(*stem_tensors(a, a[0].double()), **kw), "torch.float64"),
+    "fp64-stem-of-bytes": (
+        "stem",
+        lambda a, kw: F.stem(*stem_tensors(a, a[0].byte()), **HALVES, **kw),
+        "torch.float64",
+    ),
+    "fp64-head": (
+        "avg_pool_linear",
+        lambda a, kw: F.avg_pool_linear(a[0].double(), a[1][:, :, 0, 0].double(), **kw),
+        "torch.float64",
+    ),
     "mixed-add": ("add_relu", lambda a, kw: F.add_relu(a[0], a[0].half(), **kw), "mixed dtypes"),
     "grouped": ("conv_bn_relu", lambda a, kw: F.conv_bn_relu(a[0], a[1][:, :2], *a[2:], groups=2, **kw), "grouped"),
 }
@@ -340,6 +420,8 @@ def test_weights_of_another_dtype_are_named(device, kernels):
         F.conv_bn_relu(x.half(), weight, *norm, kernels=kernels)
     with pytest.raises(TypeError, match=r"bias has dtype torch.float32, expected torch.float16 like x"):
         F.linear(x[:, :, 0, 0].half(), weight[:, :, 0, 0].half(), norm[0], kernels=kernels)
+    with pytest.raises(TypeError, match=r"bias has dtype torch.float32, expected torch.float16 like x"):
+        F.avg_pool_linear(x.half(), weight[:, :, 0, 0].half(), norm[0], kernels=kernels)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
@@ -363,7 +445,18 @@ def conv(**changes: Any) -> Callable[[], Tensor]:
     return lambda: F.conv_bn_relu(**(arguments | changes))  # type: ignore[arg-type]
 
 
+def stem(**changes: Any) -> Callable[[], Tensor]:
+    arguments = {
+        "x": torch.zeros(2, 4, 5, 5),
+        "weight": torch.zeros(6, 4, 7, 7),
+        "running_mean": torch.zeros(6),
+        "running_var": torch.ones(6),
+    }
+    return lambda: F.stem(**(arguments | changes))  # type: ignore[arg-type]
+
+
 X = torch.zeros(2, 4, 5, 5)
+PIXELS = {"x": X.byte(), **HALVES}
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     # the call, its error, and words that the message has to hold: the argument, what it is, what it should be
     "conv-rank": (conv(x=torch.zeros(4, 5, 5)), ValueError, ["x", "(4, 5, 5)", "4 dimensions"]),
@@ -404,6 +497,49 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "linear-features": (lambda: F.linear(X, torch.zeros(3, 4)), ValueError, ["x", "(2, 4, 5, 5)", "(..., 4)"]),
     "linear-weight-rank": (lambda: F.linear(X, torch.zeros(5)), ValueError, ["weight", "(5,)", "2 dimensions"]),
     "linear-bias": (lambda: F.linear(X, torch.zeros(3, 5), torch.zeros(5)), ValueError, ["bias", "(5,)", "(3,)"]),
+    "stem-rank": (stem(x=X[0]), ValueError, ["x", "(4, 5, 5)", "4 dimensions"]),
+    "stem-weight-rank": (stem(weight=torch.zeros(6, 4)), ValueError, ["weight", "(6, 4)", "4 dimensions"]),
+    "stem-weight-size": (stem(weight=torch.zeros(6, 4, 3, 3)), ValueError, ["weight", "(6, 4, 3, 3)", "(K, C, 7, 7)"]),
+    "stem-channels": (stem(x=X[:, :3]), ValueError, ["x", "3 channels", "expected 4"]),
+    "stem-no-pixels": (stem(x=X[..., :0]), ValueError, ["x has shape (2, 4, 5, 0)"]),
+    "stem-integers": (stem(x=X.int()), TypeError, ["x", "torch.int32", "floating"]),
+    "stem-weight-integers": (stem(weight=torch.zeros(6, 4, 7, 7).int()), TypeError, ["weight", "torch.int32"]),
+    "stem-weight-device": (stem(weight=torch.zeros(6, 4, 7, 7, device="meta")), ValueError, ["weight", "meta", "cpu"]),
+    "stem-mean-shape": (stem(running_mean=torch.zeros(5)), ValueError, ["running_mean", "(5,)", "(6,)"]),
+    "stem-var-shape": (stem(running_var=torch.ones(6, 1)), ValueError, ["running_var", "(6, 1)", "(6,)"]),
+    "stem-bn-weight-shape": (stem(bn_weight=torch.ones(1)), ValueError, ["bn_weight", "(1,)", "(6,)"]),
+    "stem-bn-bias-dtype": (stem(bn_bias=torch.ones(6).long()), TypeError, ["bn_bias", "torch.int64"]),
+    "stem-kernels": (stem(kernels="cuda"), ValueError, ["kernels", "'cuda'"]),
+    "stem-bytes-alone": (stem(x=X.byte()), TypeError, ["x", "torch.uint8", "pixel_mean and pixel_std"]),
+    "stem-bytes-half": (stem(x=X.byte(), pixel_mean=[0.5] * 4), TypeError, ["x", "torch.uint8", "pixel_std"]),
+    "stem-floats-normalised": (stem(**PIXELS | {"x": X}), TypeError, ["x", "torch.float32", "expected torch.uint8"]),
+    "stem-pixel-mean": (stem(**PIXELS | {"pixel_mean": [0.5]}), ValueError, ["pixel_mean", "1 values", "expected 4"]),
+    "stem-pixel-std": (stem(**PIXELS | {"pixel_std": [0.5] * 3}), ValueError, ["pixel_std", "3 values", "expected 4"]),
+    "stem-bytes-channels": (
+        stem(x=X[:, :3].byte(), pixel_mean=[0.5] * 3, pixel_std=[0.5] * 3),
+        ValueError,
+        ["x", "3 channels", "expected 4"],
+    ),
+    "head-rank": (lambda: F.avg_pool_linear(X[0], torch.zeros(3, 4)), ValueError, ["x", "(4, 5, 5)", "4 dimensions"]),
+    "head-no-pixels": (lambda: F.avg_pool_linear(X[..., :0], torch.zeros(3, 4)), ValueError, ["x", "one pixel"]),
+    "head-channels": (lambda: F.avg_pool_linear(X, torch.zeros(3, 5)), ValueError, ["x", "(2, 4, 5, 5)", "expected 5"]),
+    "head-weight-rank": (lambda: F.avg_pool_linear(X, torch.zeros(4)), ValueError, ["weight", "(4,)", "2 dimensions"]),
+    "head-bias": (
+        lambda: F.avg_pool_linear(X, torch.zeros(3, 4), torch.zeros(4)),
+        ValueError,
+        ["bias", "(4,)", "(3,)"],
+    ),
+    "head-integers": (lambda: F.avg_pool_linear(X.int(), torch.zeros(3, 4)), TypeError, ["x", "torch.int32"]),
+    "head-device": (
+        lambda: F.avg_pool_linear(X, torch.zeros(3, 4, device="meta")),
+        ValueError,
+        ["weight", "meta", "cpu"],
+    ),
+    "head-kernels": (
+        lambda: F.avg_pool_linear(X, torch.zeros(3, 4), kernels="cuda"),
+        ValueError,
+        ["kernels", "'cuda'"],
+    ),
     "linear-device": (lambda: F.linear(X, torch.zeros(3, 5, device="meta")), ValueError, ["weight", "meta", "cpu"]),
 }
 
@@ -427,8 +563,11 @@ def test_bad_inputs_have_a_clear_error(bad):
         lambda x: F.max_pool2d(x[0], 2),
         lambda x: F.global_avg_pool(x[0]),
         lambda x: F.linear(x, torch.zeros(5)),
+        lambda x: F.stem(x, torch.zeros(4, 4, 5, 5), torch.zeros(4), torch.ones(4)),
+        lambda x: F.stem(x, torch.zeros(4, 4, 7, 7), torch.zeros(1), torch.ones(1)),
+        lambda x: F.avg_pool_linear(x, torch.zeros(3, 5)),
     ],
-    ids=["conv-residual", "conv-statistics", "add", "max_pool", "average", "linear"],
+    ids=["conv-residual", "conv-statistics", "add", "max_pool", "average", "linear", "stem", "stem-statistics", "head"],
 )
 @pytest.mark.parametrize("mode", ["grad", "autocast"])
 def test_bad_shapes_are_refused_in_every_mode(call, mode):

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import dispatch, models, vision
+from resnet_triton.device import KNOWN
+from resnet_triton.trace import trace
 
 torchvision = vision.torchvision()
 feature_extraction = importlib.import_module("torchvision.models.feature_extraction")
@@ -192,6 +195,120 @@ def test_bad_arguments_are_those_of_torchvision():
 def test_wrong_channels_are_refused():
     with pytest.raises(ValueError, match="x has 1 channels, expected 3"):
         resnet_triton.resnet18().eval()(torch.zeros(1, 1, 32, 32))
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+NORMALIZE = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def normalised_by_hand(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in NORMALIZE)
+    return (pixels / 255 - mean) / std
+
+
+@pytest.fixture
+def pixels(device: torch.device) -> Tensor:
+    return torch.randint(256, (2, 3, 40, 36), generator=torch.Generator().manual_seed(0)).byte().to(device)
+
+
+@torch.no_grad()
+def test_bytes_give_the_answer_of_normalised_images(pixels):
+    ours, theirs = (m.eval() for m in pair("resnet18", num_classes=10))
+    ours.normalize = NORMALIZE
+    pixels = pixels.cpu()
+    before = Counter(dispatch.calls)
+    answer = ours(pixels)
+    assert dispatch.calls - before == {
+        ("stem", "torch"): 1,
+        ("conv_bn_relu", "torch"): 16,
+        ("avg_pool_linear", "torch"): 1,
+    }
+    close(answer, theirs(normalised_by_hand(pixels)))
+    images = normalised_by_hand(pixels)
+    assert torch.equal(ours(images), answer)  # floats are taken as they are
+    assert not torch.allclose(ours(pixels.float()), answer, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_bytes_on_the_kernels(device, pixels):
+    ours, theirs = (m.eval().to(device) for m in small_pair("BasicBlock", num_classes=10))
+    busy(ours)
+    busy(theirs)
+    ours.half().normalize = NORMALIZE
+    for module in ours.modules():
+        if isinstance(module, models.ResNet | models.BasicBlock):
+            module.kernels = "triton"
+    before = Counter(dispatch.calls)
+    answer = ours(pixels)
+    assert dispatch.calls - before == {
+        ("stem", "triton"): 1, ("conv_bn_relu", "triton"): 8, ("avg_pool_linear", "triton"): 1
+    }  # fmt: skip
+    assert torch.equal(answer, ours(normalised_by_hand(pixels).half()))  # rounded once, after normalising
+    close(answer.float(), theirs(normalised_by_hand(pixels)), 5e-3)
+
+
+@torch.no_grad()
+def test_bytes_need_normalize(pixels):
+    model = resnet_triton.resnet18(num_classes=10).eval()
+    with pytest.raises(TypeError, match="uint8"):
+        model(pixels.cpu())
+    model.normalize = NORMALIZE
+    model(pixels.cpu())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.train(),
+        lambda m: m.conv1.register_forward_hook(lambda *_: None),
+        lambda m: setattr(m, "maxpool", nn.MaxPool2d(2)),
+    ],
+    ids=["training", "hook", "another pool"],
+)
+def test_bytes_where_the_stem_is_not_fused(pixels, change):
+    model = resnet_triton.resnet18(num_classes=10).eval()
+    change(model)
+    model.normalize = NORMALIZE
+    by_hand = copy.deepcopy(model)
+    close(model(pixels.cpu()), by_hand(normalised_by_hand(pixels.cpu())))
+
+
+@torch.no_grad()
+def test_normalize_survives_copies_and_names_wrong_lengths(pixels):
+    model = resnet_triton.resnet18(num_classes=10).eval()
+    model.normalize = NORMALIZE
+    expected = model(pixels.cpu())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(pixels.cpu()), expected)
+    model.normalize = (NORMALIZE[0][:2], NORMALIZE[1])
+    with pytest.raises(ValueError, match="pixel_mean has 2 values, expected 3"):
+        model(pixels.cpu())
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "stem"),
+    [
+        (90, torch.float16, ["pack_kernel", "stem_kernel"]),
+        (90, torch.float32, ["conv_pointer_kernel", "max_pool_kernel"]),
+        (80, torch.float16, ["conv_pointer_kernel", "max_pool_kernel"]),
+    ],
+    ids=["H200-float16", "H200-float32", "A100-float16"],
+)
+def test_launches_of_one_image(arch, dtype, stem):
+    """At batch 1 the gaps between launches are what a GPU spends its time on: a budget of 21, of which 19 are used."""
+    with torch.device("meta"):
+        model = resnet_triton.resnet18().eval()
+    calls = trace(model, (1, 3, 224, 224), dtype)
+    kernels = [launch.kernel.__name__ for call in calls for launch in call.launches(KNOWN[arch])]
+    assert kernels[:2] == stem
+    assert set(kernels[2:-1]) <= {"conv_box_kernel", "conv_pointer_kernel"}
+    assert kernels[-1] == "avg_pool_linear_kernel"
+    assert len(kernels) == 19
 
 
 # --- edits: the very next forward sees them --------------------------------------------------------------------------

@@ -48,13 +48,27 @@ def arguments(operator: str, device: Any, dtype: torch.dtype = torch.float32) ->
             randn(8),
             randn(2, 8, 5, 6),
         ]
+    if operator == "stem":
+        return [randn(2, 3, 9, 10), randn(8, 3, 7, 7) / 12, randn(8), randn(8).abs() + 0.5, randn(8), randn(8)]
+    if operator == "stem of bytes":
+        return [torch.randint(256, (2, 3, 9, 10), device=device).byte(), *arguments("stem", device, dtype)[1:]]
     if operator == "linear":
         return [randn(3, 10), randn(6, 10), randn(6)]
+    if operator == "avg_pool_linear":
+        return [randn(2, 4, 5, 6), randn(7, 4), randn(7)]
     return [randn(2, 4, 5, 6)] * 2 if operator == "add_relu" else [randn(2, 4, 5, 6)]
+
+
+PIXELS = ([0.5, 0.4, 0.6], [0.25, 0.2, 0.3])
+"""Mean and standard deviation of each channel."""
 
 
 def ours(operator: str, tensors: list[Tensor], kernels: str = "auto") -> Tensor:
     """Our function of `arguments(operator)`."""
+    if operator == "stem":
+        return F.stem(*tensors, 1e-3, kernels=kernels)
+    if operator == "stem of bytes":
+        return F.stem(*tensors, 1e-3, pixel_mean=PIXELS[0], pixel_std=PIXELS[1], kernels=kernels)
     if operator == "conv_bn_relu":
         return F.conv_bn_relu(*tensors[:6], 1e-3, padding=1, residual=tensors[6], kernels=kernels)
     if operator == "max_pool2d":
@@ -64,6 +78,13 @@ def ours(operator: str, tensors: list[Tensor], kernels: str = "auto") -> Tensor:
 
 def theirs(operator: str, tensors: list[Tensor]) -> Tensor:
     """The same with torch.nn.functional alone."""
+    if operator == "stem of bytes":
+        mean, std = (torch.tensor(values, device=tensors[0].device)[:, None, None] for values in PIXELS)
+        return theirs("stem", [(tensors[0] / 255 - mean) / std, *tensors[1:]])
+    if operator == "stem":
+        x, weight, mean, var, gamma, beta = tensors
+        y = TF.batch_norm(TF.conv2d(x, weight, stride=2, padding=3), mean, var, gamma, beta, False, 0.0, 1e-3)
+        return TF.max_pool2d(TF.relu(y), 3, 2, 1)
     if operator == "conv_bn_relu":
         x, weight, mean, var, gamma, beta, residual = tensors
         y = TF.batch_norm(TF.conv2d(x, weight, padding=1), mean, var, gamma, beta, False, 0.0, 1e-3)
@@ -72,15 +93,26 @@ def theirs(operator: str, tensors: list[Tensor]) -> Tensor:
         return TF.max_pool2d(*tensors, 3, 2, 1)
     if operator == "global_avg_pool":
         return TF.adaptive_avg_pool2d(*tensors, 1)
+    if operator == "avg_pool_linear":
+        x, weight, bias = tensors
+        return TF.linear(TF.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias)
     return TF.linear(*tensors) if operator == "linear" else TF.relu(tensors[0] + tensors[1])
 
 
-OPERATORS = ("conv_bn_relu", "add_relu", "max_pool2d", "global_avg_pool", "linear")
+OPERATORS = ("conv_bn_relu", "stem", "add_relu", "max_pool2d", "global_avg_pool", "linear", "avg_pool_linear")
+CALLS = (*OPERATORS, "stem of bytes")
 DIFFERENTIABLE = {
     "conv_bn_relu": (0, 1, 4, 5, 6),
+    "stem": (0, 1, 4, 5),
+    "stem of bytes": (1, 4, 5),
     "add_relu": (0, 1),
     "linear": (0, 1, 2),
-}  # batch norm's statistics not
+    "avg_pool_linear": (0, 1, 2),
+}  # batch norm's statistics not, nor bytes
+
+
+def overload(operator: str) -> Any:
+    return getattr(torch.ops.resnet_triton, operator.partition(" ")[0]).default
 
 
 def with_gradients(operator: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -91,6 +123,8 @@ def with_gradients(operator: str, tensors: list[Tensor]) -> list[Tensor]:
 def schema_arguments(operator: str, tensors: list[Tensor], kernels: str) -> tuple[Any, ...]:
     if operator == "conv_bn_relu":
         return (*tensors[:6], 1e-3, [1, 1], [1, 1], [1, 1], 1, tensors[6], *[None] * 6, 0.0, [1, 1], True, kernels)
+    if operator.startswith("stem"):
+        return (*tensors, 1e-3, *(PIXELS if operator == "stem of bytes" else (None, None)), kernels)
     if operator == "max_pool2d":
         return (*tensors, [3, 3], [2, 2], [1, 1], kernels)
     return (*tensors, kernels)
@@ -105,20 +139,16 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", CALLS)
 def test_opcheck(device, operator, layout, kernels):
     tensors = [layout(t) for t in arguments(operator, device)]
-    torch.library.opcheck(
-        getattr(torch.ops.resnet_triton, operator).default, schema_arguments(operator, tensors, kernels)
-    )
+    torch.library.opcheck(overload(operator), schema_arguments(operator, tensors, kernels))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", CALLS)
 def test_opcheck_with_gradients(device, operator):
     tensors = with_gradients(operator, arguments(operator, device))
-    torch.library.opcheck(
-        getattr(torch.ops.resnet_triton, operator).default, schema_arguments(operator, tensors, "auto")
-    )
+    torch.library.opcheck(overload(operator), schema_arguments(operator, tensors, "auto"))
 
 
 def test_opcheck_of_the_fused_shortcut(device):
@@ -148,7 +178,7 @@ def test_shortcut_statistics_are_checked(device, name):
 # --- derivatives -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", CALLS)
 def test_gradients_are_those_of_torch(device, operator):
     tensors = arguments(operator, device)
     gradients = []
@@ -162,7 +192,7 @@ def test_gradients_are_those_of_torch(device, operator):
 
 
 @JIT_SCRIPT
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", CALLS)
 def test_gradcheck(device, operator):
     """Backward, forward-mode and, because ReLU and max are piecewise linear, second derivatives too."""
     tensors = arguments(operator, device, torch.float64)
@@ -173,6 +203,8 @@ def test_gradcheck(device, operator):
             *(t[:2] for t in tensors[2:6]),
             tensors[6][:1, :2, :3, :3],
         ]
+    if operator.startswith("stem"):
+        tensors = [tensors[0][:1, :, :3, :4], *(t[:2] for t in tensors[1:])]
     tensors = with_gradients(operator, tensors)
     assert torch.autograd.gradcheck(lambda *t: ours(operator, list(t)), tensors, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda *t: ours(operator, list(t)), tensors)
@@ -196,7 +228,7 @@ def test_torch_func_grad(device, operator):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", CALLS)
 def test_kernels_refuse_to_drop_a_gradient(device, operator):
     tensors = arguments(operator, device)
     leaves = with_gradients(operator, tensors)
@@ -209,7 +241,7 @@ def test_kernels_refuse_to_drop_a_gradient(device, operator):
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", CALLS)
 def test_inference_mode(device, operator, kernels):
     with torch.inference_mode():
         tensors = arguments(operator, device)
@@ -223,7 +255,7 @@ def test_inference_mode(device, operator, kernels):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", CALLS)
 def test_autocast(device, operator, grad, dtype):
     tensors = arguments(operator, device)
     if operator == "conv_bn_relu":
@@ -236,7 +268,7 @@ def test_autocast(device, operator, grad, dtype):
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("operator", ["conv_bn_relu", "linear"])
+@pytest.mark.parametrize("operator", ["conv_bn_relu", "stem", "stem of bytes", "linear", "avg_pool_linear"])
 def test_kernels_refuse_autocast(device, operator):
     with (
         torch.autocast(torch.device(device).type, torch.bfloat16),
@@ -261,8 +293,10 @@ def chain(tensors: list[Tensor], kernels: str) -> Tensor:
     """Every operator after the other. Inductor checks the strides of each result against those it was promised."""
     y = F.conv_bn_relu(*tensors[:6], 1e-3, padding=1, residual=tensors[6], kernels=kernels)
     y = F.max_pool2d(F.add_relu(y, tensors[6], kernels=kernels), 2, kernels=kernels)
-    y = torch.flatten(F.global_avg_pool(y, kernels=kernels), 1)
-    return F.linear(y, tensors[4][None, :], kernels=kernels)
+    pooled = torch.flatten(F.global_avg_pool(y, kernels=kernels), 1)
+    y = F.stem(y, tensors[1].new_ones(8, 8, 7, 7), *tensors[2:6], kernels=kernels)
+    y = F.avg_pool_linear(y, tensors[4].diag(), kernels=kernels)
+    return F.linear(pooled + y, tensors[4][None, :], kernels=kernels)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -315,7 +349,9 @@ def test_export_with_a_dynamic_batch(device, grad):
     with torch.set_grad_enabled(grad):
         program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},))
         targets = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
-        assert targets["resnet_triton.conv_bn_relu.default"] == 17
+        ours = {name: n for name, n in targets.items() if name.startswith("resnet_triton")}
+        fused = {"stem": 1, "conv_bn_relu": 16, "avg_pool_linear": 1}
+        assert ours == {f"resnet_triton.{operator}.default": n for operator, n in fused.items()}
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
@@ -324,19 +360,17 @@ def test_export_with_a_dynamic_batch(device, grad):
 
 
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", CALLS)
 @torch.no_grad()
 def test_make_fx(device, operator, tracing_mode):
     tensors = arguments(operator, device)
     graph = make_fx(lambda *t: ours(operator, list(t)), tracing_mode=tracing_mode)(*tensors)
-    assert [str(n.target) for n in graph.graph.nodes if n.op == "call_function"] == [
-        f"resnet_triton.{operator}.default"
-    ]
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [overload(operator)]
     torch.testing.assert_close(graph(*tensors), theirs(operator, tensors), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", CALLS)
 def test_vmap(device, operator, kernels):
     """vmap has no rule for these and runs them one by one: slow, yet right."""
     x, *rest = arguments(operator, device)

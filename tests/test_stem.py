@@ -215,8 +215,8 @@ def test_marks_name_the_rows_that_are_not_finite(device):
 
 @pytest.mark.parametrize(
     ("arch", "c", "dtype"),
-    [(80, 3, torch.float16), (90, 5, torch.bfloat16), (90, 3, torch.float32)],
-    ids=["no descriptors", "five channels", "fp32"],
+    [(80, 3, torch.float16), (120, 3, torch.float16), (90, 5, torch.bfloat16), (90, 3, torch.float32)],
+    ids=["no descriptors", "little shared memory", "five channels", "fp32"],
 )
 def test_elsewhere_convolution_and_pool_are_two_launches(device, arch, c, dtype):
     call = stem_call(generator(device, 10), 2, c, 12, 14, 16, dtype)
@@ -261,3 +261,5 @@ def test_heuristic_fills_the_gpu_and_covers_the_image():
         rounds = -(-programs // 132)
         assert programs / (rounds * 132) > (0.8 if batch > 1 else 0.4), (batch, tile)
     assert stem_heuristic(128, 64, 56, 56, KNOWN[90]).strip > 10, "long strips recompute less"
+    assert stem_heuristic(128, 64, 56, 56, KNOWN[100]).block_q == 64
+    assert stem_heuristic(128, 64, 56, 56, KNOWN[120]) is stem_heuristic(128, 64, 56, 56, KNOWN[80]) is None

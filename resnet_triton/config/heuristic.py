@@ -98,17 +98,25 @@ class StemConfig:
     num_stages: int
 
 
+# (block_q, num_warps, num_stages) that compile without spills and fit, by the architecture's major number. None does on
+# sm_120, which has a third of the shared memory and no matrix instruction that reads it.
+_STEM_TILES = {9: ((128, 8, 2), (64, 4, 2)), 10: ((64, 4, 2),)}
+
+
 @functools.lru_cache(maxsize=4096)
-def stem_heuristic(n: int, k: int, p: int, q: int, device: DeviceFacts) -> StemConfig:
-    """Tiles for a stem with a result of (n, k, p, q).
+def stem_heuristic(n: int, k: int, p: int, q: int, device: DeviceFacts) -> StemConfig | None:
+    """Tiles for a stem with a result of (n, k, p, q); None where convolution and pool had better be two launches.
 
     A strip computes one row of the convolution besides its own, so long strips are cheaper, short ones more parallel.
     """
+    tiles = _STEM_TILES.get(device.arch // 10)
+    if tiles is None:
+        return None
     few = n * p * -(-q // 63) < device.sm_count  # narrow tiles then use twice as many SMs
-    block_q, warps = (64, 4) if few else (128, 8)
+    block_q, warps, stages = tiles[-1 if few else 0]
     columns = n * -(-k // 64) * -(-q // (block_q // 2 - 1))
     strip = min(range(1, p + 1), key=lambda rows: (-(-columns * -(-p // rows) // device.sm_count) * (rows + 1), rows))
-    return StemConfig(block_q, 64, strip, warps, 2)
+    return StemConfig(block_q, 64, strip, warps, stages)
 
 
 def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:

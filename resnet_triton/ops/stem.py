@@ -74,10 +74,9 @@ def _plan_stem(out: Tensor, *args: Any) -> tuple[Launch, ...]:
     call = StemCall(*args)
     x, weight = call.x, channels_last(call.weight)
     n, c, h, w = x.shape
-    facts = device.facts(x.device)
-    if not (facts.has_descriptors and c <= 4 and weight.dtype in (torch.float16, torch.bfloat16)):
+    tile = config.stem_heuristic(n, weight.shape[0], out.shape[2], out.shape[3], device.facts(x.device))
+    if tile is None or c > 4 or weight.dtype not in (torch.float16, torch.bfloat16):
         return _plan_two_layers(out, call)
-    tile = config.stem_heuristic(n, weight.shape[0], out.shape[2], out.shape[3], facts)
     packed = torch.empty(packed_shape(n, h, w), dtype=weight.dtype, device=x.device)
     marks = torch.empty(packed.shape[:2], dtype=torch.int32, device=x.device)
     return (
