@@ -324,3 +324,39 @@ def test_targets():
         report.compile_all(["sm_70"], [1], ["float16"], 1, None)
     with pytest.raises(ValueError, match="cannot compile for dtype 'int8'"):
         report.compile_all(["90"], [1], ["int8"], 1, None)
+
+
+NEIGHBOURS = """
+import json
+import torch
+from resnet_triton import resnet18
+from resnet_triton.codegen import specialise
+from resnet_triton.device import KNOWN
+from resnet_triton.trace import trace
+
+model = resnet18().eval()
+shared, found = 0, []
+for arch, batches in ((90, (97, 100, 112, 127)), (90, (2, 3)), (80, (17, 18, 20, 32))):
+    compiled, seen = {}, {}
+    for batch in batches:
+        for i, call in enumerate(trace(model, (batch, 3, 224, 224), torch.float16)):
+            for launch in call.launches(KNOWN[arch]):
+                code = specialise(launch)
+                tiles = [(k, v) for k, v in code.constants if k.startswith(("BOX", "BLOCK", "SPLIT", "COLUMNS"))]
+                tile = str((i, code.kernel, tiles, launch.num_warps, launch.num_stages))
+                shared += tile in compiled
+                if compiled.setdefault(tile, code) != code:
+                    found.append(f"{call.name} at {batch}: other constants or types")
+                for p in launch.kernel.params:
+                    value = launch.arguments[p.name]
+                    if isinstance(value, int) and not p.is_constexpr and not p.do_not_specialize:
+                        if seen.setdefault((tile, p.name), value) != value:
+                            found.append(f"{code.kernel}: {p.name} varies and is specialised")
+print(json.dumps([shared, found]))
+"""
+
+
+def test_a_new_batch_size_compiles_nothing_that_its_neighbours_did():
+    shared, found = json.loads(run(NEIGHBOURS))
+    assert found == []
+    assert shared > 60, "most tiles are the same for neighbours"
