@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import dispatch, ops, reference, vision
+from . import dispatch, ops, reference, runner, vision
 from .functional import pair
 
 NormLayer = Callable[[int], nn.Module]
@@ -178,11 +178,14 @@ class ResNet(nn.Module):
     """torchvision's `ResNet`, argument for argument; `kernels` on the instance and its blocks says what runs it.
 
     With `normalize` set to a mean and a standard deviation for each channel, images may also be bytes (torch.uint8),
-    which become `(x / 255 - mean) / std` on the way in.
+    which become `(x / 255 - mean) / std` on the way in. `cuda_graph` and `frozen` are as `optimize` sets them.
     """
 
     kernels = "auto"
     normalize: tuple[Sequence[float], Sequence[float]] | None = None
+    cuda_graph: bool | str = "auto"
+    frozen = False
+    _runner: runner.Runner | None = None
 
     def __init__(
         self,
@@ -251,12 +254,40 @@ class ResNet(nn.Module):
                     nn.init.constant_(last.weight, 0)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or type(x) is not Tensor or self.training:
+            return self.body(x)
+        return runner.run(self, x)
+
+    def body(self, x: Tensor) -> Tensor:
+        """What `forward` computes, operator by operator."""
         x = self._stem(x)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            # Block by block, for calling the stage would keep its input, the largest tensor of all, until its end.
+            whole = isinstance(x, fx.Proxy) or not _plain(stage, nn.Sequential)
+            for block in (stage,) if whole else stage:
+                x = block(x)
         return self._head(x)
+
+    def obstacle(self) -> str | None:
+        """Why a call cannot be recorded once and repeated for other images; None if it can."""
+        for name, module in self.named_modules():
+            where = name or "the model"
+            if type(module) not in _STATELESS:
+                return f"{where} is a {type(module).__name__}, which may do more than compute"
+            if _watched(module):
+                return f"{where} has a hook or a forward of its own"
+            if module.training:
+                return f"{where} is in training mode"
+        return None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        runner.forget_if_moved(self)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the graphs, which copies and pickles cannot take along."""
+        return {name: value for name, value in vars(self).items() if name != "_runner"}
 
     # Feature extractors ask for the pools and the classifier by name: while torch.fx traces, they stay module calls.
 
@@ -302,6 +333,13 @@ class ResNet(nn.Module):
         if _plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):
             return ops.call("linear", x, self.fc.weight, self.fc.bias, self.kernels)
         return self.fc(x)
+
+
+# A call of these depends on its input, on tensors and on plain attributes, and changes nothing.
+_STATELESS = {
+    ResNet, BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d, nn.Linear, nn.Identity,
+}  # fmt: skip
 
 
 def _resnet(

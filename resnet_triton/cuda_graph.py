@@ -1,0 +1,71 @@
+"""The CUDA calls of the runner, and nothing else: its tests put a fake in place of this module."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_capturing = threading.Lock()
+"""One capture at a time in the process: PyTorch waits for the device first, which a capture elsewhere forbids."""
+
+
+@dataclass
+class Captured:
+    """A graph and the two buffers through which it is used. Keeping it keeps its memory."""
+
+    graph: torch.cuda.CUDAGraph
+    input: Tensor
+    output: Tensor
+    replays: int = 0
+
+    def replay(self) -> None:
+        """Launch on the current stream. Does not wait."""
+        self.input.record_stream(torch.cuda.current_stream())  # if freed now, reused only after this launch
+        self.graph.replay()
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a call on `x` could run as a graph: a CUDA tensor, and nobody is capturing this stream already."""
+    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the current one."""
+    return torch.cuda.device(device)
+
+
+def event() -> torch.cuda.Event:
+    """An event for the GPU to wait on; before it is recorded, waiting is free."""
+    return torch.cuda.Event()
+
+
+def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None) -> Captured:
+    """Capture `body` for inputs like `x`, in the memory that the graph of `beside` uses too.
+
+    Nothing is computed. `body` must have run before in the same circumstances: compiling a kernel or choosing an
+    algorithm is not allowed inside a capture. PyTorch waits for the device once and gives its cached memory back first.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = _side_stream(x.device)
+    pool = None if beside is None else beside.graph.pool()
+    # The input is not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
+    buffer = torch.empty_like(x)
+    with (
+        _capturing,
+        torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
+        output = body(buffer)
+    return Captured(graph, buffer, output)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: graphs share memory only if they were captured on the same stream."""
+    return torch.cuda.Stream(device)
