@@ -39,8 +39,8 @@ def optimize(
     captures. What is done to the model shows at the next call all the same (`runner.py` says how).
 
     `freeze=True` spares later calls the search for changes: the first inference call after `optimize`, `refresh` or a
-    move to another device or dtype takes a snapshot of the batch norms. Filters and classifier are still read where they
-    are; anything else that is done to the model shows after `refresh`.
+    move to another device or dtype takes a snapshot of the batch norms. Filters and classifier are still read where
+    they are; anything else that is done to the model shows after `refresh`.
 
     Raises ValueError if a mode is unknown, there is nothing to optimize, or `cuda_graph=True` or `freeze=True` finds no
     whole ResNet.
@@ -51,7 +51,7 @@ def optimize(
     if not kinds:
         raise ValueError(f"{type(model).__name__} contains no torchvision ResNet, BasicBlock or Bottleneck to optimize")
     if (cuda_graph is True or freeze) and models.ResNet not in kinds:
-        raise ValueError(f"{type(model).__name__} contains no whole ResNet for cuda_graph=True or freeze=True to act on")
+        raise ValueError(f"{type(model).__name__} contains no whole ResNet for cuda_graph=True or freeze=True")
     if not inplace:
         shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
         model = copy.deepcopy(model, shared)

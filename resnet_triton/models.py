@@ -276,7 +276,7 @@ class ResNet(nn.Module):
                 return f"{where} is a {type(module).__name__}, which may do more than compute"
             if _watched(module):
                 return f"{where} has a hook or a forward of its own"
-            if module.training:
+            if module.training and isinstance(module, nn.BatchNorm2d):
                 return f"{where} is in training mode"
         return None
 

@@ -1,9 +1,8 @@
 """A stand-in for `resnet_triton.cuda_graph` on the CPU: what a CUDA graph fixes, it fixes too.
 
 A capture records every operator with the memory that it read and wrote. A replay runs the record again, on that memory,
-whatever has become of the model's tensors since. Outside of the turn that a replay takes, from the wait for the previous
-one to the record of its end, the shared buffers belong to others: the fake fills them with NaN (bytes
-with 255).
+whatever has become of the model's tensors since. Outside of the turn that a replay takes, from the wait for the one
+before to the record of its end, the shared buffers belong to others: the fake fills them with NaN (bytes with 255).
 """
 
 from __future__ import annotations

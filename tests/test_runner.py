@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -217,7 +218,6 @@ REPLACED: dict[str, Callable[[Any], Any]] = {
     "data": lambda m: set_data(m.conv1.weight, lambda t: t * 2),
     "data-transposed": lambda m: set_data(m.fc.weight, lambda t: t.t()),
     "data-narrower": narrow,
-    "data-dtype": lambda m: set_data(m.bn1.weight, lambda t: (t * 2).double()),
     "parameter": lambda m: setattr(m.fc, "bias", nn.Parameter(m.fc.bias * 2)),
     "parameter-removed": lambda m: setattr(m.fc, "bias", None),
     "buffer": lambda m: setattr(m.bn1, "running_mean", m.bn1.running_mean + 1),
@@ -281,15 +281,19 @@ def test_the_memory_of_a_graph_outlives_the_parameter(cuda):
     """A replay that turns out to be outdated must not have read memory that was given away."""
     model, x = small(), images()
     captured(model, x)
-    old = weakref.ref(model.conv1.weight.untyped_storage())
-    kept = model.conv1.weight.detach()
-    model.conv1.weight.data = model.conv1.weight.data.clone()
-    address = kept.data_ptr()
-    del kept
-    assert address in {t.data_ptr() for t in model._runner._fingerprint._memory}
-    model(x)
-    assert address not in {t.data_ptr() for t in model._runner._fingerprint._memory}
-    del old
+    cuda.graphs.clear()  # the fake's records keep memory too
+    addresses = {t.data_ptr() for t in model._runner._fingerprint._memory}
+    assert addresses == {t.data_ptr() for t in model.state_dict().values() if t.is_floating_point()}
+    set_data(model.conv1.weight, torch.clone)
+    assert model.conv1.weight.data_ptr() not in addresses  # taken, as long as the fingerprint lives
+
+
+def test_a_dtype_in_the_same_memory():
+    layer = nn.Linear(8, 8).half()
+    before = fingerprint.Fingerprint(layer)
+    assert before.holds()
+    set_data(layer.weight, lambda t: t.view(torch.bfloat16))
+    assert not before.holds()
 
 
 def test_a_value_that_cannot_be_compared(cuda):
@@ -341,12 +345,10 @@ def with_a_global_hook(model: Any, x: Tensor) -> Tensor:
         handle.remove()
 
 
-def with_vmap(model: Any, x: Tensor) -> Tensor:
-    return torch.vmap(lambda image: model(image[None])[0])(x)
-
-
 def with_a_tangent(model: Any, x: Tensor) -> Tensor:
-    return torch.func.jvp(model, (x,), (x,))[0]
+    with warnings.catch_warnings(), torch.autograd.forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        return model(x)
 
 
 def with_jit_trace(model: Any, x: Tensor) -> Tensor:
@@ -360,7 +362,6 @@ CALLS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "autocast": (with_autocast, "autocast is on"),
     "mode": (with_a_mode, "sees every operator"),
     "global-hook": (with_a_global_hook, "a hook on all modules"),
-    "vmap": (with_vmap, "sees every operator"),
     "tangent": (with_a_tangent, "sees every operator"),
     "jit-trace": (with_jit_trace, "sees every operator"),
     "double": (lambda m, x: m.double()(x.double()), "not a batch of images in"),
@@ -380,6 +381,12 @@ def test_calls_without_a_graph(cuda, kind):
     assert len(cuda.graphs) == 1
     assert cuda.graphs[0].replays == 0
     assert any(reason in noted for noted in model._runner.eager)
+
+
+def test_vmap_sees_every_operator():
+    reasons = []
+    torch.vmap(lambda x: reasons.append(runner.call_obstacle(x)) or x)(torch.zeros(5, 2, 3, 4, 4))
+    assert reasons == ["a transform, a tracer or a mode sees every operator"]
 
 
 def test_a_stream_that_is_being_captured(cuda):
@@ -473,10 +480,10 @@ def test_the_least_recently_used_graph_goes_first(cuda, monkeypatch):
     captured(model, images(1), images(2))
     model(images(1))
     captured(model, images(3))
-    assert report(model).graphs[""].count("replayed") == 2
-    for n in (1, 2, 3):
+    for n in (1, 3, 2):
         assert torch.equal(model(images(n)), model.body(images(n)))
-    assert [g.replays for g in cuda.graphs] == [2, 0, 1]
+    assert [g.replays for g in cuda.graphs[:3]] == [2, 0, 1]
+    assert report(model).graphs[""].count("replayed") == 2
 
 
 def test_shapes_that_take_turns_are_not_captured_every_time(cuda, monkeypatch):
@@ -499,7 +506,9 @@ def test_shapes_are_forgotten(cuda, monkeypatch):
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("no memory"), RuntimeError("not permitted")], ids=["memory", "cuda"])
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("no memory"), RuntimeError("not permitted")], ids=["memory", "cuda"]
+)
 def test_a_failed_capture_leaves_the_model_usable(cuda, failure):
     model, x = small(), images()
     model(x)
@@ -602,10 +611,13 @@ def test_threads_share_graphs(cuda):
             failures.append(repr(error))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(before)
     assert not failures
     assert len(cuda.graphs) == 3
     assert sum(g.replays for g in cuda.graphs) >= 60 - 3 * (4 + 2)
