@@ -48,14 +48,15 @@ def event() -> torch.cuda.Event:
 def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None) -> Captured:
     """Capture `body` for inputs like `x`, in the memory that the graph of `beside` uses too.
 
-    Nothing is computed. `body` must have run before in the same circumstances: compiling a kernel or choosing an
-    algorithm is not allowed inside a capture. PyTorch waits for the device once and gives its cached memory back first.
+    First `body` runs once on the new buffer: inside a capture no kernel can be compiled, and the buffer's strides and
+    alignment may want others than those of `x`. Then PyTorch waits for the device and gives its cached memory back.
     """
     graph = torch.cuda.CUDAGraph()
     stream = _side_stream(x.device)
     pool = None if beside is None else beside.graph.pool()
     # The input is not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
     buffer = torch.empty_like(x)
+    body(buffer)
     with (
         _capturing,
         torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails

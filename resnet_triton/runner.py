@@ -135,17 +135,17 @@ class Runner:
         if graphs and (replayed := self._replay(key, x)) is not None:
             return replayed
         source = self._source(model)
-        y = source.body(x)  # compiles and chooses what the capture needs, and is the answer whether or not that works
+        y = source.body(x)  # the answer, whatever becomes of a capture
         if graphs:
             self._consider(model, source, key, x)
         return y
 
     def note(self, model: ResNet, reason: str) -> None:
-        """Count a call without a graph; where graphs were demanded, warn once of each reason."""
+        """Count a call without a graph; where graphs were demanded, warn once of each reason not warned of already."""
         with self._lock:
             self.eager[reason] += 1
             first = self.eager[reason] == 1
-        if first and model.cuda_graph is True and reason != _WAITING:
+        if first and model.cuda_graph is True and reason not in (_WAITING, _FAILED):
             warnings.warn(f"cuda_graph=True, but calls run without a graph: {reason}", RuntimeWarning, stacklevel=2)
 
     def describe(self, model: ResNet) -> str:
