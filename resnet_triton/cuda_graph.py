@@ -31,8 +31,8 @@ class Captured:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether a call on `x` could run as a graph: a CUDA tensor, and nobody is capturing this stream already."""
-    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+    """Whether a call on `x` could run as a graph: on an NVIDIA GPU, and nobody is capturing this stream already."""
+    return x.is_cuda and torch.version.hip is None and not torch.cuda.is_current_stream_capturing()
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -53,17 +53,31 @@ def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None
     """
     graph = torch.cuda.CUDAGraph()
     stream = _side_stream(x.device)
-    pool = None if beside is None else beside.graph.pool()
+    pool = torch.cuda.graph_pool_handle() if beside is None else beside.graph.pool()
     # The input is not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
     buffer = torch.empty_like(x)
     body(buffer)
-    with (
-        _capturing,
-        torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
-        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-    ):
-        output = body(buffer)
+    try:
+        with (
+            _capturing,
+            torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            output = body(buffer)
+    except Exception:
+        _stop_allocating(x.device, pool)
+        raise
     return Captured(graph, buffer, output)
+
+
+def _stop_allocating(device: torch.device, pool: tuple[int, int]) -> None:
+    """Tell the allocator that a capture is over. Before torch 2.12 it is not told where ending the capture fails
+    (pytorch#180395), and from then on `torch.cuda.empty_cache` and every other capture raise."""
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:  # it has been told
+        return
+    torch._C._cuda_releasePool(device.index, pool)
 
 
 @functools.cache

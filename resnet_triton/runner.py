@@ -66,7 +66,7 @@ def call_obstacle(x: Tensor) -> str | None:
         return "grad mode is on"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
-    if x.dim() != 4 or x.numel() == 0 or x.dtype not in (*DTYPES, torch.uint8):
+    if x.numel() == 0 or x.dtype not in (*DTYPES, torch.uint8):
         return "the input is not a batch of images in fp32, fp16, bf16 or bytes"
     if _has_any_global_hook():
         return "a hook on all modules"

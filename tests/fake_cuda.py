@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from resnet_triton import models, optimize
 
 
 class FakeCuda:
@@ -98,3 +100,36 @@ def _aliases(values: Any) -> Any:
 
 def _tensors(values: Any) -> list[Tensor]:
     return [v for v in (values if isinstance(values, tuple | list) else [values]) if isinstance(v, Tensor)]
+
+
+def small(**modes: Any) -> models.ResNet:
+    """A ResNet with one block a stage and batch norms that do something."""
+    torch.manual_seed(0)
+    model = models.ResNet(models.BasicBlock, [1, 1, 1, 1], num_classes=512).eval()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.running_mean, -0.2, 0.2)
+            nn.init.uniform_(m.running_var, 0.5, 2.0)
+            nn.init.uniform_(m.bias, -0.2, 0.2)
+    return optimize(model, **modes, inplace=True)
+
+
+def images(n: int = 2, size: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(n)).to(dtype)
+
+
+def captured(model: Any, *inputs: Tensor) -> None:
+    """Call twice: afterwards each input has its graph."""
+    for x in inputs:
+        model(x)
+        model(x)
+
+
+def doubled(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+    """A forward hook."""
+    return output * 2
+
+
+def with_grad(model: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return model(x)
