@@ -95,8 +95,8 @@ def test_other_architectures(name):
     if name == "resnet50":
         model = build(name=name)
     else:
-        torch.manual_seed(0)
-        model = models.ResNet(models.Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4).eval().cuda().half()
+        with torch.inference_mode(False):
+            model = models.ResNet(models.Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4).eval().cuda().half()
     captured(model, images(2))
     x = images(2, seed=1)
     torch.testing.assert_close(model(x), model.body(x), rtol=2e-3, atol=2e-3)
@@ -323,6 +323,7 @@ def test_a_failed_capture_leaves_the_model_usable(action):
     assert torch.equal(y, expected)
     assert torch.equal(model(x), expected)
     del model.body
+    torch.cuda.empty_cache()  # raises while the allocator believes that a capture is under way
     captured(model, images(3))
     assert torch.equal(model(images(3)), model.body(images(3)))
     assert replays(model) == 1
