@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import cuda_graph as cuda
-from .dispatch import DTYPES, observed
+from .dispatch import DTYPES
 from .fingerprint import Fingerprint
 from .precision import conv_precision, matmul_precision
 from .snapshot import snapshot
@@ -50,7 +50,7 @@ def run(model: ResNet, x: Tensor) -> Tensor:
     """`model.body(x)`, from a graph or a snapshot where that is the same."""
     wanted = model.cuda_graph is True or (model.cuda_graph == "auto" and model.kernels != "torch")
     graphs = wanted and cuda.takes(x)
-    if observed() or not (graphs or model.frozen):
+    if not (graphs or model.frozen):
         return model.body(x)
     runner = _of(model)
     reason = call_obstacle(x)
