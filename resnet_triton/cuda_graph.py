@@ -71,8 +71,11 @@ def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None
 
 
 def _stop_allocating(device: torch.device, pool: tuple[int, int]) -> None:
-    """Tell the allocator that a capture is over. Before torch 2.12 it is not told where ending the capture fails
-    (pytorch#180395), and from then on `torch.cuda.empty_cache` and every other capture raise."""
+    """Tell the allocator that a capture is over.
+
+    torch 2.11 does not where ending the capture fails (mended in pytorch#180395), and from then on
+    `torch.cuda.empty_cache` and every other capture raise.
+    """
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
     except RuntimeError:  # it has been told

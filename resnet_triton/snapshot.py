@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
+@torch.no_grad()
 def snapshot(model: Any) -> Any:
     """A model that answers as `model` does now, whatever becomes of its batch norms.
 
@@ -17,13 +18,11 @@ def snapshot(model: Any) -> Any:
     does not. Its batch norms have mean 0, variance 1 and eps 0, the scale as weight and the shift as bias: a kernel
     computes from them exactly that scale and that shift.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-        shared |= {id(b): b.detach() for b in model.buffers()}
-        frozen = copy.deepcopy(model, shared)
-        for norm in frozen.modules():
-            if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and norm.running_var is not None:
-                _freeze(norm)
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    frozen = copy.deepcopy(model, shared)
+    for norm in frozen.modules():
+        if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and norm.running_var is not None:
+            _freeze(norm)
     return frozen
 
 

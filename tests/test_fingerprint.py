@@ -134,6 +134,14 @@ def test_the_memory_of_a_graph_outlives_the_parameter(cuda):
     assert model.conv1.weight.data_ptr() not in addresses  # taken, as long as the fingerprint lives
 
 
+def test_a_parameter_deleted(cuda):
+    model, x = small(), images()
+    captured(model, x)
+    del model.fc.bias
+    with pytest.raises(AttributeError, match="bias"):
+        model(x)
+
+
 def test_a_dtype_in_the_same_memory():
     layer = nn.Linear(8, 8).half()
     before = fingerprint.Fingerprint(layer)
@@ -242,9 +250,10 @@ def test_compiled(cuda):
     torch._dynamo.reset()
     model, x = small(), images()
     captured(model, x)
-    expected = model(x)
+    expected, noted = model(x), dict(model._runner.eager)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, rtol=1e-4, atol=1e-4)
     assert cuda.graphs[0].replays == 1
+    assert model._runner.eager == noted
     torch._dynamo.reset()
 
 

@@ -10,12 +10,7 @@ import torch
 from fake_cuda import captured, doubled, images, small
 from torch import Tensor, nn
 
-from resnet_triton import (
-    fingerprint,
-    functional,
-    refresh,
-    snapshot,
-)
+from resnet_triton import fingerprint, functional, optimize, refresh, snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +110,8 @@ def test_scale_and_shift(dtype, affine):
     x = torch.randn(3, 64, 2, 2, dtype=torch.float64)
     scale, shift = snapshot._scale_and_shift(norm)
     assert scale.dtype == shift.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = wide.running_mean.neg() * scale.double() + (wide.bias if affine else 0)
+    assert torch.equal(shift, exact.to(shift.dtype))
     y = x * scale.double()[:, None, None] + shift.double()[:, None, None]
     torch.testing.assert_close(y, wide(x), rtol=1e-6, atol=1e-6)
 
@@ -139,3 +136,20 @@ def test_the_kernels_take_a_frozen_norm_as_it_is(device):
     )
     assert torch.equal(live, stored)
     assert live.any()
+
+
+def test_frozen_in_inference_mode_and_called_outside(cuda):
+    model, x = small(freeze=True), images()
+    with torch.inference_mode():
+        captured(model, x)
+    assert close(model(x), model.body(x))
+    assert close(model(x[:1]), model.body(x[:1]))
+
+
+def test_freezing_a_captured_model(cuda):
+    model, x = small(), images()
+    captured(model, x)
+    optimize(model, freeze=True, inplace=True)
+    before = model(x)
+    model.bn1.running_var.mul_(4)
+    assert torch.equal(model(x), before)
