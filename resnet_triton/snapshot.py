@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 
-@torch.no_grad()
 def snapshot(model: Any) -> Any:
-    """A model that answers as `model` does now, whatever becomes of its batch norms.
+    """A model that answers as `model` does now, whatever becomes of its batch norms. Call it where grad mode is off.
 
     It reads the filters and the classifier in the memory of `model`, so editing those in place shows; replacing one
     does not. Its batch norms have mean 0, variance 1 and eps 0, the scale as weight and the shift as bias: a kernel

@@ -153,3 +153,5 @@ def test_freezing_a_captured_model(cuda):
     before = model(x)
     model.bn1.running_var.mul_(4)
     assert torch.equal(model(x), before)
+    optimize(model, freeze=True, inplace=True)
+    assert close(model(x), model.body(x))
