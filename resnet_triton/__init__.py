@@ -1,7 +1,7 @@
 """ResNet inference on hand-written Triton kernels, with torchvision's names, weights and answers."""
 
 from . import functional
-from .convert import Report, optimize, report, revert
+from .convert import Report, optimize, refresh, report, revert
 from .models import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "ResNet",
     "functional",
     "optimize",
+    "refresh",
     "report",
     "resnet18",
     "resnet34",

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from . import config, dispatch, models
+from . import config, dispatch, models, runner
 from .device import facts
 from .trace import Call, trace
 
@@ -19,19 +19,39 @@ _OURS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
-def optimize(model: nn.Module, *, kernels: str = "auto", inplace: bool = False) -> nn.Module:
+def optimize(
+    model: nn.Module,
+    *,
+    kernels: str = "auto",
+    cuda_graph: bool | str = "auto",
+    freeze: bool = False,
+    inplace: bool = False,
+) -> nn.Module:
     """Make a torchvision ResNet, or a model that contains one or its blocks, run on our kernels.
 
     Returns a new module tree that shares every parameter and buffer with `model` (`inplace=True`: `model` itself).
     Instances get our class, so names, hooks and state_dict stay; classes are never patched. The shared convolution
     weights move to channels_last memory in place; `revert` moves them back. Subclasses with code of their own are left
-    alone, but not their blocks. A model of ours only has its `kernels` mode changed.
+    alone, but not their blocks. A model of ours only has its modes changed.
 
-    Raises ValueError if `kernels` is unknown or there is nothing to optimize.
+    `cuda_graph="auto"` captures the inference of a whole ResNet on a GPU as a CUDA graph when an input shape comes the
+    second time, and replays it afterwards; True captures at the first call and warns where that cannot be; False never
+    captures. What is done to the model shows at the next call all the same (`runner.py` says how).
+
+    `freeze=True` spares later calls the search for changes: the first inference call after `optimize`, `refresh` or a
+    move to another device or dtype takes a snapshot of the batch norms. Filters and classifier are still read where
+    they are; anything else that is done to the model shows after `refresh`.
+
+    Raises ValueError if a mode is unknown, there is nothing to optimize, or `cuda_graph=True` or `freeze=True` finds no
+    whole ResNet.
     """
     dispatch.check_mode(kernels)
-    if not any(_is_torchvision(m) or isinstance(m, tuple(_OURS.values())) for m in model.modules()):
+    runner.check_mode(cuda_graph)
+    kinds = {cls for m in model.modules() for cls in [_our_class(m)] if cls is not None}
+    if not kinds:
         raise ValueError(f"{type(model).__name__} contains no torchvision ResNet, BasicBlock or Bottleneck to optimize")
+    if (cuda_graph is True or freeze) and models.ResNet not in kinds:
+        raise ValueError(f"{type(model).__name__} contains no whole ResNet for cuda_graph=True or freeze=True")
     if not inplace:
         shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
         model = copy.deepcopy(model, shared)
@@ -41,6 +61,9 @@ def optimize(model: nn.Module, *, kernels: str = "auto", inplace: bool = False) 
             module.__class__ = _OURS[type(module).__name__]
         if isinstance(module, tuple(_OURS.values())):
             module.kernels = kernels  # type: ignore[assignment]
+        if isinstance(module, models.ResNet):
+            module.cuda_graph, module.frozen = cuda_graph, freeze
+            runner.forget(module)
     already = {n for n, p in _filters(model) if p.is_contiguous(memory_format=torch.channels_last)}
     vars(model).setdefault("_channels_last_before", already)
     for _, parameter in _filters(model):
@@ -58,7 +81,8 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} was not converted by optimize, so there is nothing to revert")
     for module in converted:
         module.__class__ = vars(module).pop("_torchvision_class")
-        vars(module).pop("kernels", None)
+        for name in ("kernels", "cuda_graph", "frozen", "_runner"):
+            vars(module).pop(name, None)
     already = vars(model).pop("_channels_last_before", set())
     for name, parameter in _filters(model):
         if name not in already:
@@ -66,12 +90,28 @@ def revert(model: nn.Module) -> nn.Module:
     return model
 
 
+def refresh(model: nn.Module) -> nn.Module:
+    """Drop the graphs and snapshots of `model`: the next call sees it as it is then. Returns `model`.
+
+    Only a frozen model needs it; others see what was done to them by themselves. Raises ValueError if `model` contains
+    no ResNet of ours.
+    """
+    ours = [m for m in model.modules() if isinstance(m, models.ResNet)]
+    if not ours:
+        raise ValueError(f"{type(model).__name__} contains no ResNet of ours, so there is nothing to refresh")
+    for module in ours:
+        runner.forget(module)
+    return model
+
+
 @dataclass(frozen=True)
 class Report:
-    """What runs where. `calls` in execution order; `counted`, the calls this process has made so far."""
+    """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
+    a graph repeats is not made again); `graphs`, for each whole ResNet by name, what its graphs have done."""
 
     calls: list[Call]
     counted: dict[tuple[str, str], int]
+    graphs: dict[str, str]
 
     def __str__(self) -> str:
         rows = [("layer", "operator", "runs on", "why, or how")]
@@ -82,7 +122,8 @@ class Report:
             for row in rows
         ]
         counts = ", ".join(f"{op} {n} on {backend}" for (op, backend), n in sorted(self.counted.items())) or "none"
-        return "\n".join([*lines, f"calls so far in this process: {counts}"])
+        graphs = [f"{name + ': ' if name else ''}{line}" for name, line in self.graphs.items()]
+        return "\n".join([*lines, *graphs, f"calls so far in this process: {counts}"])
 
 
 def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Report:
@@ -90,7 +131,8 @@ def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Repor
 
     Computes nothing: the model is traced on fake tensors.
     """
-    return Report(trace(model, shape), dict(dispatch.calls))
+    graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
+    return Report(trace(model, shape), dict(dispatch.calls), graphs)
 
 
 def _backend(call: Call) -> str:
@@ -104,6 +146,13 @@ def _detail(call: Call) -> str:
     shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
     how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason]
     return ", ".join(filter(None, how))
+
+
+def _our_class(module: nn.Module) -> type[nn.Module] | None:
+    """What `optimize` makes of a module: our class, or None if it leaves it alone."""
+    if _is_torchvision(module):
+        return _OURS[type(module).__name__]
+    return next((ours for ours in _OURS.values() if isinstance(module, ours)), None)
 
 
 def _is_torchvision(module: nn.Module) -> bool:

@@ -1,8 +1,7 @@
 """The ResNet family with torchvision's names, registration order, initialisation and state_dict.
 
 The modules hold parameters exactly as torchvision's do; only `forward` differs: each convolution goes, with its batch
-norm, ReLU and residual or shortcut, into one fused call. A module that is not what it should be (training mode, a
-replaced norm layer, a forward hook) is simply called, as torchvision would call it.
+norm, ReLU and residual or shortcut, into one fused call where `fusion.py` finds that it may.
 
 Architecture: He et al., "Deep Residual Learning for Image Recognition", 2015; the stride sits in the bottleneck's 3x3
 convolution, as in torchvision ("ResNet v1.5").
@@ -15,99 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from . import dispatch, ops, reference, vision
+from . import ops, reference, runner, vision
 from .functional import pair
+from .fusion import batch_norm, conv_norm_act, conv_obstacle, plain, plain_pool, watched
 
 NormLayer = Callable[[int], nn.Module]
-
-
-def conv_obstacle(conv: nn.Module, norm: nn.Module) -> str | None:
-    """Why `norm(conv(x))` cannot be one fused call; None if it can."""
-    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
-        return f"{type(conv).__name__} and {type(norm).__name__} instead of Conv2d and BatchNorm2d"
-    if norm.training:
-        return "training mode"
-    if norm.running_mean is None or norm.running_var is None:
-        return "batch norm without running statistics"
-    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return "convolution with a bias or without zero padding in numbers"
-    return "a hook or a forward of its own" if _watched(conv) or _watched(norm) else None
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether calling this instance does more than its class's forward."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module) or _has_any_global_hook()
-
-
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is exactly of this kind and nothing watches it, so that a fused call may stand in for it."""
-    return type(module) is kind and not _watched(module)
-
-
-def _plain_pool(pool: nn.Module) -> bool:
-    """Whether `pool` is a max pool such as our operators compute."""
-    return (
-        isinstance(pool, nn.MaxPool2d)
-        and _plain(pool, nn.MaxPool2d)
-        and pool.dilation == 1
-        and not (pool.ceil_mode or pool.return_indices)
-    )
-
-
-def conv_norm_act(
-    x: Tensor,
-    conv: Any,
-    norm: Any,
-    act: nn.Module | None,
-    kernels: str,
-    *,
-    identity: Tensor | None = None,
-    downsample: nn.Module | None = None,
-) -> Tensor:
-    """`act(norm(conv(x)) + downsample(identity))` in one fused call if the modules allow it, else module by module."""
-    relu = act is not None and _plain(act, nn.ReLU)
-    obstacle = conv_obstacle(conv, norm)
-    if obstacle is not None:
-        y = _by_modules(x, conv, norm, kernels, obstacle)
-        if identity is not None:
-            y = y + (identity if downsample is None else downsample(identity))
-        return y if act is None else act(y)
-
-    shortcut = _shortcut(downsample)
-    if shortcut is None and downsample is not None:
-        identity = downsample(identity)
-    added: tuple[Any, ...] = (identity, *ops.NO_SHORTCUT)
-    if shortcut is not None:
-        s_conv, s_norm = shortcut
-        added = (None, identity, s_conv.weight, *_batch_norm(s_norm), s_conv.stride)
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    y = ops.call("conv_bn_relu", x, conv.weight, *_batch_norm(norm), *geometry, *added, relu, kernels)
-    return y if relu or act is None else act(y)
-
-
-def _batch_norm(norm: Any) -> tuple[Any, ...]:
-    return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-
-
-def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, kernels: str, obstacle: str) -> Tensor:
-    dispatch.choose(kernels, x.device, x.dtype, obstacle)
-    dispatch.count("conv_bn_relu", "torch", obstacle)
-    y: Tensor = norm(conv(x))
-    return y
-
-
-def _shortcut(downsample: nn.Module | None) -> tuple[Any, Any] | None:
-    """The shortcut's convolution and batch norm, if they can ride in the block's last convolution."""
-    if downsample is None or not _plain(downsample, nn.Sequential) or len(downsample) != 2:  # type: ignore[arg-type]
-        return None
-    conv, norm = downsample.children()
-    if conv_obstacle(conv, norm) is not None:
-        return None
-    pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    return (conv, norm) if pointwise else None
 
 
 def _conv3x3(c: int, k: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -178,11 +90,14 @@ class ResNet(nn.Module):
     """torchvision's `ResNet`, argument for argument; `kernels` on the instance and its blocks says what runs it.
 
     With `normalize` set to a mean and a standard deviation for each channel, images may also be bytes (torch.uint8),
-    which become `(x / 255 - mean) / std` on the way in.
+    which become `(x / 255 - mean) / std` on the way in. `cuda_graph` and `frozen` are as `optimize` sets them.
     """
 
     kernels = "auto"
     normalize: tuple[Sequence[float], Sequence[float]] | None = None
+    cuda_graph: bool | str = "auto"
+    frozen = False
+    _runner: runner.Runner | None = None
 
     def __init__(
         self,
@@ -251,12 +166,40 @@ class ResNet(nn.Module):
                     nn.init.constant_(last.weight, 0)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or type(x) is not Tensor or self.training:
+            return self.body(x)
+        return runner.run(self, x)
+
+    def body(self, x: Tensor) -> Tensor:
+        """What `forward` computes, operator by operator."""
         x = self._stem(x)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            # Block by block, for calling the stage would keep its input, the largest tensor of all, until its end.
+            whole = isinstance(x, fx.Proxy) or not plain(stage, nn.Sequential)
+            for block in (stage,) if whole else stage:
+                x = block(x)
         return self._head(x)
+
+    def obstacle(self) -> str | None:
+        """Why a call cannot be recorded once and repeated for other images; None if it can."""
+        for name, module in self.named_modules():
+            where = name or "the model"
+            if type(module) not in _STATELESS:
+                return f"{where} is a {type(module).__name__}, which may do more than compute"
+            if watched(module):
+                return f"{where} has a hook or a forward of its own"
+            if module.training and isinstance(module, nn.BatchNorm2d):
+                return f"{where} is in training mode"
+        return None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        runner.forget_if_moved(self)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the graphs, which copies and pickles cannot take along."""
+        return {name: value for name, value in vars(self).items() if name != "_runner"}
 
     # Feature extractors ask for the pools and the classifier by name: while torch.fx traces, they stay module calls.
 
@@ -267,25 +210,25 @@ class ResNet(nn.Module):
             and conv_obstacle(conv, norm) is None
             and (conv.kernel_size, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
             and (conv.dilation, conv.groups) == ((1, 1), 1)
-            and _plain(self.relu, nn.ReLU)
-            and _plain_pool(pool)
+            and plain(self.relu, nn.ReLU)
+            and plain_pool(pool)
             and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == ([3, 3], [2, 2], [1, 1])
         )
         pixels = self.normalize if ordinary and x.dtype == torch.uint8 else None
         if ordinary and (x.dtype == conv.weight.dtype or pixels is not None):
-            return ops.call("stem", x, conv.weight, *_batch_norm(norm), *(pixels or (None, None)), self.kernels)
+            return ops.call("stem", x, conv.weight, *batch_norm(norm), *(pixels or (None, None)), self.kernels)
         if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8 and self.normalize is not None:
             x = reference.normalize(x, *self.normalize).to(conv.weight.dtype)
         return self._pool(conv_norm_act(x, conv, norm, self.relu, self.kernels))
 
     def _head(self, x: Tensor) -> Tensor:
-        if not isinstance(x, fx.Proxy) and self._averages_everything() and _plain(self.fc, nn.Linear):
+        if not isinstance(x, fx.Proxy) and self._averages_everything() and plain(self.fc, nn.Linear):
             return ops.call("avg_pool_linear", x, self.fc.weight, self.fc.bias, self.kernels)
         return self._classify(torch.flatten(self._average(x), 1))
 
     def _pool(self, x: Tensor) -> Any:
         pool = self.maxpool
-        if _plain_pool(pool) and not isinstance(x, fx.Proxy):
+        if plain_pool(pool) and not isinstance(x, fx.Proxy):
             window = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
             return ops.call("max_pool2d", x, *window, self.kernels)
         return pool(x)
@@ -296,12 +239,19 @@ class ResNet(nn.Module):
         return self.avgpool(x)
 
     def _averages_everything(self) -> bool:
-        return _plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1))
+        return plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1))
 
     def _classify(self, x: Tensor) -> Any:
-        if _plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):
+        if plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):
             return ops.call("linear", x, self.fc.weight, self.fc.bias, self.kernels)
         return self.fc(x)
+
+
+# A call of these depends on its input, on tensors and on plain attributes, and changes nothing.
+_STATELESS = {
+    ResNet, BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d, nn.Linear, nn.Identity,
+}  # fmt: skip
 
 
 def _resnet(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,18 @@ if not HAS_GPU:
 def device() -> torch.device:
     """The device of the tensors that kernels work on in this run."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """CUDA graphs on CPU tensors: see `fake_cuda.py`."""
+    from fake_cuda import FakeCuda
+
+    from resnet_triton import runner
+
+    fake = FakeCuda()
+    monkeypatch.setattr(runner, "cuda", fake)
+    return fake
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -305,7 +305,7 @@ def test_report(kernels, backend, reason):
     assert {(c.backend, c.reason) for c in result.calls} == {(backend, reason)}
     lines = str(result).splitlines()
     assert lines[0].split() == ["layer", "operator", "runs", "on", "why,", "or", "how"]
-    assert len(lines) == 1 + len(ROWS) + 1
+    assert len(lines) == 1 + len(ROWS) + 2
     for name, line in zip(ROWS, lines[1:], strict=False):
         assert line.split()[0] == name
         assert "PyTorch" in line

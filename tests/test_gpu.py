@@ -1,0 +1,363 @@
+"""What only a GPU can show: CUDA graphs against eager calls, streams, threads, memory, and no waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resnet_triton
+from resnet_triton import models, optimize, refresh, report, runner, vision
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    """In inference mode, and with no memory left over from the test before."""
+    gc.collect()
+    with torch.inference_mode():
+        yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def build(dtype: torch.dtype = torch.float16, name: str = "resnet18", **modes: Any) -> Any:
+    with torch.inference_mode(False):  # parameters that can be edited anywhere
+        torch.manual_seed(0)
+        model = getattr(resnet_triton, name)(num_classes=100).eval()
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                nn.init.uniform_(m.running_mean, -0.2, 0.2)
+                nn.init.uniform_(m.running_var, 0.5, 2.0)
+        return optimize(model.to("cuda", dtype), **modes, inplace=True)
+
+
+def images(n: int, dtype: torch.dtype = torch.float16, size: int = 224, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(n, 3, size, size, device="cuda", generator=generator).to(dtype)
+
+
+def replays(model: Any) -> int:
+    return sum(graph.replays for graph in model._runner._graphs.values())
+
+
+def captured(model: Any, *inputs: Tensor) -> None:
+    for x in inputs:
+        model(x)
+        model(x)
+
+
+# --- the same answer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 8, 33])
+def test_a_replay_is_bitwise_an_eager_call(n, dtype):
+    model = build(dtype)
+    captured(model, images(n, dtype))
+    for seed in (1, 2):
+        x = images(n, dtype, seed=seed)
+        assert torch.equal(model(x), model.body(x))
+    assert replays(model) == 2
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
+def test_inputs_of_any_layout(layout):
+    model = build()
+    x = images(4, size=226)
+    x = {"channels_last": x.contiguous(memory_format=torch.channels_last), "strided": x[:, :, ::2, ::2],
+         "expanded": x[:1].expand(4, -1, -1, -1)}[layout]  # fmt: skip
+    captured(model, x)
+    assert torch.equal(model(x), model.body(x))
+    assert replays(model) == 1
+
+
+def test_bytes():
+    model = build()
+    model.normalize = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = (images(2).abs() * 80).clamp(0, 255).to(torch.uint8)
+    captured(model, x)
+    assert torch.equal(model(x), model.body(x))
+    assert replays(model) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet50", "grouped"])
+def test_other_architectures(name):
+    """Grouped convolutions run on cuDNN, inside the graph."""
+    if name == "resnet50":
+        model = build(name=name)
+    else:
+        with torch.inference_mode(False):
+            model = models.ResNet(models.Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4).eval().cuda().half()
+    captured(model, images(2))
+    x = images(2, seed=1)
+    torch.testing.assert_close(model(x), model.body(x), rtol=2e-3, atol=2e-3)
+    assert replays(model) == 1
+
+
+def test_250_calls_of_60_images_are_bitwise_equal():
+    model = build()
+    x = images(60)
+    expected = model.body(x)
+    for i in range(250):
+        assert torch.equal(model(x), expected), i
+    assert replays(model) == 248
+
+
+def test_deterministic_algorithms():
+    """Then PyTorch fills every new tensor with NaN, also inside a graph."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = build()
+        captured(model, images(2))
+        x = images(2, seed=1)
+        assert torch.equal(model(x), model.body(x))
+        assert replays(model) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("graphs", ["auto", False], ids=["graph", "eager"])
+def test_frozen(graphs):
+    model, x = build(freeze=True, cuda_graph=graphs), images(4)
+    live = model.body(x)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), live, rtol=2e-3, atol=2e-3)
+    before = model(x)
+    model.bn1.running_var.mul_(4)
+    assert torch.equal(model(x), before)
+    refresh(model)
+    torch.testing.assert_close(model(x), model.body(x), rtol=2e-3, atol=2e-3)
+    assert not torch.equal(model(x), before)
+
+
+# --- edits -----------------------------------------------------------------------------------------------------------
+
+
+def twice(model: Any) -> dict[str, Tensor]:
+    return {k: v * 2 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "weight": lambda m: m.layer1[0].conv1.weight.mul_(2),
+    "statistics": lambda m: m.bn1.running_var.mul_(2),
+    "load_state_dict": lambda m: m.load_state_dict(twice(m)),
+    "load_state_dict-assign": lambda m: m.load_state_dict(twice(m), assign=True),
+    "data": lambda m: setattr(m.conv1.weight, "data", m.conv1.weight.data * 2),
+    "bfloat16": lambda m: m.bfloat16(),
+    "float": lambda m: m.float(),
+    "contiguous": lambda m: m.to(memory_format=torch.contiguous_format),
+    "module": lambda m: setattr(m, "fc", nn.Linear(512, 10, device="cuda", dtype=torch.float16)),
+    "eps": lambda m: setattr(m.bn1, "eps", 0.5),
+    "hook": lambda m: m.layer2[0].register_forward_hook(lambda module, arguments, output: output * 2),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_show_at_the_next_call(edit):
+    model, x = build(), images(2)
+    captured(model, x)
+    before = model(x)
+    with torch.inference_mode(False), torch.no_grad():
+        EDITS[edit](model)
+    x = x.to(model.conv1.weight.dtype)
+    expected = model.body(x)
+    for _ in range(4):
+        y = model(x)
+        assert torch.equal(y, expected)
+    if edit != "contiguous":
+        assert y.shape != before.shape or not torch.equal(y.half(), before)
+
+
+def test_captured_in_inference_mode_and_replayed_outside():
+    model, x = build(), images(2)
+    captured(model, x)
+    with torch.inference_mode(False), torch.no_grad():
+        x = x.clone()
+        assert torch.equal(model(x), model.body(x))
+    assert replays(model) == 1
+
+
+# --- streams and threads ---------------------------------------------------------------------------------------------
+
+
+def test_several_streams():
+    model = build()
+    inputs = [images(n, seed=n) for n in (1, 2, 8, 16)]
+    expected = [model.body(x) for x in inputs]
+    captured(model, *inputs)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for i in range(60):
+        with torch.cuda.stream(streams[i % 3]):
+            results.append((i % 4, model(inputs[i % 4])))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[which]) for which, y in results)
+    assert replays(model) == 60
+
+
+def test_several_threads():
+    model = build()
+    inputs = [images(n, seed=n) for n in (1, 2, 8)]
+    expected = [model.body(x) for x in inputs]
+    torch.cuda.synchronize()
+    failures: list[str] = []
+
+    def work(first: int) -> None:
+        try:
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+                for i in range(first, first + 50):
+                    if not torch.equal(model(inputs[i % 3]), expected[i % 3]):
+                        failures.append(f"call {i} is wrong")
+        except BaseException as error:
+            failures.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(model._runner._graphs) == 3
+
+
+def test_inside_the_users_own_graph():
+    model, x = build(), images(2)
+    captured(model, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    x.copy_(images(2, seed=1))
+    graph.replay()
+    assert torch.equal(y, model.body(x))
+    assert replays(model) == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    with torch.cuda.device(1):
+        model, x = build(), images(2)
+    captured(model, x)
+    assert torch.equal(model(x), model.body(x))
+    assert replays(model) == 1
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_replay_does_not_wait():
+    model, x, y = build(), images(2), images(8)
+    captured(model, x, y)
+    with no_waiting():
+        for _ in range(3):
+            model(x)
+            model(y)
+    assert replays(model) == 6
+
+
+def test_a_replay_returns_before_the_gpu_is_done():
+    model, x = build(), images(8)
+    captured(model, x)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # cycles: half a second
+    done = torch.cuda.Event()
+    model(x)
+    done.record()
+    assert not done.query()
+
+
+# --- memory and failures ---------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_graph_goes_first():
+    model = build()
+    sizes = range(1, runner.LIMIT + 3)
+    for n in sizes:
+        captured(model, images(n, size=64))
+        model(images(n, size=64))
+    assert len(model._runner._graphs) == runner.LIMIT
+    for n in sizes:
+        x = images(n, size=64, seed=1)
+        assert torch.equal(model(x), model.body(x))
+
+
+def too_much() -> None:
+    torch.empty(1 << 48, dtype=torch.uint8, device="cuda")
+
+
+def forbidden() -> None:
+    torch.ones(1, device="cuda").item()
+
+
+@pytest.mark.parametrize("action", [too_much, forbidden])
+def test_a_failed_capture_leaves_the_model_usable(action):
+    model, x = build(), images(2)
+    expected = model.body(x)
+
+    def body(images: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            action()
+        return type(model).body(model, images)
+
+    model.body = body
+    model(x)
+    stream = torch.cuda.current_stream()
+    with pytest.warns(RuntimeWarning, match="no CUDA graph for 2x3x224x224 float16, its capture failed"):
+        y = model(x)
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(y, expected)
+    assert torch.equal(model(x), expected)
+    del model.body
+    torch.cuda.empty_cache()  # raises while the allocator believes that a capture is under way
+    captured(model, images(3))
+    assert torch.equal(model(images(3)), model.body(images(3)))
+    assert replays(model) == 1
+    assert "the capture failed 2 times" in report(model).graphs[""]
+
+
+def peak(model: Any, x: Tensor) -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(4):
+        model(x)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def test_a_batch_of_256_needs_half_of_torchvisions_memory():
+    x = images(256).contiguous(memory_format=torch.channels_last)
+    model = vision.torchvision().models.resnet18(num_classes=100).eval().cuda().half()
+    theirs = peak(model.to(memory_format=torch.channels_last), x)
+    del model
+    ours = peak(build(), x)
+    assert ours <= theirs / 2, (ours, theirs)
+
+
+def test_graphs_give_their_memory_back():
+    model, x = build(), images(64)
+    model.body(x)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    captured(model, x)
+    assert torch.cuda.memory_reserved() > before
+    refresh(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
