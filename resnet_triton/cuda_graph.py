@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops.conv import graph_counters
+
 _capturing = threading.Lock()
 """One capture at a time in the process: PyTorch waits for the device first, which a capture elsewhere forbids."""
 
@@ -22,6 +24,7 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     input: Tensor
     output: Tensor
+    counters: Tensor
     replays: int = 0
 
     def replay(self) -> None:
@@ -57,6 +60,8 @@ def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None
     # The input is not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
     buffer = torch.empty_like(x)
     body(buffer)
+    counters = torch.zeros(1024, dtype=torch.int32, device=x.device)
+    lent = graph_counters.set(counters)
     try:
         with (
             _capturing,
@@ -67,7 +72,9 @@ def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None
     except Exception:
         _stop_allocating(x.device, pool)
         raise
-    return Captured(graph, buffer, output)
+    finally:
+        graph_counters.reset(lent)
+    return Captured(graph, buffer, output, counters)
 
 
 def _stop_allocating(device: torch.device, pool: tuple[int, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -151,13 +152,18 @@ def plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+graph_counters: ContextVar[Tensor | None] = ContextVar("graph_counters", default=None)
+"""Zeros (int32) for the launches of the graph being captured: zeroed inside, every replay would zero them again."""
 
 
 def _arrivals(where: torch.device, tiles: int) -> Tensor:
-    """Zeroed counters for the launches of one stream, which follow each other and leave them at zero."""
+    """Zeroed counters for launches that follow each other, on a stream or in a graph, and leave them at zero."""
     stream = 0
     if where.type == "cuda":
         if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: counters of its own
+            prepared = graph_counters.get()
+            if prepared is not None and prepared.numel() >= tiles:
+                return prepared
             return torch.zeros(tiles, dtype=torch.int32, device=where)
         stream = torch.cuda.current_stream(where).cuda_stream
     counters = _counters.get((where, stream))
