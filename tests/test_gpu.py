@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import models, optimize, refresh, report, runner, vision
+from resnet_triton.config import ConvConfig, ConvShape
+from resnet_triton.tuner.trial import Trial
 
 pytestmark = pytest.mark.gpu
 
@@ -103,7 +108,7 @@ def test_other_architectures(name):
     assert replays(model) == 1
 
 
-def test_250_calls_of_60_images_are_bitwise_equal():
+def test_250_calls_of_60_batchare_bitwise_equal():
     model = build()
     x = images(60)
     expected = model.body(x)
@@ -361,3 +366,67 @@ def test_graphs_give_their_memory_back():
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before
+
+
+# --- kernels that only a GPU runs, or that are off by default ----------------------------------------------------------
+
+
+def hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("batch", "strip"), [(128, 14), (200, 56), (64, 5), (1, 8)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_gluon_kernel_is_exact(batch, strip, residual, dtype):
+    shape = ConvShape(batch, 64, 21, 19, 64, 3, 3, padding=(1, 1), dtype=dtype, residual=residual)
+    trial = Trial(shape, torch.device("cuda"), 0)
+    for rows in (64, 128):
+        assert trial.is_exact(ConvConfig(rows, 64, 64, rows // 16, 2, (1, 1, rows), strip=strip))
+
+
+@pytest.mark.parametrize("two_launches", [False, True])
+@pytest.mark.parametrize("split", [2, 4, 9])
+def test_shared_tiles_are_exact_and_repeatable(split, two_launches):
+    shape = ConvShape(3, 256, 14, 14, 256, 3, 3, padding=(1, 1), residual=True)
+    chosen = ConvConfig(64, 64, 64, 4, 3, None, split, two_launches=two_launches)
+    trial = Trial(shape, torch.device("cuda"), 0)
+    assert all(trial.is_exact(chosen) for _ in range(50))
+
+
+def test_a_graph_lends_its_launches_counters_that_stay_at_zero():
+    model = build()
+    captured(model, images(1))
+    (graph,) = model._runner._graphs.values()
+    for seed in range(3):
+        model(images(1, seed=seed))
+    assert not graph.counters.any()
+
+
+DEPENDENT = """
+import sys
+import torch
+import resnet_triton
+torch.manual_seed(0)
+model = resnet_triton.resnet18(num_classes=100).eval().half().cuda()
+with torch.inference_mode():
+    for n in (1, 8, 128):
+        x = torch.randn(n, 3, 224, 224, device="cuda", generator=torch.Generator("cuda").manual_seed(n)).half()
+        y = torch.stack([model(x) for _ in range(20)])
+        assert (y == y[0]).all(), "not repeatable"
+        torch.save(y[0].cpu(), f"{sys.argv[1]}/{n}.pt")
+"""
+
+
+@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
+def test_dependent_launches_change_nothing(tmp_path):
+    """Programmatic dependent launch is a switch of the process: the same logits with and without it."""
+    answers = []
+    for on in ("0", "1"):
+        folder = tmp_path / on
+        folder.mkdir()
+        command = [sys.executable, "-c", DEPENDENT, str(folder)]
+        subprocess.run(command, check=True, env={**os.environ, "RESNET_TRITON_PDL": on})
+        answers.append([torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 8, 128)])
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
