@@ -368,7 +368,7 @@ def test_graphs_give_their_memory_back():
     assert torch.cuda.memory_reserved() <= before
 
 
-# --- kernels that only a GPU runs, or that are off by default ----------------------------------------------------------
+# --- kernels that only a GPU runs, or that are off by default ---------------------------------------------------------
 
 
 def hopper() -> bool:
