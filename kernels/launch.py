@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .tiles import PDL
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -26,6 +24,8 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the current device and stream. Does not wait."""
+        from .tiles import PDL  # not above: a launch is a value where Triton is not installed, too
+
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         if PDL and self.dependent:
             options["launch_pdl"] = True
