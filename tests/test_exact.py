@@ -418,6 +418,36 @@ def test_one_image_at_stride_2(device: torch.device, size: tuple[int, int], extr
             assert_exact(run_conv(call, chosen), rounded(conv_reference(call), dtype), box)
 
 
+BOXES = [(h, w, 16 // (h * w)) for h in (1, 2, 4, 8, 16) for w in (1, 2, 4, 8, 16) if h * w <= 16]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("size", [(4, 6), (5, 4)], ids=str)
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "1x1/2", "3x3/2", "shortcut", "shortcut/2", "3x3/2, shortcut/2"])
+def test_every_legal_box_is_exact(device: torch.device, kind: str, size: tuple[int, int], n: int) -> None:
+    """Legal is what computes right: batch sizes, strides and odd sizes decide which views exist."""
+    r, stride = (3 if "3x3" in kind or "shortcut" in kind else 1), (2 if kind[:5] in ("1x1/2", "3x3/2") else 1)
+    shape = ConvShape(n, 16, *size, 16, r, r, (stride, stride), (r // 2, r // 2))
+    if "shortcut" in kind:
+        step = 2 if kind.endswith("shortcut/2") else 1
+        for odd in (0, 1):  # a shortcut's last row may be one that is not read
+            h, w = shape.p * step - odd * (step - 1), shape.q * step
+            shape = dataclasses.replace(shape, shortcut_c=8, shortcut_h=h, shortcut_w=w, shortcut_stride=(step, step))
+            _every_box(device, shape, (h, w))
+    else:
+        _every_box(device, shape, None)
+
+
+def _every_box(device: torch.device, shape: ConvShape, short_size: tuple[int, int] | None) -> None:
+    call = conv_call(generator(device, shape.n), shape, short_size=short_size)
+    expected = rounded(conv_reference(call), torch.float16)
+    assert call.shape == shape
+    legal = [c for c in (ConvConfig(16, 16, 16, 4, 2, box) for box in BOXES) if is_legal(c, shape, KNOWN[90])]
+    assert bool(legal) == supports_descriptors(shape)
+    for chosen in legal:
+        assert_exact(run_conv(call, chosen), expected, chosen.box)
+
+
 @pytest.mark.parametrize("columns", [2, 3])
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("residual", ["early", "late", "none"])
