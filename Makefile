@@ -11,7 +11,7 @@ OLDEST_STAMP := $(OLDEST_DIR)/.installed
 # What a user's shell may export must not change what the tests check.
 HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE -u PYTEST_ADDOPTS -u PYTEST_PLUGINS \
 	-u TRITON_INTERPRET -u TRITON_DEBUG -u TRITON_KERNEL_OVERRIDE -u TRITON_DEFAULT_BACKEND -u TRITON_OVERRIDE_ARCH \
-	-u TORCHDYNAMO_DISABLE -u TORCH_COMPILE_DISABLE -u TORCH_LOGS
+	-u RESNET_TRITON_PDL -u TORCHDYNAMO_DISABLE -u TORCH_COMPILE_DISABLE -u TORCH_LOGS
 
 # pip's warnings run to pages on some machines; -qq keeps its errors.
 PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check

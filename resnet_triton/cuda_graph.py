@@ -29,13 +29,25 @@ class Captured:
 
     def replay(self) -> None:
         """Launch on the current stream. Does not wait."""
-        self.input.record_stream(torch.cuda.current_stream())  # if freed now, reused only after this launch
+        for buffer in (self.input, self.counters):  # if freed now, reused only after this launch
+            buffer.record_stream(torch.cuda.current_stream())
         self.graph.replay()
 
 
 def takes(x: Tensor) -> bool:
     """Whether a call on `x` could run as a graph: on an NVIDIA GPU, and nobody is capturing this stream already."""
     return x.is_cuda and torch.version.hip is None and not torch.cuda.is_current_stream_capturing()
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether somebody captures the current stream of the device of `x`."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def finish(x: Tensor) -> None:
+    """Wait until what has been launched on the current stream of the device of `x` is done."""
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).synchronize()
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

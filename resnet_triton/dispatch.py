@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 from collections import Counter
@@ -79,7 +80,16 @@ def _device_obstacle(where: torch.device, *, forced: bool) -> str | None:
     if torch.version.hip is not None:
         return "AMD GPU, not verified"
     arch = device.facts(where).arch
+    if arch < 90 and _dependent_launch():
+        return f"compute capability {arch / 10}, and RESNET_TRITON_PDL=1 needs 9.0"
     return f"compute capability {arch / 10}, below 8.0" if arch < 80 else None
+
+
+@functools.cache
+def _dependent_launch() -> bool:
+    from .kernels.tiles import PDL
+
+    return bool(PDL)
 
 
 def observed() -> bool:

@@ -94,7 +94,7 @@ class ResNet(nn.Module):
     """
 
     kernels = "auto"
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None
+    _normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     cuda_graph: bool | str = "auto"
     frozen = False
     _runner: runner.Runner | None = None
@@ -202,6 +202,18 @@ class ResNet(nn.Module):
         return {name: value for name, value in vars(self).items() if name != "_runner"}
 
     # Feature extractors ask for the pools and the classifier by name: while torch.fx traces, they stay module calls.
+
+    @property
+    def normalize(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of each channel, kept as numbers that cannot be changed in place."""
+        return self._normalize
+
+    @normalize.setter
+    def normalize(self, statistics: tuple[Sequence[float], Sequence[float]] | None) -> None:
+        if statistics is not None:
+            mean, std = statistics
+            statistics = tuple(map(float, mean)), tuple(map(float, std))
+        self._normalize = statistics
 
     def _stem(self, x: Tensor) -> Tensor:
         conv, norm, pool = self.conv1, self.bn1, self.maxpool

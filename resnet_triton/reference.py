@@ -77,8 +77,12 @@ def stem(
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Bytes (N, C, H, W) to fp32 `(x / 255 - mean) / std`, with a mean and a standard deviation for each channel."""
-    m, s = (torch.tensor(values, dtype=torch.float32, device=x.device)[:, None, None] for values in (mean, std))
-    return (x.float() / 255 - m) / s
+
+    def per_channel(values: Sequence[float]) -> Tensor:
+        # Filled where they are needed: a copy from the host could not be captured in a CUDA graph.
+        return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=x.device) for value in values])
+
+    return (x.float() / 255 - per_channel(mean)) / per_channel(std)
 
 
 def max_pool2d(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:

@@ -134,7 +134,7 @@ class Runner:
         key = _key(x)
         if graphs and (replayed := self._replay(key, x)) is not None:
             return replayed
-        source = self._source(model)
+        source = self._source(model, x)
         y = source.body(x)  # the answer, whatever becomes of a capture
         if graphs:
             self._consider(model, source, key, x)
@@ -157,13 +157,14 @@ class Runner:
         mode = f"cuda_graph={model.cuda_graph!r}" + (f", {taken}" if model.frozen else "")
         return f"{mode}; graphs: {', '.join(captured) or 'none'}; calls without: {', '.join(eager) or 'none counted'}"
 
-    def _source(self, model: ResNet) -> ResNet:
+    def _source(self, model: ResNet, x: Tensor) -> ResNet:
         """The model, or its snapshot if it is frozen."""
         if not model.frozen:
             return model
         with self._lock:
-            if self._snapshot is None and model.obstacle() is None:
+            if self._snapshot is None and model.obstacle() is None and not cuda.capturing(x):
                 self._snapshot, self._fingerprint = snapshot(model), Fingerprint(model)
+                cuda.finish(x)  # the next call may come on another stream
             return model if self._snapshot is None else self._snapshot
 
     def _replay(self, key: Key, x: Tensor) -> Tensor | None:
@@ -173,10 +174,12 @@ class Runner:
                 return None
             with cuda.on(x.device):
                 self._done.wait()
-                captured.input.copy_(x)
-                captured.replay()
-                y = captured.output.clone()
-                self._done.record()
+                try:
+                    captured.input.copy_(x)
+                    captured.replay()
+                    y = captured.output.clone()
+                finally:  # whatever has been launched, the next replay has to wait for it
+                    self._done.record()
             if self._snapshot is None and not self.holds():
                 self._drop_all()
                 return None

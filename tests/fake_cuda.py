@@ -28,9 +28,17 @@ class FakeCuda:
         self.failure: Exception | None = None
         self.graphs: list[FakeGraph] = []
         self.turn: int | None = None  # the thread whose replay it is
+        self.captured_by_others = False
+        self.finished = 0  # how often the host has waited
 
     def takes(self, x: Tensor) -> bool:
         return self.available
+
+    def capturing(self, x: Tensor) -> bool:
+        return self.captured_by_others
+
+    def finish(self, x: Tensor) -> None:
+        self.finished += 1
 
     def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

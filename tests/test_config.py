@@ -587,3 +587,10 @@ def test_what_is_sure_to_spill_is_not_tried() -> None:
     for shape, most in ((SHAPE, 128), (exact, 32)):
         tried = candidates.candidates(shape, GPU, 100)
         assert max(c.block_m * c.block_k / (32 * c.num_warps) for c in tried) == most
+
+
+def test_an_entry_that_is_illegal_where_it_was_tuned_is_used_nowhere() -> None:
+    """A table may hold anything: a box with a side of zero has no estimate."""
+    tuned = replace(SHAPE, n=64)
+    config = ConvConfig(64, 64, 64, 4, 3, (0, 1, 64))
+    assert candidates.adapt(config, tuned, replace(SHAPE, n=96), GPU) is None

@@ -574,3 +574,14 @@ def test_bad_shapes_are_refused_in_every_mode(call, mode):
     """Whether a gradient is wanted, or autocast is on, must not decide what is a valid call."""
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"), pytest.raises(ValueError, match="expected"):
         call(X.clone().requires_grad_(mode == "grad"))
+
+
+def test_a_convolution_has_a_residual_or_a_shortcut(device):
+    x, weight, ones = (torch.ones(s, device=device) for s in ((1, 4, 3, 3), (4, 4, 1, 1), (4,)))
+    head = (x, weight, ones, ones, None, None, 0.0, [1, 1], [0, 0], [1, 1], 1)
+    whole = (x, weight, ones, ones, None, None, 0.0, [1, 1])
+    for kernels in ("torch", "triton"):
+        with pytest.raises(ValueError, match="residual and shortcut_x are both given"):
+            torch.ops.resnet_triton.conv_bn_relu(*head, x, *whole, True, kernels)
+        with pytest.raises(ValueError, match="belong together"):
+            torch.ops.resnet_triton.conv_bn_relu(*head, None, x, *[None] * 5, 0.0, [1, 1], True, kernels)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import resnet_triton
 from resnet_triton import models, optimize, refresh, report, runner, vision
 from resnet_triton.config import ConvConfig, ConvShape
+from resnet_triton.ops import conv
 from resnet_triton.tuner.trial import Trial
 
 pytestmark = pytest.mark.gpu
@@ -395,10 +396,21 @@ def test_shared_tiles_are_exact_and_repeatable(split, two_launches):
     assert all(trial.is_exact(chosen) for _ in range(50))
 
 
-def test_a_graph_lends_its_launches_counters_that_stay_at_zero():
+def test_a_graph_lends_its_launches_counters_that_stay_at_zero(monkeypatch):
     model = build()
+    lent = []
+    arrivals = conv._arrivals
+
+    def recorded(where: torch.device, tiles: int) -> Tensor:
+        counters = arrivals(where, tiles)
+        lent.append((torch.cuda.is_current_stream_capturing(), counters.data_ptr()))
+        return counters
+
+    monkeypatch.setattr(conv, "_arrivals", recorded)
     captured(model, images(1))
     (graph,) = model._runner._graphs.values()
+    assert (True, graph.counters.data_ptr()) in lent, "a layer of one image is shared"
+    assert all(pointer == graph.counters.data_ptr() for capturing, pointer in lent if capturing)
     for seed in range(3):
         model(images(1, seed=seed))
     assert not graph.counters.any()
@@ -408,6 +420,8 @@ DEPENDENT = """
 import sys
 import torch
 import resnet_triton
+from resnet_triton.kernels.tiles import PDL
+assert bool(PDL) == (sys.argv[2] == "1")
 torch.manual_seed(0)
 model = resnet_triton.resnet18(num_classes=100).eval().half().cuda()
 with torch.inference_mode():
@@ -426,7 +440,7 @@ def test_dependent_launches_change_nothing(tmp_path):
     for on in ("0", "1"):
         folder = tmp_path / on
         folder.mkdir()
-        command = [sys.executable, "-c", DEPENDENT, str(folder)]
+        command = [sys.executable, "-c", DEPENDENT, str(folder), on]
         subprocess.run(command, check=True, env={**os.environ, "RESNET_TRITON_PDL": on})
         answers.append([torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 8, 128)])
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))

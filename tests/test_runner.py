@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -124,6 +125,31 @@ def test_bytes(cuda):
     captured(model, x)
     assert torch.equal(model(x), model.body(x))
     assert cuda.graphs[0].replays == 1
+
+
+def test_means_are_numbers_that_a_graph_can_trust(cuda):
+    """A list edited in place would leave the graph with the means it was captured with."""
+    model = small()
+    mean = [0.1, 0.2, 0.3]
+    model.normalize = mean, [1.0, 1.0, 1.0]
+    x = torch.randint(256, (2, 3, 16, 16)).byte()
+    captured(model, x)
+    mean[0] = 0.9
+    assert model.normalize == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    assert torch.equal(model(x), model.body(x))
+    model.normalize = mean, [1.0, 1.0, 1.0]
+    assert torch.equal(model(x), model.body(x))
+    assert len(cuda.graphs) == 2
+
+
+def test_a_replay_that_fails_leaves_the_next_one_its_turn(cuda):
+    model = small()
+    x = images()
+    captured(model, x)
+    with mock.patch.object(torch.Tensor, "clone", side_effect=MemoryError), pytest.raises(MemoryError):
+        model(x)
+    assert cuda.turn is None
+    assert torch.equal(model(x), model.body(x))
 
 
 def test_captured_in_inference_mode_and_replayed_outside(cuda):

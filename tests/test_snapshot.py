@@ -155,3 +155,23 @@ def test_freezing_a_captured_model(cuda):
     assert torch.equal(model(x), before)
     optimize(model, freeze=True, inplace=True)
     assert close(model(x), model.body(x))
+
+
+def test_a_snapshot_is_finished_before_another_stream_may_read_it(cuda):
+    model = small(freeze=True)
+    x = images()
+    model(x)
+    model(x)
+    assert cuda.finished == 1, "the host waits once, where the snapshot is taken"
+
+
+def test_no_snapshot_is_taken_while_somebody_else_captures(cuda):
+    """Its kernels would only be recorded, and the tensors belong to the other graph."""
+    model = small(freeze=True)
+    x = images()
+    cuda.available, cuda.captured_by_others = False, True
+    model(x)
+    assert model._runner._snapshot is None
+    cuda.captured_by_others = False
+    model(x)
+    assert model._runner._snapshot is not None

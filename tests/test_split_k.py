@@ -144,3 +144,34 @@ def test_with_dependent_launch_every_kernel_waits_before_it_touches_memory(on, m
         wait = body.find("griddepcontrol.wait")
         assert (0 < wait < touches.start()) if on else wait == -1, name
         assert ("griddepcontrol.launch_dependents" in body) == on, name
+
+
+SECOND = """
+import json
+import torch
+from resnet_triton import codegen
+from resnet_triton.config import ConvConfig, ConvShape
+from resnet_triton.device import KNOWN, override
+from resnet_triton.tuner import trial
+
+shape = ConvShape(3, 256, 14, 14, 256, 3, 3, padding=(1, 1), residual=True)
+found = []
+for arch, box in ((80, None), (90, None), (90, (4, 16, 1))):
+    call = trial.abstract_call(shape)
+    with override(KNOWN[arch]):
+        launches = trial.plan(call, torch.empty_like(call.x), ConvConfig(64, 64, 64, 4, 3, box, 4, two_launches=True),
+                              "ieee")
+    for launch in launches:
+        code = codegen.compile_for(codegen.specialise(launch), arch)
+        found.append([launch.kernel.__name__, code.spill_bytes, code.serialized, code.tensor_core])
+print(json.dumps(found))
+"""
+
+
+def test_two_launches_compile():
+    """The interpreter does not look at what follows a return."""
+    found = json.loads(run_compiled(SECOND))
+    products = [row for row in found if row[0] != "sum_shares_kernel"]
+    assert [row[0] for row in products] == ["conv_pointer_kernel", "conv_pointer_kernel", "conv_box_kernel"]
+    assert [row[3] for row in products] == ["mma", "wgmma", "wgmma"]
+    assert not any(spills or serialized for _, spills, serialized, _ in found)

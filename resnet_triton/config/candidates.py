@@ -101,6 +101,8 @@ def adapt(
     The box may be another one of the same size. The model may misjudge a tile, but it does so at both batch sizes
     alike: the tile is refused if it stands worse against the heuristic's choice here than where it was measured.
     """
+    if not is_legal(config, tuned, device):  # not even where it claims to have been measured
+        return None
     forms = [config]
     if config.box is not None:
         forms += [replace(config, box=box) for box in boxes(config, config.block_m, shape, device)]

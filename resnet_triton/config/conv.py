@@ -160,7 +160,7 @@ def _may_walk(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool
     """What `kernels/conv_halo.py` is written for: ResNet's layer1 on Hopper, 16 rows of a tile for each warp."""
     plain = (shape.r, shape.s, shape.stride, shape.c, shape.k) == (3, 3, (1, 1), 64, 64) and not shape.shortcut_c
     sizes = (config.block_k, config.block_c, config.split_k, config.columns) == (64, 64, 1, 1)
-    tile = config.box == (1, 1, config.block_m) and config.block_m == 16 * config.num_warps
+    tile = config.box == (1, 1, config.block_m) and config.block_m == 16 * config.num_warps and config.num_warps >= 4
     return device.arch == 90 and plain and sizes and tile and shape.itemsize == 2 and config.strip > 0
 
 

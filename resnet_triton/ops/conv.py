@@ -99,7 +99,12 @@ def conv_result(*args: Any) -> Result:
     shape = (x.shape[0], k, p, q)
     if call.residual is not None and call.residual.shape != shape:
         raise ValueError(f"residual has shape {tuple(call.residual.shape)}, expected the output's {shape}")
-    if call.short_x is not None and call.short_weight is not None:
+    if call.short_x is not None and call.residual is not None:
+        raise ValueError("residual and shortcut_x are both given, expected at most one of them")
+    parts = (call.short_x, call.short_weight, call.short_mean, call.short_var)
+    if len({part is None for part in parts}) > 1:
+        raise ValueError("shortcut_x, its weight, mean and var belong together, expected all of them or none")
+    if call.short_x is not None:
         rows, columns = window("shortcut_x", call.short_x, [1, 1], call.short_stride, [0, 0], [1, 1])
         given = (call.short_x.shape[0], call.short_weight.shape[0], rows, columns)
         if given != shape or call.short_weight.shape[1:] != (call.short_x.shape[1], 1, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def _stem_result(*args: Any) -> Result:
             raise ValueError(f"{name} has {len(t)} values, expected {x.shape[1]} like x's channels")
     if weight.dim() == 4 and tuple(weight.shape[2:]) != (7, 7):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (K, C, 7, 7)")
-    images = torch.empty_like(x, dtype=weight.dtype) if x.dtype == torch.uint8 else x
+    images = x.new_empty((), dtype=weight.dtype).expand(x.shape) if x.dtype == torch.uint8 else x  # for its shape only
     n, k, p, q = conv_result(*call.convolution(images)).shape
     return Result((n, k, (p - 1) // 2 + 1, (q - 1) // 2 + 1), weight.dtype)
 
@@ -75,10 +76,9 @@ def _plan_stem(out: Tensor, *args: Any) -> tuple[Launch, ...]:
     x, weight = call.x, channels_last(call.weight)
     n, c, h, w = x.shape
     tile = config.stem_heuristic(n, weight.shape[0], out.shape[2], out.shape[3], device.facts(x.device))
-    if tile is None or c > 4 or weight.dtype not in (torch.float16, torch.bfloat16):
+    if tile is None or c > 4 or weight.dtype not in (torch.float16, torch.bfloat16) or not _windows_work(x.device):
         return _plan_two_layers(out, call)
-    packed = torch.empty(packed_shape(n, h, w), dtype=weight.dtype, device=x.device)
-    marks = torch.empty(packed.shape[:2], dtype=torch.int32, device=x.device)
+    packed, marks = _scratch(n, h, w, weight.dtype, x.device)
     return (
         pack(out=packed, marks=marks, x=x, mean=call.pixel_mean, std=call.pixel_std, block=128, num_warps=4),
         stem_launch(
@@ -88,6 +88,44 @@ def _plan_stem(out: Tensor, *args: Any) -> tuple[Launch, ...]:
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
     )  # fmt: skip
+
+
+def _scratch(n: int, h: int, w: int, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor]:
+    """What `pack` fills: blocks of pixels, and a mark for each row of them."""
+    packed = torch.empty(packed_shape(n, h, w), dtype=dtype, device=where)
+    return packed, torch.empty(packed.shape[:2], dtype=torch.int32, device=where)
+
+
+_windows: dict[torch.device, bool] = {}
+
+
+def _windows_work(where: torch.device) -> bool:
+    """Whether the driver takes a tensor map whose windows overlap. Its documentation does not promise that it does."""
+    if where.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _windows.get(where, True)
+    if where not in _windows:
+        try:
+            _try_windows(where)
+            _windows[where] = True
+        except RuntimeError as error:
+            _windows[where] = False
+            warnings.warn(f"the stem takes two launches, the fused one failed: {error}", RuntimeWarning, stacklevel=2)
+    return _windows[where]
+
+
+def _try_windows(where: torch.device) -> None:
+    """Launch the fused stem on eight pixels of zeros; RuntimeError from the driver if it refuses."""
+    x = torch.zeros(1, 3, 8, 8, dtype=torch.float16, device=where)
+    weight = channels_last(torch.zeros(64, 3, 7, 7, dtype=torch.float16, device=where))
+    out = channels_last(torch.empty(1, 64, 2, 2, dtype=torch.float16, device=where))
+    ones = torch.ones(64, device=where)
+    packed, marks = _scratch(1, 8, 8, x.dtype, where)
+    with torch.cuda.device(where):
+        pack(out=packed, marks=marks, x=x, mean=None, std=None, block=128, num_warps=4).run()
+        stem_launch(
+            out=out, packed=packed, marks=marks, weight=weight, batch_norm=batch_norm(ones, ones, None, None, 0.0),
+            block_q=64, block_k=64, strip=2, num_warps=4, num_stages=2,
+        ).run()  # fmt: skip
 
 
 def _plan_two_layers(out: Tensor, call: StemCall) -> tuple[Launch, ...]:
