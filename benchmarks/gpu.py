@@ -1,13 +1,14 @@
 """Everything a short lease of a GPU should do, most wanted first: `python -m benchmarks.gpu --budget 540 --out DIR`.
 
 Each phase runs in a process of its own (`gpu_steps.py`) with a time limit and keeps DIR/<phase>.json; a phase that
-crashes or hangs costs its own time only. Call it again with the same DIR to go on: what is complete is not repeated. All
-of DIR goes into DIR/results.tar.gz after each phase. `--rehearse` needs no GPU and measures nothing worth knowing.
+crashes or hangs costs its own time only. Call it again with the same DIR to go on: what is complete is not repeated.
+All of DIR goes into DIR/results.tar.gz after each phase. `--rehearse` needs no GPU and measures nothing worth knowing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -49,14 +50,14 @@ _HALVES = ["float16", "bfloat16"]
 _MORE = (2, 8, 64, 128, 129)
 _TUNED: dict[str, Any] = {"tuned": True, "label": ", tuned"}
 PHASES = (
-    Phase("exact", _KERNELS + "exact", {"batches": [1, 8, 32, 128, 256], "dtypes": _HALVES}, 120, 40),
+    Phase("exact", _KERNELS + "exact", {"batches": [1, 8, 32, 128, 256], "dtypes": _HALVES}, 150, 60),
     Phase("ceilings", _KERNELS + "ceilings", limit=40, step_limit=20),
-    _model("model", "eager graph", "folded graph", "ours", "ours graph"),
+    _model("model", "eager graph", "folded graph", "ours", "ours graph", limit=100),
     _model("reduce-overhead", "compile reduce-overhead"),
     Phase("layers", _KERNELS + "layer_times", {"batches": [1, 32, 256], "dtype": "float16"}, 60, 30),
     Phase("test-exact", _KERNELS + "tests", {"file": "tests/test_exact.py", "processes": 12}, 120, 130),
     _model("max-autotune", "compile max-autotune", limit=120, step_limit=100),
-    Phase("tune", _KERNELS + "tune", {"count": 10, "tuned": True}, 400, 90, spare=45),
+    Phase("tune", _KERNELS + "tune", {"count": 10}, 400, 90, spare=45),
     _model("model-tuned", "ours", "ours graph", **_TUNED),
     Phase("test-gpu", _KERNELS + "tests", {"file": "tests/test_gpu.py", "processes": 4}, 120, 130),
     _model("batches", "folded graph", "ours", "ours graph", batches=_MORE, **_TUNED),
@@ -107,7 +108,9 @@ def _run(phase: Phase, path: Path, limit: float, rehearse: bool) -> str:
         ]  # fmt: skip
         with path.with_suffix(".log").open("a") as log:
             # A group of its own, so that compilers end with it; not a session, which would outlive the machine's call.
-            worker = subprocess.Popen(command, stdout=log, stderr=log, env=environ, preexec_fn=os.setpgrp)  # noqa: PLW1509
+            worker = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environ, cwd=Path(__file__).parents[1], preexec_fn=os.setpgrp
+            )
             try:
                 code = worker.wait(left)
             except subprocess.TimeoutExpired:
@@ -129,10 +132,8 @@ def _unmark(path: Path) -> None:
 
 
 def _kill(worker: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     worker.wait()
 
 
@@ -151,9 +152,9 @@ def archive(out: Path) -> None:
 
 def summary(out: Path) -> list[str]:
     """The results so far in fewer than 60 lines."""
-    journals = {path.stem: read(path) for path in sorted(out.glob("*.json"))}
-    rows = {name: journal.get("rows", {}) for name, journal in journals.items()}
-    first = next((j for j in journals.values() if "gpu" in j), {})
+    journals = {path.stem: j for path in sorted(out.glob("*.json")) if "rows" in (j := read(path))}
+    rows = {name: journal["rows"] for name, journal in journals.items()}
+    first = next(iter(journals.values()), {})
     lines = [f"{'REHEARSAL, no measurement: ' if first.get('rehearsal') else ''}{first.get('gpu')}, "
              f"torch {first.get('torch')}, triton {first.get('triton')}, {first.get('commit')}"]  # fmt: skip
     exact = rows.get("exact", {})
@@ -164,7 +165,7 @@ def summary(out: Path) -> list[str]:
             lines.append(f"{name}: {', '.join(f'{k} {v}' for k, v in row.items() if k != 'failures')}")
             lines += [f"  {failure[:140]}" for failure in row.get("failures", [])[:2]]
     lines += [f"{key}: {row['us']:.2f} us" + _rate(row) for key, row in rows.get("ceilings", {}).items() if "us" in row]
-    lines += _models([journal for journal in journals.values() if "alternatives" in journal.get("options", {})])
+    lines += _models([journal for journal in journals.values() if "alternatives" in journal["options"]])
     slow = sorted((r["us"] * r["times"], k, r) for k, r in rows.get("layers", {}).items() if "us" in r)[-8:]
     lines += [f"{k}: {r['us']:.1f} us, floor {r['floor_us']:.1f}, estimate {r.get('estimate_us', 0):.1f}"
               for _, k, r in reversed(slow)]  # fmt: skip
@@ -174,12 +175,8 @@ def summary(out: Path) -> list[str]:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    rates = [
-        f"{row[key] / 1e12:.2f} {unit}"
-        for key, unit in (("bytes_per_s", "TB/s"), ("flops_per_s", "TFLOP/s"))
-        if key in row
-    ]
-    return "".join(f", {rate}" for rate in rates)
+    units = {"bytes_per_s": "TB/s", "flops_per_s": "TFLOP/s"}
+    return "".join(f", {row[key] / 1e12:.2f} {unit}" for key, unit in units.items() if key in row)
 
 
 def _models(journals: list[dict[str, Any]]) -> list[str]:

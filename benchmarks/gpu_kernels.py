@@ -68,7 +68,7 @@ class _NoCompiler:
 
 
 def exact(setting: Setting) -> Steps:
-    """Every layer at its looked-up configuration, then, at one and at 128 images, kernels that no lookup chooses yet."""
+    """Every layer at its looked-up configuration, then, at 1 and 128 images, kernels that no lookup chooses yet."""
     where = bench(setting)
     usual, unusual = [], []
     for batch, dtype in product(setting.batches, setting.options["dtypes"]):
@@ -153,7 +153,7 @@ def _pytest(file: str, setting: Setting) -> dict[str, Any]:
             finished = False
     progress, _, summary = log.read_text().partition("short test summary")
     counts = {name: len(re.findall(rf"\b{name}\b", progress)) for name in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
-    failures = re.findall(r"(?:FAILED|ERROR) (\S+::\S.*)", progress if not summary else summary)
+    failures = re.findall(r"(?:FAILED|ERROR) (\S+::\S.*)", summary or progress)
     return {**counts, "finished": finished, "failures": failures[:100]}
 
 

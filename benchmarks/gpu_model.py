@@ -1,9 +1,9 @@
 """ResNet-18 as a whole: ours and PyTorch's, in turns on the same random images, checked before and after.
 
 Images lie in channels_last memory, which spares PyTorch a conversion. A CUDA graph's time includes the copy of the
-images into its buffer. Three times of each: `wall`, one call from an idle GPU until its answer is there; `gpu`, by events
-round ten calls in a row, a call's share, L2 as the call before left it; `cold`, by events round one call that waits
-behind a write of twice the L2 cache.
+images into its buffer. Three times of each: `wall`, one call from an idle GPU until its answer is there; `gpu`, by
+events round ten calls in a row, a call's share, L2 as the call before left it; `cold`, by events round one call that
+waits behind a write of twice the L2 cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def network(setting: Setting) -> nn.Module:
     models = vision.torchvision().models
     if setting.rehearse:
         model = models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
-        model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 1000)
+        model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 16)
     else:
         model = models.resnet18()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -95,6 +95,7 @@ def build(name: str, base: nn.Module, images: Tensor, *, rehearse: bool) -> Mode
     """An alternative by name: "[eager|folded|ours][ graph]" or "compile MODE[ freezing]"."""
     kind, _, how = name.partition(" ")
     if kind == "compile":
+        torch.compiler.reset()  # each batch size compiles anew, and none meets the limit on recompilations
         torch._inductor.config.freezing = how.endswith(" freezing")
         mode = how.removesuffix(" freezing")
         return torch.compile(base, **({"backend": "eager"} if rehearse else {"mode": mode}), dynamic=False)

@@ -31,7 +31,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What the steps of a phase may know. A rehearsal runs on the CPU: interpreted kernels, small images, two batches."""
+    """What the steps of a phase may know. A rehearsal is on the CPU: interpreted kernels, small images and batches."""
 
     out: Path
     options: dict[str, Any]
@@ -40,7 +40,7 @@ class Setting:
 
     @property
     def batches(self) -> list[int]:
-        return [1, 2] if self.rehearse else self.options["batches"]
+        return [1, 2][: len(self.options["batches"])] if self.rehearse else self.options["batches"]
 
     @property
     def image(self) -> int:
@@ -113,7 +113,7 @@ def _output(*command: str) -> str:
 
 
 def run(steps: Steps, journal: Path, setting: Setting, step_limit: float) -> None:
-    """Run what the journal has no row of, until the deadline. An error becomes the row; a broken CUDA context raises."""
+    """Run what the journal has no row of, until the deadline. Errors become rows; a broken CUDA context raises."""
     old = read(journal)
     rows = old.get("rows", {})
     if old.get("running") is not None:
