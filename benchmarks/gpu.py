@@ -95,17 +95,15 @@ def _run(phase: Phase, path: Path, limit: float, rehearse: bool) -> str:
     end = time.monotonic() + limit
     environ = {**os.environ, **phase.environ}
     if rehearse:
-        environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for attempt in range(20):
         left = end - time.monotonic()
         if left < LEAST and attempt:
             return "out of time"
         before = read(path)
-        command = [
-            sys.executable, "-m", "benchmarks.gpu_steps", str(path), phase.target, "--options",
-            json.dumps(phase.options), "--limit", str(left - 2), "--step-limit", str(phase.step_limit),
-            *["--rehearse"] * rehearse,
-        ]  # fmt: skip
+        arguments = {"journal": str(path), "target": phase.target, "options": phase.options, "limit": left - 2,
+                     "step_limit": phase.step_limit, "rehearse": rehearse}  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.gpu_steps", json.dumps(arguments)]
         with path.with_suffix(".log").open("a") as log:
             # A group of its own, so that compilers end with it; not a session, which would outlive the machine's call.
             worker = subprocess.Popen(

@@ -9,9 +9,8 @@ waits behind a write of twice the L2 cache.
 from __future__ import annotations
 
 import copy
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 import resnet_triton
 from resnet_triton import vision
 
-from .gpu_steps import Setting, Steps
+from .gpu_steps import Setting, Steps, one_line
 
 Model = Callable[[Tensor], Tensor]
 
@@ -63,8 +62,8 @@ def _measure(setting: Setting, batch: int, dtype: torch.dtype) -> dict[str, Any]
             try:
                 calls[name], rows[name] = _first(name, base, images, setting)
             except Exception as error:  # one alternative that fails leaves the others to compare
-                rows[name] = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:300]}
-        measured = compare(calls, images, expected, limit, clock, rounds=2 if setting.rehearse else 25)
+                rows[name] = {"error": one_line(error)}
+        measured = compare(calls, images, expected, limit, clock, rounds=1 if setting.rehearse else 25)
     return {
         "batch": batch,
         "limit": limit,
@@ -177,17 +176,10 @@ def compare(
     rows = {}
     for name, call in calls.items():
         after = distance(call(images), expected)
-        wall, gpu, cold = (list(map(_us, _spread(column))) for column in zip(*samples[name], strict=True))
+        quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+        spreads = torch.tensor(samples[name], dtype=torch.float64).quantile(quantiles, 0) * 1e6
+        wall, gpu, cold = spreads.T.tolist()
         good = before[name] <= limit and after <= limit  # NaN is not
         rows[name] = {"red": not good, "error_before": before[name], "error_after": after,
                       "wall_us": wall, "gpu_us": gpu, "cold_us": cold, "of": "p50, p20, p80"}  # fmt: skip
     return rows
-
-
-def _spread(samples: tuple[float, ...]) -> Iterator[float]:
-    p20, _, _, p80 = statistics.quantiles(samples, n=5)
-    yield from (statistics.median(samples), p20, p80)
-
-
-def _us(seconds: float) -> float:
-    return round(seconds * 1e6, 3)

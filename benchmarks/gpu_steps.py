@@ -6,7 +6,6 @@ so the next process goes on behind the step that crashed or hung this one.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import faulthandler
 import functools
@@ -112,6 +111,12 @@ def _output(*command: str) -> str:
         return "unknown"
 
 
+def one_line(error: Exception) -> str:
+    """An error as a row holds it: compilers write pages, and say what is wrong at either end."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
+
+
 def run(steps: Steps, journal: Path, setting: Setting, step_limit: float) -> None:
     """Run what the journal has no row of, until the deadline. Errors become rows; a broken CUDA context raises."""
     old = read(journal)
@@ -134,7 +139,7 @@ def run(steps: Steps, journal: Path, setting: Setting, step_limit: float) -> Non
         except OutOfTime:
             return
         except Exception as error:  # of a compiler, a kernel, a check: the other steps are worth a try
-            rows[key] = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:300]}
+            rows[key] = {"error": one_line(error)}
             setting.synchronize()  # raises if the error spoilt the context
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -142,28 +147,21 @@ def run(steps: Steps, journal: Path, setting: Setting, step_limit: float) -> Non
     write(journal, {**data, "complete": True, "gpu_after": environment()["gpu"]})
 
 
-def main() -> None:
-    """What `benchmarks.gpu` starts for a phase."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("journal", type=Path)
-    parser.add_argument("target", help="module:function that takes a Setting and yields steps")
-    parser.add_argument("--options", type=json.loads, default={})
-    parser.add_argument("--limit", type=float, required=True)
-    parser.add_argument("--step-limit", type=float, required=True)
-    parser.add_argument("--rehearse", action="store_true")
-    a = parser.parse_args()
-    setting = Setting(a.journal.parent, a.options, a.rehearse, time.monotonic() + a.limit)
-    if a.rehearse:
+def main(journal: str, target: str, options: dict[str, Any], limit: float, step_limit: float, rehearse: bool) -> None:
+    """What `benchmarks.gpu` starts for a phase. `target`: "module:function", from a Setting to steps."""
+    path = Path(journal)
+    setting = Setting(path.parent, options, rehearse, time.monotonic() + limit)
+    if rehearse:
         from resnet_triton import timing
 
         timing._LAUNCHES = 1  # interpreted launches are long enough for any clock
-    if a.options.get("tuned"):
+    if options.get("tuned"):
         from resnet_triton.config import table
 
-        table.FOLDER = setting.out
-    module, _, function = a.target.partition(":")
-    run(getattr(importlib.import_module(module), function)(setting), a.journal, setting, a.step_limit)
+        table.FOLDER = path.parent
+    module, _, function = target.partition(":")
+    run(getattr(importlib.import_module(module), function)(setting), path, setting, step_limit)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(**json.loads(sys.argv[1]))

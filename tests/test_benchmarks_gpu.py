@@ -100,7 +100,7 @@ def test_a_step_that_crashes_or_hangs_costs_itself_alone(faulty, capsys):
 
 
 def test_a_phase_that_hangs_stops_at_its_limit(faulty, capsys):
-    phases = (gpu.Phase("endless", "faulty:endless", limit=8), gpu.Phase("good", "faulty:good"))
+    phases = (gpu.Phase("endless", "faulty:endless", limit=6), gpu.Phase("good", "faulty:good"))
     start = time.monotonic()
     gpu.run(phases, faulty, 60, rehearse=True)
     assert time.monotonic() - start < 30
