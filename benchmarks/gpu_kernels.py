@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,12 +137,11 @@ def tests(setting: Setting) -> Steps:
 
 
 def _pytest(file: str, setting: Setting) -> dict[str, Any]:
-    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", file]
-    if setting.rehearse:
-        pytest += ["-k", "test_conv_epilogue and plain and float16"]
-    elif importlib.util.find_spec("xdist"):
+    select = "test_conv_epilogue and plain and float16" if setting.rehearse else setting.options["select"]
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", file, "-k", select]
+    if not setting.rehearse and importlib.util.find_spec("xdist"):
         pytest += ["-n", str(setting.options["processes"])]
-    log = setting.out / f"{Path(file).stem}.txt"
+    log = setting.journal.with_suffix(".txt")
     finished = True
     with log.open("w") as output:
         try:

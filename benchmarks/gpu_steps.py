@@ -32,10 +32,14 @@ class OutOfTime(Exception):
 class Setting:
     """What the steps of a phase may know. A rehearsal is on the CPU: interpreted kernels, small images and batches."""
 
-    out: Path
+    journal: Path
     options: dict[str, Any]
     rehearse: bool
     deadline: float  # of time.monotonic()
+
+    @property
+    def out(self) -> Path:
+        return self.journal.parent
 
     @property
     def batches(self) -> list[int]:
@@ -117,8 +121,9 @@ def one_line(error: Exception) -> str:
     return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
 
 
-def run(steps: Steps, journal: Path, setting: Setting, step_limit: float) -> None:
+def run(steps: Steps, setting: Setting, step_limit: float) -> None:
     """Run what the journal has no row of, until the deadline. Errors become rows; a broken CUDA context raises."""
+    journal = setting.journal
     old = read(journal)
     rows = old.get("rows", {})
     if old.get("running") is not None:
@@ -149,8 +154,7 @@ def run(steps: Steps, journal: Path, setting: Setting, step_limit: float) -> Non
 
 def main(journal: str, target: str, options: dict[str, Any], limit: float, step_limit: float, rehearse: bool) -> None:
     """What `benchmarks.gpu` starts for a phase. `target`: "module:function", from a Setting to steps."""
-    path = Path(journal)
-    setting = Setting(path.parent, options, rehearse, time.monotonic() + limit)
+    setting = Setting(Path(journal), options, rehearse, time.monotonic() + limit)
     if rehearse:
         from resnet_triton import timing
 
@@ -158,10 +162,11 @@ def main(journal: str, target: str, options: dict[str, Any], limit: float, step_
     if options.get("tuned"):
         from resnet_triton.config import table
 
-        table.FOLDER = path.parent
+        table.FOLDER = setting.out
     module, _, function = target.partition(":")
-    run(getattr(importlib.import_module(module), function)(setting), path, setting, step_limit)
+    run(getattr(importlib.import_module(module), function)(setting), setting, step_limit)
 
 
 if __name__ == "__main__":
+    os.setpgrp()  # a group that its compilers are in, to be ended as one
     main(**json.loads(sys.argv[1]))

@@ -123,7 +123,7 @@ def late(answer):
 
 
 def test_no_speed_up_on_a_red_check(tmp_path):
-    setting = gpu_steps.Setting(tmp_path, {}, True, 0.0)
+    setting = gpu_steps.Setting(tmp_path / "model.json", {}, True, 0.0)
     expected = torch.ones(2, 3, dtype=torch.float64)
     models = {"right": lambda x: expected, "late": late(expected), "nan": lambda x: expected * float("nan")}
     rows = gpu_model.compare(models, torch.ones(1), expected, 1e-3, gpu_model.Clock(setting), rounds=2)
