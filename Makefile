@@ -19,7 +19,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test lint types package codegen codegen-all codegen-oldest bench clean
+.PHONY: help env demo test lint types package codegen codegen-all codegen-oldest bench bench-gpu clean
 
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ codegen-oldest: $(OLDEST_STAMP) ## the same with the oldest supported Triton
 
 bench: $(STAMP) ## time ResNet-18 against torchvision's on this machine
 	$(PY) -m benchmarks.model $(ARGS)
+
+bench-gpu: $(STAMP) ## everything to check and measure on a GPU, in ten minutes; ARGS=--rehearse without one
+	$(PY) -m benchmarks.gpu --out build/gpu $(ARGS)
 
 clean: ## remove builds and caches (not .venv)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

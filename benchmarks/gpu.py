@@ -1,0 +1,231 @@
+"""Everything a short lease of a GPU should do, most wanted first: `python -m benchmarks.gpu --budget 540 --out DIR`.
+
+Each phase runs in a process of its own (`gpu_steps.py`) with a time limit and keeps DIR/<phase>.json; a phase that
+crashes or hangs costs its own time only. Call it again with the same DIR to go on: what is complete is not repeated.
+All of DIR goes into DIR/results.tar.gz after each phase. `--rehearse` needs no GPU and measures nothing worth knowing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .gpu_steps import read, write
+
+ARCHIVE = "results.tar.gz"
+LEAST = 10  # seconds under which no phase is worth starting
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps to run, within `limit` seconds in all and `step_limit` for each, leaving `spare` for later phases."""
+
+    name: str
+    target: str
+    options: dict[str, Any] = field(default_factory=dict)
+    limit: float = 80
+    step_limit: float = 60
+    spare: float = 0
+    environ: dict[str, str] = field(default_factory=dict)
+
+
+def _model(name: str, *alternatives: str, batches: tuple[int, ...] = (1, 32, 256), **rest: Any) -> Phase:
+    options = {"alternatives": ["eager", *alternatives], "batches": [*batches], "dtype": rest.pop("dtype", "float16")}
+    options.update({key: rest.pop(key) for key in ("tuned", "label") if key in rest})
+    return Phase(name, "benchmarks.gpu_model:steps", options, **rest)
+
+
+def _tests(name: str, file: str, select: str, *, processes: int, limit: float) -> Phase:
+    options = {"file": file, "select": select, "processes": processes}
+    return Phase(name, "benchmarks.gpu_kernels:tests", options, limit, limit)
+
+
+_KERNELS = "benchmarks.gpu_kernels:"
+_LAYERS = "test_resnet18_layer and not float32"
+_HALVES = ["float16", "bfloat16"]
+_MORE = (2, 8, 64, 128, 129)
+_TUNED: dict[str, Any] = {"tuned": True, "label": ", tuned"}
+PHASES = (
+    Phase("exact", _KERNELS + "exact", {"batches": [1, 8, 32, 128, 256], "dtypes": _HALVES}, 150, 60),
+    Phase("ceilings", _KERNELS + "ceilings", limit=40, step_limit=20),
+    _model("model", "eager graph", "folded graph", "ours", "ours graph", limit=100),
+    _model("reduce-overhead", "compile reduce-overhead"),
+    Phase("layers", _KERNELS + "layer_times", {"batches": [1, 32, 256], "dtype": "float16"}, 60, 30),
+    _tests("test-exact", "tests/test_exact.py", _LAYERS, processes=12, limit=120),
+    _model("max-autotune", "compile max-autotune", limit=120, step_limit=100),
+    Phase("tune", _KERNELS + "tune", {"count": 10}, 400, 90, spare=45),
+    _model("model-tuned", "ours", "ours graph", **_TUNED),
+    _tests("test-gpu", "tests/test_gpu.py", "test", processes=4, limit=120),
+    _model("batches", "folded graph", "ours", "ours graph", batches=_MORE, **_TUNED),
+    _model("batches-compiled", "compile reduce-overhead", batches=_MORE, limit=120),
+    _tests("test-exact-rest", "tests/test_exact.py", f"not ({_LAYERS})", processes=14, limit=300),
+    _model("bfloat16", "folded graph", "ours graph", dtype="bfloat16", **_TUNED),
+    _model("bfloat16-compiled", "compile reduce-overhead", dtype="bfloat16"),
+    _model("dependent", "ours graph", environ={"RESNET_TRITON_PDL": "1"}, tuned=True, label=", dependent launches"),
+    _model("default", "compile default"),
+    _model("freezing", "compile reduce-overhead freezing"),
+    _model("no-cudagraphs", "compile max-autotune-no-cudagraphs", limit=120, step_limit=100),
+)
+
+
+def run(phases: tuple[Phase, ...], out: Path, budget: float, *, rehearse: bool = False) -> None:
+    """Run what is not complete yet, in order, for about `budget` seconds."""
+    end = time.monotonic() + budget
+    for phase in phases:
+        path = out / f"{phase.name}.json"
+        left = end - time.monotonic() - phase.spare
+        if read(path).get("complete"):
+            print(f"{phase.name}: complete already", flush=True)
+        elif left < LEAST:
+            print(f"{phase.name}: no time left", flush=True)
+        else:
+            start = time.monotonic()
+            how = _run(phase, path, min(phase.limit, left), rehearse)
+            rows = read(path).get("rows", {})
+            bad = sum("error" in row for row in rows.values())
+            print(f"{phase.name}: {how}, {len(rows)} steps, {bad} failed, {time.monotonic() - start:.0f} s", flush=True)
+            archive(out)
+
+
+def _run(phase: Phase, path: Path, limit: float, rehearse: bool) -> str:
+    """Run a phase, again behind the step that ended its process, until it is through or out of time."""
+    end = time.monotonic() + limit
+    environ = {**os.environ, **phase.environ}
+    if rehearse:
+        environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for attempt in range(20):
+        left = end - time.monotonic()
+        if left < LEAST and attempt:
+            return "out of time"
+        before = read(path)
+        arguments = {"journal": str(path), "target": phase.target, "options": phase.options, "limit": left - 2,
+                     "step_limit": phase.step_limit, "rehearse": rehearse}  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.gpu_steps", json.dumps(arguments)]
+        with path.with_suffix(".log").open("a") as log:
+            worker = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=Path(__file__).parents[1])
+            try:
+                code = worker.wait(left)
+            except subprocess.TimeoutExpired:
+                _unmark(path)  # the phase's limit, not the step's: the next call may try it again
+                return "out of time"
+            finally:
+                _kill(worker)
+        after = read(path)
+        if code == 0:
+            return "complete" if after.get("complete") else "out of time"
+        if (after.get("running"), len(after.get("rows", {}))) == (before.get("running"), len(before.get("rows", {}))):
+            return f"crashed ({path.stem}.log)"  # before its first step
+    return "crashed too often"
+
+
+def _unmark(path: Path) -> None:
+    if journal := read(path):
+        write(path, {**journal, "running": None})
+
+
+def _kill(worker: subprocess.Popen[bytes]) -> None:
+    worker.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+
+
+def archive(out: Path) -> None:
+    """Everything in the folder as one file."""
+    temporary = out / (ARCHIVE + ".tmp")
+    with tarfile.open(temporary, "w:gz") as tar:
+        for path in sorted(out.iterdir()):
+            if path.is_file() and not path.name.startswith(ARCHIVE) and path.suffix != ".tmp":
+                tar.add(path, path.name)
+    temporary.replace(out / ARCHIVE)
+
+
+# --- what to print ---------------------------------------------------------------------------------------------------
+
+
+def summary(out: Path) -> list[str]:
+    """The results so far in fewer than 60 lines."""
+    journals = {path.stem: j for path in sorted(out.glob("*.json")) if "rows" in (j := read(path))}
+    rows = {name: journal["rows"] for name, journal in journals.items()}
+    first = next(iter(journals.values()), {})
+    lines = [f"{'REHEARSAL, no measurement: ' if first.get('rehearsal') else ''}{first.get('gpu')}, "
+             f"torch {first.get('torch')}, triton {first.get('triton')}, {first.get('commit')}"]  # fmt: skip
+    exact = rows.get("exact", {})
+    wrong = [key for key, row in exact.items() if not row.get("exact")]
+    if exact:
+        lines += [f"exact: {len(exact) - len(wrong)} of {len(exact)}", *(f"  not: {key}" for key in wrong[:8])]
+    for name in ("test-exact", "test-exact-rest", "test-gpu"):
+        for row in rows.get(name, {}).values():
+            lines.append(f"{name}: {', '.join(f'{k} {v}' for k, v in row.items() if k != 'failures')}")
+            lines += [f"  {failure[:140]}" for failure in row.get("failures", [])[:2]]
+    lines += [f"{key}: {row['us']:.2f} us" + _rate(row) for key, row in rows.get("ceilings", {}).items() if "us" in row]
+    lines += _models([journal for journal in journals.values() if "alternatives" in journal["options"]])
+    slow = sorted((r["us"] * r["times"], k, r) for k, r in rows.get("layers", {}).items() if "us" in r)[-8:]
+    lines += [f"{k}: {r['us']:.1f} us, floor {r['floor_us']:.1f}, estimate {r.get('estimate_us', 0):.1f}"
+              for _, k, r in reversed(slow)]  # fmt: skip
+    tuned = [(k, r) for k, r in rows.get("tune", {}).items() if "us" in r]
+    lines += [f"{k}: {r['heuristic_us']:.1f} -> {r['us']:.1f} us tuned" for k, r in tuned[:6]]
+    return lines[:59]
+
+
+def _rate(row: dict[str, Any]) -> str:
+    units = {"bytes_per_s": "TB/s", "flops_per_s": "TFLOP/s"}
+    return "".join(f", {row[key] / 1e12:.2f} {unit}" for key, unit in units.items() if key in row)
+
+
+def _models(journals: list[dict[str, Any]]) -> list[str]:
+    """For each dtype and batch size, ours against the best of PyTorch's, by the GPU's clock with L2 warm."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for journal in journals:
+        for key, row in journal["rows"].items():
+            for name, measured in row.get("alternatives", {}).items():
+                label = name + (journal["options"].get("label", "") if name.startswith("ours") else "")
+                found.setdefault(key, {}).setdefault(label, measured)
+    lines = []
+    for key, alternatives in sorted(found.items(), key=lambda item: (item[0].split()[0], int(item[0].split()[1]))):
+        red = [name for name, m in alternatives.items() if m.get("red") or "error" in m]
+        times = {name: m["gpu_us"][0] for name, m in alternatives.items() if name not in red}
+        cells = ", ".join(f"{name} {us:.0f}" for name, us in sorted(times.items(), key=lambda item: item[1]))
+        lines.append(f"{key}: {cells} us" + f"; WRONG OR FAILED: {', '.join(red)}" * bool(red))
+        ours = min((name for name in times if name.startswith("ours")), key=times.__getitem__, default=None)
+        best = min((name for name in times if not name.startswith("ours")), key=times.__getitem__, default=None)
+        if ours and best and not any(name.startswith("ours") for name in red):
+            walls = [alternatives[name]["wall_us"][0] for name in (best, ours)]
+            lines.append(f"  {times[best] / times[ours]:.2f}x {best}, wall {walls[0] / walls[1]:.2f}x: {ours}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the phases and print a summary."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results, kept between calls")
+    parser.add_argument("--budget", type=float, default=540, help="seconds in all")
+    parser.add_argument("--phases", help=f"of {','.join(p.name for p in PHASES)}; default: all")
+    parser.add_argument("--again", default="", help="phases whose results to forget first")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, small")
+    a = parser.parse_args(argv)
+    names = [phase.name for phase in PHASES]
+    chosen = a.phases.split(",") if a.phases else names
+    again = a.again.split(",") if a.again else []
+    if unknown := [name for name in chosen + again if name not in names]:
+        parser.error(f"no phase {unknown[0]!r}, expected some of {', '.join(names)}")
+    a.out.mkdir(parents=True, exist_ok=True)
+    for name in again:
+        (a.out / f"{name}.json").unlink(missing_ok=True)
+    run(tuple(phase for phase in PHASES if phase.name in chosen), a.out.resolve(), a.budget, rehearse=a.rehearse)
+    print("\n".join(summary(a.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

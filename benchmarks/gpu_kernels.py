@@ -1,0 +1,270 @@
+"""The kernels one by one: exact or not, how fast, and faster with another configuration; and the GPU's own ceilings."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import resnet_triton
+from resnet_triton import config, device, interpreter, timing
+from resnet_triton.codegen import TARGETS
+from resnet_triton.codegen.roofline import least
+from resnet_triton.config import ConvConfig, ConvShape, is_legal, table
+from resnet_triton.config.heuristic import estimate
+from resnet_triton.kernels.add_relu import add_relu
+from resnet_triton.kernels.launch import Launch
+from resnet_triton.ops import OPERATORS
+from resnet_triton.ops.stem import StemCall
+from resnet_triton.trace import Call, trace
+from resnet_triton.tuner import command, search, trial
+
+from .gpu_model import network
+from .gpu_steps import OutOfTime, Setting, Steps, read
+
+
+def layers(setting: Setting, batch: int, dtype: str) -> dict[tuple[Any, ...], tuple[list[str], Call]]:
+    """The model's distinct calls, and the layers that make them."""
+    model = resnet_triton.optimize(network(setting))
+    found: dict[tuple[Any, ...], tuple[list[str], Call]] = {}
+    for call in trace(model, (batch, 3, setting.image, setting.image), getattr(torch, dtype)):
+        key = (call.operator, call.shape if call.operator == "conv_bn_relu" else None)
+        found.setdefault(key, ([], call))[0].append(call.name or call.operator)
+    return found
+
+
+def bench(setting: Setting) -> search.Bench:
+    """Where the tuner tries configurations; a rehearsal has nothing to compile."""
+    if not setting.rehearse:
+        return command.gpu_bench(os.cpu_count() or 1)
+    search.COUNT, search.ROUNDS, search.REPLAYS, search.FINAL_REPLAYS = 2, 0, 2, 2
+    facts = device.facts(setting.device)
+    return search.Bench(setting.device, facts, "", 0, lambda: contextlib.nullcontext(_NoCompiler()), setting.meter)
+
+
+class _NoCompiler:
+    def submit(self, shape: ConvShape, chosen: ConvConfig) -> Future[list[str]]:
+        done: Future[list[str]] = Future()
+        done.set_result([])
+        return done
+
+
+# --- exact -----------------------------------------------------------------------------------------------------------
+
+
+def exact(setting: Setting) -> Steps:
+    """Every layer at its looked-up configuration, then, at 1 and 128 images, kernels that no lookup chooses yet."""
+    where = bench(setting)
+    usual, unusual = [], []
+    for batch, dtype in product(setting.batches, setting.options["dtypes"]):
+        for names, call in layers(setting, batch, dtype).values():
+            key = f"{names[0]} {dtype} {batch}"
+            if call.operator != "conv_bn_relu":
+                usual.append((key, call, None))
+                continue
+            chosen = config.lookup(call.shape, where.facts)
+            usual.append((key, call, chosen))
+            for name, other in _unusual(call.shape, chosen, where.facts) if batch in (1, 128) else ():
+                if not (other.strip and setting.rehearse):  # Gluon has no interpreter
+                    unusual.append((f"{key} {name}", call, other))
+    with where.compilers() as compiler:
+        jobs = {key: compiler.submit(call.shape, chosen) for key, call, chosen in usual + unusual if chosen}
+        for key, call, chosen in usual + unusual:
+            yield key, partial(_exact, call, chosen, jobs.get(key), setting)
+
+
+def _unusual(shape: ConvShape, chosen: ConvConfig, facts: device.DeviceFacts) -> Iterator[tuple[str, ConvConfig]]:
+    forms = {f"columns={n}": ConvConfig(128, 64, 64, 8, 2, (1, 1, 128), columns=n) for n in (2, 3)}
+    split = chosen if chosen.split_k > 1 else replace(chosen, split_k=3)
+    forms["two_launches"] = replace(split, two_launches=not chosen.two_launches)
+    for rows, strip in product((64, 128), (4, 14, 56)):
+        forms[f"strip={strip} of {rows}"] = ConvConfig(rows, 64, 64, rows // 16, 2, (1, 1, rows), strip=strip)
+    yield from ((name, c) for name, c in forms.items() if c != chosen and is_legal(c, shape, facts))
+
+
+def _exact(call: Call, chosen: ConvConfig | None, job: Future[list[str]] | None, setting: Setting) -> dict[str, Any]:
+    if chosen is None:
+        args, expected = _exact_stem(call, setting) if call.operator == "stem" else _exact_head(call, setting)
+        out = OPERATORS[call.operator].output(*args).fill_(float("nan"))
+        _run(OPERATORS[call.operator].plan(out, *args))
+        return {"exact": torch.equal(out, expected)}
+    faults = job.result() if job else []
+    good = trial.Trial(call.shape, setting.device, 0).is_exact(chosen)
+    return {"exact": good, "config": asdict(chosen), "faults": faults}
+
+
+def _run(launches: tuple[Launch, ...]) -> None:
+    with interpreter.ready() if interpreter.active() else contextlib.nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+def _stem(call: Call, fill: Any, setting: Setting, seed: int) -> StemCall:
+    meta = StemCall(*call.args)
+    conv = fill(meta.convolution(meta.x).shape, setting.device, seed)
+    return StemCall(*conv[:7], None, None, "triton")
+
+
+def _exact_stem(call: Call, setting: Setting) -> tuple[tuple[Any, ...], Tensor]:
+    args = _stem(call, trial.exact_call, setting, 0)
+    return args, F.max_pool2d(trial.exact_answer(args.convolution(args.x)), 3, 2, 1)
+
+
+def _exact_head(call: Call, setting: Setting) -> tuple[tuple[Any, ...], Tensor]:
+    """Every pixel of a channel the same: then means are whole, and so are the products."""
+    x, weight, bias = (torch.randint(-2, 3, t.shape, device=setting.device).to(t.dtype) for t in call.args[:3])
+    x = x[:, :, :1, :1].expand(x.shape).contiguous(memory_format=torch.channels_last)
+    return (x, weight, bias, "triton"), F.linear(x[:, :, 0, 0].double(), weight.double(), bias.double()).to(x.dtype)
+
+
+def tests(setting: Setting) -> Steps:
+    """A file of the test suite, counted as far as it got."""
+    yield setting.options["file"], partial(_pytest, setting.options["file"], setting)
+
+
+def _pytest(file: str, setting: Setting) -> dict[str, Any]:
+    select = "test_conv_epilogue and plain and float16" if setting.rehearse else setting.options["select"]
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", file, "-k", select]
+    if not setting.rehearse and importlib.util.find_spec("xdist"):
+        pytest += ["-n", str(setting.options["processes"])]
+    log = setting.journal.with_suffix(".txt")
+    finished = True
+    with log.open("w") as output:
+        try:
+            left = max(setting.deadline - time.monotonic() - 3, 1)
+            subprocess.run(pytest, stdout=output, stderr=output, timeout=left, check=False)
+        except subprocess.TimeoutExpired:
+            finished = False
+    progress, _, summary = log.read_text().partition("short test summary")
+    counts = {name: len(re.findall(rf"\b{name}\b", progress)) for name in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    failures = re.findall(r"(?:FAILED|ERROR) (\S+::\S.*)", summary or progress)
+    return {**counts, "finished": finished, "failures": failures[:100]}
+
+
+# --- ceilings --------------------------------------------------------------------------------------------------------
+
+
+def ceilings(setting: Setting) -> Steps:
+    """What the GPU gives to plain code: random data, CUDA graphs."""
+    big, side = (1 << 16, 64) if setting.rehearse else (2 << 30, 8192)
+    yield "copy", partial(_copy, big, 1, setting)
+    yield "launch", partial(_launch_gap, setting)
+    for size in (8 << 20, 16 << 20):
+        yield f"L2 copy of {size >> 20} MiB", partial(_copy, min(size, big), 20, setting)
+    for dtype in ("float16", "bfloat16"):
+        yield f"matmul {dtype}", partial(_matmul, side, getattr(torch, dtype), setting)
+
+
+def _copy(size: int, times: int, setting: Setting) -> dict[str, Any]:
+    source = torch.randn(size // 4, device=setting.device)
+    out = torch.empty_like(source)
+    spread = timing.graph_seconds([partial(out.copy_, source)] * times, replays=10, meter=setting.meter)
+    return {"us": spread.p50 * 1e6, "bytes_per_s": 2 * size / spread.p50, "of": "read and written"}
+
+
+def _launch_gap(setting: Setting) -> dict[str, Any]:
+    x, out = torch.randn(2, 1, 8, 1, 1, device=setting.device)
+    launch = add_relu(out=out, x=x, other=x, block=128, num_warps=1)
+    spread = timing.graph_seconds([partial(_run, (launch,))] * 200, replays=10, meter=setting.meter)
+    return {"us": spread.p50 * 1e6}
+
+
+def _matmul(side: int, dtype: torch.dtype, setting: Setting) -> dict[str, Any]:
+    a, b = torch.randn(2, side, side, device=setting.device).to(dtype)
+    out = torch.empty_like(a)
+    spread = timing.graph_seconds([lambda: torch.matmul(a, b, out=out)], replays=10, meter=setting.meter)
+    return {"us": spread.p50 * 1e6, "flops_per_s": 2 * side**3 / spread.p50}
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def layer_times(setting: Setting) -> Steps:
+    """Each distinct layer, L2-cold, beside its floor at the measured ceilings and the heuristic's estimate."""
+    rows = read(setting.out / "ceilings.json").get("rows", {})
+    known = TARGETS[90].ceilings
+    dram = rows.get("copy", {}).get("bytes_per_s", known.dram)
+    dtype = setting.options["dtype"]
+    flops = rows.get(f"matmul {dtype}", {}).get("flops_per_s", known.half)
+    for batch in setting.batches:
+        for names, call in layers(setting, batch, dtype).values():
+            floor = least(call).floor(flops, dram) * 1e6
+            yield f"{names[0]} {dtype} {batch}", partial(_layer_time, call, len(names), floor, setting)
+
+
+def _layer_time(call: Call, times: int, floor: float, setting: Setting) -> dict[str, Any]:
+    facts, row = device.facts(setting.device), {}
+    replays = 2 if setting.rehearse else 20
+    if call.operator == "conv_bn_relu":
+        shape = call.shape
+        chosen = config.lookup(shape, facts)
+        spread = trial.Trial(shape, setting.device, setting.l2_bytes).time(chosen, replays=replays, meter=setting.meter)
+        row = {"estimate_us": estimate(chosen, shape, facts) / 1e3, "config": asdict(chosen), "shape": asdict(shape)}
+    else:
+        spread = _others_time(call, setting, replays)
+    us, p20, p80 = (seconds * 1e6 for seconds in spread)
+    return {"us": us, "p20_us": p20, "p80_us": p80, "times": times, "floor_us": floor, **row}
+
+
+def _others_time(call: Call, setting: Setting, replays: int) -> timing.Spread:
+    def arguments(seed: int) -> tuple[Any, ...]:
+        if call.operator == "stem":
+            return _stem(call, trial.random_call, setting, seed)
+        return (*(torch.randn_like(t, device=setting.device) for t in call.args[:3]), "triton")
+
+    args = arguments(0)
+    size = sum(t.numel() * t.element_size() for t in args if isinstance(t, Tensor))
+    sets = [args, *map(arguments, range(1, 1 + 2 * setting.l2_bytes // size))]
+    operator = OPERATORS[call.operator]
+    calls = [partial(_run, operator.plan(operator.output(*a), *a)) for a in sets]
+    return timing.graph_seconds(calls, replays=replays, meter=setting.meter)
+
+
+# --- tune ------------------------------------------------------------------------------------------------------------
+
+
+def tune(setting: Setting) -> Steps:
+    """Search for the layers that cost most, and keep the table in the folder of the results."""
+    where = bench(setting)
+    timed = {key: row for key, row in read(setting.out / "layers.json").get("rows", {}).items() if "shape" in row}
+    slowest = sorted(timed, key=lambda key: timed[key]["us"] * timed[key]["times"], reverse=True)
+    slowest = slowest[: 1 if setting.rehearse else setting.options["count"]]
+    shapes = [ConvShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in timed[key]["shape"].items()})
+              for key in slowest]  # fmt: skip
+    with where.compilers() as compiler:
+        for key, shape, following in zip(slowest, shapes, [*shapes[1:], None], strict=True):
+            yield key, partial(_tune, shape, following, where, compiler, setting)
+
+
+def _tune(
+    shape: ConvShape, following: ConvShape | None, where: search.Bench, compiler: Any, setting: Setting
+) -> dict[str, Any]:
+    import triton
+
+    try:
+        found = search.Search(shape, where, compiler, setting.deadline).run(following)
+    except search.OutOfTime:
+        raise OutOfTime from None
+    wrong = [asdict(c) for c in found.wrong]
+    if found.config is None or found.timing is None:
+        return {"error": "no configuration was exact", "wrong": wrong}
+    path, shipped = setting.out / f"{table.slug(where.facts.name)}.json", table.path_of(where.facts.name)
+    known = next((table.load(p) for p in (path, shipped) if p.exists()), table.Table(where.facts.name))
+    known.entries[shape] = table.Entry(found.config, found.timing)
+    versions = {"driver": where.driver, "triton": triton.__version__, "torch": torch.__version__}
+    table.save(replace(known, date=search.today(), **versions), path)
+    return {**asdict(found.timing), "config": asdict(found.config), "wrong": wrong}

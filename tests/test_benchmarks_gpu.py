@@ -1,0 +1,147 @@
+"""The programme for a GPU's first lease, rehearsed: it resumes, outlives crashes and hangs, and heeds red checks."""
+
+import dataclasses
+import json
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+gpu = pytest.importorskip("benchmarks.gpu")
+from benchmarks import gpu_model, gpu_steps  # noqa: E402
+
+FAULTY = """
+import os, time
+
+def steps(setting):
+    yield "good", lambda: {"us": 1}
+    yield "crash", lambda: os._exit(3)
+    yield "error", lambda: 1 / 0
+    yield "hang", lambda: time.sleep(600)
+    yield "last", lambda: {"us": 2}
+
+def endless(setting):
+    yield "good", lambda: {"us": 1}
+    yield "hang", lambda: time.sleep(600)
+
+def good(setting):
+    yield "good", lambda: {"us": 1}
+
+def broken(setting):
+    raise ImportError("no such thing")
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return tmp_path
+
+
+def small(name):
+    """A phase of the programme, cut to what a test can wait for."""
+    phase = next(phase for phase in gpu.PHASES if phase.name == name)
+    fewer = {"batches": [1], "dtypes": ["float16"], "alternatives": ["eager", "ours graph", "compile max-autotune"]}
+    options = {key: fewer.get(key, value) for key, value in phase.options.items()}
+    return dataclasses.replace(phase, options=options, spare=0)
+
+
+def test_rehearsal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RESNET_TRITON_COMMIT", "abc")
+    names = ["exact", "ceilings", "layers", "tune", "model-tuned"]
+    phases = tuple(map(small, names))
+    gpu.run(phases, tmp_path, 300, rehearse=True)
+    journals = {name: gpu_steps.read(tmp_path / f"{name}.json") for name in names}
+    for name, journal in journals.items():
+        assert journal["complete"], (name, (tmp_path / f"{name}.log").read_text())
+        assert journal["rows"], name
+        assert not [row for row in journal["rows"].values() if "error" in row], name
+        assert {"gpu", "python", "torch", "triton", "date"} <= set(journal)
+        assert (journal["commit"], journal["rehearsal"]) == ("abc", True)
+    rows = journals["exact"]["rows"]
+    assert all(row["exact"] for row in rows.values())
+    assert {"conv1 float16 1", "fc float16 1", "layer1.0.conv1 float16 1 columns=2"} <= set(rows)
+    assert any(key.endswith("two_launches") for key in rows)
+    (measured,) = journals["model-tuned"]["rows"].values()
+    assert [row["red"] for row in measured["alternatives"].values()] == [False] * 3
+    table = json.loads((tmp_path / "nvidia-h200.json").read_text())
+    assert len(table["entries"]) == 1
+    with tarfile.open(tmp_path / gpu.ARCHIVE) as tar:
+        assert {f"{name}.json" for name in names} | {"nvidia-h200.json", "exact.log"} <= set(tar.getnames())
+    text = gpu.summary(tmp_path)
+    assert len(text) < 60
+    assert text[0].startswith("REHEARSAL")
+    assert f"exact: {len(rows)} of {len(rows)}" in text
+    capsys.readouterr()
+    gpu.run(phases, tmp_path, 300, rehearse=True)
+    assert capsys.readouterr().out.splitlines() == [f"{name}: complete already" for name in names]
+
+
+def test_a_step_that_crashes_or_hangs_costs_itself_alone(faulty, capsys):
+    phases = (
+        gpu.Phase("broken", "faulty:broken"),
+        gpu.Phase("faulty", "faulty:steps", limit=120, step_limit=1),
+    )
+    gpu.run(phases, faulty, 200, rehearse=True)
+    broken, others = capsys.readouterr().out.splitlines()
+    assert broken.startswith("broken: crashed (broken.log)")
+    assert others.startswith("faulty: complete, 5 steps, 3 failed")
+    ended = {"error": "ended the process or took more than 1 s"}
+    assert gpu_steps.read(faulty / "faulty.json")["rows"] == {
+        "good": {"us": 1}, "crash": ended, "error": {"error": "ZeroDivisionError: division by zero"}, "hang": ended,
+        "last": {"us": 2},
+    }  # fmt: skip
+    assert "Timeout" in (faulty / "faulty.log").read_text(), "the log says where it hung"
+
+
+def test_a_phase_that_hangs_stops_at_its_limit(faulty, capsys):
+    phases = (gpu.Phase("endless", "faulty:endless", limit=6), gpu.Phase("good", "faulty:good"))
+    start = time.monotonic()
+    gpu.run(phases, faulty, 60, rehearse=True)
+    assert time.monotonic() - start < 30
+    endless, good = capsys.readouterr().out.splitlines()
+    assert endless.startswith("endless: out of time, 1 steps")
+    assert good.startswith("good: complete, 1 steps")
+    journal = gpu_steps.read(faulty / "endless.json")
+    assert (journal["complete"], journal["running"]) == (False, None), "the next call tries the step again"
+
+
+def test_no_time_left(faulty, capsys):
+    gpu.run((gpu.Phase("good", "faulty:good", spare=45),), faulty, 50, rehearse=True)
+    assert capsys.readouterr().out == "good: no time left\n"
+
+
+def late(answer):
+    """Right at the first calls, wrong in the end."""
+    calls = []
+    return lambda x: calls.append(0) or (answer if len(calls) < 4 else answer + 1)
+
+
+def test_no_speed_up_on_a_red_check(tmp_path):
+    setting = gpu_steps.Setting(tmp_path / "model.json", {}, True, 0.0)
+    expected = torch.ones(2, 3, dtype=torch.float64)
+    models = {"right": lambda x: expected, "late": late(expected), "nan": lambda x: expected * float("nan")}
+    rows = gpu_model.compare(models, torch.ones(1), expected, 1e-3, gpu_model.Clock(setting), rounds=2)
+    assert {name: row["red"] for name, row in rows.items()} == {"right": False, "late": True, "nan": True}
+
+    def text(ours):
+        row = {"alternatives": {"eager": rows["right"], "compile default": rows["right"], "ours graph": rows[ours]}}
+        gpu_steps.write(tmp_path / "model.json", {"rows": {"float16 1": row}, "options": {"alternatives": []}})
+        return "\n".join(gpu.summary(tmp_path))
+
+    assert "x eager, wall" in text("right")
+    for ours in ("late", "nan"):
+        assert "WRONG OR FAILED: ours graph" in text(ours)
+        assert "x eager" not in text(ours)
+
+
+def test_unknown_phases_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "new"), "--phases", "exact,nothing"])
+    assert "no phase 'nothing', expected some of exact, ceilings, model" in capsys.readouterr().err
+    assert not Path(tmp_path / "new").exists()
