@@ -102,7 +102,7 @@ def conv_pointer_kernel(
     else:
         if SPLIT_K > 1:
             acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
-            mask_y = mask_y & last
+            mask_y = tl.where(last, mask_y, False)  # not `&`, which Triton 3.9's interpreter makes an integer
         if res_ptr is not None:
             acc += tl.load(res_ptr + offs_y, mask=mask_y, other=0.0).to(tl.float32)
         if RELU:
