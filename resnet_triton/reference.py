@@ -70,7 +70,7 @@ def stem(
         y = conv_bn_relu(images, weight, *statistics, stride=(2, 2), padding=(3, 3))
         return max_pool2d(y, (3, 3), (2, 2), (1, 1))
 
-    if torch.compiler.is_compiling() or x.device.type != "cpu":  # a graph must not ask for sizes
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 4:  # a graph must not ask for sizes
         return few(x)
     n, _, h, w = x.shape
     each = max(4 * _CACHED // max(weight.shape[0] * h * w, 1), 1)
