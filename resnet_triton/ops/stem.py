@@ -129,7 +129,7 @@ def _try_windows(where: torch.device) -> None:
 
 
 def _plan_two_layers(out: Tensor, call: StemCall) -> tuple[Launch, ...]:
-    """Convolution, then pool: IEEE fp32, five channels and more, GPUs without tensor descriptors."""
+    """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""
     convolution = call.convolution(_images(call))
     shape, dtype, memory = conv_result(*convolution)
     between = torch.empty(shape, dtype=dtype, device=out.device, memory_format=memory)
