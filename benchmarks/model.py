@@ -41,7 +41,7 @@ def compare(batch: int, rounds: int, device: torch.device, dtype: torch.dtype) -
             if (error := (call() - expected).abs().max().item()) > TOLERANCE[dtype]:
                 raise SystemExit(f"{name} differs from torchvision by {error:.2g} at batch {batch}; not timed")
         samples = timing.interleaved(alternatives, rounds=rounds)
-    base = timing.median(samples["torchvision eager"])
+    base = timing.spread(samples["torchvision eager"]).p50
     return [_row(name, batch, seconds, base) for name, seconds in samples.items()]
 
 

@@ -45,9 +45,12 @@ def interleaved(
     return samples
 
 
-def median(samples: list[float]) -> float:
-    """The median of some samples."""
-    return statistics.median(samples)
+def spread(samples: Sequence[float]) -> Spread:
+    """Percentiles of some samples, interpolated linearly, as NumPy's are."""
+    if len(samples) == 1:
+        return Spread(*samples, *samples, *samples)
+    p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    return Spread(statistics.median(samples), p20, p80)
 
 
 def graph_seconds(calls: Sequence[Launch], *, replays: int, meter: Meter | None = None) -> Spread:
@@ -64,9 +67,7 @@ def graph_seconds(calls: Sequence[Launch], *, replays: int, meter: Meter | None 
         for i in range(launches):
             calls[i % len(calls)]()
 
-    samples = sorted(seconds / launches for seconds in (meter or replay)(turn, replays))
-    p20, _, _, p80 = statistics.quantiles(samples, n=5)
-    return Spread(statistics.median(samples), p20, p80)
+    return spread([seconds / launches for seconds in (meter or replay)(turn, replays)])
 
 
 def replay(work: Launch, replays: int) -> list[float]:

@@ -1,0 +1,172 @@
+"""Results of a run as data: rows, kept in one JSON file whose form `schema.json` states.
+
+A row carries everything that is needed to judge it: where it ran, on what, in which state, every sample, and whether
+the answer was right. Files are checked when they are read; whatever is wrong with one is said in one line.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .. import timing
+
+FORMAT, VERSION = "resnet-triton-benchmark", 1
+MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One alternative, doing one thing, timed in one way; `schema.json` says what each field means."""
+
+    suite: str
+    model: str
+    layer: str | None
+    alternative: str
+    ours: bool
+    batch: int
+    image: int
+    dtype: str
+    clock: str
+    l2: str
+    environment: dict[str, Any]
+    samples_s: list[float] = field(default_factory=list)
+    p20_s: float | None = None
+    p50_s: float | None = None
+    p80_s: float | None = None
+    correct: bool | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    error_limit: float | None = None
+    first_call_cold_s: float | None = None
+    first_call_warm_s: float | None = None
+    peak_bytes: int | None = None
+    flops: int | None = None
+    bytes: int | None = None
+    config: dict[str, Any] | None = None
+    failure: str | None = None
+
+    @property
+    def task(self) -> tuple[Any, ...]:
+        """What was to be done, and how it was timed: rows with the same task are alternatives to each other."""
+        return (self.suite, self.model, self.layer, self.batch, self.image, self.dtype, self.clock, self.l2)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes this row the same measurement as one in another file."""
+        return (*self.task, self.alternative)
+
+    @property
+    def good(self) -> bool:
+        """Timed, and right before and after."""
+        return self.p50_s is not None and self.correct is True
+
+    def timed(self, samples: Sequence[float]) -> Row:
+        """The row with these samples and their percentiles."""
+        p50, p20, p80 = timing.spread(samples)
+        return replace(self, samples_s=[float(f"{s:.6g}") for s in samples], p20_s=p20, p50_s=p50, p80_s=p80)
+
+    def checked(self, before: float, after: float, limit: float) -> Row:
+        """The row with its errors judged; an error that is no number cannot be written and is wrong."""
+        errors = [error if error < float("inf") else None for error in (before, after)]
+        good = before <= limit and after <= limit
+        return replace(self, error_before=errors[0], error_after=errors[1], error_limit=limit, correct=good)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run leaves behind. `ceilings` were measured, `predictions` were not."""
+
+    rows: list[Row] = field(default_factory=list)
+    ceilings: list[dict[str, Any]] = field(default_factory=list)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+    def tasks(self) -> dict[tuple[Any, ...], list[Row]]:
+        """Rows by what was to be done, in the order they came."""
+        found: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.task, []).append(row)
+        return found
+
+
+def best(rows: Sequence[Row], *, ours: bool) -> Row | None:
+    """The fastest right one of ours, or of the others; None if there is none."""
+    return min((r for r in rows if r.ours is ours and r.good), key=lambda r: r.p50_s or 0.0, default=None)
+
+
+def speedup(rows: Sequence[Row]) -> float | None:
+    """Time of the best alternative over that of ours. None if a row of ours is wrong: then nothing is claimed."""
+    mine, other = best(rows, ours=True), best(rows, ours=False)
+    wrong = any(row.ours and row.correct is False for row in rows)
+    if wrong or mine is None or other is None or not mine.p50_s or not other.p50_s:
+        return None
+    return other.p50_s / mine.p50_s
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """The mean of ratios; None of nothing."""
+    return statistics.geometric_mean(values) if values else None
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def save(results: Results, path: Path) -> None:
+    """Replace the file in one step: an interrupted run leaves the old results or the new ones."""
+    lines = {name: ",\n".join(json.dumps(_plain(item), allow_nan=False) for item in getattr(results, name))
+             for name in ("rows", "ceilings", "predictions")}  # fmt: skip
+    parts = ",\n".join(f'"{name}": [\n{text}\n]' if text else f'"{name}": []' for name, text in lines.items())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(f'{{"format": "{FORMAT}", "version": {VERSION},\n{parts}\n}}\n', encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(item: Any) -> Any:
+    return asdict(item) if isinstance(item, Row) else item
+
+
+def load(path: Path) -> Results:
+    """Read and check a file. ValueError says in one line what is wrong with it."""
+    if path.is_dir():
+        path = path / "results.json"
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes")
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
+        raise ValueError(f"{path}: not JSON ({error}); is it truncated?") from None
+    if problem := check(data):
+        raise ValueError(f"{path}: {problem}")
+    return Results([Row(**row) for row in data["rows"]], data["ceilings"], data["predictions"])
+
+
+def check(data: Any) -> str | None:
+    """What is wrong with `data` as the content of a results file, in one line."""
+    if isinstance(data, dict) and data.get("format") == FORMAT and data.get("version") != VERSION:
+        return f"is of version {data.get('version')!r}, expected {VERSION}; run the benchmark again"
+    error = next(iter(_validator().iter_errors(data)), None)
+    if error is None:
+        return None
+    where = ".".join(map(str, error.absolute_path)) or "the file"
+    return f"{where}: {' '.join(error.message.split())[:300]}"
+
+
+@functools.cache
+def _validator() -> Any:
+    import jsonschema
+
+    return jsonschema.Draft202012Validator(json.loads(Path(__file__).with_name("schema.json").read_text("utf-8")))
+
+
+FIELDS = tuple(f.name for f in fields(Row))
