@@ -1,0 +1,226 @@
+"""A process that runs one alternative of the model suite: it does what its conductor (`model.py`) asks for, in turn.
+
+A process of its own gives an alternative its own compiler settings, an empty cache to start from, and a peak of memory
+that is nobody else's. Between requests it waits without taking time from the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import os
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import vision
+from . import alternatives
+from .environment import environment
+
+REFERENCE = "reference"
+REPEATS = 10  # calls in a row between two events of the GPU
+COMPILER_CALLS = 3  # compilers and runners record at the second or third call
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker needs to know. `tiny` stands for a network cut to its first stages, for rehearsals and tests."""
+
+    alternative: str
+    model: str = "resnet18"
+    dtype: str = "float32"
+    device: str = "cpu"
+    image: int = 224
+    tiny: bool = False
+    environ: dict[str, str] = field(default_factory=dict)
+
+
+def network(spec: Spec) -> nn.Module:
+    """torchvision's model with random weights, and statistics that have to be read to be right."""
+    torch.manual_seed(0)
+    models: Any = vision.torchvision().models
+    if spec.tiny:
+        model = models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+        model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 16)
+    else:
+        model = getattr(models, spec.model)()
+    norm: Any
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.running_mean, std=0.1)
+        nn.init.uniform_(norm.running_var, 1.0, 3.0)
+    model = model.eval().to(spec.device, getattr(torch, spec.dtype))
+    return model.to(memory_format=torch.channels_last)
+
+
+def distance(y: Tensor, expected: Tensor) -> float:
+    """Relative error; NaN and infinities stay."""
+    return (torch.linalg.vector_norm(y.double() - expected) / torch.linalg.vector_norm(expected)).item()
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a row holds it: compilers write pages, and say what is wrong at either end."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
+
+
+def serve(connection: Connection, spec: Spec, log: str) -> None:
+    """Answer requests (a method's name and its arguments) until the other end closes."""
+    os.setpgrp()  # a group that its compilers are in, to be ended as one
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    faulthandler.enable()
+    worker: Worker | None = None
+    while True:
+        try:
+            name, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            worker = worker or Worker(spec)
+            answer: Any = getattr(worker, name)(**arguments)
+        except Exception as error:  # whatever an alternative does wrong, the others go on
+            answer = RuntimeError(one_line(error))
+        connection.send(answer)
+
+
+class Worker:
+    """One alternative. Methods are the requests; what they return crosses to another process."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec, self.device = spec, torch.device(spec.device)
+        torch.backends.cudnn.benchmark = spec.alternative != REFERENCE
+        self.base = network(spec)
+        if spec.alternative != REFERENCE:
+            (self.alternative,) = alternatives.select([spec.alternative], self.device)
+        self.call: alternatives.Model = self.base
+        self.images = self.expected = torch.empty(0)
+
+    def hello(self) -> dict[str, Any]:
+        """Where and with what this process runs."""
+        return environment(self.device)
+
+    @torch.inference_mode()
+    def reference(self, batch: int, file: str) -> float:
+        """Write images and their fp64 logits to `file`. Returns the error that is still allowed.
+
+        Three times eager's or, where that is luckily small, the dtype's resolution.
+        """
+        torch.manual_seed(time.time_ns())
+        size, dtype = self.spec.image, getattr(torch, self.spec.dtype)
+        images = torch.randn(batch, 3, size, size).to(self.device, dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        eager, exact = self.base(images), copy.deepcopy(self.base).double()
+        expected = torch.cat([exact(some.double()) for some in images.split(16)])
+        torch.save({"images": images, "expected": expected}, file)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory is the others' now
+        return 3 * max(distance(eager, expected), torch.finfo(dtype).eps)
+
+    @torch.inference_mode()
+    def prepare(self, batch: int, file: str) -> dict[str, Any]:
+        """Build the alternative for these images and call it until it is warm."""
+        data = torch.load(file, weights_only=True, map_location=self.device)
+        assert len(data["images"]) == batch
+        self.expected, self.call = data["expected"], self.base
+        self.images = self.alternative.images(data["images"])
+        peak = Peak(self.device)
+        start = time.perf_counter()
+        self.call = self.alternative.build(self.base, self.images)
+        self.call(self.images)
+        self._synchronize()
+        first = time.perf_counter() - start
+        for _ in range(COMPILER_CALLS):
+            self.call(self.images)
+        self._synchronize()
+        return {"first_s": first, "peak_bytes": peak.bytes(), "error": self.error()}
+
+    @torch.inference_mode()
+    def error(self) -> float:
+        """How far the answer is from fp64's, now."""
+        return distance(self.call(self.images), self.expected)
+
+    @torch.inference_mode()
+    def turn(self, seconds: float) -> dict[tuple[str, str], list[float]]:
+        """Samples of about so many seconds, at least one, by clock and state of the L2 cache."""
+        self.call(self.images)  # another process had the caches
+        self._synchronize()
+        measure = self._gpu_samples if self.device.type == "cuda" else self._cpu_samples
+        found: dict[tuple[str, str], list[float]] = {}
+        end = time.perf_counter() + seconds
+        while not found or time.perf_counter() < end:
+            for key, sample in measure().items():
+                found.setdefault(key, []).append(sample)
+        return found
+
+    def _cpu_samples(self) -> dict[tuple[str, str], float]:
+        start = time.perf_counter()
+        self.call(self.images)
+        return {("wall", "uncontrolled"): time.perf_counter() - start}
+
+    def _gpu_samples(self) -> dict[tuple[str, str], float]:
+        """One call from an idle GPU until its answer is there; a share of ten in a row; one behind a flush of L2."""
+        start = time.perf_counter()
+        self.call(self.images)
+        self._synchronize()
+        wall = time.perf_counter() - start
+        warm = self._events(REPEATS, flush=False)
+        return {("wall", "warm"): wall, ("gpu", "warm"): warm, ("gpu", "cold"): self._events(1, flush=True)}
+
+    def _events(self, times: int, *, flush: bool) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if flush:
+            size = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
+            torch.empty(size, dtype=torch.uint8, device=self.device).fill_(1)
+        begin.record()
+        for _ in range(times):
+            self.call(self.images)
+        end.record()
+        self._synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / times
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class Peak:
+    """The most memory in use since this was made, above what was in use then; None where that cannot be told."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device if device.type == "cuda" else None
+        if self.cuda is not None:
+            torch.cuda.synchronize(self.cuda)
+            torch.cuda.reset_peak_memory_stats(self.cuda)
+            self.before: int | None = torch.cuda.memory_allocated(self.cuda)
+        else:
+            self.before = self._status("VmRSS") if self._forget() else None
+
+    def bytes(self) -> int | None:
+        if self.cuda is not None:
+            after: int | None = torch.cuda.max_memory_allocated(self.cuda)
+        else:
+            after = self._status("VmHWM")
+        return None if after is None or self.before is None else max(after - self.before, 0)
+
+    @staticmethod
+    def _forget() -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: begin a new high-water mark
+        except OSError:
+            return False
+        return True
+
+    @staticmethod
+    def _status(key: str) -> int | None:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        found = next((line for line in lines if line.startswith(key + ":")), None)
+        return None if found is None else int(found.split()[1]) * 1024
