@@ -12,14 +12,17 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
 from .terminal import bar, printable
 
-EXTRAS = {"rich": "cli", "sklearn": "cli", "torchvision": "vision", "PIL": "vision", "safetensors": "vision"}
+EXTRAS = {
+    "rich": "cli", "sklearn": "cli", "torchvision": "vision", "PIL": "vision", "safetensors": "vision",
+    "jsonschema": "bench", "matplotlib": "bench",
+}  # fmt: skip
 """Optional packages by import name, and the extra of ours that installs them."""
 
 
@@ -102,9 +105,7 @@ def _codegen(args: argparse.Namespace) -> int:
     else:
         report.show(result)
     failures = budget.faults(result) + ([] if allowed is None else list(budget.regressions(result, allowed)))
-    for failure in failures:
-        _complain(failure)
-    return 1 if failures else 0
+    return _fail(failures)
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -120,14 +121,64 @@ def _tune(args: argparse.Namespace) -> int:
     return 1 if any(row["wrong"] for row in result["rows"]) else 0
 
 
-def _emit(args: argparse.Namespace, work: Callable[[], Any], show: Callable[[Any], None]) -> Any:
+def _bench(args: argparse.Namespace) -> int:
+    import matplotlib  # noqa: F401  # that it is missing is better noticed before the work than after
+
+    from .bench import command, compare, results, tables
+    from .terminal import clock
+
+    suites = [name for name in ("model", "kernel") if getattr(args, f"only_{name}")]
+    plan = command.plan(
+        device=args.device, suites=suites or ("model", "kernel"), models=args.models, batches=args.batches,
+        dtypes=args.dtypes, baselines=args.baselines, budget=args.budget, out=args.out, image=args.image,
+    )  # fmt: skip
+
+    def work() -> Any:
+        with clock("benchmarking", plan.budget) as say:
+            return command.run(plan, say)
+
+    found = _emit(args, work, tables.show, results.as_text)
+    print(f"Written: {args.out}/results.html and, as data, .json, .csv and .md", file=sys.stderr)
+    return _fail(compare.title(row) + ": " + fault for row, fault in command.faults(found))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .bench import compare
+    from .bench.results import load
+
+    limits = [compare.Limit.parse(text) for text in args.fail_if]
+    old, new = load(args.old), load(args.new)
+    for line in compare.differences(old, new):
+        print(f"note: {line}", file=sys.stderr)
+    changes = _emit(args, lambda: compare.compare(old, new, limits, args.metric), compare.show, compare.as_text)
+    return _fail(f"{compare.title(c.row)}: {failure}" for c in changes for failure in c.failures)
+
+
+def _fail(failures: Iterable[str]) -> int:
+    """Complain of each; the exit code."""
+    found = list(failures)
+    for failure in found:
+        _complain(failure)
+    return 1 if found else 0
+
+
+def _as_json(result: Any) -> str:
+    return json.dumps(result, indent=2, allow_nan=False) + "\n"
+
+
+def _emit(
+    args: argparse.Namespace,
+    work: Callable[[], Any],
+    show: Callable[[Any], None],
+    as_json: Callable[[Any], str] = _as_json,
+) -> Any:
     """Do the work, then print its result, as JSON or by `show`. Returns the result."""
     if not args.json:
         import rich  # noqa: F401  # that it is missing is better noticed before the work than after
     with contextlib.redirect_stdout(io.StringIO()):  # torch.hub says "Downloading ..." there
         result = work()
     if args.json:
-        print(json.dumps(result, indent=2, allow_nan=False))
+        print(as_json(result), end="")
     else:
         show(result)
     return result
@@ -240,6 +291,54 @@ def _parser() -> argparse.ArgumentParser:
         "the kernels", "resnet-triton demo",
     )  # fmt: skip
     device(d)
+
+    b = command(
+        "bench", _bench, "time ResNet and its layers against PyTorch's ways to run them, and write tables and charts",
+        "resnet-triton bench --model --batches 1,32,256 --baselines 'compile max-autotune,folded graph'",
+    )  # fmt: skip
+    only = b.add_mutually_exclusive_group()
+    only.add_argument("--model", dest="only_model", action="store_true", help="whole models only")
+    only.add_argument("--kernels", dest="only_kernel", action="store_true", help="single layers only")
+    b.add_argument(
+        "--models", type=_names, default=["resnet18"], metavar="M,M",
+        help="whose layers to time; the first one is timed as a whole, too (default: resnet18)",
+    )  # fmt: skip
+    b.add_argument(
+        "--batches", type=_positives, default=[], metavar="N,N",
+        help="images at a time (default: 1,2,4,...,256 on a GPU, 1,4,16 on a CPU)",
+    )  # fmt: skip
+    b.add_argument(
+        "--dtypes", type=_names, default=[], metavar="T,T", help="(default: float16 on a GPU, float32 on a CPU)"
+    )
+    b.add_argument(
+        "--image", type=_positive, default=224, metavar="N", help="height and width of images (default: %(default)s)"
+    )
+    b.add_argument(
+        "--baselines", type=_names, default=[], metavar="B,B", help="what to time the model against (default: all)"
+    )
+    b.add_argument(
+        "--budget", type=_positive, metavar="SECONDS", help="when to stop (default: 1800 on a GPU, 420 on a CPU)"
+    )
+    b.add_argument(
+        "--out", type=Path, default=Path("resnet-triton-bench"), metavar="DIR",
+        help="folder for results.json, .md, .csv and .html (default: %(default)s)",
+    )  # fmt: skip
+    device(b)
+
+    r = command(
+        "compare", _compare, "compare two results of bench; exit code 1 if ours became wrong or worse than a limit",
+        "resnet-triton compare old/results.json new/results.json --fail-if p50:+5%% --fail-if speedup:-3%%",
+    )  # fmt: skip
+    r.add_argument("old", type=Path, metavar="OLD", help="a results.json, or the folder it is in")
+    r.add_argument("new", type=Path, metavar="NEW", help="the same, later")
+    r.add_argument(
+        "--fail-if", action="append", default=[], metavar="METRIC:+N%%",
+        help="the change that is too much, of p20, p50, p80, first_call, peak_memory or speedup; may be repeated",
+    )  # fmt: skip
+    r.add_argument(
+        "--metric", default="p50", choices=["p20", "p50", "p80", "first_call", "peak_memory", "speedup"],
+        help="what the table shows (default: %(default)s)",
+    )  # fmt: skip
 
     c = command(
         "codegen", _codegen, "compile the kernels for GPUs that need not be here and report on the machine code",

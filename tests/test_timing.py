@@ -3,6 +3,7 @@
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,12 @@ def test_sleeps_are_timed_in_turns():
     assert [len(s) for s in samples.values()] == [5, 5]
     assert 0.01 <= timing.spread(samples["a"]).p50 < 0.04  # a busy machine wakes up late
     assert 0.05 <= timing.spread(samples["b"]).p50 < 0.08
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
+def test_percentiles_are_numpys(count):
+    samples = torch.rand(count, dtype=torch.float64).tolist()
+    assert timing.spread(samples) == pytest.approx(np.percentile(samples, [50, 20, 80]))
 
 
 def test_no_rounds_are_refused():

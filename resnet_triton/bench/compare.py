@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..terminal import table
 from .results import Results, Row, speedup
 
 METRICS: dict[str, Callable[[Row], float | None]] = {
@@ -112,3 +114,26 @@ def title(row: Row) -> str:
     what = f"{row.model} {row.layer or ''}".strip()
     l2 = "" if row.l2 == "uncontrolled" else f", L2 {row.l2}"
     return f"{what}, batch {row.batch}, {row.dtype}, {row.clock} clock{l2}: {row.alternative}"
+
+
+def show(changes: Sequence[Change]) -> None:
+    """Print a table."""
+    lines = [
+        (title(c.row), _cell(c.old), _cell(c.new), "" if c.relative is None else f"{c.relative:+.1%}",
+         "; ".join(c.failures))
+        for c in changes
+    ]  # fmt: skip
+    table("Old against new results", ("", ">old", ">new", ">change", "too much"), lines)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def as_text(changes: Sequence[Change]) -> str:
+    """The same as JSON."""
+    found = [
+        {"row": title(c.row), "old": c.old, "new": c.new, "change": c.relative, "failures": [*c.failures]}
+        for c in changes
+    ]
+    return json.dumps(found, indent=2, allow_nan=False) + "\n"

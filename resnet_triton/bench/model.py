@@ -21,7 +21,7 @@ from unittest import mock
 
 from .alternatives import Alternative
 from .results import Row
-from .worker import REFERENCE, Spec, serve
+from .worker import Spec, serve
 
 Report = Callable[[str], None]
 """Called with what is about to happen."""
@@ -39,13 +39,13 @@ class Lost(Exception):
 class Process:
     """A worker and the line to it."""
 
-    def __init__(self, spec: Spec, folder: Path) -> None:
+    def __init__(self, spec: Spec, alternative: Alternative | None, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
         context = multiprocessing.get_context("spawn")
         self.line, far = context.Pipe()
         caches = {name: str(folder / name.lower()) for name in CACHES}
-        self.process = context.Process(target=serve, args=(far, spec, str(self.log)), daemon=False)
+        self.process = context.Process(target=serve, args=(far, spec, alternative, str(self.log)), daemon=False)
         with mock.patch.dict(os.environ, {**caches, **spec.environ}):  # a child finds it before it imports anything
             self.process.start()
         far.close()
@@ -93,7 +93,6 @@ class Contender:
     """An alternative during a run: its process while it lives, and what is known so far."""
 
     alternative: Alternative
-    spec: Spec
     folder: Path
     process: Process | None = None
     samples: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -119,11 +118,8 @@ class Race:
     def __init__(self, spec: Spec, chosen: Sequence[Alternative], say: Report = lambda text: None) -> None:
         self.spec, self.say = spec, say
         self.folder = Path(tempfile.mkdtemp(prefix="resnet-triton-bench-"))
-        self.reference = self._start(REFERENCE, self.folder / "reference")
-        self.contenders = []
-        for i, alternative in enumerate(chosen):
-            contender = Contender(alternative, replace(spec, alternative=alternative.name), self.folder / str(i))
-            self.contenders.append(contender)
+        self.reference = Process(spec, None, self.folder / "reference")
+        self.contenders = [Contender(a, self.folder / str(i)) for i, a in enumerate(chosen)]
 
     def __enter__(self) -> Race:
         return self
@@ -134,9 +130,6 @@ class Race:
                 process.end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, name: str, folder: Path) -> Process:
-        return Process(replace(self.spec, alternative=name), folder)
-
     def measure(self, batch: int, seconds: float, deadline: float) -> list[Row]:
         """Rows of every alternative at a batch size, after at most about `seconds` of timing.
 
@@ -146,7 +139,7 @@ class Race:
         file = str(self.folder / f"batch-{batch}.pt")
         for c in self.contenders:
             c.samples, c.facts, c.failure = {}, {}, None
-            c.process = c.process or Process(c.spec, c.folder)
+            c.process = c.process or Process(self.spec, c.alternative, c.folder)
         self.say(f"batch {batch}: fp64 reference")
         reference = self.reference.ask("hello", deadline - time.monotonic())
         limit = self.reference.ask("reference", deadline - time.monotonic(), batch=batch, file=file)
@@ -203,7 +196,7 @@ class Race:
             if not c.alternative.cold or c.failure or time.monotonic() > deadline:
                 continue
             self.say(f"batch {batch}: second start of {c.alternative.name}")
-            process = Process(c.spec, c.folder)
+            process = Process(self.spec, c.alternative, c.folder)
             try:
                 process.ask("hello", deadline - time.monotonic())
                 answer = process.ask("prepare", deadline - time.monotonic(), batch=batch, file=file)
@@ -215,11 +208,11 @@ class Race:
         return found
 
 
-def with_warm_starts(rows: Sequence[Row], batch: int, found: dict[str, float]) -> list[Row]:
-    """The rows, those of this batch size with the time of their second start."""
+def with_warm_starts(rows: Sequence[Row], dtype: str, batch: int, found: dict[str, float]) -> list[Row]:
+    """The rows, those of this dtype and batch size with the time of their second start."""
     return [
         replace(row, first_call_warm_s=found[row.alternative])
-        if row.suite == "model" and row.batch == batch and row.alternative in found
+        if (row.suite, row.dtype, row.batch) == ("model", dtype, batch) and row.alternative in found
         else row
         for row in rows
     ]

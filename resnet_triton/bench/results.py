@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +114,28 @@ def geometric_mean(values: Sequence[float]) -> float | None:
     return statistics.geometric_mean(values) if values else None
 
 
+def one_line(error: BaseException) -> str:
+    """An error as a row holds it: compilers write pages, and say what is wrong at either end."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+def as_text(results: Results) -> str:
+    """The content of a file: JSON, one row a line."""
+    lines = {name: ",\n".join(json.dumps(_plain(item), allow_nan=False) for item in getattr(results, name))
+             for name in ("rows", "ceilings", "predictions")}  # fmt: skip
+    parts = ",\n".join(f'"{name}": [\n{text}\n]' if text else f'"{name}": []' for name, text in lines.items())
+    return f'{{"format": "{FORMAT}", "version": {VERSION},\n{parts}\n}}\n'
 
 
 def save(results: Results, path: Path) -> None:
     """Replace the file in one step: an interrupted run leaves the old results or the new ones."""
-    lines = {name: ",\n".join(json.dumps(_plain(item), allow_nan=False) for item in getattr(results, name))
-             for name in ("rows", "ceilings", "predictions")}  # fmt: skip
-    parts = ",\n".join(f'"{name}": [\n{text}\n]' if text else f'"{name}": []' for name, text in lines.items())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(f'{{"format": "{FORMAT}", "version": {VERSION},\n{parts}\n}}\n', encoding="utf-8")
+        temporary.write_text(as_text(results), encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -167,6 +178,3 @@ def _validator() -> Any:
     import jsonschema
 
     return jsonschema.Draft202012Validator(json.loads(Path(__file__).with_name("schema.json").read_text("utf-8")))
-
-
-FIELDS = tuple(f.name for f in fields(Row))

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import vision
-from . import alternatives
+from .alternatives import Alternative, Model
 from .environment import environment
+from .results import one_line
 
-REFERENCE = "reference"
 REPEATS = 10  # calls in a row between two events of the GPU
 COMPILER_CALLS = 3  # compilers and runners record at the second or third call
 
@@ -31,7 +31,6 @@ COMPILER_CALLS = 3  # compilers and runners record at the second or third call
 class Spec:
     """What a worker needs to know. `tiny` stands for a network cut to its first stages, for rehearsals and tests."""
 
-    alternative: str
     model: str = "resnet18"
     dtype: str = "float32"
     device: str = "cpu"
@@ -62,13 +61,7 @@ def distance(y: Tensor, expected: Tensor) -> float:
     return (torch.linalg.vector_norm(y.double() - expected) / torch.linalg.vector_norm(expected)).item()
 
 
-def one_line(error: BaseException) -> str:
-    """An error as a row holds it: compilers write pages, and say what is wrong at either end."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
-
-
-def serve(connection: Connection, spec: Spec, log: str) -> None:
+def serve(connection: Connection, spec: Spec, alternative: Alternative | None, log: str) -> None:
     """Answer requests (a method's name and its arguments) until the other end closes."""
     os.setpgrp()  # a group that its compilers are in, to be ended as one
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -82,7 +75,7 @@ def serve(connection: Connection, spec: Spec, log: str) -> None:
         except EOFError:
             return
         try:
-            worker = worker or Worker(spec)
+            worker = worker or Worker(spec, alternative)
             answer: Any = getattr(worker, name)(**arguments)
         except Exception as error:  # whatever an alternative does wrong, the others go on
             answer = RuntimeError(one_line(error))
@@ -90,15 +83,13 @@ def serve(connection: Connection, spec: Spec, log: str) -> None:
 
 
 class Worker:
-    """One alternative. Methods are the requests; what they return crosses to another process."""
+    """One alternative, or the fp64 reference. Methods are the requests; what they return crosses to another process."""
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec, self.device = spec, torch.device(spec.device)
-        torch.backends.cudnn.benchmark = spec.alternative != REFERENCE
+    def __init__(self, spec: Spec, alternative: Alternative | None) -> None:
+        self.spec, self.device, self.alternative = spec, torch.device(spec.device), alternative
+        torch.backends.cudnn.benchmark = alternative is not None  # no search for the fastest fp64 algorithm
         self.base = network(spec)
-        if spec.alternative != REFERENCE:
-            (self.alternative,) = alternatives.select([spec.alternative], self.device)
-        self.call: alternatives.Model = self.base
+        self.call: Model = self.base
         self.images = self.expected = torch.empty(0)
 
     def hello(self) -> dict[str, Any]:
@@ -126,6 +117,7 @@ class Worker:
     def prepare(self, batch: int, file: str) -> dict[str, Any]:
         """Build the alternative for these images and call it until it is warm."""
         data = torch.load(file, weights_only=True, map_location=self.device)
+        assert self.alternative is not None
         assert len(data["images"]) == batch
         self.expected, self.call = data["expected"], self.base
         self.images = self.alternative.images(data["images"])

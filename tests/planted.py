@@ -1,0 +1,74 @@
+"""Alternatives with known faults, for the benchmark's tests. Another process imports them by name."""
+
+import os
+import time
+
+import torch
+
+from resnet_triton.bench.alternatives import Alternative
+
+NAP = 0.03  # seconds
+MEMORY = 64 << 20  # bytes
+
+
+def right(model, images):
+    return model
+
+
+def slow(model, images):
+    """Needs time and memory that it does not use."""
+
+    def call(x):
+        torch.ones(MEMORY, dtype=torch.uint8)
+        time.sleep(NAP)
+        return model(x)
+
+    return call
+
+
+def late(model, images):
+    """Right before the timing, wrong after it."""
+    calls = []
+
+    def call(x):
+        calls.append(0)
+        return model(x) + (len(calls) > 8)
+
+    return call
+
+
+def crash(model, images):
+    print("about to crash", flush=True)
+    os._exit(7)
+
+
+def hang(model, images):
+    time.sleep(600)
+
+
+def broken(model, images):
+    raise ValueError("no such\nthing")
+
+
+def forks(model, images):
+    """Leaves a process behind, whose number stands in a file."""
+    import subprocess
+
+    child = subprocess.Popen(["sleep", "600"])
+    with open(os.environ["PLANTED_PID"], "w") as file:
+        file.write(str(child.pid))
+    return model
+
+
+def counts_starts(model, images):
+    """Slow to start unless its compiler cache says that it was here before."""
+    mark = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "mark")
+    if not os.path.exists(mark):
+        os.makedirs(os.path.dirname(mark), exist_ok=True)
+        open(mark, "w").close()
+        time.sleep(0.5)
+    return model
+
+
+def alternative(build, **more):
+    return Alternative(build.__name__, build, **more)
