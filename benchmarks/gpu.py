@@ -16,9 +16,12 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from resnet_triton.bench.results import Results, Row, best, speedup
 
 from .gpu_steps import read, write
 
@@ -40,9 +43,10 @@ class Phase:
 
 
 def _model(name: str, *alternatives: str, batches: tuple[int, ...] = (1, 32, 256), **rest: Any) -> Phase:
-    options = {"alternatives": ["eager", *alternatives], "batches": [*batches], "dtype": rest.pop("dtype", "float16")}
+    options = {"alternatives": [*alternatives], "batches": [*batches], "dtype": rest.pop("dtype", "float16")}
     options.update({key: rest.pop(key) for key in ("tuned", "label") if key in rest})
-    return Phase(name, "benchmarks.gpu_model:steps", options, **rest)
+    limit = rest.pop("limit", 80)
+    return Phase(name, "benchmarks.gpu_model:steps", options, limit, limit, **rest)  # a race keeps its own time
 
 
 def _tests(name: str, file: str, select: str, *, processes: int, limit: float) -> Phase:
@@ -52,29 +56,36 @@ def _tests(name: str, file: str, select: str, *, processes: int, limit: float) -
 
 _KERNELS = "benchmarks.gpu_kernels:"
 _LAYERS = "test_resnet18_layer and not float32"
+_PYTORCH = ("eager graph", "folded graph", "cudnn fused graph")
 _HALVES = ["float16", "bfloat16"]
 _MORE = (2, 8, 64, 128, 129)
 _TUNED: dict[str, Any] = {"tuned": True, "label": ", tuned"}
 PHASES = (
     Phase("exact", _KERNELS + "exact", {"batches": [1, 8, 32, 128, 256], "dtypes": _HALVES}, 150, 60),
     Phase("ceilings", _KERNELS + "ceilings", limit=40, step_limit=20),
-    _model("model", "eager graph", "folded graph", "ours", "ours graph", limit=100),
-    _model("reduce-overhead", "compile reduce-overhead"),
+    _model("model", *_PYTORCH, "ours", "ours graph", limit=120),
+    _model("reduce-overhead", "compile reduce-overhead", "ours graph"),
     Phase("layers", _KERNELS + "layer_times", {"batches": [1, 32, 256], "dtype": "float16"}, 60, 30),
     _tests("test-exact", "tests/test_exact.py", _LAYERS, processes=12, limit=120),
-    _model("max-autotune", "compile max-autotune", limit=120, step_limit=100),
+    _model("max-autotune", "compile max-autotune", "ours graph", limit=150),
     Phase("tune", _KERNELS + "tune", {"count": 10}, 400, 90, spare=45),
-    _model("model-tuned", "ours", "ours graph", **_TUNED),
+    _model("model-tuned", *_PYTORCH, "compile reduce-overhead", "ours graph", **_TUNED),
     _tests("test-gpu", "tests/test_gpu.py", "test", processes=4, limit=120),
-    _model("batches", "folded graph", "ours", "ours graph", batches=_MORE, **_TUNED),
-    _model("batches-compiled", "compile reduce-overhead", batches=_MORE, limit=120),
+    _model(
+        "batches",
+        "folded graph",
+        "cudnn fused graph",
+        "compile reduce-overhead",
+        "ours graph",
+        batches=_MORE,
+        limit=150,
+        **_TUNED,
+    ),
     _tests("test-exact-rest", "tests/test_exact.py", f"not ({_LAYERS})", processes=14, limit=300),
-    _model("bfloat16", "folded graph", "ours graph", dtype="bfloat16", **_TUNED),
-    _model("bfloat16-compiled", "compile reduce-overhead", dtype="bfloat16"),
+    _model("bfloat16", "folded graph", "compile reduce-overhead", "ours graph", dtype="bfloat16", **_TUNED),
     _model("dependent", "ours graph", environ={"RESNET_TRITON_PDL": "1"}, tuned=True, label=", dependent launches"),
-    _model("default", "compile default"),
-    _model("freezing", "compile reduce-overhead freezing"),
-    _model("no-cudagraphs", "compile max-autotune-no-cudagraphs", limit=120, step_limit=100),
+    _model("default", "compile default", "compile reduce-overhead freezing", "ours graph", limit=120),
+    _model("no-cudagraphs", "compile max-autotune-no-cudagraphs", "ours graph", limit=150),
 )
 
 
@@ -169,7 +180,7 @@ def summary(out: Path) -> list[str]:
             lines.append(f"{name}: {', '.join(f'{k} {v}' for k, v in row.items() if k != 'failures')}")
             lines += [f"  {failure[:140]}" for failure in row.get("failures", [])[:2]]
     lines += [f"{key}: {row['us']:.2f} us" + _rate(row) for key, row in rows.get("ceilings", {}).items() if "us" in row]
-    lines += _models([journal for journal in journals.values() if "alternatives" in journal["options"]])
+    lines += _models(suite_rows(journals.values()))
     slow = sorted((r["us"] * r["times"], k, r) for k, r in rows.get("layers", {}).items() if "us" in r)[-8:]
     lines += [f"{k}: {r['us']:.1f} us, floor {r['floor_us']:.1f}, estimate {r.get('estimate_us', 0):.1f}"
               for _, k, r in reversed(slow)]  # fmt: skip
@@ -183,25 +194,25 @@ def _rate(row: dict[str, Any]) -> str:
     return "".join(f", {row[key] / 1e12:.2f} {unit}" for key, unit in units.items() if key in row)
 
 
-def _models(journals: list[dict[str, Any]]) -> list[str]:
-    """For each dtype and batch size, ours against the best of PyTorch's, by the GPU's clock with L2 warm."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for journal in journals:
-        for key, row in journal["rows"].items():
-            for name, measured in row.get("alternatives", {}).items():
-                label = name + (journal["options"].get("label", "") if name.startswith("ours") else "")
-                found.setdefault(key, {}).setdefault(label, measured)
+def suite_rows(journals: Iterable[dict[str, Any]]) -> list[Row]:
+    """The suites' rows in the journals."""
+    return [Row(**row) for journal in journals for step in journal["rows"].values() for row in step.get("rows", [])]
+
+
+def _models(rows: Sequence[Row]) -> list[str]:
+    """For each dtype and batch size, ours against the best of the others, by the GPU's clock with L2 warm."""
     lines = []
-    for key, alternatives in sorted(found.items(), key=lambda item: (item[0].split()[0], int(item[0].split()[1]))):
-        red = [name for name, m in alternatives.items() if m.get("red") or "error" in m]
-        times = {name: m["gpu_us"][0] for name, m in alternatives.items() if name not in red}
-        cells = ", ".join(f"{name} {us:.0f}" for name, us in sorted(times.items(), key=lambda item: item[1]))
-        lines.append(f"{key}: {cells} us" + f"; WRONG OR FAILED: {', '.join(red)}" * bool(red))
-        ours = min((name for name in times if name.startswith("ours")), key=times.__getitem__, default=None)
-        best = min((name for name in times if not name.startswith("ours")), key=times.__getitem__, default=None)
-        if ours and best and not any(name.startswith("ours") for name in red):
-            walls = [alternatives[name]["wall_us"][0] for name in (best, ours)]
-            lines.append(f"  {times[best] / times[ours]:.2f}x {best}, wall {walls[0] / walls[1]:.2f}x: {ours}")
+    for task, some in sorted(Results([*rows]).tasks().items(), key=lambda item: (item[1][0].dtype, item[1][0].batch)):
+        if task[-1] == "cold" or (some[0].clock == "wall" and some[0].environment["device_kind"] == "cuda"):
+            continue
+        first = {row.alternative: row for row in reversed(some)}  # of those measured more than once
+        red = [name for name, row in first.items() if row.failure or not row.correct]
+        cells = sorted((row.p50_s * 1e6, name) for name, row in first.items() if row.good)
+        lines.append(f"{some[0].dtype} {some[0].batch}: " + ", ".join(f"{name} {us:.0f}" for us, name in cells) + " us"
+                     + f"; WRONG OR FAILED: {', '.join(red)}" * bool(red))  # fmt: skip
+        faster, other = speedup(some), best(some, ours=False)
+        if faster and other:
+            lines.append(f"  {faster:.2f}x {other.alternative}: {best(some, ours=True).alternative}")
     return lines
 
 

@@ -1,6 +1,10 @@
 """The model suite: it times what it says, and what is slow, wrong, broken or stuck shows as that and harms no other."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -12,6 +16,11 @@ from resnet_triton.bench import alternatives, engines, model, results
 from resnet_triton.bench.worker import Spec, distance, network
 
 SPEC = Spec(image=32, tiny=True)
+
+
+def gone(pid):
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().split()[2] == "Z"
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +99,41 @@ def test_what_hangs_is_ended_with_all_it_started(tmp_path, monkeypatch):
         assert forks.good, "one that was ready in time is timed all the same"
         assert hang.failure.startswith("took more than")
     assert time.monotonic() - start < 60
-    pid = int((tmp_path / "pid").read_text())
-    state = Path(f"/proc/{pid}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert gone(int((tmp_path / "pid").read_text()))
     assert not folder.exists()
+
+
+def test_workers_do_not_outlive_a_conductor_that_was_killed(tmp_path):
+    script = """
+        import sys, time
+        from pathlib import Path
+        import torch
+        sys.path.insert(0, sys.argv[1])
+        import planted
+        from resnet_triton.bench import model
+        from resnet_triton.bench.worker import Spec
+        if __name__ == "__main__":
+            folder, hang = Path(sys.argv[2]), planted.alternative(planted.hang)
+            process = model.Process(Spec(image=32, tiny=True), hang, folder)
+            process.ask("hello", 60)
+            torch.save({"images": torch.ones(1, 3, 32, 32), "expected": torch.ones(1, 16)}, folder / "data.pt")
+            process.send("prepare", batch=1, file=str(folder / "data.pt"))
+            time.sleep(2)
+            print(process.process.pid, flush=True)
+            time.sleep(600)
+    """
+    (tmp_path / "conduct.py").write_text(textwrap.dedent(script))
+    here = Path(__file__).parent
+    command = [sys.executable, str(tmp_path / "conduct.py"), str(here), str(tmp_path / "worker")]
+    environ = {**os.environ, "PYTHONPATH": str(here.parent)}
+    conductor = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+    pid = int(conductor.stdout.readline())
+    conductor.kill()
+    conductor.communicate()
+    deadline = time.monotonic() + 20
+    while gone(pid) is False and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert gone(pid)
 
 
 # --- alternatives ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import faulthandler
 import os
+import signal
+import threading
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -64,6 +66,7 @@ def distance(y: Tensor, expected: Tensor) -> float:
 def serve(connection: Connection, spec: Spec, alternative: Alternative | None, log: str) -> None:
     """Answer requests (a method's name and its arguments) until the other end closes."""
     os.setpgrp()  # a group that its compilers are in, to be ended as one
+    threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -80,6 +83,13 @@ def serve(connection: Connection, spec: Spec, alternative: Alternative | None, l
         except Exception as error:  # whatever an alternative does wrong, the others go on
             answer = RuntimeError(one_line(error))
         connection.send(answer)
+
+
+def _outlive_nobody(parent: int) -> None:
+    """End this process and its compilers, whatever they are doing, when the conductor is no more."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 class Worker:
