@@ -129,7 +129,8 @@ def test_workers_do_not_outlive_a_conductor_that_was_killed(tmp_path):
     conductor = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
     pid = int(conductor.stdout.readline())
     conductor.kill()
-    conductor.communicate()
+    conductor.wait()
+    conductor.stdout.close()
     deadline = time.monotonic() + 20
     while gone(pid) is False and time.monotonic() < deadline:
         time.sleep(0.2)
