@@ -85,7 +85,7 @@ def measure(
         limit = problem.limit
     except Exception as error:  # too large for this device
         return [replace(row, failure=f"no reference: {one_line(error)}") for row in rows.values()]
-    with _cudnn_searches():
+    with cudnn_searches():
         calls = everyone(problem.build)
         before = everyone(lambda name: problem.error(calls[name][0]))
         if gpu:
@@ -114,7 +114,7 @@ def _cold(calls: list[Answer]) -> list[float]:
 
 
 @contextmanager
-def _cudnn_searches() -> Iterator[None]:
+def cudnn_searches() -> Iterator[None]:
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
