@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resnet_triton
-from resnet_triton import config, device, interpreter, timing
+from resnet_triton import config, device, timing
+from resnet_triton.bench.cases import distinct
+from resnet_triton.bench.ceilings import copy, matmul
+from resnet_triton.bench.kernels import Problem, ours
 from resnet_triton.codegen import TARGETS
 from resnet_triton.codegen.roofline import least
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, table
 from resnet_triton.config.heuristic import estimate
-from resnet_triton.kernels.add_relu import add_relu
-from resnet_triton.kernels.launch import Launch
-from resnet_triton.ops import OPERATORS
 from resnet_triton.ops.stem import StemCall
 from resnet_triton.trace import Call, trace
 from resnet_triton.tuner import command, search, trial
@@ -37,14 +37,11 @@ from .gpu_model import network
 from .gpu_steps import OutOfTime, Setting, Steps, read
 
 
-def layers(setting: Setting, batch: int, dtype: str) -> dict[tuple[Any, ...], tuple[list[str], Call]]:
-    """The model's distinct calls, and the layers that make them."""
+def layers(setting: Setting, batch: int, dtype: str) -> dict[str, list[Call]]:
+    """The model's distinct calls by the first layer that makes them, with those of the layers that repeat them."""
     model = resnet_triton.optimize(network(setting))
-    found: dict[tuple[Any, ...], tuple[list[str], Call]] = {}
-    for call in trace(model, (batch, 3, setting.image, setting.image), getattr(torch, dtype)):
-        key = (call.operator, call.shape if call.operator == "conv_bn_relu" else None)
-        found.setdefault(key, ([], call))[0].append(call.name or call.operator)
-    return found
+    calls = trace(model, (batch, 3, setting.image, setting.image), getattr(torch, dtype))
+    return {f"{same[0].name or same[0].operator} {dtype} {batch}": same for same in distinct(calls).values()}
 
 
 def bench(setting: Setting) -> search.Bench:
@@ -71,8 +68,7 @@ def exact(setting: Setting) -> Steps:
     where = bench(setting)
     usual, unusual = [], []
     for batch, dtype in product(setting.batches, setting.options["dtypes"]):
-        for names, call in layers(setting, batch, dtype).values():
-            key = f"{names[0]} {dtype} {batch}"
+        for key, (call, *_) in layers(setting, batch, dtype).items():
             if call.operator != "conv_bn_relu":
                 usual.append((key, call, None))
                 continue
@@ -99,29 +95,19 @@ def _unusual(shape: ConvShape, chosen: ConvConfig, facts: device.DeviceFacts) ->
 def _exact(call: Call, chosen: ConvConfig | None, job: Future[list[str]] | None, setting: Setting) -> dict[str, Any]:
     if chosen is None:
         args, expected = _exact_stem(call, setting) if call.operator == "stem" else _exact_head(call, setting)
-        out = OPERATORS[call.operator].output(*args).fill_(float("nan"))
-        _run(OPERATORS[call.operator].plan(out, *args))
-        return {"exact": torch.equal(out, expected)}
+        answer = ours(call.operator, args)
+        answer().fill_(float("nan"))
+        return {"exact": torch.equal(answer(), expected)}
     faults = job.result() if job else []
     good = trial.Trial(call.shape, setting.device, 0).is_exact(chosen)
     return {"exact": good, "config": asdict(chosen), "faults": faults}
 
 
-def _run(launches: tuple[Launch, ...]) -> None:
-    with interpreter.ready() if interpreter.active() else contextlib.nullcontext():
-        for launch in launches:
-            launch.run()
-
-
-def _stem(call: Call, fill: Any, setting: Setting, seed: int) -> StemCall:
-    meta = StemCall(*call.args)
-    conv = fill(meta.convolution(meta.x).shape, setting.device, seed)
-    return StemCall(*conv[:7], None, None, "triton")
-
-
 def _exact_stem(call: Call, setting: Setting) -> tuple[tuple[Any, ...], Tensor]:
-    args = _stem(call, trial.exact_call, setting, 0)
-    return args, F.max_pool2d(trial.exact_answer(args.convolution(args.x)), 3, 2, 1)
+    meta = StemCall(*call.args)
+    convolution = trial.exact_call(meta.convolution(meta.x).shape, setting.device, 0)
+    args = StemCall(*convolution[:7], None, None, "triton")
+    return args, F.max_pool2d(trial.exact_answer(convolution), 3, 2, 1)
 
 
 def _exact_head(call: Call, setting: Setting) -> tuple[tuple[Any, ...], Tensor]:
@@ -170,24 +156,19 @@ def ceilings(setting: Setting) -> Steps:
 
 
 def _copy(size: int, times: int, setting: Setting) -> dict[str, Any]:
-    source = torch.randn(size // 4, device=setting.device)
-    out = torch.empty_like(source)
-    spread = timing.graph_seconds([partial(out.copy_, source)] * times, replays=10, meter=setting.meter)
-    return {"us": spread.p50 * 1e6, "bytes_per_s": 2 * size / spread.p50, "of": "read and written"}
+    seconds = copy(setting.device, size, times=times, meter=setting.meter).p50
+    return {"us": seconds * 1e6, "bytes_per_s": 2 * size / seconds, "of": "read and written"}
 
 
 def _launch_gap(setting: Setting) -> dict[str, Any]:
-    x, out = torch.randn(2, 1, 8, 1, 1, device=setting.device)
-    launch = add_relu(out=out, x=x, other=x, block=128, num_warps=1)
-    spread = timing.graph_seconds([partial(_run, (launch,))] * 200, replays=10, meter=setting.meter)
-    return {"us": spread.p50 * 1e6}
+    x = torch.randn(1, 8, 1, 1, device=setting.device)
+    launch = ours("add_relu", (x, x, "triton"))
+    return {"us": timing.graph_seconds([launch] * 200, replays=10, meter=setting.meter).p50 * 1e6}
 
 
 def _matmul(side: int, dtype: torch.dtype, setting: Setting) -> dict[str, Any]:
-    a, b = torch.randn(2, side, side, device=setting.device).to(dtype)
-    out = torch.empty_like(a)
-    spread = timing.graph_seconds([lambda: torch.matmul(a, b, out=out)], replays=10, meter=setting.meter)
-    return {"us": spread.p50 * 1e6, "flops_per_s": 2 * side**3 / spread.p50}
+    seconds = matmul(setting.device, side, dtype, meter=setting.meter).p50
+    return {"us": seconds * 1e6, "flops_per_s": 2 * side**3 / seconds}
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -201,37 +182,23 @@ def layer_times(setting: Setting) -> Steps:
     dtype = setting.options["dtype"]
     flops = rows.get(f"matmul {dtype}", {}).get("flops_per_s", known.half)
     for batch in setting.batches:
-        for names, call in layers(setting, batch, dtype).values():
-            floor = least(call).floor(flops, dram) * 1e6
-            yield f"{names[0]} {dtype} {batch}", partial(_layer_time, call, len(names), floor, setting)
+        for key, same in layers(setting, batch, dtype).items():
+            floor = least(same[0]).floor(flops, dram) * 1e6
+            yield key, partial(_layer_time, same[0], len(same), floor, setting)
 
 
 def _layer_time(call: Call, times: int, floor: float, setting: Setting) -> dict[str, Any]:
-    facts, row = device.facts(setting.device), {}
+    problem = Problem(call, setting.device, kernels="triton")
     replays = 2 if setting.rehearse else 20
-    if call.operator == "conv_bn_relu":
-        shape = call.shape
-        chosen = config.lookup(shape, facts)
-        spread = trial.Trial(shape, setting.device, setting.l2_bytes).time(chosen, replays=replays, meter=setting.meter)
-        row = {"estimate_us": estimate(chosen, shape, facts) / 1e3, "config": asdict(chosen), "shape": asdict(shape)}
-    else:
-        spread = _others_time(call, setting, replays)
+    spread = timing.graph_seconds(problem.build("ours"), replays=replays, meter=setting.meter)
     us, p20, p80 = (seconds * 1e6 for seconds in spread)
-    return {"us": us, "p20_us": p20, "p80_us": p80, "times": times, "floor_us": floor, **row}
-
-
-def _others_time(call: Call, setting: Setting, replays: int) -> timing.Spread:
-    def arguments(seed: int) -> tuple[Any, ...]:
-        if call.operator == "stem":
-            return _stem(call, trial.random_call, setting, seed)
-        return (*(torch.randn_like(t, device=setting.device) for t in call.args[:3]), "triton")
-
-    args = arguments(0)
-    size = sum(t.numel() * t.element_size() for t in args if isinstance(t, Tensor))
-    sets = [args, *map(arguments, range(1, 1 + 2 * setting.l2_bytes // size))]
-    operator = OPERATORS[call.operator]
-    calls = [partial(_run, operator.plan(operator.output(*a), *a)) for a in sets]
-    return timing.graph_seconds(calls, replays=replays, meter=setting.meter)
+    row = {"us": us, "p20_us": p20, "p80_us": p80, "times": times, "floor_us": floor}
+    if call.operator == "conv_bn_relu":
+        facts = device.facts(setting.device)
+        chosen = config.lookup(call.shape, facts)
+        cost = estimate(chosen, call.shape, facts) / 1e3
+        row |= {"estimate_us": cost, "config": asdict(chosen), "shape": asdict(call.shape)}
+    return row
 
 
 # --- tune ------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ Meter = Callable[[Launch, int], list[float]]
 """`meter(work, replays)`: seconds that each of `replays` repetitions of `work` took."""
 
 _LAUNCHES = 10  # at least so many between two events, whose resolution is half a microsecond
+_SAMPLE = 100e-6  # seconds: reading the clock and waiting for an idle GPU cost a hundredth of it
+_ROUNDS = (5, 1000)  # what `interleaved_for` makes of too little and too much time
 
 
 class Spread(NamedTuple):
@@ -45,6 +49,25 @@ def interleaved(
     return samples
 
 
+def interleaved_for(seconds: float, alternatives: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """`interleaved`, with as many rounds as take about `seconds`, at least five.
+
+    Alternatives that are faster than 100 us are called several times for a sample, which is the mean.
+    """
+    once = {name: min(taken) for name, taken in interleaved(alternatives, rounds=3).items()}
+    times = {name: max(math.ceil(_SAMPLE / max(fastest, 1e-9)), 1) for name, fastest in once.items()}
+    least, most = _ROUNDS
+    rounds = int(seconds / max(sum(once[name] * times[name] for name in alternatives), 1e-9))
+    batches = {name: partial(_repeat, call, times[name]) for name, call in alternatives.items()}
+    samples = interleaved(batches, rounds=min(max(rounds, least), most), warmup=0)
+    return {name: [sample / times[name] for sample in taken] for name, taken in samples.items()}
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
 def spread(samples: Sequence[float]) -> Spread:
     """Percentiles of some samples, interpolated linearly, as NumPy's are."""
     if len(samples) == 1:
@@ -54,7 +77,12 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 def graph_seconds(calls: Sequence[Launch], *, replays: int, meter: Meter | None = None) -> Spread:
-    """Seconds of one launch. Each of `calls` makes the same launch on buffers of its own; they take turns.
+    """The spread of `graph_samples`."""
+    return spread(graph_samples(calls, replays=replays, meter=meter))
+
+
+def graph_samples(calls: Sequence[Launch], *, replays: int, meter: Meter | None = None) -> list[float]:
+    """Seconds of one launch, in each replay. Each of `calls` makes the same launch on buffers of its own, in turns.
 
     If all buffers together exceed the L2 cache twice, every launch finds its inputs in DRAM. The launches of a turn are
     recorded as one CUDA graph, so that the host takes no part; `meter` stands in for graph and clock in tests.
@@ -67,7 +95,7 @@ def graph_seconds(calls: Sequence[Launch], *, replays: int, meter: Meter | None 
         for i in range(launches):
             calls[i % len(calls)]()
 
-    return spread([seconds / launches for seconds in (meter or replay)(turn, replays)])
+    return [seconds / launches for seconds in (meter or replay)(turn, replays)]
 
 
 def replay(work: Launch, replays: int) -> list[float]:

@@ -1,0 +1,110 @@
+"""What the kernel suite measures: every distinct operator call of some models, and random data to make it on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import models
+from ..ops import OPERATORS
+from ..ops.stem import POOL, StemCall
+from ..trace import Call, trace
+
+MODELS = ("resnet18", "resnet34", "resnet50")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A distinct operator call, by the first model and layer that make it; `times` counts the layers of each model."""
+
+    model: str
+    layer: str
+    batch: int
+    image: int
+    dtype: str
+    call: Call
+    times: dict[str, int]
+
+
+def cases(
+    families: Sequence[str] = MODELS, batches: Sequence[int] = (1,), dtypes: Sequence[str] = ("float32",),
+    image: int = 224,
+) -> list[Case]:  # fmt: skip
+    """What the models call, in their order and without what an earlier one calls too.
+
+    Behind each model's calls stand the operators that its fused calls replace, at the same shapes.
+    """
+    if unknown := [family for family in families if family not in MODELS]:
+        raise ValueError(f"no model {unknown[0]!r}, expected some of {', '.join(MODELS)}")
+    found: dict[Any, Case] = {}
+    for family in families:
+        with torch.device("meta"):
+            model = getattr(models, family)().eval()
+        for batch, dtype in product(batches, dtypes):
+            calls = trace(model, (batch, 3, image, image), getattr(torch, dtype))
+            for key, same in distinct([*calls, *chain.from_iterable(map(_unfused, calls))]).items():
+                case = found.setdefault(key, Case(family, same[0].name, batch, image, dtype, same[0], {}))
+                case.times[family] = len(same)
+    return list(found.values())
+
+
+def distinct(calls: Iterable[Call]) -> dict[Any, list[Call]]:
+    """The calls of our operators, those with one operator, geometry and dtype together."""
+    found: dict[Any, list[Call]] = {}
+    for call in calls:
+        if call.operator in OPERATORS:
+            found.setdefault((call.operator, *map(_key, call.args)), []).append(call)
+    return found
+
+
+def _key(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.shape
+    return tuple(argument) if isinstance(argument, list) else argument
+
+
+def _unfused(call: Call) -> Iterator[Call]:
+    """What follows the convolution, or replaces the head, where they are not fused."""
+
+    def other(operator: str, *args: Any) -> Call:
+        return replace(call, name=f"{call.name} {operator}", operator=operator, args=(*args, call.args[-1]))
+
+    if call.operator == "stem":
+        convolved = OPERATORS["conv_bn_relu"].output(*StemCall(*call.args).convolution(call.args[0]))
+        yield other("max_pool2d", convolved, *POOL)
+    elif call.operator == "conv_bn_relu" and (call.shape.residual or call.shape.shortcut_c):
+        y = OPERATORS["conv_bn_relu"].output(*call.args)
+        yield other("add_relu", y, y)
+    elif call.operator == "avg_pool_linear":
+        x, weight, bias, kernels = call.args
+        yield other("global_avg_pool", x)
+        yield other("linear", OPERATORS["global_avg_pool"].output(x, kernels).flatten(1), weight, bias)
+
+
+def names(operator: str) -> list[str]:
+    """An operator's arguments by name."""
+    return [argument.name for argument in getattr(torch.ops.resnet_triton, operator).default._schema.arguments]
+
+
+def arguments(call: Call, where: torch.device, *, seed: int, kernels: str) -> tuple[Any, ...]:
+    """Normally distributed data for a call, scaled as in a trained network, images and filters in channels_last."""
+    generator = torch.Generator(where).manual_seed(seed)
+
+    def fill(name: str, like: Any) -> Any:
+        if not isinstance(like, Tensor):
+            return like
+        values = torch.randn(like.shape, generator=generator, device=where)
+        if name.endswith("var"):
+            values = values.abs() + 0.5
+        elif name.endswith("weight") and like.dim() > 1:
+            values /= prod(like.shape[1:]) ** 0.5
+        memory = torch.channels_last if like.dim() == 4 else torch.contiguous_format
+        return values.to(like.dtype, memory_format=memory)
+
+    return (*map(fill, names(call.operator), call.args[:-1]), kernels)
