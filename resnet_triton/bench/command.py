@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import ceilings, kernels, predictions, report
+from ..models import resnet18
+from . import cases, ceilings, kernels, predictions, report
 from .alternatives import Alternative, alternatives, select
 from .environment import environment
 from .model import Lost, Race, with_warm_starts
-from .results import Results, Row, save
+from .results import FILE, Results, Row, save
 from .worker import Spec
 
 Say = Callable[[str], None]
 
-MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 DTYPES = ("float16", "bfloat16", "float32")
-PREDICTED = "sm_90"
+PREDICTED = ("float16",)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def plan(
     """A plan with defaults for the device: empty stands for all. ValueError names what is unknown."""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     cuda = where.type == "cuda"
-    for what, given, known in (("model", models, MODELS), ("dtype", dtypes, DTYPES)):
+    for what, given, known in (("model", models, cases.MODELS), ("dtype", dtypes, DTYPES)):
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"no {what} {unknown[0]!r}, expected some of {', '.join(known)}")
     ours = [a.name for a in alternatives(where).values() if a.ours]
@@ -81,7 +83,8 @@ def run(plan: Plan, say: Say) -> Results:
         results.ceilings.extend(ceilings.measure(plan.device, plan.dtypes))
         if plan.device.type == "cpu":
             say("compiling for a GPU that is not here")
-            results.predictions.extend(predictions.predict(PREDICTED, plan.batches))
+            model, jobs = resnet18().eval(), os.cpu_count() or 1
+            results.predictions.extend(predictions.predictions(model, plan.batches, PREDICTED, jobs=jobs))
         if "model" in plan.suites:
             share = 0.6 if "kernel" in plan.suites else 1.0
             _models(plan, results, time.monotonic() + share * (end - time.monotonic()), say)
@@ -98,7 +101,7 @@ def _models(plan: Plan, results: Results, end: float, say: Say) -> None:
     for i, dtype in enumerate(plan.dtypes):
         spec = Spec(plan.models[0], dtype, str(plan.device), plan.image, plan.tiny)
         deadline = time.monotonic() + (end - time.monotonic()) / (len(plan.dtypes) - i)
-        with Race(spec, plan.alternatives, lambda text, dtype=dtype: say(f"{dtype}, {text}")) as race:
+        with Race(spec, plan.alternatives, partial(_prefixed, say, dtype)) as race:
             for j, batch in enumerate(plan.batches):
                 shares = len(plan.batches) - j + 0.5  # half a share for the second starts
                 until = time.monotonic() + (deadline - time.monotonic()) / shares
@@ -108,14 +111,18 @@ def _models(plan: Plan, results: Results, end: float, say: Say) -> None:
                     say(f"batch {batch}: left out, {error}")
                     continue
                 results.rows.extend(rows)
-                save(results, plan.out / report.JSON)
+                save(results, plan.out / FILE)
             found = race.warm_start(plan.batches[0], deadline)
         results.rows[:] = with_warm_starts(results.rows, dtype, plan.batches[0], found)
 
 
+def _prefixed(say: Say, prefix: str, text: str) -> None:
+    say(f"{prefix}, {text}")
+
+
 def _kernels(plan: Plan, results: Results, end: float, say: Say) -> None:
     where = environment(plan.device)
-    todo = kernels.cases(plan.models, plan.batches, plan.dtypes, plan.image)
+    todo = cases.cases(plan.models, plan.batches, plan.dtypes, plan.image)
     left = len(todo)
     for rows in kernels.run(todo, plan.device, where, deadline=end):
         results.rows.extend(rows)
@@ -123,7 +130,7 @@ def _kernels(plan: Plan, results: Results, end: float, say: Say) -> None:
         left -= 1
     if left:
         say(f"no time left for {left} of {len(todo)} layers; --budget gives more")
-    save(results, plan.out / report.JSON)
+    save(results, plan.out / FILE)
 
 
 def faults(results: Results) -> list[tuple[Row, str]]:

@@ -11,13 +11,14 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .. import timing
 
 FORMAT, VERSION = "resnet-triton-benchmark", 1
+FILE = "results.json"
 MAX_BYTES = 64 << 20
 
 
@@ -148,7 +149,7 @@ def _plain(item: Any) -> Any:
 def load(path: Path) -> Results:
     """Read and check a file. ValueError says in one line what is wrong with it."""
     if path.is_dir():
-        path = path / "results.json"
+        path = path / FILE
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -178,3 +179,6 @@ def _validator() -> Any:
     import jsonschema
 
     return jsonschema.Draft202012Validator(json.loads(Path(__file__).with_name("schema.json").read_text("utf-8")))
+
+
+FIELDS = tuple(f.name for f in fields(Row))
