@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resnet_triton.bench import report
 from resnet_triton.bench.results import Results, Row, best, speedup
 
 from .gpu_steps import read, write
@@ -71,18 +72,11 @@ PHASES = (
     Phase("tune", _KERNELS + "tune", {"count": 10}, 400, 90, spare=45),
     _model("model-tuned", *_PYTORCH, "compile reduce-overhead", "ours graph", **_TUNED),
     _tests("test-gpu", "tests/test_gpu.py", "test", processes=4, limit=120),
-    _model(
-        "batches",
-        "folded graph",
-        "cudnn fused graph",
-        "compile reduce-overhead",
-        "ours graph",
-        batches=_MORE,
-        limit=150,
-        **_TUNED,
-    ),
+    _model("batches", "folded graph", "cudnn fused graph", "compile reduce-overhead", "ours graph", batches=_MORE,
+           limit=150, **_TUNED),  # fmt: skip
     _tests("test-exact-rest", "tests/test_exact.py", f"not ({_LAYERS})", processes=14, limit=300),
     _model("bfloat16", "folded graph", "compile reduce-overhead", "ours graph", dtype="bfloat16", **_TUNED),
+    Phase("kernels", _KERNELS + "suite", {"batches": [1, 32, 256], "dtype": "float16"}, 200, 60),
     _model("dependent", "ours graph", environ={"RESNET_TRITON_PDL": "1"}, tuned=True, label=", dependent launches"),
     _model("default", "compile default", "compile reduce-overhead freezing", "ours graph", limit=120),
     _model("no-cudagraphs", "compile max-autotune-no-cudagraphs", "ours graph", limit=150),
@@ -164,13 +158,19 @@ def archive(out: Path) -> None:
 # --- what to print ---------------------------------------------------------------------------------------------------
 
 
+def read_all(out: Path) -> dict[str, dict[str, Any]]:
+    """The journals of a folder by phase, in the order of the phases."""
+    found = {phase.name: read(out / f"{phase.name}.json") for phase in PHASES}
+    return {name: journal for name, journal in found.items() if journal}
+
+
 def summary(out: Path) -> list[str]:
     """The results so far in fewer than 60 lines."""
-    journals = {path.stem: j for path in sorted(out.glob("*.json")) if "rows" in (j := read(path))}
+    journals = read_all(out)
     rows = {name: journal["rows"] for name, journal in journals.items()}
-    first = next(iter(journals.values()), {})
-    lines = [f"{'REHEARSAL, no measurement: ' if first.get('rehearsal') else ''}{first.get('gpu')}, "
-             f"torch {first.get('torch')}, triton {first.get('triton')}, {first.get('commit')}"]  # fmt: skip
+    first = next(iter(journals.values()), {"environment": {}})
+    where = ", ".join(str(first["environment"].get(k)) for k in ("device", "driver", "torch", "triton", "commit"))
+    lines = [("REHEARSAL, no measurement: " if first.get("rehearsal") else "") + where]
     exact = rows.get("exact", {})
     wrong = [key for key, row in exact.items() if not row.get("exact")]
     if exact:
@@ -180,7 +180,7 @@ def summary(out: Path) -> list[str]:
             lines.append(f"{name}: {', '.join(f'{k} {v}' for k, v in row.items() if k != 'failures')}")
             lines += [f"  {failure[:140]}" for failure in row.get("failures", [])[:2]]
     lines += [f"{key}: {row['us']:.2f} us" + _rate(row) for key, row in rows.get("ceilings", {}).items() if "us" in row]
-    lines += _models(suite_rows(journals.values()))
+    lines += _models(collect(journals).rows)
     slow = sorted((r["us"] * r["times"], k, r) for k, r in rows.get("layers", {}).items() if "us" in r)[-8:]
     lines += [f"{k}: {r['us']:.1f} us, floor {r['floor_us']:.1f}, estimate {r.get('estimate_us', 0):.1f}"
               for _, k, r in reversed(slow)]  # fmt: skip
@@ -194,20 +194,27 @@ def _rate(row: dict[str, Any]) -> str:
     return "".join(f", {row[key] / 1e12:.2f} {unit}" for key, unit in units.items() if key in row)
 
 
-def suite_rows(journals: Iterable[dict[str, Any]]) -> list[Row]:
-    """The suites' rows in the journals."""
-    return [Row(**row) for journal in journals for step in journal["rows"].values() for row in step.get("rows", [])]
+def collect(journals: dict[str, dict[str, Any]]) -> Results:
+    """What the journals hold of the suites, in the suites' form."""
+    steps = [step for journal in journals.values() for step in journal["rows"].values()]
+    rows = {row.key: row for step in reversed(steps) for row in map(_row, step.get("rows", []))}
+    ceilings = [step["ceiling"] for step in steps if "ceiling" in step]
+    return Results([*reversed(rows.values())], ceilings)
+
+
+def _row(data: dict[str, Any]) -> Row:
+    return Row(**data)
 
 
 def _models(rows: Sequence[Row]) -> list[str]:
     """For each dtype and batch size, ours against the best of the others, by the GPU's clock with L2 warm."""
     lines = []
-    for task, some in sorted(Results([*rows]).tasks().items(), key=lambda item: (item[1][0].dtype, item[1][0].batch)):
+    models = Results([row for row in rows if row.suite == "model"])
+    for task, some in sorted(models.tasks().items(), key=lambda item: (item[1][0].dtype, item[1][0].batch)):
         if task[-1] == "cold" or (some[0].clock == "wall" and some[0].environment["device_kind"] == "cuda"):
             continue
-        first = {row.alternative: row for row in reversed(some)}  # of those measured more than once
-        red = [name for name, row in first.items() if row.failure or not row.correct]
-        cells = sorted((row.p50_s * 1e6, name) for name, row in first.items() if row.good)
+        red = [row.alternative for row in some if row.failure or not row.correct]
+        cells = sorted((row.p50_s * 1e6, row.alternative) for row in some if row.good)
         lines.append(f"{some[0].dtype} {some[0].batch}: " + ", ".join(f"{name} {us:.0f}" for us, name in cells) + " us"
                      + f"; WRONG OR FAILED: {', '.join(red)}" * bool(red))  # fmt: skip
         faster, other = speedup(some), best(some, ours=False)
@@ -234,6 +241,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in again:
         (a.out / f"{name}.json").unlink(missing_ok=True)
     run(tuple(phase for phase in PHASES if phase.name in chosen), a.out.resolve(), a.budget, rehearse=a.rehearse)
+    with contextlib.suppress(ImportError):  # of a plotting library; the archive has the data
+        report.write(collect(read_all(a.out)), a.out)
+    archive(a.out)
     print("\n".join(summary(a.out)))
     return 0
 

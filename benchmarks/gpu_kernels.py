@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,9 +22,10 @@ from torch import Tensor
 
 import resnet_triton
 from resnet_triton import config, device, timing
-from resnet_triton.bench.cases import distinct
+from resnet_triton.bench.cases import Case, cases, distinct
 from resnet_triton.bench.ceilings import copy, matmul
-from resnet_triton.bench.kernels import Problem, ours
+from resnet_triton.bench.environment import environment
+from resnet_triton.bench.kernels import ALTERNATIVES, Problem, measure, ours
 from resnet_triton.codegen import TARGETS
 from resnet_triton.codegen.roofline import least
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, table
@@ -157,7 +158,10 @@ def ceilings(setting: Setting) -> Steps:
 
 def _copy(size: int, times: int, setting: Setting) -> dict[str, Any]:
     seconds = copy(setting.device, size, times=times, meter=setting.meter).p50
-    return {"us": seconds * 1e6, "bytes_per_s": 2 * size / seconds, "of": "read and written"}
+    row = {"us": seconds * 1e6, "bytes_per_s": 2 * size / seconds, "of": "read and written"}
+    if times == 1:  # from DRAM
+        row["ceiling"] = {"name": "copy", "bytes_per_s": row["bytes_per_s"], "flops_per_s": None, "dtype": None}
+    return row
 
 
 def _launch_gap(setting: Setting) -> dict[str, Any]:
@@ -168,7 +172,9 @@ def _launch_gap(setting: Setting) -> dict[str, Any]:
 
 def _matmul(side: int, dtype: torch.dtype, setting: Setting) -> dict[str, Any]:
     seconds = matmul(setting.device, side, dtype, meter=setting.meter).p50
-    return {"us": seconds * 1e6, "flops_per_s": 2 * side**3 / seconds}
+    rate, name = 2 * side**3 / seconds, str(dtype).removeprefix("torch.")
+    ceiling = {"name": "matmul", "bytes_per_s": None, "flops_per_s": rate, "dtype": name}
+    return {"us": seconds * 1e6, "flops_per_s": rate, "ceiling": ceiling}
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -199,6 +205,21 @@ def _layer_time(call: Call, times: int, floor: float, setting: Setting) -> dict[
         cost = estimate(chosen, call.shape, facts) / 1e3
         row |= {"estimate_us": cost, "config": asdict(chosen), "shape": asdict(call.shape)}
     return row
+
+
+def suite(setting: Setting) -> Steps:
+    """The kernel suite: each layer, ours against PyTorch's ways to compute it; a rehearsal has but a few."""
+    where = environment(setting.device)
+    todo = cases(("resnet18",), setting.batches, [setting.options["dtype"]], setting.image)
+    names = ("ours", "eager") if setting.rehearse else ALTERNATIVES
+    for case in todo[1:4] if setting.rehearse else todo:
+        yield f"{case.layer} {case.dtype} {case.batch}", partial(_suite, case, where, names, setting)
+
+
+def _suite(case: Case, where: dict[str, Any], names: Sequence[str], setting: Setting) -> dict[str, Any]:
+    with torch.inference_mode():
+        rows = measure(case, setting.device, where, alternatives=names, kernels="triton", seconds=0.1)
+    return {"rows": [asdict(row) for row in rows]}
 
 
 # --- tune ------------------------------------------------------------------------------------------------------------

@@ -6,20 +6,24 @@ so the next process goes on behind the step that crashed or hung this one.
 
 from __future__ import annotations
 
-import datetime
 import faulthandler
 import functools
 import importlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from resnet_triton import timing
+from resnet_triton.bench.environment import environment, nvidia_smi
+from resnet_triton.bench.results import one_line
+from resnet_triton.config import table
 
 Steps = Iterable[tuple[str, Callable[[], dict[str, Any]]]]
 
@@ -50,21 +54,15 @@ class Setting:
         return 32 if self.rehearse else 224
 
     @functools.cached_property
-    def device(self) -> Any:
-        import torch
-
+    def device(self) -> torch.device:
         return torch.device("cpu" if self.rehearse else "cuda")
 
     @functools.cached_property
     def l2_bytes(self) -> int:
-        import torch
-
         return 0 if self.rehearse else torch.cuda.get_device_properties(self.device).L2_cache_size
 
     def meter(self, work: Callable[[], object], replays: int) -> list[float]:
         """`timing.Meter`: a CUDA graph and events, or in a rehearsal one run by the wall clock."""
-        from resnet_triton import timing
-
         if not self.rehearse:
             return timing.replay(work, replays)
         start = time.perf_counter()
@@ -72,8 +70,6 @@ class Setting:
         return [time.perf_counter() - start] * replays
 
     def synchronize(self) -> None:
-        import torch
-
         if not self.rehearse:
             torch.cuda.synchronize()
 
@@ -93,32 +89,10 @@ def write(path: Path, data: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def environment() -> dict[str, str]:
-    """Where and with what a phase ran; "unknown" where that cannot be told."""
-    import torch
-    import triton
-
-    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
-    gpu = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")  # reads, never sets
-    commit = os.environ.get("RESNET_TRITON_COMMIT") or _output("git", "rev-parse", "HEAD")
-    return {
-        "gpu": gpu, "gpu_fields": fields, "python": platform.python_version(), "torch": torch.__version__,
-        "triton": triton.__version__, "cudnn": str(torch.backends.cudnn.version()), "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def one_line(error: Exception) -> str:
-    """An error as a row holds it: compilers write pages, and say what is wrong at either end."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
+def state(device: torch.device) -> dict[str, Any]:
+    """Where and with what a phase ran, and how warm the GPU was."""
+    fields = "temperature.gpu,power.draw,clocks_throttle_reasons.active"
+    return {**environment(device), "heat": nvidia_smi(fields, device) if device.type == "cuda" else "unknown"}
 
 
 def run(steps: Steps, setting: Setting, step_limit: float) -> None:
@@ -128,8 +102,8 @@ def run(steps: Steps, setting: Setting, step_limit: float) -> None:
     rows = old.get("rows", {})
     if old.get("running") is not None:
         rows[old["running"]] = {"error": f"ended the process or took more than {step_limit:.0f} s"}
-    data = {**environment(), "rehearsal": setting.rehearse, "options": setting.options, "complete": False,
-            "running": None, "rows": rows}  # fmt: skip
+    data = {"environment": state(setting.device), "rehearsal": setting.rehearse, "options": setting.options,
+            "complete": False, "running": None, "rows": rows}  # fmt: skip
     write(journal, data)
     for key, step in steps:
         if key in rows:
@@ -149,19 +123,15 @@ def run(steps: Steps, setting: Setting, step_limit: float) -> None:
         finally:
             faulthandler.cancel_dump_traceback_later()
             write(journal, data)
-    write(journal, {**data, "complete": True, "gpu_after": environment()["gpu"]})
+    write(journal, {**data, "complete": True, "environment_after": state(setting.device)})
 
 
 def main(journal: str, target: str, options: dict[str, Any], limit: float, step_limit: float, rehearse: bool) -> None:
     """What `benchmarks.gpu` starts for a phase. `target`: "module:function", from a Setting to steps."""
     setting = Setting(Path(journal), options, rehearse, time.monotonic() + limit)
     if rehearse:
-        from resnet_triton import timing
-
         timing._LAUNCHES = 1  # interpreted launches are long enough for any clock
     if options.get("tuned"):
-        from resnet_triton.config import table
-
         table.FOLDER = setting.out
     module, _, function = target.partition(":")
     run(getattr(importlib.import_module(module), function)(setting), setting, step_limit)

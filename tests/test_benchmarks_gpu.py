@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from synthetic import WHERE, row
 
 gpu = pytest.importorskip("benchmarks.gpu")
-from benchmarks import gpu_model, gpu_steps  # noqa: E402
+from benchmarks import gpu_steps  # noqa: E402
 
 FAULTY = """
 import os, time
@@ -46,14 +46,14 @@ def faulty(tmp_path, monkeypatch):
 def small(name):
     """A phase of the programme, cut to what a test can wait for."""
     phase = next(phase for phase in gpu.PHASES if phase.name == name)
-    fewer = {"batches": [1], "dtypes": ["float16"], "alternatives": ["eager", "ours graph", "compile max-autotune"]}
+    fewer = {"batches": [1], "dtypes": ["float16"], "alternatives": ["eager graph", "ours graph"]}
     options = {key: fewer.get(key, value) for key, value in phase.options.items()}
     return dataclasses.replace(phase, options=options, spare=0)
 
 
 def test_rehearsal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RESNET_TRITON_COMMIT", "abc")
-    names = ["exact", "ceilings", "layers", "tune", "model-tuned"]
+    names = ["exact", "ceilings", "layers", "tune", "model-tuned", "kernels"]
     phases = tuple(map(small, names))
     gpu.run(phases, tmp_path, 300, rehearse=True)
     journals = {name: gpu_steps.read(tmp_path / f"{name}.json") for name in names}
@@ -61,14 +61,18 @@ def test_rehearsal(tmp_path, capsys, monkeypatch):
         assert journal["complete"], (name, (tmp_path / f"{name}.log").read_text())
         assert journal["rows"], name
         assert not [row for row in journal["rows"].values() if "error" in row], name
-        assert {"gpu", "python", "torch", "triton", "date"} <= set(journal)
-        assert (journal["commit"], journal["rehearsal"]) == ("abc", True)
+        assert {"device", "driver", "clocks", "torch", "triton", "date", "heat"} <= set(journal["environment"])
+        assert (journal["environment"]["commit"], journal["rehearsal"]) == ("abc", True)
     rows = journals["exact"]["rows"]
     assert all(row["exact"] for row in rows.values())
     assert {"conv1 float16 1", "fc float16 1", "layer1.0.conv1 float16 1 columns=2"} <= set(rows)
     assert any(key.endswith("two_launches") for key in rows)
-    (measured,) = journals["model-tuned"]["rows"].values()
-    assert [row["red"] for row in measured["alternatives"].values()] == [False] * 3
+    found = gpu.collect(journals)
+    kinds = [(row.suite, row.alternative, row.correct) for row in found.rows]
+    assert kinds[:2] == [("model", "eager", True), ("model", "ours graph, tuned", True)]
+    assert len(kinds) == 2 + 2 * 3
+    assert {kind[0] for kind in kinds[2:]} == {"kernel"}
+    assert [ceiling["name"] for ceiling in found.ceilings] == ["copy", "matmul", "matmul"]
     table = json.loads((tmp_path / "nvidia-h200.json").read_text())
     assert len(table["entries"]) == 1
     with tarfile.open(tmp_path / gpu.ARCHIVE) as tar:
@@ -116,28 +120,17 @@ def test_no_time_left(faulty, capsys):
     assert capsys.readouterr().out == "good: no time left\n"
 
 
-def late(answer):
-    """Right at the first calls, wrong in the end."""
-    calls = []
-    return lambda x: calls.append(0) or (answer if len(calls) < 4 else answer + 1)
-
-
 def test_no_speed_up_on_a_red_check(tmp_path):
-    setting = gpu_steps.Setting(tmp_path / "model.json", {}, True, 0.0)
-    expected = torch.ones(2, 3, dtype=torch.float64)
-    models = {"right": lambda x: expected, "late": late(expected), "nan": lambda x: expected * float("nan")}
-    rows = gpu_model.compare(models, torch.ones(1), expected, 1e-3, gpu_model.Clock(setting), rounds=2)
-    assert {name: row["red"] for name, row in rows.items()} == {"right": False, "late": True, "nan": True}
-
-    def text(ours):
-        row = {"alternatives": {"eager": rows["right"], "compile default": rows["right"], "ours graph": rows[ours]}}
-        gpu_steps.write(tmp_path / "model.json", {"rows": {"float16 1": row}, "options": {"alternatives": []}})
+    def text(**ours):
+        rows = [row("eager graph", 300.0), row("compile default", 150.0), row(**ours)]
+        journal = {"environment": WHERE, "rows": {"float16 8": {"rows": [dataclasses.asdict(r) for r in rows]}}}
+        gpu_steps.write(tmp_path / "model.json", journal)
         return "\n".join(gpu.summary(tmp_path))
 
-    assert "x eager, wall" in text("right")
-    for ours in ("late", "nan"):
-        assert "WRONG OR FAILED: ours graph" in text(ours)
-        assert "x eager" not in text(ours)
+    assert "float16 8: ours 100, compile default 150, eager graph 300 us\n  1.50x compile default: ours" in text()
+    for wrong in ({"correct": False}, {"p50_s": None, "failure": "no such kernel"}):
+        assert "WRONG OR FAILED: ours" in text(**wrong)
+        assert "x compile" not in text(**wrong)
 
 
 def test_unknown_phases_are_refused(tmp_path, capsys):
