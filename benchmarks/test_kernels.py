@@ -1,6 +1,7 @@
 """The kernel suite on pytest-benchmark: `pytest benchmarks --benchmark-group-by=group`.
 
-Wall-clock time of single calls, the launch included; `resnet_triton.bench.kernels` itself times a GPU by its own clock.
+Wall-clock time of single calls on the same data, with the launch, caches warm. `resnet_triton.bench.kernels` itself
+times a GPU by the GPU's clock and with its L2 cache cold.
 """
 
 from __future__ import annotations

@@ -200,6 +200,13 @@ def test_a_failure_is_one_row(monkeypatch, good_calls):
     assert len(calls) == good_calls + 1, "a failure is final"
 
 
+def test_kernels_that_cannot_run_are_a_failure(monkeypatch):
+    monkeypatch.setattr("resnet_triton.interpreter.active", lambda: False)
+    rows = measured("layer1.0.conv1", kernels="triton")
+    assert 'NotImplementedError: kernels="triton" cannot run this call: CPU tensors' in rows["ours"].failure
+    assert rows["eager"].good
+
+
 def test_without_a_reference_all_rows_say_so(monkeypatch):
     monkeypatch.setattr(kernels, "_CHUNK", 0)
     rows = measured("fc")
@@ -212,11 +219,11 @@ def test_a_slowdown_shows_in_full(monkeypatch):
         return y
 
     eager = baselines.EAGER["linear"]
-    monkeypatch.setitem(baselines.EAGER, "linear", lambda *args: sleeping(0.01, eager(*args)))
-    plant(monkeypatch, "linear", lambda y: sleeping(0.03, y))
+    monkeypatch.setitem(baselines.EAGER, "linear", lambda *args: sleeping(0.02, eager(*args)))
+    plant(monkeypatch, "linear", lambda y: sleeping(0.06, y))
     rows = measured("fc linear")
-    assert rows["ours"].p50_s / rows["eager"].p50_s == pytest.approx(3, rel=0.15)
-    assert results.speedup(list(rows.values())) == pytest.approx(1 / 3, rel=0.15)
+    assert rows["ours"].p50_s / rows["eager"].p50_s == pytest.approx(3, rel=0.25)
+    assert results.speedup(list(rows.values())) == pytest.approx(1 / 3, rel=0.25)
 
 
 def test_the_deadline_is_kept(monkeypatch):

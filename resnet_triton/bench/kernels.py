@@ -39,7 +39,8 @@ def run(
     todo: Iterable[Case], where: torch.device, environment: dict[str, Any], *,
     alternatives: Sequence[str] = ALTERNATIVES, kernels: str = "auto", seconds: float = 1.0, deadline: float = math.inf,
 ) -> Iterator[list[Row]]:  # fmt: skip
-    """The rows of each case. Ends before a case that might last until `deadline`, a time of `time.monotonic`.
+    """The rows of each case. Ends before a case that would pass `deadline`, a time of `time.monotonic`, if it took as
+    long as the longest so far.
 
     `seconds` are spent on timing a case on a CPU; `kernels="triton"` interprets our kernels there, for tests.
     """
@@ -95,7 +96,7 @@ def measure(
             good = {name: work for name, work in works.items() if rows[name].failure is None}
             samples = timing.interleaved_for(seconds, good)
         after = everyone(lambda name: problem.error(calls[name][0]))
-    if "ours" in rows:
+    if "ours" in rows and rows["ours"].failure is None:
         rows["ours"] = replace(rows["ours"], config=problem.config)
     return [
         row if row.failure else row.timed(samples[name]).checked(before[name], after[name], limit)
