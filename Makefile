@@ -67,8 +67,8 @@ codegen-oldest: $(OLDEST_STAMP) ## the same with the oldest supported Triton
 	$(HERMETIC) PYTHONPATH=$(OLDEST_DIR) $(PY) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton'
 	$(HERMETIC) PYTHONPATH=$(OLDEST_DIR) $(PY) -m resnet_triton codegen $(ARGS)
 
-bench: $(STAMP) ## time ResNet-18 against torchvision's on this machine
-	$(PY) -m benchmarks.model $(ARGS)
+bench: $(STAMP) ## time ResNet-18 and its layers against PyTorch's on this machine: tables and charts in build/bench
+	$(PY) -m resnet_triton bench --out build/bench $(ARGS)
 
 bench-gpu: $(STAMP) ## everything to check and measure on a GPU, in ten minutes; ARGS=--rehearse without one
 	$(PY) -m benchmarks.gpu --out build/gpu $(ARGS)

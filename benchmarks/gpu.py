@@ -59,8 +59,8 @@ _KERNELS = "benchmarks.gpu_kernels:"
 _LAYERS = "test_resnet18_layer and not float32"
 _PYTORCH = ("eager graph", "folded graph", "cudnn fused graph")
 _HALVES = ["float16", "bfloat16"]
-_MORE = (2, 8, 64, 128, 129)
 _TUNED: dict[str, Any] = {"tuned": True, "label": ", tuned"}
+_MORE: dict[str, Any] = {"batches": (2, 8, 64, 128, 129), "limit": 150, **_TUNED}
 PHASES = (
     Phase("exact", _KERNELS + "exact", {"batches": [1, 8, 32, 128, 256], "dtypes": _HALVES}, 150, 60),
     Phase("ceilings", _KERNELS + "ceilings", limit=40, step_limit=20),
@@ -72,8 +72,7 @@ PHASES = (
     Phase("tune", _KERNELS + "tune", {"count": 10}, 400, 90, spare=45),
     _model("model-tuned", *_PYTORCH, "compile reduce-overhead", "ours graph", **_TUNED),
     _tests("test-gpu", "tests/test_gpu.py", "test", processes=4, limit=120),
-    _model("batches", "folded graph", "cudnn fused graph", "compile reduce-overhead", "ours graph", batches=_MORE,
-           limit=150, **_TUNED),  # fmt: skip
+    _model("batches", "folded graph", "cudnn fused graph", "compile reduce-overhead", "ours graph", **_MORE),
     _tests("test-exact-rest", "tests/test_exact.py", f"not ({_LAYERS})", processes=14, limit=300),
     _model("bfloat16", "folded graph", "compile reduce-overhead", "ours graph", dtype="bfloat16", **_TUNED),
     Phase("kernels", _KERNELS + "suite", {"batches": [1, 32, 256], "dtype": "float16"}, 200, 60),
@@ -197,13 +196,10 @@ def _rate(row: dict[str, Any]) -> str:
 def collect(journals: dict[str, dict[str, Any]]) -> Results:
     """What the journals hold of the suites, in the suites' form."""
     steps = [step for journal in journals.values() for step in journal["rows"].values()]
-    rows = {row.key: row for step in reversed(steps) for row in map(_row, step.get("rows", []))}
-    ceilings = [step["ceiling"] for step in steps if "ceiling" in step]
-    return Results([*reversed(rows.values())], ceilings)
-
-
-def _row(data: dict[str, Any]) -> Row:
-    return Row(**data)
+    rows: dict[Any, Row] = {}
+    for row in (Row(**data) for step in steps for data in step.get("rows", [])):
+        rows.setdefault(row.key, row)  # some phases repeat what an earlier one measured, to compare with it
+    return Results([*rows.values()], [step["ceiling"] for step in steps if "ceiling" in step])
 
 
 def _models(rows: Sequence[Row]) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from resnet_triton import timing
+from resnet_triton.bench import model as race
 from resnet_triton.bench.environment import environment, nvidia_smi
 from resnet_triton.bench.results import one_line
 from resnet_triton.config import table
@@ -130,7 +131,7 @@ def main(journal: str, target: str, options: dict[str, Any], limit: float, step_
     """What `benchmarks.gpu` starts for a phase. `target`: "module:function", from a Setting to steps."""
     setting = Setting(Path(journal), options, rehearse, time.monotonic() + limit)
     if rehearse:
-        timing._LAUNCHES = 1  # interpreted launches are long enough for any clock
+        timing._LAUNCHES = race.LEAST_ROUNDS = 1  # interpreted launches are long enough for any clock
     if options.get("tuned"):
         table.FOLDER = setting.out
     module, _, function = target.partition(":")

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from resnet_triton.bench.alternatives import Alternative, alternatives, select
+from resnet_triton.bench.check import allowed, relative_error
 from resnet_triton.bench.environment import environment
-from resnet_triton.bench.worker import Spec, distance, network
+from resnet_triton.bench.worker import Spec, network
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -40,8 +41,8 @@ def problem(task: tuple[str, str, int, int]) -> tuple[torch.nn.Module, torch.Ten
     images = torch.randn(batch, 3, image, image, device=DEVICE, dtype=getattr(torch, dtype))
     with torch.inference_mode():
         expected = network(spec).double()(images.double())
-        eager = distance(network(spec)(images), expected)
-    return network(spec), images, expected, 3 * max(eager, torch.finfo(images.dtype).eps)
+        eager = relative_error(network(spec)(images), expected)
+    return network(spec), images, expected, allowed(eager, images.dtype)
 
 
 def test_model(benchmark: Any, task: Any, problem: Any, alternative: Alternative) -> None:
@@ -57,9 +58,9 @@ def test_model(benchmark: Any, task: Any, problem: Any, alternative: Alternative
                 torch.cuda.synchronize()
             return y
 
-        error = distance(work(), expected)
+        error = relative_error(work(), expected)
         assert error <= limit, "wrong before it was timed"
         benchmark.group = "{}, {}, batch {}, image {}".format(*task)
         benchmark.extra_info |= {"error": error, "limit": limit, **environment(DEVICE)}
         benchmark(work)
-        assert distance(work(), expected) <= limit, "wrong after it was timed"
+        assert relative_error(work(), expected) <= limit, "wrong after it was timed"

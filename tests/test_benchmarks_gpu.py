@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from synthetic import WHERE, row
+from synthetic_results import GPU, row
 
 gpu = pytest.importorskip("benchmarks.gpu")
 from benchmarks import gpu_steps  # noqa: E402
@@ -122,14 +122,19 @@ def test_no_time_left(faulty, capsys):
 
 def test_no_speed_up_on_a_red_check(tmp_path):
     def text(**ours):
-        rows = [row("eager graph", 300.0), row("compile default", 150.0), row(**ours)]
-        journal = {"environment": WHERE, "rows": {"float16 8": {"rows": [dataclasses.asdict(r) for r in rows]}}}
+        gpu_row = {"batch": 8, "dtype": "float16", "clock": "gpu", "l2": "warm", "environment": GPU}
+        times = {"eager graph": 0.3, "compile default": 0.15, "resnet_triton": 0.1}
+        rows = [row(name, ms=ms, **gpu_row, **(ours if ms == 0.1 else {})) for name, ms in times.items()]
+        journal = {"environment": GPU, "rows": {"float16 8": {"rows": [dataclasses.asdict(r) for r in rows]}}}
         gpu_steps.write(tmp_path / "model.json", journal)
         return "\n".join(gpu.summary(tmp_path))
 
-    assert "float16 8: ours 100, compile default 150, eager graph 300 us\n  1.50x compile default: ours" in text()
+    assert (
+        "float16 8: resnet_triton 100, compile default 150, eager graph 300 us\n  1.50x compile default: resnet_triton"
+        in text()
+    )
     for wrong in ({"correct": False}, {"p50_s": None, "failure": "no such kernel"}):
-        assert "WRONG OR FAILED: ours" in text(**wrong)
+        assert "WRONG OR FAILED: resnet_triton" in text(**wrong)
         assert "x compile" not in text(**wrong)
 
 

@@ -1,6 +1,5 @@
-"""The timing routine against known sleeps, and the benchmark that uses it."""
+"""The timing routine against known sleeps, its statistics against NumPy's."""
 
-import json
 import time
 
 import numpy as np
@@ -8,8 +7,6 @@ import pytest
 import torch
 
 from resnet_triton import timing
-
-model = pytest.importorskip("benchmarks.model")
 
 
 def test_sleeps_are_timed_in_turns():
@@ -91,32 +88,3 @@ def test_a_graph_times_the_gpu_not_the_host():
 
     spread = timing.graph_seconds([copy], replays=5)
     assert 0 < spread.p20 <= spread.p50 <= spread.p80 < 0.009
-
-
-@pytest.fixture
-def small_images(monkeypatch):
-    rand = torch.rand
-    monkeypatch.setattr(torch, "rand", lambda n, c, h, w, **k: rand(n, c, 32, 32, **k))
-
-
-def test_the_benchmark_compares_three_alternatives(small_images, capsys):
-    assert model.main(["--batches", "1,2", "--rounds", "2", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [(r["batch"], r["alternative"]) for r in rows[::3]] == [(1, "torchvision eager"), (2, "torchvision eager")]
-    assert len(rows) == 6
-    for row in rows:
-        assert row["p20_ms"] <= row["ms"] <= row["p80_ms"]
-        assert row["images_per_s"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
-
-
-def test_a_wrong_answer_is_not_timed(small_images, monkeypatch):
-    real = model.resnet_triton.resnet18
-
-    def wrong(**kwargs):
-        built = real(**kwargs)
-        built.register_forward_hook(lambda module, args, out: out + 1)
-        return built
-
-    monkeypatch.setattr(model.resnet_triton, "resnet18", wrong)
-    with pytest.raises(SystemExit, match="resnet_triton differs from torchvision by 1 at batch 1; not timed"):
-        model.main(["--batches", "1", "--rounds", "1"])

@@ -25,7 +25,8 @@ from ..ops import OPERATORS, ConvCall
 from ..trace import Call
 from .baselines import EAGER, cudnn_fused
 from .cases import Case, arguments, names
-from .results import Row
+from .check import allowed, relative_error
+from .results import Row, one_line
 
 ALTERNATIVES = ("ours", "eager", "cudnn fused", "compile")
 _REPLAYS = 25
@@ -124,12 +125,6 @@ def cudnn_searches() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def one_line(error: Exception) -> str:
-    """An error as a row holds it: compilers write pages, and say what is wrong at either end."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
-
-
 class Problem:
     """A call on random data: the first set has an exact answer, all sets together exceed a GPU's L2 cache twice."""
 
@@ -155,13 +150,13 @@ class Problem:
     def error(self, call: Answer) -> float:
         """Relative error of an answer to the first set; NaN and infinities stay. What a call does not write is NaN."""
         call().fill_(float("nan"))
-        return (torch.linalg.vector_norm(call().double() - self.exact) / torch.linalg.vector_norm(self.exact)).item()
+        return relative_error(call(), self.exact)
 
     @functools.cached_property
     def limit(self) -> float:
-        """Twice eager PyTorch's error, and twice a rounding at the least."""
-        eager = self.error(partial(EAGER[self.call.operator], *self.sets[0]))
-        return 2 * max(eager, torch.finfo(self.sets[0][0].dtype).eps)
+        """The error that is allowed."""
+        first = self.sets[0]
+        return allowed(self.error(partial(EAGER[self.call.operator], *first)), first[0].dtype)
 
     @functools.cached_property
     def exact(self) -> Tensor:

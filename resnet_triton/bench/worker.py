@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import vision
 from .alternatives import Alternative, Model
+from .check import allowed, relative_error
 from .environment import environment
 from .results import one_line
 
@@ -56,11 +57,6 @@ def network(spec: Spec) -> nn.Module:
         nn.init.uniform_(norm.running_var, 1.0, 3.0)
     model = model.eval().to(spec.device, getattr(torch, spec.dtype))
     return model.to(memory_format=torch.channels_last)
-
-
-def distance(y: Tensor, expected: Tensor) -> float:
-    """Relative error; NaN and infinities stay."""
-    return (torch.linalg.vector_norm(y.double() - expected) / torch.linalg.vector_norm(expected)).item()
 
 
 def serve(connection: Connection, spec: Spec, alternative: Alternative | None, log: str) -> None:
@@ -108,10 +104,7 @@ class Worker:
 
     @torch.inference_mode()
     def reference(self, batch: int, file: str) -> float:
-        """Write images and their fp64 logits to `file`. Returns the error that is still allowed.
-
-        Three times eager's or, where that is luckily small, the dtype's resolution.
-        """
+        """Write images and their fp64 logits to `file`. Returns the error that is allowed."""
         torch.manual_seed(time.time_ns())
         size, dtype = self.spec.image, getattr(torch, self.spec.dtype)
         images = torch.randn(batch, 3, size, size).to(self.device, dtype)
@@ -121,7 +114,7 @@ class Worker:
         torch.save({"images": images, "expected": expected}, file)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the memory is the others' now
-        return 3 * max(distance(eager, expected), torch.finfo(dtype).eps)
+        return allowed(relative_error(eager, expected), dtype)
 
     @torch.inference_mode()
     def prepare(self, batch: int, file: str) -> dict[str, Any]:
@@ -145,7 +138,7 @@ class Worker:
     @torch.inference_mode()
     def error(self) -> float:
         """How far the answer is from fp64's, now."""
-        return distance(self.call(self.images), self.expected)
+        return relative_error(self.call(self.images), self.expected)
 
     @torch.inference_mode()
     def turn(self, seconds: float) -> dict[tuple[str, str], list[float]]:
