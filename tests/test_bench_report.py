@@ -235,6 +235,11 @@ def test_start_up_shows_cold_and_warm():
     axes = charts.startup(cpu().rows).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()][-1] == "torch.compile max-autotune"
     assert {"24.0", "3.10", "0.300", "0.200"} <= {text.get_text() for text in axes.texts}
+    for cold, warm in ((0.2, 0.201), (0.2, 0.2), (0.21, 0.2)):
+        figure = charts.startup([row(first_call_cold_s=cold, first_call_warm_s=warm)])
+        figure.draw_without_rendering()
+        one, other = (text.get_window_extent() for text in figure.axes[0].texts)
+        assert not one.overlaps(other)
 
 
 def test_what_has_no_data_is_left_out():
@@ -275,6 +280,11 @@ def test_no_text_covers_another_or_leaves_the_figure(name):
                     "memory "
                 )  # written along its line, above it: the upright box is too large
                 assert turned or not box.overlaps(place), f"{chart.title}: {text!r} covers {other!r}"
+        for label in chart.figure.axes[0].texts:
+            if label.arrow_patch is not None:
+                line = label.arrow_patch.get_transform().transform_path(label.arrow_patch.get_path())
+                crossed = [text for text, box in texts if line.intersects_bbox(box) and text != label.get_text()]
+                assert crossed == [], label.get_text()
 
 
 def test_long_names_and_many_layers_stay_readable():

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -93,8 +94,8 @@ def logarithmic(axis: Axis, values: Sequence[float], room: float = 1.25) -> None
     axis.set_minor_locator(NullLocator())
 
 
-def place(axes: Axes, labels: Iterable[tuple[float, float, str]], taken: list[Bbox]) -> None:
-    """Write labels beside their points, each where it covers nothing that is taken; one that fits nowhere is left out.
+def place(axes: Axes, labels: Iterable[tuple[float, float, str]], taken: list[Bbox], words: list[Bbox]) -> None:
+    """Write labels near their points, each where it covers nothing and its line crosses no words; or not at all.
 
     The axes have to be where they will stay: a layout after this would move points and not what was found free.
     """
@@ -110,8 +111,12 @@ def place(axes: Axes, labels: Iterable[tuple[float, float, str]], taken: list[Bb
             text.set_in_layout(False)
             text.get_window_extent()  # moves it to its place
             box = Text.get_window_extent(text)  # without the line
-            if _within(box, inside) and not box.count_overlaps(taken):
-                taken.append(box.padded(1))
+            ends: list[Any] = [axes.transData.transform((x, y)), (box.x0 + box.width / 2, box.y0 + box.height / 2)]
+            leader = Path(ends)
+            if _within(box, inside) and not (
+                box.count_overlaps([*taken, *words]) or any(leader.intersects_bbox(word) for word in words)
+            ):
+                words.append(box.padded(1))
                 break
             text.remove()
 
