@@ -7,8 +7,9 @@ page's own: `page.py` replaces them, and the charts follow a reader's light or d
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib.style
@@ -39,9 +40,12 @@ _STYLE: dict[str, Any] = {
 _WIDTH = 7.4  # inches
 
 
-def style() -> AbstractContextManager[None]:
+@contextmanager
+def style() -> Iterator[None]:
     """Matplotlib as it is shipped, with this module's looks: a reader's own settings do not come in."""
-    return matplotlib.style.context(["default", _STYLE])
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser's fonts will have it
+        yield
 
 
 def canvas(height: float) -> tuple[Figure, Axes]:
