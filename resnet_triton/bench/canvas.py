@@ -7,8 +7,9 @@ page's own: `page.py` replaces them, and the charts follow a reader's light or d
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib.style
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -38,9 +40,12 @@ _STYLE: dict[str, Any] = {
 _WIDTH = 7.4  # inches
 
 
-def style() -> AbstractContextManager[None]:
+@contextmanager
+def style() -> Iterator[None]:
     """Matplotlib as it is shipped, with this module's looks: a reader's own settings do not come in."""
-    return matplotlib.style.context(["default", _STYLE])
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser's fonts will have it
+        yield
 
 
 def canvas(height: float) -> tuple[Figure, Axes]:
@@ -93,8 +98,8 @@ def logarithmic(axis: Axis, values: Sequence[float], room: float = 1.25) -> None
     axis.set_minor_locator(NullLocator())
 
 
-def place(axes: Axes, labels: Iterable[tuple[float, float, str]], taken: list[Bbox]) -> None:
-    """Write labels beside their points, each where it covers nothing that is taken; one that fits nowhere is left out.
+def place(axes: Axes, labels: Iterable[tuple[float, float, str]], taken: list[Bbox], words: list[Bbox]) -> None:
+    """Write labels near their points, each where it covers nothing and its line crosses no words; or not at all.
 
     The axes have to be where they will stay: a layout after this would move points and not what was found free.
     """
@@ -110,8 +115,12 @@ def place(axes: Axes, labels: Iterable[tuple[float, float, str]], taken: list[Bb
             text.set_in_layout(False)
             text.get_window_extent()  # moves it to its place
             box = Text.get_window_extent(text)  # without the line
-            if _within(box, inside) and not box.count_overlaps(taken):
-                taken.append(box.padded(1))
+            ends: list[Any] = [axes.transData.transform((x, y)), (box.x0 + box.width / 2, box.y0 + box.height / 2)]
+            leader = Path(ends)
+            if _within(box, inside) and not (
+                box.count_overlaps([*taken, *words]) or any(leader.intersects_bbox(word) for word in words)
+            ):
+                words.append(box.padded(1))
                 break
             text.remove()
 

@@ -167,14 +167,14 @@ def startup(rows: Sequence[Row]) -> Figure | None:
         order = sorted(found.values(), key=lambda r: r.first_call_cold_s or r.first_call_warm_s or 0)
         for y, row in enumerate(order):
             colour = OURS if row.ours else BLUE
-            ends = sorted(v for v in (row.first_call_cold_s, row.first_call_warm_s) if v)
-            axes.plot(ends, [y] * len(ends), color=colour, linewidth=1.2, zorder=2)
-            for value, marker, face in ((row.first_call_cold_s, "o", colour), (row.first_call_warm_s, "D", PAPER)):
-                if value:
-                    left = value == ends[0] and len(ends) == 2
-                    axes.plot([value], [y], marker, color=colour, markerfacecolor=face, zorder=3)
-                    axes.annotate(digits(value), (value, y), (-6 if left else 6, 0), textcoords="offset points",
-                                  va="center", ha="right" if left else "left", fontsize=8.5)  # fmt: skip
+            calls = ((row.first_call_cold_s, "o", colour), (row.first_call_warm_s, "D", PAPER))
+            marks = sorted(((value, marker, face) for value, marker, face in calls if value), key=lambda m: m[0])
+            axes.plot([value for value, *_ in marks], [y] * len(marks), color=colour, linewidth=1.2, zorder=2)
+            for i, (value, marker, face) in enumerate(marks):
+                left = i < len(marks) - 1
+                axes.plot([value], [y], marker, color=colour, markerfacecolor=face, zorder=3)
+                axes.annotate(digits(value), (value, y), (-6 if left else 6, 0), textcoords="offset points",
+                              va="center", ha="right" if left else "left", fontsize=8.5)  # fmt: skip
         for marker, face, name in (("o", INK, "caches empty (cold)"), ("D", PAPER, "caches full (warm)")):
             axes.plot([], [], marker, color=INK, markerfacecolor=face, label=name)
         logarithmic(axes.xaxis, [v for r in order for v in (r.first_call_cold_s, r.first_call_warm_s) if v], room=2)

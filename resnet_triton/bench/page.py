@@ -34,10 +34,11 @@ svg text { font-family: inherit !important; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: left; font-weight: normal; vertical-align: top; }
-td:last-child { max-width: 32rem; overflow-wrap: anywhere; }
-thead th { border-bottom: 1px solid var(--ink); color: var(--soft); white-space: nowrap; }
+th, td { white-space: nowrap; }
+td:last-child { min-width: 12rem; max-width: 32rem; white-space: normal; overflow-wrap: anywhere; }
+thead th { border-bottom: 1px solid var(--ink); color: var(--soft); }
 tbody tr { border-bottom: 1px solid var(--grid); }
-.right { text-align: right; white-space: nowrap; }
+.right { text-align: right; }
 .red { color: #d55e00; font-weight: 600; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; }
@@ -47,19 +48,16 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def render(results: Results) -> str:
     """The whole page."""
-    drawn = list(charts.charts(results))
+    shown = summaries(results, "model", every=False)
+    folded = [table for suite in ("model", "kernel") for table in summaries(results, suite) if table not in shown]
     parts = [
         "<h1>resnet-triton: benchmark results</h1>",
         *(_place(table) for table in places(results)),
         *(f'<p class="headline">{_text(line)}</p>' for line in headlines(results) or ["No results."]),
-        *(_table(table) for table in summaries(results, "model", every=False)),
-        *_section("Charts", (_figure(chart, number) for number, chart in enumerate(drawn))),
-        *_section("All tables", (
-            _folded(table)
-            for found in (summaries(results, "model"), summaries(results, "kernel"), details(results), others(results))
-            for table in found
-        )),
-    ]  # fmt: skip
+        *(_table(table, f"<caption><b>{_text(table.title)}</b></caption>\n") for table in shown),
+        *_section("Charts", (_figure(chart, number) for number, chart in enumerate(charts.charts(results)))),
+        *_section("More tables", (_folded(table) for table in [*folded, *details(results), *others(results)])),
+    ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -83,7 +81,7 @@ def _place(table: Table) -> str:
     return f"<p><b>{_text(table.title)}</b>: {_text('; '.join(f'{name} {value}' for name, value in table.rows))}.</p>"
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, caption: str) -> str:
     """The first column names the row. What is WRONG or failed stands out, by more than its words."""
     sides = ["right" if name.startswith(">") else "left" for name in table.columns]
     head = "".join(
@@ -98,13 +96,13 @@ def _table(table: Table) -> str:
             cells.append(f'<td class="{side}{red}">{_text(cell)}</td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<div class="wide"><table><caption><b>{_text(table.title)}</b></caption>\n'
+        f'<div class="wide"><table aria-label="{_text(table.title)}">{caption}'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table></div>"
     )
 
 
 def _folded(table: Table) -> str:
-    return f"<details><summary>{_text(table.title)} ({len(table.rows)})</summary>\n{_table(table)}\n</details>"
+    return f"<details><summary>{_text(table.title)} ({len(table.rows)})</summary>\n{_table(table, '')}\n</details>"
 
 
 def _figure(chart: Chart, number: int) -> str:

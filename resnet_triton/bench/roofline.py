@@ -47,14 +47,14 @@ def roofline(tasks: Sequence[Task], limits: Roof) -> Figure | None:
         logarithmic(axes.yaxis, [y * scale for y in (*heights, limits.flops_per_s) if y], room=1.9)
         figure.legend(loc="outside lower center", ncols=2, reverse=True)
         figure.draw_without_rendering()  # places the axes; what follows has to know where
-        taken = _ceilings(axes, limits, knee, unit, scale)
+        taken, words = _ceilings(axes, limits, knee, unit, scale)
         for point in points:
             for y in (point.ours, point.other):
                 if y:
                     x0, y0 = axes.transData.transform((point.x, y * scale))
                     taken.append(Bbox.from_bounds(x0 - 4, y0 - 4, 8, 8))
         found = _standing_out(points)
-        place(axes, [(p.x, (p.ours or 0) * scale, f"{short(p.layer)} {p.ratio:.2f}×") for p in found], taken)
+        place(axes, [(p.x, (p.ours or 0) * scale, f"{short(p.layer)} {p.ratio:.2f}×") for p in found], taken, words)
     return figure
 
 
@@ -73,11 +73,12 @@ def _standing_out(points: Sequence[_Point]) -> list[_Point]:
     return list(dict.fromkeys([*ranked[:2], *ranked[::-1][:2]]))
 
 
-def _ceilings(axes: Axes, limits: Roof, knee: float | None, unit: str, scale: float) -> list[Bbox]:
-    """Both ceilings with their values; returns the places they take."""
+def _ceilings(axes: Axes, limits: Roof, knee: float | None, unit: str, scale: float) -> tuple[list[Bbox], list[Bbox]]:
+    """Both ceilings with their values; returns the places that lines and words take."""
     left, right = axes.get_xlim()
     bottom, _ = axes.get_ylim()
     taken: list[Bbox] = []
+    words: list[Bbox] = []
     if limits.bytes_per_s:
         rate = limits.bytes_per_s * scale
         start, end = max(left, bottom / rate), knee or right
@@ -86,14 +87,14 @@ def _ceilings(axes: Axes, limits: Roof, knee: float | None, unit: str, scale: fl
         taken += [Bbox.from_bounds(x0 + i / 50 * (x1 - x0), y0 + i / 50 * (y1 - y0), 1, 1) for i in range(51)]
         angle = math.degrees(math.atan2(y1 - y0, x1 - x0))
         text = f"memory {digits(limits.bytes_per_s, 1e-9)} GB/s"
-        taken.append(_write(axes, text, (start, start * rate), (6, 10), rotation=angle))
+        words.append(_write(axes, text, (start, start * rate), (6, 10), rotation=angle))
     if limits.flops_per_s:
         y = limits.flops_per_s * scale
         axes.plot([knee or left, right], [y, y], color=INK, linewidth=1.4, zorder=2)
         (x0, y0), (x1, _) = axes.transData.transform([(knee or left, y), (right, y)])
         taken += [Bbox.from_bounds(x0, y0 - 1, x1 - x0, 2)]
-        taken.append(_write(axes, f"matrix product {digits(y)} {unit}", (right, y), (-3, 4), ha="right"))
-    return taken
+        words.append(_write(axes, f"matrix product {digits(y)} {unit}", (right, y), (-3, 4), ha="right"))
+    return taken, words
 
 
 def _write(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **how: Any) -> Bbox:

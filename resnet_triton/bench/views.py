@@ -39,8 +39,10 @@ class View(NamedTuple):
 
 def place(row: Row) -> str:
     """The device, and on a CPU its threads, which make it another device."""
-    where = row.environment
-    return f"{where['device']}, {where['threads']} threads" if where["device_kind"] == "cpu" else str(where["device"])
+    device, threads = row.environment["device"], row.environment["threads"]
+    if row.environment["device_kind"] != "cpu":
+        return str(device)
+    return f"{device}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def views(results: Results, suite: str) -> dict[View, list[Task]]:
