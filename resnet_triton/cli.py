@@ -124,7 +124,7 @@ def _tune(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     import matplotlib  # noqa: F401  # that it is missing is better noticed before the work than after
 
-    from .bench import command, compare, results, tables
+    from .bench import command, compare, report, results
     from .terminal import clock
 
     suites = [name for name in ("model", "kernel") if getattr(args, f"only_{name}")]
@@ -137,7 +137,7 @@ def _bench(args: argparse.Namespace) -> int:
         with clock("benchmarking", plan.budget) as say:
             return command.run(plan, say)
 
-    found = _emit(args, work, tables.show, results.as_text)
+    found = _emit(args, work, report.show, results.as_text)
     print(f"Written: {args.out}/results.html and, as data, .json, .csv and .md", file=sys.stderr)
     return _fail(compare.title(row) + ": " + fault for row, fault in command.faults(found))
 

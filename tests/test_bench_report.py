@@ -14,13 +14,15 @@ from html.parser import HTMLParser
 import pytest
 from synthetic_results import CPU, GPU, NASTY, ceilings, cpu, gpu, layers, prediction, row, wrong
 
-from resnet_triton.bench import headline, report, tables, views
+from resnet_triton.bench import report
+from resnet_triton.bench.report import headline, tables, views
 from resnet_triton.bench.results import Results, load, speedup
 from resnet_triton.terminal import printable
 
 pytest.importorskip("rich")
 matplotlib = pytest.importorskip("matplotlib")
-canvas, charts, page = (pytest.importorskip(f"resnet_triton.bench.{name}") for name in ("canvas", "charts", "page"))
+REPORT = "resnet_triton.bench.report"
+canvas, charts, page = (pytest.importorskip(f"{REPORT}.{name}") for name in ("canvas", "charts", "page"))
 
 ALL = {"cpu": cpu, "gpu": gpu, "wrong": wrong, "one": lambda: Results([row()]), "empty": Results}
 NAME = printable(NASTY)
@@ -126,6 +128,17 @@ def test_predictions_are_never_mistaken():
     assert all("predicted" in name for name in figures)
     assert column(table, "predicted floor, µs") == ["0.310"]
     assert "## predicted, not measured" in tables.as_markdown(gpu())
+
+
+def test_predictions_are_summed_in_a_terminal():
+    launches = [prediction(floor_s=1e-6, flops=10), prediction(floor_s=2e-6, flops=20), prediction(batch=8)]
+    first, second = tables.others(Results(predictions=launches), sums=True)[0].rows
+    assert "all 2" in first
+    assert first[-1] == "3.00"
+    assert "30" in first
+    assert "all 1" in second
+    unknown = tables.others(Results(predictions=[*launches, prediction(floor_s=None)]), sums=True)[0].rows[0]
+    assert unknown[-1] == "", "a sum of which a part is unknown is unknown"
 
 
 @pytest.mark.parametrize(
@@ -478,8 +491,8 @@ def test_files_are_written_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     "code",
     [
-        "sys.modules['matplotlib'] = None; from resnet_triton.bench import tables, report",
-        "from resnet_triton.bench import page; assert 'matplotlib.pyplot' not in sys.modules",
+        "sys.modules['matplotlib'] = None; from resnet_triton.bench.report import show, write",
+        "from resnet_triton.bench.report import page; assert 'matplotlib.pyplot' not in sys.modules",
     ],
 )
 def test_what_is_imported(code):

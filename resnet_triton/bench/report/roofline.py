@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from ..results import best, speedup
 from .canvas import BLUE, GRID, INK, OURS, canvas, logarithmic, place, short, style
-from .results import best, speedup
 from .tables import digits
 from .views import Roof, Task, obstacle
 

@@ -6,11 +6,11 @@ import html
 import re
 from collections.abc import Iterable
 
+from ..results import Results
 from . import charts
 from .canvas import GRID, INK, PAPER, svg
 from .charts import Chart
 from .headline import headlines
-from .results import Results
 from .tables import Table, details, others, places, summaries
 
 _CSS = """

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from ..terminal import printable
+from ...terminal import printable
+from ..results import Results, Row, best, speedup
 from .canvas import BLUE, INK, OURS, PAPER, appearances, canvas, logarithmic, short, style
-from .results import Results, Row, best, speedup
 from .roofline import roofline
 from .tables import digits
 from .views import Task, obstacle, preferred, roof, views

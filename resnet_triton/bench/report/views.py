@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .results import Results, Row, best
+from ..results import Results, Row, best
 
 Task = list[Row]
 """All alternatives for one thing to do."""

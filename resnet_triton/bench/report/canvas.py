@@ -22,8 +22,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from ..terminal import printable
-from .results import Row
+from ...terminal import printable
+from ..results import Row
 
 INK, GRID, PAPER = "#010203", "#c1c2c3", "#fcfdfe"
 OURS, BLUE, GREEN, PURPLE = "#d55e00", "#0072b2", "#009e73", "#cc79a7"

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import terminal
+from ... import terminal
+from ..results import FIELDS, Results, Row, best, speedup
 from .headline import headlines
-from .results import FIELDS, Results, Row, best, speedup
 from .views import Roof, Task, obstacle, place, preferred, remark, roof, views
 
 
@@ -107,13 +107,15 @@ def _detail(row: Row, task: Task) -> list[object]:
     ]  # fmt: skip
 
 
-def others(results: Results) -> list[Table]:
-    """What plain code reached, and what was only predicted; each only if there is any."""
+def others(results: Results, *, sums: bool = False) -> list[Table]:
+    """What plain code reached, and what was only predicted, by launch or summed; each only if there is any."""
     reached = [(c["name"], c["dtype"], digits(c["bytes_per_s"], 1e-9), digits(c["flops_per_s"], 1e-9))
                for c in results.ceilings]  # fmt: skip
     predicted = [(p["device"], p["batch"], p["dtype"], p["layer"], p["kernel"], p["registers"], p["shared_bytes"],
                   p["spill_bytes"], p["flops"], p["bytes"], digits(p["floor_s"], 1e6))
                  for p in results.predictions]  # fmt: skip
+    if sums:
+        predicted = _sums(results.predictions)
     names = ("registers", "shared bytes", "spilled bytes", "FLOPs", "bytes moved", "floor, µs")
     found = [
         _table("Measured ceilings", ["what", "dtype", ">GB/s", ">GFLOP/s"], reached),
@@ -123,15 +125,32 @@ def others(results: Results) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def tables(results: Results) -> list[Table]:
+def _sums(predictions: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """All launches of a model together."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for p in predictions:
+        found.setdefault((p["device"], p["batch"], p["dtype"]), []).append(p)
+
+    def total(launches: list[dict[str, Any]], name: str) -> Any:
+        values = [p[name] for p in launches]
+        return None if None in values else sum(values)
+
+    return [
+        (*key, "", f"all {len(launches)}", "", "", total(launches, "spill_bytes"), total(launches, "flops"),
+         total(launches, "bytes"), digits(total(launches, "floor_s"), 1e6))
+        for key, launches in found.items()
+    ]  # fmt: skip
+
+
+def tables(results: Results, *, sums: bool = False) -> list[Table]:
     """All of them, in the order of reading."""
     suites = [table for suite in ("model", "kernel") for table in summaries(results, suite)]
-    return [*places(results), *suites, *details(results), *others(results)]
+    return [*places(results), *suites, *details(results), *others(results, sums=sums)]
 
 
 def show(results: Results) -> None:
-    """Print all tables, then the headlines."""
-    for table in tables(results):
+    """Print all tables, predictions summed, then the headlines."""
+    for table in tables(results, sums=True):
         terminal.table(table.title, table.columns, table.rows)
     print("\n".join(headlines(results)) or "No results.")
 

@@ -1,11 +1,16 @@
-"""Results as files: for programs, for documents, for spreadsheets and for a browser."""
+"""Results for people: in a terminal, in documents, in spreadsheets and in a browser.
+
+Everything here is a function of `Results`; nothing is measured.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from .results import Results, save
-from .tables import as_csv, as_markdown
+from ..results import Results, save
+from .tables import as_csv, as_markdown, show
+
+__all__ = ["show", "write"]
 
 
 def write(results: Results, folder: Path) -> list[Path]:
