@@ -8,7 +8,7 @@ import textwrap
 import time
 from pathlib import Path
 
-import planted
+import planted_alternatives as planted
 import pytest
 import torch
 
@@ -110,7 +110,7 @@ def test_workers_do_not_outlive_a_conductor_that_was_killed(tmp_path):
         from pathlib import Path
         import torch
         sys.path.insert(0, sys.argv[1])
-        import planted
+        import planted_alternatives as planted
         from resnet_triton.bench import model
         from resnet_triton.bench.worker import Spec
         if __name__ == "__main__":
