@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import shadow
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -189,6 +190,7 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
         if out.is_cuda:
             stack.enter_context(torch.cuda.device(out.device))
         else:
+            stack.enter_context(shadow.watch(whole=programs is None))
             stack.enter_context(interpreter.ready())
         for preparation in earlier:
             preparation.run()
