@@ -196,7 +196,7 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
             preparation.run()
         if programs is not None:
             launch = dataclasses.replace(launch, grid=(len(programs), *launch.grid[1:]))
-            stack.enter_context(_only(programs))
+            stack.enter_context(only(programs))
         launch.run()
     for tensor, bits in before:
         assert torch.equal(_memory(tensor), bits), f"{name} changed an input of shape {tuple(tensor.shape)}"
@@ -216,7 +216,7 @@ def run_conv(call: ConvCall, chosen: ConvConfig, programs: Sequence[int] | None 
 
 
 @contextlib.contextmanager
-def _only(programs: Sequence[int]) -> Iterator[None]:
+def only(programs: Sequence[int]) -> Iterator[None]:
     """Make the interpreter number its programs, on the first axis, like this instead of 0, 1, 2, ..."""
     import numpy as np
     import triton.language as tl

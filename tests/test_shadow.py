@@ -104,9 +104,6 @@ def tens() -> tuple[Tensor, Tensor]:
     return torch.ones(10), torch.empty(10)
 
 
-# --- kernels made for it ---------------------------------------------------------------------------------------------
-
-
 def test_what_is_right_passes():
     x, y = tens()
     watched(copy(x, y), copy(y, torch.empty(10)))
@@ -221,9 +218,6 @@ def test_descriptors_clip_but_describe_only_their_tensor():
     watched(through(x, y, 4, 2), through(x, y, 4, -3), through(x, torch.empty(3, 4), 4, 0))
     with fault("descriptor_kernel, program (0, 0, 0), loads outside x_desc: element 16 of 16"):
         watched(through(x, y, 5, 1))
-
-
-# --- arrivals --------------------------------------------------------------------------------------------------------
 
 
 def splits() -> Launch:
