@@ -12,7 +12,7 @@ Faults are AssertionErrors that name kernel, program, argument and element:
 * an access outside its tensor, or into a gap between its elements;
 * a store into an input, or an output that shares memory with another argument;
 * two lanes of one store at the same element;
-* a load of an element that nobody has stored, and at the end of the watch an output with such elements;
+* a load (or atomic update) of an element that nobody has stored, and in the end an output with such elements;
 * a race: two programs store one element, or one loads what the other stores, without an arrival in between.
 """
 
@@ -186,10 +186,7 @@ class Watch:
         memory = argument.memory
         if memory is not None:
             elements = offsets[mask] // argument.itemsize
-            stored = memory.stored[elements]
-            if not stored.all():
-                self.fail(f"loads {argument.place(elements[stored == NOBODY])}, which nobody has stored")
-            self.check(argument, elements, stored, "loads", "stored")
+            self.check(argument, elements, memory.stored[elements], "loads", "stored")
             memory.loaded[elements] = self.order.load(memory.loaded[elements])
         return argument.handle(offsets, handle)
 
@@ -229,6 +226,8 @@ class Watch:
 
     def check(self, argument: Argument, elements: Array, epochs: Array, verb: str, done: str) -> None:
         """Whatever was done to these elements happened before what this program does."""
+        if verb != "stores" and not epochs.all():
+            self.fail(f"{verb} {argument.place(elements[epochs == NOBODY])}, which nobody has stored")
         epoch = self.order.stranger(epochs, verb)
         if epoch is not None:
             place, other = argument.place(elements[epochs == epoch]), self.order.programs[epoch]
@@ -241,7 +240,6 @@ _active: Watch | None = None
 @contextlib.contextmanager
 def watch(*, whole: bool = True) -> Iterator[None]:
     """Check the launches of one operator call; `whole`: in the end, all their outputs have to be stored completely."""
-    global _active
     watched = Watch()
     builder, run, convert = upstream.InterpreterBuilder, Launch.run, upstream._implicit_cvt
     begin, barrier = builder.set_grid_idx, builder.create_barrier

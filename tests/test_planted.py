@@ -231,3 +231,18 @@ def test_a_planted_fault_is_found(file, call, old, new, text):
     counters = mock.patch.dict(ops.conv._counters, clear=True)  # a launch that fails leaves them counted
     with planted(file, old, new), counters, pytest.raises(AssertionError, match=re.escape(text)):
         call()
+
+
+def test_operators_are_watched_wherever_they_are_called():
+    x = torch.ones(1, 5, 4, 5)
+    with planted("add_relu", "offs < NUMEL", "offs <= NUMEL"), pytest.raises(AssertionError, match="outside x_ptr"):
+        torch.ops.resnet_triton.add_relu(x, x, "triton")
+
+
+def test_some_programs_of_a_launch_are_watched_by_their_own_numbers():
+    x = images(1, 64, 60, 60)
+    with (
+        planted("max_pool", "(w0 + s < W)", "(w0 + s <= W)"),
+        pytest.raises(AssertionError, match=r"program \(112, 0, 0\)"),
+    ):
+        run("max_pool2d", x, [3, 3], [1, 1], [1, 1], "triton", programs=[3, 112])

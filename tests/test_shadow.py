@@ -47,6 +47,11 @@ def clear_kernel(x_ptr, x_desc):
 
 
 @triton.jit
+def count_kernel(workspace_ptr):
+    tl.atomic_add(workspace_ptr + tl.arange(0, 4) // 2, 1.0)
+
+
+@triton.jit
 def last_kernel(y_ptr):
     """The last one stores, all others load."""
     if tl.program_id(0) == tl.num_programs(0) - 1:
@@ -206,6 +211,15 @@ def test_the_next_launch_loads_nothing_that_nobody_has_stored():
     y = torch.empty(12)
     with fault("copy_kernel, program (2, 0, 0), loads x_ptr[10], which nobody has stored"):
         watched(copy(torch.ones(10), y), copy(y, torch.empty(12), n=12))
+
+
+def test_atomics_meet_at_an_element_but_it_needs_a_value():
+    y = torch.empty(2)
+    filled = copy(torch.zeros(2), y, n=2)
+    watched(filled, launch(count_kernel, 3, workspace_ptr=y))
+    assert y.tolist() == [6.0, 6.0]
+    with fault("count_kernel, program (0, 0, 0), updates workspace_ptr[0], which nobody has stored"):
+        watched(launch(count_kernel, 3, workspace_ptr=y))
 
 
 def test_descriptors_clip_but_describe_only_their_tensor():
