@@ -57,7 +57,7 @@ def two_launches() -> None:
 
 
 def stem() -> None:
-    shape = ConvShape(2, 3, 17, 42, 40, 7, 7, (2, 2), (3, 3))
+    shape = ConvShape(2, 3, 9, 42, 40, 7, 7, (2, 2), (3, 3))
     with mock.patch.object(config, "stem_heuristic", return_value=StemConfig(16, 32, 2, 4, 2)):
         run("stem", *conv_call(generator(CPU, 0), shape)[:7], None, None, "triton", kernel="stem_kernel")
 
