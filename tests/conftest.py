@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,18 @@ if not HAS_GPU:
 def device() -> torch.device:
     """The device of the tensors that kernels work on in this run."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shadow_memory() -> Iterator[None]:
+    """Every interpreted launch of every test runs under shadow memory: see `shadow.py`."""
+    if HAS_GPU:
+        yield
+        return
+    import shadow
+
+    with shadow.everywhere():
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import shadow
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -189,12 +190,13 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
         if out.is_cuda:
             stack.enter_context(torch.cuda.device(out.device))
         else:
+            stack.enter_context(shadow.watch(whole=programs is None))
             stack.enter_context(interpreter.ready())
         for preparation in earlier:
             preparation.run()
         if programs is not None:
             launch = dataclasses.replace(launch, grid=(len(programs), *launch.grid[1:]))
-            stack.enter_context(_only(programs))
+            stack.enter_context(only(programs))
         launch.run()
     for tensor, bits in before:
         assert torch.equal(_memory(tensor), bits), f"{name} changed an input of shape {tuple(tensor.shape)}"
@@ -214,7 +216,7 @@ def run_conv(call: ConvCall, chosen: ConvConfig, programs: Sequence[int] | None 
 
 
 @contextlib.contextmanager
-def _only(programs: Sequence[int]) -> Iterator[None]:
+def only(programs: Sequence[int]) -> Iterator[None]:
     """Make the interpreter number its programs, on the first axis, like this instead of 0, 1, 2, ..."""
     import numpy as np
     import triton.language as tl
