@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import interpreter
 from ..codegen import DTYPES, rows, target
 from ..codegen.roofline import least
 from ..kernels.cost import Cost
@@ -22,6 +23,8 @@ def predictions(
 
     FLOPs, bytes and floor are the whole layer's: of several launches the first has them, the others 0.
     """
+    if interpreter.active():
+        raise ValueError("TRITON_INTERPRET is set, expected kernels that are compiled; unset it to benchmark")
     where = target(arch)
     work = {}
     for batch, dtype in product(batches, dtypes):
