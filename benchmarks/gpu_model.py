@@ -37,8 +37,9 @@ def steps(setting: Setting) -> Steps:
     """A step for each batch size. Its row holds the suite's rows."""
     dtype = setting.options["dtype"]
     with Race(spec(setting, dtype), list(_chosen(setting)), partial(print, flush=True)) as race:
-        for i, batch in enumerate(setting.batches):
-            yield f"{dtype} {batch}", partial(_measure, race, batch, len(setting.batches) - i, setting)
+        batches = setting.batches[:1] if setting.rehearse else setting.batches  # interpreted models take their time
+        for i, batch in enumerate(batches):
+            yield f"{dtype} {batch}", partial(_measure, race, batch, len(batches) - i, setting)
 
 
 def _measure(race: Race, batch: int, shares: int, setting: Setting) -> dict[str, Any]:
