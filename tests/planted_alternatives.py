@@ -40,7 +40,10 @@ def crash(model, images):
 
 
 def hang(model, images):
-    time.sleep(600)
+    """With more than one image."""
+    if len(images) > 1:
+        time.sleep(600)
+    return model
 
 
 def broken(model, images):

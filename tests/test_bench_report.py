@@ -150,7 +150,8 @@ def test_three_digits_and_no_exponent(value, text):
     assert tables.digits(value) == text
 
 
-def test_show_prints_the_red_rows_and_no_control_characters(capsys):
+def test_show_prints_the_red_rows_and_no_control_characters(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # or long cells are folded
     tables.show(wrong())
     text = capsys.readouterr().out
     assert "ours is WRONG" in text

@@ -48,14 +48,14 @@ def small(name):
     phase = next(phase for phase in gpu.PHASES if phase.name == name)
     fewer = {"batches": [1], "dtypes": ["float16"], "alternatives": ["eager graph", "ours graph"]}
     options = {key: fewer.get(key, value) for key, value in phase.options.items()}
-    return dataclasses.replace(phase, options=options, spare=0)
+    return dataclasses.replace(phase, options=options, limit=300, step_limit=300, spare=0)
 
 
 def test_rehearsal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RESNET_TRITON_COMMIT", "abc")
     names = ["exact", "ceilings", "layers", "tune", "model-tuned", "kernels"]
     phases = tuple(map(small, names))
-    gpu.run(phases, tmp_path, 300, rehearse=True)
+    gpu.run(phases, tmp_path, 900, rehearse=True)
     journals = {name: gpu_steps.read(tmp_path / f"{name}.json") for name in names}
     for name, journal in journals.items():
         assert journal["complete"], (name, (tmp_path / f"{name}.log").read_text())
