@@ -19,7 +19,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test fuzz lint types package codegen codegen-all codegen-oldest bench bench-gpu clean
+.PHONY: help env demo test slow fuzz lint types package codegen codegen-all codegen-oldest bench bench-gpu clean
 
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,8 +43,11 @@ demo: $(STAMP) ## compare a ResNet-18 with and without the kernels on this machi
 	$(PY) -m resnet_triton demo $(ARGS)
 
 # One thread a worker: torch would otherwise start a thread per core in each of them.
-test: $(STAMP) ## run the tests, except those of `make package`
-	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not packaging' $(ARGS)
+test: $(STAMP) ## run the tests, except those of `make slow` and `make package`
+	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not packaging and not slow' $(ARGS)
+
+slow: $(STAMP) ## run the tests that take long by themselves
+	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow $(ARGS)
 
 fuzz: $(STAMP) ## 20,000 random calls of the operators, bit for bit against fp64; FUZZ_CASES=N for another number
 	$(HERMETIC) OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES:-20000} $(PY) -m pytest -n 2 tests/test_fuzz.py $(ARGS)

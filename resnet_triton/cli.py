@@ -317,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
         "--baselines", type=_names, default=[], metavar="B,B", help="what to time the model against (default: all)"
     )
     b.add_argument(
-        "--budget", type=_positive, metavar="SECONDS", help="when to stop (default: 1800 on a GPU, 420 on a CPU)"
+        "--budget", type=_positive, metavar="SECONDS", help="when to stop (default: 1800 on a GPU, 480 on a CPU)"
     )
     b.add_argument(
         "--out", type=Path, default=Path("resnet-triton-bench"), metavar="DIR",

@@ -231,6 +231,7 @@ def test_torchvision_resnet18(device: torch.device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_half_precision_resnet18(device: torch.device) -> None:
     """fp16, where the stem is fused: at most twice the error of PyTorch's own fp16, both against fp64."""
     torch.manual_seed(0)

@@ -74,12 +74,13 @@ def test_what_cannot_be_run_is_named(tmp_path, capsys):
 
 def test_defaults():
     cpu = command.plan(device="cpu", out=Path("x"))
-    assert (cpu.batches, cpu.dtypes, cpu.suites, cpu.budget) == ((1, 4, 16), ("float32",), ("model", "kernel"), 420)
+    assert (cpu.batches, cpu.dtypes, cpu.suites, cpu.budget) == ((1, 4, 16), ("float32",), ("model", "kernel"), 480)
     some = command.plan(device="cpu", baselines=["eager"], out=Path("x"))
     assert [a.name for a in some.alternatives] == ["eager", "ours"]
     assert cpu.device == torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(tmp_path):
     options = ["--device", "cpu", "--model", "--image", "32", "--batches", "1,2", "--baselines", "eager"]
     run = [sys.executable, "-m", "resnet_triton", "bench", *options, "--budget", "300", "--out", str(tmp_path)]

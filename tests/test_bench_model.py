@@ -90,6 +90,7 @@ def test_each_row_says_where_it_was_measured(rows):
     assert where["device"] != "unknown"
 
 
+@pytest.mark.slow
 def test_what_hangs_is_ended_with_all_it_started(tmp_path, monkeypatch):
     monkeypatch.setenv("PLANTED_PID", str(tmp_path / "pid"))
     chosen = [planted.alternative(planted.forks), planted.alternative(planted.hang, cold=True)]

@@ -51,6 +51,7 @@ def small(name):
     return dataclasses.replace(phase, options=options, limit=300, step_limit=300, spare=0)
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RESNET_TRITON_COMMIT", "abc")
     names = ["exact", "ceilings", "layers", "tune", "model-tuned", "kernels"]

@@ -52,6 +52,7 @@ def test_demo(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert sorted(path.suffix for path in cache.iterdir()) == [".png", ".pt"]
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_fails_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -352,8 +352,7 @@ def test_one_image_at_stride_2(device: torch.device, size: tuple[int, int], extr
 BOXES = [(h, w, 16 // (h * w)) for h in (1, 2, 4, 8, 16) for w in (1, 2, 4, 8, 16) if h * w <= 16]
 
 
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("size", [(4, 6), (5, 4)], ids=str)
+@pytest.mark.parametrize(("size", "n"), [((4, 6), 1), ((5, 4), 1), ((5, 4), 3)], ids=str)
 @pytest.mark.parametrize("kind", ["1x1", "3x3", "1x1/2", "3x3/2", "shortcut", "shortcut/2", "3x3/2, shortcut/2"])
 def test_every_legal_box_is_exact(device: torch.device, kind: str, size: tuple[int, int], n: int) -> None:
     """Legal is what computes right: batch sizes, strides and odd sizes decide which views exist."""

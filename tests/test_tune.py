@@ -111,6 +111,7 @@ def known() -> dict[ConvShape, table.Entry]:
 # --- the whole flow --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rehearsal_of_a_whole_tune(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ResNet-18 on images of 32 pixels: real layers, plans, exactness checks and files; only times are made up."""
     monkeypatch.setattr(search, "COUNT", 2)

@@ -67,7 +67,7 @@ def plan(
         batches=tuple(batches) or ((1, 2, 4, 8, 16, 32, 64, 128, 256) if cuda else (1, 4, 16)),
         dtypes=tuple(dtypes) or (("float16",) if cuda else ("float32",)),
         alternatives=tuple(select([*(baselines or alternatives(where)), *ours], where)),
-        budget=budget or (1800 if cuda else 420),
+        budget=budget or (1800 if cuda else 480),
         out=out,
         image=image,
     )
@@ -105,8 +105,9 @@ def _models(plan: Plan, results: Results, end: float, say: Say) -> None:
         deadline = time.monotonic() + (end - time.monotonic()) / (len(plan.dtypes) - i)
         with Race(spec, plan.alternatives, partial(_prefixed, say, dtype)) as race:
             for j, batch in enumerate(plan.batches):
-                shares = len(plan.batches) - j + 0.5  # half a share for the second starts
-                until = time.monotonic() + (deadline - time.monotonic()) / shares
+                # Half a share is for the second starts; the first batch size, whose compilers start cold, gets two.
+                left, mine = (len(plan.batches) - j + 0.5, 1) if j else (len(plan.batches) + 1.5, 2)
+                until = time.monotonic() + (deadline - time.monotonic()) * mine / left
                 try:
                     rows = race.measure(batch, until - time.monotonic(), until)
                 except (Lost, RuntimeError) as error:  # nothing to check against
