@@ -204,7 +204,6 @@ def test_bound_notices_tf32(device: torch.device, operation: Callable[..., Sums]
 # --- an outside oracle -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_torchvision_resnet18(device: torch.device) -> None:
     """The logits that torchvision expects of its own ResNet-18, computed by our kernels from end to end."""
     torch.manual_seed(0)
@@ -230,7 +229,6 @@ def test_torchvision_resnet18(device: torch.device) -> None:
         assert torch.equal(t, state[name]), name
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_half_precision_resnet18(device: torch.device) -> None:
     """fp16, where the stem is fused: at most twice the error of PyTorch's own fp16, both against fp64."""
