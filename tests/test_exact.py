@@ -391,6 +391,15 @@ def test_avg_pool_linear(device: torch.device, shape: Any, layout: str, dtype: t
         assert_exact(y, rounded(expected if b is None else expected + b.double(), dtype))
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)], ids=str)
+def test_a_mean_is_rounded_before_the_linear_layer(device: torch.device, dtype: torch.dtype, unit: float) -> None:
+    """As it is between two launches: 1 and a quarter of a unit is 1."""
+    x = torch.ones(1, 2, 2, 2, dtype=dtype, device=device)
+    x[0, 0, 0, 0] += unit
+    weight = torch.tensor([[1024.0, -1024.0]], dtype=dtype, device=device)
+    assert_exact(run("avg_pool_linear", x, weight, None, "triton"), x.new_zeros(1, 1))
+
+
 def test_many_images_take_two_launches(device: torch.device) -> None:
     g = generator(device, 21)
     x, weight = integers(g, 3, 17, 16, 2, 2), integers(g, 2, 5, 16)
@@ -565,6 +574,8 @@ def test_max_pool_of_special_values(device: torch.device, dtype: torch.dtype) ->
     assert same(run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0], expected)
     x[0, 0, 1, 1] = 5.0  # after the NaN, and the last value of its window
     assert run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0, 0, 0].isnan()
+    zeros = torch.tensor([-0.0, 0.0, 0.0, -0.0], dtype=dtype, device=device).reshape(1, 1, 1, 4)
+    assert same(run("max_pool2d", zeros, [1, 2], [1, 2], [0, 0], "triton"), F.max_pool2d(zeros, (1, 2)))
 
 
 @SPECIAL_VALUES

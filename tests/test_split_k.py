@@ -12,6 +12,7 @@ from test_codegen import run as run_compiled
 from resnet_triton import config, interpreter, ops
 from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal
 from resnet_triton.device import KNOWN
+from resnet_triton.kernels.sum_shares import sum_shares
 
 PATHS = {"pointer": None, "box": (4, 4, 1), "one row": (1, 8, 2)}
 
@@ -53,6 +54,16 @@ def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
     assert torch.equal(first, expected)
     assert torch.equal(first, launch(call, share(shape, split, path)))
     assert torch.equal(first, launch(call, share(shape, split, path, two_launches=True)))
+
+
+def test_the_second_launch_writes_its_output_alone(device):
+    out = torch.full((70,), float("nan"), dtype=torch.float16, device=device)
+    shares = torch.ones(3, 67, device=device)
+    second = sum_shares(out=out[:67], shares=shares, residual=None, relu=True, block=16, num_warps=4)
+    with torch.cuda.device(device) if out.is_cuda else interpreter.ready():
+        second.run()
+    assert out[:67].eq(3).all()
+    assert out[67:].isnan().all()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -110,6 +121,7 @@ def test_a_barrier_stands_between_the_share_and_its_announcement():
         arrival = next(i for i, line in enumerate(lines) if re.search(r"\batom\..*\.add", line))
         assert "acq_rel" in lines[arrival]
         assert ".gpu" in lines[arrival]
+        assert "ld.global.cg" in ptx, "the other programs' shares come from where they are, not from a stale L1"
         stores = [i for i, line in enumerate(lines[:arrival]) if "st.global" in line]
         assert stores, "the share is stored before it is announced"
         assert any("bar.sync" in line for line in lines[stores[-1] : arrival])
