@@ -223,6 +223,12 @@ def test_shortcut_of_odd_width(device: torch.device, width: int) -> None:
     assert_exact(run("conv_bn_relu", *call), rounded(conv_reference(call), torch.float16))
 
 
+def test_shortcut_of_two_strides(device: torch.device) -> None:
+    shape = ConvShape(2, 16, 4, 5, 16, 3, 3, padding=(1, 1), shortcut_c=8, shortcut_stride=(3, 2))
+    call = conv_call(generator(device, 4), shape)
+    assert_exact(run_conv(call, PATHS["pointer"]), rounded(conv_reference(call), torch.float16))
+
+
 def random_shape(rng: random.Random, dtype: torch.dtype, *, friendly: bool) -> ConvShape:
     """A convolution of any geometry, or a `friendly` one that tensor descriptors may serve."""
     stride = rng.choice([1, 2])

@@ -14,6 +14,7 @@ from torch import Tensor
 from resnet_triton.kernels.add_relu import add_relu
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import BatchNorm, conv_bn_relu
+from resnet_triton.kernels.conv_halo import tap_filters
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
 from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2
 from resnet_triton.kernels.linear import linear
@@ -144,7 +145,7 @@ WALK = {"box": (1, 1, 64), "strip": 3, "block_k": 64, "block_c": 64}
 
 def test_a_walk_down_a_column_is_described() -> None:
     """Its kernel has no interpreter: strides, boxes and grid are looked at here, answers on a GPU."""
-    x, out, weight = images(70, 64, 7, 12), images(70, 64, 7, 12), images(64, 64, 3, 3)
+    x, out, weight = images(70, 128, 7, 12), images(70, 128, 7, 12), images(128, 128, 3, 3)
     launcher, tensors, tiles = convolution(**WALK)
     launch = launcher(**tensors | {"x": x, "out": out, "weight": weight, "residual": x}, **tiles)
     assert launch.grid == (3 * 12 * 2,)
@@ -156,9 +157,11 @@ def test_a_walk_down_a_column_is_described() -> None:
     for name, base in (("x_desc", x), ("y_desc", out)):
         desc = arguments[name]
         assert desc.base is base
-        assert (desc.shape, desc.strides) == ([7, 12, 70, 64], [12 * 64, 64, 7 * 12 * 64, 1])
-        assert desc.block_shape == [1, 1, 64, 64]
+        assert (desc.shape, desc.strides) == ([7, 12, 70, 128], [12 * 128, 128, 7 * 12 * 128, 1])
+        assert desc.block_shape == [1, 1, 64, 128]
         assert (desc.layout.swizzle_byte_width, desc.layout.element_bitwidth, desc.layout.rank) == (128, 16, 4)
     desc = arguments["w_desc"]
-    assert (desc.shape, desc.strides, desc.block_shape) == ([64, 9 * 64], [9 * 64, 1], [64, 64])
+    assert desc.base is weight
+    desc = tap_filters(images(128, 64, 3, 5))
+    assert (desc.shape, desc.strides, desc.block_shape) == ([128, 15 * 64], [15 * 64, 1], [128, 64])
     assert (desc.layout.swizzle_byte_width, desc.layout.element_bitwidth, desc.layout.rank) == (128, 16, 2)

@@ -21,7 +21,7 @@ from .hosts import ROOT, Tests, with_tests
 
 LEDGER = Path(__file__).with_name("equivalent.toml")
 GATE = 0.95
-VERDICTS = ("killed", "survived", *ledger.KINDS, "not run")
+VERDICTS = ("killed", "survived", *ledger.KINDS)
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,12 @@ def _wanted(options: argparse.Namespace, everything: list[Mutant]) -> list[Mutan
 
 def judge(wanted: list[Mutant], known: dict[ledger.Key, ledger.Entry], options: argparse.Namespace) -> list[Judged]:
     """The verdict on each mutant; those that `known` explains are not run unless the options say so."""
-    unrun = [m for m in wanted if m.where in suites.NOT_INTERPRETED]
-    run = [m for m in wanted if m not in unrun and (options.verify or ledger.key(m) not in known)]
-    judged = [Judged(m, "not run") for m in unrun]
-    judged += [Judged(m, known[ledger.key(m)].kind) for m in wanted if m not in unrun and m not in run]
+    run = [m for m in wanted if options.verify or ledger.key(m) not in known]
+    judged = [Judged(m, known[ledger.key(m)].kind) for m in wanted if m not in run]
     if run:
         patterns = sorted({p for m in run for p in suites.INTERPRETED[m.file]})
         judged += with_tests(patterns, lambda tests: list(_interpret(tests, run, options.jobs)))
-    left = [j.mutant for j in judged if j.verdict in ("survived", "not run") and j.mutant.file in suites.COMPILED]
+    left = [j.mutant for j in judged if j.verdict == "survived" and j.mutant.file in suites.COMPILED]
     left = [m for m in left if ledger.key(m) not in known]
     if options.compiled and left:
         patterns = sorted({p for m in left for p in suites.COMPILED[m.file]})

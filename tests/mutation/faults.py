@@ -103,7 +103,7 @@ def _of(source: Source, file: str, name: str, function: ast.FunctionDef) -> Iter
     names |= {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     first_line = min(node.lineno for node in (function, *function.decorator_list))
     head, tail = source.starts[first_line - 1], len(source.data) - source.span(function)[1]
-    seen = set()
+    seen = {source.data.decode()}
     for node in _code(function):
         for kind, first, end, new in [*_faults(source, node), *_of_names(source, node, names, function)]:
             mutated = source.replaced(first, end, new)

@@ -43,16 +43,21 @@ class Tests:
         return not self._failed
 
     def measure(self, names: list[str]) -> list[str]:
-        """These tests, cheap ones first, by the time that each function's first case takes.
+        """These tests, the first case of each function first, cheap functions before others.
 
-        What that loads and caches in this process, forks need not.
+        What the first cases load and cache in this process, forks need not.
         """
+        cases: dict[str, int] = {}
+        rank = {}
         for name in names:
-            if function(name) not in self.seconds:
+            test = function(name)
+            if test not in self.seconds:
                 start = time.perf_counter()
                 self.check(name)
-                self.seconds[function(name)] = time.perf_counter() - start
-        return sorted(names, key=lambda name: self.seconds[function(name)])
+                self.seconds[test] = time.perf_counter() - start
+            cases[test] = cases.get(test, 0) + 1
+            rank[name] = (cases[test], self.seconds[test])
+        return sorted(names, key=rank.__getitem__)
 
     def check(self, name: str) -> None:
         """A test that accuses a mutant has to pass without one."""

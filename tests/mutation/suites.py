@@ -5,6 +5,7 @@ from __future__ import annotations
 _CONVOLUTION = [
     "test_exact.py::test_conv_epilogue",
     "test_exact.py::test_conv_batch_norm_tensors",
+    "test_exact.py::test_shortcut_of_two_strides",
     "test_exact.py::test_conv_relu_of_special_values",
     "test_exact.py::test_no_tap_is_skipped_in_the_padding",
     "test_exact.py::test_infinity_times_zero",
@@ -44,7 +45,14 @@ INTERPRETED: dict[str, list[str]] = {
     "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", _WALK, *_BOXES],
     "conv_box.py": [*_LAUNCH, *_BOXES],
     "conv_columns.py": [*_LAUNCH, "test_exact.py::test_columns", "test_large.py::test_conv_box"],
-    "conv_halo.py": [_WALK],
+    "conv_halo.py": [
+        _WALK,
+        "test_halo.py::test_a_stand_in_gives_the_right_answer",
+        "test_halo.py::test_a_stand_in_without_residual_or_relu",
+        "test_halo.py::test_a_stand_in_normalises_in_fp32",
+        "test_halo.py::test_a_stand_in_keeps_the_sign_of_zero",
+        "test_halo.py::test_a_stand_in_counts_beyond_int32",
+    ],
     "conv_pointer.py": [
         *_LAUNCH,
         *_CONVOLUTION,
@@ -113,9 +121,6 @@ COMPILED: dict[str, list[str]] = {
     "tiles.py": [_BARRIER, _ROUNDED, _DEPENDENT],
 }
 """Read machine code; only what has survived the others comes here."""
-
-NOT_INTERPRETED = {f"conv_halo.py:{name}" for name in ("_load_row", "_batch_norm", "conv_halo_kernel")}
-"""Gluon has no interpreter: only machine code can show a fault."""
 
 EVERY = {
     "test_exact.py::test_add_relu": 4,
