@@ -177,6 +177,23 @@ def test_filters_of_conv_pointer(flat: bool) -> None:
     assert_exact(out[:, -16:], F.conv2d(x.double(), weight[-16:].double(), padding=1).half())
 
 
+def test_filters_of_a_shortcut() -> None:
+    k, c = 2**15 + 16, 2**16
+    x, out, other, weight, one = (
+        pixels(1, 16, 1, 5),
+        pixels(1, k, 1, 5),
+        pixels(1, c, 1, 5),
+        filters(k, 16, 1),
+        sparse(k, c),
+    )
+    filled(other, 1)
+    filled(one[-16:], 1)
+    norm = BatchNorm(torch.zeros(k), torch.ones(k), None, None, 0.0)
+    shortcut = Shortcut(other, one[:, :, None, None], norm, (1, 1))
+    run(conv(out, x, weight, batch_norm=norm, padding=(0, 0), shortcut=shortcut, block_k=16, block_c=2048), -1)
+    assert_exact(out[:, -16:], F.conv2d(other.double(), one[-16:, :, None, None].double()).half())
+
+
 @pytest.mark.parametrize("how", ["residual", "columns", "shared, two launches"])
 def test_conv_box(how: str) -> None:
     """Boxes of 16 images. Descriptors are the hardware's business; what goes through pointers is not."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -54,6 +55,22 @@ def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
     assert torch.equal(first, expected)
     assert torch.equal(first, launch(call, share(shape, split, path)))
     assert torch.equal(first, launch(call, share(shape, split, path, two_launches=True)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_only_the_last_share_writes_the_output(device, path):
+    """Here programs run in turns, and the last one's values would hide what others have written."""
+    shape = ConvShape(1, 32, 10, 6, 40, 3, 3, padding=(1, 1), residual=True)
+    operator, call = ops.OPERATORS["conv_bn_relu"], conv_call(generator(device, 0), shape)
+    out = operator.output(*call).fill_(float("nan"))
+    with mock.patch.object(config, "lookup", return_value=share(shape, 3, path)):
+        (planned,) = operator.plan(out, *call)
+    arrivals = torch.zeros_like(planned.arguments["arrivals_ptr"])
+    arguments = planned.arguments | {"arrivals_ptr": arrivals}
+    with torch.cuda.device(device) if out.is_cuda else interpreter.ready():
+        replace(planned, grid=(planned.grid[0], 2), arguments=arguments).run()
+    assert out.isnan().all()
+    assert arrivals[: planned.grid[0]].eq(2).all()
 
 
 def test_the_second_launch_writes_its_output_alone(device):

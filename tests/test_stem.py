@@ -156,6 +156,7 @@ def test_no_filter_tap_is_skipped_in_the_padding(device, dtype):
     call = stem_call(generator(device, 7), 1, 3, 12, 12, 16, dtype)
     call[1][5, 1, 0, 6] = NAN
     call[1][6, 0, 6, 0] = INF
+    call[1][9, 0, 0, 0] = NAN  # next to the last tap of filter 8, whose packed pixel has a fourth channel: zero
     expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).to(dtype)
     assert expected[:, 5].isnan().all()
     assert same(run("stem", *call, kernel="stem_kernel"), expected)
@@ -208,6 +209,7 @@ def test_marks_name_the_rows_that_are_not_finite(device):
     x[0, 0, 9, 0] = 70000.0  # finite, but not in fp16
     _, marks = pack(x, torch.float16)
     assert marks.nonzero().tolist() == [[0, (9 + 4) // 2], [1, (3 + 4) // 2]]
+    assert marks.max() == 1
 
 
 # --- where it applies ------------------------------------------------------------------------------------------------
