@@ -197,7 +197,7 @@ def test_filters_of_a_shortcut() -> None:
 @pytest.mark.parametrize("how", ["residual", "columns", "shared, two launches"])
 def test_conv_box(how: str) -> None:
     """Boxes of 16 images. Descriptors are the hardware's business; what goes through pointers is not."""
-    n = 2**17
+    n = 2**17 + 16
     x, out, weight = pixels(n, 64, 16, 16), pixels(n, 64, 16, 16), filters(64, 64, 3)
     end = filled(x[-16:])
     expected = F.conv2d(end.double(), weight.double(), padding=1)

@@ -58,6 +58,17 @@ def test_stem(device, size, strip, block_q, dtype):
         assert_exact(run("stem", *call, kernel="stem_kernel"), expected_of(call))
 
 
+def test_programs_write_their_own_part_alone(device):
+    """In turns, the next program's values would hide what this one has written of its part; backwards they do not."""
+    if device.type == "cuda":
+        pytest.skip("the order of programs is the GPU's")
+    call = stem_call(generator(device, 13), 1, 3, 14, 70, 24, torch.float16)
+    with tiled(16, 3, block_k=16):
+        *_, launch = OPERATORS["stem"].plan(OPERATORS["stem"].output(*call), *call)
+        backwards = list(reversed(range(launch.grid[0])))
+        assert_exact(run("stem", *call, programs=backwards, kernel="stem_kernel"), expected_of(call))
+
+
 @HALVES
 def test_stem_without_affine_parameters_and_in_narrow_tiles(device, dtype):
     call = stem_call(generator(device, 1), 2, 3, 20, 20, 48, dtype, affine=False)
