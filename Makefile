@@ -19,7 +19,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test slow fuzz lint types package codegen codegen-all codegen-oldest bench bench-gpu clean
+.PHONY: help env demo test slow fuzz lint types mutate package codegen codegen-all codegen-oldest bench bench-gpu clean
 
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ lint: $(STAMP) ## ruff: rules and format
 
 types: $(STAMP) ## mypy
 	$(PY) -m mypy
+
+mutate: $(STAMP) ## plant faults in the kernels, see which of them the tests miss; takes long, ARGS=--help says less
+	$(HERMETIC) PYTHONPATH=tests TRITON_INTERPRET=1 $(PY) -m mutation $(ARGS)
 
 package: $(STAMP) ## build, install and import the distributions
 	$(HERMETIC) $(PY) -m pytest -m packaging $(ARGS)

@@ -105,7 +105,7 @@ def conv_bn_relu(
         "SPLIT_K": split_k, "workspace_ptr": workspace, "arrivals_ptr": arrivals,
     }  # fmt: skip
     if box is None:
-        kernel, columns = conv_pointer_kernel, 1
+        kernel = conv_pointer_kernel
         tiles = cdiv(n * p * q, block_m)
         arguments |= {
             "x_ptr": x, "w_ptr": weight, "y_ptr": out, "res_ptr": residual, "M": n * p * q, "H": h, "W": w,

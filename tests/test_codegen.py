@@ -7,6 +7,7 @@ TRITON_INTERPRET. The predictions are in `test_roofline.py`.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -141,6 +142,43 @@ print(code.spill_bytes)
 
 def test_a_tile_that_spills_is_seen_to_spill():
     assert int(run(FAULTS)) > 0
+
+
+ROUNDED = """
+import json
+import torch
+from resnet_triton import codegen, resnet18
+from resnet_triton.device import KNOWN
+from resnet_triton.kernels.stem import pack, packed_shape
+from resnet_triton.trace import trace
+
+model, found = resnet18().eval(), {}
+for arch, batch in ((80, 1), (90, 32)):
+    for call in trace(model, (batch, 3, 224, 224), torch.float16):
+        for launch in call.launches(KNOWN[arch]):
+            name = f"{arch} {launch.kernel.__name__}"
+            if name not in found and "linear_kernel" != launch.kernel.__name__:
+                found[name] = codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"]
+with torch.device("meta"):
+    x, out = torch.empty(1, 3, 8, 8).half(), torch.empty(packed_shape(1, 8, 8)).half()
+    marks = torch.empty(out.shape[:2], dtype=torch.int32)
+launch = pack(out=out, marks=marks, x=x, mean=[0.5] * 3, std=[0.5] * 3, block=128, num_warps=4)
+found["90 normalising"] = codegen.triton_compile(codegen.specialise(launch), 90).asm["ptx"]
+print(json.dumps(found))
+"""
+
+
+def test_divisions_and_square_roots_are_correctly_rounded():
+    """The interpreter knows no other kind. Approximate ones flush denormal variances to zero."""
+    found = json.loads(run(ROUNDED))
+    kernels = {name.split()[1] for name in found}
+    assert {"conv_pointer_kernel", "stem_kernel", "global_avg_pool_kernel", "avg_pool_linear_kernel"} <= kernels
+    for name, ptx in found.items():
+        assert re.findall(r"\b(?:div\.(?:full|approx)|sqrt\.approx|rsqrt|rcp\.approx)\S*", ptx) == [], name
+        if "conv" in name or "stem" in name:
+            assert "sqrt.rn.f32" in ptx, name
+        if "avg_pool" in name or "normalising" in name:
+            assert "div.rn.f32" in ptx, name
 
 
 PLANTED = """

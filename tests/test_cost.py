@@ -60,6 +60,29 @@ def test_bytes_read_each_input_once_and_write_each_output_once():
     assert cost.avg_pool_linear(n=2, c=3, h=8, w=8, k=5, itemsize=2) == (2 * 3 * 64 + 60, 2 * (2 * 3 * 64 + 15 + 10))
 
 
+def test_no_size_is_taken_for_another():
+    """Each is a prime of its own."""
+    n, c, h, w, k, p, q, r, s, item = 2, 3, 5, 7, 11, 13, 17, 19, 23, 29
+    x, y = n * c * h * w, n * k * p * q
+    image = {"n": n, "c": c, "h": h, "w": w}
+    full = {**image, "k": k, "p": p, "q": q, "itemsize": item}
+    assert cost.conv_bn_relu(**full, r=r, s=s) == (2 * y * c * r * s, item * (x + k * c * r * s + y))
+    assert cost.stem(**full) == (2 * n * 3 * 4 * k * c * 49, item * (x + k * c * 49 + y))
+    assert cost.stem(**full | {"w": 8}).flops == 2 * n * 3 * 4 * k * c * 49
+    assert cost.max_pool(**image, p=p, q=q, itemsize=item) == (0, item * (x + n * c * p * q))
+    assert cost.global_avg_pool(**image, itemsize=item) == (x, item * (x + n * c))
+    assert cost.avg_pool_linear(**image, k=k, itemsize=item) == (x + 2 * n * c * k, item * (x + k * c + n * k))
+    assert cost.add_relu(numel=h, itemsize=item) == (h, 3 * h * item)
+
+
+@pytest.mark.parametrize(("r", "s", "rows", "columns"), [(1, 3, 13, 51), (3, 1, 5, 17), (2, 4, 26, 7), (3, 4, 5, 7)])
+def test_what_lies_between_narrow_filters_is_not_read(r, s, rows, columns):
+    """Strides (3, 4): a filter as long as its stride reads everything."""
+    sizes = {"n": 2, "c": 3, "h": 5, "w": 7, "k": 11, "p": 13, "q": 17, "itemsize": 1}
+    elements = 2 * 3 * rows * columns + 11 * 3 * r * s + 2 * 11 * 13 * 17
+    assert cost.conv_bn_relu(**sizes, r=r, s=s, stride=(3, 4)).bytes == elements
+
+
 def test_floor_is_the_slower_of_arithmetic_and_memory():
     assert cost.Cost(flops=100, bytes=10).floor(10.0, 10.0) == 10.0
     assert cost.Cost(flops=10, bytes=100).floor(10.0, 10.0) == 10.0

@@ -223,6 +223,17 @@ def test_shortcut_of_odd_width(device: torch.device, width: int) -> None:
     assert_exact(run("conv_bn_relu", *call), rounded(conv_reference(call), torch.float16))
 
 
+def test_shortcut_of_two_strides(device: torch.device) -> None:
+    shape = ConvShape(2, 16, 4, 5, 16, 3, 3, padding=(1, 1), shortcut_c=8, shortcut_stride=(3, 2))
+    call = conv_call(generator(device, 4), shape)
+    assert_exact(run_conv(call, PATHS["pointer"]), rounded(conv_reference(call), torch.float16))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_conv(device: torch.device, seed: int) -> None:
+    random_cases.check_conv(random.Random(seed), device, DTYPES[seed % 3])
+
+
 def test_random_cases_are_diverse() -> None:
     cases = [random_cases.conv(random.Random(seed), torch.device("cpu"), DTYPES[seed % 3]) for seed in range(300)]
     shapes = [call.shape for call, _ in cases]
@@ -322,6 +333,15 @@ def test_avg_pool_linear(device: torch.device, shape: Any, layout: str, dtype: t
         assert_exact(y, rounded(expected if b is None else expected + b.double(), dtype))
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)], ids=str)
+def test_a_mean_is_rounded_before_the_linear_layer(device: torch.device, dtype: torch.dtype, unit: float) -> None:
+    """As it is between two launches: 1 and a quarter of a unit is 1."""
+    x = torch.ones(1, 2, 2, 2, dtype=dtype, device=device)
+    x[0, 0, 0, 0] += unit
+    weight = torch.tensor([[1024.0, -1024.0]], dtype=dtype, device=device)
+    assert_exact(run("avg_pool_linear", x, weight, None, "triton"), x.new_zeros(1, 1))
+
+
 def test_many_images_take_two_launches(device: torch.device) -> None:
     g = generator(device, 21)
     x, weight = integers(g, 3, 17, 16, 2, 2), integers(g, 2, 5, 16)
@@ -342,7 +362,7 @@ def test_one_image_at_stride_2(device: torch.device, size: tuple[int, int], extr
     )  # fmt: skip
     assert not is_legal(ConvConfig(16, 32, 16, 4, 2, (2, 2, 4)), shape, KNOWN[90]), "rows of several images"
     for box in ((4, 4, 1), (2, 8, 1), (1, 16, 1)):
-        chosen = ConvConfig(16, 32, 16, 4, 2, box)
+        chosen = ConvConfig(16, 32, 32 if box[1] == 16 else 16, 4, 2, box)  # neither side of a box as long as another
         assert is_legal(chosen, shape, KNOWN[90]) == (size[0] % 2 == 0 or box[0] == 1)
         if is_legal(chosen, shape, KNOWN[90]):
             call = conv_call(generator(device, 3), shape, short_size=size)
@@ -495,6 +515,8 @@ def test_max_pool_of_special_values(device: torch.device, dtype: torch.dtype) ->
     assert same(run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0], expected)
     x[0, 0, 1, 1] = 5.0  # after the NaN, and the last value of its window
     assert run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0, 0, 0].isnan()
+    zeros = torch.tensor([-0.0, 0.0, 0.0, -0.0], dtype=dtype, device=device).reshape(1, 1, 1, 4)
+    assert same(run("max_pool2d", zeros, [1, 2], [1, 2], [0, 0], "triton"), F.max_pool2d(zeros, (1, 2)))
 
 
 @SPECIAL_VALUES

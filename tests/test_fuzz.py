@@ -16,7 +16,7 @@ from exact import DTYPES, dtype_id
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-CASES = int(os.environ.get("FUZZ_CASES", "200"))
+CASES = int(os.environ.get("FUZZ_CASES", "100"))
 SHARES = {"conv_bn_relu": 10}
 """Of all cases; other operators have one."""
 TOTAL = len(DTYPES) * sum(SHARES.get(name, 1) for name in random_cases.CHECKS)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from test_codegen import run as run_compiled
 from resnet_triton import config, interpreter, ops
 from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal
 from resnet_triton.device import KNOWN
+from resnet_triton.kernels.sum_shares import sum_shares
 
 PATHS = {"pointer": None, "box": (4, 4, 1), "one row": (1, 8, 2)}
 
@@ -53,6 +55,32 @@ def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
     assert torch.equal(first, expected)
     assert torch.equal(first, launch(call, share(shape, split, path)))
     assert torch.equal(first, launch(call, share(shape, split, path, two_launches=True)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_only_the_last_share_writes_the_output(device, path):
+    """Here programs run in turns, and the last one's values would hide what others have written."""
+    shape = ConvShape(1, 32, 10, 6, 40, 3, 3, padding=(1, 1), residual=True)
+    operator, call = ops.OPERATORS["conv_bn_relu"], conv_call(generator(device, 0), shape)
+    out = operator.output(*call).fill_(float("nan"))
+    with mock.patch.object(config, "lookup", return_value=share(shape, 3, path)):
+        (planned,) = operator.plan(out, *call)
+    arrivals = torch.zeros_like(planned.arguments["arrivals_ptr"])
+    arguments = planned.arguments | {"arrivals_ptr": arrivals}
+    with torch.cuda.device(device) if out.is_cuda else interpreter.ready():
+        replace(planned, grid=(planned.grid[0], 2), arguments=arguments).run()
+    assert out.isnan().all()
+    assert arrivals[: planned.grid[0]].eq(2).all()
+
+
+def test_the_second_launch_writes_its_output_alone(device):
+    out = torch.full((70,), float("nan"), dtype=torch.float16, device=device)
+    shares = torch.ones(3, 67, device=device)
+    second = sum_shares(out=out[:67], shares=shares, residual=None, relu=True, block=16, num_warps=4)
+    with torch.cuda.device(device) if out.is_cuda else interpreter.ready():
+        second.run()
+    assert out[:67].eq(3).all()
+    assert out[67:].isnan().all()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -110,6 +138,7 @@ def test_a_barrier_stands_between_the_share_and_its_announcement():
         arrival = next(i for i, line in enumerate(lines) if re.search(r"\batom\..*\.add", line))
         assert "acq_rel" in lines[arrival]
         assert ".gpu" in lines[arrival]
+        assert "ld.global.cg" in ptx, "the other programs' shares come from where they are, not from a stale L1"
         stores = [i for i, line in enumerate(lines[:arrival]) if "st.global" in line]
         assert stores, "the share is stored before it is announced"
         assert any("bar.sync" in line for line in lines[stores[-1] : arrival])

@@ -50,6 +50,17 @@ def test_stem(device, size, strip, block_q, dtype):
         assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
 
 
+def test_programs_write_their_own_part_alone(device):
+    """In turns, the next program's values would hide what this one has written of its part; backwards they do not."""
+    if device.type == "cuda":
+        pytest.skip("the order of programs is the GPU's")
+    call = stem_call(generator(device, 13), 1, 3, 14, 70, 24, torch.float16)
+    with tiled(16, 3, block_k=16):
+        *_, launch = OPERATORS["stem"].plan(OPERATORS["stem"].output(*call), *call)
+        backwards = list(reversed(range(launch.grid[0])))
+        assert_exact(run("stem", *call, programs=backwards, kernel="stem_kernel"), stem_reference(call))
+
+
 @HALVES
 def test_stem_without_affine_parameters_and_in_narrow_tiles(device, dtype):
     call = stem_call(generator(device, 1), 2, 3, 20, 20, 48, dtype, affine=False)
@@ -148,6 +159,7 @@ def test_no_filter_tap_is_skipped_in_the_padding(device, dtype):
     call = stem_call(generator(device, 7), 1, 3, 12, 12, 16, dtype)
     call[1][5, 1, 0, 6] = NAN
     call[1][6, 0, 6, 0] = INF
+    call[1][9, 0, 0, 0] = NAN  # next to the last tap of filter 8, whose packed pixel has a fourth channel: zero
     expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).to(dtype)
     assert expected[:, 5].isnan().all()
     assert same(run("stem", *call, kernel="stem_kernel"), expected)
@@ -200,6 +212,7 @@ def test_marks_name_the_rows_that_are_not_finite(device):
     x[0, 0, 9, 0] = 70000.0  # finite, but not in fp16
     _, marks = pack(x, torch.float16)
     assert marks.nonzero().tolist() == [[0, (9 + 4) // 2], [1, (3 + 4) // 2]]
+    assert marks.max() == 1
 
 
 # --- where it applies ------------------------------------------------------------------------------------------------

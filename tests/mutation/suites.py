@@ -1,0 +1,160 @@
+"""Which tests judge the mutants of which file: the fewest that see all of it, in seconds together."""
+
+from __future__ import annotations
+
+_CONVOLUTION = [
+    "test_exact.py::test_conv_epilogue",
+    "test_exact.py::test_conv_batch_norm_tensors",
+    "test_exact.py::test_shortcut_of_two_strides",
+    "test_exact.py::test_conv_relu_of_special_values",
+    "test_exact.py::test_no_tap_is_skipped_in_the_padding",
+    "test_exact.py::test_infinity_times_zero",
+    "test_exact.py::test_tails_of_tiles_read_no_neighbours",
+    "test_exact.py::test_windows_read_no_neighbours",
+    "test_exact.py::test_batch_norm_of_special_statistics",
+    "test_exact.py::test_sums_that_leave_the_range_and_come_back",
+    "test_split_k.py::test_only_the_last_share_writes_the_output",
+    "test_split_k.py::test_any_number_of_shares_is_exact",
+    "test_split_k.py::test_a_shift_that_is_not_finite_is_added_once",
+    "test_exact.py::test_random_conv",
+]
+_BOXES = [
+    *_CONVOLUTION,
+    "test_exact.py::test_one_image_at_stride_2",
+    "test_exact.py::test_every_legal_box_is_exact",
+    "test_beyond_int32.py::test_conv_box",
+    "test_exact.py::test_shortcut_of_odd_width",
+]
+
+_LAUNCH = ["test_launch.py::test_a_launch_is_what_was_asked_for", "test_launch.py::test_a_kernel_begins_with_begin"]
+_WALK = "test_launch.py::test_a_walk_down_a_column_is_described"
+
+INTERPRETED: dict[str, list[str]] = {
+    "add_relu.py": [
+        *_LAUNCH,
+        "test_exact.py::test_add_relu",
+        "test_exact.py::test_relu_of_special_values",
+        "test_beyond_int32.py::test_add_relu",
+    ],
+    "avg_pool_linear.py": [
+        *_LAUNCH,
+        "test_exact.py::test_avg_pool_linear",
+        "test_exact.py::test_a_mean_is_rounded_before_the_linear_layer",
+        "test_functional.py::test_avg_pool_linear",
+        "test_beyond_int32.py::test_avg_pool_linear",
+    ],
+    "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", _WALK, *_BOXES],
+    "conv_box.py": [*_LAUNCH, *_BOXES],
+    "conv_columns.py": [*_LAUNCH, "test_exact.py::test_columns", "test_beyond_int32.py::test_conv_box"],
+    "conv_halo.py": [
+        _WALK,
+        "test_halo.py::test_a_stand_in_gives_the_right_answer",
+        "test_halo.py::test_a_stand_in_without_residual_or_relu",
+        "test_halo.py::test_a_stand_in_normalises_in_fp32",
+        "test_halo.py::test_a_stand_in_keeps_the_sign_of_zero",
+        "test_halo.py::test_a_stand_in_counts_beyond_int32",
+    ],
+    "conv_pointer.py": [
+        *_LAUNCH,
+        *_CONVOLUTION,
+        "test_beyond_int32.py::test_conv_pointer",
+        "test_beyond_int32.py::test_filters_of_conv_pointer",
+        "test_beyond_int32.py::test_filters_of_a_shortcut",
+    ],
+    "cost.py": ["test_cost.py"],
+    "global_avg_pool.py": [
+        *_LAUNCH,
+        "test_exact.py::test_global_avg_pool",
+        "test_exact.py::test_avg_pool_of_special_values",
+        "test_functional.py::test_global_avg_pool",
+        "test_beyond_int32.py::test_global_avg_pool",
+    ],
+    "launch.py": ["test_launch.py"],
+    "linear.py": [
+        *_LAUNCH,
+        "test_exact.py::test_linear",
+        "test_exact.py::test_linear_layouts",
+        "test_exact.py::test_infinity_times_zero",
+        "test_exact.py::test_sums_that_leave_the_range_and_come_back",
+        "test_functional.py::test_linear",
+        "test_beyond_int32.py::test_linear",
+    ],
+    "max_pool.py": [
+        *_LAUNCH,
+        "test_exact.py::test_max_pool",
+        "test_exact.py::test_max_pool_of_special_values",
+        "test_functional.py::test_max_pool2d",
+        "test_beyond_int32.py::test_max_pool",
+    ],
+    "stem.py": [
+        *_LAUNCH,
+        "test_stem.py",
+        "test_beyond_int32.py::test_pack",
+        "test_beyond_int32.py::test_pack_of_many_images",
+        "test_beyond_int32.py::test_stem",
+    ],
+    "sum_shares.py": [
+        *_LAUNCH,
+        "test_split_k.py::test_the_second_launch_writes_its_output_alone",
+        "test_split_k.py::test_any_number_of_shares_is_exact",
+        "test_split_k.py::test_a_shift_that_is_not_finite_is_added_once",
+        "test_beyond_int32.py::test_sum_shares",
+    ],
+    "tiles.py": [
+        *_CONVOLUTION,
+        "test_exact.py::test_relu_of_special_values",
+        "test_stem.py::test_statistics_of_every_kind",
+        "test_beyond_int32.py::test_conv_pointer",
+    ],
+}
+"""Run in Triton's interpreter, each in a process forked for one mutant."""
+
+_ROUNDED = "test_codegen.py::test_divisions_and_square_roots_are_correctly_rounded"
+_BARRIER = "test_split_k.py::test_a_barrier_stands_between_the_share_and_its_announcement"
+_DEPENDENT = "test_split_k.py::test_with_dependent_launch_every_kernel_waits_before_it_touches_memory"
+
+COMPILED: dict[str, list[str]] = {
+    "avg_pool_linear.py": [_ROUNDED],
+    "conv_box.py": ["test_split_k.py::test_two_launches_compile"],
+    "conv_halo.py": ["test_halo.py::test_machine_code"],
+    "conv_pointer.py": ["test_split_k.py::test_two_launches_compile"],
+    "global_avg_pool.py": [_ROUNDED],
+    "stem.py": [_ROUNDED],
+    "tiles.py": [_BARRIER, _ROUNDED, _DEPENDENT],
+}
+"""Read machine code; only what has survived the others comes here."""
+
+EVERY = {
+    "test_exact.py::test_add_relu": 4,
+    "test_exact.py::test_avg_pool_linear": 4,
+    "test_exact.py::test_conv_epilogue": 5,
+    "test_exact.py::test_every_legal_box_is_exact": 9,
+    "test_exact.py::test_global_avg_pool": 5,
+    "test_exact.py::test_max_pool": 5,
+    "test_exact.py::test_one_image_at_stride_2": 5,
+    "test_exact.py::test_random_conv": 5,
+    "test_split_k.py::test_any_number_of_shares_is_exact": 7,
+    "test_stem.py::test_a_pixel_that_is_not_finite_reaches_only_its_windows": 5,
+    "test_stem.py::test_stem": 5,
+    "test_stem.py::test_stem_of_resnet18_at_the_chosen_tiles": 11,
+    "test_stem.py::test_stem_reads_any_layout": 5,
+}
+"""Of tests with many cases, every which is taken: steps that share no factor with what the cases vary."""
+
+
+def chosen(file: str, collected: list[str]) -> list[str]:
+    """The collected tests (with parameters) that judge this file in the interpreter."""
+    return [name for pattern in INTERPRETED[file] for name in _matching(pattern, collected)]
+
+
+def reads_code_of(file: str, test: str) -> bool:
+    return test.partition("[")[0] in COMPILED[file]
+
+
+def _matching(pattern: str, collected: list[str]) -> list[str]:
+    functions: dict[str, list[str]] = {}
+    for name in collected:
+        function = name.partition("[")[0]
+        if pattern in (function, function.partition("::")[0]):
+            functions.setdefault(function, []).append(name)
+    return [name for function, names in functions.items() for name in names[:: EVERY.get(function, 1)]]
