@@ -5,8 +5,8 @@ ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 OLDEST_TRITON := 3.6.0
-OLDEST_DIR := $(VENV)/triton-$(OLDEST_TRITON)
-OLDEST_STAMP := $(OLDEST_DIR)/.installed
+NEWER_TRITONS := 3.8.0 3.9.0
+OTHER_TRITONS := $(OLDEST_TRITON) $(NEWER_TRITONS)
 
 # What a user's shell may export must not change what the tests check.
 HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE -u PYTEST_ADDOPTS -u PYTEST_PLUGINS \
@@ -19,7 +19,8 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test slow fuzz lint types mutate package codegen codegen-all codegen-oldest bench bench-gpu clean
+.PHONY: help env demo test slow fuzz lint types mutate package codegen codegen-all codegen-oldest codegen-newer \
+	$(OTHER_TRITONS:%=codegen-%) bench bench-gpu clean
 
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,9 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[dev]' >&2
 	touch $@
 
-$(OLDEST_STAMP): $(STAMP)
-	rm -rf $(OLDEST_DIR)
-	$(PIP) --no-deps --target $(OLDEST_DIR) triton==$(OLDEST_TRITON) >&2
+$(OTHER_TRITONS:%=$(VENV)/triton-%/.installed): $(VENV)/triton-%/.installed: $(STAMP)
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) triton==$* >&2
 	touch $@
 
 demo: $(STAMP) ## compare a ResNet-18 with and without the kernels on this machine
@@ -72,9 +73,13 @@ codegen-all: $(STAMP) ## every target, batch size and dtype, written to benchmar
 	$(HERMETIC) $(PY) -m resnet_triton codegen --arch 80 86 89 90 100 120 gfx942 --batch 1 8 32 128 \
 		--dtype float16 bfloat16 tf32 float32 --out benchmarks/results $(ARGS)
 
-codegen-oldest: $(OLDEST_STAMP) ## the same with the oldest supported Triton
-	$(HERMETIC) PYTHONPATH=$(OLDEST_DIR) $(PY) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton'
-	$(HERMETIC) PYTHONPATH=$(OLDEST_DIR) $(PY) -m resnet_triton codegen $(ARGS)
+codegen-oldest: codegen-$(OLDEST_TRITON) ## the same with the oldest supported Triton
+
+codegen-newer: $(NEWER_TRITONS:%=codegen-%) ## the same with Tritons newer than the one of .venv; no part of CI
+
+$(OTHER_TRITONS:%=codegen-%): codegen-%: $(VENV)/triton-%/.installed
+	$(HERMETIC) PYTHONPATH=$(VENV)/triton-$* $(PY) -c 'import triton; assert triton.__version__ == "$*", triton'
+	$(HERMETIC) PYTHONPATH=$(VENV)/triton-$* $(PY) -m resnet_triton codegen $(ARGS)
 
 bench: $(STAMP) ## time ResNet-18 and its layers against PyTorch's on this machine: tables and charts in build/bench
 	$(PY) -m resnet_triton bench --out build/bench $(ARGS)

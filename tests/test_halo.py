@@ -63,32 +63,28 @@ for dtype, rows, residual in (("float16", 128, True), ("bfloat16", 128, False), 
     source = GluonASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs={})
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.num_warps})
     code = vital_signs(compiled)
-    found.append([code.registers, code.spill_bytes, code.serialized, code.shared_memory, compiled.asm["ptx"]])
+    faults = [*code.disorder, code.spill_bytes, code.serialized, code.dropped_nans, code.approximations]
+    found.append([any(faults) and faults, code.registers, code.shared_memory, compiled.asm["ptx"]])
 print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
 def test_machine_code():
-    for registers, spills, serialized, shared, ptx in json.loads(run_compiled(COMPILE)):
+    for faults, registers, shared, ptx in json.loads(run_compiled(COMPILE)):
+        assert not faults
         assert registers <= 255
-        assert not spills
-        assert not serialized
         assert shared <= KNOWN[90].shared_memory
         assert not re.search(r"\b(div\.(full|approx)|sqrt\.approx|rsqrt|rcp\.approx)", ptx)
         assert len(re.findall(r"wgmma\.mma_async", ptx)) == 36, "nine taps of four steps"
         assert len(re.findall(r"wgmma\.wait_group", ptx)) == 1
         copies = r"cp\.async\.bulk\.tensor[.\w]*?\.(?:shared|global)\S*"
-        ordered = re.findall(rf"wgmma\.mma_async|bar\.sync|fence\.proxy\.async|{copies}|st\.shared|stmatrix", ptx)
+        ordered = re.findall(rf"wgmma\.mma_async|bar\.sync|{copies}", ptx)
         turn = ordered[ordered.index("wgmma.mma_async") :]
         products = [i for i, what in enumerate(turn) if what.startswith("wgmma.mma")]
         loads = [i for i, what in enumerate(turn) if ".shared::" in what and "mbarrier" in what]
         assert len(loads) == 3
         assert any(what == "bar.sync" for what in turn[products[-1] : loads[0]]), "no warp may still read the slot"
-        stores = [i for i, what in enumerate(turn) if what in ("stmatrix", "st.shared")]
-        fence = turn.index("fence.proxy.async", stores[-1])
-        assert "bar.sync" in turn[fence:], "every warp's part is written before one thread starts the copy"
-        assert "bar.sync" in turn[loads[-1] : stores[0]], "the copy before has been read out"
 
 
 HALVES = [torch.float16, torch.bfloat16]

@@ -2,10 +2,11 @@
 
 Every call of a traced model is planned exactly as it would be launched on the target and compiled by Triton and ptxas
 (AMD: LLVM), all of which run on a CPU. A row then says whether the tensor cores and the bulk copy engine are used,
-whether registers spill, whether shared memory fits, whether ptxas serialised the asynchronous matrix instructions, how
-many programs a multiprocessor holds and, marked as predictions, where the time may go.
+whether registers spill, whether shared memory fits, whether ptxas serialised the asynchronous matrix instructions,
+whether memory is ordered on every path, whether NaN and IEEE rounding survive, how many programs a multiprocessor holds
+and, marked as predictions, where the time may go.
 
-    targets -> assembly -> compiler -> roofline (with traffic) -> rows -> budget -> report
+    targets, flow -> ordering, access -> assembly -> compiler -> roofline (with traffic) -> rows -> budget -> report
 """
 
 from __future__ import annotations

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+from . import flow as flows
+from .access import accesses, loads
+from .ordering import AMD_RULES, NVIDIA_RULES, broken
 
 _TENSOR_CORE = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
 # A bulk reduction's text does not name its type; kernels have no use for one anyway.
 _FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.[\w.:]*\.b?f(?:16|32|64)(?:x2)?\b|\bcp\.reduce\.async\.bulk")
 _AMD_FLOAT_ATOMIC = re.compile(r"_atomic_(?:pk_)?add_b?f(?:16|32|64)\b")
+_APPROXIMATE = re.compile(r"\b[a-z][\w.]*\.(?:approx|full|ftz)\b")
+# These three are read in LLVM's IR: in machine code they also are steps of exact sequences, and of integer division.
+_AMD_APPROXIMATE = re.compile(r"\bcall\b.*@llvm\.amdgcn\.(?:rcp|rsq|sqrt)\.")
+_AMD_MAXIMUM = re.compile(r"@llvm\.(?:(?:max|min)num|amdgcn\.fmed3)\.\w+\(\S+ ([^\s,]+), \S+ ([^\s,)]+)")
+_AMD_NAN = re.compile(r"\bfcmp (?:uno|ord) \S+ ([^\s,]+), ([^\s,]+)")
 
 
 @dataclass(frozen=True)
@@ -18,13 +26,16 @@ class Code:
 
     Instructions, wgmma and waits are counted in the text, so once for a loop. `pendings` holds how many wgmma each wait
     leaves running: a pipelined loop waits with at least one pending. `messages` are ptxas's own words.
+
+    Of a thread's accesses to global memory through pointers, `narrowest_load` is the least in a loop (0: none there),
+    `widest_access` the most anywhere.
     """
 
     registers: int
     spill_bytes: int
     shared_memory: int
     instructions: int
-    tensor_core: str  # "wgmma", "tcgen05", "mma", "mfma" or "none"
+    tensor_core: str  # "wgmma", "tcgen05", "mma", "mfma", "mfma-fp32" (which rounds no operand) or "none"
     tma: bool = False
     dots: int = 0
     wgmma: int = 0
@@ -32,7 +43,11 @@ class Code:
     pendings: tuple[int, ...] = ()
     messages: tuple[str, ...] = ()
     float_atomics: int = 0
-    unordered_atomics: int = 0  # atomics with no barrier between them and the store before them
+    disorder: tuple[str, ...] = ()  # rules of `ordering.py` that some path breaks
+    dropped_nans: int = 0  # floating-point maxima and minima whose result may be a number though an operand is NaN
+    approximations: int = 0  # square roots, divisions and the like that IEEE would round otherwise, or that flush
+    narrowest_load: int = 0
+    widest_access: int = 0
 
     @property
     def serialized(self) -> bool:
@@ -53,6 +68,7 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
     waits = re.findall(r"warp_group_dot_wait[^\n]*?pendings = (\d+)", ttgir)
     said = [line for line in log.splitlines() if re.match(r"ptxas.*(?:\(C\d+\)|serializ|warning)", line)]
+    flow = flows.ptx(ptx)
     return Code(
         registers=int(registers[1]),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
@@ -66,26 +82,35 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         pendings=tuple(map(int, waits)),
         messages=tuple(dict.fromkeys(line.partition(": ")[2] for line in said)),
         float_atomics=len(_FLOAT_ATOMIC.findall(ptx)),
-        unordered_atomics=_unordered(ptx.splitlines(), r"\bst\.[\w.]*global", r"\bbar(?:rier)?\.sync", r"\batom\."),
+        disorder=broken(flow, NVIDIA_RULES),
+        # In machine code, not in PTX: ptxas, too, may turn a comparison into a minimum.
+        dropped_nans=sum(bool(re.match(r"(?:F|V?H)MNMX", name)) and ".NAN" not in name for name in instructions),
+        approximations=len(_APPROXIMATE.findall(ptx)),
+        narrowest_load=min(loads(flow.looped()), default=0),
+        widest_access=max(accesses(flow.lines), default=0),
     )
 
 
-def read_amd(*, ttir: str, assembly: str, shared_memory: int) -> Code:
-    """From LLVM's assembly. Registers are vector registers; `spill_bytes` counts each spilt one once."""
+def read_amd(*, ttir: str, llir: str, assembly: str, shared_memory: int) -> Code:
+    """From LLVM's IR and assembly. Registers are vector registers; `spill_bytes` counts each spilt one once."""
     registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
     spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     if registers is None or spills is None:
         raise ValueError("no .vgpr_count and .vgpr_spill_count in the assembly's metadata")
-    lines = assembly.splitlines()
+    flow = flows.amd(assembly)
     return Code(
         registers=int(registers[1]),
         spill_bytes=4 * int(spills[1]),
         shared_memory=shared_memory,
-        instructions=sum(bool(re.match(r"\s+(?:[sv]|ds|global|buffer|flat|scratch)_\w+", line)) for line in lines),
-        tensor_core="mfma" if "v_mfma" in assembly else "none",
+        instructions=sum(bool(re.match(r"\s+(?:[sv]|ds|global|buffer|flat|scratch)_\w+", line)) for line in flow.lines),
+        tensor_core=_amd_tensor_core(assembly),
         dots=_dots(ttir),
         float_atomics=len(_AMD_FLOAT_ATOMIC.findall(assembly)),
-        unordered_atomics=_unordered(lines, r"\b(?:global|buffer)_store", r"\bs_barrier", r"_atomic_"),
+        disorder=broken(flow, AMD_RULES),
+        dropped_nans=_amd_dropped_nans(llir),
+        approximations=len(_AMD_APPROXIMATE.findall(llir)),
+        narrowest_load=min(loads(flow.looped()), default=0),
+        widest_access=max(accesses(flow.lines), default=0),
     )
 
 
@@ -93,14 +118,14 @@ def _dots(ttir: str) -> int:
     return len(re.findall(r"= tt\.dot\b", ttir))
 
 
-def _unordered(lines: Iterable[str], store: str, barrier: str, atomic: str) -> int:
-    """Atomics that may announce stores which other threads of the program have not made yet."""
-    found, open_store = 0, False
-    for line in lines:
-        if re.search(store, line):
-            open_store = True
-        elif re.search(barrier, line):
-            open_store = False
-        elif open_store and re.search(atomic, line):
-            found += 1
-    return found
+def _amd_tensor_core(assembly: str) -> str:
+    products = re.findall(r"\bv_mfma_\w+", assembly)
+    if not products:
+        return "none"
+    return "mfma-fp32" if all(re.fullmatch(r"\w+_f32", name) for name in products) else "mfma"
+
+
+def _amd_dropped_nans(llir: str) -> int:
+    """Maxima and minima whose operands are not also tested for NaN."""
+    tested = {frozenset(pair) for pair in _AMD_NAN.findall(llir)}
+    return sum(frozenset(pair) not in tested for pair in _AMD_MAXIMUM.findall(llir))

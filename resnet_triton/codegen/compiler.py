@@ -27,10 +27,11 @@ class Specialisation(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    aligned: bool = True  # pointers to 16 bytes; else to their elements alone
 
 
 def specialise(launch: Launch) -> Specialisation:
-    """The compiler's view of a launch, by the rules Triton applies at a real one (pointers are 16-byte aligned)."""
+    """The compiler's view of a launch, by the rules Triton applies at a real one whose pointers are 16-byte aligned."""
     kernel = launch.kernel
     signature, constants = [], []
     for parameter in kernel.params:
@@ -71,7 +72,7 @@ def vital_signs(compiled: Any) -> Code:
     texts, shared_memory = compiled.asm, compiled.metadata.shared
     ttir = texts["ttir" if "ttir" in texts else "ttgir"]  # Gluon starts from the latter
     if "amdgcn" in texts:
-        return read_amd(ttir=ttir, assembly=texts["amdgcn"], shared_memory=shared_memory)
+        return read_amd(ttir=ttir, llir=texts["llir"], assembly=texts["amdgcn"], shared_memory=shared_memory)
     ptx = texts["ptx"]
     log, sass = _assemble(ptx, compiled.metadata.target.arch)
     return read_nvidia(ttir=ttir, ttgir=texts["ttgir"], ptx=ptx, sass=sass, log=log, shared_memory=shared_memory)
@@ -85,9 +86,10 @@ def triton_compile(source: Specialisation, arch: int | str) -> Any:
 
     kernel = getattr(importlib.import_module(source.module), source.kernel)
     signature = dict(source.signature)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") and source.aligned]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
     return triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=dict(source.constants), attrs=aligned),
+        ASTSource(fn=kernel, signature=signature, constexprs=dict(source.constants), attrs=attrs),
         target=GPUTarget(*target(arch).compiler),
         options={"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True},
     )

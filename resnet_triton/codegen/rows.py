@@ -29,6 +29,8 @@ DTYPES = {
 }
 HELD = ("sm_80", "sm_90")
 """Where a fault is a failure; on other targets it is reported."""
+ALIGNED = 16
+"""Bytes: the most that Triton knows of a pointer, and the most that a thread loads at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Row:
     """One launch of a layer at one batch size and dtype, compiled for one architecture.
 
     `launch` counts from 0 within the layer; `filter` is "3x3" and the like, "" for kernels without one; `programs` the
-    size of the grid.
+    size of the grid, `channels` those of the input (0: the kernel does not know of any).
     """
 
     arch: str
@@ -48,6 +50,7 @@ class Row:
     dtype: str
     path: str
     filter: str
+    channels: int
     tile: str
     split_k: int
     num_warps: int
@@ -71,14 +74,22 @@ class Row:
             found.append(f"needs {code.shared_memory} bytes of shared memory")
         if code.dots and not ieee and code.tensor_core == "none":
             found.append("no tensor-core instruction")
-        if ieee and code.tensor_core != "none":
+        if ieee and code.tensor_core not in ("none", "mfma-fp32"):
             found.append(f"IEEE fp32 on tensor cores ({code.tensor_core})")
         if code.dots and self.arch == "sm_90" and self.batch >= 32 and self.filter in ("1x1", "3x3") and not ieee:
             found += [f"no {name}" for name, used in (("wgmma", code.wgmma), ("TMA", code.tma)) if not used]
         if code.float_atomics:
             found.append(f"{code.float_atomics} floating-point atomics")
-        if code.unordered_atomics:
-            found.append("no barrier between a store and the atomic after it")
+        found += code.disorder
+        if code.dropped_nans:
+            found.append(f"{code.dropped_nans} maxima or minima that drop NaN")
+        if code.approximations:
+            found.append(f"{code.approximations} approximate or flushing operations")
+        whole = self.channels * DTYPES[self.dtype][0].itemsize % ALIGNED == 0
+        if self.channels and whole and 0 < code.narrowest_load < ALIGNED:
+            found.append(f"loads {code.narrowest_load} bytes at a time in a loop, expected {ALIGNED}")
+        if code.widest_access > ALIGNED:
+            found.append(f"accesses {code.widest_access} bytes at a time, pointers are aligned to {ALIGNED}")
         return found
 
     def record(self) -> dict[str, Any]:
@@ -155,6 +166,7 @@ def _row(p: _Planned, code: Code, ttir: str) -> Row:
         dtype=p.dtype,
         path="descriptor" if descriptors else "pointer",
         filter=f"{arguments['R']}x{arguments['S']}" if {"R", "S"} <= set(arguments) else "",
+        channels=arguments.get("C", 0),
         tile="x".join(str(arguments[name]) for name in sizes),
         split_k=arguments.get("SPLIT_K", 1),
         num_warps=launch.num_warps,

@@ -1,0 +1,67 @@
+"""What has to come between two memory operations of a kernel, which neither the interpreter nor a result shows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .flow import Flow
+
+
+class Rule(NamedTuple):
+    """Every path from a `start` to an `end` must pass a `guard`: regular expressions, each for a line of assembly."""
+
+    broken: str
+    start: str
+    end: str
+    guard: str
+
+
+NO_BARRIER_BEFORE_ATOMIC = "no barrier between a store and the atomic after it"
+NO_BARRIER_AFTER_ATOMIC = "no barrier between an atomic and the load after it"
+WEAK_ATOMIC = "an atomic that is not acq_rel at GPU scope"
+UNFINISHED_BULK_STORE = "no full wait between a bulk store and the atomic after it"
+UNFENCED_BULK_STORE = "no proxy fence between a store to shared memory and the bulk store after it"
+NO_BARRIER_BEFORE_BULK_STORE = "no barrier between a store to shared memory and the bulk store after it"
+UNREAD_BULK_STORE = "shared memory given back or stored to before a bulk store has read it"
+NO_BARRIER_AFTER_WAIT = "no barrier between the wait for a bulk store and the store to shared memory after it"
+NO_RELEASE = "no write-back between a store and the atomic after it"
+NO_ACQUIRE = "no invalidation between an atomic and the load after it"
+
+_STORE = r"\bst\.[\w.:]*global"
+_LOAD = r"\bld\.[\w.:]*global|\bcp\.async\.[\w.:]*shared[\w.:]*\.global"
+_ATOMIC = r"(?<![\w.])(?:atom|red)\.(?![\w.:]*shared)"
+# PTX's defaults are relaxed order and the scope of the GPU.
+_WEAK_ATOMIC = rf"{_ATOMIC}(?:(?![\w.:]*acq_rel)|(?=[\w.:]*\.(?:cta|cluster)\b))"
+_ANYWHERE, _NEVER = "", r"(?!)"
+_BARRIER = r"\s*bar(?:rier)?\.(?:cta\.)?sync(?:\.aligned)?\s+0\s*;"  # 0: of all the program's threads
+_SHARED_STORE = r"\bst\.[\w.:]*shared|\bstmatrix\."
+_BULK_STORE = r"\bcp\.(?:reduce\.)?async\.bulk\.[\w.:]*global\.shared"
+_LEAVE = r"^\s*(?:@\S+\s+)?(?:ret|exit)\b"
+# Of `.read`, the buffer may be used again, but what was stored need not be there yet.
+_WRITTEN = r"\s*cp\.async\.bulk\.wait_group\s+0\b"
+_READ = r"\s*cp\.async\.bulk\.wait_group(?:\.read)?\s+0\b"
+
+NVIDIA_RULES = (
+    Rule(WEAK_ATOMIC, _ANYWHERE, _WEAK_ATOMIC, _NEVER),
+    Rule(NO_BARRIER_BEFORE_ATOMIC, _STORE, _ATOMIC, _BARRIER),
+    Rule(NO_BARRIER_AFTER_ATOMIC, _ATOMIC, _LOAD, _BARRIER),
+    Rule(UNFINISHED_BULK_STORE, _BULK_STORE, _ATOMIC, _WRITTEN),
+    Rule(UNFENCED_BULK_STORE, _SHARED_STORE, _BULK_STORE, r"\s*fence\.proxy\.async"),
+    Rule(NO_BARRIER_BEFORE_BULK_STORE, _SHARED_STORE, _BULK_STORE, _BARRIER),
+    Rule(UNREAD_BULK_STORE, _BULK_STORE, rf"{_SHARED_STORE}|{_LEAVE}", _READ),
+    Rule(NO_BARRIER_AFTER_WAIT, _READ, _SHARED_STORE, _BARRIER),
+)
+
+_AMD_STORE, _AMD_LOAD = r"\b(?:global|buffer|flat)_store", r"\b(?:global|buffer|flat)_load"
+_AMD_ATOMIC, _AMD_BARRIER = r"\b(?:global|buffer|flat)_atomic_", r"\s*s_barrier\b"
+AMD_RULES = (
+    Rule(NO_BARRIER_BEFORE_ATOMIC, _AMD_STORE, _AMD_ATOMIC, _AMD_BARRIER),
+    Rule(NO_BARRIER_AFTER_ATOMIC, _AMD_ATOMIC, _AMD_LOAD, _AMD_BARRIER),
+    Rule(NO_RELEASE, _AMD_STORE, _AMD_ATOMIC, r"\s*buffer_wbl2 sc1\b"),
+    Rule(NO_ACQUIRE, _AMD_ATOMIC, _AMD_LOAD, r"\s*buffer_inv sc1\b"),
+)
+
+
+def broken(flow: Flow, rules: tuple[Rule, ...]) -> tuple[str, ...]:
+    """What the rules say of those that some path breaks."""
+    return tuple(rule.broken for rule in rules if flow.meets(rule.start, rule.end, rule.guard))
