@@ -226,7 +226,11 @@ def run_conv(call: ConvCall, chosen: ConvConfig, programs: Sequence[int] | None 
     """`run` with this configuration instead of the one looked up; unaligned tensors still drop its box."""
 
     def lookup(shape: ConvShape, facts: Any, *, descriptors: bool = True) -> ConvConfig:
-        return chosen if descriptors else dataclasses.replace(chosen, box=None, columns=1)
+        if descriptors:
+            return chosen
+        pointers = dataclasses.replace(chosen, box=None, columns=1)  # whose loop may have another number of steps
+        legal = config.is_legal(pointers, shape, facts)
+        return pointers if legal else dataclasses.replace(pointers, split_k=1, two_launches=False)
 
     with mock.patch.object(config, "lookup", lookup):
         return run("conv_bn_relu", *call, programs=programs)
