@@ -14,14 +14,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from test_codegen import ROW, run
 
+from resnet_triton import resnet18
 from resnet_triton.codegen import flow, ordering
 from resnet_triton.codegen.access import accesses, loads
 from resnet_triton.codegen.assembly import Code
+from resnet_triton.device import KNOWN
+from resnet_triton.ops import OPERATORS
+from resnet_triton.precision import fp32_precision
+from resnet_triton.trace import trace
 
 PLANTED = """
 import triton
@@ -248,6 +254,16 @@ def test_tf32_where_ieee_was_asked_for():
     assert found("ieee", 80) == found("ieee", "gfx942") == [], "AMD's matrix unit has an fp32 of its own"
     assert found("tf32", 80) == ["IEEE fp32 on tensor cores (mma)"]
     assert found("tf32", "gfx942") == ["IEEE fp32 on tensor cores (mfma)"]
+
+
+@pytest.mark.parametrize(("conv", "matmul"), [("tf32", "ieee"), ("ieee", "tf32")])  # the first is PyTorch's default
+def test_each_switch_rules_its_own_operators(conv, matmul):
+    with fp32_precision(conv):  # which restores both
+        torch.backends.cuda.matmul.fp32_precision = matmul
+        calls = [call for call in trace(resnet18().eval(), (32, 3, 224, 224)) if call.operator in OPERATORS]
+        launches = [(call.operator, launch.arguments) for call in calls for launch in call.launches(KNOWN[80])]
+    asked = {(name, arguments["PRECISION"]) for name, arguments in launches if "PRECISION" in arguments}
+    assert asked == {("stem", conv), ("conv_bn_relu", conv), ("avg_pool_linear", matmul)}
 
 
 def test_narrow_loads_in_a_loop_and_wide_ones_of_unaligned_memory():

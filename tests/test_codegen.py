@@ -234,8 +234,6 @@ SASS = """
         /*0020*/              @!P1 HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
         /*0030*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
         /*0040*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
-        /*0048*/                   FMNMX R24, R24, RZ, !PT ;
-        /*0049*/                   FMNMX.NAN R24, R24, R25, !PT ;
         /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*0060*/                   EXIT ;
         /*0070*/                   NOP;
@@ -247,15 +245,19 @@ PTX = """
     atom.global.add.noftz.f16x2 %r1, [%rd1], %r2;
     redux.sync.add.s32 %r1, %r2, 0xffffffff;
     sqrt.approx.ftz.f32 %f1, %f2;
+    max.f32 %f1, %f2, %f3;
+    min.bf16x2 %r1, %r2, %r3;
+    max.NaN.f16x2 %r1, %r2, %r3;
+    max.s32 %r1, %r2, %r3;
 """
 
 
 def test_machine_code_is_read():
     code = read_nvidia(ttir="%a = tt.dot %b, %c", ttgir="", ptx=PTX, sass=SASS, log=LOG, shared_memory=0)
-    assert (code.registers, code.spill_bytes, code.instructions) == (255, 32, 9)
+    assert (code.registers, code.spill_bytes, code.instructions) == (255, 32, 7)
     assert (code.wgmma, code.wgmma_waits, code.wgmma_per_wait) == (3, 2, 1.5)
     assert (code.float_atomics, code.disorder) == (2, (WEAK_ATOMIC, NO_BARRIER_BEFORE_ATOMIC))
-    assert (code.dropped_nans, code.approximations, code.widest_access) == (1, 1, 16)
+    assert (code.dropped_nans, code.approximations, code.widest_access) == (2, 1, 16)
     assert len(code.messages) == 1
     assert code.messages[0].startswith("(C7513) Potential Performance Loss")
     assert code.serialized

@@ -13,6 +13,8 @@ _TENSOR_CORE = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync"
 # A bulk reduction's text does not name its type; kernels have no use for one anyway.
 _FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.[\w.:]*\.b?f(?:16|32|64)(?:x2)?\b|\bcp\.reduce\.async\.bulk")
 _AMD_FLOAT_ATOMIC = re.compile(r"_atomic_(?:pk_)?add_b?f(?:16|32|64)\b")
+# In PTX: ptxas (12.9, for sm_80) may use the same instruction where it knows an operand, and test for NaN beside it.
+_DROPS_NAN = re.compile(r"\b(?:max|min)\.(?![\w.]*NaN)[\w.]*\bb?f(?:16|32|64)(?:x2)?\b")
 _APPROXIMATE = re.compile(r"\b[a-z][\w.]*\.(?:approx|full|ftz)\b")
 # These three are read in LLVM's IR: in machine code they also are steps of exact sequences, and of integer division.
 _AMD_APPROXIMATE = re.compile(r"\bcall\b.*@llvm\.amdgcn\.(?:rcp|rsq|sqrt)\.")
@@ -83,8 +85,7 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         messages=tuple(dict.fromkeys(line.partition(": ")[2] for line in said)),
         float_atomics=len(_FLOAT_ATOMIC.findall(ptx)),
         disorder=broken(flow, NVIDIA_RULES),
-        # In machine code, not in PTX: ptxas, too, may turn a comparison into a minimum.
-        dropped_nans=sum(bool(re.match(r"(?:F|V?H)MNMX", name)) and ".NAN" not in name for name in instructions),
+        dropped_nans=len(_DROPS_NAN.findall(ptx)),
         approximations=len(_APPROXIMATE.findall(ptx)),
         narrowest_load=min(loads(flow.looped()), default=0),
         widest_access=max(accesses(flow.lines), default=0),
