@@ -5,9 +5,9 @@ Each input row brings three tiles (left, middle, right), which feed three accumu
 that the input row belongs to: three loads for an output pixel instead of nine, 192 FLOP for a byte from L2.
 
 In plain Triton, ptxas serialises wgmma as soon as accumulators roll from one turn to the next (C7514). Gluon says when
-to wait: nine products, one wait. There is no interpreter for Gluon, so this kernel has been compiled, read, and run on
-a stand-in of ours (`tests/gluon.py`), never on a GPU: no heuristic chooses it, and the tuner, which may, checks its
-answers bit by bit first.
+to wait: nine products, one wait. There is no interpreter for Gluon: this kernel has been compiled, read, and run on a
+stand-in (`tests/gluon.py`), never on a GPU. No heuristic chooses it, and the tuner, which may, checks its answers bit
+by bit first.
 """
 
 from __future__ import annotations

@@ -414,6 +414,18 @@ def test_columns(device: torch.device, residual: str, width: int, columns: int) 
     assert_exact(run_conv(call, chosen), rounded(conv_reference(call), dtype))
 
 
+@pytest.mark.parametrize("chosen", [
+    ConvConfig(16, 32, 16, 4, 2),
+    ConvConfig(16, 32, 16, 4, 2, (1, 1, 16)),
+    ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=3),
+], ids=["pointer", "box", "columns"])  # fmt: skip
+def test_many_tiles_of_filters_and_channels(device: torch.device, chosen: ConvConfig) -> None:
+    """Three whole tiles of filters, nine slabs of channels: no tile's work is done by another."""
+    shape = ConvShape(17, 136, 1, 3, 96, 3, 3, padding=(1, 1))
+    call = conv_call(generator(device, 0), shape)
+    assert_exact(run_conv(call, chosen), rounded(conv_reference(call), torch.float16))
+
+
 def operator_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
     g = generator(device, 0)
     x = integers(g, 3, 2, 16, 6, 6)

@@ -41,7 +41,15 @@ def tiled(block_q: int, strip: int, block_k: int = 64) -> Any:
 @pytest.mark.parametrize("strip", [1, 3, 100])
 @pytest.mark.parametrize(
     "size",
-    [(1, 3, 30, 34, 64), (2, 3, 17, 19, 70), (3, 1, 8, 61, 16), (2, 4, 1, 1, 8), (1, 2, 2, 13, 40), (1, 3, 5, 4, 24)],
+    [
+        (1, 3, 30, 34, 64),
+        (2, 3, 17, 19, 70),
+        (3, 1, 8, 61, 16),
+        (2, 4, 1, 1, 8),
+        (1, 2, 2, 13, 40),
+        (1, 3, 5, 4, 24),
+        (1, 3, 40, 6, 16),
+    ],
     ids=str,
 )
 def test_stem(device, size, strip, block_q, dtype):

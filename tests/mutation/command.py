@@ -98,10 +98,10 @@ def judge(wanted: list[Mutant], known: dict[ledger.Key, ledger.Entry], options: 
     if run:
         patterns = sorted({p for m in run for p in suites.INTERPRETED[m.file]})
         judged += with_tests(patterns, lambda tests: list(_interpret(tests, run, options.jobs)))
-    left = [j.mutant for j in judged if j.verdict == "survived" and j.mutant.file in suites.COMPILED]
+    left = [j.mutant for j in judged if j.verdict == "survived" and j.mutant.where in suites.COMPILED]
     left = [m for m in left if ledger.key(m) not in known]
     if options.compiled and left:
-        patterns = sorted({p for m in left for p in suites.COMPILED[m.file]})
+        patterns = sorted({p for m in left for p in suites.COMPILED[m.where]})
         again = with_tests(patterns, lambda tests: list(_compile(tests, left, options.jobs)))
         judged = [j for j in judged if j.mutant not in left] + again
     return sorted((_explained(j, known) for j in judged), key=lambda j: (j.mutant.file, j.mutant.line))
@@ -132,7 +132,7 @@ def _interpret(tests: Tests, wanted: list[Mutant], jobs: int) -> Iterator[Judged
 
 def _compile(tests: Tests, wanted: list[Mutant], jobs: int) -> Iterator[Judged]:
     def work(mutant: Mutant) -> str:
-        return tests.judge_compiled(mutant, [n for n in tests.items if suites.reads_code_of(mutant.file, n)])
+        return tests.judge_compiled(mutant, [n for n in tests.items if suites.reads_code_of(mutant.where, n)])
 
     for mutant, (accused, how, seconds) in forked(work, wanted, jobs):
         yield Judged(mutant, "survived" if accused == "" else "killed", accused or how, seconds)

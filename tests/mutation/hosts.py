@@ -21,7 +21,7 @@ from .forks import allow
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "resnet_triton.kernels"
-PATIENCE = 5.0  # seconds that any test may take beyond twenty times what it took before
+PATIENCE = 5.0  # seconds of a processor that a test may take beyond twenty times what it took before
 
 
 class Tests:
