@@ -75,6 +75,8 @@ PHASES = (
     _model("batches", "folded graph", "cudnn fused graph", "compile reduce-overhead", "ours graph", **_MORE),
     _tests("test-exact-rest", "tests/test_exact.py", f"not ({_LAYERS})", processes=14, limit=300),
     _model("bfloat16", "folded graph", "compile reduce-overhead", "ours graph", dtype="bfloat16", **_TUNED),
+    Phase("sanitizer", "benchmarks.gpu_tools:sanitizer", limit=200, step_limit=60),
+    Phase("counters", "benchmarks.gpu_tools:counters", limit=100, step_limit=40),
     Phase("kernels", _KERNELS + "suite", {"batches": [1, 32, 256], "dtype": "float16"}, 200, 60),
     _model("dependent", "ours graph", environ={"RESNET_TRITON_PDL": "1"}, tuned=True, label=", dependent launches"),
     _model("default", "compile default", "compile reduce-overhead freezing", "ours graph", limit=120),
@@ -185,6 +187,11 @@ def summary(out: Path) -> list[str]:
               for _, k, r in reversed(slow)]  # fmt: skip
     tuned = [(k, r) for k, r in rows.get("tune", {}).items() if "us" in r]
     lines += [f"{k}: {r['heuristic_us']:.1f} -> {r['us']:.1f} us tuned" for k, r in tuned[:6]]
+    lines += [
+        f"sanitizer, {k}: {'clean' if r.get('clean') else 'NOT CLEAN'}" for k, r in rows.get("sanitizer", {}).items()
+    ]
+    lines += [f"{k}: {', '.join(' '.join(m[1:]) for m in r.get('metrics', []))}"[:200]
+              for k, r in rows.get("counters", {}).items()]  # fmt: skip
     return lines[:59]
 
 

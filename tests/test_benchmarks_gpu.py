@@ -10,7 +10,7 @@ import pytest
 from synthetic_results import GPU, row
 
 gpu = pytest.importorskip("benchmarks.gpu")
-from benchmarks import gpu_steps  # noqa: E402
+from benchmarks import gpu_steps, gpu_tools  # noqa: E402
 
 FAULTY = """
 import os, time
@@ -54,7 +54,7 @@ def small(name):
 @pytest.mark.slow
 def test_rehearsal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RESNET_TRITON_COMMIT", "abc")
-    names = ["exact", "ceilings", "layers", "tune", "model-tuned", "kernels"]
+    names = ["exact", "ceilings", "layers", "tune", "model-tuned", "sanitizer", "counters", "kernels"]
     phases = tuple(map(small, names))
     gpu.run(phases, tmp_path, 900, rehearse=True)
     journals = {name: gpu_steps.read(tmp_path / f"{name}.json") for name in names}
@@ -137,6 +137,37 @@ def test_no_speed_up_on_a_red_check(tmp_path):
     for wrong in ({"correct": False}, {"p50_s": None, "failure": "no such kernel"}):
         assert "WRONG OR FAILED: resnet_triton" in text(**wrong)
         assert "x compile" not in text(**wrong)
+
+
+SANITIZER = """#!/bin/sh
+echo "========= ERROR SUMMARY: $PLANTED_ERRORS errors"
+"""
+PROFILER = """#!/bin/sh
+echo "==PROF== Connected"
+echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+echo '"0","conv_box_kernel","gpu__time_duration.sum","us","3.1"'
+"""
+
+
+def test_tools_are_read(tmp_path, monkeypatch):
+    for name, text in (("compute-sanitizer", SANITIZER), ("ncu", PROFILER)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    setting = gpu_steps.Setting(tmp_path / "tools.json", {}, False, time.monotonic() + 60)
+    for errors in ("0", "3"):
+        monkeypatch.setenv("PLANTED_ERRORS", errors)
+        _, step = next(iter(gpu_tools.sanitizer(setting)))
+        assert step()["clean"] is (errors == "0")
+        assert step()["errors"] == int(errors)
+    row = {"shape": {}, "us": 2.0, "times": 1}
+    gpu_steps.write(tmp_path / "layers.json", {"rows": {"layer1.0.conv1 float16 1": row}})
+    ((key, step),) = gpu_tools.counters(setting)
+    assert key == "layer1.0.conv1 float16 1"
+    assert step() == {"metrics": [["conv_box_kernel", "gpu__time_duration.sum", "3.1", "us"]]}
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RuntimeError, match="no ncu here"):
+        step()
 
 
 def test_unknown_phases_are_refused(tmp_path, capsys):

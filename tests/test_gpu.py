@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import models, optimize, refresh, report, runner, vision
+from resnet_triton import functional, models, optimize, refresh, report, runner, vision
 from resnet_triton.config import ConvConfig, ConvShape
 from resnet_triton.ops import conv
 from resnet_triton.tuner.trial import Trial
@@ -107,6 +107,35 @@ def test_other_architectures(name):
     x = images(2, seed=1)
     torch.testing.assert_close(model(x), model.body(x), rtol=2e-3, atol=2e-3)
     assert replays(model) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -0.0], ids=str)
+def test_special_values_come_out_as_from_cudnn(value, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight, residual = (
+        torch.randint(-1, 2, shape, device="cuda", generator=generator).to(dtype)
+        for shape in ((8, 64, 14, 14), (64, 64, 3, 3), (8, 64, 14, 14))
+    )
+    x[0, 3, 5, 7] = x[7, 63, 13, 13] = residual[1, 2, 3, 4] = value
+    mean, var, ones = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda"), torch.ones(64, device="cuda")
+    answers = [
+        functional.conv_bn_relu(x, weight, mean, var, ones, mean, 0.0, padding=1, residual=residual, kernels=kernels)
+        for kernels in ("triton", "torch")
+    ]
+    torch.testing.assert_close(*answers, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(*(y.signbit() & (y == 0) for y in answers))
+
+
+def test_more_elements_than_int32_counts():
+    """2,700 images: 2.2 billion elements in front of the pool."""
+    model = build(cuda_graph=False)
+    y = model(images(1).expand(2700, -1, -1, -1))
+    torch.testing.assert_close(y, y[:1].expand_as(y), rtol=0, atol=0)
+    torch.testing.assert_close(y[:1], model(images(1)), rtol=5e-3, atol=5e-3)
+    x = torch.randn(1, 64, 112, 112, device="cuda").half().expand(2700, -1, -1, -1)
+    pooled = functional.max_pool2d(x.contiguous(memory_format=torch.channels_last), 3, 2, 1, kernels="triton")
+    assert torch.equal(pooled[-1], pooled[0])
 
 
 def test_250_calls_of_60_batchare_bitwise_equal():
