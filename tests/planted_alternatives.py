@@ -28,7 +28,8 @@ def late(model, images):
     calls = []
 
     def call(x):
-        calls.append(torch.ones(MEMORY, dtype=torch.uint8)[0])
+        torch.ones(MEMORY, dtype=torch.uint8)
+        calls.append(0)
         return model(x) + (len(calls) > 8)
 
     return call

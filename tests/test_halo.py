@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact import assert_exact, conv_call, conv_reference, dtype_id, generator, rounded
+from test_beyond_int32 import conv, filled, filters, pixels
 from test_codegen import run as run_compiled
-from test_large import conv, filled, filters, pixels
 
 from resnet_triton import config, ops
 from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal

@@ -1,11 +1,13 @@
 """Several programs a tile: exact, repeatable, counters left at zero, and ordered in the machine code."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
 from unittest import mock
 
 import pytest
+import shadow
 import torch
 from exact import conv_call, conv_reference, generator
 from test_codegen import run as run_compiled
@@ -67,7 +69,12 @@ def test_only_the_last_share_writes_the_output(device, path):
         (planned,) = operator.plan(out, *call)
     arrivals = torch.zeros_like(planned.arguments["arrivals_ptr"])
     arguments = planned.arguments | {"arrivals_ptr": arrivals}
-    with torch.cuda.device(device) if out.is_cuda else interpreter.ready():
+    with contextlib.ExitStack() as stack:
+        if out.is_cuda:
+            stack.enter_context(torch.cuda.device(device))
+        else:
+            stack.enter_context(shadow.watch(whole=False))
+            stack.enter_context(interpreter.ready())
         replace(planned, grid=(planned.grid[0], 2), arguments=arguments).run()
     assert out.isnan().all()
     assert arrivals[: planned.grid[0]].eq(2).all()
@@ -115,6 +122,7 @@ def test_only_small_launches_are_split():
 
 
 ASSEMBLY = """
+import contextlib
 import json
 import torch
 import resnet_triton
@@ -146,6 +154,7 @@ def test_a_barrier_stands_between_the_share_and_its_announcement():
 
 
 PDL = """
+import contextlib
 import json
 import torch
 import resnet_triton
@@ -176,6 +185,7 @@ def test_with_dependent_launch_every_kernel_waits_before_it_touches_memory(on, m
 
 
 SECOND = """
+import contextlib
 import json
 import torch
 from resnet_triton import codegen
