@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import planted_alternatives as planted
@@ -85,7 +86,11 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(tmp_path):
     options = ["--device", "cpu", "--model", "--image", "32", "--batches", "1,2", "--baselines", "eager"]
     run = [sys.executable, "-m", "resnet_triton", "bench", *options, "--budget", "300", "--out", str(tmp_path)]
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    bench = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=environ)
+    bench = subprocess.Popen(
+        run, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=environ,
+        # A shell starts what runs in its background with the signal ignored, and that is inherited.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     workers: set[int] = set()
     for line in bench.stderr:
         if "batch 2: taking turns" in line:
