@@ -38,7 +38,6 @@ class Plan:
     budget: float
     out: Path
     image: int = 224
-    tiny: bool = False
 
 
 def plan(
@@ -101,7 +100,7 @@ def run(plan: Plan, say: Say) -> Results:
 def _models(plan: Plan, results: Results, end: float, say: Say) -> None:
     """Each dtype and batch size gets its share of the time that is left."""
     for i, dtype in enumerate(plan.dtypes):
-        spec = Spec(plan.models[0], dtype, str(plan.device), plan.image, plan.tiny)
+        spec = Spec(plan.models[0], dtype, str(plan.device), plan.image)
         deadline = time.monotonic() + (end - time.monotonic()) / (len(plan.dtypes) - i)
         with Race(spec, plan.alternatives, partial(_prefixed, say, dtype)) as race:
             for j, batch in enumerate(plan.batches):

@@ -61,7 +61,7 @@ class Change:
 
 
 def compare(old: Results, new: Results, limits: Sequence[Limit], metric: str = "p50") -> list[Change]:
-    """Every row of ours that both files have, in the new file's order, and what of it is worse than a limit allows.
+    """Every row that both files have, in the new file's order, and what of it is worse than a limit allows.
 
     Only rows of ours can fail: other people's releases are not this project's regressions. A row that became wrong,
     failed or disappeared is a failure without any limit.

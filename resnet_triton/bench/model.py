@@ -46,7 +46,7 @@ class Process:
         self.line, far = context.Pipe()
         caches = {name: str(folder / name.lower()) for name in CACHES}
         self.process = context.Process(target=serve, args=(far, spec, alternative, str(self.log)), daemon=False)
-        with mock.patch.dict(os.environ, {**caches, **spec.environ}):  # a child finds it before it imports anything
+        with mock.patch.dict(os.environ, caches):  # a child finds it before it imports anything
             self.process.start()
         far.close()
 

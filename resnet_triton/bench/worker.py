@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ class Spec:
     device: str = "cpu"
     image: int = 224
     tiny: bool = False
-    environ: dict[str, str] = field(default_factory=dict)
 
 
 def network(spec: Spec) -> nn.Module:
