@@ -107,7 +107,7 @@ def _exact(call: Call, chosen: ConvConfig | None, job: Future[list[str]] | None,
 def _exact_stem(call: Call, setting: Setting) -> tuple[tuple[Any, ...], Tensor]:
     meta = StemCall(*call.args)
     convolution = trial.exact_call(meta.convolution(meta.x).shape, setting.device, 0)
-    args = StemCall(*convolution[:7], None, None, "triton")
+    args = StemCall(*convolution[:7], None, None, False, "triton")
     return args, F.max_pool2d(trial.exact_answer(convolution), 3, 2, 1)
 
 
@@ -115,7 +115,9 @@ def _exact_head(call: Call, setting: Setting) -> tuple[tuple[Any, ...], Tensor]:
     """Every pixel of a channel the same: then means are whole, and so are the products."""
     x, weight, bias = (torch.randint(-2, 3, t.shape, device=setting.device).to(t.dtype) for t in call.args[:3])
     x = x[:, :, :1, :1].expand(x.shape).contiguous(memory_format=torch.channels_last)
-    return (x, weight, bias, "triton"), F.linear(x[:, :, 0, 0].double(), weight.double(), bias.double()).to(x.dtype)
+    return (x, weight, bias, False, "triton"), F.linear(x[:, :, 0, 0].double(), weight.double(), bias.double()).to(
+        x.dtype
+    )
 
 
 def tests(setting: Setting) -> Steps:

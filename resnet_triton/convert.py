@@ -25,6 +25,7 @@ def optimize(
     kernels: str = "auto",
     cuda_graph: bool | str = "auto",
     freeze: bool = False,
+    batch_invariant: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Make a torchvision ResNet, or a model that contains one or its blocks, run on our kernels.
@@ -42,16 +43,20 @@ def optimize(
     move to another device or dtype takes a snapshot of the batch norms. Filters and classifier are still read where
     they are; anything else that is done to the model shows after `refresh`.
 
-    Raises ValueError if a mode is unknown, there is nothing to optimize, or `cuda_graph=True` or `freeze=True` finds no
-    whole ResNet.
+    `batch_invariant=True` makes an image's logits the same, bit for bit, in any batch, at any place and beside any
+    neighbours, as `functional` says. Where that cannot be promised (training mode, hooks, layers of another kind, which
+    run module by module) a call raises NotImplementedError.
+
+    Raises ValueError if a mode is unknown, there is nothing to optimize, or `cuda_graph=True`, `freeze=True` or
+    `batch_invariant=True` finds no whole ResNet.
     """
     dispatch.check_mode(kernels)
     runner.check_mode(cuda_graph)
     kinds = {cls for m in model.modules() for cls in [_our_class(m)] if cls is not None}
     if not kinds:
         raise ValueError(f"{type(model).__name__} contains no torchvision ResNet, BasicBlock or Bottleneck to optimize")
-    if (cuda_graph is True or freeze) and models.ResNet not in kinds:
-        raise ValueError(f"{type(model).__name__} contains no whole ResNet for cuda_graph=True or freeze=True")
+    if models.ResNet not in kinds and (asked := _only_whole(cuda_graph, freeze, batch_invariant)):
+        raise ValueError(f"{type(model).__name__} contains no whole ResNet for {asked}")
     if not inplace:
         shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
         model = copy.deepcopy(model, shared)
@@ -60,7 +65,7 @@ def optimize(
             module._torchvision_class = type(module)  # type: ignore[assignment]
             module.__class__ = _OURS[type(module).__name__]
         if isinstance(module, tuple(_OURS.values())):
-            module.kernels = kernels  # type: ignore[assignment]
+            module.kernels, module.batch_invariant = kernels, batch_invariant  # type: ignore[assignment]
         if isinstance(module, models.ResNet):
             module.cuda_graph, module.frozen = cuda_graph, freeze
             runner.forget(module)
@@ -69,6 +74,12 @@ def optimize(
     for _, parameter in _filters(model):
         parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def _only_whole(cuda_graph: bool | str, freeze: bool, batch_invariant: bool) -> str:
+    """Those of the modes asked for that only a whole ResNet has."""
+    asked = {"cuda_graph=True": cuda_graph is True, "freeze=True": freeze, "batch_invariant=True": batch_invariant}
+    return ", ".join(mode for mode, wanted in asked.items() if wanted)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -81,7 +92,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} was not converted by optimize, so there is nothing to revert")
     for module in converted:
         module.__class__ = vars(module).pop("_torchvision_class")
-        for name in ("kernels", "cuda_graph", "frozen", "_runner"):
+        for name in ("kernels", "batch_invariant", "cuda_graph", "frozen", "_runner"):
             vars(module).pop(name, None)
     already = vars(model).pop("_channels_last_before", set())
     for name, parameter in _filters(model):
@@ -142,7 +153,7 @@ def _backend(call: Call) -> str:
 def _detail(call: Call) -> str:
     if call.backend != "triton" or call.operator != "conv_bn_relu":
         return call.reason
-    chosen = config.lookup(call.shape, facts(call.device))
+    chosen = (config.invariant if call.args[-2] else config.lookup)(call.shape, facts(call.device))
     shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
     how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason]
     return ", ".join(filter(None, how))

@@ -26,6 +26,13 @@ tracer: ContextVar[Callable[[str], None] | None] = ContextVar("tracer", default=
 """Set while a model is traced: it is told the reason of each call that PyTorch takes over, and nothing is counted."""
 
 
+class Modes(NamedTuple):
+    """How a call is to run: the last arguments of every operator whose answer could depend on the batch."""
+
+    batch_invariant: bool = False
+    kernels: str = "auto"
+
+
 class Choice(NamedTuple):
     """A backend, "triton" or "torch", and why it was chosen."""
 

@@ -3,7 +3,14 @@
 4-D tensors are NCHW-shaped, in any memory format; results are in channels_last. `kernels` is "auto" (our Triton
 kernels where they apply, PyTorch otherwise), "torch", or "triton", which raises NotImplementedError instead of falling
 back and, in a process started with TRITON_INTERPRET=1, runs the kernels on CPU tensors too. With gradients wanted or
-autocast on, the call runs on PyTorch. Wrong shapes and devices raise ValueError, wrong dtypes TypeError, both naming
+autocast on, the call runs on PyTorch.
+
+With `batch_invariant=True` what comes out for an image does not depend, bit for bit, on the batch it is in, its place
+there or its neighbours, as long as device, dtype, weights and versions are the same. Kernels then take one tile and one
+order of summation for all batch sizes; PyTorch computes one image after another. `add_relu` and `max_pool2d` are so by
+nature.
+
+Wrong shapes and devices raise ValueError, wrong dtypes TypeError, both naming
 the argument.
 """
 
@@ -34,6 +41,7 @@ def conv_bn_relu(
     groups: int = 1,
     residual: Tensor | None = None,
     relu: bool = True,
+    batch_invariant: bool = False,
     kernels: str = "auto",
 ) -> Tensor:
     """`relu(batch_norm(conv2d(x, weight)) + residual)`, with batch norm's running statistics.
@@ -46,7 +54,7 @@ def conv_bn_relu(
     return torch.ops.resnet_triton.conv_bn_relu(
         x, weight, running_mean, running_var, bn_weight, bn_bias, eps,
         pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups, residual,
-        None, None, None, None, None, None, 0.0, [1, 1], relu, kernels,
+        None, None, None, None, None, None, 0.0, [1, 1], relu, batch_invariant, kernels,
     )  # fmt: skip
 
 
@@ -61,6 +69,7 @@ def stem(
     *,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
+    batch_invariant: bool = False,
     kernels: str = "auto",
 ) -> Tensor:
     """A ResNet's stem: `max_pool2d(relu(batch_norm(conv2d(x, weight, stride=2, padding=3))), 3, 2, 1)`.
@@ -71,7 +80,7 @@ def stem(
     channels take one fused kernel and never hold the tensor between convolution and pool.
     """
     statistics = (running_mean, running_var, bn_weight, bn_bias, eps)
-    return torch.ops.resnet_triton.stem(x, weight, *statistics, pixel_mean, pixel_std, kernels)
+    return torch.ops.resnet_triton.stem(x, weight, *statistics, pixel_mean, pixel_std, batch_invariant, kernels)
 
 
 def add_relu(x: Tensor, other: Tensor, *, kernels: str = "auto") -> Tensor:
@@ -91,25 +100,29 @@ def max_pool2d(
     return torch.ops.resnet_triton.max_pool2d(x, size, step, pair(padding, "padding"), kernels)
 
 
-def global_avg_pool(x: Tensor, *, kernels: str = "auto") -> Tensor:
+def global_avg_pool(x: Tensor, *, batch_invariant: bool = False, kernels: str = "auto") -> Tensor:
     """Mean over all pixels, summed in fp32: (N, C, H, W) -> (N, C, 1, 1)."""
-    return torch.ops.resnet_triton.global_avg_pool(x, kernels)
+    return torch.ops.resnet_triton.global_avg_pool(x, batch_invariant, kernels)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False, kernels: str = "auto"
+) -> Tensor:
     """`x @ weight.T + bias`: x (..., C), weight (K, C), bias (K,), result (..., K).
 
     TF32 only if `torch.backends.cuda.matmul.fp32_precision` says so.
     """
-    return torch.ops.resnet_triton.linear(x, weight, bias, kernels)
+    return torch.ops.resnet_triton.linear(x, weight, bias, batch_invariant, kernels)
 
 
-def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
+def avg_pool_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False, kernels: str = "auto"
+) -> Tensor:
     """A classifier's head, `linear(global_avg_pool(x).flatten(1), weight, bias)`: one launch for few images.
 
     x (N, C, H, W), weight (K, C), bias (K,), result (N, K).
     """
-    return torch.ops.resnet_triton.avg_pool_linear(x, weight, bias, kernels)
+    return torch.ops.resnet_triton.avg_pool_linear(x, weight, bias, batch_invariant, kernels)
 
 
 def pair(value: IntOrPair, name: str = "value") -> list[int]:

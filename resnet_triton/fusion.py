@@ -53,7 +53,7 @@ def conv_norm_act(
     conv: Any,
     norm: Any,
     act: nn.Module | None,
-    kernels: str,
+    modes: dispatch.Modes,
     *,
     identity: Tensor | None = None,
     downsample: nn.Module | None = None,
@@ -62,32 +62,44 @@ def conv_norm_act(
     relu = act is not None and plain(act, nn.ReLU)
     obstacle = conv_obstacle(conv, norm)
     if obstacle is not None:
-        y = _by_modules(x, conv, norm, kernels, obstacle)
+        y = _by_modules(x, conv, norm, modes, obstacle)
         if identity is not None:
             y = y + (identity if downsample is None else downsample(identity))
         return y if act is None else act(y)
 
     shortcut = _shortcut(downsample)
     if shortcut is None and downsample is not None:
-        identity = downsample(identity)
+        identity = by_module(downsample, identity, modes)
     added: tuple[Any, ...] = (identity, *ops.NO_SHORTCUT)
     if shortcut is not None:
         s_conv, s_norm = shortcut
         added = (None, identity, s_conv.weight, *batch_norm(s_norm), s_conv.stride)
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    y = ops.call("conv_bn_relu", x, conv.weight, *batch_norm(norm), *geometry, *added, relu, kernels)
-    return y if relu or act is None else act(y)
+    y = ops.call("conv_bn_relu", x, conv.weight, *batch_norm(norm), *geometry, *added, relu, *modes)
+    return y if relu or act is None else by_module(act, y, modes)
 
 
 def batch_norm(norm: Any) -> tuple[Any, ...]:
     return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
 
 
-def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, kernels: str, obstacle: str) -> Tensor:
-    dispatch.choose(kernels, x.device, x.dtype, obstacle)
+def by_module(module: Any, x: Any, modes: dispatch.Modes) -> Any:
+    """`module(x)`, as torchvision would call it. NotImplementedError if the answer must not depend on the batch."""
+    _refuse_batch_invariance(modes, f"{type(module).__name__} replaced, watched or traced")
+    return module(x)
+
+
+def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, modes: dispatch.Modes, obstacle: str) -> Tensor:
+    _refuse_batch_invariance(modes, obstacle)
+    dispatch.choose(modes.kernels, x.device, x.dtype, obstacle)
     dispatch.count("conv_bn_relu", "torch", obstacle)
     y: Tensor = norm(conv(x))
     return y
+
+
+def _refuse_batch_invariance(modes: dispatch.Modes, obstacle: str) -> None:
+    if modes.batch_invariant:
+        raise NotImplementedError(f"batch_invariant=True cannot call modules, only operators of ours: {obstacle}")
 
 
 def _shortcut(downsample: nn.Module | None) -> tuple[Any, Any] | None:

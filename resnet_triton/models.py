@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import ops, reference, runner, vision
+from .dispatch import Modes
 from .functional import pair
-from .fusion import batch_norm, conv_norm_act, conv_obstacle, plain, plain_pool, watched
+from .fusion import batch_norm, by_module, conv_norm_act, conv_obstacle, plain, plain_pool, watched
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -30,11 +31,21 @@ def _conv1x1(c: int, k: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c, k, 1, stride, bias=False)
 
 
-class BasicBlock(nn.Module):
+class _Modal(nn.Module):
+    """A module whose calls run as `optimize` sets on it."""
+
+    kernels = "auto"
+    batch_invariant = False
+
+    @property
+    def modes(self) -> Modes:
+        return Modes(self.batch_invariant, self.kernels)
+
+
+class BasicBlock(_Modal):
     """Two 3x3 convolutions and a shortcut: ResNet-18 and 34."""
 
     expansion = 1
-    kernels = "auto"
 
     def __init__(
         self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1,
@@ -53,15 +64,14 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.kernels)
-        return conv_norm_act(y, self.conv2, self.bn2, self.relu, self.kernels, identity=x, downsample=self.downsample)
+        y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.modes)
+        return conv_norm_act(y, self.conv2, self.bn2, self.relu, self.modes, identity=x, downsample=self.downsample)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Modal):
     """1x1, 3x3 and 1x1 convolutions and a shortcut: ResNet-50, 101 and 152."""
 
     expansion = 4
-    kernels = "auto"
 
     def __init__(
         self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, groups: int = 1,
@@ -81,19 +91,19 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.kernels)
-        y = conv_norm_act(y, self.conv2, self.bn2, self.relu, self.kernels)
-        return conv_norm_act(y, self.conv3, self.bn3, self.relu, self.kernels, identity=x, downsample=self.downsample)
+        y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.modes)
+        y = conv_norm_act(y, self.conv2, self.bn2, self.relu, self.modes)
+        return conv_norm_act(y, self.conv3, self.bn3, self.relu, self.modes, identity=x, downsample=self.downsample)
 
 
-class ResNet(nn.Module):
-    """torchvision's `ResNet`, argument for argument; `kernels` on the instance and its blocks says what runs it.
+class ResNet(_Modal):
+    """torchvision's `ResNet`, argument for argument; `kernels` and `batch_invariant` on the instance
+    and its blocks say what runs it, and how.
 
     With `normalize` set to a mean and a standard deviation for each channel, images may also be bytes (torch.uint8),
     which become `(x / 255 - mean) / std` on the way in. `cuda_graph` and `frozen` are as `optimize` sets them.
     """
 
-    kernels = "auto"
     _normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     cuda_graph: bool | str = "auto"
     frozen = False
@@ -228,14 +238,14 @@ class ResNet(nn.Module):
         )
         pixels = self.normalize if ordinary and x.dtype == torch.uint8 else None
         if ordinary and (x.dtype == conv.weight.dtype or pixels is not None):
-            return ops.call("stem", x, conv.weight, *batch_norm(norm), *(pixels or (None, None)), self.kernels)
+            return ops.call("stem", x, conv.weight, *batch_norm(norm), *(pixels or (None, None)), *self.modes)
         if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8 and self.normalize is not None:
             x = reference.normalize(x, *self.normalize).to(conv.weight.dtype)
-        return self._pool(conv_norm_act(x, conv, norm, self.relu, self.kernels))
+        return self._pool(conv_norm_act(x, conv, norm, self.relu, self.modes))
 
     def _head(self, x: Tensor) -> Tensor:
         if not isinstance(x, fx.Proxy) and self._averages_everything() and plain(self.fc, nn.Linear):
-            return ops.call("avg_pool_linear", x, self.fc.weight, self.fc.bias, self.kernels)
+            return ops.call("avg_pool_linear", x, self.fc.weight, self.fc.bias, *self.modes)
         return self._classify(torch.flatten(self._average(x), 1))
 
     def _pool(self, x: Tensor) -> Any:
@@ -243,20 +253,20 @@ class ResNet(nn.Module):
         if plain_pool(pool) and not isinstance(x, fx.Proxy):
             window = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
             return ops.call("max_pool2d", x, *window, self.kernels)
-        return pool(x)
+        return by_module(pool, x, self.modes)
 
     def _average(self, x: Tensor) -> Any:
         if self._averages_everything() and not isinstance(x, fx.Proxy):
-            return ops.call("global_avg_pool", x, self.kernels)
-        return self.avgpool(x)
+            return ops.call("global_avg_pool", x, *self.modes)
+        return by_module(self.avgpool, x, self.modes)
 
     def _averages_everything(self) -> bool:
         return plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1))
 
     def _classify(self, x: Tensor) -> Any:
         if plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):
-            return ops.call("linear", x, self.fc.weight, self.fc.bias, self.kernels)
-        return self.fc(x)
+            return ops.call("linear", x, self.fc.weight, self.fc.bias, *self.modes)
+        return by_module(self.fc, x, self.modes)
 
 
 # A call of these depends on its input, on tensors and on plain attributes, and changes nothing.

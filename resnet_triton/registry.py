@@ -9,7 +9,7 @@ Call operators as `torch.ops.resnet_triton.x`; holding the operator object would
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ class Operator(NamedTuple):
     obstacle: Callable[..., str | None]
     plan: Callable[..., tuple[Launch, ...]]
     torch_form: Callable[..., Tensor]
+    batched: tuple[int, ...] = ()
+    """Which arguments hold one entry an image, if sums over the batch could differ: then `Modes` come last."""
 
     def choose(self, *args: Any) -> Choice:
         """Validate a call and say where it runs, and why."""
@@ -75,7 +77,24 @@ class Operator(NamedTuple):
     def run_torch(self, *args: Any) -> Tensor:
         """Run on PyTorch, counted."""
         count(self.name, "torch")
+        if self.batched and args[-2] and args[0].dim() > 1 and len(args[0]) > 0:
+            return self._run_alone(*args)
         return self.torch_form(*args)
+
+    def _run_alone(self, *args: Any) -> Tensor:
+        """PyTorch's form of one image after another, for it may choose another algorithm for another batch size."""
+
+        def only(i: int) -> Iterator[Any]:
+            for at, a in enumerate(args):
+                yield _image(a, i) if at in self.batched and a is not None else a
+
+        result = torch.cat([self.torch_form(*only(i)) for i in range(len(args[0]))])
+        return result.contiguous(memory_format=self.result(*args).memory)
+
+
+def _image(t: Tensor, i: int) -> Tensor:
+    """A copy, because the layout and the alignment of the original could make a difference as well."""
+    return t[i : i + 1].clone(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -85,7 +85,7 @@ def conv_call(
         )
     return ConvCall(
         x, weight, *_batch_norm(g, k, bn_dtype, affine), list(shape.stride), list(shape.padding), list(shape.dilation),
-        1, residual, *short, list(shape.shortcut_stride), relu, "triton",
+        1, residual, *short, list(shape.shortcut_stride), relu, False, "triton",
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def stem_call(
 ) -> list[Any]:
     """A stem's call on exact data."""
     shape = ConvShape(n, c, h, w, k, 7, 7, (2, 2), (3, 3), dtype=dtype_id(dtype))
-    return [*conv_call(g, shape, affine=affine)[:7], None, None, "triton"]
+    return [*conv_call(g, shape, affine=affine)[:7], None, None, False, "triton"]
 
 
 def _into(t: Tensor, margin: Sequence[int], index: tuple[slice, ...]) -> Tensor:

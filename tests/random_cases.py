@@ -146,7 +146,9 @@ def check_global_avg_pool(rng: random.Random, device: torch.device, dtype: torch
     g, (n, c) = _generator(rng, device), (rng.choice([1, 2, 5]), rng.choice(CHANNELS))
     deviation = integers(g, 9, n, c, rng.randint(1, 12), rng.randint(1, 12))
     x = _laid(rng, (integers(g, 50, n, c, 1, 1) + deviation - deviation.flip(2, 3)).to(dtype))
-    assert_exact(run("global_avg_pool", x, "triton"), rounded(x.double().mean((2, 3), keepdim=True), dtype), x.shape)
+    assert_exact(
+        run("global_avg_pool", x, False, "triton"), rounded(x.double().mean((2, 3), keepdim=True), dtype), x.shape
+    )
 
 
 def check_add_relu(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
@@ -162,7 +164,7 @@ def check_linear(rng: random.Random, device: torch.device, dtype: torch.dtype) -
     x, w = (rng.choice([lambda t: t, lambda t: t.T.contiguous().T, lambda t: t.repeat(2, 1)[::2]])(t) for t in (x, w))
     bias = integers(g, 9, k, dtype=dtype) if rng.random() < 0.7 else None
     expected = x.double() @ w.double().T + (0 if bias is None else bias.double())
-    assert_exact(run("linear", x, w, bias, "triton"), rounded(expected, dtype), (m, c, k))
+    assert_exact(run("linear", x, w, bias, False, "triton"), rounded(expected, dtype), (m, c, k))
 
 
 def check_avg_pool_linear(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
@@ -171,7 +173,7 @@ def check_avg_pool_linear(rng: random.Random, device: torch.device, dtype: torch
     x = _laid(rng, integers(g, 3, n, c, 1, 1, dtype=dtype).expand(n, c, rng.randint(1, 9), rng.randint(1, 9)))
     weight, bias = integers(g, 2, k, c, dtype=dtype), integers(g, 4, k, dtype=dtype) if rng.random() < 0.7 else None
     expected = x[:, :, 0, 0].double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert_exact(run("avg_pool_linear", x, weight, bias, "triton"), rounded(expected, dtype), (x.shape, k))
+    assert_exact(run("avg_pool_linear", x, weight, bias, False, "triton"), rounded(expected, dtype), (x.shape, k))
 
 
 CHECKS: dict[str, Check] = {

@@ -68,7 +68,9 @@ def conv(device: torch.device, dtype: torch.dtype) -> Sums:
     mean, gamma, beta = (torch.randn(k, generator=g, device=device) for _ in range(3))
     var = torch.rand(k, generator=g, device=device) + 0.5
     short = (None, None, None, None, None, None, 0.0, [1, 1])
-    args = ConvCall(x, w, mean, var, gamma, beta, 1e-5, [1, 1], [1, 1], [1, 1], 1, residual, *short, False, "triton")
+    args = ConvCall(
+        x, w, mean, var, gamma, beta, 1e-5, [1, 1], [1, 1], [1, 1], 1, residual, *short, False, False, "triton"
+    )
     scale = gamma.double() / (var.double() + 1e-5).sqrt()
     shift = beta.double() - mean.double() * scale
 
@@ -93,14 +95,14 @@ def linear(device: torch.device, dtype: torch.dtype) -> Sums:
     w = torch.randn(100, 512, generator=g, device=device).to(dtype)
     b = torch.randn(100, generator=g, device=device).to(dtype)
     magnitude = x.double().abs() @ w.double().abs().T + b.double().abs()
-    return Sums("linear", (x, w, b, "triton"), x.double() @ w.double().T + b.double(), magnitude, 512)
+    return Sums("linear", (x, w, b, False, "triton"), x.double() @ w.double().T + b.double(), magnitude, 512)
 
 
 def pool(device: torch.device, dtype: torch.dtype) -> Sums:
     """A global average over an image of ResNet-18's stem."""
     x = torch.randn(2, 64, 56, 56, generator=generator(device, 2), device=device).to(dtype)
     mean = x.double().mean((2, 3), keepdim=True)
-    return Sums("global_avg_pool", (x, "triton"), mean, x.double().abs().mean((2, 3), keepdim=True), 56 * 56)
+    return Sums("global_avg_pool", (x, False, "triton"), mean, x.double().abs().mean((2, 3), keepdim=True), 56 * 56)
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ def test_global_avg_pool(device: torch.device, shape: Any, layout: str, dtype: t
     deviation = integers(g, 9, n, c, h, w)
     x = integers(g, 50, n, c, 1, 1) + deviation - deviation.flip(2, 3)  # sums to a multiple of the pixels
     x = LAYOUTS[layout](x.to(dtype))
-    assert_exact(run("global_avg_pool", x, "triton"), rounded(x.double().mean((2, 3), keepdim=True), dtype))
+    assert_exact(run("global_avg_pool", x, False, "triton"), rounded(x.double().mean((2, 3), keepdim=True), dtype))
 
 
 @ALL_DTYPES
@@ -300,7 +300,7 @@ def test_linear(device: torch.device, rows: int, c: int, k: int, bias: bool, dty
     x, w = integers(g, 3, rows, c, dtype=dtype), integers(g, 2, k, c, dtype=dtype)
     b = integers(g, 9, k, dtype=dtype) if bias else None
     expected = x.double() @ w.double().T + (0 if b is None else b.double())
-    assert_exact(run("linear", x, w, b, "triton"), rounded(expected, dtype))
+    assert_exact(run("linear", x, w, b, False, "triton"), rounded(expected, dtype))
 
 
 @ALL_DTYPES
@@ -310,8 +310,8 @@ def test_linear_layouts(device: torch.device, dtype: torch.dtype) -> None:
     w = integers(g, 2, 40, 26, dtype=dtype).T[::2]
     b = integers(g, 9, 26, dtype=dtype)[::2]
     expected = rounded(x.double() @ w.double().T + b.double(), dtype)
-    assert_exact(run("linear", x, w, b, "triton"), expected)
-    assert_exact(run("linear", x[0, 0], w, b, "triton"), expected[0, 0])
+    assert_exact(run("linear", x, w, b, False, "triton"), expected)
+    assert_exact(run("linear", x[0, 0], w, b, False, "triton"), expected[0, 0])
 
 
 # --- the operators as they are called --------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_avg_pool_linear(device: torch.device, shape: Any, layout: str, dtype: t
     x = LAYOUTS[layout](integers(g, 3, *size[:2], 1, 1, dtype=dtype).expand(size))
     weight, bias = integers(g, 2, k, size[1], dtype=dtype), integers(g, 4, k, dtype=dtype)
     for b in (bias, None):
-        args = (x, weight, b, "triton")
+        args = (x, weight, b, False, "triton")
         y = run("avg_pool_linear", *args, kernel="avg_pool_linear_kernel")
         expected = x[:, :, 0, 0].double() @ weight.double().T
         assert_exact(y, rounded(expected if b is None else expected + b.double(), dtype))
@@ -339,13 +339,13 @@ def test_a_mean_is_rounded_before_the_linear_layer(device: torch.device, dtype: 
     x = torch.ones(1, 2, 2, 2, dtype=dtype, device=device)
     x[0, 0, 0, 0] += unit
     weight = torch.tensor([[1024.0, -1024.0]], dtype=dtype, device=device)
-    assert_exact(run("avg_pool_linear", x, weight, None, "triton"), x.new_zeros(1, 1))
+    assert_exact(run("avg_pool_linear", x, weight, None, False, "triton"), x.new_zeros(1, 1))
 
 
 def test_many_images_take_two_launches(device: torch.device) -> None:
     g = generator(device, 21)
     x, weight = integers(g, 3, 17, 16, 2, 2), integers(g, 2, 5, 16)
-    args = (x, weight, None, "triton")
+    args = (x, weight, None, False, "triton")
     launches = ops.OPERATORS["avg_pool_linear"].plan(ops.OPERATORS["avg_pool_linear"].output(*args), *args)
     assert [launch.kernel.__name__ for launch in launches] == ["global_avg_pool_kernel", "linear_kernel"]
     assert_exact(run("avg_pool_linear", *args), rounded(x.double().mean((2, 3)) @ weight.double().T, x.dtype))
@@ -432,12 +432,12 @@ def operator_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
     return {
         "conv_bn_relu": tuple(conv_call(g, ConvShape(2, 16, 6, 6, 16, 3, 3, padding=(1, 1), residual=True))),
         "max_pool2d": (x, [3, 3], [2, 2], [1, 1], "triton"),
-        "global_avg_pool": (x, "triton"),
+        "global_avg_pool": (x, False, "triton"),
         "add_relu": (x, integers(g, 3, 2, 16, 6, 6), "triton"),
-        "linear": (x[:, :, 0, 0], integers(g, 2, 10, 16), integers(g, 2, 10), "triton"),
-        "avg_pool_linear": (x, integers(g, 2, 10, 16), integers(g, 2, 10), "triton"),
+        "linear": (x[:, :, 0, 0], integers(g, 2, 10, 16), integers(g, 2, 10), False, "triton"),
+        "avg_pool_linear": (x, integers(g, 2, 10, 16), integers(g, 2, 10), False, "triton"),
         "stem": (x[:, :3].half(), integers(g, 2, 8, 3, 7, 7).half(), *(torch.ones(8, device=device),) * 4, 0.0, None,
-                 None, "triton"),
+                 None, False, "triton"),
     }  # fmt: skip
 
 
@@ -491,7 +491,7 @@ def conv(x: Tensor, w: Tensor, path: str, **changes: Any) -> Tensor:
     k, r = w.shape[0], w.shape[2]
     call = ConvCall(
         x, channels_last(w), x.new_zeros(k), x.new_ones(k), None, None, 0.0, [1, 1], [r // 2, r // 2], [1, 1], 1, None,
-        None, None, None, None, None, None, 0.0, [1, 1], False, "triton",
+        None, None, None, None, None, None, 0.0, [1, 1], False, False, "triton",
     )  # fmt: skip
     return run_conv(call._replace(**changes), PATHS[path])
 
@@ -538,7 +538,7 @@ def test_avg_pool_of_special_values(device: torch.device) -> None:
     x[0, 2, 4, 0], x[0, 2, 4, 1] = INF, -INF
     x[0, 3, 6, 6] = NAN
     x[0, 4] = -0.0
-    y = run("global_avg_pool", x, "triton").flatten()
+    y = run("global_avg_pool", x, False, "triton").flatten()
     assert same(y.abs(), torch.tensor([65504.0, INF, NAN, NAN, 0.0], dtype=torch.float16))
 
 
@@ -565,7 +565,7 @@ def test_infinity_times_zero(device: torch.device, path: str, dtype: torch.dtype
     w[2, 5] = 0.0
     y = conv(x, w, path)[0, :, 1, 1]
     assert same(y, torch.tensor([INF, INF, NAN, INF, INF, INF, INF, INF], dtype=dtype))
-    z = run("linear", x[:, :, 1, 1], w[:, :, 0, 0], None, "triton")
+    z = run("linear", x[:, :, 1, 1], w[:, :, 0, 0], None, False, "triton")
     assert same(z[0], y)
 
 
@@ -619,5 +619,5 @@ def test_sums_that_leave_the_range_and_come_back(device: torch.device, path: str
     w[:, :16], w[:, 16:32], w[:, 47] = 256.0, -256.0, 0.5  # the sum is 2**20, then 0, then 128
     y = conv(x, w.to(dtype), path)
     assert_exact(y, torch.full_like(y, 128.0))
-    z = run("linear", x[:, :, 0, 0], w[:, :, 0, 0].to(dtype), None, "triton")
+    z = run("linear", x[:, :, 0, 0], w[:, :, 0, 0].to(dtype), None, False, "triton")
     assert_exact(z, torch.full_like(z, 128.0))

@@ -582,6 +582,6 @@ def test_a_convolution_has_a_residual_or_a_shortcut(device):
     whole = (x, weight, ones, ones, None, None, 0.0, [1, 1])
     for kernels in ("torch", "triton"):
         with pytest.raises(ValueError, match="residual and shortcut_x are both given"):
-            torch.ops.resnet_triton.conv_bn_relu(*head, x, *whole, True, kernels)
+            torch.ops.resnet_triton.conv_bn_relu(*head, x, *whole, True, False, kernels)
         with pytest.raises(ValueError, match="belong together"):
-            torch.ops.resnet_triton.conv_bn_relu(*head, None, x, *[None] * 5, 0.0, [1, 1], True, kernels)
+            torch.ops.resnet_triton.conv_bn_relu(*head, None, x, *[None] * 5, 0.0, [1, 1], True, False, kernels)

@@ -83,7 +83,7 @@ def check_conv(chosen: ConvConfig, shape: Sequence[int], stride: int = 1, *, res
     x = images(*shape)
     weight = integers(generator(CPU, 1), 2, 64, shape[1], 3, 3, dtype=HALF)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    rest: list[Any] = [x if residual else None, *ops.conv.NO_SHORTCUT, True, "triton"]
+    rest: list[Any] = [x if residual else None, *ops.conv.NO_SHORTCUT, True, False, "triton"]
     call = (x, weight, 0 * ONES, ONES, None, None, 0.0, [stride] * 2, [1, 1], [1, 1], 1, *rest)
     with mock.patch.object(config, "lookup", return_value=chosen):
         out = run_last("conv_bn_relu", *call, programs=4)
@@ -101,7 +101,7 @@ def check_max_pool(shape: Sequence[int]) -> None:
 
 def check_avg_pool() -> None:
     x = images(2**21 + 1, 1024, 1, 1)
-    assert_exact(run_last("global_avg_pool", x, "triton", programs=16)[-1], x[-1])
+    assert_exact(run_last("global_avg_pool", x, False, "triton", programs=16)[-1], x[-1])
 
 
 def check_stem() -> None:
@@ -119,7 +119,7 @@ def check_stem() -> None:
         mock.patch.object(config, "stem_heuristic", return_value=tile),
         mock.patch.object(ops.stem, "_scratch", scratch),
     ):
-        out = run_last("stem", x, weight, 0 * ONES, ONES, None, None, 0.0, None, None, "triton", images_of=n)
+        out = run_last("stem", x, weight, 0 * ONES, ONES, None, None, 0.0, None, None, False, "triton", images_of=n)
     expected = F.max_pool2d(F.conv2d(x[-1:].double(), weight.double(), stride=2, padding=3).relu(), 3, 2, 1)
     assert out.numel() > LARGE
     assert_exact(out[-1:], expected.to(HALF))
@@ -129,7 +129,7 @@ def check_linear() -> None:
     g = generator(CPU, 0)
     rows, weight = huge((2**25 + 1, 64), HALF), integers(g, 2, 64, 64, dtype=HALF)
     rows[-1] = integers(g, 3, 64)
-    out = run_last("linear", rows, weight, None, "triton", programs=4)
+    out = run_last("linear", rows, weight, None, False, "triton", programs=4)
     assert_exact(out[-1], (rows[-1].double() @ weight.double().T).to(HALF))
 
 
@@ -138,7 +138,9 @@ def check_classes(name: str) -> None:
     g = generator(CPU, 0)
     weight, x = huge((2**21 + 1, 1024), HALF), integers(g, 3, 2, 1024, dtype=HALF)
     weight[-1] = integers(g, 2, 1024)
-    out = run_last(name, x[:, :, None, None] if name == "avg_pool_linear" else x, weight, None, "triton", programs=1)
+    out = run_last(
+        name, x[:, :, None, None] if name == "avg_pool_linear" else x, weight, None, False, "triton", programs=1
+    )
     assert_exact(out[1, -1], (x[1].double() @ weight[-1].double()).to(HALF))
 
 

@@ -122,12 +122,26 @@ def with_gradients(operator: str, tensors: list[Tensor]) -> list[Tensor]:
 
 def schema_arguments(operator: str, tensors: list[Tensor], kernels: str) -> tuple[Any, ...]:
     if operator == "conv_bn_relu":
-        return (*tensors[:6], 1e-3, [1, 1], [1, 1], [1, 1], 1, tensors[6], *[None] * 6, 0.0, [1, 1], True, kernels)
+        return (
+            *tensors[:6],
+            1e-3,
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            1,
+            tensors[6],
+            *[None] * 6,
+            0.0,
+            [1, 1],
+            True,
+            False,
+            kernels,
+        )
     if operator.startswith("stem"):
-        return (*tensors, 1e-3, *(PIXELS if operator == "stem of bytes" else (None, None)), kernels)
+        return (*tensors, 1e-3, *(PIXELS if operator == "stem of bytes" else (None, None)), False, kernels)
     if operator == "max_pool2d":
         return (*tensors, [3, 3], [2, 2], [1, 1], kernels)
-    return (*tensors, kernels)
+    return (*tensors, kernels) if operator == "add_relu" else (*tensors, False, kernels)
 
 
 LAYOUTS = {

@@ -71,15 +71,15 @@ def max_pool() -> None:
 
 
 def avg_pool() -> None:
-    run("global_avg_pool", images(2, 65, 5, 7), "triton")
+    run("global_avg_pool", images(2, 65, 5, 7), False, "triton")
 
 
 def head() -> None:
-    run("avg_pool_linear", images(2, 65, 5, 7), images(10, 65), images(10), "triton")
+    run("avg_pool_linear", images(2, 65, 5, 7), images(10, 65), images(10), False, "triton")
 
 
 def linear() -> None:
-    run("linear", images(17, 65), images(10, 65), images(10), "triton")
+    run("linear", images(17, 65), images(10, 65), images(10), False, "triton")
 
 
 def add_relu() -> None:

@@ -30,9 +30,9 @@ EAGER: dict[str, Callable[..., Tensor]] = {
     "stem": lambda *args: F.max_pool2d(_eager_conv(*StemCall(*args).convolution(args[0])), *POOL),
     "max_pool2d": lambda x, size, stride, padding, kernels: F.max_pool2d(x, size, stride, padding),
     "add_relu": lambda x, other, kernels: F.relu(x + other, inplace=True),
-    "global_avg_pool": lambda x, kernels: F.adaptive_avg_pool2d(x, 1),
-    "linear": lambda x, weight, bias, kernels: F.linear(x, weight, bias),
-    "avg_pool_linear": lambda x, weight, bias, kernels: F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias),
+    "global_avg_pool": lambda x, *modes: F.adaptive_avg_pool2d(x, 1),
+    "linear": lambda x, weight, bias, *modes: F.linear(x, weight, bias),
+    "avg_pool_linear": lambda x, weight, bias, *modes: F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias),
 }
 """Each operator as torchvision's modules compute it."""
 

@@ -73,18 +73,18 @@ def _unfused(call: Call) -> Iterator[Call]:
     """What follows the convolution, or replaces the head, where they are not fused."""
 
     def other(operator: str, *args: Any) -> Call:
-        return replace(call, name=f"{call.name} {operator}", operator=operator, args=(*args, call.args[-1]))
+        return replace(call, name=f"{call.name} {operator}", operator=operator, args=args)
 
     if call.operator == "stem":
         convolved = OPERATORS["conv_bn_relu"].output(*StemCall(*call.args).convolution(call.args[0]))
-        yield other("max_pool2d", convolved, *POOL)
+        yield other("max_pool2d", convolved, *POOL, call.args[-1])
     elif call.operator == "conv_bn_relu" and (call.shape.residual or call.shape.shortcut_c):
         y = OPERATORS["conv_bn_relu"].output(*call.args)
-        yield other("add_relu", y, y)
+        yield other("add_relu", y, y, call.args[-1])
     elif call.operator == "avg_pool_linear":
-        x, weight, bias, kernels = call.args
-        yield other("global_avg_pool", x)
-        yield other("linear", OPERATORS["global_avg_pool"].output(x, kernels).flatten(1), weight, bias)
+        x, weight, bias, *modes = call.args
+        yield other("global_avg_pool", x, *modes)
+        yield other("linear", OPERATORS["global_avg_pool"].output(x, *modes).flatten(1), weight, bias, *modes)
 
 
 def names(operator: str) -> list[str]:

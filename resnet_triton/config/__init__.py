@@ -7,12 +7,15 @@ are pure functions of shape and device facts; nothing searches or times anything
 from .choice import lookup, pinned
 from .conv import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors, tiles
 from .heuristic import StemConfig, conv_heuristic, linear_heuristic, stem_heuristic
+from .invariant import invariant, invariant_stem
 
 __all__ = [
     "ConvConfig",
     "ConvShape",
     "StemConfig",
     "conv_heuristic",
+    "invariant",
+    "invariant_stem",
     "is_flat",
     "is_legal",
     "linear_heuristic",

@@ -7,7 +7,7 @@ its arithmetic or by what it loads, plus what sharing a tile costs. Nothing here
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ..device import DeviceFacts
@@ -41,10 +41,12 @@ _POINTERS = 1.4  # loads through pointers spend instructions on addresses and ma
 @functools.lru_cache(maxsize=4096)  # every launch asks, and weighing the candidates takes milliseconds
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
-    return min(_candidates(shape, device, descriptors=descriptors), key=lambda config: estimate(config, shape, device))
+    return min(
+        conv_candidates(shape, device, descriptors=descriptors), key=lambda config: estimate(config, shape, device)
+    )
 
 
-def _candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> list[ConvConfig]:
+def conv_candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> list[ConvConfig]:
     """The legal configurations that the heuristic weighs, never none."""
     ieee = shape.dtype == "float32" and shape.precision == "ieee"
     pointers: tuple[tuple[int, int, int, int, int], ...]
@@ -64,7 +66,7 @@ def _candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = Tr
         ]
     if boxes:
         for m, k, c, warps, stages in _BOX_TILES:
-            box = _box(shape, m)
+            box = best_box(shape, m)
             found += [ConvConfig(m, k, min(c, widest), warps, stages, box, split) for split in _SPLITS]
         found += [
             ConvConfig(m, k, min(c, widest), warps, stages, (1, 1, m), columns=columns)
@@ -109,14 +111,23 @@ def stem_heuristic(n: int, k: int, p: int, q: int, device: DeviceFacts) -> StemC
 
     A strip computes one row of the convolution besides its own, so long strips are cheaper, short ones more parallel.
     """
-    tiles = _STEM_TILES.get(device.arch // 10)
-    if tiles is None:
+    tiles = stem_tiles(device)
+    if not tiles:
         return None
     few = n * p * -(-q // 63) < device.sm_count  # narrow tiles then use twice as many SMs
-    block_q, warps, stages = tiles[-1 if few else 0]
-    columns = n * -(-k // 64) * -(-q // (block_q // 2 - 1))
-    strip = min(range(1, p + 1), key=lambda rows: (-(-columns * -(-p // rows) // device.sm_count) * (rows + 1), rows))
-    return StemConfig(block_q, 64, strip, warps, stages)
+    forms = [replace(tiles[-1 if few else 0], strip=rows) for rows in range(1, p + 1)]
+    return min(forms, key=lambda form: (strip_turns(form, n, k, p, q, device), form.strip))
+
+
+def stem_tiles(device: DeviceFacts) -> list[StemConfig]:
+    """The stem's tiles on this device, widest first, with strips of one row; none if it had better be two launches."""
+    return [StemConfig(width, 64, 1, warps, stages) for width, warps, stages in _STEM_TILES.get(device.arch // 10, ())]
+
+
+def strip_turns(tile: StemConfig, n: int, k: int, p: int, q: int, device: DeviceFacts) -> int:
+    """Rows of the convolution that an SM computes one after another, each strip one besides its own."""
+    programs = n * -(-k // tile.block_k) * -(-q // (tile.block_q // 2 - 1)) * -(-p // tile.strip)
+    return -(-programs // device.sm_count) * (tile.strip + 1)
 
 
 def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
@@ -138,7 +149,7 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float
     return work + _ARRIVAL_NS + 4 * m * k * (config.split_k + 1) / _BYTES_PER_NS  # the last program reads every share
 
 
-def _box(shape: ConvShape, block_m: int) -> tuple[int, int, int]:
+def best_box(shape: ConvShape, block_m: int) -> tuple[int, int, int]:
     """The box of `block_m` pixels that covers the output with the least waste; ties go to more images, then columns.
 
     Whole-image-batch boxes (1, 1, n) win ties because their leading unit dimensions let wgmma read the tile straight

@@ -15,7 +15,12 @@ def as_tuple(values: list[int]) -> tuple[int, int]:
 
 
 def channels_last(x: Any) -> Any:
-    return x.contiguous(memory_format=torch.channels_last)
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+def at_aligned(x: Any) -> Any:
+    """`x`, copied if its address is not a multiple of 16 bytes: by that Triton chooses loads, and from them layouts."""
+    return x if aligned(x) else x.clone()
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from ..registry import Operator, Result, Shape, register
 from .common import (
     aligned,
     as_tuple,
+    at_aligned,
     channels_last,
     check_rank,
     check_same_dtype,
@@ -55,6 +56,7 @@ class ConvCall(NamedTuple):
     short_eps: float
     short_stride: list[int]
     relu: bool
+    batch_invariant: bool
     kernels: str
 
     @property
@@ -124,16 +126,18 @@ def _conv_obstacle(shape: Shape, *args: Any) -> str | None:
 
 def plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
     call = ConvCall(*args)
-    x, weight = channels_last(call.x), channels_last(call.weight)
-    residual = None if call.residual is None else channels_last(call.residual)
+
+    def dense(t: Any) -> Any:
+        return at_aligned(channels_last(t)) if call.batch_invariant else channels_last(t)
+
+    x, weight, residual = dense(call.x), dense(call.weight), dense(call.residual)
     shortcut = None
     if call.short_x is not None:
         norm = batch_norm(call.short_mean, call.short_var, call.short_gamma, call.short_beta, call.short_eps)
-        images, filters = channels_last(call.short_x), channels_last(call.short_weight)
+        images, filters = dense(call.short_x), dense(call.short_weight)
         shortcut = Shortcut(images, filters, norm, as_tuple(call.short_stride))
     shape = call.shape
-    descriptors = aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
-    c = config.lookup(shape, device.facts(x.device), descriptors=descriptors)
+    c = _config(call, aligned(x, weight, residual, *(shortcut[:2] if shortcut else ())))
     workspace = arrivals = None
     if c.two_launches:
         workspace = x.new_empty(c.split_k, out.numel(), dtype=torch.float32)
@@ -154,6 +158,13 @@ def plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
         return (launch,)
     end = sum_shares(out=out, shares=workspace, residual=residual, relu=call.relu, block=1024, num_warps=4)
     return launch, end
+
+
+def _config(call: ConvCall, descriptors: bool) -> config.ConvConfig:
+    facts = device.facts(call.x.device)
+    if call.batch_invariant:
+        return config.invariant(call.shape, facts)
+    return config.lookup(call.shape, facts, descriptors=descriptors)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -199,10 +210,11 @@ def _torch_conv_bn_relu(*args: Any) -> Tensor:
 
 
 register(
-    Operator("conv_bn_relu", conv_result, _conv_obstacle, plan_conv, _torch_conv_bn_relu),
+    Operator("conv_bn_relu", conv_result, _conv_obstacle, plan_conv, _torch_conv_bn_relu, batched=(0, 11, 12)),
     "(Tensor x, Tensor weight, Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? residual, Tensor? shortcut_x, "
     "Tensor? shortcut_weight, Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? shortcut_bn_weight, "
-    "Tensor? shortcut_bn_bias, float shortcut_eps, int[2] shortcut_stride, bool relu, str kernels) -> Tensor",
+    "Tensor? shortcut_bn_bias, float shortcut_eps, int[2] shortcut_stride, bool relu, "
+    "bool batch_invariant, str kernels) -> Tensor",
     autocast=True,
 )

@@ -11,7 +11,7 @@ from .. import config, reference
 from ..dispatch import HAS_TRITON
 from ..precision import matmul_precision
 from ..registry import Operator, Result, Shape, register
-from .common import channels_last, check_rank, check_same_dtype, check_tensors, contiguous
+from .common import at_aligned, channels_last, check_rank, check_same_dtype, check_tensors, contiguous
 from .pool import avg_pool_obstacle, avg_pool_result, plan_avg_pool
 
 if HAS_TRITON:
@@ -22,7 +22,7 @@ if HAS_TRITON:
 # --- linear ----------------------------------------------------------------------------------------------------------
 
 
-def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Result:
+def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, kernels: str) -> Result:
     check_rank("weight", weight, 2, "(out_features, in_features)")
     check_tensors(x, weight=weight, bias=bias)
     k, c = weight.shape
@@ -38,7 +38,9 @@ def _check_bias(weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError("bias has shape {}, expected {} for weight {}".format(*shapes))
 
 
-def _linear_obstacle(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> str | None:
+def _linear_obstacle(
+    shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, kernels: str
+) -> str | None:
     check_same_dtype(x, weight=weight, bias=bias)
     rows = prod(shape[:-1])
     if rows >= 2**31 - 2**10:
@@ -46,11 +48,14 @@ def _linear_obstacle(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | Non
     return "no input features" if weight.shape[1] == 0 else None
 
 
-def _plan_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> tuple[Launch, ...]:
+def _plan_linear(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, kernels: str
+) -> tuple[Launch, ...]:
     k, c = weight.shape
     rows = x.reshape(-1, c).contiguous()
+    rows = at_aligned(rows) if batch_invariant else rows
     precision = matmul_precision(x.dtype)
-    tile = config.linear_heuristic(rows.shape[0], k, x.element_size(), precision)
+    tile = config.linear_heuristic(1 if batch_invariant else rows.shape[0], k, x.element_size(), precision)
     launch = linear_launch(
         out=out.view(-1, k), x=rows, weight=weight.contiguous(), bias=contiguous(bias),
         precision=precision, block_m=tile.block_m, block_k=tile.block_k, block_c=tile.block_c,
@@ -59,13 +64,13 @@ def _plan_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ke
     return (launch,)
 
 
-def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Tensor:
+def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, kernels: str) -> Tensor:
     return reference.linear(x, weight, bias)
 
 
 register(
-    Operator("linear", _linear_result, _linear_obstacle, _plan_linear, _torch_linear),
-    "(Tensor x, Tensor weight, Tensor? bias, str kernels) -> Tensor",
+    Operator("linear", _linear_result, _linear_obstacle, _plan_linear, _torch_linear, batched=(0,)),
+    "(Tensor x, Tensor weight, Tensor? bias, bool batch_invariant, str kernels) -> Tensor",
     autocast=True,
 )
 
@@ -77,8 +82,8 @@ register(
 FEW_IMAGES = 16
 
 
-def _head_result(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Result:
-    pooled, dtype, _ = avg_pool_result(x, kernels)
+def _head_result(x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, kernels: str) -> Result:
+    pooled, dtype, _ = avg_pool_result(x)
     check_rank("weight", weight, 2, "(out_features, in_features)")
     check_tensors(x, weight=weight, bias=bias)
     n, c = pooled[:2]
@@ -89,16 +94,21 @@ def _head_result(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -
     return Result((n, k), dtype, torch.contiguous_format)
 
 
-def _head_obstacle(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> str | None:
+def _head_obstacle(
+    shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, kernels: str
+) -> str | None:
     check_same_dtype(x, weight=weight, bias=bias)
-    return avg_pool_obstacle((*x.shape[:2], 1, 1), x, kernels)
+    return avg_pool_obstacle((*x.shape[:2], 1, 1), x)
 
 
-def _plan_head(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> tuple[Launch, ...]:
-    if x.shape[0] > FEW_IMAGES:
-        shape, dtype, memory = avg_pool_result(x, kernels)
+def _plan_head(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, kernels: str
+) -> tuple[Launch, ...]:
+    if x.shape[0] > FEW_IMAGES or batch_invariant:
+        shape, dtype, memory = avg_pool_result(x)
         pooled = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory)
-        return *plan_avg_pool(pooled, x, kernels), *_plan_linear(out, pooled.flatten(1), weight, bias, kernels)
+        modes = batch_invariant, kernels
+        return *plan_avg_pool(pooled, x, *modes), *_plan_linear(out, pooled.flatten(1), weight, bias, *modes)
     launch = avg_pool_linear_launch(
         out=out, x=channels_last(x), weight=weight.contiguous(), bias=contiguous(bias),
         block_p=min(next_power_of_2(x.shape[2] * x.shape[3]), 64), block_k=16,
@@ -107,12 +117,12 @@ def _plan_head(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kern
     return (launch,)
 
 
-def _torch_head(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: str) -> Tensor:
+def _torch_head(x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, kernels: str) -> Tensor:
     return reference.linear(reference.global_avg_pool(x).flatten(1), weight, bias)
 
 
 register(
-    Operator("avg_pool_linear", _head_result, _head_obstacle, _plan_head, _torch_head),
-    "(Tensor x, Tensor weight, Tensor? bias, str kernels) -> Tensor",
+    Operator("avg_pool_linear", _head_result, _head_obstacle, _plan_head, _torch_head, batched=(0,)),
+    "(Tensor x, Tensor weight, Tensor? bias, bool batch_invariant, str kernels) -> Tensor",
     autocast=True,
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import reference
 from ..dispatch import HAS_TRITON
 from ..registry import Operator, Result, Shape, register
-from .common import as_tuple, channels_last, check_rank, check_tensors, too_large, window
+from .common import as_tuple, at_aligned, channels_last, check_rank, check_tensors, too_large, window
 
 if HAS_TRITON:
     from ..kernels.global_avg_pool import global_avg_pool as global_avg_pool_launch
@@ -56,7 +58,7 @@ register(
 # --- global average pool ---------------------------------------------------------------------------------------------
 
 
-def avg_pool_result(x: Tensor, kernels: str) -> Result:
+def avg_pool_result(x: Tensor, *modes: Any) -> Result:
     check_rank("x", x, 4, "(N, C, H, W)")
     check_tensors(x)
     if 0 in x.shape[1:]:
@@ -64,22 +66,23 @@ def avg_pool_result(x: Tensor, kernels: str) -> Result:
     return Result((x.shape[0], x.shape[1], 1, 1), x.dtype)
 
 
-def avg_pool_obstacle(shape: Shape, x: Tensor, kernels: str) -> str | None:
+def avg_pool_obstacle(shape: Shape, x: Tensor, *modes: Any) -> str | None:
     return too_large(shape, x, 0)
 
 
-def plan_avg_pool(out: Tensor, x: Tensor, kernels: str) -> tuple[Launch, ...]:
+def plan_avg_pool(out: Tensor, x: Tensor, batch_invariant: bool, kernels: str) -> tuple[Launch, ...]:
     block_c = min(next_power_of_2(x.shape[1]), 64)
     block_p = min(next_power_of_2(x.shape[2] * x.shape[3]), 64)
-    launch = global_avg_pool_launch(out=out, x=channels_last(x), block_p=block_p, block_c=block_c, num_warps=4)
+    x = at_aligned(channels_last(x)) if batch_invariant else channels_last(x)
+    launch = global_avg_pool_launch(out=out, x=x, block_p=block_p, block_c=block_c, num_warps=4)
     return (launch,)
 
 
-def _torch_avg_pool(x: Tensor, kernels: str) -> Tensor:
+def _torch_avg_pool(x: Tensor, *modes: Any) -> Tensor:
     return channels_last(reference.global_avg_pool(x))
 
 
 register(
-    Operator("global_avg_pool", avg_pool_result, avg_pool_obstacle, plan_avg_pool, _torch_avg_pool),
-    "(Tensor x, str kernels) -> Tensor",
+    Operator("global_avg_pool", avg_pool_result, avg_pool_obstacle, plan_avg_pool, _torch_avg_pool, batched=(0,)),
+    "(Tensor x, bool batch_invariant, str kernels) -> Tensor",
 )

@@ -38,11 +38,12 @@ class StemCall(NamedTuple):
     eps: float
     pixel_mean: list[float] | None
     pixel_std: list[float] | None
+    batch_invariant: bool
     kernels: str
 
     def convolution(self, x: Tensor) -> ConvCall:
         """The convolution alone, of images in the filters' dtype."""
-        arguments: tuple[Any, ...] = (x, *self[1:7], *CONV, 1, None, *NO_SHORTCUT, True, self.kernels)
+        arguments: tuple[Any, ...] = (x, *self[1:7], *CONV, 1, None, *NO_SHORTCUT, True, *self[-2:])
         return ConvCall(*arguments)
 
 
@@ -75,7 +76,7 @@ def _plan_stem(out: Tensor, *args: Any) -> tuple[Launch, ...]:
     call = StemCall(*args)
     x, weight = call.x, channels_last(call.weight)
     n, c, h, w = x.shape
-    tile = config.stem_heuristic(n, weight.shape[0], out.shape[2], out.shape[3], device.facts(x.device))
+    tile = _tile(call, out.shape)
     if tile is None or c > 4 or weight.dtype not in (torch.float16, torch.bfloat16) or not _windows_work(x.device):
         return _plan_two_layers(out, call)
     packed, marks = _scratch(n, h, w, weight.dtype, x.device)
@@ -88,6 +89,13 @@ def _plan_stem(out: Tensor, *args: Any) -> tuple[Launch, ...]:
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         ),
     )  # fmt: skip
+
+
+def _tile(call: StemCall, shape: Shape) -> config.StemConfig | None:
+    facts = device.facts(call.x.device)
+    if call.batch_invariant:
+        return config.invariant_stem(*shape[1:], facts)
+    return config.stem_heuristic(*shape, facts)
 
 
 def _scratch(n: int, h: int, w: int, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor]:
@@ -148,8 +156,8 @@ def _torch_stem(*args: Any) -> Tensor:
 
 
 register(
-    Operator("stem", _stem_result, _stem_obstacle, _plan_stem, _torch_stem),
+    Operator("stem", _stem_result, _stem_obstacle, _plan_stem, _torch_stem, batched=(0,)),
     "(Tensor x, Tensor weight, Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
-    "float[]? pixel_mean, float[]? pixel_std, str kernels) -> Tensor",
+    "float[]? pixel_mean, float[]? pixel_std, bool batch_invariant, str kernels) -> Tensor",
     autocast=True,
 )

@@ -145,7 +145,7 @@ def _call(shape: ConvShape, images: Fill, filters: Fill, norm: Callable[[int], S
         residual=cast(images(output)) if shape.residual else None,
         short_x=short[0], short_weight=short[1], short_mean=short[2], short_var=short[3],
         short_gamma=short[4], short_beta=short[5], short_eps=0.0, short_stride=[*shape.shortcut_stride],
-        relu=True, kernels="triton",
+        relu=True, batch_invariant=False, kernels="triton",
     )  # fmt: skip
 
 
