@@ -78,6 +78,8 @@ PHASES = (
     Phase("sanitizer", "benchmarks.gpu_tools:sanitizer", limit=200, step_limit=60),
     Phase("counters", "benchmarks.gpu_tools:counters", limit=100, step_limit=40),
     Phase("kernels", _KERNELS + "suite", {"batches": [1, 32, 256], "dtype": "float16"}, 200, 60),
+    _tests("test-invariant", "tests/test_invariant.py", "test", processes=8, limit=90),
+    _model("invariant", "ours graph", "ours invariant graph", batches=(1, 8, 32, 128, 256), **_TUNED),
     _model("dependent", "ours graph", environ={"RESNET_TRITON_PDL": "1"}, tuned=True, label=", dependent launches"),
     _model("default", "compile default", "compile reduce-overhead freezing", "ours graph", limit=120),
     _model("no-cudagraphs", "compile max-autotune-no-cudagraphs", "ours graph", limit=150),

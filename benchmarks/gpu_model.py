@@ -68,4 +68,5 @@ def ours(tables: str | None, how: str, interpret: bool, model: nn.Module, images
     """Our model; in a rehearsal interpreted."""
     if tables is not None:
         table.FOLDER = Path(tables)
-    return resnet_triton.optimize(model, kernels="triton", cuda_graph=how == "graph" and not interpret)
+    graph, invariant = "graph" in how and not interpret, "invariant" in how
+    return resnet_triton.optimize(model, kernels="triton", cuda_graph=graph, batch_invariant=invariant)
