@@ -150,8 +150,8 @@ def test_250_calls_of_60_batchare_bitwise_equal():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_an_image_is_computed_alike_in_any_batch(dtype):
     """At batch sizes to which the heuristic gives other tiles, splits and boxes; graphs and eager calls alike."""
-    model = build(batch_invariant=True).to(dtype)
-    x = images(256).to(dtype)
+    model = build(dtype, batch_invariant=True)
+    x = images(256, dtype)
     expected = model.body(x)
     for n, start in ((1, 0), (1, 17), (1, 255), (2, 8), (7, 100), (32, 224), (33, 5), (129, 60)):
         part = x[start : start + n].clone()
