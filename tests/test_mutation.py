@@ -169,7 +169,7 @@ def session(tests: str, ledger_text: str, folder: Path, *options: str) -> tuple[
         check=False,
     )
     assert found.exists(), done.stderr
-    return done.returncode, done.stdout, json.loads(found.read_text())
+    return done.returncode, done.stdout, json.loads(found.read_text())["mutants"]
 
 
 def verdicts(found: list[dict[str, str]]) -> dict[str, set[str]]:

@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     stale = ledger.stale(entries, everything)
     judged = judge(wanted, ledger.by_key(entries), options)
     if options.json:
-        Path(options.json).write_text(json.dumps([j.record() for j in judged], indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(record(judged, everything, options), indent=1)
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
     rate = report(judged)
     for entry in stale:
         print(f"{LEDGER.name}: {entry.function} has no mutant {entry.before!r} -> {entry.after!r}: delete the entry")
@@ -58,6 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
     for j in wrong:
         print(f"{LEDGER.name}: {j.by} kills a mutant, expected none to: delete its entry\n{j.mutant}")
     return 0 if rate >= GATE and not stale and not wrong else 1
+
+
+def record(judged: list[Judged], everything: list[Mutant], options: argparse.Namespace) -> dict[str, Any]:
+    """What was judged, out of how many in each file, and how hard."""
+    return {
+        "files": Counter(m.file for m in everything),
+        "seed": options.seed,
+        "verify": options.verify,
+        "compiled": options.compiled,
+        "mutants": [j.record() for j in judged],
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
