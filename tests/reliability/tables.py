@@ -85,7 +85,7 @@ def _headroom(where: str, entry: dict[str, Any]) -> str:
     intro = (
         f"On `{where}`, {entry['cases']} calls of each kind of data (seed {entry['seed']}): the largest part of an "
         "element's error bound that was needed beyond the rounding of the result. 1 is a random walk of one fp32 "
-        "rounding for each product of the sum; with TF32, one cut of each operand."
+        "rounding for each product of the sum; with TF32, one cut of each operand. Path `torch` is PyTorch's."
     )
     cells = [(*key, *(values.get(column, "–") for column in columns)) for key, values in rows.items()]
     return f"{intro}\n\n{table(('operator, path', 'shapes', *columns), cells)}"
@@ -99,30 +99,32 @@ def contract(records: Records) -> str:
     """From the contract's own rows and what became of their tests."""
     if (summary := _summary("contract")) is None:
         return "There is no table yet."
-    ran = Counter(case.verdict for case in records.tests("test") if case.name.startswith("test_contract"))
     of = Counter(row["operator"] for row in summary["rows"])
-    result = f"{ran['passed']:,} passed, {ran['failed']} failed, {ran['skipped']} were skipped" if ran else "not run"
-    deviations = [
-        (f"`{row['operator']}`", row["name"], row["expectation"], row["because"]) for row in summary["deviations"]
-    ]
+    deviations: dict[tuple[str, str, str], list[str]] = {}
+    for row in summary["deviations"]:
+        deviations.setdefault((row["name"], row["expectation"], row["because"]), []).append(f"`{row['operator']}`")
+    rows = [(*key[:2], ", ".join(operators), key[2]) for key, operators in deviations.items()]
     text = [
         f"{summary['cases']} edge cases in {len(summary['rows'])} rows, each on every path and dtype that it is for: "
-        f"{number(summary['checks'])} checks. Tests of it: {result}.",
-        table(("operator", "rows"), [(f"`{name}`", count) for name, count in of.items()]),
-        f"Where the answer is on purpose not PyTorch's ({len(deviations)} rows):" if deviations else "",
-        table(("operator", "case", "what happens", "because"), deviations) if deviations else "",
+        f"{number(summary['checks'])} checks. {_ran(records, 'test_contract')}",
+        "Rows: " + ", ".join(f"`{name}` {count}" for name, count in of.items()) + ".",
+        f"Where the answer is on purpose not PyTorch's ({len(summary['deviations'])} rows):" if rows else "",
+        table(("case", "what happens", "for", "because"), rows) if rows else "",
     ]
     return "\n\n".join(filter(None, text))
 
 
 def robustness(records: Records) -> str:
-    """From the table of faults from outside, and what became of its tests."""
-    if (summary := _summary("robustness")) is None:
-        return "There is no table yet."
-    ran = Counter(case.verdict for case in records.tests("test") if case.name.startswith("test_robustness"))
+    """From the table of what goes wrong outside, and what became of its tests."""
+    rows = (_summary("robustness") or {}).get("rows")
+    found = table(list(rows[0]), [list(row.values()) for row in rows]) if rows else "There is no table yet."
+    return f"{found}\n\n{_ran(records, 'test_robust')}"
+
+
+def _ran(records: Records, files: str) -> str:
+    ran = Counter(case.verdict for case in records.tests("test") if case.name.startswith(files))
     result = f"{ran['passed']:,} passed, {ran['failed']} failed, {ran['skipped']} were skipped" if ran else "not run"
-    headings = list(summary["rows"][0]) if summary["rows"] else []
-    return f"Tests of it: {result}.\n\n{table(headings, [list(row.values()) for row in summary['rows']])}"
+    return f"Tests: {result}."
 
 
 def _summary(module: str) -> dict[str, Any] | None:
