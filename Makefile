@@ -19,7 +19,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test slow fuzz lint types mutate package codegen codegen-all codegen-oldest codegen-newer \
+.PHONY: help env demo test slow fuzz lint types mutate verify reliability package codegen codegen-all codegen-oldest codegen-newer \
 	$(OTHER_TRITONS:%=codegen-%) bench bench-gpu clean
 
 help: ## this list
@@ -51,7 +51,8 @@ slow: $(STAMP) ## run the tests that take long by themselves
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow $(ARGS)
 
 fuzz: $(STAMP) ## 20,000 random calls of the operators, bit for bit against fp64; FUZZ_CASES=N for another number
-	$(HERMETIC) OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES:-20000} $(PY) -m pytest -n 2 tests/test_fuzz.py $(ARGS)
+	$(HERMETIC) OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
+		$(PY) -m pytest -n 2 tests/test_fuzz.py $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -62,6 +63,13 @@ types: $(STAMP) ## mypy
 
 mutate: $(STAMP) ## plant faults in the kernels, see which of them the tests miss; takes long, ARGS=--help says less
 	$(HERMETIC) PYTHONPATH=tests TRITON_INTERPRET=1 $(PY) -m mutation $(ARGS)
+
+# Everything that needs no GPU, and on a GPU its tests as well. Sized for 45 minutes on two cores.
+verify: $(STAMP) ## every check in turn, each with a record in build/verify, and docs/reliability.md made of them
+	$(HERMETIC) PYTHONPATH=tests:. $(PY) -m reliability verify $(ARGS)
+
+reliability: $(STAMP) ## write docs/reliability.md again from the records of the last make verify
+	$(HERMETIC) PYTHONPATH=tests:. $(PY) -m reliability report $(ARGS)
 
 package: $(STAMP) ## build, install and import the distributions
 	$(HERMETIC) $(PY) -m pytest -m packaging $(ARGS)

@@ -10,6 +10,7 @@ value in it, but it shows here. Launches of one watch follow each other: a later
 Faults are AssertionErrors that name kernel, program, argument and element:
 
 * an access outside its tensor, or into a gap between its elements;
+* a load under a mask that does not say what it gets where the mask is false;
 * a store into an input, or an output that shares memory with another argument;
 * two lanes of one store at the same element;
 * a load (or atomic update) of an element that nobody has stored, and in the end an output with such elements;
@@ -180,9 +181,11 @@ class Watch:
                 self.fail(f"{verb} in a gap of {argument.name}: element {gaps[0]} of {argument.span}")
         return argument, offsets
 
-    def load(self, handle: Any, mask: Any) -> Any:
+    def load(self, handle: Any, mask: Any, other: Any) -> Any:
         mask = np.asarray(mask.data, bool)
         argument, offsets = self.locate(handle.data, mask, "loads")
+        if other is None and mask.size > 1 and not mask.all():  # of one element, the interpreter forgets a zero
+            self.fail(f"loads {argument.name} under a mask without other=: what it gets there is anything")
         memory = argument.memory
         if memory is not None:
             elements = offsets[mask] // argument.itemsize
@@ -260,8 +263,8 @@ def watch(*, whole: bool = True) -> Iterator[None]:
         watched.order.barrier()
         return barrier(self)
 
-    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        return load(self, watched.load(ptrs, mask), mask, *rest, **options)
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
+        return load(self, watched.load(ptrs, mask, other), mask, other, *rest, **options)
 
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return store(self, watched.store(ptrs, mask), value, mask, *rest)

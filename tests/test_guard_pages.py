@@ -17,30 +17,109 @@ from unittest import mock
 
 import pytest
 import shadow
-import test_planted as kernels
+import torch
+from exact import conv_call, generator, integers, run, run_conv
 from mapped import guarded, run_file
 from planted import planted
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from resnet_triton import interpreter
+from resnet_triton import config, interpreter
+from resnet_triton.config import ConvConfig, ConvShape, StemConfig
 from resnet_triton.kernels.launch import Launch
+
+CPU = torch.device("cpu")
+LAYER = ConvShape(3, 24, 5, 6, 40, 3, 3, padding=(1, 1), residual=True)
+SMALL = ConvShape(1, 16, 4, 5, 40, 3, 3, padding=(1, 1))
+
+
+def conv(shape: ConvShape, chosen: ConvConfig) -> None:
+    run_conv(conv_call(generator(CPU, 0), shape), chosen)
+
+
+def pointer() -> None:
+    conv(LAYER, ConvConfig(32, 32, 16, 4, 2))
+
+
+def flat() -> None:
+    conv(ConvShape(2, 3, 5, 6, 40, 3, 3, (2, 2), (1, 1)), ConvConfig(32, 32, 16, 4, 2))
+
+
+def box() -> None:
+    conv(LAYER, ConvConfig(32, 32, 16, 4, 2, (2, 4, 4)))
+
+
+def one_image() -> None:
+    conv(ConvShape(1, 16, 6, 10, 32, 3, 3, (2, 2), (1, 1)), ConvConfig(32, 32, 16, 4, 2, (4, 8, 1)))
+
+
+def columns() -> None:
+    conv(ConvShape(17, 24, 2, 3, 40, 3, 3, padding=(1, 1)), ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=2))
+
+
+def split() -> None:
+    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, split_k=3))
+
+
+def split_boxes() -> None:
+    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, (4, 4, 1), split_k=3))
+
+
+def two_launches() -> None:
+    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, split_k=3, two_launches=True))
+
+
+def stem() -> None:
+    shape = ConvShape(2, 3, 9, 42, 40, 7, 7, (2, 2), (3, 3))
+    with mock.patch.object(config, "stem_heuristic", return_value=StemConfig(16, 32, 2, 4, 2)):
+        run("stem", *conv_call(generator(CPU, 0), shape)[:7], None, None, "triton", kernel="stem_kernel")
+
+
+def images(*shape: int) -> Tensor:
+    return integers(generator(CPU, 0), 3, *shape)
+
+
+def max_pool() -> None:
+    run("max_pool2d", images(2, 65, 7, 9), [3, 3], [2, 2], [1, 1], "triton")
+
+
+def avg_pool() -> None:
+    run("global_avg_pool", images(2, 65, 5, 7), "triton")
+
+
+def head() -> None:
+    run("avg_pool_linear", images(2, 65, 5, 7), images(10, 65), images(10), "triton")
+
+
+def linear() -> None:
+    run("linear", images(17, 65), images(10, 65), images(10), "triton")
+
+
+def add_relu() -> None:
+    run("add_relu", images(2, 65, 5, 7), images(2, 65, 5, 7), "triton")
+
+
+CALLS = (
+    pointer, flat, box, one_image, columns, split, split_boxes, two_launches, stem, max_pool, avg_pool, head, linear,
+    add_relu,
+)  # fmt: skip
+
 
 Fault = tuple[str, Callable[[], None], str, str, bool]
 FAULTS: dict[str, Fault] = {
     "conv_pointer, a filter too many": (
-        "conv_pointer", kernels.pointer, "mask_k = offs_k < K", "mask_k = offs_k <= K", True
+        "conv_pointer", pointer, "mask_k = offs_k < K", "mask_k = offs_k <= K", True
     ),
     "conv_pointer, a column before the first": (
-        "conv_pointer", kernels.pointer, "(h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m\n",
+        "conv_pointer", pointer, "(h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m\n",
         "(h >= -1) & (h < H) & (w >= -1) & (w < W) & mask_m\n", False
     ),
-    "conv_box, an image too many": ("conv_box", kernels.box, "[h, w, n, c], [row", "[h, w, n + 1, c], [row", True),
-    "stem, a window too many": ("stem", kernels.stem, "[rows, n, q, WINDOW]", "[rows, n, q + 1, WINDOW]", True),
-    "max_pool, a column too many": ("max_pool", kernels.max_pool, "(w0 + s < W)", "(w0 + s <= W)", True),
-    "max_pool, a row before the first": ("max_pool", kernels.max_pool, "(h0 + r >= 0)", "(h0 + r >= -1)", False),
-    "linear, a channel too many": ("linear", kernels.linear, "offs_c < C", "offs_c <= C", True),
-    "add_relu, an element too many": ("add_relu", kernels.add_relu, "offs < NUMEL", "offs <= NUMEL", True),
+    "conv_box, an image too many": ("conv_box", box, "[h, w, n, c], [row", "[h, w, n + 1, c], [row", True),
+    "stem, a window too many": ("stem", stem, "[rows, n, q, WINDOW]", "[rows, n, q + 1, WINDOW]", True),
+    "max_pool, a column too many": ("max_pool", max_pool, "(w0 + s < W)", "(w0 + s <= W)", True),
+    "max_pool, a row before the first": ("max_pool", max_pool, "(h0 + r >= 0)", "(h0 + r >= -1)", False),
+    "linear, a channel too many": ("linear", linear, "offs_c < C", "offs_c <= C", True),
+    "add_relu, an element too many": ("add_relu", add_relu, "offs < NUMEL", "offs <= NUMEL", True),
 }  # fmt: skip
 
 
@@ -85,7 +164,7 @@ def main() -> None:
     with mock.patch.object(shadow, "watch", return_value=contextlib.nullcontext()):  # it would find them first
         for end in (True, False):
             with guards(end=end):
-                for call in kernels.CALLS:
+                for call in CALLS:
                     call()
         print(json.dumps({name: signal_of(fault) for name, fault in FAULTS.items()}))
 

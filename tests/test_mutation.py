@@ -15,6 +15,7 @@ from mutation import hosts, ledger, suites
 from mutation.faults import Mutant, mutants
 from mutation.forks import allow, forked
 from mutation.hosts import ROOT
+from mutation.revisions import changed
 
 from resnet_triton.kernels.launch import cdiv
 
@@ -96,6 +97,33 @@ def test_a_fork_that_does_not_end_is_ended():
     }  # fmt: skip
 
 
+def git(folder: Path, *command: str) -> None:
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=folder, check=True)
+
+
+def test_changed_is_what_a_branch_or_the_last_commit_has_changed(tmp_path):
+    there, clone, shallow = (tmp_path / name for name in ("there", "clone", "shallow"))
+    (there / "kernels").mkdir(parents=True)
+    git(there, "init", "-q", "-b", "main")
+    for name in ("a", "b", "c"):  # a commit each
+        (there / "kernels" / f"{name}.py").touch()
+        git(there, "add", ".")
+        git(there, "commit", "-q", "-m", name)
+    git(tmp_path, "clone", "-q", str(there), "clone")
+    assert changed("origin/main", clone) == {"c.py"}, "HEAD is main: what its last commit changed"
+    assert changed("origin/elsewhere", clone) == {"c.py"}
+    git(clone, "checkout", "-q", "-b", "branch", "HEAD~1")
+    (clone / "README").touch()
+    git(clone, "add", ".")
+    git(clone, "commit", "-q", "-m", "no kernel")
+    assert changed("origin/main", clone) == set()
+    (clone / "kernels" / "b.py").write_text("not committed")
+    assert changed("origin/main", clone) == changed("HEAD", clone) == {"b.py"}, "c.py has changed on main, not here"
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{there}", "shallow")
+    assert changed("origin/main", shallow) is None
+    assert changed("main", tmp_path) is None, "no checkout"
+
+
 ENTRY = """
 [[mutant]]
 function = "launch.py:cdiv"
@@ -141,7 +169,7 @@ def session(tests: str, ledger_text: str, folder: Path, *options: str) -> tuple[
         check=False,
     )
     assert found.exists(), done.stderr
-    return done.returncode, done.stdout, json.loads(found.read_text())
+    return done.returncode, done.stdout, json.loads(found.read_text())["mutants"]
 
 
 def verdicts(found: list[dict[str, str]]) -> dict[str, set[str]]:

@@ -13,6 +13,7 @@ import shadow
 import torch
 import triton
 import triton.language as tl
+from exact import generator, integers, run
 from planted import planted
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -30,6 +31,13 @@ def copy_kernel(x_ptr, y_ptr, N, SHIFT, STEP, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs + SHIFT, mask=offs < N, other=0.0)
     tl.store(y_ptr + tl.program_id(0) * STEP + tl.arange(0, BLOCK), x, mask=offs < N)
+
+
+@triton.jit
+def careless_kernel(x_ptr, y_ptr, N):
+    """Asks for 16 elements of N, and does not say what the others are."""
+    offs = tl.arange(0, 16)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < N), mask=offs < N)
 
 
 @triton.jit
@@ -130,6 +138,13 @@ def test_what_is_right_passes():
 def test_loads_stay_inside(n, shift, text):
     with fault(text):
         watched(copy(*tens(), n=n, shift=shift))
+
+
+def test_a_masked_load_says_what_it_gets():
+    """Triton promises nothing, the interpreter gives zeros."""
+    watched(launch(careless_kernel, x_ptr=torch.ones(16), y_ptr=torch.empty(16), N=16))
+    with fault("careless_kernel, program (0, 0, 0), loads x_ptr under a mask without other="):
+        watched(launch(careless_kernel, x_ptr=torch.ones(10), y_ptr=torch.empty(10), N=10))
 
 
 def test_stores_stay_inside():
@@ -270,3 +285,18 @@ def test_the_last_to_arrive_may_load_what_the_others_stored():
 def test_an_arrival_that_orders_nothing(old, new, text):
     with planted("tiles", old, new, sys.modules[__name__]), fault(text):
         watched(splits())
+
+
+def test_operators_are_watched_wherever_they_are_called():
+    x = torch.ones(1, 5, 4, 5)
+    with (
+        planted("add_relu", "offs < NUMEL", "offs <= NUMEL"),
+        fault("add_relu_kernel, program (0, 0, 0), loads outside"),
+    ):
+        torch.ops.resnet_triton.add_relu(x, x, "triton")
+
+
+def test_some_programs_of_a_launch_are_watched_by_their_own_numbers():
+    x = integers(generator(torch.device("cpu"), 0), 3, 1, 64, 60, 60)
+    with planted("max_pool", "(w0 + s < W)", "(w0 + s <= W)"), fault("program (112, 0, 0)"):
+        run("max_pool2d", x, [3, 3], [1, 1], [1, 1], "triton", programs=[3, 112])

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from . import ledger, suites
 from .faults import Mutant, mutants
 from .forks import forked
 from .hosts import ROOT, Tests, with_tests
+from .revisions import changed
 
 LEDGER = Path(__file__).with_name("equivalent.toml")
 GATE = 0.95
@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     stale = ledger.stale(entries, everything)
     judged = judge(wanted, ledger.by_key(entries), options)
     if options.json:
-        Path(options.json).write_text(json.dumps([j.record() for j in judged], indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(record(judged, everything, options), indent=1)
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
     rate = report(judged)
     for entry in stale:
         print(f"{LEDGER.name}: {entry.function} has no mutant {entry.before!r} -> {entry.after!r}: delete the entry")
@@ -60,10 +61,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if rate >= GATE and not stale and not wrong else 1
 
 
+def record(judged: list[Judged], everything: list[Mutant], options: argparse.Namespace) -> dict[str, Any]:
+    """What was judged, out of how many in each file, and how hard."""
+    return {
+        "files": Counter(m.file for m in everything),
+        "seed": options.seed,
+        "verify": options.verify,
+        "compiled": options.compiled,
+        "mutants": [j.record() for j in judged],
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mutation", description="Mutation testing of kernels/.")
     parser.add_argument("only", nargs="*", help="files (max_pool.py) or functions (stem_kernel); all by default")
-    parser.add_argument("--changed", metavar="REVISION", help="only files that differ from this git revision")
+    parser.add_argument("--changed", metavar="REVISION", help="only files changed since HEAD left this git revision")
     parser.add_argument("--limit", type=int, metavar="N", help="a random sample of so many mutants")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="mutants at a time")
@@ -82,10 +94,8 @@ def _wanted(options: argparse.Namespace, everything: list[Mutant]) -> list[Mutan
         if unknown:
             raise SystemExit(f"no file or function of kernels/ is named {', '.join(sorted(unknown))}; see --list")
         wanted = [m for m in wanted if names & {m.file, m.function}]
-    if options.changed:
-        command = ["git", "diff", "--name-only", options.changed, "--", "kernels"]
-        differing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-        wanted = [m for m in wanted if f"kernels/{m.file}" in differing]
+    if options.changed and (names := changed(options.changed, ROOT)) is not None:
+        wanted = [m for m in wanted if m.file in names]
     if options.limit is not None and options.limit < len(wanted):
         wanted = random.Random(options.seed).sample(wanted, options.limit)
     return wanted

@@ -20,7 +20,6 @@ from .faults import Mutant, functions
 from .forks import allow
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = "resnet_triton.kernels"
 PATIENCE = 5.0  # seconds of a processor that a test may take beyond twenty times what it took before
 
 
@@ -31,16 +30,18 @@ class Tests:
         self.items = {item.nodeid.removeprefix("tests/"): item for item in items}
         self.sound: set[str] = set()
         self.seconds: dict[str, float] = {}
-        self._failed = False
+        self.end = ""
+        """Of the traceback of the last test, from the line that failed; empty if it passed."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._failed |= report.failed
+        if report.failed:
+            self.end = "File " + report.longreprtext.rpartition("File ")[2]
 
     def passes(self, name: str) -> bool:
-        self._failed = False
+        self.end = ""
         item = self.items[name]
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-        return not self._failed
+        return not self.end
 
     def measure(self, names: list[str]) -> list[str]:
         """These tests, the first case of each function first, cheap functions before others.
@@ -139,7 +140,7 @@ class _Host:
 
 def install(mutant: Mutant) -> None:
     """Turn the function into the mutant: whoever holds it holds the mutant from now on."""
-    module = importlib.import_module(f"{KERNELS}.{Path(mutant.file).stem}")
+    module = importlib.import_module(_module(mutant.file))
     name = f"{mutant.file}.mutant.py"  # Triton reads a kernel's source by the name of its file
     linecache.cache[name] = (len(mutant.source), None, mutant.source.splitlines(keepends=True), name)
     definition = ast.Module([dict(functions(ast.parse(mutant.source)))[mutant.function]], type_ignores=[])
@@ -156,8 +157,18 @@ def install(mutant: Mutant) -> None:
         vars(old).update(vars(new))
 
 
+def _module(file: str) -> str:
+    path = Path(_path(file)).with_suffix("")
+    return ".".join(("resnet_triton", *path.parts) if path.parts[0] == "kernels" else path.parts)
+
+
+def _path(file: str) -> str:
+    """A mutant's file in the repository: in `kernels/` unless it says where."""
+    return file if "/" in file else f"kernels/{file}"
+
+
 def write_package(mutant: Mutant, folder: Path) -> None:
     """A copy of the package with the mutant in it."""
     shutil.copytree(ROOT / "resnet_triton", folder / "resnet_triton", symlinks=True)
     shutil.copytree(ROOT / "kernels", folder / "kernels")
-    (folder / "kernels" / mutant.file).write_text(mutant.source, encoding="utf-8")
+    (folder / _path(mutant.file)).write_text(mutant.source, encoding="utf-8")
