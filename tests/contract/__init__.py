@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import modes, shapes, values
+from . import dtypes, modes, norms, shapes, values
 from .row import Row
 from .subjects import SUBJECTS
 
-_PARTS = (values, shapes, modes)
+_PARTS = (values, norms, shapes, dtypes, modes)
 CASES = tuple(case for part in _PARTS for case in part.CASES)
 ROWS: list[Row] = [row for part in _PARTS for row in part.ROWS]
 ABSENT: dict[tuple[str, str], str] = {

@@ -1,4 +1,4 @@
-"""Dtypes, PyTorch's modes and switches, copies, threads, and what needs a GPU."""
+"""PyTorch's modes and switches, copies, threads, and what needs a GPU."""
 
 from __future__ import annotations
 
@@ -13,80 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dtypes import pixels
 from .row import BF16, EVERY, FP16, FP32, FP64, Args, Function, Row, call
-from .subjects import CONVS, FILTERED, PIXELS, SUBJECTS
+from .subjects import FILTERED, PIXELS, SUBJECTS
 
 ANYWHERE = tuple(SUBJECTS)
-
-# --- dtypes ----------------------------------------------------------------------------------------------------------
-
-MIXED, BYTES, DOUBLE, COMPLEX = "mixed dtypes", "uint8", "float64", "complex"
-TENSORS = ("x", "weight", "residual", "short_x", "short_weight", "other", "bias")
-
-
-def _to(dtype: torch.dtype, *names: str) -> Callable[[Args], None]:
-    def edit(args: Args) -> None:
-        args.update({name: args[name].to(dtype) for name in names or TENSORS if name in args})
-
-    return edit
-
-
-def _pixels(args: Args) -> None:
-    """Of what was negative, 255."""
-    args["x"] = torch.where(args["x"] < 0, 255, 0).byte()
-
-
-def _wide_shortcut(args: Args) -> None:
-    args.update({name: t.float() for name, t in args.items() if name.startswith("short_") and isinstance(t, Tensor)})
-
-
-def _theirs(subject: str, dtype: str | None = None, **edits: torch.dtype) -> Callable[[Args], Any]:
-    """PyTorch's answer to arguments of other dtypes, in the dtype of one of the arguments."""
-
-    def expected(args: Args) -> Tensor:
-        like = args[dtype or "x"].dtype
-        args = {name: t.to(edits[name]) if name in edits else t for name, t in args.items()}
-        return SUBJECTS[subject].theirs(**args).to(like)
-
-    return expected
-
-
-def _wrong(case: str, subject: str, promise: str, edit: Any, words: str, **other: Any) -> Row:
-    return Row(case, subject, promise, edit, raises=(TypeError, words), **other)
-
-
-_WEIGHT = "weight has dtype torch.float32, expected torch.float16 like x"
-_BIAS = "bias has dtype torch.float32, expected torch.float16 like x"
-_ONE_DTYPE = "the result has x's dtype, whatever is added"
-_REAL = "activations are real floating-point numbers; anything else is a mistake that is named"
-DTYPE_ROWS = [
-    *(_wrong(MIXED, s, "a wider weight", _to(FP32, "weight"), _WEIGHT) for s in (*CONVS, "linear", "avg_pool_linear")),
-    *(_wrong(MIXED, s, "a wider bias", _to(FP32, "bias"), _BIAS) for s in ("linear", "avg_pool_linear")),
-    Row(MIXED, "residual", "a wider residual does not widen the result", _to(FP32, "residual"), refused="mixed dtypes",
-        expected=_theirs("residual"), because=_ONE_DTYPE),
-    Row(MIXED, "shortcut", "a wider shortcut does not widen the result", _wide_shortcut,
-        refused="mixed dtypes", expected=_theirs("shortcut"), because=_ONE_DTYPE),
-    Row(MIXED, "stem", "x is rounded to the weight's dtype", _to(FP32, "x"),
-        expected=_theirs("stem", "weight", x=FP16), because="images come as they are and become what the weights are"),
-    Row(MIXED, "add_relu", "the wider of the two", _to(FP32, "other"), refused="mixed dtypes"),
-    _wrong(MIXED, "model", "images wider than the model", _to(FP32, "x"), _WEIGHT.replace("32", "__").replace(
-        "16", "32").replace("__", "16")),
-    *(_wrong(BYTES, s, "bytes are no activations", _to(torch.uint8, "x"), "x has dtype torch.uint8")
-      for s in (*FILTERED, "global_avg_pool", "linear", "avg_pool_linear", "model")),
-    *(_wrong(BYTES, s, "bytes are no activations", _to(torch.uint8), "x has dtype torch.uint8", theirs=None,
-             because=_REAL) for s in ("add_relu", "max_pool2d")),
-    Row(BYTES, "stem", "bytes with their mean and deviation", lambda a: (_pixels(a), a.update(PIXELS)),
-        dtypes=EVERY),
-    Row(BYTES, "model", "bytes with `normalize`", lambda a: (_pixels(a), a.update(normalize=tuple(PIXELS.values())))
-       , dtypes=(FP32, FP16), tolerance=5e-3),
-    *(Row(DOUBLE, s, "PyTorch's answer", dtypes=(FP64,), refused="torch.float64", tolerance=1e-12) for s in ANYWHERE),
-    *(_wrong(COMPLEX, s, "an error that names x", _to(torch.complex64), "has dtype torch.complex64", dtypes=(FP32,))
-      for s in (*FILTERED, "add_relu", "max_pool2d", "model")),
-    *(_wrong(COMPLEX, s, "an error that names x", _to(torch.complex64), "has dtype torch.complex64", dtypes=(FP32,),
-             theirs=None, because=_REAL) for s in ("global_avg_pool", "linear", "avg_pool_linear")),
-]  # fmt: skip
-
-# --- switches and modes ----------------------------------------------------------------------------------------------
 
 TF32, GRAD, TRAINING, AUTOCAST = "TF32", "grad mode", "training mode", "autocast"
 INFERENCE, THREADS = "inference_mode", "threads"
@@ -145,11 +76,20 @@ def _inference(f: Function, args: Args) -> Any:
     return y, y.is_inference()
 
 
-def _autocast(f: Function, args: Args) -> Any:
-    if "residual" in args:
-        args = {**args, "residual": args["residual"].bfloat16()}  # another convolution's result, so of this dtype
-    with torch.autocast(args["x"].device.type, torch.bfloat16):
-        return call(f, args)
+def _autocast(f: Function, args: Args, gradients: bool = True) -> Any:
+    """To either dtype, without and with gradients."""
+    answers: list[Any] = []
+    for dtype in (BF16, FP16):
+        cast = dict(args)
+        if "residual" in cast:  # another convolution's result, so of autocast's dtype
+            cast["residual"] = cast["residual"].to(dtype)
+        for wanted in (False, True) if gradients else (False,):
+            for t in _wanted(cast):
+                t.requires_grad_(wanted and t.is_floating_point())
+            with torch.autocast(args["x"].device.type, dtype), torch.set_grad_enabled(wanted):
+                y = f(**cast)
+            answers += [y.detach(), y.requires_grad]
+    return tuple(answers)
 
 
 def _threads(f: Function, args: Args) -> Any:
@@ -181,13 +121,13 @@ MODE_ROWS = [
         dtypes=(FP64,), tolerance=1e-9, refused="training mode"),
     *(Row(AUTOCAST, s, "PyTorch's answer and dtype", act=_autocast, dtypes=(FP32,), tolerance=2e-2, refused="autocast")
       for s in (*FILTERED, "linear", "avg_pool_linear", "model")),
-    *(Row(AUTOCAST, s, "none of its operators", act=_autocast, dtypes=EVERY)
+    Row(AUTOCAST, "stem", "bytes: PyTorch's answer and dtype", lambda a: (pixels(a), a.update(PIXELS)), act=_autocast,
+        dtypes=(FP32,), tolerance=2e-2, refused="autocast"),
+    *(Row(AUTOCAST, s, "none of its operators", act=functools.partial(_autocast, gradients=False), dtypes=EVERY)
       for s in ("add_relu", "max_pool2d", "global_avg_pool")),
     *(Row(INFERENCE, s, "an inference tensor", act=_inference, tolerance=5e-3 * (s == "model")) for s in ANYWHERE),
     *(Row(THREADS, s, "the same answer in each", act=_threads, tolerance=5e-3 * (s == "model")) for s in ANYWHERE),
 ]  # fmt: skip
-
-# --- copies and moves ------------------------------------------------------------------------------------------------
 
 DEEPCOPY, PICKLE, STATE, TO = "deepcopy", "pickle", "state_dict", ".to()"
 
@@ -230,6 +170,7 @@ COPY_ROWS = [
       for case, how in ((DEEPCOPY, copy.deepcopy), (PICKLE, _pickled)) for s in ANYWHERE if s != "model"),
     _then(DEEPCOPY, "a copy answers alike", copy.deepcopy),
     _then(PICKLE, "what comes back answers alike", _pickled),
+    Row(STATE, "model", "torchvision's, in a ResNet of ours", lambda a: a.update(own=True), tolerance=5e-3),
     _then(STATE, "saved, zeroed and loaded", _saved),
     _then(STATE, "loaded with assign=True", _assigned),
     _then(TO, "other dtypes on the way", _moved, tolerance=4e-2),
@@ -237,8 +178,6 @@ COPY_ROWS = [
     _then(TO, "float64: PyTorch's answer", lambda m: m.double(), dtypes=(FP64,), refused="torch.float64",
           tolerance=1e-12),
 ]  # fmt: skip
-
-# --- on a GPU --------------------------------------------------------------------------------------------------------
 
 STREAMS, DEVICES, CAPTURE = "streams", "several GPUs", "graph capture"
 
@@ -277,13 +216,12 @@ GPU_ROWS = [
     for s in ANYWHERE if s != "model"
 ]  # fmt: skip
 
-ROWS = [*DTYPE_ROWS, *MODE_ROWS, *COPY_ROWS, *GPU_ROWS]
-CASES = (MIXED, BYTES, DOUBLE, COMPLEX, TF32, GRAD, TRAINING, AUTOCAST, INFERENCE, THREADS, DEEPCOPY, PICKLE, STATE, TO,
+ROWS = [*MODE_ROWS, *COPY_ROWS, *GPU_ROWS]
+CASES = (TF32, GRAD, TRAINING, AUTOCAST, INFERENCE, THREADS, DEEPCOPY, PICKLE, STATE, TO,
          STREAMS, DEVICES, CAPTURE)  # fmt: skip
 
 _OPERATORS = tuple(s for s in SUBJECTS if s != "model")
 ABSENT: dict[str, dict[str, tuple[str, ...]]] = {
-    MIXED: {"one tensor": ("max_pool2d", "global_avg_pool")},
     TF32: {"no products": ("add_relu", "max_pool2d", "global_avg_pool")},
     **{case: {"a function has no state": _OPERATORS} for case in (TRAINING, STATE, TO)},
     STREAMS: {"tests/test_gpu.py::test_several_streams": ("model",)},

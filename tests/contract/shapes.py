@@ -16,8 +16,6 @@ from .subjects import CONVS, FILTERED, SUBJECTS
 ANYWHERE = tuple(SUBJECTS)
 IMAGES = tuple(s for s in SUBJECTS if s != "linear")
 
-# --- sizes -----------------------------------------------------------------------------------------------------------
-
 EMPTY, ONE, ODD, PIXEL = "empty batch", "batch 1", "odd height and width", "1x1 images"
 NOT_SQUARE, SMALLER = "images that are not square", "smaller than the filter"
 
@@ -66,8 +64,6 @@ SIZE_ROWS = [
     *(Row(SMALLER, s, "no pixel, an error", _no_pixels, raises=_ONE_PIXEL, theirs=None, because=_NO_MEAN)
       for s in ("global_avg_pool", "avg_pool_linear")),
 ]  # fmt: skip
-
-# --- layouts ---------------------------------------------------------------------------------------------------------
 
 NCHW, CHANNELS_LAST, MIXED, SLICE = "NCHW", "channels_last", "NCHW images, channels_last weight", "slices"
 EXPANDED, TRANSPOSED, OFFSET = "expanded", "transposed", "an offset in the storage"
@@ -121,8 +117,6 @@ LAYOUT_ROWS = [
         tolerance=5e-3),
 ]  # fmt: skip
 
-# --- shapes that are refused -----------------------------------------------------------------------------------------
-
 CHANNELS, RANK, LARGE = "wrong channels", "3-D input", "more than 2^31 elements"
 
 
@@ -148,7 +142,7 @@ _BROADCAST = "a broadcast that is not meant is found; `expand` says that it is"
 _UNBATCHED = "four dimensions, so that a forgotten batch is found"
 _RANK = "expected 4 dimensions"
 REFUSED_ROWS = [
-    *(_wrong(CHANNELS, s, "x's channels", _narrow("x"), "x has 4 channels, expected 8") for s in CONVS),
+    *(_wrong(CHANNELS, s, "x's channels", _narrow("x"), "x has 4 channels, expected 16") for s in CONVS),
     _wrong(CHANNELS, "residual", "a residual of other channels", _narrow("residual"), "residual has shape"),
     _wrong(CHANNELS, "residual", "a residual of one channel", _narrow("residual", 1), "residual has shape",
            theirs=None, because=_BROADCAST),

@@ -14,7 +14,7 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 from resnet_triton import functional as F
-from resnet_triton import optimize, vision
+from resnet_triton import models, optimize, vision
 
 from .row import Args
 
@@ -42,10 +42,7 @@ class Data:
                 f"{prefix}bn_bias": bias, f"{prefix}eps": 0.0}  # fmt: skip
 
 
-# --- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _conv(data: Data, n: int = 2, c: int = 8, h: int = 4, w: int = 8, k: int = 16) -> Args:
+def _conv(data: Data, n: int = 2, c: int = 16, h: int = 4, w: int = 8, k: int = 16) -> Args:
     return {"x": data.integers(2, n, c, h, w), "weight": data.integers(1, k, c, 3, 3), **data.statistics(k),
             "padding": 1}  # fmt: skip
 
@@ -94,9 +91,9 @@ def _model(data: Data, n: int = 2, h: int = 8, w: int = 8) -> Args:
     return {"model": tiny().to(data.device, data.dtype), "x": x}
 
 
-def tiny() -> Any:
-    """A torchvision ResNet of four narrow convolutions: a plain and a strided block, and layers without blocks."""
-    resnet = vision.torchvision().models.resnet
+def tiny(library: Any = None) -> Any:
+    """A ResNet, torchvision's or ours, of four narrow convolutions: a plain and a strided block, then empty layers."""
+    resnet = library or vision.torchvision().models.resnet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         with torch.device("meta"):  # whose layers are all replaced
@@ -111,9 +108,6 @@ def tiny() -> Any:
                 nn.init.uniform_(m.running_mean, -0.2, 0.2)
                 nn.init.uniform_(m.running_var, 0.5, 2.0)
     return model.eval()
-
-
-# --- ours and PyTorch's ----------------------------------------------------------------------------------------------
 
 
 def _our_shortcut(
@@ -178,15 +172,20 @@ def _same(model: Any) -> Any:
 
 
 def _our_model(
-    model: Any, x: Tensor, kernels: str, then: Callable[[Any], Any] = _same, normalize: Any = None
+    model: Any, x: Tensor, kernels: str, then: Callable[[Any], Any] = _same, normalize: Any = None, own: bool = False
 ) -> Tensor:
-    """`then` is what happens to the model between its conversion and the call."""
+    """`then` is what happens to the model between its conversion and the call; `own`: it was ours from the start."""
+    if own:
+        state, model = model.state_dict(), tiny(models).to(x.device, x.dtype)
+        model.load_state_dict(state)
     fast = then(optimize(model, kernels=kernels))
     fast.normalize = normalize
     return fast(x)
 
 
-def _torch_model(model: Any, x: Tensor, then: Callable[[Any], Any] = _same, normalize: Any = None) -> Tensor:
+def _torch_model(
+    model: Any, x: Tensor, then: Callable[[Any], Any] = _same, normalize: Any = None, own: bool = False
+) -> Tensor:
     model = then(model)
     return model(x if normalize is None else _normalized(x, *normalize).to(model.fc.weight.dtype))
 

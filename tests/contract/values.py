@@ -1,4 +1,4 @@
-"""NaN, infinities, zeros, sums that overflow, and batch norms of every kind."""
+"""NaN, infinities, zeros and sums that overflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from .row import BF16, EVERY, FP16, FP32, Args, Row
 from .subjects import CONVS, FILTERED, in_fp64
@@ -41,7 +40,13 @@ def put(**elements: dict[tuple[Any, ...], float]) -> Callable[[Args], None]:
     return edit
 
 
-# --- ReLU ------------------------------------------------------------------------------------------------------------
+def statistic(args: Args, name: str, *values: float, eps: float | None = None) -> None:
+    """The first of the model's first and of its shortcut's batch norm."""
+    for norm in (args["model"].bn1, args["model"].layer2[0].downsample[1]):
+        for i, value in enumerate(values):
+            getattr(norm, name).data[i] = value
+        norm.eps = norm.eps if eps is None else eps
+
 
 RELU = "ReLU of NaN, infinities and zeros"
 
@@ -78,20 +83,10 @@ RELU_ROWS = [
     row(RELU, "stem", "a shift of any value", filled("bn_bias", *SPECIAL)),
     row(RELU, "add_relu", "NaN, Inf, 0, -0.0, ... as they are", _special_sums),
     row(RELU, "add_relu", "Inf - Inf is NaN", put(x={(0, 0): INF, (0, 1): NAN}, other={(0, 0): -INF, (1, 1): -INF})),
-    model_row(RELU, promise="a batch norm's shift of -Inf, and one of Inf", edit=lambda a: _bn(a, "bias", -INF)),
+    model_row(RELU, promise="a batch norm's shift of -Inf", edit=lambda a: statistic(a, "bias", -INF)),
     model_row(RELU, promise="a pixel of NaN makes its own image NaN, no other", edit=put(x={(1, 1, 7, 7): NAN})),
 ]  # fmt: skip
 
-
-def _bn(args: Args, name: str, *values: float, eps: float | None = None) -> None:
-    """Of the model's first and of its shortcut's batch norm."""
-    for norm in (args["model"].bn1, args["model"].layer2[0].downsample[1]):
-        for i, value in enumerate(values):
-            getattr(norm, name).data[i] = value
-        norm.eps = norm.eps if eps is None else eps
-
-
-# --- pools -----------------------------------------------------------------------------------------------------------
 
 NAN_WINDOW = "NaN in the window of a max pool"
 PADDED_POOL = "a max pool pads with -Inf"
@@ -146,8 +141,6 @@ POOL_ROWS = [
     ), tolerance=5e-3),
 ]  # fmt: skip
 
-# --- products --------------------------------------------------------------------------------------------------------
-
 INF_ZERO = "infinity times a zero weight"
 PADDED_NAN = "NaN weight under a padded tap"
 PADDED_INF = "infinite weight under a padded tap"
@@ -198,10 +191,10 @@ def _overflow(prefix: str) -> Callable[[Args], None]:
 
 
 def _back_and_forth(args: Args) -> None:
-    """2 ** 18, then 0, then 4 * bias."""
+    """Past 2 ** 23 in the first half of the channels, and back in the second: whole tiles of either."""
     args["x"][:] = 256.0
-    args["weight"].zero_()
-    args["weight"][:, :4], args["weight"][:, 4:] = 256.0, -256.0
+    args["weight"].chunk(2, 1)[0].fill_(256.0)
+    args["weight"].chunk(2, 1)[1].fill_(-256.0)
 
 
 def _padded(value: float, case: str) -> list[Row]:
@@ -236,7 +229,8 @@ PRODUCT_ROWS = [
           kernels_alone=True) for s in FILTERED),
     Row(OVERFLOW, "shortcut", "the shortcut's batch norm brings its sum back", _overflow("short_"),
         expected=in_fp64["shortcut"], because=_ROUNDED_ONCE, kernels_alone=True),
-    *(Row(OVERFLOW, s, "later products bring a sum back", _back_and_forth) for s in ("linear", "avg_pool_linear")),
+    *(Row(OVERFLOW, s, "later products bring a sum back", _back_and_forth, sizes={"c": 512})
+      for s in ("linear", "avg_pool_linear")),
     Row(OVERFLOW, "global_avg_pool", "negative pixels bring a sum back",
         lambda a: (a["x"].fill_(60000.0), a["x"][:, :, 2:].fill_(-60000.0))),
     Row(OVERFLOW, "add_relu", "a sum of two does not come back: Inf", lambda a: (
@@ -246,96 +240,10 @@ PRODUCT_ROWS = [
         tolerance=5e-3),
 ]  # fmt: skip
 
-# --- batch norm ------------------------------------------------------------------------------------------------------
+ROWS = [*RELU_ROWS, *POOL_ROWS, *PRODUCT_ROWS]
+CASES = (RELU, NAN_WINDOW, PADDED_POOL, INF_AVERAGE, LARGEST_AVERAGE, INF_ZERO, PADDED_NAN, PADDED_INF, OVERFLOW)
 
-VARIANCE_0, EPS_0, VARIANCE_NEGATIVE = "variance 0", "variance 0, eps 0", "variance -1"
-VARIANCE_INF, WEIGHT_0, NOT_AFFINE = "variance Inf", "batch norm weight 0", "affine=False"
-DENORMAL, NO_STATISTICS = "a denormal variance", "track_running_stats=False"
-WIDE_NORM = "fp32 batch norm beside fp16 and bf16"
-NORM_CASES = (VARIANCE_0, EPS_0, DENORMAL, VARIANCE_NEGATIVE, VARIANCE_INF, WEIGHT_0, NOT_AFFINE, NO_STATISTICS,
-              WIDE_NORM)  # fmt: skip
-
-_STATISTICS = ("running_mean", "running_var", "bn_weight", "bn_bias")
-
-
-def _norm(name: str, *values: float, eps: float = 0.0, both: bool = True) -> Callable[[Args], None]:
-    """A statistic with these values first, of the convolution and of its shortcut."""
-
-    def edit(args: Args) -> None:
-        for prefix in ("", "short_"):
-            if prefix + name in args:
-                args[f"{prefix}eps"] = eps
-                args[prefix + name][: len(values)] = torch.tensor(values)
-
-    return edit
-
-
-def _eps_scales(args: Args) -> None:
-    for name in ("running_var", "short_running_var"):
-        if name in args:
-            args[name] -= 0.25  # which eps brings back
-    _norm("running_var", 0.0, 0.0, eps=0.25)(args)
-
-
-def _without_affine(args: Args) -> None:
-    args.update({name: None for name in args if name.endswith(("bn_weight", "bn_bias"))})
-
-
-def _wide_norm(args: Args) -> None:
-    args.update({name: args[name].float() for name in args if name.endswith(_STATISTICS)})
-    args["running_mean"] += 2.0**-12  # not a number of fp16 or bf16
-
-
-def _replaced(args: Args, **changes: Any) -> None:
-    args["model"].layer1[0].bn1 = nn.BatchNorm2d(8, **changes).eval().to(args["x"].device, args["x"].dtype)
-
-
-def _norm_rows() -> list[Row]:
-    rows = []
-    for s in FILTERED:
-        rows += [
-            row(VARIANCE_0, s, "eps alone scales", _eps_scales),
-            row(EPS_0, s, "Inf, -Inf and NaN", _norm("running_var", 0.0, 0.0, 0.0)),
-            row(VARIANCE_NEGATIVE, s, "NaN", _norm("running_var", -1.0, -INF, NAN)),
-            row(VARIANCE_INF, s, "the shift alone", _norm("running_var", INF, INF)),
-            row(WEIGHT_0, s, "the shift alone, or NaN of an infinite mean", lambda a: (
-                _norm("bn_weight", 0.0, 0.0, -0.0)(a), put(running_mean={(1,): INF, (2,): NAN})(a))),
-            row(NOT_AFFINE, s, "scale and shift are the statistics'", _without_affine),
-            Row(NO_STATISTICS, s, "statistics are not optional", lambda a: a.update(running_mean=None),
-                raises=(TypeError, "running_mean is None")),
-            Row(DENORMAL, s, "1e-40 is not 0", _norm("running_var", 1e-40, 1e-39), dtypes=(FP32,), tolerance=1e-6),
-            Row(WIDE_NORM, s, "the result keeps x's dtype", _wide_norm, dtypes=(FP16, BF16), tolerance=8e-3),
-        ]  # fmt: skip
-    return rows
-
-
-def _model_norms(args: Args) -> None:
-    for m in args["model"].modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.float()
-
-
-NORM_ROWS = [
-    *_norm_rows(),
-    model_row(VARIANCE_0, promise="eps alone scales", edit=lambda a: _bn(a, "running_var", 0.0, 0.0, eps=0.25)),
-    model_row(EPS_0, promise="as torchvision", edit=lambda a: _bn(a, "running_var", 0.0, eps=0.0)),
-    model_row(DENORMAL, promise="1e-40 is not 0", edit=lambda a: _bn(a, "running_var", 1e-40, eps=0.0), dtypes=(FP32,),
-              tolerance=1e-5),
-    model_row(VARIANCE_NEGATIVE, promise="NaN", edit=lambda a: _bn(a, "running_var", -1.0)),
-    model_row(VARIANCE_INF, promise="the shift alone", edit=lambda a: _bn(a, "running_var", INF, INF)),
-    model_row(WEIGHT_0, promise="the shift alone", edit=lambda a: _bn(a, "weight", 0.0, -0.0)),
-    model_row(NOT_AFFINE, promise="scale and shift are the statistics'", edit=lambda a: _replaced(a, affine=False)),
-    model_row(NO_STATISTICS, promise="the batch's statistics, in eval mode, too", sizes={"h": 12, "w": 12},
-              edit=lambda a: _replaced(a, track_running_stats=False), dtypes=(FP32,), tolerance=1e-4,
-              refused="batch norm without running statistics"),
-    Row(WIDE_NORM, "model", "as torchvision", _model_norms, dtypes=(FP16, BF16), tolerance=4e-2),
-]  # fmt: skip
-
-ROWS = [*RELU_ROWS, *POOL_ROWS, *PRODUCT_ROWS, *NORM_ROWS]
-CASES = (RELU, NAN_WINDOW, PADDED_POOL, INF_AVERAGE, LARGEST_AVERAGE, INF_ZERO, PADDED_NAN, PADDED_INF, OVERFLOW,
-         *NORM_CASES)  # fmt: skip
-
-_NO_NORM = ("add_relu", "max_pool2d", "global_avg_pool", "linear", "avg_pool_linear")
+_NO_FILTER = ("add_relu", "max_pool2d", "global_avg_pool", "linear", "avg_pool_linear")
 ABSENT: dict[str, dict[str, tuple[str, ...]]] = {
     RELU: {"no ReLU": ("max_pool2d", "global_avg_pool", "linear", "avg_pool_linear")},
     NAN_WINDOW: {"no max pool": (*CONVS, "add_relu", "global_avg_pool", "linear", "avg_pool_linear")},
@@ -346,8 +254,7 @@ ABSENT: dict[str, dict[str, tuple[str, ...]]] = {
     INF_AVERAGE: {"no average": (*FILTERED, "add_relu", "max_pool2d", "linear")},
     LARGEST_AVERAGE: {"no average": (*FILTERED, "add_relu", "max_pool2d", "linear")},
     INF_ZERO: {"no weights": ("add_relu", "max_pool2d", "global_avg_pool")},
-    PADDED_NAN: {"no filter": _NO_NORM},
-    PADDED_INF: {"no filter": _NO_NORM},
+    PADDED_NAN: {"no filter": _NO_FILTER},
+    PADDED_INF: {"no filter": _NO_FILTER},
     OVERFLOW: {"no sum": ("max_pool2d",)},
-    **{case: {"no batch norm": _NO_NORM} for case in NORM_CASES},
 }
