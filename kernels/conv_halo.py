@@ -43,9 +43,10 @@ def _batch_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k):
     scale = gl.div_rn(1.0, gl.sqrt_rn(gl.load(var_ptr + offs_k).to(gl.float32) + eps))
     if gamma_ptr is not None:
         scale *= gl.load(gamma_ptr + offs_k).to(gl.float32)
-    shift = -gl.load(mean_ptr + offs_k).to(gl.float32) * scale
+    mean = gl.load(mean_ptr + offs_k).to(gl.float32)
+    shift = 0.0 - mean * scale
     if beta_ptr is not None:
-        shift += gl.load(beta_ptr + offs_k).to(gl.float32)
+        shift = gl.load(beta_ptr + offs_k).to(gl.float32) - mean * scale
     return scale, shift
 
 

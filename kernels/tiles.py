@@ -62,9 +62,10 @@ def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k,
     scale = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     if weight_ptr is not None:
         scale *= tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    shift = -mean * scale
+    # In PyTorch's order: -mean * scale + bias has other signs of zero.
+    shift = 0.0 - mean * scale
     if bias_ptr is not None:
-        shift += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        shift = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32) - mean * scale
     place = tl.arange(0, BLOCK_K)
     return tl.gather(scale, place, 0), tl.gather(shift, place, 0)
 

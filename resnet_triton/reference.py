@@ -45,7 +45,7 @@ def conv_bn_relu(
     if plain and y.numel() >= _LARGE:
         scale = (running_var + eps).rsqrt()
         scale = scale if bn_weight is None else scale * bn_weight
-        shift = -running_mean * scale if bn_bias is None else bn_bias - running_mean * scale
+        shift = (0.0 if bn_bias is None else bn_bias) - running_mean * scale
         torch.addcmul(shift[:, None, None], y, scale[:, None, None], out=y)
     else:
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)

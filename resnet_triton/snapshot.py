@@ -38,7 +38,6 @@ def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     scale = (norm.running_var.to(dtype) + norm.eps).sqrt().reciprocal()
     if norm.weight is not None:
         scale = scale * norm.weight
-    shift = -norm.running_mean.double() * scale.double()
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
+    bias = 0.0 if norm.bias is None else norm.bias.double()
+    shift = bias - norm.running_mean.double() * scale.double()
     return scale.to(dtype), shift.to(dtype)

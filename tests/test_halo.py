@@ -141,7 +141,7 @@ def test_a_stand_in_normalises_in_fp32():
 def test_a_stand_in_keeps_the_sign_of_zero():
     call = conv_call(generator(torch.device("cpu"), 0), ConvShape(2, 64, 3, 3, 128, 3, 3, padding=(1, 1)))
     minus = torch.full_like(call.mean, -0.0)
-    call = call._replace(x=call.x * 0, mean=minus, var=minus + 1, gamma=minus - 1, beta=None)
+    call = call._replace(x=call.x * 0, mean=minus, var=minus + 1, gamma=minus - 1, beta=minus)
     out = ops.OPERATORS["conv_bn_relu"].output(*call)
     gluon.run(planned(call, out, 3))
     assert out.eq(0).all()

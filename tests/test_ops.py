@@ -1,10 +1,9 @@
-"""The operators inside PyTorch: opcheck, gradients, autocast, compile, export, functorch, copies and threads."""
+"""The operators inside PyTorch beyond `contract/`: opcheck, derivatives, compile, export, functorch and threads."""
 
 from __future__ import annotations
 
 import copy
 import io
-import pickle
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from resnet_triton import BasicBlock, dispatch, resnet18
@@ -192,19 +191,6 @@ def test_shortcut_statistics_are_checked(device, name):
 # --- derivatives -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", CALLS)
-def test_gradients_are_those_of_torch(device, operator):
-    tensors = arguments(operator, device)
-    gradients = []
-    for function in (ours, theirs):
-        leaves = with_gradients(operator, tensors)
-        y = function(operator, leaves)
-        (y * torch.linspace(-1, 1, y.numel(), device=device).view(y.shape)).sum().backward()
-        gradients.append([t.grad for t in leaves])
-    assert any(g is not None for g in gradients[0])
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
-
-
 @JIT_SCRIPT
 @pytest.mark.parametrize("operator", CALLS)
 def test_gradcheck(device, operator):
@@ -240,55 +226,6 @@ def test_torch_func_grad(device, operator):
     actual = torch.func.grad(lambda x: ours(operator, [x, *rest]).square().sum())(x)
     expected = torch.func.grad(lambda x: theirs(operator, [x, *rest]).square().sum())(x)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("operator", CALLS)
-def test_kernels_refuse_to_drop_a_gradient(device, operator):
-    tensors = arguments(operator, device)
-    leaves = with_gradients(operator, tensors)
-    with pytest.raises(NotImplementedError, match="gradient"):
-        ours(operator, leaves, "triton")
-    with torch.no_grad():
-        actual = ours(operator, leaves, "triton")
-    assert not actual.requires_grad
-    torch.testing.assert_close(actual, theirs(operator, tensors), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("operator", CALLS)
-def test_inference_mode(device, operator, kernels):
-    with torch.inference_mode():
-        tensors = arguments(operator, device)
-        actual = ours(operator, tensors, kernels)
-        assert actual.is_inference()
-        torch.testing.assert_close(actual, theirs(operator, tensors), rtol=1e-4, atol=1e-4)
-
-
-# --- autocast --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
-@pytest.mark.parametrize("operator", CALLS)
-def test_autocast(device, operator, grad, dtype):
-    tensors = arguments(operator, device)
-    if operator == "conv_bn_relu":
-        tensors[6] = tensors[6].to(dtype)  # a residual is another convolution's result, so of autocast's dtype
-    tensors = with_gradients(operator, tensors) if grad else tensors
-    with torch.autocast(torch.device(device).type, dtype):
-        actual, expected = ours(operator, tensors), theirs(operator, tensors)
-    assert actual.dtype == expected.dtype
-    assert actual.requires_grad == grad
-    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("operator", ["conv_bn_relu", "stem", "stem of bytes", "linear", "avg_pool_linear"])
-def test_kernels_refuse_autocast(device, operator):
-    with (
-        torch.autocast(torch.device(device).type, torch.bfloat16),
-        pytest.raises(NotImplementedError, match="autocast"),
-    ):
-        ours(operator, arguments(operator, device), "triton")
 
 
 # --- torch.compile, export, functorch --------------------------------------------------------------------------------
@@ -394,26 +331,7 @@ def test_vmap(device, operator, kernels):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-# --- copies, threads -------------------------------------------------------------------------------------------------
-
-
-class Holder(nn.Module):
-    """A module with a parameter and one operator call, at module scope so that it can be pickled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
-        self.function = F.conv_bn_relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.weight, x.new_zeros(6), x.new_ones(6))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_of_what_holds_an_operator(device, copied):
-    holder = Holder().to(device)
-    x = torch.randn(1, 4, 5, 5, device=device)
-    assert torch.equal(copied(holder)(x), holder(x))
+# --- threads ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

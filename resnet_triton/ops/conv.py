@@ -82,6 +82,9 @@ def conv_result(*args: Any) -> Result:
     check_rank("x", x, 4, "(N, C, H, W)")
     check_rank("weight", weight, 4, "(K, C, R, S)")
     k, c, r, s = weight.shape
+    for name, t in (("running_mean", call.mean), ("running_var", call.var)):
+        if t is None:  # which a schema's Tensor may be in Python
+            raise TypeError(f"{name} is None, expected ({k},): inference normalises with running statistics")
     per_channel = {
         "running_mean": call.mean, "running_var": call.var, "bn_weight": call.gamma, "bn_bias": call.beta,
         "shortcut_mean": call.short_mean, "shortcut_var": call.short_var,
