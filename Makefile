@@ -20,7 +20,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DELETE_ON_ERROR:
 .SILENT:
 .PHONY: help env demo test slow fuzz headroom lint types mutate package codegen codegen-all codegen-oldest \
-	codegen-newer 	$(OTHER_TRITONS:%=codegen-%) bench bench-gpu clean
+	codegen-newer $(OTHER_TRITONS:%=codegen-%) bench bench-gpu clean
 
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -65,7 +65,7 @@ class Kind(NamedTuple):
 
 
 def _heavy(*shape: int, generator: torch.Generator) -> Tensor:
-    """Log-normal with a sign: one value in a thousand is 300 times the median."""
+    """Log-normal with a sign: two values in a thousand are 300 times the median."""
     sign = torch.randint(2, shape, generator=generator) * 2 - 1
     return sign * (2 * torch.randn(shape, generator=generator)).exp().clamp(max=500.0)
 
