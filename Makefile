@@ -19,8 +19,8 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test slow fuzz lint types mutate verify reliability package codegen codegen-all codegen-oldest codegen-newer \
-	$(OTHER_TRITONS:%=codegen-%) bench bench-gpu clean
+.PHONY: help env demo test slow fuzz headroom lint types mutate verify reliability package codegen codegen-all \
+	codegen-oldest codegen-newer $(OTHER_TRITONS:%=codegen-%) bench bench-gpu clean
 
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ slow: $(STAMP) ## run the tests that take long by themselves
 fuzz: $(STAMP) ## 20,000 random calls of the operators, bit for bit against fp64; FUZZ_CASES=N for another number
 	$(HERMETIC) OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
 		$(PY) -m pytest -n 2 tests/test_fuzz.py $(ARGS)
+
+headroom: $(STAMP) ## measure how much of the error bound each operator needs, into tests/headroom.json; ten minutes
+	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) tests/headroom.py $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(PY) -m ruff check .

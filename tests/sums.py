@@ -1,0 +1,117 @@
+"""How far a sum of products may be from fp64, element by element, and how much of that an answer needs.
+
+The bound grants one rounding of the output and a random walk of fp32 rounding errors over the sum:
+
+    |y - y64| <= half a unit in y's last place + lam * sqrt(length) * 2**-24 * magnitude
+
+`magnitude` is the same sum over absolute values. It has no room for sums kept in 16 bits, nor for TF32 where IEEE was
+asked for. TF32 cuts both factors of a product by less than 2**-10 each: it is granted `cuts * 2**-11 * magnitude` more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_triton.ops import ConvCall
+from resnet_triton.ops.stem import StemCall
+
+BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}  # of a significand
+LAM, CUTS = 1.0, 4.0
+"""The most that may be needed: of TF32, two factors cut by 2**-10 are four times 2**-11."""
+BATCH_NORM = 36
+"""What batch norm adds to the length: six roundings, which may all go one way, are as far as a walk of 36."""
+
+
+class Sums(NamedTuple):
+    """A call's answer in fp64, the same with every term made positive, and how many products each sum has.
+
+    `slack` is an error that is granted besides.
+    """
+
+    answer: Tensor
+    magnitude: Tensor
+    length: int
+    slack: Tensor | float = 0.0
+
+    def needed(self, y: Tensor, precision: str = "ieee") -> float:
+        """The least `lam` for which every element of `y` is within the bound, or, with "tf32", the least `cuts`."""
+        error = (y.double() - self.answer).abs() - half_unit(y, self.answer) - self.slack
+        unit = math.sqrt(self.length) * 2.0**-24 * self.magnitude
+        if precision == "tf32":
+            error, unit = error - LAM * unit, 2.0**-11 * self.magnitude
+        return torch.where(error <= 0, 0.0, error / unit).max().item()  # NaN, in an unwritten output, stays NaN
+
+
+def half_unit(y: Tensor, exact: Tensor) -> Tensor:
+    """The most that one rounding to y's dtype moves a value near both."""
+    _, exponent = torch.maximum(y.double().abs(), exact.abs()).frexp()
+    smallest = torch.finfo(y.dtype).smallest_normal * 2.0 ** -BITS[y.dtype]
+    return torch.ldexp(torch.ones_like(exact), exponent - BITS[y.dtype] - 1).clamp(min=smallest)
+
+
+def conv(*args: Any) -> Sums:
+    call = ConvCall(*args)
+    geometry = {"stride": call.stride, "padding": call.padding, "dilation": call.dilation, "groups": call.groups}
+    answer, magnitude, length = _normed(*call[:7], **geometry)
+    if call.residual is not None:
+        answer, magnitude = answer + call.residual.double(), magnitude + call.residual.double().abs()
+    if call.short_x is not None:
+        short = _normed(*call[12:19], stride=call.short_stride)
+        answer, magnitude, length = answer + short[0], magnitude + short[1], length + short[2]
+    return Sums(answer.relu() if call.relu else answer, magnitude, length)
+
+
+def _normed(
+    x: Tensor, w: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, **how: Any
+) -> tuple[Tensor, Tensor, int]:
+    """Convolution and batch norm, their magnitude, and the products in a sum."""
+    mean, scale = mean.double(), (var.double() + eps).rsqrt()
+    scale = scale if gamma is None else scale * gamma.double()
+    beta = torch.zeros_like(mean) if beta is None else beta.double()
+    scale, shift, most = (
+        t[:, None, None] for t in (scale, beta - mean * scale, beta.abs() + mean.abs() * scale.abs())
+    )  # fmt: skip
+    x, w = x.double(), w.double()
+    answer, magnitude = F.conv2d(x, w, **how), F.conv2d(x.abs(), w.abs(), **how)
+    return answer * scale + shift, magnitude * scale.abs() + most, w[0].numel() + BATCH_NORM
+
+
+def stem(*args: Any) -> Sums:
+    """Of images of floats. The maximum of a window is no further off than the worst element of it."""
+    call = StemCall(*args)
+    answer, magnitude, length, _ = conv(*call.convolution(call.x))
+    return Sums(F.max_pool2d(answer, 3, 2, 1), F.max_pool2d(magnitude, 3, 2, 1), length)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, *_: Any) -> Sums:
+    b = None if bias is None else bias.double()
+    magnitude = F.linear(x.double().abs(), w.double().abs(), None if b is None else b.abs())
+    return Sums(F.linear(x.double(), w.double(), b), magnitude, w.shape[1])
+
+
+def global_avg_pool(x: Tensor, *_: Any) -> Sums:
+    return Sums(*(t.mean((2, 3), keepdim=True) for t in (x.double(), x.double().abs())), x.shape[2] * x.shape[3])
+
+
+def avg_pool_linear(x: Tensor, w: Tensor, bias: Tensor | None, *_: Any) -> Sums:
+    """Of means rounded to x's dtype. In two of an image, fp32 may miss the side of a tie."""
+    mean = x.double().mean((2, 3)).to(x.dtype)
+    largest = (mean.double().abs()[:, None] * w.double().abs()).amax(2)
+    return linear(mean, w, bias)._replace(slack=2 * 2.0 ** (1 - BITS[x.dtype]) * largest)
+
+
+def add_relu(x: Tensor, other: Tensor, *_: Any) -> Sums:
+    return Sums((x.double() + other.double()).relu(), x.double().abs() + other.double().abs(), 2)
+
+
+OF: dict[str, Callable[..., Sums]] = {
+    "conv_bn_relu": conv, "stem": stem, "linear": linear, "global_avg_pool": global_avg_pool,
+    "avg_pool_linear": avg_pool_linear, "add_relu": add_relu,
+}  # fmt: skip
+"""By operator."""
