@@ -74,7 +74,8 @@ def optimize(
 def revert(model: nn.Module) -> nn.Module:
     """Undo `optimize` in place: torchvision's classes, weights in the memory format they came in. Returns `model`.
 
-    Raises ValueError for a model that `optimize` did not convert.
+    The classes of its modules change, so no call may be under way in another thread. Raises ValueError for a model
+    that `optimize` did not convert.
     """
     converted = [m for m in model.modules() if "_torchvision_class" in vars(m)]
     if not converted:

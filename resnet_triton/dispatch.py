@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,16 @@ calls: Counter[tuple[str, str]] = Counter()
 _lock = threading.Lock()
 tracer: ContextVar[Callable[[str], None] | None] = ContextVar("tracer", default=None)
 """Set while a model is traced: it is told the reason of each call that PyTorch takes over, and nothing is counted."""
+
+
+def _after_fork() -> None:
+    """Another thread may have held the lock when this process was forked: nobody would release it here."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Choice(NamedTuple):
