@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, files
 from .terminal import bar, printable
 
 EXTRAS = {
@@ -26,8 +29,18 @@ EXTRAS = {
 """Optional packages by import name, and the extra of ours that installs them."""
 
 
+_REMEDIES = {
+    errno.ENOSPC: "; free some space, or choose another place",
+    errno.EDQUOT: "; free some space, or choose another place",
+    errno.EACCES: "; choose another place, or change its permissions",
+    errno.EROFS: "; choose another place",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 (a check failed), 2 (wrong input), 130 (Ctrl-C) or 141 (stdout was closed).
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, with 143 and 129: what was measured is kept, no process stays behind.
 
     Errors nobody foresaw keep their traceback; `--debug` or RESNET_TRITON_DEBUG=1 shows it for the others too.
     """
@@ -35,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a label or file name must not break the output
     try:
-        code = _run(argv, args)
-        sys.stdout.flush()
+        with _ended_like_ctrl_c():
+            code = _run(argv, args)
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as in `resnet-triton ... | head`
         _discard_stdout()
         return 141
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except Exception as error:
         message = _explain(error)
         if message is None or args.debug:
@@ -50,6 +64,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(message)
         return 2
     return code
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, where nobody handles or ignores them, unwind the stack; the first one counts."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    before = [
+        n for n in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if n and signal.getsignal(n) == signal.SIG_DFL
+    ]
+    if threading.current_thread() is not threading.main_thread():
+        before = []
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
@@ -97,6 +134,8 @@ def _codegen(args: argparse.Namespace) -> int:
     from .codegen import budget, report
 
     allowed = budget.load(args.budget) if args.budget else None
+    if args.out:
+        files.prepare(args.out)
     result = report.compile_all(args.arch, args.batch, args.dtype, args.jobs, bar)
     if args.out:
         report.write(result, args.out)
@@ -133,11 +172,15 @@ def _bench(args: argparse.Namespace) -> int:
         dtypes=args.dtypes, baselines=args.baselines, budget=args.budget, out=args.out, image=args.image,
     )  # fmt: skip
 
+    unwritten: list[OSError] = []
+
     def work() -> Any:
         with clock("benchmarking", plan.budget) as say:
-            return command.run(plan, say)
+            return command.run(plan, say, unwritten.append)
 
     found = _emit(args, work, report.show, results.as_text)
+    if unwritten:  # what was measured has just been shown
+        raise unwritten[0]
     print(f"Written: {args.out}/results.html and, as data, .json, .csv and .md", file=sys.stderr)
     return _fail(compare.title(row) + ": " + fault for row, fault in command.faults(found))
 
@@ -193,8 +236,10 @@ def _explain(error: Exception) -> str | None:
         return extra and f"{package} is not installed; install it with: pip install 'resnet-triton[{extra}]'{hint}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, for a GPU
         return "the GPU has too little free memory, expected room for one batch; use a smaller --batch or --device cpu"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: not enough memory" in str(error):
+        return "this machine has too little free memory, expected room for one batch; use a smaller --batch"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}"
+        return f"{error.filename or 'output'}: {error.strerror}{_REMEDIES.get(error.errno or 0, '')}"
     return str(error) if isinstance(error, ValueError | OSError | NotImplementedError) else None
 
 
@@ -267,7 +312,13 @@ def _parser() -> argparse.ArgumentParser:
         "predict", _predict, "classify image files",
         "resnet-triton predict cat.jpg dog.png --topk 3 --weights my-resnet18.pt",
     )  # fmt: skip
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="a JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF file")
+    p.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="a JPEG, PNG, WebP, BMP, GIF or TIFF file; of several frames the first; turned upright as EXIF "
+        "says, 16 bits scaled to 8, transparent made white",
+    )
     p.add_argument(
         "--weights", default="DEFAULT", metavar="FILE|NAME",
         help="a ResNet-18 checkpoint (.pt, .pth, .safetensors), or torchvision's IMAGENET1K_V1 or DEFAULT, which are "

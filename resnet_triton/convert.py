@@ -85,7 +85,8 @@ def _only_whole(cuda_graph: bool | str, freeze: bool, batch_invariant: bool) -> 
 def revert(model: nn.Module) -> nn.Module:
     """Undo `optimize` in place: torchvision's classes, weights in the memory format they came in. Returns `model`.
 
-    Raises ValueError for a model that `optimize` did not convert.
+    The classes of its modules change, so no call may be under way in another thread. Raises ValueError for a model
+    that `optimize` did not convert.
     """
     converted = [m for m in model.modules() if "_torchvision_class" in vars(m)]
     if not converted:

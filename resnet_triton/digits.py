@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import vision
+from . import files, vision
 from .predict import read_checkpoint
 from .terminal import Bar
 
@@ -80,7 +80,9 @@ def trained(recipe: Recipe, digits: Digits, bar: Bar) -> tuple[dict[str, Tensor]
     notes = [f"Trained {recipe.epochs} epochs in {time.perf_counter() - started:.0f} s."]
     try:
         checkpoint = {"state_dict": state, "categories": CATEGORIES, "image_size": IMAGE_SIZE}
-        _write(path, lambda stream: torch.save(checkpoint, stream))
+        buffer = io.BytesIO()  # on a full disk torch.save raises something else than OSError
+        torch.save(checkpoint, buffer)
+        _keep(path, buffer.getvalue())
     except OSError as error:
         return state, None, [*notes, f"The weights could not be kept: {path.parent}: {error.strerror}."]
     return state, path, notes
@@ -137,19 +139,13 @@ def sample(digits: Digits, folder: Path) -> Path:
 
     path = folder / f"digit-{digits.labels[0]}.png"
     if not path.exists():
+        buffer = io.BytesIO()
+        Image.fromarray(digits.scan.numpy()).save(buffer, "PNG")
         with contextlib.suppress(OSError):
-            _write(path, lambda stream: Image.fromarray(digits.scan.numpy()).save(stream, "PNG"))
+            _keep(path, buffer.getvalue())
     return path
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write all of a file or nothing, whatever happens and whoever else is writing it."""
+def _keep(path: Path, content: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.replace(path, content)

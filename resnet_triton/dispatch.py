@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,16 @@ class Modes(NamedTuple):
 
     batch_invariant: bool = False
     kernels: str = "auto"
+
+
+def _after_fork() -> None:
+    """Another thread may have held the lock when this process was forked: nobody would release it here."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Choice(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, config, dispatch, interpreter, models, reference, vision
+from . import __version__, config, dispatch, files, interpreter, models, reference, vision
 from . import functional as F
 from .config import ConvConfig
 from .convert import report
@@ -255,21 +255,35 @@ def _gpus() -> tuple[list[Json], str]:
 
 
 def _cache() -> Json:
-    """Triton's cache folder, and a warning if somebody else could put code there: what it holds is executed."""
+    """Triton's cache folder, and a warning if it cannot be written to, or if others could put code there.
+
+    What it holds is executed. What it cannot hold is an OSError of Triton's at the first call of a kernel.
+    """
     if not dispatch.HAS_TRITON:
         return {"path": None, "warning": None}
     from triton import knobs
 
-    folder = Path(knobs.cache.dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    status = existing.stat()
-    warning = None
-    if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
-        warning = f"{existing} belongs to another user (uid {status.st_uid}), who could put code there that Triton runs"
-    elif os.name == "posix" and status.st_mode & 0o022:
-        warning = f"{existing} can be written by other users, who could put code there that Triton runs"
-    hint = "; set TRITON_CACHE_DIR to a folder that only you can write to, or chmod go-w it"
+    folder = Path(knobs.cache.dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        warning = _exposed(existing, folder)
+        files.probe(existing, 1 << 20)  # about a kernel in all its stages
+    except OSError as error:
+        warning = f"{existing}: {error.strerror}, so no kernel can be compiled"
+    hint = "; set TRITON_CACHE_DIR to a folder with free space that you, and only you, can write to"
     return {"path": str(folder), "warning": warning and warning + hint}
+
+
+def _exposed(existing: Path, cache: Path) -> str | None:
+    """How somebody else could have put code into the cache, or could when it is made; None if nobody could."""
+    if os.name != "posix":
+        return None
+    threat = "who could put code there that Triton runs"
+    for path in (existing, *(existing.iterdir() if existing == cache else ())):
+        owner = path.stat(follow_symlinks=path == existing).st_uid
+        if owner not in (os.getuid(), 0):
+            return f"{path} belongs to another user (uid {owner}), {threat}"
+    return f"{existing} can be written by other users, {threat}" if existing.stat().st_mode & 0o022 else None
 
 
 def _detail(call: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,15 @@ def active() -> bool:
 
 
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock  # whoever held it when this process was forked is not in it
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager

@@ -112,7 +112,12 @@ def find_device(name: str) -> torch.device:
 
 
 def load_image(path: str | os.PathLike[str]) -> Any:
-    """An upright RGB Pillow image. ValueError, naming the file, if there is none to be had."""
+    """An RGB Pillow image: the first, of several, turned upright as its EXIF data say.
+
+    16 bits are scaled to 8, where Pillow's own conversion would clip nearly all of them to white; transparent is white;
+    numbers of 32 bits and floating-point ones are refused, because nobody knows their range. ValueError, naming the
+    file, if there is no image to be had.
+    """
     from PIL import Image, UnidentifiedImageError
 
     wanted = f"expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
@@ -138,7 +143,8 @@ def load_image(path: str | os.PathLike[str]) -> Any:
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise ValueError(f"{path}: over {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
         except Exception as error:  # decoders raise anything from SyntaxError to struct.error over damaged files
-            raise ValueError(f"{path}: the image cannot be decoded ({error}); {wanted}") from None
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path}: the image cannot be decoded ({reason}); {wanted}") from None
     if max(upright.size) > MAX_ASPECT * min(upright.size):
         width, height = upright.size
         raise ValueError(f"{path}: {width}x{height} pixels, expected sides within {MAX_ASPECT}:1; crop it first")
@@ -200,7 +206,17 @@ def _download(chosen: Any) -> nn.Module:
     try:
         return models.resnet18(weights=chosen, progress=sys.stderr.isatty())
     except Exception as error:  # the network, a proxy, the disk, a wrong hash
-        raise ValueError(f"cannot download {chosen} ({error}); use --weights FILE, a checkpoint you have") from None
+        kept = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(chosen.url))
+        if kept.exists():  # torch checks what it downloads, not what it finds
+            raise ValueError(f"{kept}: {chosen} cannot be read ({_brief(error)}); delete the file") from None
+        raise ValueError(
+            f"cannot download {chosen} ({_brief(error)}); try again, or use --weights FILE, a checkpoint you have"
+        ) from None
+
+
+def _brief(error: Exception) -> str:
+    """The first sentence: torch explains some of its errors on pages."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _find_weights(name: str) -> Any:
@@ -250,8 +266,9 @@ def _read(file: Path) -> dict[Any, Any]:
             else:
                 data = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of unknown origin can fail in any way, with pages of explanation
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise ValueError(f"{file}: cannot be read safely as a checkpoint ({reason}); save a plain state_dict") from None
+        raise ValueError(
+            f"{file}: cannot be read safely as a checkpoint ({_brief(error)}); save a plain state_dict"
+        ) from None
     if not isinstance(data, dict):
         raise ValueError(f"{file}: holds a {type(data).__name__}, expected a state_dict")
     return data

@@ -10,6 +10,7 @@ before. Capturing waits once; meanwhile CUDA forbids other threads to call `torc
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 import weakref
@@ -83,7 +84,8 @@ def forget(model: Any) -> None:
 
 def forget_if_moved(model: ResNet) -> None:
     """After `.to()`, `.half()` and the like: let go of the memory that the model has left, if it has."""
-    if model._runner is not None and not model._runner.holds():
+    known = model._runner  # another thread may forget it meanwhile
+    if known is not None and not known.holds():
         forget(model)
 
 
@@ -94,7 +96,8 @@ def describe(model: ResNet) -> str:
 
 def _of(model: ResNet) -> Runner:
     runner = model._runner
-    if runner is None or runner.owner() is not model:  # DataParallel's replicas start with all attributes of the model
+    # DataParallel's replicas start with all attributes of the model, a forked process with locks that others hold.
+    if runner is None or runner.owner() is not model or runner.process != os.getpid():
         runner = model._runner = Runner(model)
     return runner
 
@@ -116,7 +119,7 @@ class Runner:
     """The graphs of one model, by input shape, or its snapshot, or both."""
 
     def __init__(self, model: ResNet) -> None:
-        self.owner = weakref.ref(model)
+        self.owner, self.process = weakref.ref(model), os.getpid()
         self.eager: Counter[str] = Counter()
         self._lock = threading.Lock()  # held from a replay's copy to its clone: the buffers between are shared
         self._graphs: OrderedDict[Key, cuda.Captured] = OrderedDict()

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 Bar = Callable[[str, int | None], AbstractContextManager[Callable[[], None]]]
 """How long work shows itself: `with bar("training", steps) as step:`, and `step()` after each (total None: unknown)."""
@@ -60,7 +60,12 @@ def clock(description: str, seconds: float) -> Iterator[Callable[[str], None]]:
     """
     start = time.monotonic()
     if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
-        yield lambda text: print(f"{time.monotonic() - start:5.0f} s  {printable(text)}", file=sys.stderr, flush=True)
+
+        def line(text: str) -> None:
+            with suppress(OSError):  # a terminal that is gone must not cost the work
+                print(f"{time.monotonic() - start:5.0f} s  {printable(text)}", file=sys.stderr, flush=True)
+
+        yield line
         return
     from rich import progress
     from rich.console import Console

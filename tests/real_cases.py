@@ -211,7 +211,7 @@ def _conv(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
         var[::2], gamma[::2], eps = var[::2] * 2.0**-130, gamma[::2] * 2.0**-65, 0.0
     args = (
         x, wide("weight", k, shape.c, shape.r, shape.s), mean, var, gamma, beta, eps, list(shape.stride),
-        list(shape.padding), [1, 1], 1, wide("residual", n, k, p, q) if shape.residual else None, *short, False,
+        list(shape.padding), [1, 1], 1, wide("residual", n, k, p, q) if shape.residual else None, *short, False, False,
         "triton",
     )  # fmt: skip
     return Case(row, args, chosen)
@@ -223,26 +223,26 @@ def _stem(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     x, weight = take("x", 1, 3, 24, 40).to(row.dtype), channels_last(take("weight", 64, 3, 7, 7).to(row.dtype))
     norm = [take(name, 64) for name in ("mean", "var", "gamma", "beta")]
     chosen = config.stem_heuristic(rng.choice([1, 8, 32, 128]), 64, 56, 56, gpu)
-    return Case(row, (x, weight, *norm, 1e-5, None, None, "triton"), chosen)
+    return Case(row, (x, weight, *norm, 1e-5, None, None, False, "triton"), chosen)
 
 
 def _linear(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     """The last layer of a ResNet-18 or a ResNet-50, or one that fills no tile."""
     take, c = _take(data, rng, "avg_pool_linear", 0, ("x", "weight", "beta")), rng.choice([512, 2048, 65])
     x = take("x", rng.choice([2, 20]), c, 1, 1).flatten(1)
-    return Case(row, (*(t.to(row.dtype) for t in (x, take("weight", 100, c), take("beta", 100))), "triton"))
+    return Case(row, (*(t.to(row.dtype) for t in (x, take("weight", 100, c), take("beta", 100))), False, "triton"))
 
 
 def _avg_pool_linear(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     take = _take(data, rng, "avg_pool_linear", 0, ("x", "weight", "beta"))
     tensors = take("x", rng.choice([2, 20]), 512, 7, 7), take("weight", 20, 512), take("beta", 20)
-    return Case(row, (*(t.to(row.dtype) for t in tensors), "triton"))
+    return Case(row, (*(t.to(row.dtype) for t in tensors), False, "triton"))
 
 
 def _global_avg_pool(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     """Images of the last layer's size, of the first's, or small ones."""
     take, size = _take(data, rng, "conv_bn_relu", 1, ConvCall._fields), rng.choice([(7, 7), (56, 56), (3, 5)])
-    return Case(row, (take("x", 2, 64, *size).to(row.dtype), "triton"))
+    return Case(row, (take("x", 2, 64, *size).to(row.dtype), False, "triton"))
 
 
 def _add_relu(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:

@@ -125,13 +125,3 @@ def test_a_cache_that_cannot_be_written(cache: Path) -> None:
     assert path is None
     assert "could not be kept" in notes[-1]
     assert "fc.weight" in state
-
-
-def test_an_interrupted_write_leaves_nothing(cache: Path) -> None:
-    def interrupted(stream: Any) -> None:
-        stream.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        digits._write(cache / "file", interrupted)
-    assert list(cache.iterdir()) == []

@@ -89,7 +89,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int
 
     def exact() -> sums.Sums:
         geometry = [F.pair(how.get(name, usual)) for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1))]
-        return sums.conv(*args, *geometry, groups, *[None] * 7, 0.0, [1, 1], False, "triton")
+        return sums.conv(*args, *geometry, groups, *[None] * 7, 0.0, [1, 1], False, False, "triton")
 
     theirs = partial(TF.conv2d, x, weight, bias, groups=groups, **how)
     return Call(partial(F.conv_bn_relu, *args, groups=groups, relu=False, **how), theirs, exact, bias is not None)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .. import files
 from ..models import resnet18
 from . import cases, ceilings, kernels, predictions, report
 from .alternatives import Alternative, alternatives, select
@@ -72,11 +73,15 @@ def plan(
     )
 
 
-def run(plan: Plan, say: Say) -> Results:
-    """Do what the plan says until its budget is spent; an interrupted run leaves what it has."""
+def run(plan: Plan, say: Say, unwritten: Callable[[OSError], object]) -> Results:
+    """Do what the plan says until its budget is spent; an interrupted run leaves what it has.
+
+    A folder that cannot be written to is an OSError at the start; at the end `unwritten` is told, and the caller still
+    gets the results.
+    """
     results = Results()
     end = time.monotonic() + plan.budget
-    plan.out.mkdir(parents=True, exist_ok=True)
+    files.prepare(plan.out)
     try:
         say("memory bandwidth and matrix products")
         results.ceilings.extend(ceilings.measure(plan.device, plan.dtypes))
@@ -93,7 +98,11 @@ def run(plan: Plan, say: Say) -> Results:
             results.predictions.extend(predictions.predictions(model, plan.batches, PREDICTED, jobs=jobs))
     finally:
         say("writing")
-        report.write(results, plan.out)
+        try:
+            report.write(results, plan.out)
+        except OSError as error:
+            say(f"cannot write {error.filename}: {error.strerror}")
+            unwritten(error)
     return results
 
 
@@ -113,7 +122,7 @@ def _models(plan: Plan, results: Results, end: float, say: Say) -> None:
                     say(f"batch {batch}: left out, {error}")
                     continue
                 results.rows.extend(rows)
-                save(results, plan.out / FILE)
+                _keep(results, plan.out, say)
             found = race.warm_start(plan.batches[0], deadline)
         results.rows[:] = with_warm_starts(results.rows, dtype, plan.batches[0], found)
 
@@ -130,9 +139,17 @@ def _kernels(plan: Plan, results: Results, end: float, say: Say) -> None:
         results.rows.extend(rows)
         say(f"{rows[0].model} {rows[0].layer}, batch {rows[0].batch}")
         left -= 1
+        _keep(results, plan.out, say)
     if left:
         say(f"no time left for {left} of {len(todo)} layers; --budget gives more")
-    save(results, plan.out / FILE)
+
+
+def _keep(results: Results, folder: Path, say: Say) -> None:
+    """Write what there is, for the case that this process is killed."""
+    try:
+        save(results, folder / FILE)
+    except OSError as error:  # there may be room again when all is done
+        say(f"cannot write {error.filename} yet: {error.strerror}")
 
 
 def faults(results: Results) -> list[tuple[Row, str]]:

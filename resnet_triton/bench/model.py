@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from ..processes import undisturbed
 from .alternatives import Alternative
 from .results import Row
 from .worker import Spec, serve
@@ -46,7 +46,7 @@ class Process:
         self.line, far = context.Pipe()
         caches = {name: str(folder / name.lower()) for name in CACHES}
         self.process = context.Process(target=serve, args=(far, spec, alternative, str(self.log)), daemon=False)
-        with mock.patch.dict(os.environ, caches):  # a child finds it before it imports anything
+        with undisturbed(), mock.patch.dict(os.environ, caches):  # a child finds it before it imports anything
             self.process.start()
         far.close()
 
@@ -117,7 +117,8 @@ class Race:
 
     def __init__(self, spec: Spec, chosen: Sequence[Alternative], say: Report = lambda text: None) -> None:
         self.spec, self.say = spec, say
-        self.folder = Path(tempfile.mkdtemp(prefix="resnet-triton-bench-"))
+        self._temporary = tempfile.TemporaryDirectory(prefix="resnet-triton-bench-", ignore_cleanup_errors=True)
+        self.folder = Path(self._temporary.name)
         self.reference = Process(spec, None, self.folder / "reference")
         self.contenders = [Contender(a, self.folder / str(i)) for i, a in enumerate(chosen)]
 
@@ -125,10 +126,11 @@ class Race:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in [self.reference, *(c.process for c in self.contenders)]:
-            if process is not None:
-                process.end()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with undisturbed():  # a second Ctrl-C would leave processes that this one waits for at its end
+            for process in [self.reference, *(c.process for c in self.contenders)]:
+                if process is not None:
+                    process.end()
+            self._temporary.cleanup()
 
     def measure(self, batch: int, seconds: float, deadline: float) -> list[Row]:
         """Rows of every alternative at a batch size, after at most about `seconds` of timing.
@@ -137,6 +139,8 @@ class Race:
         what is not ready when a third of the time is left is a failure. Lost or RuntimeError if fp64 itself fails.
         """
         file = str(self.folder / f"batch-{batch}.pt")
+        if self.reference.line.closed:  # it was lost at another batch size
+            self.reference = Process(self.spec, None, self.folder / "reference")
         for c in self.contenders:
             c.samples, c.facts, c.failure = {}, {}, None
             c.process = c.process or Process(self.spec, c.alternative, c.folder)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .. import timing
+from .. import files, timing
 
 FORMAT, VERSION = "resnet-triton-benchmark", 1
 FILE = "results.json"
@@ -133,13 +132,8 @@ def as_text(results: Results) -> str:
 
 
 def save(results: Results, path: Path) -> None:
-    """Replace the file in one step: an interrupted run leaves the old results or the new ones."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(as_text(results), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the file; an interrupted run leaves the old results or the new ones."""
+    files.replace(path, as_text(results))
 
 
 def _plain(item: Any) -> Any:

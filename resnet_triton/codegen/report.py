@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .. import models
+from .. import files, models
 from ..terminal import Bar
 from .rows import DTYPES, rows
 from .targets import target
@@ -48,8 +48,8 @@ def ptxas_version(arch: int | str) -> str:
 def write(result: Record, folder: Path) -> None:
     """codegen.json and codegen.md in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    Path(folder, "codegen.json").write_text(as_json(result), encoding="utf-8")
-    Path(folder, "codegen.md").write_text(as_markdown(result), encoding="utf-8")
+    files.replace(folder / "codegen.json", as_json(result))
+    files.replace(folder / "codegen.md", as_markdown(result))
 
 
 def as_json(result: Record) -> str:

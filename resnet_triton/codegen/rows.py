@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..ops import OPERATORS
 from ..precision import fp32_precision
+from ..processes import Pool
 from ..trace import trace
 from .assembly import Code
 from .compiler import Specialisation, compile_and_keep, specialise
@@ -132,7 +132,7 @@ def rows(
         for batch in batches
         for launch in _plan(model, target(arch), batch, dtype, image)
     ]
-    with ProcessPoolExecutor(jobs) as pool:
+    with Pool(jobs) as pool:
         distinct = dict.fromkeys((p.source, p.target.compiler[1]) for p in planned)
         compiled = {key: pool.submit(compile_and_keep, *key) for key in distinct}
         for p in planned:

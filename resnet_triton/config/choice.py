@@ -74,7 +74,9 @@ def _table(gpu: str) -> table.Table:
     except FileNotFoundError:
         return table.Table(gpu)
     except (ValueError, OSError) as error:
-        warnings.warn(f"ignoring tuned table, using heuristics: {error}", stacklevel=2)
+        warnings.warn(
+            f"ignoring the tuned table {path}, using heuristics: {error}; delete it, or mend what it says", stacklevel=2
+        )
         return table.Table(gpu)
     _warn_of_another_triton(path.name, known)
     return known

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from dataclasses import asdict, astuple, dataclass, field, fields
+import reprlib
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import files
 from .conv import ConvConfig, ConvShape
 
 FOLDER = Path(__file__).parent
@@ -70,7 +71,7 @@ def path_of(gpu: str) -> Path:
 
 
 def save(table: Table, path: Path) -> None:
-    """Replace the file in one step: whoever is interrupted, at whatever point, leaves the old table or the new one."""
+    """Write the table; a failure of whatever kind leaves the old one."""
     header = {f.name: getattr(table, f.name) for f in fields(Table) if f.name != "entries"}
     lines = []
     for shape in sorted(table.entries, key=astuple):
@@ -78,16 +79,16 @@ def save(table: Table, path: Path) -> None:
         entry = {"shape": asdict(shape), "config": asdict(config)}
         lines.append(json.dumps(entry if timing is None else {**entry, "timing": asdict(timing)}, allow_nan=False))
     head = json.dumps({"schema": SCHEMA, **header, "entries": []}).removesuffix("]}")
-    text = head + "\n" + ",\n".join(lines) + "\n]}\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.replace(path, head + "\n" + ",\n".join(lines) + "\n]}\n")
+
+
+def add(table: Table, shape: ConvShape, entry: Entry, path: Path) -> Table:
+    """Write the table with one entry more, beside those that other processes have written there since it was read."""
+    with files.locked(path.parent):
+        there = load(path).entries if path.exists() else {}
+        table = replace(table, entries={**table.entries, **there, shape: entry})
+        save(table, path)
+    return table
 
 
 def load(path: Path) -> Table:
@@ -130,7 +131,7 @@ def _build(cls: type, data: Any, where: str, **given: Any) -> Any:
         raise ValueError(f"{where}: {cls.__name__} must be an object, got {type(data).__name__}")
     known = {f.name: str(f.type) for f in fields(cls) if f.name not in given}
     if unknown := sorted(set(data) - set(known)):
-        raise ValueError(f"{where}: unknown key {unknown[0]!r} in {cls.__name__}")
+        raise ValueError(f"{where}: unknown key {reprlib.repr(unknown[0])} in {cls.__name__}")
     values = {}
     for name, value in data.items():
         kind = known[name]
@@ -143,7 +144,7 @@ def _build(cls: type, data: Any, where: str, **given: Any) -> Any:
         else:
             ok = type(value).__name__ == kind and (kind != "int" or 0 <= value < 2**31)
         if not ok:
-            raise ValueError(f"{where}: {cls.__name__}.{name} must be {kind}, got {value!r}")
+            raise ValueError(f"{where}: {cls.__name__}.{name} must be {kind}, got {reprlib.repr(value)}")
         values[name] = value
     try:
         return cls(**values, **given)

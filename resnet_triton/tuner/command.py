@@ -45,12 +45,16 @@ def run(
     with bench.compilers() as compiler, bar(f"tuning {len(todo)} shapes for {bench.facts.name}", len(todo)) as step:
         try:
             for shape, following in zip_longest(todo, todo[1:]):
-                found = Search(shape, bench, compiler, deadline).run(following)
+                try:
+                    found = Search(shape, bench, compiler, deadline).run(following)
+                except torch.OutOfMemoryError:
+                    _warn(f"the GPU has too little free memory for {shape}; it is left for another time")
+                    continue
                 for config in found.wrong:
                     _warn(f"{config} gives a wrong answer for {shape}; it was not used")
                 if found.config is not None:
-                    known.entries[shape] = table.Entry(found.config, found.timing)
-                    table.save(replace(known, date=today()), path)
+                    entry = table.Entry(found.config, found.timing)
+                    known = table.add(replace(known, date=today()), shape, entry, path)
                 rows.append(_row(layers[shape], shape, found))
                 step()
         except OutOfTime:
@@ -117,7 +121,10 @@ def _open(path: Path, bench: Bench) -> table.Table:
     """The table to go on with, under this run's versions. ValueError if the file is another's or cannot be replaced."""
     import triton
 
-    old = table.load(path) if path.exists() else table.Table(bench.facts.name)
+    try:
+        old = table.load(path) if path.exists() else table.Table(bench.facts.name)
+    except ValueError as error:
+        raise ValueError(f"{error} ({path}); move it away, or choose another file with --out") from None
     if old.gpu != bench.facts.name:
         raise ValueError(f"{path} was tuned for {old.gpu!r}, expected {bench.facts.name!r}; choose another --out")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):

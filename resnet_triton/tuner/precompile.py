@@ -7,13 +7,11 @@ differs between Triton versions. So a worker makes the very launch, on tensors w
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +19,7 @@ from ..codegen import vital_signs
 from ..config import ConvConfig, ConvShape
 from ..device import DeviceFacts, override
 from ..ops import OPERATORS
+from ..processes import Pool
 from .trial import abstract_call, plan
 
 
@@ -28,16 +27,25 @@ class Compilers:
     """`jobs` processes that compile for one device. `submit` gives a configuration's faults, none if it is sound."""
 
     def __init__(self, facts: DeviceFacts, jobs: int) -> None:
-        self._facts = facts
-        self._pool = ProcessPoolExecutor(jobs, get_context("spawn"), _initialise, (facts.arch,))
+        self._facts, self._jobs = facts, jobs
+        self._pool = self._start()
         self._submitted: dict[tuple[ConvShape, ConvConfig], Future[list[str]]] = {}
 
     def submit(self, shape: ConvShape, chosen: ConvConfig) -> Future[list[str]]:
-        """Start compiling; a second call for the same pair returns the same future."""
+        """Start compiling; a second call for the same pair returns the same future, unless its process has died."""
         key = shape, chosen
-        if key not in self._submitted:
-            self._submitted[key] = self._pool.submit(faults, shape, chosen, self._facts)
-        return self._submitted[key]
+        known = self._submitted.get(key)
+        if known is None or (known.done() and isinstance(known.exception(), BrokenProcessPool)):
+            try:
+                known = self._pool.submit(faults, shape, chosen, self._facts)
+            except BrokenProcessPool:
+                self._pool = self._start()
+                known = self._pool.submit(faults, shape, chosen, self._facts)
+            self._submitted[key] = known
+        return known
+
+    def _start(self) -> Pool:
+        return Pool(self._jobs, get_context("spawn"), pretend, (self._facts.arch,))
 
     def __enter__(self) -> Compilers:
         return self
@@ -45,11 +53,11 @@ class Compilers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)  # what has begun takes seconds
+        self._pool.__exit__(kind, error, trace)
 
 
 def faults(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[str]:
-    """Compile and say what is wrong with the machine code, or with the attempt."""
+    """Compile and say what is wrong with the machine code, or with the attempt. OSError if the cache is."""
     try:
         found = []
         for compiled in compile_launches(shape, chosen, facts):
@@ -61,6 +69,8 @@ def faults(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[str
             if code.shared_memory > facts.shared_memory:
                 found.append(f"needs {code.shared_memory} bytes of shared memory")
         return found
+    except OSError:  # a full disk or a cache of somebody else's: no configuration's fault
+        raise
     except Exception as error:  # whatever a compiler raises: this configuration is out, the others are not
         return [f"{type(error).__name__}: {error}".partition("\n")[0]]
 
@@ -114,16 +124,3 @@ class _Warmup:
             self.compiled = self.kernel.warmup(grid=grid, **arguments)
 
         return compile_only
-
-
-def _initialise(arch: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    pretend(arch)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()  # a parent that was killed could not say goodbye
-        os._exit(1)

@@ -11,6 +11,7 @@ import concurrent.futures
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -94,15 +95,21 @@ class Search:
         self._submit(self.shape, configs)
         self.seen.update(configs)
         for config in configs:
+            if not self._faults(config) or config == self.start:
+                self.seconds[config] = self._measure(config, REPLAYS).p50
+
+    def _faults(self, config: ConvConfig) -> list[str]:
+        for _ in range(2):  # a compiler that crashes takes along what the others were at
             left = self.deadline - self.bench.clock()
             if left <= 0:
                 raise OutOfTime
             try:
-                faults = self.compiler.submit(self.shape, config).result(left)
+                return self.compiler.submit(self.shape, config).result(left)
             except concurrent.futures.TimeoutError:
                 raise OutOfTime from None
-            if not faults or config == self.start:
-                self.seconds[config] = self._measure(config, REPLAYS).p50
+            except BrokenProcessPool:
+                pass
+        return ["its compiler's process was ended twice"]
 
     def _settle(self) -> Found:
         """The fastest exact configuration, if it beats the heuristic's choice once more."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ... import files
 from ..results import Results, save
 from .tables import as_csv, as_markdown, show
 
@@ -18,9 +19,9 @@ def write(results: Results, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"results.{kind}" for kind in ("json", "md", "csv", "html")]
     save(results, paths[0])
-    paths[1].write_text(as_markdown(results), encoding="utf-8")
-    paths[2].write_text(as_csv(results), encoding="utf-8")
+    files.replace(paths[1], as_markdown(results))
+    files.replace(paths[2], as_csv(results))
     from .page import render  # needs matplotlib, which tables do not
 
-    paths[3].write_text(render(results), encoding="utf-8")
+    files.replace(paths[3], render(results))
     return paths

@@ -1,0 +1,69 @@
+"""Writing files that others rely on: a file is replaced as a whole, or not at all.
+
+Whoever is interrupted, killed or out of disk space leaves the old file or the new one, and nothing half written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Make `content` (text as UTF-8) the content of a file. An OSError names the file, which is then what it was."""
+    path = Path(os.path.realpath(path))  # a symbolic link stays one
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with named(path), temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        with named(path):
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def prepare(folder: Path) -> None:
+    """Make a folder and try to write there, which is better found out before long work than after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe(folder)
+
+
+def probe(folder: Path, size: int = 1 << 12) -> None:
+    """OSError, naming the folder, if a file of `size` bytes cannot be written there."""
+    with named(folder), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(size))
+        file.flush()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, for reading a file, changing it and writing it. No lock where the system has none."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What the system says of a file descriptor or a temporary file is said of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,0 +1,67 @@
+"""Processes that work for this one: they leave Ctrl-C to it, and do not outlive it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import parent_process, resource_tracker
+from multiprocessing.context import BaseContext
+from typing import Any
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No Ctrl-C in this block; one that comes is delivered at its end. Processes started in it never get one.
+
+    A terminal sends it to all processes of a command, but what it means is for one of them to decide. Ignoring it in
+    the others comes too late: a process imports torch for seconds before it gets to that.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which would end the block, if the first process were started in it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Pool(ProcessPoolExecutor):
+    """Worker processes. Leaving the block waits for what has begun, which takes seconds, and drops the rest."""
+
+    def __init__(
+        self,
+        jobs: int,
+        context: BaseContext | None = None,
+        initialise: Callable[..., None] | None = None,
+        arguments: tuple[Any, ...] = (),
+    ) -> None:
+        super().__init__(jobs, context, _settle, (initialise, arguments))
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Start `fn(*args, **kwargs)` in a worker."""
+        with undisturbed():  # workers are started here
+            return super().submit(fn, *args, **kwargs)
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown(cancel_futures=True)
+
+
+def _settle(initialise: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.SIG_DFL)  # a forked worker starts with its parent's handlers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initialise is not None:
+        initialise(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()  # a parent that was killed could not say goodbye
+        os._exit(1)
