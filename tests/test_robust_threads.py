@@ -200,7 +200,7 @@ def test_kernels_are_launched_under_the_guard_of_their_tensors_device(monkeypatc
     with FakeTensorMode(), override(KNOWN[90]):
         x = torch.empty(2, 16, 7, 7, dtype=torch.float16, device="cuda:1", memory_format=torch.channels_last)
         registry.OPERATORS["add_relu"].run(x, x, "triton")
-        registry.OPERATORS["global_avg_pool"].run(x, "triton")
+        registry.OPERATORS["global_avg_pool"].run(x, False, "triton")
     assert launched == [1, 1]
     assert current == [0]
 

@@ -119,7 +119,7 @@ def _our_shortcut(
     return torch.ops.resnet_triton.conv_bn_relu(
         x, weight, running_mean, running_var, bn_weight, bn_bias, eps, [1, 1], [padding] * 2, [1, 1], 1, None,
         short_x, short_weight, short_running_mean, short_running_var, short_bn_weight, short_bn_bias, short_eps,
-        [2, 2], True, kernels,
+        [2, 2], True, False, kernels,
     )  # fmt: skip
 
 
