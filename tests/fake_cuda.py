@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ class FakeCuda:
         self.available = True
         self.failure: Exception | None = None
         self.graphs: list[FakeGraph] = []
-        self.turn: int | None = None  # the thread whose replay it is
+        self._begun = threading.local()
         self.captured_by_others = False
         self.finished = 0  # how often the host has waited
 
@@ -44,37 +45,48 @@ class FakeCuda:
         return contextlib.nullcontext()
 
     def event(self) -> FakeEvent:
-        return FakeEvent(self)
+        self._begun.pool = _Pool()  # for the graphs that this thread captures next
+        return FakeEvent(self._begun.pool)
 
     def capture(self, body: Callable[[Tensor], Tensor], x: Tensor, beside: Any) -> FakeGraph:
-        assert self.turn is None, "a capture while a replay uses the shared memory"
+        pool = self._begun.pool if beside is None else beside.pool
+        assert pool.turn is None, "a capture while a replay uses the shared memory"
         if self.failure is not None:
             raise self.failure
-        graph = FakeGraph(self, body, x, beside)
+        graph = FakeGraph(pool, body, x, beside)
         self.graphs.append(graph)
+        pool.graphs.add(graph)
         return graph
 
 
+class _Pool:
+    """The memory that the graphs of one model share: a graph that a model has forgotten shares it with no new one."""
+
+    def __init__(self) -> None:
+        self.turn: int | None = None  # the thread whose replay it is
+        self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
+
+
 class FakeEvent:
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda = cuda
+    def __init__(self, pool: _Pool) -> None:
+        self.pool = pool
 
     def wait(self) -> None:
-        assert self.cuda.turn is None, "two replays at once"
-        self.cuda.turn = threading.get_ident()
-        for graph in self.cuda.graphs:
+        assert self.pool.turn is None, "two replays at once"
+        self.pool.turn = threading.get_ident()
+        for graph in self.pool.graphs:
             graph.input.fill_(255 if graph.input.dtype == torch.uint8 else torch.nan)
 
     def record(self) -> None:
-        assert self.cuda.turn == threading.get_ident(), "the end of a replay that did not wait for the one before"
-        for graph in self.cuda.graphs:
+        assert self.pool.turn == threading.get_ident(), "the end of a replay that did not wait for the one before"
+        for graph in self.pool.graphs:
             graph.output.fill_(torch.nan)
-        self.cuda.turn = None
+        self.pool.turn = None
 
 
 class FakeGraph:
-    def __init__(self, cuda: FakeCuda, body: Callable[[Tensor], Tensor], x: Tensor, beside: Any) -> None:
-        self.cuda, self.beside = cuda, beside
+    def __init__(self, pool: _Pool, body: Callable[[Tensor], Tensor], x: Tensor, beside: Any) -> None:
+        self.pool, self.beside = pool, beside
         self.replays = 0
         self.input = torch.empty_like(x)
         with _Tape() as tape:
@@ -82,7 +94,7 @@ class FakeGraph:
         self.tape = tape.calls
 
     def replay(self) -> None:
-        assert self.cuda.turn == threading.get_ident(), "a replay that did not wait for the one before"
+        assert self.pool.turn == threading.get_ident(), "a replay that did not wait for the one before"
         for func, args, kwargs, old in self.tape:
             new = func(*args, **kwargs)
             for target, value in zip(_tensors(old), _tensors(new), strict=True):

@@ -72,7 +72,7 @@ def two_launches() -> None:
 def stem() -> None:
     shape = ConvShape(2, 3, 9, 42, 40, 7, 7, (2, 2), (3, 3))
     with mock.patch.object(config, "stem_heuristic", return_value=StemConfig(16, 32, 2, 4, 2)):
-        run("stem", *conv_call(generator(CPU, 0), shape)[:7], None, None, "triton", kernel="stem_kernel")
+        run("stem", *conv_call(generator(CPU, 0), shape)[:7], None, None, False, "triton", kernel="stem_kernel")
 
 
 def images(*shape: int) -> Tensor:
@@ -84,15 +84,15 @@ def max_pool() -> None:
 
 
 def avg_pool() -> None:
-    run("global_avg_pool", images(2, 65, 5, 7), "triton")
+    run("global_avg_pool", images(2, 65, 5, 7), False, "triton")
 
 
 def head() -> None:
-    run("avg_pool_linear", images(2, 65, 5, 7), images(10, 65), images(10), "triton")
+    run("avg_pool_linear", images(2, 65, 5, 7), images(10, 65), images(10), False, "triton")
 
 
 def linear() -> None:
-    run("linear", images(17, 65), images(10, 65), images(10), "triton")
+    run("linear", images(17, 65), images(10, 65), images(10), False, "triton")
 
 
 def add_relu() -> None:

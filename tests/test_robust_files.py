@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from robustness import ROBUST
 from synthetic_results import row
 
 from resnet_triton import cli, digits, files
@@ -384,3 +385,9 @@ def test_two_tuners_of_one_table_lose_nothing(tmp_path: Path) -> None:
     for tuner in tuners:
         tuner.join()
     assert {shape.n for shape in table.load(path).entries} == {*range(1, 20), 999}
+
+
+@pytest.mark.parametrize("test", [row.test for row in ROBUST])
+def test_the_table_names_tests_that_exist(test: str) -> None:
+    file, function = test.split("::")
+    assert f"\ndef {function}(" in Path(__file__).with_name(file).read_text(encoding="utf-8")

@@ -256,8 +256,16 @@ def test_a_failed_download_leaves_nothing_and_the_next_one_works(
         assert len(stored(tmp_path)) == 1
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Also where a background shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch leaves its socket open
-def test_an_interrupted_download_leaves_nothing(server: Serve, tmp_path: Path) -> None:
+def test_an_interrupted_download_leaves_nothing(server: Serve, tmp_path: Path, ctrl_c: None) -> None:
     grey("RGB", GREY).save(tmp_path / "grey.png")
     server("hang")
 

@@ -1,0 +1,66 @@
+"""What can go wrong around the kernels, what happens then, and the tests of it: a table, for the report."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Robust(NamedTuple):
+    """A trouble, what becomes of it, and the test (`FILE::FUNCTION`) that makes it."""
+
+    trouble: str
+    outcome: str
+    test: str
+
+
+FILES, PREDICT, THREADS = "test_robust_files.py::", "test_robust_predict.py::", "test_robust_threads.py::"
+ROBUST = (
+    Robust("many threads call a model that is edited, moved, refreshed", "each answer is one of before or of after",
+           THREADS + "test_threads_call_a_model_that_is"),
+    Robust("fork while another thread is in a call", "no lock is inherited",
+           THREADS + "test_a_fork_while_another_thread_is_in_a_call"),
+    Robust("a model sent to a spawned process", "answers there as here",
+           THREADS + "test_a_model_goes_to_a_process_that_is_spawned"),
+    Robust("tensors on another GPU than the current one", "launched under the guard of their device (stand-in)",
+           THREADS + "test_kernels_are_launched_under_the_guard_of_their_tensors_device"),
+    Robust("a frozen model on several streams", "its snapshot is finished before another stream may read it (stand-in)",
+           "test_snapshot.py::test_a_snapshot_is_finished_before_another_stream_may_read_it"),
+    Robust("out of memory, or Ctrl-C, in a call, a capture or a replay", "torch's error; the model stays usable",
+           THREADS + "test_a_call_that_fails_half_way_leaves_the_model_usable"),
+    Robust("out of memory in an operator", "torch's error",
+           THREADS + "test_memory_that_runs_out_inside_an_operator_is_torchs_error"),
+    Robust("a disk that becomes full during any write", "the old file or the new one, never half of one",
+           FILES + "test_a_failed_write_leaves_the_old_file"),
+    Robust("a full disk in a benchmark", "results are printed, the fault is one line",
+           FILES + "test_a_disk_that_becomes_full_costs_no_results"),
+    Robust("a folder that may not be written to", "named before the work begins",
+           FILES + "test_a_folder_that_cannot_be_written_to_is_named_before_the_work"),
+    Robust("a read-only Triton cache", "`doctor` warns, with the remedy",
+           FILES + "test_doctor_warns_of_a_cache_that_cannot_be_written_to"),
+    Robust("a Triton cache that is somebody else's", "`doctor` warns: it executes code",
+           FILES + "test_doctor_warns_of_a_cache_that_is_somebody_elses"),
+    Robust("a damaged table of tuned tiles", "one warning of one line, then the heuristic",
+           FILES + "test_a_damaged_table_is_one_short_warning_that_says_what_to_do"),
+    Robust("a table that may not be read", "the same", FILES + "test_a_table_that_may_not_be_read_is_one_warning"),
+    Robust("two tuners of one table at once", "no entry is lost", FILES + "test_two_tuners_of_one_table_lose_nothing"),
+    Robust("bombs, truncated and empty files, folders, pipes in place of an image", "one line, exit code 2, no waiting",
+           PREDICT + "test_hostile_images_are_refused"),
+    Robust("16-bit, CMYK, palette, transparent, animated images", "seen as they look",
+           PREDICT + "test_unusual_images_come_out_as_they_look"),
+    Robust("images turned by EXIF", "turned upright", PREDICT + "test_every_orientation_is_pillows"),
+    Robust("a download that breaks off, lies about its length or its hash", "no file stays; the next one works",
+           PREDICT + "test_a_failed_download_leaves_nothing_and_the_next_one_works"),
+    Robust("Ctrl-C in a download", "no file stays", PREDICT + "test_an_interrupted_download_leaves_nothing"),
+    Robust("Ctrl-C in `bench`", "what was measured is kept, no process stays",
+           "test_bench_command.py::test_ctrl_c_keeps_what_was_measured_and_leaves_no_process"),
+    Robust("a benchmark killed", "its workers end",
+           "test_bench_model.py::test_workers_do_not_outlive_a_conductor_that_was_killed"),
+    Robust("Ctrl-C in `tune`", "what was timed is kept",
+           "test_tune.py::test_an_interrupt_between_timings_leaves_what_was_done"),
+    Robust("a tuner killed", "its compilers end", "test_tune.py::test_compilers_end_with_a_killed_parent"),
+)  # fmt: skip
+
+
+def summary() -> dict[str, Any]:
+    """As plain data."""
+    return {"rows": [{**row._asdict(), "test": f"`{row.test}`"} for row in ROBUST]}
