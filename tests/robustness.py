@@ -13,6 +13,7 @@ class Robust(NamedTuple):
     test: str
 
 
+PROCESSES = "test_robust_processes.py::"
 FILES, PREDICT, THREADS = "test_robust_files.py::", "test_robust_predict.py::", "test_robust_threads.py::"
 ROBUST = (
     Robust("many threads call a model that is edited, moved, refreshed", "each answer is one of before or of after",
@@ -51,8 +52,12 @@ ROBUST = (
     Robust("a download that breaks off, lies about its length or its hash", "no file stays; the next one works",
            PREDICT + "test_a_failed_download_leaves_nothing_and_the_next_one_works"),
     Robust("Ctrl-C in a download", "no file stays", PREDICT + "test_an_interrupted_download_leaves_nothing"),
-    Robust("Ctrl-C in `bench`", "what was measured is kept, no process stays",
-           "test_bench_command.py::test_ctrl_c_keeps_what_was_measured_and_leaves_no_process"),
+    Robust("Ctrl-C or SIGTERM in `bench`", "what was measured is kept, no process stays",
+           PROCESSES + "test_a_benchmark_that_is_stopped_keeps_what_was_measured"),
+    Robust("the same in `codegen`", "no process stays, no half report",
+           PROCESSES + "test_compiling_ahead_of_time_can_be_stopped"),
+    Robust("a compiler of the tuner dies", "another takes its place",
+           PROCESSES + "test_a_compiler_that_dies_is_replaced"),
     Robust("a benchmark killed", "its workers end",
            "test_bench_model.py::test_workers_do_not_outlive_a_conductor_that_was_killed"),
     Robust("Ctrl-C in `tune`", "what was timed is kept",

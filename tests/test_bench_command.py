@@ -1,12 +1,6 @@
 """`resnet-triton bench` as a user meets it: what it writes, what it says of a wrong answer, and Ctrl-C."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import planted_alternatives as planted
@@ -79,43 +73,3 @@ def test_defaults():
     some = command.plan(device="cpu", baselines=["eager"], out=Path("x"))
     assert [a.name for a in some.alternatives] == ["eager", "ours"]
     assert cpu.device == torch.device("cpu")
-
-
-@pytest.mark.slow
-def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(tmp_path):
-    options = ["--device", "cpu", "--model", "--image", "32", "--batches", "1,2", "--baselines", "eager"]
-    run = [sys.executable, "-m", "resnet_triton", "bench", *options, "--budget", "300", "--out", str(tmp_path)]
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    bench = subprocess.Popen(
-        run, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=environ,
-        # A shell starts what runs in its background with the signal ignored, and that is inherited.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    workers: set[int] = set()
-    for line in bench.stderr:
-        if "batch 2: taking turns" in line:
-            workers = children(bench.pid)
-            break
-    bench.send_signal(signal.SIGINT)
-    _, err = bench.communicate(timeout=200)
-    assert bench.returncode == 130, err
-    assert len(workers) >= 3
-    deadline = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [pid for pid in workers if alive(pid)]
-    found = results.load(tmp_path)
-    assert [(row.batch, row.good) for row in found.rows] == [(1, True), (1, True)]
-    assert (tmp_path / "results.html").exists()
-
-
-def alive(pid):
-    state = Path(f"/proc/{pid}/stat")
-    return state.exists() and state.read_text().split()[2] != "Z"
-
-
-def children(pid):
-    """Processes that `pid` has started."""
-    return {
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    }
