@@ -72,6 +72,7 @@ PHASES = (
     Phase("tune", _KERNELS + "tune", {"count": 10}, 400, 90, spare=45),
     _model("model-tuned", *_PYTORCH, "compile reduce-overhead", "ours graph", **_TUNED),
     _tests("test-gpu", "tests/test_gpu.py", "test", processes=4, limit=120),
+    _tests("test-contract", "tests/test_contract.py", "test", processes=8, limit=120),
     _model("batches", "folded graph", "cudnn fused graph", "compile reduce-overhead", "ours graph", **_MORE),
     _tests("test-exact-rest", "tests/test_exact.py", f"not ({_LAYERS})", processes=14, limit=300),
     _model("bfloat16", "folded graph", "compile reduce-overhead", "ours graph", dtype="bfloat16", **_TUNED),
