@@ -222,15 +222,18 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
     return out
 
 
+def without_box(chosen: ConvConfig, shape: ConvShape, facts: Any) -> ConvConfig:
+    """The configuration on the pointer path, whose loop may have another number of steps and so no such split."""
+    pointers = dataclasses.replace(chosen, box=None, columns=1)
+    legal = config.is_legal(pointers, shape, facts)
+    return pointers if legal else dataclasses.replace(pointers, split_k=1, two_launches=False)
+
+
 def run_conv(call: ConvCall, chosen: ConvConfig, programs: Sequence[int] | None = None) -> Tensor:
     """`run` with this configuration instead of the one looked up; unaligned tensors still drop its box."""
 
     def lookup(shape: ConvShape, facts: Any, *, descriptors: bool = True) -> ConvConfig:
-        if descriptors:
-            return chosen
-        pointers = dataclasses.replace(chosen, box=None, columns=1)  # whose loop may have another number of steps
-        legal = config.is_legal(pointers, shape, facts)
-        return pointers if legal else dataclasses.replace(pointers, split_k=1, two_launches=False)
+        return chosen if descriptors else without_box(chosen, shape, facts)
 
     with mock.patch.object(config, "lookup", lookup):
         return run("conv_bn_relu", *call, programs=programs)

@@ -13,9 +13,12 @@ from collections.abc import Callable
 import pytest
 import random_cases
 import torch
-from exact import DTYPES, dtype_id
+from exact import DTYPES, dtype_id, without_box
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+
+from resnet_triton.config import ConvConfig, ConvShape, is_legal
+from resnet_triton.device import KNOWN
 
 CASES = int(os.environ.get("FUZZ_CASES", "100"))
 SEED = os.environ.get("FUZZ_SEED", "0")
@@ -47,3 +50,11 @@ def test_random_calls(
     finally:
         record_property("cases", calls)
         record_property("seed", SEED)
+
+
+def test_a_box_that_is_dropped_leaves_a_legal_split() -> None:
+    """Eight channels fill one slab of a box's loop, and a part of the pointer path's, which then cannot be split."""
+    shape = ConvShape(1, 8, 1, 1, 8, 3, 3, padding=(1, 1), shortcut_c=8, shortcut_h=1, shortcut_w=2)
+    chosen = ConvConfig(16, 16, 16, 4, 1, (1, 1, 16), split_k=3)
+    assert is_legal(chosen, shape, KNOWN[90])
+    assert is_legal(without_box(chosen, shape, KNOWN[90]), shape, KNOWN[90])
