@@ -223,6 +223,15 @@ def test_shortcut_of_odd_width(device: torch.device, width: int) -> None:
     assert_exact(run("conv_bn_relu", *call), rounded(conv_reference(call), torch.float16))
 
 
+@pytest.mark.parametrize("size", [(1, 3), (2, 3), (3, 2)], ids=str)
+def test_filters_that_are_not_square(device: torch.device, size: tuple[int, int]) -> None:
+    """R * S is neither R * R nor S * S, and a slab of channels is no tile of filters."""
+    shape = ConvShape(1, 40, 5, 6, 24, *size, padding=(1, 1))
+    call = conv_call(generator(device, 0), shape)
+    chosen = ConvConfig(16, 32, 16, 4, 2)
+    assert_exact(run_conv(call, chosen), rounded(conv_reference(call), torch.float16))
+
+
 def test_shortcut_of_two_strides(device: torch.device) -> None:
     shape = ConvShape(2, 16, 4, 5, 16, 3, 3, padding=(1, 1), shortcut_c=8, shortcut_stride=(3, 2))
     call = conv_call(generator(device, 4), shape)

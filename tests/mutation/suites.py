@@ -5,6 +5,7 @@ from __future__ import annotations
 _CONVOLUTION = [
     "test_exact.py::test_conv_epilogue",
     "test_exact.py::test_conv_batch_norm_tensors",
+    "test_exact.py::test_filters_that_are_not_square",
     "test_exact.py::test_shortcut_of_two_strides",
     "test_exact.py::test_many_tiles_of_filters_and_channels",
     "test_exact.py::test_conv_relu_of_special_values",
