@@ -47,9 +47,15 @@ class Operator(NamedTuple):
     """Which arguments hold one entry an image, if sums over the batch could differ: then `Modes` come last."""
 
     def choose(self, *args: Any) -> Choice:
-        """Validate a call and say where it runs, and why."""
+        """Validate a call and say where it runs, and why. A batch-invariant call runs where one of its images would."""
         shape, dtype, _ = self.result(*args)
-        return choose(args[-1], args[0].device, dtype, self.obstacle(shape, *args))
+        obstacle = self.obstacle(shape, *args)
+        choice = choose(args[-1], args[0].device, dtype, obstacle)
+        if obstacle is not None and self.batched and args[-2]:
+            alone = choose(args[-1], args[0].device, dtype, self.obstacle((1, *shape[1:]), *args))
+            if alone.backend != choice.backend:
+                raise NotImplementedError(f"batch_invariant=True cannot run so large a batch: {obstacle}; split it")
+        return choice
 
     def output(self, *args: Any) -> Tensor:
         """Validate a call and allocate its result, uninitialised: also the fake for tracing."""

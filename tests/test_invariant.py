@@ -15,10 +15,12 @@ import pytest
 import torch
 from exact import offset_by_one
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_triton import config, interpreter, models, optimize, report, resnet18, resnet50
 from resnet_triton import functional as F
-from resnet_triton.device import KNOWN
+from resnet_triton.device import KNOWN, override
+from resnet_triton.ops import OPERATORS
 from resnet_triton.trace import trace
 
 BATCHES = (1, 2, 3, 8, 31, 32, 100, 256)
@@ -233,7 +235,8 @@ import json, re, sys, torch
 from resnet_triton import resnet18
 from resnet_triton.codegen.compiler import specialise, triton_compile
 from resnet_triton.convert import optimize
-from resnet_triton.device import KNOWN
+from resnet_triton.device import KNOWN, override
+from resnet_triton.ops import OPERATORS
 from resnet_triton.trace import trace
 with torch.device("meta"):
     model = optimize(resnet18().eval(), batch_invariant=True)
@@ -306,6 +309,16 @@ def test_graphs(cuda: Any) -> None:
     assert torch.equal(again, alone(model, images))
     model.batch_invariant = False  # is another model to the graph
     assert not model._runner.holds()
+
+
+def test_no_batch_is_so_large_that_pytorch_takes_it_over() -> None:
+    choose = OPERATORS["global_avg_pool"].choose
+    with FakeTensorMode(), override(KNOWN[90]):
+        few, many = (torch.empty(1, 1, 1, 1, device="cuda").expand(n, 1, 1, 1) for n in (5, 2**31))
+        assert [choose(x, False, "auto").backend for x in (few, many)] == ["triton", "torch"]
+        assert choose(few, True, "auto").backend == "triton"
+        with pytest.raises(NotImplementedError, match="batch_invariant=True cannot run so large a batch"):
+            choose(many, True, "auto")
 
 
 def edit(name: str) -> Callable[[Any], Any]:
