@@ -282,7 +282,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="resnet-triton", allow_abbrev=False, parents=[shared],
         description="ResNet-18 inference on hand-written Triton kernels, with torchvision's weights and answers.",
-        epilog="Start with: resnet-triton doctor. Exit codes: 0 good, 1 a check failed, 2 wrong input, 130 Ctrl-C.",
+        epilog="Start with: resnet-triton doctor. Exit codes: 0 good, 1 a check failed, 2 wrong input, 129, 130 or 143 "
+        "stopped by SIGHUP, Ctrl-C or SIGTERM, 141 nobody reads the output.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"resnet-triton {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)

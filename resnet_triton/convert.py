@@ -44,8 +44,9 @@ def optimize(
     they are; anything else that is done to the model shows after `refresh`.
 
     `batch_invariant=True` makes an image's logits the same, bit for bit, in any batch, at any place and beside any
-    neighbours, as `functional` says. Where that cannot be promised (training mode, hooks, layers of another kind, which
-    run module by module) a call raises NotImplementedError.
+    neighbours, as `functional` says, for each whole ResNet in `model`; what surrounds it computes as ever. Where that
+    cannot be promised (training mode, hooks, layers of another kind, which run module by module) a call raises
+    NotImplementedError.
 
     Raises ValueError if a mode is unknown, there is nothing to optimize, or `cuda_graph=True`, `freeze=True` or
     `batch_invariant=True` finds no whole ResNet.

@@ -275,12 +275,15 @@ def _cache() -> Json:
 
 
 def _exposed(existing: Path, cache: Path) -> str | None:
-    """How somebody else could have put code into the cache, or could when it is made; None if nobody could."""
+    """How somebody else could have put code into the cache, or could when it is made; None if it does not seem so."""
     if os.name != "posix":
         return None
     threat = "who could put code there that Triton runs"
     for path in (existing, *(existing.iterdir() if existing == cache else ())):
-        owner = path.stat(follow_symlinks=path == existing).st_uid
+        try:
+            owner = path.stat(follow_symlinks=path == existing).st_uid
+        except FileNotFoundError:  # another process is writing there
+            continue
         if owner not in (os.getuid(), 0):
             return f"{path} belongs to another user (uid {owner}), {threat}"
     return f"{existing} can be written by other users, {threat}" if existing.stat().st_mode & 0o022 else None

@@ -23,6 +23,8 @@ def replace(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+            if path.exists():
+                os.chmod(temporary, path.stat().st_mode & 0o777)
         with named(path):
             os.replace(temporary, path)
     finally:

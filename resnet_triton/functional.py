@@ -6,12 +6,11 @@ back and, in a process started with TRITON_INTERPRET=1, runs the kernels on CPU 
 autocast on, the call runs on PyTorch.
 
 With `batch_invariant=True` what comes out for an image does not depend, bit for bit, on the batch it is in, its place
-there or its neighbours, as long as device, dtype, weights and versions are the same. Kernels then take one tile and one
-order of summation for all batch sizes; PyTorch computes one image after another. `add_relu` and `max_pool2d` are so by
-nature.
+there or its neighbours, as long as all else is the same: device, dtype, weights, versions, PyTorch's modes (gradients,
+autocast) and settings (TF32, threads). Kernels then take one tile and one order of summation for all batch sizes;
+PyTorch computes one image after another. `add_relu` and `max_pool2d` are so by nature.
 
-Wrong shapes and devices raise ValueError, wrong dtypes TypeError, both naming
-the argument.
+Wrong shapes and devices raise ValueError, wrong dtypes TypeError, both naming the argument.
 """
 
 from __future__ import annotations

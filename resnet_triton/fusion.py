@@ -85,7 +85,8 @@ def batch_norm(norm: Any) -> tuple[Any, ...]:
 
 def by_module(module: Any, x: Any, modes: dispatch.Modes) -> Any:
     """`module(x)`, as torchvision would call it. NotImplementedError if the answer must not depend on the batch."""
-    _refuse_batch_invariance(modes, f"{type(module).__name__} replaced, watched or traced")
+    if not plain(module, nn.Identity):
+        _refuse_batch_invariance(modes, f"{type(module).__name__} replaced, watched or traced")
     return module(x)
 
 

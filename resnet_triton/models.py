@@ -187,7 +187,7 @@ class ResNet(_Modal):
             # Block by block, for calling the stage would keep its input, the largest tensor of all, until its end.
             whole = isinstance(x, fx.Proxy) or not plain(stage, nn.Sequential)
             for block in (stage,) if whole else stage:
-                x = block(x)
+                x = block(x) if not self.batch_invariant or _keeps_apart(block) else by_module(block, x, self.modes)
         return self._head(x)
 
     def obstacle(self) -> str | None:
@@ -267,6 +267,11 @@ class ResNet(_Modal):
         if plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):
             return ops.call("linear", x, self.fc.weight, self.fc.bias, *self.modes)
         return by_module(self.fc, x, self.modes)
+
+
+def _keeps_apart(block: Any) -> bool:
+    """Whether a block is ours, with nothing added, and computes each image of a batch as if it were alone."""
+    return type(block) in (BasicBlock, Bottleneck) and not watched(block) and block.batch_invariant
 
 
 # A call of these depends on its input, on tensors and on plain attributes, and changes nothing.

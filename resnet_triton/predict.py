@@ -205,6 +205,8 @@ def find_classifier(weights: str) -> Classifier:
 def _download(chosen: Any) -> nn.Module:
     try:
         return models.resnet18(weights=chosen, progress=sys.stderr.isatty())
+    except MemoryError:
+        raise
     except Exception as error:  # the network, a proxy, the disk, a wrong hash
         kept = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(chosen.url))
         if kept.exists():  # torch checks what it downloads, not what it finds

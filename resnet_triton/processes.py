@@ -12,23 +12,37 @@ from multiprocessing import parent_process, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
 
+_STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No Ctrl-C in this block; one that comes is delivered at its end. Processes started in it never get one.
+    """No Ctrl-C, SIGTERM or SIGHUP in this block; one that comes is delivered at its end. Processes started in it never
+    get a Ctrl-C.
 
     A terminal sends it to all processes of a command, but what it means is for one of them to decide. Ignoring it in
-    the others comes too late: a process imports torch for seconds before it gets to that.
+    the others comes too late: a process imports torch for seconds before it gets to that. A mask is inherited at once,
+    but holds for one thread only, hence the handlers: signals that other threads receive are the main thread's.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     resource_tracker.ensure_running()  # which would end the block, if the first process were started in it
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    handlers = {}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOPS:
+                if callable(signal.getsignal(number)):
+                    handlers[number] = signal.signal(number, lambda number, frame: came.append(number))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class Pool(ProcessPoolExecutor):
@@ -53,8 +67,9 @@ class Pool(ProcessPoolExecutor):
 
 
 def _settle(initialise: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, signal.SIG_DFL)  # a forked worker starts with its parent's handlers
+    for number in _STOPS:
+        if callable(signal.getsignal(number)):  # a forked worker starts with its parent's handlers
+            signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if initialise is not None:
         initialise(*arguments)

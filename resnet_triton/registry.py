@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import interpreter
 from .dispatch import Choice, check_mode, choose, count, observed
@@ -89,6 +90,10 @@ class Operator(NamedTuple):
 
     def _run_alone(self, *args: Any) -> Tensor:
         """PyTorch's form of one image after another, for it may choose another algorithm for another batch size."""
+        if get_proxy_mode() is not None:  # a compiler that sees the images one by one may put them together again
+            raise NotImplementedError(
+                "batch_invariant=True cannot be compiled with gradients or autocast; call it under no_grad"
+            )
 
         def only(i: int) -> Iterator[Any]:
             for at, a in enumerate(args):

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resnet_triton import config, interpreter, models, optimize, report, resnet18, resnet50
 from resnet_triton import functional as F
 from resnet_triton.device import KNOWN, override
-from resnet_triton.ops import OPERATORS
+from resnet_triton.ops import NO_SHORTCUT, OPERATORS
 from resnet_triton.trace import trace
 
 BATCHES = (1, 2, 3, 8, 31, 32, 100, 256)
@@ -167,7 +167,8 @@ def test_one_tile_for_all_batches(arch: int) -> None:
 
 def test_the_tile_stands_better_in_its_worst_case_than_one_for_a_single_image() -> None:
     """A tile that suits one image is bad for many, and the other way round."""
-    from resnet_triton.config.heuristic import best_box, conv_heuristic, estimate
+    from resnet_triton.config.heuristic import best_box, conv_heuristic
+    from resnet_triton.config.invariant import cost
 
     facts = KNOWN[90]
     shape = config.ConvShape(1, 256, 14, 14, 256, 3, 3, (1, 1), (1, 1), residual=True)
@@ -177,7 +178,7 @@ def test_the_tile_stands_better_in_its_worst_case_than_one_for_a_single_image() 
         for n in (1, 4, 16, 64, 256):
             at = replace(shape, n=n)
             fitted = chosen if chosen.box is None else replace(chosen, box=best_box(at, chosen.block_m))
-            ratios.append(estimate(fitted, at, facts) / estimate(conv_heuristic(at, facts), at, facts))
+            ratios.append(cost(fitted, at, facts) / cost(conv_heuristic(at, facts), at, facts))
         return max(ratios)
 
     ours = worst(config.invariant(shape, facts))
@@ -235,27 +236,33 @@ import json, re, sys, torch
 from resnet_triton import resnet18
 from resnet_triton.codegen.compiler import specialise, triton_compile
 from resnet_triton.convert import optimize
-from resnet_triton.device import KNOWN, override
-from resnet_triton.ops import OPERATORS
+from resnet_triton.device import KNOWN
 from resnet_triton.trace import trace
 with torch.device("meta"):
     model = optimize(resnet18().eval(), batch_invariant=True)
 found = {}
+dtype = torch.float16
+if sys.argv[2] == "tf32":
+    dtype, torch.backends.cudnn.conv.fp32_precision = torch.float32, "tf32"
 for n in (1, 3, 256):
-    for call in trace(model, (n, 3, 224, 224), torch.float16):
+    for call in trace(model, (n, 3, 224, 224), dtype):
         if call.name in sys.argv[1].split(","):
             for i, launch in enumerate(call.launches(KNOWN[90])):
                 ptx = triton_compile(specialise(launch), 90).asm["ptx"]
-                sums = re.findall(r"^\\s*(?:@%p\\d+ )?((?:wgmma|mma|fma|mul|add|div)\\S*\\.(?:f32|f16)\\S*)", ptx, re.M)
+                kinds = "wgmma|mma|fma|mul|add|div|cvt"
+                sums = re.findall(rf"^\\s*(?:@%p\\d+ )?((?:{kinds})\\S*\\.(?:f32|f16)\\S*)", ptx, re.M)
                 found.setdefault(f"{call.name} {i}", []).append(sums)
 print(json.dumps(found))
 """
 
 
-def test_machine_code_adds_in_the_same_order_for_all_batches() -> None:
+@pytest.mark.parametrize(
+    ("precision", "names"),
+    [("float16", "conv1,layer2.0.conv1,layer3.1.conv2,layer4.1.conv2,fc"), ("tf32", "layer2.0.conv1,layer3.1.conv2")],
+)
+def test_machine_code_adds_in_the_same_order_for_all_batches(precision: str, names: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    names = "conv1,layer2.0.conv1,layer3.1.conv2,fc"
-    done = subprocess.run([sys.executable, "-c", ARITHMETIC, names], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", ARITHMETIC, names, precision], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert {name.split()[0] for name in found} == set(names.split(","))
@@ -311,14 +318,26 @@ def test_graphs(cuda: Any) -> None:
     assert not model._runner.holds()
 
 
-def test_no_batch_is_so_large_that_pytorch_takes_it_over() -> None:
-    choose = OPERATORS["global_avg_pool"].choose
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.batched])
+def test_no_batch_is_so_large_that_pytorch_takes_it_over(name: str) -> None:
     with FakeTensorMode(), override(KNOWN[90]):
-        few, many = (torch.empty(1, 1, 1, 1, device="cuda").expand(n, 1, 1, 1) for n in (5, 2**31))
-        assert [choose(x, False, "auto").backend for x in (few, many)] == ["triton", "torch"]
-        assert choose(few, True, "auto").backend == "triton"
+        one = torch.empty(1, 1, 1, 1, device="cuda")
+        few, many = (one.expand(n, 1, 1, 1) for n in (5, 2**32))
+        norm = [torch.empty(1, device="cuda")] * 2
+        rest: tuple[Any, ...] = {
+            "conv_bn_relu": (one, *norm, None, None, 0.0, [1, 1], [0, 0], [1, 1], 1, None, *NO_SHORTCUT, True),
+            "stem": (torch.empty(1, 1, 7, 7, device="cuda"), *norm, None, None, 0.0, None, None),
+            "global_avg_pool": (),
+            "linear": (torch.empty(1, 1, device="cuda"), None),
+            "avg_pool_linear": (torch.empty(1, 1, device="cuda"), None),
+        }[name]
+        if name == "linear":
+            few, many = (torch.empty(n, 1, device="cuda") for n in (5, 2**32))
+        choose = OPERATORS[name].choose
+        assert [choose(x, *rest, False, "auto").backend for x in (few, many)] == ["triton", "torch"]
+        assert choose(few, *rest, True, "auto").backend == "triton"
         with pytest.raises(NotImplementedError, match="batch_invariant=True cannot run so large a batch"):
-            choose(many, True, "auto")
+            choose(many, *rest, True, "auto")
 
 
 def edit(name: str) -> Callable[[Any], Any]:
@@ -327,6 +346,10 @@ def edit(name: str) -> Callable[[Any], Any]:
     return {
         "training": lambda m: m.train(),
         "a hook": lambda m: m.layer1[0].bn1.register_forward_hook(hook),
+        "a hook on a block": lambda m: m.layer1[0].register_forward_hook(hook),
+        "a hook on a stage": lambda m: m.layer2.register_forward_hook(hook),
+        "another block": lambda m: m.layer1.__setitem__(0, nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))),
+        "a fresh block": lambda m: m.layer1.__setitem__(0, models.BasicBlock(64, 64).eval()),
         "another layer": lambda m: setattr(m.layer2[0], "bn2", nn.GroupNorm(4, 128)),
         "another shortcut": lambda m: setattr(m.layer2[0], "downsample", nn.Conv2d(64, 128, 1, 2)),
         "another activation": lambda m: setattr(m.layer1[0], "relu", nn.SiLU()),
@@ -337,8 +360,8 @@ def edit(name: str) -> Callable[[Any], Any]:
 
 
 EDITS = (
-    "training", "a hook", "another layer", "another shortcut", "another activation", "another pool", "another average",
-    "another classifier",
+    "training", "a hook", "a hook on a block", "a hook on a stage", "another block", "a fresh block", "another layer",
+    "another shortcut", "another activation", "another pool", "another average", "another classifier",
 )  # fmt: skip
 
 
@@ -351,6 +374,28 @@ def test_what_cannot_be_promised_is_refused(name: str) -> None:
         model(normal(2, 3, 40, 40))
     optimize(model, inplace=True)
     assert model(normal(2, 3, 40, 40)).shape[0] == 2
+
+
+@torch.no_grad()
+def test_a_model_without_a_classifier() -> None:
+    model = optimize(small(), batch_invariant=True)
+    model.fc = nn.Identity()
+    images = normal(3, 3, 40, 40)
+    assert torch.equal(model(images), alone(model, images))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_with_gradients_and_under_autocast() -> None:
+    model, images = optimize(small(), batch_invariant=True), normal(3, 3, 40, 40)
+    y = model(images)
+    y.sum().backward()
+    assert model.conv1.weight.grad is not None
+    assert torch.equal(y, alone(model, images))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(images), alone(model, images))
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(Exception, match="cannot be compiled with gradients or autocast"):
+        compiled(images)
 
 
 def test_only_a_whole_resnet() -> None:

@@ -103,6 +103,14 @@ def test_a_failed_write_leaves_the_old_file(
     assert set(content(tmp_path)) == set(before)
 
 
+def test_a_file_keeps_who_may_read_it(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    file.chmod(0o640)
+    files.replace(file, "new")
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o640)
+
+
 def test_a_symbolic_link_and_the_umask_are_respected(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")

@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from resnet_triton.bench import results
+from resnet_triton.processes import Pool, undisturbed
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ["bench", "--device", "cpu", "--model", "--image", "32", "--batches", "1,2", "--baselines", "eager"]
@@ -59,6 +62,44 @@ def children(pid: int) -> set[int]:
     """Processes that `pid` has started."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return {int(child) for task in tasks for child in (task / "children").read_text().split()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_what_must_not_be_disturbed(number: int) -> None:
+    """Another thread, which no mask of this one covers, receives it; the handler is this one's."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before, done = signal.signal(number, stop), threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    reached = []
+
+    def work() -> None:
+        with undisturbed():
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+            reached.append("the end")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert signal.getsignal(number) is stop
+    finally:
+        done.set()
+        other.join()
+        signal.signal(number, before)
+    assert reached
+
+
+def test_workers_of_a_command_that_ignores_hangups_ignore_them() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Pool(1, get_context("fork")) as pool:
+            assert pool.submit(signal.getsignal, signal.SIGHUP).result() == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

@@ -13,12 +13,14 @@ import functools
 from dataclasses import replace
 
 from ..device import DeviceFacts
-from .conv import ConvConfig, ConvShape
+from .conv import ConvConfig, ConvShape, tiles
 from .heuristic import StemConfig, best_box, conv_candidates, estimate, stem_tiles, strip_turns
 
 BATCHES = (1, 4, 16, 64, 256)
+_DRAM_BYTES_PER_NS = 4300  # an H200's, as in the estimate
 
 
+@functools.lru_cache(maxsize=4096)  # every launch asks
 def invariant(shape: ConvShape, device: DeviceFacts) -> ConvConfig:
     """The configuration for `shape`, which at another batch size differs in its box alone."""
     return _fit(_tile(replace(shape, n=1), device), shape)
@@ -29,12 +31,24 @@ def _tile(shape: ConvShape, device: DeviceFacts) -> ConvConfig:
     """The tile for all batch sizes of `shape`, with the box of one of them."""
     shapes = [replace(shape, n=n) for n in BATCHES]
     found = [conv_candidates(s, device) for s in shapes]
-    best = [min(estimate(c, s, device) for c in configs) for s, configs in zip(shapes, found, strict=True)]
+    best = [min(cost(c, s, device) for c in configs) for s, configs in zip(shapes, found, strict=True)]
 
     def worst(tile: ConvConfig) -> float:
-        return max(estimate(_fit(tile, s), s, device) / least for s, least in zip(shapes, best, strict=True))
+        return max(cost(_fit(tile, s), s, device) / least for s, least in zip(shapes, best, strict=True))
 
     return min(found[0], key=worst)
+
+
+def cost(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
+    """`estimate`, which knows the shares of one round of programs, and the memory traffic of all shares.
+
+    The heuristic splits where one round is enough. A split that holds for every batch size writes and reads shares of a
+    large batch, too: `split_k` fp32 copies of the output.
+    """
+    if config.split_k == 1:
+        return estimate(config, shape, device)
+    shares = 4 * config.split_k * config.block_m * config.block_k * tiles(config, shape)
+    return estimate(config, shape, device) + 2 * shares / _DRAM_BYTES_PER_NS
 
 
 def _fit(tile: ConvConfig, shape: ConvShape) -> ConvConfig:

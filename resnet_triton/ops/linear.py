@@ -98,7 +98,7 @@ def _head_obstacle(
     shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool, kernels: str
 ) -> str | None:
     check_same_dtype(x, weight=weight, bias=bias)
-    return avg_pool_obstacle((*x.shape[:2], 1, 1), x)
+    return avg_pool_obstacle((shape[0], x.shape[1], 1, 1), x)
 
 
 def _plan_head(

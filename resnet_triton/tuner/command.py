@@ -49,6 +49,7 @@ def run(
                     found = Search(shape, bench, compiler, deadline).run(following)
                 except torch.OutOfMemoryError:
                     _warn(f"the GPU has too little free memory for {shape}; it is left for another time")
+                    step()
                     continue
                 for config in found.wrong:
                     _warn(f"{config} gives a wrong answer for {shape}; it was not used")
