@@ -35,11 +35,13 @@ def forget(model: Any) -> None:
 
 
 def edit(model: Any) -> None:
-    model.fc.bias.mul_(-1)
+    model.fc.bias[0].neg_()  # one number: a call that reads meanwhile finds either sign
 
 
 def replace(model: Any) -> None:
-    model.fc.bias = torch.nn.Parameter(-model.fc.bias)
+    bias = model.fc.bias.clone()
+    bias[0].neg_()
+    model.fc.bias = torch.nn.Parameter(bias)
 
 
 def change_modes(model: Any) -> None:
@@ -47,8 +49,11 @@ def change_modes(model: Any) -> None:
 
 
 def move(model: Any) -> None:
+    """To other memory. PyTorch itself reads what has been freed, or crashes, where a call still uses the memory left: a
+    torchvision model does, too. So that memory stays."""
+    left = vars(model).setdefault("memory_left", [])
     model.to("cpu").requires_grad_(False)
-    model._apply(torch.clone)  # to other memory
+    model._apply(lambda t: (left.append(t.detach()), t.clone())[1])
 
 
 STORMS: dict[str, Callable[[Any], object]] = {
