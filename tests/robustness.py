@@ -16,7 +16,9 @@ class Robust(NamedTuple):
 PROCESSES = "test_robust_processes.py::"
 FILES, PREDICT, THREADS = "test_robust_files.py::", "test_robust_predict.py::", "test_robust_threads.py::"
 ROBUST = (
-    Robust("many threads call a model that is edited, moved, refreshed", "each answer is one of before or of after",
+    Robust("many threads call a model that is edited, moved, refreshed",
+           "each answer is one of before or of after; the memory that a move leaves must last until the calls end, as "
+           "for any PyTorch model",
            THREADS + "test_threads_call_a_model_that_is"),
     Robust("fork while another thread is in a call", "no lock is inherited",
            THREADS + "test_a_fork_while_another_thread_is_in_a_call"),
