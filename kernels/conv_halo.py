@@ -24,6 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Their names since Triton 3.8, which 3.6 and 3.7 do not know yet; 3.9 has none of the older ones.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 STAGES = 2
 
 
@@ -35,7 +39,7 @@ def _load_row(x_desc, ring, full, turn, h, q, n0, last, BLOCK_M: gl.constexpr, C
     mbarrier.expect(full.index(slot), 3 * BLOCK_M * C * 2, pred=wanted)
     for s in gl.static_range(3):
         tile = ring.index(slot * 3 + s)
-        tma.async_copy_global_to_shared(x_desc, [h, q + s - 1, n0, 0], full.index(slot), tile, pred=wanted)
+        async_load(x_desc, [h, q + s - 1, n0, 0], full.index(slot), tile, pred=wanted)
 
 
 @gluon.jit
@@ -73,7 +77,7 @@ def conv_halo_kernel(
         mbarrier.init(full.index(i), count=1)
     mbarrier.expect(ready, 9 * K * C * 2)
     for tap in gl.static_range(9):
-        tma.async_copy_global_to_shared(w_desc, [0, tap * C], ready, filters.index(tap))
+        async_load(w_desc, [0, tap * C], ready, filters.index(tap))
     for i in gl.static_range(STAGES - 1):
         _load_row(x_desc, ring, full, i, first - 1 + i, q, n0, last + 1, BLOCK_M, C, STAGES)
 
@@ -110,7 +114,7 @@ def conv_halo_kernel(
             tma.store_wait(0)
             result.reshape((BLOCK_M, K)).store(y.to(y_desc.dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(y_desc, [h - 1, q, n0, 0], result)
+            async_store(y_desc, [h - 1, q, n0, 0], result)
         upper = middle
         middle = lower
     tma.store_wait(0)

@@ -170,12 +170,9 @@ class Gpu:
             MBarrierLayout=lambda: None, init=lambda barrier, count: setattr(barrier, "count", count), expect=expect,
             wait=lambda barrier, parity: barrier.wait(parity),
         )  # fmt: skip
-        copies = SimpleNamespace(
-            async_copy_global_to_shared=self.copy_in, async_copy_shared_to_global=self.copy_out,
-            store_wait=self.stores_done,
-        )  # fmt: skip
         return {
-            "gl": language, "mbarrier": barriers, "tma": copies, "fence_async_shared": self.fence,
+            "gl": language, "mbarrier": barriers, "tma": SimpleNamespace(store_wait=self.stores_done),
+            "async_load": self.copy_in, "async_store": self.copy_out, "fence_async_shared": self.fence,
             "warpgroup_mma": self.product, "warpgroup_mma_wait": self.products_done, "range": range,
         }  # fmt: skip
 

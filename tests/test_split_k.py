@@ -149,7 +149,9 @@ def test_a_barrier_stands_between_the_share_and_its_announcement():
         assert ".gpu" in lines[arrival]
         stores = [i for i, line in enumerate(lines[:arrival]) if "st.global" in line]
         assert stores, "the share is stored before it is announced"
-        assert ptx.count("ld.global.cg") == shares * len(stores), "shares come from where they are, not from a stale L1"
+        # The loop over the other shares is unrolled by some compilers (all but Triton 3.9's for sm_100).
+        loads, of_each = ptx.count("ld.global.cg"), (shares * len(stores), 2 * len(stores))
+        assert loads in of_each, "shares come from where they are, not from a stale L1"
         assert any("bar.sync" in line for line in lines[stores[-1] : arrival])
         assert not re.search(r"\b(atom|red)\b.*\.f(16|32)", ptx), "floating-point atomics are not repeatable"
 
