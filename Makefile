@@ -7,6 +7,10 @@ STAMP := $(VENV)/.installed
 OLDEST_TRITON := 3.6.0
 NEWER_TRITONS := 3.8.0 3.9.0
 OTHER_TRITONS := $(OLDEST_TRITON) $(NEWER_TRITONS)
+NEWEST_TRITON := $(lastword $(NEWER_TRITONS))
+
+# What runs kernels in Triton's interpreter, and little else.
+INTERPRETED := $(addprefix tests/test_,accuracy.py exact.py halo.py interpreter.py opinfo.py shadow.py split_k.py stem.py)
 
 # What a user's shell may export must not change what the tests check.
 HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE -u PYTEST_ADDOPTS -u PYTEST_PLUGINS \
@@ -20,7 +24,8 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DELETE_ON_ERROR:
 .SILENT:
 .PHONY: help env demo test slow fuzz headroom lint types mutate verify reliability package codegen codegen-all \
-	codegen-oldest codegen-newer $(OTHER_TRITONS:%=codegen-%) bench bench-gpu clean
+	codegen-oldest codegen-newest codegen-newer $(OTHER_TRITONS:%=codegen-%) \
+	test-newest test-newer $(NEWER_TRITONS:%=test-%) bench bench-gpu clean
 
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +51,15 @@ demo: $(STAMP) ## compare a ResNet-18 with and without the kernels on this machi
 # One thread a worker: torch would otherwise start a thread per core in each of them.
 test: $(STAMP) ## run the tests, except those of `make slow` and `make package`
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not packaging and not slow' $(ARGS)
+
+test-newest: test-$(NEWEST_TRITON) ## the tests of kernels, interpreted by the newest Triton
+
+test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the one of .venv; no part of CI
+
+$(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
+	$(HERMETIC) PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(PY) -c 'import triton; assert triton.__version__ == "$*", triton'
+	$(HERMETIC) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* \
+		$(PY) -m pytest -n 2 -m 'not slow' $(INTERPRETED) $(ARGS)
 
 slow: $(STAMP) ## run the tests that take long by themselves
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow $(ARGS)
@@ -86,7 +100,9 @@ codegen-all: $(STAMP) ## every target, batch size and dtype, written to benchmar
 
 codegen-oldest: codegen-$(OLDEST_TRITON) ## the same with the oldest supported Triton
 
-codegen-newer: $(NEWER_TRITONS:%=codegen-%) ## the same with Tritons newer than the one of .venv; no part of CI
+codegen-newest: codegen-$(NEWEST_TRITON) ## the same with the newest Triton
+
+codegen-newer: $(NEWER_TRITONS:%=codegen-%) ## the same with every Triton newer than the one of .venv; no part of CI
 
 $(OTHER_TRITONS:%=codegen-%): codegen-%: $(VENV)/triton-%/.installed
 	$(HERMETIC) PYTHONPATH=$(VENV)/triton-$* $(PY) -c 'import triton; assert triton.__version__ == "$*", triton'

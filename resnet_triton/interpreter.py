@@ -4,6 +4,9 @@
 bfloat16 as raw uint16: `tl.dot` multiplies those integers, casts from fp32 truncate instead of rounding, and casts to
 fp32 garble denormals. All of it is silently wrong, so `repair()` replaces it before the first interpreted launch.
 `tests/test_interpreter.py` fails on the day upstream is right and this file can go.
+
+NumPy's own products differ by machine: on some CPUs a row's sum depends on where it stands in its tile. So the
+interpreter cannot keep the promise of `batch_invariant=True`; the tests of it multiply otherwise.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def compiled(records: Records) -> str:
         run = sum(count for device, count in ran.items() if name in device)
         rows.append((f"{arch}, {name}", len(launches), len(configurations), spilled, faulty, run or "none"))
     headings = ("for", "launches compiled", "configurations", "of the launches spill", "have faults", "runs recorded")
-    gates = ("codegen", "codegen-oldest")
+    gates = ("codegen", "codegen-oldest", "codegen-newest")
     versions = [("the table above", found["triton"])]
     versions += [(f"`make {gate}`", records.json(f"{gate}/codegen.json").get("triton", "not run")) for gate in gates]
     compilers = ", ".join(f"{where} {version}" for where, version in versions)
