@@ -46,6 +46,7 @@ def tiled(block_q: int, strip: int, block_k: int = 64) -> Any:
         (2, 3, 17, 19, 70),
         (3, 1, 8, 61, 16),
         (2, 4, 1, 1, 8),
+        (1, 3, 4, 4, 65),
         (1, 2, 2, 13, 40),
         (1, 3, 5, 4, 24),
         (1, 3, 40, 6, 16),
@@ -159,6 +160,18 @@ def test_a_pixel_that_is_not_finite_reaches_only_its_windows(device, where, valu
     assert same(y, expected)
     assert not torch.equal(y[1], stem_reference([call[0].nan_to_num(0.0, 0.0, 0.0), *call[1:]])[1])
     assert y[0].isfinite().all()
+
+
+@SPECIAL_VALUES
+def test_a_pixel_that_is_not_finite_in_a_tall_image(device):
+    """It is marked beyond the first 128 rows of blocks, which are read at once."""
+    call = stem_call(generator(device, 14), 1, 3, 300, 8, 16, torch.float16)
+    call[0][0, 1, 290:292, 3:5] = INF  # one of the four is in a block window, but not in the filter's
+    with tiled(16, 100):
+        y = run("stem", *call, kernel="stem_kernel")
+    expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).half()
+    assert same(y, expected)
+    assert y[:, :, :70].isfinite().all()
 
 
 @HALVES
