@@ -149,12 +149,12 @@ def same(y: Tensor, expected: Tensor) -> bool:
 @HALVES
 @SPECIAL_VALUES
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("where", [(0, 0), (0, 7), (7, 0), (8, 8), (11, 6), (29, 47), (14, 47)], ids=str)
+@pytest.mark.parametrize("where", [(0, 0), (0, 7), (7, 0), (8, 8), (11, 6), (17, 35), (10, 35)], ids=str)
 def test_a_pixel_that_is_not_finite_reaches_only_its_windows(device, where, value, dtype):
     """A window of 4 x 4 blocks covers one row and one column more than the filter: 0 x infinity lurks there."""
-    call = stem_call(generator(device, 6), 2, 3, 30, 48, 16, dtype)
+    call = stem_call(generator(device, 6), 2, 3, 18, 36, 16, dtype)
     call[0][1, 2, where[0], where[1]] = value
-    with tiled(32, 3):
+    with tiled(16, 3):
         y = run("stem", *call, kernel="stem_kernel")
     expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).to(dtype)
     assert same(y, expected)
