@@ -9,8 +9,8 @@ NEWER_TRITONS := 3.8.0 3.9.0
 OTHER_TRITONS := $(OLDEST_TRITON) $(NEWER_TRITONS)
 NEWEST_TRITON := $(lastword $(NEWER_TRITONS))
 
-# What runs kernels in Triton's interpreter, and little else.
-INTERPRETED := $(addprefix tests/test_,accuracy.py exact.py halo.py interpreter.py invariant.py opinfo.py shadow.py split_k.py stem.py)
+# What asks Triton's interpreter for the exact answer, and little else.
+INTERPRETED := $(addprefix tests/test_,exact.py halo.py interpreter.py shadow.py split_k.py stem.py)
 
 # What a user's shell may export must not change what the tests check.
 HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE -u PYTEST_ADDOPTS -u PYTEST_PLUGINS \
@@ -52,7 +52,7 @@ demo: $(STAMP) ## compare a ResNet-18 with and without the kernels on this machi
 test: $(STAMP) ## run the tests, except those of `make slow` and `make package`
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not packaging and not slow' $(ARGS)
 
-test-newest: test-$(NEWEST_TRITON) ## the tests of kernels, interpreted by the newest Triton
+test-newest: test-$(NEWEST_TRITON) ## the exact tests of kernels, interpreted by the newest Triton
 
 test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the one of .venv; no part of CI
 

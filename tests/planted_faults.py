@@ -129,7 +129,7 @@ FAULTS = [
     Fault("shares from a stale cache", TILES,
           'acc += tl.load(shares + i * (BLOCK_M * BLOCK_K) + offs, cache_modifier=".cg")',
           "acc += tl.load(shares + i * (BLOCK_M * BLOCK_K) + offs)",
-          SPLIT + "test_a_barrier_stands_between_the_share_and_its_announcement", 'assert ptx.count."ld.global.cg".',
+          SPLIT + "test_a_barrier_stands_between_the_share_and_its_announcement", "assert loads in of_each",
           compiled=True),
     Fault("shares on top of each other", POINTER, "split.to(tl.int64) * M * K", "split.to(tl.int64) * 0",
           SPLIT + "test_any_number_of_shares_is_exact", f"stores workspace_ptr.*, which program .* stored: {RACE}"),

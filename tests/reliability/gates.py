@@ -14,7 +14,7 @@ class Settings(NamedTuple):
 
     seed: int = 0
     fuzz_cases: int = 20_000
-    mutants: int = 500
+    mutants: int = 400
     tests: str = ""
 
 
@@ -51,7 +51,7 @@ GATES = (
     Gate("types", "annotations hold (mypy, strict)"),
     _of_pytest("test", "kernels: bit for bit or within bounds of fp64, no access outside, no race; models and tools",
                "{tests}"),
-    _of_pytest("test-newest", "the kernels' part of that, interpreted by the newest Triton"),
+    _of_pytest("test-newest", "the same of the kernels, bit for bit, interpreted by the newest Triton"),
     _of_pytest("slow", "machine code within its budget; every planted fault is caught by the test named for it",
                "{tests}"),
     _of_pytest("package", "wheel and sdist build, install, import and hold what they should"),
