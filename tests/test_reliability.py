@@ -81,7 +81,7 @@ def test_a_failed_gate_stops_no_other_and_shows(folder):
     assert (result, cases, mismatches, seed) == ("passed", "1,204", "1", "3")
     for line in (
         "* `make types`: FAILED.", "* `make test`: not run.", "* 1 of `make fuzz`: skipped, no CUDA GPU here.",
-        "**Not the usual settings**: fuzz cases: 7 instead of 20000.", "1 of 2 were caught",
+        "**Less than the usual settings**: fuzz cases: 7 instead of 20000.", "1 of 2 were caught",
         "| `kernels/a.py` | one too many | `test_a.py::test_b` |", f"* **Not caught**: {PLANTED}[two]",
     ):  # fmt: skip
         assert line in text

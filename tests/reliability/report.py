@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import tables
-from .gates import GATES, USUAL
+from .gates import GATES, USUAL, Settings
 from .markdown import bullets, number, table
 from .records import Records
 
@@ -70,13 +70,15 @@ def _gates(records: Records) -> str:
 
 
 def _settings(records: Records) -> str:
-    """What was not as `make verify` has it by itself."""
-    changed = [
-        f"{name.replace('_', ' ')}: {value or 'none'} instead of {getattr(USUAL, name) or 'all'}"
-        for name, value in records.run.get("settings", {}).items()
-        if name != "seed" and value != getattr(USUAL, name)
+    """What was less than `make verify` has by itself."""
+    settings = Settings(**records.run.get("settings", {}))
+    less = [
+        f"{name.replace('_', ' ')}: {getattr(settings, name)} instead of {getattr(USUAL, name)}"
+        for name in ("fuzz_cases", "mutants")
+        if getattr(settings, name) < getattr(USUAL, name)
     ]
-    return f"**Not the usual settings**: {'; '.join(changed)}." if changed else ""
+    less += [f"tests: {settings.tests} instead of all"] * (settings.tests != USUAL.tests)
+    return f"**Less than the usual settings**: {'; '.join(less)}." if less else ""
 
 
 def _untested(records: Records) -> str:
