@@ -14,7 +14,7 @@ class Settings(NamedTuple):
 
     seed: int = 0
     fuzz_cases: int = 20_000
-    mutants: int = 300
+    mutants: int = 400
     tests: str = ""
 
 
