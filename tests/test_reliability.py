@@ -109,6 +109,18 @@ def test_a_gate_without_its_record_has_no_numbers(tmp_path):
     assert row_of(report.report(tmp_path), "test") == ["**FAILED**", "–", "–", "2", "–"]
 
 
+def test_faults_that_fail_nothing_are_named(tmp_path):
+    spilled = {"arch": "sm_100", "faults": ["spills 8 bytes"]}
+    rows = [spilled, spilled, {"arch": "sm_90", "faults": ["spills 4 bytes"]}, {"arch": "sm_100", "faults": []}]
+    (tmp_path / "codegen").mkdir()
+    (tmp_path / "codegen" / "codegen.json").write_text(json.dumps({"triton": "3.7.1", "rows": rows}))
+    text = report.report(tmp_path)
+    assert "Reported only, for sm_80 and sm_90 are" in text
+    assert "* `make codegen`, sm_100: spills 8 bytes in 2 launches." in text
+    assert "spills 4 bytes" not in text, "that fails the gate"
+    assert "Reported only" not in report.report(tmp_path / "codegen")
+
+
 def test_mutants_are_counted_for_each_file(tmp_path):
     def mutant(file: str, verdict: str) -> dict[str, Any]:
         return {"file": file, "line": 3, "before": "a < b", "after": "a <= b", "verdict": verdict}
