@@ -17,6 +17,9 @@ HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE 
 	-u TRITON_INTERPRET -u TRITON_DEBUG -u TRITON_KERNEL_OVERRIDE -u TRITON_DEFAULT_BACKEND -u TRITON_OVERRIDE_ARCH \
 	-u RESNET_TRITON_PDL -u TORCHDYNAMO_DISABLE -u TORCH_COMPILE_DISABLE -u TORCH_LOGS
 
+# In a rule for another Triton, $* is its version.
+WITH_TRITON = $(HERMETIC) PYTHONPATH="$(CURDIR)/$(VENV)/triton-$*"
+
 # pip's warnings run to pages on some machines; -qq keeps its errors.
 PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 
@@ -43,6 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(OTHER_TRITONS:%=$(VENV)/triton-%/.installed): $(VENV)/triton-%/.installed: $(STAMP)
 	rm -rf $(@D)
 	$(PIP) --no-deps --target $(@D) triton==$* >&2
+	$(WITH_TRITON) $(PY) -c 'import triton; assert triton.__version__ == "$*", triton'
 	touch $@
 
 demo: $(STAMP) ## compare a ResNet-18 with and without the kernels on this machine
@@ -57,9 +61,7 @@ test-newest: test-$(NEWEST_TRITON) ## the exact tests of kernels, interpreted by
 test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the one of .venv; no part of CI
 
 $(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
-	$(HERMETIC) PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* $(PY) -c 'import triton; assert triton.__version__ == "$*", triton'
-	$(HERMETIC) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(VENV)/triton-$* \
-		$(PY) -m pytest -n 2 -m 'not slow' $(INTERPRETED) $(ARGS)
+	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow' $(INTERPRETED) $(ARGS)
 
 slow: $(STAMP) ## run the tests that take long by themselves
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow $(ARGS)
@@ -105,8 +107,7 @@ codegen-newest: codegen-$(NEWEST_TRITON) ## the same with the newest Triton
 codegen-newer: $(NEWER_TRITONS:%=codegen-%) ## the same with every Triton newer than the one of .venv; no part of CI
 
 $(OTHER_TRITONS:%=codegen-%): codegen-%: $(VENV)/triton-%/.installed
-	$(HERMETIC) PYTHONPATH=$(VENV)/triton-$* $(PY) -c 'import triton; assert triton.__version__ == "$*", triton'
-	$(HERMETIC) PYTHONPATH=$(VENV)/triton-$* $(PY) -m resnet_triton codegen $(ARGS)
+	$(WITH_TRITON) $(PY) -m resnet_triton codegen $(ARGS)
 
 bench: $(STAMP) ## time ResNet-18 and its layers against PyTorch's on this machine: tables and charts in build/bench
 	$(PY) -m resnet_triton bench --out build/bench $(ARGS)

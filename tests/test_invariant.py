@@ -79,7 +79,7 @@ def alone(operation: Operation, batch: Tensor, **modes: Any) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def products_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy's BLAS sums a row by where it stands in its tile, on some CPUs; a tensor core does not."""
+    """On some CPUs NumPy's BLAS sums a row by where it stands in its tile, which is no fault of a kernel."""
     monkeypatch.setattr(np, "matmul", lambda a, b: np.einsum("mk,kn->mn", a, b))
 
 

@@ -52,8 +52,13 @@ def move(model: Any) -> None:
     """To other memory. PyTorch itself reads what has been freed, or crashes, where a call still uses the memory left: a
     torchvision model does, too. So that memory stays."""
     left = vars(model).setdefault("memory_left", [])
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        left.append(t.detach())
+        return t.clone()
+
     model.to("cpu").requires_grad_(False)
-    model._apply(lambda t: (left.append(t.detach()), t.clone())[1])
+    model._apply(moved)
 
 
 STORMS: dict[str, Callable[[Any], object]] = {

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .gates import ROOT
+from .gates import GATES, ROOT
 from .markdown import bullets, folded, number, table
 from .records import Records
 
@@ -152,7 +152,7 @@ def compiled(records: Records) -> str:
         run = sum(count for device, count in ran.items() if name in device)
         rows.append((f"{arch}, {name}", len(launches), len(configurations), spilled, faulty, run or "none"))
     headings = ("for", "launches compiled", "configurations", "of the launches spill", "have faults", "runs recorded")
-    gates = ("codegen", "codegen-oldest", "codegen-newest")
+    gates = [gate.name for gate in GATES if gate.name.startswith("codegen")]
     versions = [("the table above", found["triton"])]
     versions += [(f"`make {gate}`", records.json(f"{gate}/codegen.json").get("triton", "not run")) for gate in gates]
     compilers = ", ".join(f"{where} {version}" for where, version in versions)
