@@ -112,8 +112,10 @@ for batch in (1, 32):
 
 calls = trace(resnet18().eval(), (1, 3, 224, 224), torch.float16)
 (launch,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(KNOWN[90])
-split = codegen.triton_compile(codegen.specialise(launch), 90).asm["ptx"]
-print(json.dumps([found, widths, split]))
+(older,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(KNOWN[80])
+places = ((launch, 90), (older, 80))
+texts = [codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"] for launch, arch in places]
+print(json.dumps([found, widths, *texts]))
 """
 ADDS_BARRIERS = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
 """Whether this Triton puts a barrier before and after an atomic that orders, as 3.9.0 was the first seen to do."""
@@ -155,7 +157,7 @@ ON_AMD = (
 @cache
 def compiled() -> Any:
     """Vital signs of all that is planted; the widest access of each of our kernels when it knows of no alignment; the
-    PTX of a convolution that shares its tiles and stores them in bulk.
+    PTX of a convolution that shares its tiles and loads and stores them in bulk, and of one that copies its operands.
     """
     places = [(80, name) for name in SOURCES] + [("gfx942", name) for name in ON_AMD]
     wanted = {f"{name}, {arch}": (arch, *SOURCES[name], name not in UNALIGNED) for arch, name in places}
@@ -165,7 +167,7 @@ def compiled() -> Any:
 
 
 def signs(name: str, arch: int | str = 80) -> Code:
-    planted, _, _ = compiled()
+    planted, *_ = compiled()
     return Code(**planted[f"{name}, {arch}"])
 
 
@@ -214,7 +216,7 @@ def after(text: str, near: str, new: str) -> str:
 
 
 def test_every_rule_guards_a_real_kernel():
-    _, _, sound = compiled()
+    _, _, sound, _ = compiled()
 
     def broken(text: str) -> tuple[str, ...]:
         assert text != sound
@@ -237,6 +239,28 @@ def test_every_rule_guards_a_real_kernel():
     for kind, expected in ((".read", (ordering.UNFINISHED_BULK_STORE,)), ("", ())):
         waiting = re.sub(rf"{wait}(?:\.read)?\s+0", f"{wait}{kind} 0", sound)
         assert broken(after(waiting, wait, f"bar.sync 0;\n{arrival}")) == expected
+
+
+def test_rules_of_operands_in_shared_memory():
+    _, _, bulk, copied = compiled()
+    for sound in (bulk, copied):
+        assert ordering.broken(flow.ptx(sound), ordering.NVIDIA_RULES) == ()
+
+    def broken(text: str) -> set[str]:
+        assert text not in (bulk, copied)
+        return set(ordering.broken(flow.ptx(text), ordering.NVIDIA_RULES))
+
+    # Barriers behind the wait in the loop: for pixels, for filters and, by some Tritons, for the wait itself.
+    barrier, wait, load, copy = "bar.sync", "cp.async.wait_group", "ldmatrix.", "cp.async.cg."
+    last = max(i for i, line in enumerate(bulk.splitlines()) if re.search(r"shared::\w+\.global", line))
+    loop = max(i for i, line in enumerate(bulk.splitlines()[:last]) if "wgmma.wait_group" in line)
+    guards = sum(barrier in line for line in bulk.splitlines()[loop:last])
+    assert guards
+    unguarded = without(bulk, barrier, bulk.splitlines()[last], count=guards)
+    assert ordering.NO_BARRIER_AFTER_PRODUCT in broken(unguarded)
+    assert broken(without(copied, wait, load, count=99)) == {ordering.UNFINISHED_COPY}
+    assert ordering.NO_BARRIER_AFTER_COPY in broken(without(copied, barrier, load, count=99))
+    assert ordering.NO_BARRIER_BEFORE_COPY in broken(without(copied, barrier, copy, count=99))
 
 
 @pytest.mark.parametrize("arch", [80, "gfx942"])
@@ -279,7 +303,7 @@ def test_narrow_loads_in_a_loop_and_wide_ones_of_unaligned_memory():
 
 
 def test_a_kernel_that_knows_of_no_alignment_moves_single_elements():
-    _, widths, _ = compiled()
+    _, widths, *_ = compiled()
     ours = ("conv_pointer", "max_pool", "global_avg_pool", "linear", "avg_pool_linear")
     assert widths == {f"{name}_kernel": 2 for name in ours}
 

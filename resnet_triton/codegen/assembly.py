@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from . import flow as flows
 from .access import accesses, loads
 from .ordering import AMD_RULES, NVIDIA_RULES, broken
+from .products import follow
 
 _TENSOR_CORE = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
 # A bulk reduction's text does not name its type; kernels have no use for one anyway.
@@ -27,7 +28,8 @@ class Code:
     """Vital signs of one compiled kernel. Sizes in bytes; `spill_bytes` per thread, stores and loads together.
 
     Instructions, wgmma and waits are counted in the text, so once for a loop. `pendings` holds how many wgmma each wait
-    leaves running: a pipelined loop waits with at least one pending. `messages` are ptxas's own words.
+    leaves running: a pipelined loop waits with at least one pending. `messages` are ptxas's own words. Each wgmma was
+    followed until it is waited for; `hazards` says what happens to its registers before (`products.py`).
 
     Of a thread's accesses to global memory through pointers, `narrowest_load` is the least in a loop (0: none there),
     `widest_access` the most anywhere.
@@ -44,6 +46,7 @@ class Code:
     wgmma_waits: int = 0
     pendings: tuple[int, ...] = ()
     messages: tuple[str, ...] = ()
+    hazards: tuple[str, ...] = ()
     float_atomics: int = 0
     disorder: tuple[str, ...] = ()  # rules of `ordering.py` that some path breaks
     dropped_nans: int = 0  # floating-point maxima and minima whose result may be a number though an operand is NaN
@@ -55,6 +58,12 @@ class Code:
     def serialized(self) -> bool:
         """Whether ptxas gave up running wgmma asynchronously."""
         return any("serializ" in message for message in self.messages)
+
+    @property
+    def unsafe(self) -> tuple[str, ...]:
+        """Why answers may be wrong now and then: what no number of right ones disproves."""
+        lost = self.tensor_core == "wgmma" and not self.wgmma
+        return (*self.hazards, *(["no wgmma to follow in the machine code, expected those of the PTX"] if lost else []))
 
     @property
     def wgmma_per_wait(self) -> float | None:
@@ -70,7 +79,7 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
     waits = re.findall(r"warp_group_dot_wait[^\n]*?pendings = (\d+)", ttgir)
     said = [line for line in log.splitlines() if re.match(r"ptxas.*(?:\(C\d+\)|serializ|warning)", line)]
-    flow = flows.ptx(ptx)
+    flow, followed = flows.ptx(ptx), follow(sass)
     return Code(
         registers=int(registers[1]),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
@@ -79,10 +88,11 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         tensor_core=next((name for text, name in _TENSOR_CORE.items() if text in ptx), "none"),
         tma="cp.async.bulk.tensor" in ptx,
         dots=_dots(ttir),
-        wgmma=sum(bool(re.match(r"[HQIB]GMMA\b", name)) for name in instructions),
+        wgmma=followed.products,
         wgmma_waits=sum(name.startswith("WARPGROUP.DEPBAR") for name in instructions),
         pendings=tuple(map(int, waits)),
         messages=tuple(dict.fromkeys(line.partition(": ")[2] for line in said)),
+        hazards=followed.hazards,
         float_atomics=len(_FLOAT_ATOMIC.findall(ptx)),
         disorder=broken(flow, NVIDIA_RULES),
         dropped_nans=len(_DROPS_NAN.findall(ptx)),

@@ -20,6 +20,13 @@ def amd(text: str) -> Flow:
     return Flow(text, comment=";", jump=r"\bs_(?P<maybe>c)?branch\w*\s+(?P<label>\S+)", leave=r"^\s*s_endpgm\b")
 
 
+def sass(text: str) -> Flow:
+    """That of NVIDIA's machine code, as nvdisasm writes it. A call may lead into the subroutine, and past it."""
+    maybe = r"(?P<maybe>@\S+\s+BRA\b[^`]*|\bCALL\b[^`]*|\bBRA[\w.]*\s+[^`\s][^`]*)"
+    jump = rf"(?:{maybe}|\bBRA[\w.]*\s+)`\((?P<label>[^)]+)\)"
+    return Flow(text, comment="//", jump=jump, leave=r"\*/\s+(?:EXIT|RET)\b")
+
+
 class Flow:
     """The lines of an assembly text, comments removed, and the jumps between them.
 
@@ -33,16 +40,19 @@ class Flow:
         for i, line in enumerate(self.lines):
             if label := _LABEL.match(line):
                 places[label[1]].append(i)
-        self._next: list[tuple[int, ...]] = [(i + 1,) for i in range(len(self.lines))]
+        self.next: list[tuple[int, ...]] = [(i + 1,) for i in range(len(self.lines))]
+        """By line, the lines that may come after it; one past the last is the end of the text."""
         self._loops = []
         for i, line in enumerate(self.lines):
             if re.search(leave, line):
-                self._next[i] = ()
+                self.next[i] = ()
             elif found := re.search(jump, line):
                 # Inline PTX has labels of its own, the same at every use: a jump means the nearest above, else below.
                 where = places[found["label"]]
+                if not where:
+                    raise ValueError(f"a jump to {found['label']}, which is not there")
                 to = max((place for place in where if place <= i), default=where[0])
-                self._next[i] = (to, i + 1) if found["maybe"] else (to,)
+                self.next[i] = (to, i + 1) if found["maybe"] else (to,)
                 if to <= i:
                     self._loops.append(range(to, i + 1))
 
@@ -52,7 +62,7 @@ class Flow:
         A guard that only some threads execute ("@%p1 bar.sync") guards nothing, so let `guard` match no predicate.
         """
         ends, guards = re.compile(end), re.compile(guard)
-        waiting = [to for i, line in enumerate(self.lines) if re.search(start, line) for to in self._next[i]]
+        waiting = [to for i, line in enumerate(self.lines) if re.search(start, line) for to in self.next[i]]
         seen = set()
         while waiting:
             i = waiting.pop()
@@ -61,7 +71,7 @@ class Flow:
             if ends.search(self.lines[i]):
                 return True
             seen.add(i)
-            waiting += self._next[i]
+            waiting += self.next[i]
         return False
 
     def looped(self) -> Iterator[str]:

@@ -24,6 +24,10 @@ UNFENCED_BULK_STORE = "no proxy fence between a store to shared memory and the b
 NO_BARRIER_BEFORE_BULK_STORE = "no barrier between a store to shared memory and the bulk store after it"
 UNREAD_BULK_STORE = "shared memory given back or stored to before a bulk store has read it"
 NO_BARRIER_AFTER_WAIT = "no barrier between the wait for a bulk store and the store to shared memory after it"
+UNFINISHED_COPY = "no wait between a copy to shared memory and the load after it"
+NO_BARRIER_AFTER_COPY = "no barrier between the wait for a copy to shared memory and the load after it"
+NO_BARRIER_BEFORE_COPY = "no barrier between a load of shared memory and the copy after it"
+NO_BARRIER_AFTER_PRODUCT = "no barrier between the wait for a matrix product and the copy to shared memory after it"
 NO_RELEASE = "no write-back between a store and the atomic after it"
 NO_ACQUIRE = "no invalidation between an atomic and the load after it"
 
@@ -36,6 +40,10 @@ _ANYWHERE, _NEVER = "", r"(?!)"
 _BARRIER = r"\s*bar(?:rier)?\.(?:cta\.)?sync(?:\.aligned)?\s+0\s*;"  # 0: of all the program's threads
 _SHARED_STORE = r"\bst\.[\w.:]*shared|\bstmatrix\."
 _BULK_STORE = r"\bcp\.(?:reduce\.)?async\.bulk\.[\w.:]*global\.shared"
+_COPY = r"\bcp\.async\.c[ag]\."
+_BULK_LOAD = r"\bcp\.async\.bulk\.tensor\.[\w.:]*shared::\w+\.global"
+_SHARED_LOAD = r"\bldmatrix\.|\bwgmma\.mma_async\."
+_COPIED = r"\s*cp\.async\.wait_(?:group|all)\b"
 _LEAVE = r"^\s*(?:@\S+\s+)?(?:ret|exit)\b"
 # Of `.read`, the buffer may be used again, but what was stored need not be there yet.
 _WRITTEN = r"\s*cp\.async\.bulk\.wait_group\s+0\b"
@@ -50,6 +58,11 @@ NVIDIA_RULES = (
     Rule(NO_BARRIER_BEFORE_BULK_STORE, _SHARED_STORE, _BULK_STORE, _BARRIER),
     Rule(UNREAD_BULK_STORE, _BULK_STORE, rf"{_SHARED_STORE}|{_LEAVE}", _READ),
     Rule(NO_BARRIER_AFTER_WAIT, _READ, _SHARED_STORE, _BARRIER),
+    # Which slot of a ring is loaded is not followed: whether the wait or the barrier is for this one is not seen.
+    Rule(UNFINISHED_COPY, _COPY, _SHARED_LOAD, _COPIED),
+    Rule(NO_BARRIER_AFTER_COPY, _COPIED, _SHARED_LOAD, _BARRIER),
+    Rule(NO_BARRIER_BEFORE_COPY, r"\bldmatrix\.", _COPY, _BARRIER),
+    Rule(NO_BARRIER_AFTER_PRODUCT, r"\bwgmma\.wait_group\.", rf"{_BULK_LOAD}|{_COPY}", _BARRIER),
 )
 
 _AMD_STORE, _AMD_LOAD = r"\b(?:global|buffer|flat)_store", r"\b(?:global|buffer|flat)_load"

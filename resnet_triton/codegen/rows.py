@@ -80,7 +80,7 @@ class Row:
             found += [f"no {name}" for name, used in (("wgmma", code.wgmma), ("TMA", code.tma)) if not used]
         if code.float_atomics:
             found.append(f"{code.float_atomics} floating-point atomics")
-        found += code.disorder
+        found += [*code.unsafe, *code.disorder]
         if code.dropped_nans:
             found.append(f"{code.dropped_nans} maxima or minima that drop NaN")
         if code.approximations:

@@ -68,6 +68,7 @@ def faults(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[str
                 found.append("ptxas serialised wgmma")
             if code.shared_memory > facts.shared_memory:
                 found.append(f"needs {code.shared_memory} bytes of shared memory")
+            found += code.unsafe
         return found
     except OSError:  # a full disk or a cache of somebody else's: no configuration's fault
         raise

@@ -1,0 +1,157 @@
+"""Registers of asynchronous matrix products (wgmma), followed through Hopper's machine code until they are waited for.
+
+The instruction only starts a product. Until a wait has covered its group, the registers that it reads must not be
+written and those that it adds to must not be touched. A breach shows in results only if some cycles fall badly, the
+interpreter knows no registers, and ptxas can make one of sound PTX. So each product is followed along every path of
+the machine code, by itself: a wait that leaves n groups running covers it once n groups have been closed after its own.
+
+Only the first register of a vector is looked at. A vector is aligned to its length, and a product's registers start at
+a multiple of four and are multiples of four, so nothing that a product has a part of starts outside it.
+
+Not seen here: shared memory that is overwritten while a product reads it, and a product that starts too early.
+`ordering.py` asks that a wait stands on every path between the two, not that it is for the right slot.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .flow import Flow, sass
+
+# In these, the first operand that is no predicate is the result, if it is a register.
+_WRITE = {
+    "FADD", "FFMA", "FMUL", "HADD2", "IADD3", "IMAD", "LDG", "LDS", "LDSM", "LEA", "LOP3", "MOV", "MUFU", "PRMT", "S2R",
+    "SEL", "SHF", "SYNCS", "VIADD",
+}  # fmt: skip
+# In these, no register is a result.
+_READ = {
+    "BAR", "BRA", "BSSY", "DEPBAR", "ELECT", "FENCE", "ISETP", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP", "PLOP3", "R2UR",
+    "VOTEU", "WARPGROUP",
+}  # fmt: skip
+_MOST = 7  # groups that a wait can leave running
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+_PRODUCT = re.compile(r"[A-Z]GMMA\b")
+_SHAPE = re.compile(r"[HQIB]GMMA\.64x(\d+)x\d+\.[FS]32\b")
+_PREDICATE = re.compile(r"!?U?P[\dTR]$")
+_WAIT = "WARPGROUP.DEPBAR.LE"
+
+
+class Followed(NamedTuple):
+    """How many products there are, and a line for everything that may go wrong with one of them."""
+
+    products: int
+    hazards: tuple[str, ...]
+
+
+class _Instruction(NamedTuple):
+    address: str
+    maybe: bool  # only if a predicate holds
+    name: str
+    operands: list[str]
+
+    @property
+    def base(self) -> str:
+        return self.name.partition(".")[0]
+
+    def known(self) -> bool:
+        """Whether it is known what this writes. U... works on registers that are a warp's, not a thread's."""
+        return self.base in _WRITE or self.base in _READ or self.base.startswith("U")
+
+    def writes(self) -> int | None:
+        """The first register of the result."""
+        if self.base not in _WRITE:
+            return None
+        return _register(next((o for o in self.operands if not _PREDICATE.match(o)), ""))
+
+    def touches(self) -> list[int]:
+        """The first registers of all operands."""
+        return [int(number) for o in self.operands for number in re.findall(r"\bR(\d+)", o)]
+
+
+class _Product(NamedTuple):
+    """Registers that a product reads (none: from shared memory) and adds to, and whether it closes its group."""
+
+    reads: range
+    sums: range
+    closes: bool
+
+
+def follow(text: str) -> Followed:
+    """Follow every product in machine code as nvdisasm writes it."""
+    flow = sass(text)
+    code = [_instruction(line) for line in flow.lines]
+    products = {i: _product(found) for i, found in enumerate(code) if found and _PRODUCT.match(found.name)}
+    hazards = [line for i in products for line in _hazards(i, flow, code, products)]
+    return Followed(len(products), tuple(dict.fromkeys(hazards)))
+
+
+def _hazards(
+    start: int, flow: Flow, code: Sequence[_Instruction | None], products: dict[int, _Product | None]
+) -> Iterator[str]:
+    """What may go wrong with one product, on any path from it to a wait that covers it."""
+    own, ours = code[start], products[start]
+    assert own is not None
+    if ours is None:
+        yield f"{own.name} at {own.address} is a product of an unknown form"
+        return
+    what = f"{own.name} at {own.address}"
+    # By line, the fewest groups closed since, -1 with its own still open: whatever covers it then covers it with more.
+    fewest: dict[int, int] = {}
+    todo = [(to, 0 if ours.closes else -1) for to in flow.next[start]]
+    while todo:
+        i, closed = todo.pop()
+        if i == len(code) or fewest.get(i, _MOST + 1) <= closed:
+            continue
+        fewest[i] = closed
+        found, other = code[i], products.get(i)
+        if found is None:
+            pass
+        elif found.name == _WAIT:
+            if not found.maybe and closed >= int(found.operands[-1], 16):
+                continue
+        elif other is not None:
+            if _overlap(other.sums, ours.reads) or (other.sums != ours.sums and _overlap(other.sums, ours.sums)):
+                yield f"{found.name} at {found.address} adds to registers of {what}, which is not waited for"
+            if _overlap(other.reads, ours.sums):
+                yield f"{found.name} at {found.address} reads the sums of {what}, which is not waited for"
+            if other.closes and not found.maybe:
+                closed = min(closed + 1, _MOST)
+        elif not found.known():
+            yield f"{found.name} at {found.address} is unknown, and {what} is not waited for"
+        elif found.writes() in ours.reads:
+            yield f"{found.name} at {found.address} overwrites R{found.writes()} of {what}, which is not waited for"
+        elif any(register in ours.sums for register in found.touches()):
+            yield f"{found.name} at {found.address} touches the sums of {what}, which is not waited for"
+        todo += [(to, closed) for to in flow.next[i]]
+
+
+def _instruction(line: str) -> _Instruction | None:
+    found = _INSTRUCTION.match(line)
+    if found is None:
+        return None
+    return _Instruction(found[1], bool(found[2]), found[3], [o.strip() for o in found[4].split(",")])
+
+
+def _product(found: _Instruction) -> _Product | None:
+    """64 rows by n columns in fp32 (or int32) are n / 2 sums a thread; 64 rows of 32 bytes are 4 registers."""
+    shape, sums = _SHAPE.match(found.name), _register(found.operands[0])
+    if shape is None or sums is None or sums % 4:
+        return None
+    reads = _register(found.operands[1])
+    if reads is None and not found.operands[1].startswith("gdesc"):
+        return None
+    if reads is not None and reads % 4:
+        return None
+    fragment = range(0) if reads is None else range(reads, reads + 4)
+    return _Product(fragment, range(sums, sums + int(shape[1]) // 2), "gsb0" in found.operands)
+
+
+def _register(operand: str) -> int | None:
+    found = re.match(r"R(\d+)\b", operand)
+    return int(found[1]) if found else None
+
+
+def _overlap(a: range, b: range) -> bool:
+    return max(a.start, b.start) < min(a.stop, b.stop)
