@@ -71,6 +71,7 @@ def conv_bn_relu(
     box: tuple[int, int, int] | None,
     columns: int,
     strip: int,
+    swap: bool,
     early_residual: bool,
     split_k: int,
     workspace: Tensor | None,
@@ -85,9 +86,10 @@ def conv_bn_relu(
     channels. With `box` (rows, columns, images; product `block_m`) the launch uses tensor descriptors, which ask for
     filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers and channel rows, and at stride 2 for
     an even input width and one box row (one image of even height: any). With `columns` 2 or 3 (a 3x3 filter of stride
-    1, box (1, 1, n), no shortcut, no split) a program computes that many boxes side by side. `early_residual` loads the
-    residual before the main loop, through pointers. With `strip` (64 channels in and out, 16-bit, box (1, 1, n)) a
-    program walks down that many output rows. The caller has checked all this.
+    1, box (1, 1, n), no shortcut, no split) a program computes that many boxes side by side. With `swap`, which a box
+    with several sides longer than 1 has to have, filters are the rows of the product and pixels its columns.
+    `early_residual` loads the residual before the main loop, through pointers. With `strip` (64 channels in and out,
+    16-bit, box (1, 1, n)) a program walks down that many output rows. The caller has checked all this.
 
     With `split_k` > 1 that many programs share a tile (not if `flat`): `workspace` is fp32 with `split_k * block_m *
     block_k` elements a tile, `arrivals` int32 with one zero a tile, which the launch leaves at zero. Without `arrivals`
@@ -136,7 +138,7 @@ def conv_bn_relu(
             "short_x_desc": short_x_desc, "short_w_desc": shortcut and filters(shortcut.weight, block_k, block_c),
             "STRIDE": stride[0], "VIEW": view, "Y_VIEW": y_view,
             "SHORT_STRIDE": shortcut.stride[0] if shortcut else 1, "SHORT_VIEW": short_view,
-            "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "COLUMNS": columns,
+            "SWAP": swap, "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "COLUMNS": columns,
         }  # fmt: skip
     grid = (tiles * cdiv(k, block_k), split_k)
     return Launch(kernel, grid, {name: arguments[name] for name in kernel.arg_names}, num_warps, num_stages)

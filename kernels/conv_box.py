@@ -1,8 +1,12 @@
 """Convolution through tensor descriptors (sm_90 and newer): the M tile is a box of output rows x columns x images.
 
 One descriptor load fetches the input box shifted by the filter tap; coordinates in the padding read as zero. Tensor
-cores read a tile straight from shared memory if only one of the box's sides is longer than 1 and lies just before the
-channels, hence the three orders of dimensions below.
+cores read the second operand of a product straight from shared memory, and the first one, too, if only one side of its
+box is longer than 1 and lies just before the channels, hence the three orders of dimensions below.
+
+A box with several sides is the second operand, filters are the first (SWAP). As the first, its pixels would come
+through registers, which Triton 3.6.0 to 3.8.0 load again while a product still reads them: now and then, wrong answers
+(triton-lang/triton#9433; `resnet_triton/machine_code/products.py` finds it).
 """
 
 from __future__ import annotations
@@ -44,9 +48,9 @@ def pixels(x: Tensor, stride: int, box: tuple[int, int, int], block_c: int) -> t
 
 
 def filters(weight: Tensor, block_k: int, block_c: int) -> TensorDescriptor:
-    """KRSC memory as (K, R*S, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
+    """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
     k, c, r, s = weight.shape
-    return TensorDescriptor(weight, [k, r * s, c], [r * s * c, c, 1], [block_k, 1, block_c])
+    return TensorDescriptor(weight, [r * s, k, c], [c, r * s * c, 1], [1, block_k, block_c])
 
 
 @triton.jit
@@ -82,8 +86,18 @@ def store_pixels(
 
 @triton.jit
 def load_filters(desc, k, tap, c):
-    """Filters k .. at one tap, as [channels, filters]."""
-    return desc.load([k, tap, c]).reshape(desc.block_shape[0], desc.block_shape[2]).T
+    """Filters k .. at one tap, as [filters, channels]."""
+    return desc.load([tap, k, c]).reshape(desc.block_shape[1], desc.block_shape[2])
+
+
+@triton.jit
+def multiply(x, w, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the product of pixels [pixels, channels] and filters [filters, channels] to `acc`; SWAP turns `acc` round."""
+    if SWAP:
+        acc = tl.dot(w, x.T, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -112,7 +126,7 @@ def conv_box_kernel(
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE: tl.constexpr, VIEW: tl.constexpr, Y_VIEW: tl.constexpr,
     SHORT_C: tl.constexpr, SHORT_STRIDE: tl.constexpr, SHORT_VIEW: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
     BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     begin()
@@ -134,26 +148,27 @@ def conv_box_kernel(
         offs, mask = box_offsets(p0, q0, n0, P, Q, N, offs_k, mask_k, K, BOX_H, BOX_W, BOX_N)
         residual = tl.load(res_ptr + offs, mask=mask, other=0.0)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_K, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_K), tl.float32)
     STEPS: tl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C)
     for j in range(STEPS // SPLIT_K):  # channel slabs outside, taps inside: a slab's shifted reads stay close in time
         i = split * (STEPS // SPLIT_K) + j
         tap = i % (R * S)
         c0 = i // (R * S) * BLOCK_C
-        a = load_pixels(x_desc, p0, q0, n0, tap // S - R // 2, tap % S - S // 2, c0, STRIDE, VIEW, BLOCK_M)
-        acc = tl.dot(a, load_filters(w_desc, k0, tap, c0), acc, input_precision=PRECISION)
+        x = load_pixels(x_desc, p0, q0, n0, tap // S - R // 2, tap % S - S // 2, c0, STRIDE, VIEW, BLOCK_M)
+        acc = multiply(x, load_filters(w_desc, k0, tap, c0), acc, SWAP, PRECISION)
+    if SWAP:
+        acc = acc.T
     if SPLIT_K > 1:
         shift = tl.where(split == 0, shift, 0.0)
     acc = acc * scale[None, :] + shift[None, :]
 
     if short_x_desc is not None and (SPLIT_K == 1 or split == SPLIT_K - 1):
-        # A tile with more than one pixel reaches wgmma through registers; pipelined here as well, Triton 3.6.0 makes
-        # ptxas serialise every wgmma of the kernel (C7513).
-        STAGES: tl.constexpr = None if BOX_H * BOX_W == 1 else 1
-        short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for c0 in tl.range(0, SHORT_C, BLOCK_C, num_stages=STAGES):
-            a = load_pixels(short_x_desc, p0, q0, n0, 0, 0, c0, SHORT_STRIDE, SHORT_VIEW, BLOCK_M)
-            short = tl.dot(a, load_filters(short_w_desc, k0, 0, c0), short, input_precision=PRECISION)
+        short = tl.zeros((BLOCK_K, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_K), tl.float32)
+        for c0 in range(0, SHORT_C, BLOCK_C):
+            x = load_pixels(short_x_desc, p0, q0, n0, 0, 0, c0, SHORT_STRIDE, SHORT_VIEW, BLOCK_M)
+            short = multiply(x, load_filters(short_w_desc, k0, 0, c0), short, SWAP, PRECISION)
+        if SWAP:
+            short = short.T
         # Not before the loop: beside two accumulators, two more vectors would spill (sm_90: 255 registers against 216).
         short_scale, short_shift = batch_norm_scale_shift(
             short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K

@@ -68,9 +68,9 @@ def conv_columns_kernel(
     for i in range(3 * ((C + BLOCK_C - 1) // BLOCK_C)):
         r = i % 3
         c0 = i // 3 * BLOCK_C
-        w0 = load_filters(w_desc, k0, r * 3, c0)
-        w1 = load_filters(w_desc, k0, r * 3 + 1, c0)
-        w2 = load_filters(w_desc, k0, r * 3 + 2, c0)
+        w0 = load_filters(w_desc, k0, r * 3, c0).T
+        w1 = load_filters(w_desc, k0, r * 3 + 1, c0).T
+        w2 = load_filters(w_desc, k0, r * 3 + 2, c0).T
         a0 = load_pixels(x_desc, p, q, n0, r - 1, -1, c0, 1, VIEW, BLOCK_M)  # [BLOCK_M, BLOCK_C]
         a1 = load_pixels(x_desc, p, q, n0, r - 1, 0, c0, 1, VIEW, BLOCK_M)
         a2 = load_pixels(x_desc, p, q, n0, r - 1, 1, c0, 1, VIEW, BLOCK_M)

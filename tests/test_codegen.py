@@ -137,7 +137,8 @@ from resnet_triton.trace import trace
 
 calls = trace(resnet_triton.resnet18().eval(), (128, 3, 224, 224), torch.float16)
 call = next(c for c in calls if c.name == "layer4.0.conv2")
-config.lookup = lambda *a, **k: ConvConfig(256, 128, 64, 8, 3, (1, 2, 128))  # two accumulators that cannot fit
+# Two accumulators that cannot fit.
+config.lookup = lambda *a, **k: ConvConfig(256, 128, 64, 8, 3, (1, 2, 128), swap=True)
 code = codegen.compile_for(codegen.specialise(call.launches(device.KNOWN[90])[-1]), 90)
 print(code.spill_bytes)
 """

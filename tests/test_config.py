@@ -39,7 +39,7 @@ ALL_DEVICES = pytest.mark.parametrize("arch", KNOWN, ids=lambda arch: f"sm_{arch
 
 SHAPE = ConvShape(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
 CONFIG = ConvConfig(128, 64, 64, 4, 3)
-BOX = replace(CONFIG, box=(1, 4, 32))
+BOX = replace(CONFIG, box=(1, 4, 32), swap=True)
 STRIDED = replace(SHAPE, stride=(2, 2))
 SHORTCUT = replace(SHAPE, shortcut_c=64)
 
@@ -200,6 +200,9 @@ ILLEGAL: dict[str, tuple[ConvConfig, ConvShape]] = {
     "box with a side of zero": (replace(BOX, box=(0, 4, 32)), SHAPE),
     "box with negative sides": (replace(BOX, box=(-1, -4, 32)), SHAPE),
     "box not of powers of two": (replace(BOX, block_m=128, box=(1, 3, 42)), SHAPE),
+    "several sides as rows of a product": (replace(BOX, swap=False), SHAPE),
+    "pointers swapped": (replace(CONFIG, swap=True), SHAPE),
+    "columns swapped": (ConvConfig(128, 64, 64, 8, 2, (1, 1, 128), columns=2, swap=True), SHAPE),
     "two box rows at stride 2": (replace(BOX, box=(2, 2, 32)), STRIDED),
     "two box rows, shortcut at stride 2": (replace(BOX, box=(2, 2, 32)), replace(SHORTCUT, shortcut_stride=(2, 2))),
 }  # fmt: skip
@@ -226,7 +229,7 @@ def test_legality_follows_the_shared_memory() -> None:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 GPU = KNOWN[90]
-TUNED = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32))
+TUNED = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32), swap=True)
 
 
 @pytest.fixture
@@ -491,13 +494,13 @@ def test_a_box_is_fitted_to_the_batch_size(folder: Path) -> None:
     chosen = lookup(replace(SHAPE, n=64), GPU)
     assert chosen.box is not None
     assert chosen.box[2] <= 64
-    assert chosen == replace(WIDE, box=chosen.box)
+    assert chosen == WIDE.on(chosen.box)
     assert is_legal(chosen, replace(SHAPE, n=64), GPU)
 
 
 def test_a_tile_that_fits_worse_here_than_where_it_was_tuned_is_refused(folder: Path) -> None:
     """Tiles of 256 pixels make 98 programs of 8 images, enough for 132 SMs, but only 49 of 4 images."""
-    at_8, tile = replace(SHAPE, n=8), ConvConfig(256, 64, 64, 8, 3, (4, 8, 8))
+    at_8, tile = replace(SHAPE, n=8), ConvConfig(256, 64, 64, 8, 3, (4, 8, 8), swap=True)
     tabled(folder, (at_8, tile))
     assert lookup(at_8, GPU) == tile
     assert lookup(replace(SHAPE, n=7), GPU).block_m == 256
@@ -509,7 +512,7 @@ def test_unaligned_tensors_take_only_pointers_from_another_batch_size(folder: Pa
     at_100 = replace(SHAPE, n=100)
     tabled(folder, (AT_128, WIDE))
     assert lookup(at_100, GPU, descriptors=False) == conv_heuristic(at_100, GPU, descriptors=False)
-    pointers = replace(WIDE, box=None)
+    pointers = replace(WIDE, box=None, swap=False)
     tabled(folder, (AT_128, pointers))
     choice.forget()
     assert conv_heuristic(at_100, GPU, descriptors=False) != pointers
@@ -572,12 +575,12 @@ def test_neighbours_are_one_step_away() -> None:
     assert len(set(near)) == len(near)
     for expected in (
         replace(BOX, num_stages=2), replace(BOX, num_stages=4), replace(BOX, num_warps=8), replace(BOX, block_k=128),
-        replace(BOX, block_c=32), replace(BOX, split_k=3), replace(BOX, box=None), replace(BOX, box=(1, 8, 16)),
-        replace(BOX, box=(2, 2, 32)), replace(BOX, box=(1, 8, 32), block_m=256),
+        replace(BOX, block_c=32), replace(BOX, split_k=3), replace(BOX, box=None, swap=False), BOX.on((1, 8, 16)),
+        BOX.on((2, 2, 32)), BOX.on((1, 8, 32)),
     ):  # fmt: skip
         assert expected in near, expected
     assert {c.num_stages for c in near} == {2, 3, 4}
-    pointers = candidates.neighbours(replace(BOX, box=None), SHAPE, GPU)
+    pointers = candidates.neighbours(replace(BOX, box=None, swap=False), SHAPE, GPU)
     assert any(c.box for c in pointers)
     assert {c.block_m for c in pointers if c.box is None} == {64, 128}
 

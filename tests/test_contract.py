@@ -25,8 +25,8 @@ from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import linear
 
 POINTER = ConvConfig(64, 16, 16, 4, 2)
-BOX = ConvConfig(64, 16, 16, 4, 2, box=(4, 8, 2))
-BOX_OF_ONE_ROW = ConvConfig(64, 16, 16, 4, 2, box=(1, 8, 8))
+BOX = ConvConfig(64, 16, 16, 4, 2, box=(4, 8, 2), swap=True)
+BOX_OF_ONE_ROW = ConvConfig(64, 16, 16, 4, 2, box=(1, 8, 8), swap=True)
 FUSED = ("stem", "model")
 """Their stem has no descriptors in fp32."""
 

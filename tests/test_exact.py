@@ -45,9 +45,10 @@ from resnet_triton.trace import trace
 INF, NAN = float("inf"), float("nan")
 PATHS = {
     "pointer": ConvConfig(32, 32, 16, 4, 2),
-    "descriptor": ConvConfig(32, 32, 16, 4, 2, box=(2, 4, 4)),
-    "descriptor, one row": ConvConfig(32, 32, 16, 4, 2, box=(1, 8, 4)),
-    "descriptor, one image": ConvConfig(32, 32, 16, 4, 2, box=(4, 8, 1)),
+    "descriptor": ConvConfig(32, 32, 16, 4, 2, box=(2, 4, 4), swap=True),
+    "descriptor, one row": ConvConfig(32, 32, 16, 4, 2, box=(1, 8, 4), swap=True),
+    "descriptor, one pixel": ConvConfig(32, 32, 16, 4, 2, box=(1, 1, 32)),
+    "descriptor, one image": ConvConfig(32, 32, 16, 4, 2, box=(4, 8, 1), swap=True),
 }
 BOTH_PATHS = pytest.mark.parametrize("path", ["pointer", "descriptor"])
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -369,9 +370,11 @@ def test_one_image_at_stride_2(device: torch.device, size: tuple[int, int], extr
         1, 24, *size, 40, 3, 3, (2, 2), (1, 1), dtype=dtype_id(dtype), residual=extra == "residual", precision="tf32",
         shortcut_c=16 if extra == "shortcut" else 0, shortcut_h=size[0], shortcut_w=size[1], shortcut_stride=(2, 2),
     )  # fmt: skip
-    assert not is_legal(ConvConfig(16, 32, 16, 4, 2, (2, 2, 4)), shape, KNOWN[90]), "rows of several images"
+    assert not is_legal(ConvConfig(16, 32, 16, 4, 2, (2, 2, 4), swap=True), shape, KNOWN[90]), "rows of several images"
     for box in ((4, 4, 1), (2, 8, 1), (1, 16, 1)):
-        chosen = ConvConfig(16, 32, 32 if box[1] == 16 else 16, 4, 2, box)  # neither side of a box as long as another
+        chosen = ConvConfig(16, 32, 32 if box[1] == 16 else 16, 4, 2).on(
+            box
+        )  # neither side of a box as long as another
         assert is_legal(chosen, shape, KNOWN[90]) == (size[0] % 2 == 0 or box[0] == 1)
         if is_legal(chosen, shape, KNOWN[90]):
             call = conv_call(generator(device, 3), shape, short_size=size)
@@ -401,10 +404,11 @@ def _every_box(device: torch.device, shape: ConvShape, short_size: tuple[int, in
     call = conv_call(generator(device, shape.n), shape, short_size=short_size)
     expected = rounded(conv_reference(call), torch.float16)
     assert call.shape == shape
-    legal = [c for c in (ConvConfig(16, 16, 16, 4, 2, box) for box in BOXES) if is_legal(c, shape, KNOWN[90])]
+    forms = [ConvConfig(16, 16, 16, 4, 2, box, swap=swap) for box in BOXES for swap in (False, True)]
+    legal = [c for c in forms if is_legal(c, shape, KNOWN[90])]
     assert bool(legal) == supports_descriptors(shape)
     for chosen in legal:
-        assert_exact(run_conv(call, chosen), expected, chosen.box)
+        assert_exact(run_conv(call, chosen), expected, (chosen.box, chosen.swap))
 
 
 @pytest.mark.parametrize("columns", [2, 3])
@@ -426,8 +430,9 @@ def test_columns(device: torch.device, residual: str, width: int, columns: int) 
 @pytest.mark.parametrize("chosen", [
     ConvConfig(16, 32, 16, 4, 2),
     ConvConfig(16, 32, 16, 4, 2, (1, 1, 16)),
+    ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), swap=True),
     ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=3),
-], ids=["pointer", "box", "columns"])  # fmt: skip
+], ids=["pointer", "box", "filters first", "columns"])  # fmt: skip
 def test_many_tiles_of_filters_and_channels(device: torch.device, chosen: ConvConfig) -> None:
     """Three whole tiles of filters, nine slabs of channels: no tile's work is done by another."""
     shape = ConvShape(17, 136, 1, 3, 96, 3, 3, padding=(1, 1))

@@ -46,11 +46,11 @@ def flat() -> None:
 
 
 def box() -> None:
-    conv(LAYER, ConvConfig(32, 32, 16, 4, 2, (2, 4, 4)))
+    conv(LAYER, ConvConfig(32, 32, 16, 4, 2, (2, 4, 4), swap=True))
 
 
 def one_image() -> None:
-    conv(ConvShape(1, 16, 6, 10, 32, 3, 3, (2, 2), (1, 1)), ConvConfig(32, 32, 16, 4, 2, (4, 8, 1)))
+    conv(ConvShape(1, 16, 6, 10, 32, 3, 3, (2, 2), (1, 1)), ConvConfig(32, 32, 16, 4, 2, (4, 8, 1), swap=True))
 
 
 def columns() -> None:
@@ -62,7 +62,7 @@ def split() -> None:
 
 
 def split_boxes() -> None:
-    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, (4, 4, 1), split_k=3))
+    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, (4, 4, 1), split_k=3, swap=True))
 
 
 def two_launches() -> None:

@@ -150,7 +150,7 @@ def check_add_relu() -> None:
 
 
 def box(*sides: int, **options: Any) -> ConvConfig:
-    return ConvConfig(sides[0] * sides[1] * sides[2], 32, 16, 4, 2, sides, **options)
+    return ConvConfig(16, 32, 16, 4, 2, **options).on(sides)
 
 
 POINTER = ConvConfig(16, 32, 16, 4, 2)

@@ -38,8 +38,8 @@ CONVOLUTION: dict[str, Any] = {
 
 def convolution(**changes: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     tiles = {
-        "block_m": 64, "block_k": 32, "block_c": 16, "box": None, "columns": 1, "strip": 0, "early_residual": False,
-        "split_k": 1, "num_warps": 8, "num_stages": 3,
+        "block_m": 64, "block_k": 32, "block_c": 16, "box": None, "columns": 1, "strip": 0, "swap": False,
+        "early_residual": False, "split_k": 1, "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
     return conv_bn_relu, CONVOLUTION, tiles | changes
 
@@ -89,7 +89,7 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
     "pack": (_pack, {}, {"block": 64, "num_warps": 8}, (35,)),
     "stem": (_stem, {}, {"block_q": 16, "block_k": 32, "strip": 3, "num_warps": 8, "num_stages": 3}, (60,)),
     "conv through pointers": (*convolution(split_k=3), (14, 3)),
-    "conv in boxes": (*convolution(box=(2, 8, 4), split_k=3), (32, 3)),
+    "conv in boxes": (*convolution(box=(2, 8, 4), swap=True, split_k=3), (32, 3)),
     "conv of columns": (*convolution(box=(1, 1, 64), columns=3), (56, 1)),
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ resource = pytest.importorskip("resource")
 ROOT = Path(__file__).parents[1]
 GPU = KNOWN[90]
 SHAPE = ConvShape(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
-CONFIG = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32))
+CONFIG = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32), swap=True)
 
 
 @contextmanager

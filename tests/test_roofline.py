@@ -135,7 +135,7 @@ found = []
 for arch in (80, 90):
     calls = trace(resnet_triton.resnet18().eval(), (32, 3, 224, 224), torch.float16)
     call = next(c for c in calls if c.name == "layer2.1.conv1")
-    config.lookup = lambda *a, **k: config.ConvConfig(64, 128, 64, 4, 3, (1, 2, 32) if arch == 90 else None)
+    config.lookup = lambda *a, **k: config.ConvConfig(64, 128, 64, 4, 3, (1, 2, 32) if arch == 90 else None, swap=True)
     launch = call.launches(device.KNOWN[arch])[-1]
     ttir = codegen.triton_compile(codegen.specialise(launch), arch).asm["ttir"]
     found.append(loaded_bytes(ttir, {n: v for n, v in launch.arguments.items() if isinstance(v, int)}, launch.grid))

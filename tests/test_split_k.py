@@ -17,11 +17,12 @@ from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal
 from resnet_triton.device import KNOWN
 from resnet_triton.kernels.sum_shares import sum_shares
 
-PATHS = {"pointer": None, "box": (4, 4, 1), "one row": (1, 8, 2)}
+TILE = ConvConfig(16, 32, 16, 4, 2)
+PATHS = {"pointer": TILE, "box": TILE.on((4, 4, 1)), "one row": TILE.on((1, 8, 2))}
 
 
 def share(shape: ConvShape, split: int, path: str, *, two_launches: bool = False) -> ConvConfig:
-    chosen = ConvConfig(16, 32, 16, 4, 2, PATHS[path], split, two_launches=two_launches)
+    chosen = replace(PATHS[path], split_k=split, two_launches=two_launches)
     assert is_legal(chosen, shape, KNOWN[90])
     return chosen
 
@@ -103,10 +104,12 @@ def test_a_shift_that_is_not_finite_is_added_once(device, value):
 
 def test_shares_are_equal_small_and_few():
     shape = ConvShape(1, 256, 7, 7, 512, 3, 3, padding=(1, 1))
-    legal = [s for s in range(1, 40) if is_legal(ConvConfig(64, 64, 64, 4, 3, (8, 8, 1), s), shape, KNOWN[90])]
+    legal = [
+        s for s in range(1, 40) if is_legal(ConvConfig(64, 64, 64, 4, 3, (8, 8, 1), s, swap=True), shape, KNOWN[90])
+    ]
     assert legal == [1, 2, 3, 4, 6, 9, 12]  # 36 steps; at most 16 shares
-    assert not is_legal(ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2), shape, KNOWN[90]), "a share of 128 KB"
-    large = ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, two_launches=True)
+    assert not is_legal(ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, swap=True), shape, KNOWN[90]), "a share of 128 KB"
+    large = ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, two_launches=True, swap=True)
     assert is_legal(large, shape, KNOWN[90]), "no program reads another's share"
     assert not is_legal(ConvConfig(64, 64, 64, 4, 3, two_launches=True), shape, KNOWN[90]), "nothing to sum"
     stem = ConvShape(1, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3))
@@ -201,8 +204,8 @@ found = []
 for arch, box in ((80, None), (90, None), (90, (4, 16, 1))):
     call = trial.abstract_call(shape)
     with override(KNOWN[arch]):
-        launches = trial.plan(call, torch.empty_like(call.x), ConvConfig(64, 64, 64, 4, 3, box, 4, two_launches=True),
-                              "ieee")
+        chosen = ConvConfig(64, 64, 64, 4, 3, box, 4, two_launches=True, swap=box is not None)
+        launches = trial.plan(call, torch.empty_like(call.x), chosen, "ieee")
     for launch in launches:
         code = codegen.compile_for(codegen.specialise(launch), arch)
         found.append([launch.kernel.__name__, code.spill_bytes, code.serialized, code.tensor_core])

@@ -259,7 +259,7 @@ def test_the_check_knows_the_answer(dtype: str, precision: str) -> None:
     call = trial.exact_call(shape, CPU, 3)
     assert torch.equal(trial.exact_answer(call), conv_reference(call).to(call.x.dtype))
     subject = trial.Trial(shape, CPU, 0)
-    for config in (ConvConfig(32, 32, 16, 4, 2), ConvConfig(32, 32, 16, 4, 2, (1, 2, 16))):
+    for config in (ConvConfig(32, 32, 16, 4, 2), ConvConfig(32, 32, 16, 4, 2, (1, 2, 16), swap=True)):
         assert subject.is_exact(config)
 
 
@@ -500,9 +500,9 @@ from resnet_triton.device import KNOWN, override
 short = {"shortcut_c": 32, "shortcut_h": 16, "shortcut_w": 16, "shortcut_stride": (2, 2)}
 layer = ConvShape(8, 64, 8, 8, 128, 3, 3, padding=(1, 1), **short)
 stem = ConvShape(2, 3, 32, 32, 64, 7, 7, (2, 2), (3, 3), dtype="float32", precision="tf32")
-pairs = [(layer, ConvConfig(64, 64, 32, 4, 3, (1, 8, 8))), (layer, ConvConfig(32, 32, 32, 4, 2, None, 3)),
+pairs = [(layer, ConvConfig(64, 64, 32, 4, 3, (1, 8, 8), swap=True)), (layer, ConvConfig(32, 32, 32, 4, 2, None, 3)),
          (stem, ConvConfig(32, 32, 32, 4, 2))]
-spills = layer, ConvConfig(256, 128, 64, 8, 3, (1, 2, 128))
+spills = layer, ConvConfig(256, 128, 64, 8, 3, (1, 2, 128), swap=True)
 nonsense = layer, ConvConfig(48, 64, 32, 4, 3)
 
 

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, product
-from math import prod
 from typing import Any
 
 from ..device import DeviceFacts
@@ -27,6 +26,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "columns": (1, 2, 3),
     "two_launches": (False, True),
     "strip": (0, 4, 7, 8, 14, 28, 56),
+    "swap": (False, True),
 }
 """The values that fields other than the box may take, in order: a neighbour is one step away."""
 
@@ -64,10 +64,10 @@ def neighbours(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> lis
         at = line.index(config) if config in line else 0
         near += line[max(at - 1, 0) : at + 2]
     if config.box is None:
-        near += [replace(config, box=box) for box in boxes(config, config.block_m, shape, device)[:1]]
+        near += [config.on(box) for box in boxes(config, config.block_m, shape, device)[:1]]
     else:
-        near += [replace(config, box=box, block_m=prod(box)) for box in _box_steps(config.box)]
-        near.append(replace(config, box=None, columns=1, strip=0))
+        near += [config.on(box) for box in _box_steps(config.box)]
+        near.append(replace(config, box=None, columns=1, strip=0, swap=False))
     worst = _HOPELESS * estimate(config, shape, device)
     fitting = (c for c in dict.fromkeys(near) if c != config and _fits(c, shape, device))
     return [c for c in fitting if estimate(c, shape, device) <= worst]
@@ -86,7 +86,7 @@ def boxes(like: ConvConfig, block_m: int, shape: ConvShape, device: DeviceFacts)
     forms = [(h, w, block_m // (h * w)) for h, w in product(sides, sides) if h * w <= block_m]
     covered = {}
     for box in forms:
-        config = replace(like, block_m=block_m, box=box)
+        config = like.on(box)
         if is_legal(config, shape, device):
             covered[box] = tiles(config, shape)
     least = min(covered.values(), default=0)
@@ -105,7 +105,7 @@ def adapt(
         return None
     forms = [config]
     if config.box is not None:
-        forms += [replace(config, box=box) for box in boxes(config, config.block_m, shape, device)]
+        forms += [config.on(box) for box in boxes(config, config.block_m, shape, device)]
     legal = [c for c in forms if is_legal(c, shape, device)]
     if not legal or (config.box is not None and not descriptors):
         return None
@@ -125,8 +125,9 @@ def _forms(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
         every_box = (None, *boxes(slim, block_m, shape, device))
         for block_k, block_c, box in product(AXES["block_k"], AXES["block_c"], every_box):
             warps = 4 if block_m * block_k <= 64 * 128 else 8
-            stages = (ConvConfig(block_m, block_k, block_c, warps, s, box) for s in (4, 3, 2))
-            deepest = next((c for c in stages if _fits(c, shape, device)), None)
+            stages = [ConvConfig(block_m, block_k, block_c, warps, s) for s in (4, 3, 2)]
+            forms = stages if box is None else [tile.on(box) for tile in stages]
+            deepest = next((c for c in forms if _fits(c, shape, device)), None)
             if deepest is not None:
                 forms = [replace(deepest, split_k=split) for split in AXES["split_k"]]
                 forms += [replace(deepest, columns=columns, num_warps=8, num_stages=2) for columns in AXES["columns"]]

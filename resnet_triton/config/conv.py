@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from ..device import DeviceFacts
@@ -58,6 +58,7 @@ class ConvConfig:
     `columns` boxes (1, 1, n) side by side share a program and most of its loads. `split_k` programs share a tile, each
     reducing over a part of the channels and taps; with `two_launches` a second launch sums their shares, instead of
     whichever program is last. With `strip` a program walks down that many output rows, loading each input tile once.
+    With `swap` filters are the rows of the matrix product and pixels its columns, which boxes with several sides need.
     """
 
     block_m: int
@@ -70,6 +71,11 @@ class ConvConfig:
     columns: int = 1
     two_launches: bool = False
     strip: int = 0
+    swap: bool = False
+
+    def on(self, box: tuple[int, int, int]) -> ConvConfig:
+        """This tile with another box, whose sides may ask for a swap."""
+        return replace(self, block_m=prod(box), box=box, swap=self.swap or has_several_sides(box))
 
     @property
     def path(self) -> str:
@@ -81,6 +87,15 @@ class ConvConfig:
         """Whether registers have room for the residual beside the accumulators during the main loop (sm_90)."""
         accumulators = self.block_m * self.block_k * self.columns
         return self.box is not None and self.split_k == 1 and accumulators <= 2048 * self.num_warps
+
+
+def has_several_sides(box: tuple[int, int, int]) -> bool:
+    """Whether more than one side of a box is longer than 1, so that its pixels must not be the rows of a product.
+
+    As rows they would reach wgmma in registers, which Triton 3.6.0 to 3.8.0 overwrite while it reads them: wrong
+    answers on an H200. As columns they are read from shared memory, in fewer registers and instructions.
+    """
+    return sum(side > 1 for side in box) > 1
 
 
 def supports_descriptors(shape: ConvShape) -> bool:
@@ -193,7 +208,11 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
         return False
     if shape.shortcut_c and config.block_m * config.block_k > 128 * 128:
         return False  # two fp32 accumulators at 256x128 spill whatever one does (sm_90, ptxas 12.8)
+    if config.swap and (config.box is None or config.columns != 1 or config.strip):
+        return False
     if config.box is not None:
+        if has_several_sides(config.box) and not config.swap:
+            return False
         if not (device.has_descriptors and supports_descriptors(shape)) or prod(config.box) != config.block_m:
             return False
         if any(size <= 0 or size & (size - 1) for size in config.box):

@@ -11,12 +11,22 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ..device import DeviceFacts
-from .conv import ConvConfig, ConvShape, is_flat, is_legal, may_have_rows, steps, supports_descriptors, tiles
+from .conv import (
+    ConvConfig,
+    ConvShape,
+    has_several_sides,
+    is_flat,
+    is_legal,
+    may_have_rows,
+    steps,
+    supports_descriptors,
+    tiles,
+)
 
 # (block_m, block_k, block_c of a 16-bit type, num_warps, num_stages), each seen to compile without spills.
 _BOX_TILES = (
     (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (256, 64, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
-    (64, 64, 64, 4, 4), (64, 32, 64, 4, 4),
+    (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4),
 )  # fmt: skip
 _COLUMN_TILES = ((128, 64, 64, 8, 2),)
 _POINTER_TILES = (
@@ -32,7 +42,8 @@ _FLOPS_PER_NS = 6000  # one SM: 790 TFLOP/s over 132
 _BYTES_PER_NS = 73  # one SM reading L2: 9.7 TB/s over 132
 _PROGRAM_NS = 500  # filling the pipeline, batch norm, the store: half of it hidden behind other programs
 _ARRIVAL_NS = 1500  # a store, a barrier, an atomic and the first load back, none of them overlapped
-_MATRIX = {16: 0.2, 32: 0.4, 64: 0.75}  # share of the matrix rate by output channels: narrow tiles read more operands
+_MATRIX_ROWS = 64  # of the smallest product that four warps do at a time (wgmma)
+_MATRIX = {16: 0.2, 32: 0.4, 64: 0.75}  # share of the matrix rate by columns: narrow products read more operands
 _WAITING = 0.85  # the same, where every product is waited for
 _MANY = 32  # images from which boxes waste little of any shape
 _POINTERS = 1.4  # loads through pointers spend instructions on addresses and masks, beside the products
@@ -66,8 +77,9 @@ def conv_candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool 
         ]
     if boxes:
         for m, k, c, warps, stages in _BOX_TILES:
-            box = best_box(shape, m)
-            found += [ConvConfig(m, k, min(c, widest), warps, stages, box, split) for split in _SPLITS]
+            tile = ConvConfig(m, k, min(c, widest), warps, stages).on(best_box(shape, m))
+            if (k if tile.swap else m) >= _MATRIX_ROWS:
+                found += [replace(tile, split_k=split) for split in _SPLITS]
         found += [
             ConvConfig(m, k, min(c, widest), warps, stages, (1, 1, m), columns=columns)
             for m, k, c, warps, stages in _COLUMN_TILES
@@ -138,7 +150,7 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float
     loaded = (m + k) * turns if columns == 1 else ((columns + 2) * m + 3 * k) * (turns // 3)
     if config.strip:
         loaded = 3 * m * (config.strip + 2) + 9 * k
-    rate = _FLOPS_PER_NS * _MATRIX.get(k, 1.0) * (1.0 if columns == 1 else _WAITING)
+    rate = _FLOPS_PER_NS * _MATRIX.get(m if config.swap else k, 1.0) * (1.0 if columns == 1 else _WAITING)
     if shape.itemsize == 4:
         rate /= 2
     loading = loaded * config.block_c * shape.itemsize / _BYTES_PER_NS
@@ -149,15 +161,15 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float
     return work + _ARRIVAL_NS + 4 * m * k * (config.split_k + 1) / _BYTES_PER_NS  # the last program reads every share
 
 
-def best_box(shape: ConvShape, block_m: int) -> tuple[int, int, int]:
+def best_box(shape: ConvShape, block_m: int, *, several_sides: bool = True) -> tuple[int, int, int]:
     """The box of `block_m` pixels that covers the output with the least waste; ties go to more images, then columns.
 
-    Whole-image-batch boxes (1, 1, n) win ties because their leading unit dimensions let wgmma read the tile straight
-    from shared memory.
+    So boxes (1, 1, n), which need no swap, win ties. Without `several_sides` only those are asked that need none.
     """
     sides = [1 << i for i in range(block_m.bit_length())]
     boxes = [(h, w, block_m // (h * w)) for h, w in product(sides, sides) if h * w <= block_m]
     boxes = [(h, w, n) for h, w, n in boxes if h == 1 or may_have_rows(shape, n)]
+    boxes = [box for box in boxes if several_sides or not has_several_sides(box)]
 
     def covered(box: tuple[int, int, int]) -> tuple[int, int, int]:
         h, w, n = box

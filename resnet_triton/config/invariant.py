@@ -1,7 +1,8 @@
 """One configuration for all batch sizes, so that an image's sums are taken in one order whatever its batch is.
 
-What decides on the order is the same for every batch: the kernel's path, its tile, its split, its warps and stages. The
-box may differ, for it only says which pixels share a tile, and so may the number of programs.
+What decides on the order is the same for every batch: the kernel's path, its tile, its split, its warps and stages, and
+whether pixels or filters are the rows of its products. The box may differ, for it only says which pixels share a tile,
+and so may the number of programs.
 
 The price is that no batch size gets what is best for it. The choice is the one that stands best where it stands worst,
 over `BATCHES`, by the cost model. Tuned tables are not asked: they are tuned for one batch size each.
@@ -55,7 +56,7 @@ def _fit(tile: ConvConfig, shape: ConvShape) -> ConvConfig:
     """`tile` with the box that suits this batch size; columns side by side want boxes of one pixel."""
     if tile.box is None or tile.columns > 1:
         return tile
-    return replace(tile, box=best_box(shape, tile.block_m))
+    return replace(tile, box=best_box(shape, tile.block_m, several_sides=tile.swap))
 
 
 @functools.lru_cache(maxsize=1024)

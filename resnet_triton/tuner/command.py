@@ -164,7 +164,8 @@ def _brief(c: dict[str, Any]) -> str:
     sizes = f"{pixels} by {c['block_k']} by {c['block_c']}"
     shared = f", {c['columns']} columns" if c["columns"] > 1 else f", {c['strip']} rows" if c["strip"] else ""
     split = f"split {c['split_k']}" + " and summed by a second launch" * c["two_launches"]
-    return f"{sizes}{shared}, {c['num_warps']} warps, {c['num_stages']} stages, {split}"
+    swap = ", filters first" if c["swap"] else ""
+    return f"{sizes}{swap}{shared}, {c['num_warps']} warps, {c['num_stages']} stages, {split}"
 
 
 def _warn(message: str) -> None:
