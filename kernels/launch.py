@@ -21,15 +21,22 @@ class Launch:
     num_stages: int = 2
     dependent: bool = True
     """Whether the kernel starts with `tiles.begin`, and so may be launched before the one ahead of it is done."""
+    own: bool = True
+    """Whether its tile is this project's own choice, and not one of a table or of a caller."""
 
     def run(self) -> None:
         """Launch on the current device and stream. Does not wait."""
+        self.kernel[self.grid](**self.arguments, **self._options())
+
+    def compile(self) -> Any:
+        """The compiled kernel that `run` would launch, from Triton's cache if it is there."""
+        return self.kernel.warmup(grid=self.grid, **self.arguments, **self._options())
+
+    def _options(self) -> dict[str, Any]:
         from .tiles import PDL  # not above: a launch is a value where Triton is not installed, too
 
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        if PDL and self.dependent:
-            options["launch_pdl"] = True
-        self.kernel[self.grid](**self.arguments, **options)
+        return {**options, "launch_pdl": True} if PDL and self.dependent else options
 
 
 def cdiv(a: int, b: int) -> int:

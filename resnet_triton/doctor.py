@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +22,9 @@ from . import __version__, config, dispatch, files, interpreter, models, referen
 from . import functional as F
 from .config import ConvConfig
 from .convert import report
-from .device import facts, override
+from .device import DeviceFacts, facts, override
 from .terminal import Bar, table
+from .trace import Call
 
 Json = dict[str, Any]
 
@@ -35,10 +36,10 @@ def examine(bar: Bar) -> Json:
     obstacle = no_kernels(where)
     on_gpu = obstacle is None
     model = models.resnet18().eval().to(where, torch.float16 if on_gpu else torch.float32)
-    layers = [
-        {"layer": c.name, "operator": c.operator, "backend": c.backend, "detail": _detail(c)}
-        for c in report(model).calls
-    ]
+    calls = report(model).calls
+    layers = [{"layer": c.name, "operator": c.operator, "backend": c.backend, "detail": _detail(c)} for c in calls]
+    with bar("reading machine code", None):
+        machine_code = _machine_code(calls if on_gpu else [], facts(where))
     tests: list[Json] = []  # last, because a kernel that writes out of bounds ruins the GPU for this process
     if dispatch.HAS_TRITON:
         with bar("testing the kernels", None):
@@ -48,9 +49,10 @@ def examine(bar: Bar) -> Json:
         "gpus": gpus,
         "kernels": {"usable": on_gpu, "reason": no_gpu if no_gpu and dispatch.HAS_TRITON else obstacle},
         "cache": _cache(),
+        "machine_code": machine_code,
         "self_test": {"backend": "cuda" if on_gpu else "interpreter" if tests else "none", "results": tests},
         "layers": layers,
-        "ok": all(test["ok"] is not False for test in tests),
+        "ok": all(test["ok"] is not False for test in tests) and not machine_code["hazards"],
     }
 
 
@@ -63,6 +65,8 @@ def show(findings: Json) -> None:
                 "shared memory a program") for g in findings["gpus"]
     ]  # fmt: skip
     about.append(("kernels", "run on the GPU" if kernels["usable"] else f"do not run here: {kernels['reason']}"))
+    if findings["machine_code"]["triton"]:
+        about.append(("machine code", _verdict(findings["machine_code"])))
     about.append(("Triton cache", cache["path"] or "none"))
     if cache["warning"]:
         about.append(("WARNING", cache["warning"]))
@@ -90,6 +94,37 @@ def versions() -> dict[str, str | None]:
         "torchvision": _version(vision.torchvision),
         "cuda": torch.version.cuda,
     }
+
+
+def _machine_code(calls: Sequence[Call], here: DeviceFacts) -> Json:
+    """Compilers, and what they make of registers of asynchronous products, where a GPU has such.
+
+    Of `calls`, the launches that lookups choose are compiled and read.
+    """
+    found: Json = {"triton": None, "ptxas": None, "judged": False, "kernels": 0, "hazards": []}
+    if not dispatch.HAS_TRITON:
+        return found
+    from .machine_code import verdict
+
+    found["triton"], found["ptxas"] = verdict.compilers()
+    found["judged"] = verdict.compilers() in verdict.JUDGED
+    if here.arch == 90:
+        launches = [launch for c in calls if c.backend == "triton" for launch in c.launches(here)]
+        for compiled in {c.hash: c for c in (launch.compile() for launch in launches)}.values():
+            found["kernels"] += 1
+            try:
+                found["hazards"] += [f"{compiled.name}: {hazard}" for hazard in verdict.hazards(compiled)]
+            except verdict.NotJudged as error:
+                found["hazards"].append(f"{compiled.name}: {error}")
+    return found
+
+
+def _verdict(found: Json) -> str:
+    who = f"of Triton {found['triton']} with ptxas {found['ptxas'] or 'and unusual options'}"
+    if found["hazards"]:
+        return f"{who} is NOT SAFE: {found['hazards'][0]} ({len(found['hazards'])} in all)"
+    how = "judged before the release" if found["judged"] else "not judged before the release; each kernel is, once"
+    return f"{who}: {how}" + (f"; {found['kernels']} kernels read, no hazard" if found["kernels"] else "")
 
 
 def no_kernels(where: torch.device) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from . import interpreter
+from . import device, interpreter
 from .dispatch import Choice, check_mode, choose, count, observed
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Operator(NamedTuple):
     torch_form: Callable[..., Tensor]
     batched: tuple[int, ...] = ()
     """Which arguments hold one entry an image, if sums over the batch could differ: then `Modes` come last."""
+    plan_again: Callable[..., tuple[Launch, ...]] | None = None
+    """Another plan, for GPUs on which the machine code of the first one may give wrong answers."""
 
     def choose(self, *args: Any) -> Choice:
         """Validate a call and say where it runs, and why. A batch-invariant call runs where one of its images would."""
@@ -71,10 +73,26 @@ class Operator(NamedTuple):
         if out.numel() == 0:
             return out
         with torch.cuda.device(out.device) if out.device.type == "cuda" else interpreter.ready():
-            for launch in self.plan(out, *args):
+            launches, reason = self.launches(out, *args)
+            for launch in launches:
                 launch.run()
+        if reason is not None:
+            return self.refuse_kernels(reason, *args)
         count(self.name, "triton")
         return out
+
+    def launches(self, out: Tensor, *args: Any) -> tuple[tuple[Launch, ...], str | None]:
+        """What writes `out`, of the first plan that may be launched here; if none may be, nothing, and why."""
+        launches = self.plan(out, *args)
+        if not _asynchronous(out.device):
+            return launches, None
+        reason = _unsafe(launches)
+        if reason is not None and self.plan_again is not None and not (self.batched and args[-2]):
+            launches = self.plan_again(out, *args)
+            reason = _unsafe(launches)
+        if reason is not None and self.batched and args[-2]:  # at another batch size the kernel may be another
+            raise NotImplementedError(f"batch_invariant=True cannot run here: {reason}")
+        return (launches, None) if reason is None else ((), reason)
 
     def refuse_kernels(self, obstacle: str, *args: Any) -> Tensor:
         """Validate and run on PyTorch, or raise if the kernels were asked for."""
@@ -101,6 +119,17 @@ class Operator(NamedTuple):
 
         result = torch.cat([self.torch_form(*only(i)) for i in range(len(args[0]))])
         return result.contiguous(memory_format=self.result(*args).memory)
+
+
+def _asynchronous(where: torch.device) -> bool:
+    """Whether right answers of a kernel do not show that its next one is right: see `machine_code/verdict.py`."""
+    return where.type == "cuda" and device.facts(where).arch == 90
+
+
+def _unsafe(launches: tuple[Launch, ...]) -> str | None:
+    from .machine_code import verdict  # not above: it asks for Triton
+
+    return next((reason for reason in map(verdict.obstacle, launches) if reason is not None), None)
 
 
 def _image(t: Tensor, i: int) -> Tensor:

@@ -22,10 +22,9 @@ pytest.importorskip("triton")
 from test_codegen import ROW, run
 
 from resnet_triton import resnet18
-from resnet_triton.codegen import flow, ordering
-from resnet_triton.codegen.access import accesses, loads
-from resnet_triton.codegen.assembly import Code
 from resnet_triton.device import KNOWN
+from resnet_triton.machine_code import Code, flow, ordering
+from resnet_triton.machine_code.access import accesses, loads
 from resnet_triton.ops import OPERATORS
 from resnet_triton.precision import fp32_precision
 from resnet_triton.trace import trace

@@ -129,15 +129,23 @@ def test_rounding_up() -> None:
 @pytest.mark.parametrize("dependent", [True, False])
 @pytest.mark.parametrize("on", [True, False])
 def test_what_a_kernel_is_launched_with(monkeypatch: pytest.MonkeyPatch, on: bool, dependent: bool) -> None:
+    """And compiled for: what is judged is what will run."""
+
     class Kernel:
         def __getitem__(self, grid: Any) -> Any:
             return lambda **options: seen.append((grid, options))
 
+        def warmup(self, *, grid: Any, **options: Any) -> str:
+            seen.append((grid, options))
+            return "compiled"
+
     seen: list[Any] = []
     monkeypatch.setattr("resnet_triton.kernels.tiles.PDL", on)
-    Launch(Kernel(), (2, 3), {"x": 1}, 8, 5, dependent).run()
+    launch = Launch(Kernel(), (2, 3), {"x": 1}, 8, 5, dependent)
+    launch.run()
+    assert launch.compile() == "compiled"
     options = {"x": 1, "num_warps": 8, "num_stages": 5, "enable_fp_fusion": True}
-    assert seen == [((2, 3), options | ({"launch_pdl": True} if on and dependent else {}))]
+    assert seen == [((2, 3), options | ({"launch_pdl": True} if on and dependent else {}))] * 2
 
 
 WALK = {"box": (1, 1, 64), "strip": 3, "block_k": 64, "block_c": 64}

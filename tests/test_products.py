@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from test_codegen import ROW, faults, run
+from test_codegen import faults, run
 
-from resnet_triton.codegen.products import follow
+from resnet_triton.machine_code.products import follow
 
 pytest.importorskip("triton")
 
@@ -25,7 +25,7 @@ LATE = "which is not waited for"
 def hazards(text: str) -> tuple[str, ...]:
     """What is said of the right loop after a change, which has to be one."""
     assert text != RIGHT
-    return follow(text).hazards
+    return follow(text, expected=True).hazards
 
 
 def changed(old: str, new: str, count: int = 1) -> str:
@@ -35,12 +35,12 @@ def changed(old: str, new: str, count: int = 1) -> str:
 
 def test_what_was_wrong_on_a_gpu_is_found():
     """A load of the next turn's pixels into registers of a product, and the parity of a barrier."""
-    assert follow(RIGHT) == (8, ())
-    products, found = follow(CODE["wrong_triton_3.7.1"])
+    assert follow(RIGHT, expected=True) == (8, ())
+    products, found = follow(CODE["wrong_triton_3.7.1"], expected=True)
     assert products == 8
     assert f"LDSM.16.M88.4 at 1bc0 overwrites R180 of HGMMA.64x128x16.F32 at 1ed0, {LATE}" in found
     assert len(found) == 4
-    products, found = follow(CODE["wrong_triton_3.6.0"])
+    products, found = follow(CODE["wrong_triton_3.6.0"], expected=True)
     assert products == 4
     assert f"IMAD.U32 at 1e80 overwrites R56 of HGMMA.64x64x16.F32 at 2380, {LATE}" in found
     assert f"LDSM.16.M88.4 at 1f90 overwrites R56 of HGMMA.64x64x16.F32 at 2380, {LATE}" in found
@@ -112,18 +112,19 @@ def test_every_path_is_followed():
         text = changed(wait, f"        /*21d8*/                   {jump} ;\n{wait}").replace(
             "        /*21f0*/", skipped
         )
-        assert any("overwrites" in line for line in follow(text).hazards), jump
+        assert any("overwrites" in line for line in follow(text, expected=True).hazards), jump
     called = changed(wait, "        /*21d8*/                   CALL.REL.NOINC `(.L_late) ;\n" + wait)
     late = ".L_late:\n        /*5000*/                   MOV R164, R2 ;\n"
-    assert any("MOV at 5000 overwrites R164" in line for line in follow(called + late).hazards)
+    assert any("MOV at 5000 overwrites R164" in line for line in follow(called + late, expected=True).hazards)
     with pytest.raises(ValueError, match=r"a jump to \.L_nowhere, which is not there"):
-        follow(changed("`(.L_x_5)", "`(.L_nowhere)"))
+        follow(changed("`(.L_x_5)", "`(.L_nowhere)"), expected=True)
 
 
 def test_hazards_are_faults():
     assert faults(hazards=("one", "another")) == ["one", "another"]
-    assert "no wgmma to follow in the machine code, expected those of the PTX" in faults(wgmma=0)
-    assert ROW.code.unsafe == ()
+    lost = ("no product to follow in the machine code, expected those of the PTX",)
+    assert follow("", expected=True) == (0, lost)
+    assert follow("", expected=False) == (0, ())
 
 
 REGISTERS = """

@@ -188,10 +188,12 @@ def test_on_a_gpu_the_report_names_it(tmp_path):
     (tmp_path / "verify.json").write_text(json.dumps({"environment": environment, "gates": []}))
     text = report.report(tmp_path)
     assert "* Kernels ran **on Synthetic GPU (driver 580.1)**." in text
-    assert "No kernel has run on a GPU" not in text
+    assert "Nothing in this report ran on a GPU" not in text
     assert "Speed is no part of this report" in text
     (tmp_path / "verify.json").write_text(json.dumps({"environment": run.environment(), "gates": []}))
-    assert ("No kernel has run on a GPU" in report.report(tmp_path)) == (run.environment()["device_kind"] == "cpu")
+    assert ("Nothing in this report ran on a GPU" in report.report(tmp_path)) == (
+        run.environment()["device_kind"] == "cpu"
+    )
 
 
 def told(gate: Gate) -> list[str]:

@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 
 from resnet_triton import resnet18
 from resnet_triton.codegen import TARGETS
-from resnet_triton.codegen.assembly import Code
 from resnet_triton.codegen.roofline import COSTS, floor_us, least, programs_per_sm, split_k_tail_us, wave_loss, waves
 from resnet_triton.codegen.traffic import loaded_bytes
 from resnet_triton.kernels.cost import Cost
 from resnet_triton.kernels.launch import Launch
+from resnet_triton.machine_code import Code
 from resnet_triton.ops import OPERATORS
 from resnet_triton.trace import trace
 

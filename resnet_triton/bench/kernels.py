@@ -198,7 +198,9 @@ def ours(operator: str, args: tuple[Any, ...]) -> Answer:
     if chosen.choose(*args).backend == "torch":
         return partial(registry.call, operator, *args)
     out = chosen.output(*args)
-    launches = chosen.plan(out, *args)
+    launches, reason = chosen.launches(out, *args)
+    if reason is not None:
+        return partial(registry.call, operator, *args)
 
     def answer() -> Tensor:
         with torch.cuda.device(out.device) if out.device.type == "cuda" else interpreter.ready():

@@ -6,7 +6,7 @@ whether registers spill, whether shared memory fits, whether ptxas serialised th
 whether memory is ordered on every path, whether NaN and IEEE rounding survive, how many programs a multiprocessor holds
 and, marked as predictions, where the time may go.
 
-    targets, flow -> ordering, products, access -> assembly -> compiler -> roofline (with traffic) -> rows -> budget -> report
+    targets -> compiler -> roofline (with traffic) -> rows -> budget -> report
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.launch import Launch
-from .assembly import Code, read_amd, read_nvidia
+from ..machine_code import Code, read_amd, read_nvidia
 from .targets import target
 
 _POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}

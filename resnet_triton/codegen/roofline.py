@@ -14,9 +14,9 @@ from typing import Any
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
+from ..machine_code import Code
 from ..ops import OPERATORS, ConvCall
 from ..trace import Call
-from .assembly import Code
 from .targets import Multiprocessor, Target
 from .traffic import loaded_bytes
 

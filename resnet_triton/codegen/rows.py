@@ -12,11 +12,11 @@ from torch import nn
 
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
+from ..machine_code import Code
 from ..ops import OPERATORS
 from ..precision import fp32_precision
 from ..processes import Pool
 from ..trace import trace
-from .assembly import Code
 from .compiler import Specialisation, compile_and_keep, specialise
 from .roofline import Prediction, least, predict, programs_per_sm, waves
 from .targets import Target, target
@@ -80,7 +80,7 @@ class Row:
             found += [f"no {name}" for name, used in (("wgmma", code.wgmma), ("TMA", code.tma)) if not used]
         if code.float_atomics:
             found.append(f"{code.float_atomics} floating-point atomics")
-        found += [*code.unsafe, *code.disorder]
+        found += [*code.hazards, *code.disorder]
         if code.dropped_nans:
             found.append(f"{code.dropped_nans} maxima or minima that drop NaN")
         if code.approximations:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +129,7 @@ def _conv_obstacle(shape: Shape, *args: Any) -> str | None:
     )
 
 
-def plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
+def plan_conv(out: Tensor, *args: Any, descriptors: bool = True) -> tuple[Launch, ...]:
     call = ConvCall(*args)
 
     def dense(t: Any) -> Any:
@@ -140,7 +142,7 @@ def plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
         images, filters = dense(call.short_x), dense(call.short_weight)
         shortcut = Shortcut(images, filters, norm, as_tuple(call.short_stride))
     shape = call.shape
-    c = _config(call, aligned(x, weight, residual, *(shortcut[:2] if shortcut else ())))
+    c, own = _config(call, descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ())))
     workspace = arrivals = None
     if c.two_launches:
         workspace = x.new_empty(c.split_k, out.numel(), dtype=torch.float32)
@@ -157,17 +159,21 @@ def plan_conv(out: Tensor, *args: Any) -> tuple[Launch, ...]:
         early_residual=c.early_residual, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
         split_k=c.split_k, workspace=workspace, arrivals=arrivals, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
+    if not own:
+        launch = replace(launch, own=False)
     if workspace is None or arrivals is not None:
         return (launch,)
     end = sum_shares(out=out, shares=workspace, residual=residual, relu=call.relu, block=1024, num_warps=4)
     return launch, end
 
 
-def _config(call: ConvCall, descriptors: bool) -> config.ConvConfig:
-    facts = device.facts(call.x.device)
+def _config(call: ConvCall, descriptors: bool) -> tuple[config.ConvConfig, bool]:
+    """The configuration of a call, and whether it is this project's own choice."""
+    shape, facts = call.shape, device.facts(call.x.device)
     if call.batch_invariant:
-        return config.invariant(call.shape, facts)
-    return config.lookup(call.shape, facts, descriptors=descriptors)
+        return config.invariant(shape, facts), True
+    chosen = config.lookup(shape, facts, descriptors=descriptors)
+    return chosen, chosen == config.conv_heuristic(shape, facts, descriptors=descriptors)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -213,7 +219,15 @@ def _torch_conv_bn_relu(*args: Any) -> Tensor:
 
 
 register(
-    Operator("conv_bn_relu", conv_result, _conv_obstacle, plan_conv, _torch_conv_bn_relu, batched=(0, 11, 12)),
+    Operator(
+        "conv_bn_relu",
+        conv_result,
+        _conv_obstacle,
+        plan_conv,
+        _torch_conv_bn_relu,
+        batched=(0, 11, 12),
+        plan_again=partial(plan_conv, descriptors=False),
+    ),
     "(Tensor x, Tensor weight, Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? residual, Tensor? shortcut_x, "
     "Tensor? shortcut_weight, Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? shortcut_bn_weight, "

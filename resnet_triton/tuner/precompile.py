@@ -7,10 +7,8 @@ differs between Triton versions. So a worker makes the very launch, on tensors w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from multiprocessing import get_context
 from types import TracebackType
 from typing import Any
@@ -20,7 +18,7 @@ from ..config import ConvConfig, ConvShape
 from ..device import DeviceFacts, override
 from ..ops import OPERATORS
 from ..processes import Pool
-from .trial import abstract_call, plan
+from .trial import UNSAFE, abstract_call, plan
 
 
 class Compilers:
@@ -68,7 +66,7 @@ def faults(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[str
                 found.append("ptxas serialised wgmma")
             if code.shared_memory > facts.shared_memory:
                 found.append(f"needs {code.shared_memory} bytes of shared memory")
-            found += code.unsafe
+            found += [UNSAFE + hazard for hazard in code.hazards]
         return found
     except OSError:  # a full disk or a cache of somebody else's: no configuration's fault
         raise
@@ -78,14 +76,10 @@ def faults(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[str
 
 def compile_launches(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[Any]:
     """Triton's compiled kernels for this configuration, where `pretend` has been called."""
-    compiled = []
     call = abstract_call(shape)
     with override(facts):
-        for launch in plan(call, OPERATORS["conv_bn_relu"].output(*call), chosen, shape.precision):
-            warmup = _Warmup(launch.kernel)
-            replace(launch, kernel=warmup).run()  # the options of a launch are the launch's business
-            compiled.append(warmup.compiled)
-    return compiled
+        launches = plan(call, OPERATORS["conv_bn_relu"].output(*call), chosen, shape.precision)
+        return [launch.compile() for launch in launches]
 
 
 def pretend(arch: int) -> None:
@@ -111,17 +105,3 @@ class _AbsentDriver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
-
-
-class _Warmup:
-    """Stands in for a kernel in a launch and compiles where it would run."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.compiled: Any = None
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def compile_only(**arguments: Any) -> None:
-            self.compiled = self.kernel.warmup(grid=grid, **arguments)
-
-        return compile_only

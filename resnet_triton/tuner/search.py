@@ -22,7 +22,7 @@ from ..config import ConvConfig, ConvShape, conv_heuristic, table
 from ..config.candidates import candidates, neighbours
 from ..device import DeviceFacts
 from ..timing import Meter, Spread, replay
-from .trial import Trial
+from .trial import UNSAFE, Trial
 
 COUNT = 16  # tiles by the cost model, beside the heuristic's choice
 ROUNDS = 3  # of neighbours
@@ -79,6 +79,8 @@ class Search:
         if following is not None:
             self._submit(following, candidates(following, facts, COUNT))
         self._time(first)
+        if not self.seconds:
+            return Found(None, None, [])
         for _ in range(ROUNDS):
             fastest = min(self.seconds, key=self.seconds.__getitem__)
             self._time([c for c in neighbours(fastest, self.shape, facts) if c not in self.seen])
@@ -91,11 +93,13 @@ class Search:
             self.compiler.submit(shape, config)
 
     def _time(self, configs: Sequence[ConvConfig]) -> None:
-        """Time what compiles well; the heuristic's choice in any case, as the one to beat."""
+        """Time what compiles well; the heuristic's choice, as the one to beat, unless it may give wrong answers."""
         self._submit(self.shape, configs)
         self.seen.update(configs)
         for config in configs:
-            if not self._faults(config) or config == self.start:
+            faults = self._faults(config)
+            unsafe = any(fault.startswith(UNSAFE) for fault in faults)
+            if not faults or (config == self.start and not unsafe):
                 self.seconds[config] = self._measure(config, REPLAYS).p50
 
     def _faults(self, config: ConvConfig) -> list[str]:
@@ -121,6 +125,9 @@ class Search:
             wrong.append(config)
         else:
             return Found(None, None, wrong)
+        if self.start not in self.seconds:  # unsafe: nothing to beat
+            spread = self._measure(config, FINAL_REPLAYS)
+            return Found(config, _timing(spread, spread, len(self.seconds)), wrong)
         base, spread = self._measure(self.start, FINAL_REPLAYS), self._measure(config, FINAL_REPLAYS)
         if base.p50 <= spread.p50 and self.start not in wrong and self.trial.is_exact(self.start):
             config, spread = self.start, base

@@ -23,6 +23,8 @@ from ..ops import OPERATORS, ConvCall
 from ..precision import fp32_precision
 from ..timing import Meter, Spread, graph_seconds
 
+UNSAFE = "may give wrong answers: "
+"""How a fault begins that is worse than slow: such a configuration is not even timed."""
 _CHUNK = 16  # images at a time in fp64: a batch of stem outputs would not fit a smaller GPU
 
 Fill = Callable[[Sequence[int]], Tensor]

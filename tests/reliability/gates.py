@@ -55,7 +55,8 @@ GATES = (
     _of_pytest("slow", "machine code within its budget; every planted fault is caught by the test named for it",
                "{tests}"),
     _of_pytest("package", "wheel and sdist build, install, import and hold what they should"),
-    Gate("codegen", "machine code: tensor cores, no spills, ordered atomics, NaN kept, nothing approximate",
+    Gate("codegen", "machine code: tensor cores, no register of a running product touched, no spills, ordered atomics, "
+         "NaN kept, nothing approximate",
          record="--out {records}/codegen"),
     Gate("codegen-oldest", "the same, by the oldest Triton supported", record="--out {records}/codegen-oldest"),
     Gate("codegen-newest", "the same, by the newest Triton", record="--out {records}/codegen-newest"),

@@ -15,6 +15,8 @@ from .records import Records
 
 UNTESTED = Path(__file__).with_name("untested.md")
 """By hand: what needs a GPU, an empty line, and what nobody tests anywhere."""
+WRONG = Path(__file__).with_name("wrong.md")
+"""By hand: wrong answers that these checks had let through, and which of them would find them now."""
 PYTEST = [gate.name for gate in GATES if "--junitxml" in gate.record]
 
 SECTIONS: dict[str, Callable[[Records], str]] = {
@@ -41,6 +43,7 @@ def report(folder: Path) -> str:
     ]
     for title, section in SECTIONS.items():
         parts += [f"## {title}", section(records)]
+    parts += ["## Wrong answers that had passed", WRONG.read_text(encoding="utf-8").strip()]
     parts += ["## Not tested", _untested(records)]
     return "\n\n".join(filter(None, parts)) + "\n"
 

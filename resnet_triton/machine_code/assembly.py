@@ -60,12 +60,6 @@ class Code:
         return any("serializ" in message for message in self.messages)
 
     @property
-    def unsafe(self) -> tuple[str, ...]:
-        """Why answers may be wrong now and then: what no number of right ones disproves."""
-        lost = self.tensor_core == "wgmma" and not self.wgmma
-        return (*self.hazards, *(["no wgmma to follow in the machine code, expected those of the PTX"] if lost else []))
-
-    @property
     def wgmma_per_wait(self) -> float | None:
         """Matrix instructions for each time the program stops for one; None without wgmma."""
         return round(self.wgmma / max(self.wgmma_waits, 1), 2) if self.wgmma else None
@@ -79,7 +73,7 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
     waits = re.findall(r"warp_group_dot_wait[^\n]*?pendings = (\d+)", ttgir)
     said = [line for line in log.splitlines() if re.match(r"ptxas.*(?:\(C\d+\)|serializ|warning)", line)]
-    flow, followed = flows.ptx(ptx), follow(sass)
+    flow, followed = flows.ptx(ptx), follow(sass, expected="wgmma.mma_async" in ptx)
     return Code(
         registers=int(registers[1]),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),

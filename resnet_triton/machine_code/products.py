@@ -22,13 +22,13 @@ from .flow import Flow, sass
 
 # In these, the first operand that is no predicate is the result, if it is a register.
 _WRITE = {
-    "FADD", "FFMA", "FMUL", "HADD2", "IADD3", "IMAD", "LDG", "LDS", "LDSM", "LEA", "LOP3", "MOV", "MUFU", "PRMT", "S2R",
-    "SEL", "SHF", "SYNCS", "VIADD",
+    "CS2R", "F2FP", "FADD", "FFMA", "FMUL", "FSEL", "HADD2", "IABS", "IADD3", "IMAD", "LDC", "LDG", "LDS", "LDSM",
+    "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL", "SGXT", "SHF", "SHFL", "SYNCS", "VIADD",
 }  # fmt: skip
 # In these, no register is a result.
 _READ = {
-    "BAR", "BRA", "BSSY", "DEPBAR", "ELECT", "FENCE", "ISETP", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP", "PLOP3", "R2UR",
-    "VOTEU", "WARPGROUP",
+    "BAR", "BRA", "BSSY", "DEPBAR", "ELECT", "EXIT", "FENCE", "FSETP", "ISETP", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP",
+    "PLOP3", "R2UR", "S2UR", "STG", "STS", "STSM", "VOTEU", "WARPGROUP",
 }  # fmt: skip
 _MOST = 7  # groups that a wait can leave running
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -78,12 +78,14 @@ class _Product(NamedTuple):
     closes: bool
 
 
-def follow(text: str) -> Followed:
-    """Follow every product in machine code as nvdisasm writes it."""
+def follow(text: str, *, expected: bool) -> Followed:
+    """Follow every product in machine code as nvdisasm writes it. To find none where some are expected is a hazard."""
     flow = sass(text)
     code = [_instruction(line) for line in flow.lines]
     products = {i: _product(found) for i, found in enumerate(code) if found and _PRODUCT.match(found.name)}
     hazards = [line for i in products for line in _hazards(i, flow, code, products)]
+    if expected and not products:
+        hazards = ["no product to follow in the machine code, expected those of the PTX"]
     return Followed(len(products), tuple(dict.fromkeys(hazards)))
 
 

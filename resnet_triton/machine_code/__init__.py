@@ -1,0 +1,11 @@
+"""What a compiled kernel's machine code says of it: its vital signs, and whether it may be launched.
+
+flow -> ordering, products; access -> assembly (vital signs)
+products -> verdict (at run time)
+"""
+
+from __future__ import annotations
+
+from .assembly import Code, read_amd, read_nvidia
+
+__all__ = ["Code", "read_amd", "read_nvidia"]

@@ -1,0 +1,109 @@
+"""Whether a launch may go ahead on the GPU that is here, as far as machine code tells.
+
+Where products are asynchronous (wgmma, compute capability 9.0), no number of right answers shows that the next one is
+right: `products.py` has to find no hazard. The checks before a release have asked it of the kernels that `config`
+chooses, compiled by the pairs in JUDGED. Every other kernel is asked here before its first launch, once: the verdict is
+kept beside it in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels.launch import Launch
+from . import products
+
+JUDGED = frozenset({("3.6.0", "12.8"), ("3.7.1", "12.8"), ("3.9.0", "13.4")})
+"""Versions of Triton and of the ptxas in its wheel with which `make codegen` (CI; the newest: `make verify`) passed."""
+
+_known: dict[str, tuple[str, ...]] = {}  # hazards of kernels, by Triton's hash of each
+_warned = False
+
+
+def obstacle(launch: Launch) -> str | None:
+    """Why `launch` must not go ahead on a GPU of compute capability 9.0; None if it may. Warns once in a process."""
+    global _warned
+    if launch.own and compilers() in JUDGED:
+        return None
+    compiled = launch.compile()
+    try:
+        found = hazards(compiled)
+    except NotJudged as error:
+        reason = str(error)
+    else:
+        reason = found[0] if found else ""
+    if not reason:
+        return None
+    reason = f"{compiled.name} may give wrong answers: {reason}"
+    if not _warned:
+        _warned = True
+        warnings.warn(f"{reason}; such kernels are not launched (resnet-triton doctor says more)", stacklevel=2)
+    return reason
+
+
+@functools.cache
+def compilers() -> tuple[str, str]:
+    """Versions of Triton and of the ptxas that it asks for compute capability 9.0; "" if that has unusual options."""
+    import triton
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    usual = not (knobs.nvidia.ptxas_options or knobs.nvidia.disable_ptxas_opt)
+    return triton.__version__, str(get_ptxas(90).version) if usual else ""
+
+
+class NotJudged(Exception):
+    """A kernel's machine code could not be read."""
+
+
+def hazards(compiled: Any) -> tuple[str, ...]:
+    """Of one of Triton's compiled kernels for compute capability 9.0, whether a launch asks or a person."""
+    known = _known.get(compiled.hash)
+    if known is None:
+        known = _known[compiled.hash] = _remembered(compiled)
+    return known
+
+
+def _remembered(compiled: Any) -> tuple[str, ...]:
+    from triton.runtime.cache import get_cache_manager
+
+    cache, name = get_cache_manager(compiled.hash), f"hazards-{_edition()}.json"
+    if (path := cache.get_file(name)) is not None:
+        with contextlib.suppress(OSError, ValueError):
+            return tuple(map(str, json.loads(Path(path).read_text(encoding="utf-8"))))
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise NotJudged("nobody has judged it, and a graph is being captured; call it once before")
+    found = products.follow(disassemble(compiled.asm["cubin"]), expected="wgmma.mma_async" in compiled.asm["ptx"])
+    with contextlib.suppress(OSError):
+        cache.put(json.dumps(found.hazards), name, binary=False)
+    return found.hazards
+
+
+def disassemble(cubin: bytes) -> str:
+    """Machine code as text, by the disassembler of Triton's wheel. NotJudged if that is missing, or fails."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(cubin)
+        try:
+            command = knobs.nvidia.nvdisasm.path, "-ndf", "-c", binary  # -ndf: no data-flow analysis
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            raise NotJudged(f"its machine code cannot be read ({type(error).__name__}: {error})") from None
+
+
+@functools.cache
+def _edition() -> str:
+    """That of the judge: another one judges anew."""
+    return hashlib.sha256(Path(products.__file__).read_bytes()).hexdigest()[:12]
