@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import functional, models, optimize, refresh, report, runner, vision
-from resnet_triton.config import ConvConfig, ConvShape
+from resnet_triton.config import ConvConfig, ConvShape, lookup
+from resnet_triton.device import facts
 from resnet_triton.ops import conv
+from resnet_triton.trace import trace
 from resnet_triton.tuner.trial import Trial
 
 pytestmark = pytest.mark.gpu
@@ -435,6 +437,28 @@ def test_shared_tiles_are_exact_and_repeatable(split, two_launches):
     chosen = ConvConfig(64, 64, 64, 4, 3, None, split, two_launches=two_launches)
     trial = Trial(shape, torch.device("cuda"), 0)
     assert all(trial.is_exact(chosen) for _ in range(50))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("n", [1, 8, 32, 128, 256])
+def test_every_run_of_what_is_shipped_is_exact(n, dtype):
+    """A hundred alone, a hundred beside another stream, a hundred in a graph."""
+    with torch.inference_mode(False):
+        calls = trace(resnet_triton.resnet18().eval(), (n, 3, 224, 224), getattr(torch, dtype))
+    where = torch.device("cuda")
+    pairs = {(call.shape, lookup(call.shape, facts(where))) for call in calls if call.operator == "conv_bn_relu"}
+    wrong = {pair: Trial(pair[0], where, 0).wrong_runs(pair[1]) for pair in pairs}
+    assert len(wrong) == 14
+    assert {pair: counts for pair, counts in wrong.items() if any(counts.values())} == {}
+
+
+@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
+def test_every_run_of_what_was_wrong_once_is_exact():
+    """Two configurations and their siblings."""
+    siblings = pytest.importorskip("benchmarks.gpu_kernels").SIBLINGS
+    trials = {shape: Trial(shape, torch.device("cuda"), 0) for shape, _ in siblings.values()}
+    wrong = {key: trials[shape].wrong_runs(chosen) for key, (shape, chosen) in siblings.items()}
+    assert {key: counts for key, counts in wrong.items() if any(counts.values())} == {}
 
 
 def test_a_graph_lends_its_launches_counters_that_stay_at_zero(monkeypatch):

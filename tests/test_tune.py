@@ -248,6 +248,26 @@ def test_what_the_output_held_before_does_not_count(monkeypatch: pytest.MonkeyPa
     assert not trial.Trial(SMALL, CPU, 0).is_exact(ConvConfig(32, 32, 16, 4, 2))
 
 
+@pytest.mark.parametrize("how", ["one element", "unwritten"])
+def test_wrong_runs_are_counted(sabotaged: Any, how: str) -> None:
+    subject, chosen = trial.Trial(SMALL, CPU, 0), ConvConfig(32, 32, 16, 4, 2)
+    assert subject.wrong_runs(chosen, 2) == {"alone": 0}
+    sabotaged(chosen, how)
+    assert subject.wrong_runs(chosen, 2) == {"alone": 2}
+
+
+def test_a_right_run_is_no_excuse_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it wrote is gone: here the first of three runs writes, and no other."""
+    plan = trial.plan
+
+    def once(*args: Any) -> Any:
+        launches = [*plan(*args)]
+        return (Sabotage(lambda: launches.pop().run() if launches else None),)
+
+    monkeypatch.setattr(trial, "plan", once)
+    assert trial.Trial(SMALL, CPU, 0).wrong_runs(ConvConfig(32, 32, 16, 4, 2), 3) == {"alone": 2}
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_the_check_knows_the_answer(dtype: str, precision: str) -> None:
