@@ -40,16 +40,18 @@ LAYERS = {SMALL: ["layer1.0.conv2"], STRIDED: ["layer2.0.conv1"], LARGE: ["layer
 
 
 class Compiler:
-    """Finds every configuration sound, except those in `faulty`."""
+    """Finds every configuration sound, except those in `faulty` and `unsafe`."""
 
     def __init__(self) -> None:
         self.faulty: set[ConvConfig] = set()
+        self.unsafe: set[ConvConfig] = set()
         self.submitted: list[tuple[ConvShape, ConvConfig]] = []
 
     def submit(self, shape: ConvShape, chosen: ConvConfig) -> Future[list[str]]:
         self.submitted.append((shape, chosen))
         done: Future[list[str]] = Future()
-        done.set_result(["spills 8 bytes"] if chosen in self.faulty else [])
+        faults = ["spills 8 bytes"] * (chosen in self.faulty) + [f"{trial.UNSAFE}a race"] * (chosen in self.unsafe)
+        done.set_result(faults)
         return done
 
 
@@ -174,6 +176,22 @@ def test_faulty_code_is_not_timed_but_for_the_heuristics_choice(rig: Rig) -> Non
     assert first[0] in timed
     assert timed.isdisjoint(first[1:3])
     assert first[3] in timed
+
+
+def test_unsafe_code_is_never_timed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the heuristic's choice, which is nothing to beat then; of a shape without safe code nothing is written."""
+    first = candidates(LARGE, GPU, 4)
+    rig.compiler.unsafe = {*first[:2]}
+    monkeypatch.setattr(search, "candidates", lambda shape, *a: candidates(shape, *a) if shape == LARGE else first[:1])
+    rig.tune()
+    timed = {config for shape, config, _ in rig.timed if shape == LARGE}
+    assert timed.isdisjoint(first[:2])
+    assert first[2] in timed
+    config, timing = known()[LARGE]
+    assert config in timed
+    assert timing is not None
+    assert timing.us == timing.heuristic_us
+    assert set(known()) == {LARGE}
 
 
 def test_a_win_that_does_not_repeat_is_none(rig: Rig) -> None:
