@@ -108,15 +108,17 @@ def _machine_code(calls: Sequence[Call], here: DeviceFacts) -> Json:
 
     found["triton"], found["ptxas"] = verdict.compilers()
     found["judged"] = verdict.compilers() in verdict.JUDGED
-    if here.arch == 90:
-        launches = [launch for c in calls if c.backend == "triton" for launch in c.launches(here)]
-        for compiled in {c.hash: c for c in (launch.compile() for launch in launches)}.values():
-            found["kernels"] += 1
-            try:
-                found["hazards"] += [f"{compiled.name}: {hazard}" for hazard in verdict.hazards(compiled)]
-            except verdict.NotJudged as error:
-                found["hazards"].append(f"{compiled.name}: {error}")
-    return found
+    if here.arch != 90 or interpreter.active():
+        return found
+    read: Json = {}
+    for launch in (launch for c in calls if c.backend == "triton" for launch in c.launches(here)):
+        name = launch.kernel.__name__
+        try:
+            compiled = launch.compile()
+            read[compiled.hash] = [f"{name}: {hazard}" for hazard in verdict.hazards(compiled)]
+        except Exception as error:  # whatever a compiler raises belongs into the report
+            read[name] = [f"{name}: {type(error).__name__}: {error}".partition("\n")[0]]
+    return {**found, "kernels": len(read), "hazards": [line for lines in read.values() for line in lines]}
 
 
 def _verdict(found: Json) -> str:

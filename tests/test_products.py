@@ -99,8 +99,18 @@ def test_what_is_not_known_fails_by_name():
         found = hazards(changed(wait, new.format(unknown) + wait))
         assert any(line.startswith(f"{name} at 1d28 is unknown, and HGMMA") for line in found), unknown
     assert hazards(changed(wait, new.format("UFROB UR2, UR3") + wait)) == (), "registers of a warp are no product's"
+    for odd, name in (("{ MOV R56, R2", "an instruction of another form"), ("BRA 0x9000", "BRA to an unknown place")):
+        found = hazards(changed(wait, new.replace("{}", odd) + wait))
+        assert any(line.startswith(f"{name} at 1d28 is unknown, and HGMMA") for line in found), odd
     product = "HGMMA.64x128x16.F32 R88, R180, gdesc[UR16], R88"
-    for form in (product.replace("F32", "F16"), product.replace("GMMA", "GMMA.SP"), product.replace("R180", "R182")):
+    assert hazards(changed(product, product.replace("R88", "RZ").replace("RZ,", "R88,", 1))) == (), "sums from zero"
+    added = product.replace("gdesc[UR16], R88", "gdesc[UR16], R24")
+    for form in (
+        added,
+        product.replace("F32", "F16"),
+        product.replace("GMMA", "GMMA.SP"),
+        product.replace("R180", "R182"),
+    ):
         assert any("is a product of an unknown form" in line for line in hazards(changed(product, form))), form
 
 

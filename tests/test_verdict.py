@@ -102,6 +102,12 @@ type(knobs.nvidia).nvdisasm = knobs.NvidiaTool(str(cache / "none"), "0")
 verdict.disassemble = read
 found["no disassembler"] = ask(third)
 
+verdict.disassemble = lambda cubin: "        /*0000*/                   BRA `(.L_nowhere) ;"
+found["another nvdisasm"] = ask(third)
+launched, third.kernel.warmup = third.kernel.warmup, lambda **options: None
+found["nothing compiled"] = ask(third)
+third.kernel.warmup = launched
+
 own = launch(box=(1, 1, 64))
 object.__setattr__(own, "own", True)
 verdict.disassemble = no_reading
@@ -130,12 +136,15 @@ def test_a_kernel_is_judged_once_and_not_launched_if_it_is_unsafe(
     reason, warnings, files = found["a second wrong kernel"]
     assert reason.startswith("conv_pointer_kernel may give wrong answers: LDSM")
     assert (warnings, files) == ([], 2), "one warning"
-    reason, _, files = found["capturing"]
+    reason, warnings, files = found["capturing"]
+    assert len(warnings) == 1, "of another kind"
     assert "nobody has judged it, and a graph is being captured; call it once before" in reason
     assert files == 2, "no verdict, none remembered"
     reason, _, files = found["no disassembler"]
     assert "its machine code cannot be read (FileNotFoundError" in reason
     assert files == 2
+    assert "its machine code cannot be read (ValueError: a jump to .L_nowhere" in found["another nvdisasm"][0]
+    assert "Triton has compiled nothing to read" in found["nothing compiled"][0]
     assert found["own"] == [None, [], 2]
     reason, _, files = found["own, by other compilers"]
     assert "overwrites" in reason

@@ -22,8 +22,8 @@ from .flow import Flow, sass
 
 # In these, the first operand that is no predicate is the result, if it is a register.
 _WRITE = {
-    "CS2R", "F2FP", "FADD", "FFMA", "FMUL", "FSEL", "HADD2", "IABS", "IADD3", "IMAD", "LDC", "LDG", "LDS", "LDSM",
-    "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL", "SGXT", "SHF", "SHFL", "SYNCS", "VIADD",
+    "CS2R", "F2FP", "FADD", "FFMA", "FMUL", "FSEL", "HADD2", "HFMA2", "IABS", "IADD3", "IMAD", "LDC", "LDG", "LDS",
+    "LDSM", "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL", "SGXT", "SHF", "SHFL", "SYNCS", "VIADD",
 }  # fmt: skip
 # In these, no register is a result.
 _READ = {
@@ -132,7 +132,10 @@ def _hazards(
 def _instruction(line: str) -> _Instruction | None:
     found = _INSTRUCTION.match(line)
     if found is None:
-        return None
+        address = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+\S", line)
+        return _Instruction(address[1], True, "an instruction of another form", []) if address else None
+    if re.match(r"BRA|CALL", found[3]) and "`(" not in found[4]:
+        return _Instruction(found[1], True, f"{found[3]} to an unknown place", [])
     return _Instruction(found[1], bool(found[2]), found[3], [o.strip() for o in found[4].split(",")])
 
 
@@ -145,6 +148,8 @@ def _product(found: _Instruction) -> _Product | None:
     if reads is None and not found.operands[1].startswith("gdesc"):
         return None
     if reads is not None and reads % 4:
+        return None
+    if found.operands[2 if reads is None else 3] not in (found.operands[0], "RZ"):
         return None
     fragment = range(0) if reads is None else range(reads, reads + 4)
     return _Product(fragment, range(sums, sums + int(shape[1]) // 2), "gsb0" in found.operands)

@@ -27,39 +27,48 @@ JUDGED = frozenset({("3.6.0", "12.8"), ("3.7.1", "12.8"), ("3.9.0", "13.4")})
 """Versions of Triton and of the ptxas in its wheel with which `make codegen` (CI; the newest: `make verify`) passed."""
 
 _known: dict[str, tuple[str, ...]] = {}  # hazards of kernels, by Triton's hash of each
-_warned = False
+_warned: set[type] = set()
 
 
 def obstacle(launch: Launch) -> str | None:
-    """Why `launch` must not go ahead on a GPU of compute capability 9.0; None if it may. Warns once in a process."""
-    global _warned
+    """Why `launch` must not go ahead on a GPU of compute capability 9.0; None if it may.
+
+    Warns of the first hazard in a process, and of the first kernel that cannot be judged.
+    """
     if launch.own and compilers() in JUDGED:
         return None
-    compiled = launch.compile()
+    kind: type = str
     try:
-        found = hazards(compiled)
+        found = hazards(launch.compile())
     except NotJudged as error:
-        reason = str(error)
-    else:
-        reason = found[0] if found else ""
-    if not reason:
+        kind, found = NotJudged, (str(error),)
+    if not found:
         return None
-    reason = f"{compiled.name} may give wrong answers: {reason}"
-    if not _warned:
-        _warned = True
+    reason = f"{launch.kernel.__name__} may give wrong answers: {found[0]}"
+    if kind not in _warned:
+        _warned.add(kind)
         warnings.warn(f"{reason}; such kernels are not launched (resnet-triton doctor says more)", stacklevel=2)
     return reason
 
 
 @functools.cache
 def compilers() -> tuple[str, str]:
-    """Versions of Triton and of the ptxas that it asks for compute capability 9.0; "" if that has unusual options."""
-    import triton
-    from triton import knobs
-    from triton.backends.nvidia.compiler import get_ptxas
+    """Versions of Triton and of the ptxas in its wheel that it asks for compute capability 9.0.
 
-    usual = not (knobs.nvidia.ptxas_options or knobs.nvidia.disable_ptxas_opt)
-    return triton.__version__, str(get_ptxas(90).version) if usual else ""
+    "" stands for a ptxas from elsewhere, with options from the environment, or none. As they are at the first question.
+    """
+    import triton
+
+    try:
+        from triton import knobs
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        ptxas = get_ptxas(90)
+        options = knobs.nvidia.ptxas_options or knobs.nvidia.disable_ptxas_opt
+        usual = not options and Path(triton.__file__).parent in Path(ptxas.path).parents
+        return triton.__version__, str(ptxas.version) if usual else ""
+    except (ImportError, RuntimeError):
+        return triton.__version__, ""
 
 
 class NotJudged(Exception):
@@ -67,7 +76,9 @@ class NotJudged(Exception):
 
 
 def hazards(compiled: Any) -> tuple[str, ...]:
-    """Of one of Triton's compiled kernels for compute capability 9.0, whether a launch asks or a person."""
+    """Of one of Triton's compiled kernels for compute capability 9.0. NotJudged if it cannot be read."""
+    if getattr(compiled, "hash", None) is None:
+        raise NotJudged("Triton has compiled nothing to read")
     known = _known.get(compiled.hash)
     if known is None:
         known = _known[compiled.hash] = _remembered(compiled)
@@ -83,7 +94,11 @@ def _remembered(compiled: Any) -> tuple[str, ...]:
             return tuple(map(str, json.loads(Path(path).read_text(encoding="utf-8"))))
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise NotJudged("nobody has judged it, and a graph is being captured; call it once before")
-    found = products.follow(disassemble(compiled.asm["cubin"]), expected="wgmma.mma_async" in compiled.asm["ptx"])
+    try:
+        text = disassemble(compiled.asm["cubin"])
+        found = products.follow(text, expected="wgmma.mma_async" in compiled.asm["ptx"])
+    except (KeyError, ValueError) as error:  # Triton kept no such text, or it says what no kernel said before
+        raise NotJudged(f"its machine code cannot be read ({type(error).__name__}: {error})") from None
     with contextlib.suppress(OSError):
         cache.put(json.dumps(found.hazards), name, binary=False)
     return found.hazards

@@ -59,7 +59,10 @@ def faults(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[str
     try:
         found = []
         for compiled in compile_launches(shape, chosen, facts):
-            code = vital_signs(compiled)
+            try:
+                code = vital_signs(compiled)
+            except ValueError as error:  # it compiled, and cannot be read
+                return [f"{UNSAFE}{error}"]
             if code.spill_bytes:
                 found.append(f"spills {code.spill_bytes} bytes")
             if code.serialized:
