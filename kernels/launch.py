@@ -36,7 +36,9 @@ class Launch:
         from .tiles import PDL  # not above: a launch is a value where Triton is not installed, too
 
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return {**options, "launch_pdl": True} if PDL and self.dependent else options
+        if PDL and self.dependent:
+            options["launch_pdl"] = True
+        return options
 
 
 def cdiv(a: int, b: int) -> int:
