@@ -99,7 +99,12 @@ def test_what_is_not_known_fails_by_name():
         found = hazards(changed(wait, new.format(unknown) + wait))
         assert any(line.startswith(f"{name} at 1d28 is unknown, and HGMMA") for line in found), unknown
     assert hazards(changed(wait, new.format("UFROB UR2, UR3") + wait)) == (), "registers of a warp are no product's"
-    for odd, name in (("{ MOV R56, R2", "an instruction of another form"), ("BRA 0x9000", "BRA to an unknown place")):
+    odd_ones = {
+        "{ MOV R56, R2": "an instruction of another form",
+        "BRA 0x9000": "a jump to an unknown place",
+        "BRA.U UP0, 0x9000": "a jump to an unknown place",
+    }
+    for odd, name in odd_ones.items():
         found = hazards(changed(wait, new.replace("{}", odd) + wait))
         assert any(line.startswith(f"{name} at 1d28 is unknown, and HGMMA") for line in found), odd
     product = "HGMMA.64x128x16.F32 R88, R180, gdesc[UR16], R88"

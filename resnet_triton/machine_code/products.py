@@ -135,7 +135,7 @@ def _instruction(line: str) -> _Instruction | None:
         address = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+\S", line)
         return _Instruction(address[1], True, "an instruction of another form", []) if address else None
     if re.match(r"BRA|CALL", found[3]) and "`(" not in found[4]:
-        return _Instruction(found[1], True, f"{found[3]} to an unknown place", [])
+        return _Instruction(found[1], True, "a jump to an unknown place", [])
     return _Instruction(found[1], bool(found[2]), found[3], [o.strip() for o in found[4].split(",")])
 
 

@@ -2,8 +2,9 @@
 
 Where products are asynchronous (wgmma, compute capability 9.0), no number of right answers shows that the next one is
 right: `products.py` has to find no hazard. The checks before a release have asked it of the kernels that `config`
-chooses, compiled by the pairs in JUDGED. Every other kernel is asked here before its first launch, once: the verdict is
-kept beside it in Triton's cache.
+chooses for ResNet-18, compiled by the pairs in JUDGED; with these its tiles are trusted for other shapes, too. Every
+other kernel is asked here before its first launch, once, which takes 0.4 s: the verdict is kept beside it in Triton's
+cache.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ JUDGED = frozenset({("3.6.0", "12.8"), ("3.7.1", "12.8"), ("3.9.0", "13.4")})
 """Versions of Triton and of the ptxas in its wheel with which `make codegen` (CI; the newest: `make verify`) passed."""
 
 _known: dict[str, tuple[str, ...]] = {}  # hazards of kernels, by Triton's hash of each
-_warned: set[type] = set()
+_warned: set[bool] = set()  # of a kernel that was judged, of one that could not be
 
 
 def obstacle(launch: Launch) -> str | None:
@@ -37,16 +38,16 @@ def obstacle(launch: Launch) -> str | None:
     """
     if launch.own and compilers() in JUDGED:
         return None
-    kind: type = str
+    judged = True
     try:
         found = hazards(launch.compile())
     except NotJudged as error:
-        kind, found = NotJudged, (str(error),)
+        judged, found = False, (str(error),)
     if not found:
         return None
     reason = f"{launch.kernel.__name__} may give wrong answers: {found[0]}"
-    if kind not in _warned:
-        _warned.add(kind)
+    if judged not in _warned:
+        _warned.add(judged)
         warnings.warn(f"{reason}; such kernels are not launched (resnet-triton doctor says more)", stacklevel=2)
     return reason
 
