@@ -10,7 +10,7 @@ OTHER_TRITONS := $(OLDEST_TRITON) $(NEWER_TRITONS)
 NEWEST_TRITON := $(lastword $(NEWER_TRITONS))
 
 # What asks Triton's interpreter for the exact answer, and little else.
-INTERPRETED := $(addprefix tests/test_,exact.py halo.py interpreter.py shadow.py split_k.py stem.py)
+INTERPRETED := $(addprefix tests/kernels/test_,exact.py halo.py interpreter.py shadow.py split_k.py stem.py)
 
 # What a user's shell may export must not change what the tests check.
 HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE -u PYTEST_ADDOPTS -u PYTEST_PLUGINS \
@@ -68,7 +68,7 @@ slow: $(STAMP) ## run the tests that take long by themselves
 
 fuzz: $(STAMP) ## 20,000 random calls of the operators, bit for bit against fp64; FUZZ_CASES=N for another number
 	$(HERMETIC) OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \
-		$(PY) -m pytest -n 2 tests/test_fuzz.py $(ARGS)
+		$(PY) -m pytest -n 2 tests/kernels/test_fuzz.py $(ARGS)
 
 headroom: $(STAMP) ## measure how much of the error bound each operator needs, into tests/headroom.json; ten minutes
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) tests/headroom.py $(ARGS)

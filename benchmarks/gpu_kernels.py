@@ -21,19 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resnet_triton
-from resnet_triton import config, device, timing
+from resnet_triton import config
 from resnet_triton.bench.cases import Case, cases, distinct
 from resnet_triton.bench.ceilings import copy, matmul
 from resnet_triton.bench.environment import environment
 from resnet_triton.bench.kernels import ALTERNATIVES, Problem, measure, ours
 from resnet_triton.codegen import TARGETS
 from resnet_triton.codegen.roofline import least
-from resnet_triton.config import ConvConfig, ConvShape, is_legal, table
+from resnet_triton.config import ConvConfig, ConvShape, device, is_legal, table
 from resnet_triton.config.conv import has_several_sides
 from resnet_triton.config.heuristic import estimate
 from resnet_triton.ops.stem import StemCall
-from resnet_triton.trace import Call, trace
-from resnet_triton.tuner import command, search, trial
+from resnet_triton.ops.trace import Call, trace
+from resnet_triton.support import timing
+from resnet_triton.tools import tune as command
+from resnet_triton.tuner import search, trial
 
 from .gpu_model import network
 from .gpu_steps import OutOfTime, Setting, Steps, read

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from resnet_triton import timing
 from resnet_triton.bench import model as race
 from resnet_triton.bench.environment import environment, nvidia_smi
 from resnet_triton.bench.results import one_line
 from resnet_triton.config import table
+from resnet_triton.support import timing
 
 Steps = Iterable[tuple[str, Callable[[], dict[str, Any]]]]
 

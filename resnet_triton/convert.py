@@ -10,9 +10,11 @@ from itertools import chain
 import torch
 from torch import nn
 
-from . import config, dispatch, models, runner
-from .device import facts
-from .trace import Call, trace
+from . import config, models
+from .config.device import facts
+from .graphs import runner
+from .ops import dispatch
+from .ops.trace import Call, trace
 
 _OURS: dict[str, type[nn.Module]] = {
     "ResNet": models.ResNet, "BasicBlock": models.BasicBlock, "Bottleneck": models.Bottleneck,

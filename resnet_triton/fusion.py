@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import dispatch, ops
+from . import ops
+from .ops import dispatch
 
 
 def conv_obstacle(conv: nn.Module, norm: nn.Module) -> str | None:

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import ops, reference, runner, vision
-from .dispatch import Modes
+from . import ops
 from .functional import pair
 from .fusion import batch_norm, by_module, conv_norm_act, conv_obstacle, plain, plain_pool, watched
+from .graphs import runner
+from .graphs.runner import Graphed
+from .ops import reference
+from .ops.dispatch import Modes
+from .support import vision
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -96,7 +100,7 @@ class Bottleneck(_Modal):
         return conv_norm_act(y, self.conv3, self.bn3, self.relu, self.modes, identity=x, downsample=self.downsample)
 
 
-class ResNet(_Modal):
+class ResNet(_Modal, Graphed):
     """torchvision's `ResNet`, argument for argument; `kernels` and `batch_invariant` on the instance
     and its blocks say what runs it, and how.
 
@@ -105,9 +109,6 @@ class ResNet(_Modal):
     """
 
     _normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    cuda_graph: bool | str = "auto"
-    frozen = False
-    _runner: runner.Runner | None = None
 
     def __init__(
         self,
@@ -177,11 +178,10 @@ class ResNet(_Modal):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(x) is not Tensor or self.training:
-            return self.body(x)
+            return self._forward_impl(x)
         return runner.run(self, x)
 
-    def body(self, x: Tensor) -> Tensor:
-        """What `forward` computes, operator by operator."""
+    def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             # Block by block, for calling the stage would keep its input, the largest tensor of all, until its end.
@@ -191,7 +191,6 @@ class ResNet(_Modal):
         return self._head(x)
 
     def obstacle(self) -> str | None:
-        """Why a call cannot be recorded once and repeated for other images; None if it can."""
         for name, module in self.named_modules():
             where = name or "the model"
             if type(module) not in _STATELESS:
@@ -201,15 +200,6 @@ class ResNet(_Modal):
             if module.training and isinstance(module, nn.BatchNorm2d):
                 return f"{where} is in training mode"
         return None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        runner.forget_if_moved(self)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the graphs, which copies and pickles cannot take along."""
-        return {name: value for name, value in vars(self).items() if name != "_runner"}
 
     # Feature extractors ask for the pools and the classifier by name: while torch.fx traces, they stay module calls.
 

@@ -37,7 +37,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """CUDA graphs on CPU tensors: see `fake_cuda.py`."""
     from fake_cuda import FakeCuda
 
-    from resnet_triton import runner
+    from resnet_triton.graphs import runner
 
     fake = FakeCuda()
     monkeypatch.setattr(runner, "cuda", fake)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_triton import config, interpreter
+from resnet_triton import config
 from resnet_triton.config import ConvConfig, ConvShape
-from resnet_triton.ops import OPERATORS, ConvCall
+from resnet_triton.ops import OPERATORS, ConvCall, interpreter
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Layout = Callable[[Tensor], Tensor]

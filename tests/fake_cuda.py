@@ -1,4 +1,4 @@
-"""A stand-in for `resnet_triton.cuda_graph` on the CPU: what a CUDA graph fixes, it fixes too.
+"""A stand-in for `resnet_triton.graphs.cuda_graph` on the CPU: what a CUDA graph fixes, it fixes too.
 
 A capture records every operator with the memory that it read and wrote. A replay runs the record again, on that memory,
 whatever has become of the model's tensors since. Outside of the turn that a replay takes, from the wait for the one
@@ -22,7 +22,7 @@ from resnet_triton import models, optimize
 
 
 class FakeCuda:
-    """The functions of `resnet_triton.cuda_graph`. `failure` is raised by the next captures, if it is set."""
+    """The functions of `resnet_triton.graphs.cuda_graph`. `failure` is raised by the next captures, if it is set."""
 
     def __init__(self) -> None:
         self.available = True

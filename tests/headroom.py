@@ -31,7 +31,7 @@ import sums  # noqa: E402
 from exact import DTYPES, dtype_id  # noqa: E402
 from real_cases import Row  # noqa: E402
 
-from resnet_triton.device import facts  # noqa: E402
+from resnet_triton.config.device import facts  # noqa: E402
 
 FILE = Path(__file__).with_name("headroom.json")
 TF32 = (torch.float32, "tf32")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_triton import models, resnet18
-from resnet_triton.registry import call as call_operator
+from resnet_triton.ops.registry import call as call_operator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from resnet_triton import config, ops, resnet18
 from resnet_triton.config import ConvShape
-from resnet_triton.device import DeviceFacts, facts
+from resnet_triton.config.device import DeviceFacts, facts
 from resnet_triton.ops import ConvCall
 from resnet_triton.ops.stem import StemCall
-from resnet_triton.trace import trace
+from resnet_triton.ops.trace import trace
 
 EIGHT_CHANNELS = "8 channels"
 """A convolution of so few products that the rounding of batch norm shows."""

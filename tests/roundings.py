@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from resnet_triton import interpreter
+from resnet_triton.ops import interpreter
 
 Rounding = Callable[[Any], Any]
 

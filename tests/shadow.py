@@ -30,8 +30,8 @@ from torch import Tensor
 from triton.runtime import interpreter as upstream
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from resnet_triton import interpreter
 from resnet_triton.kernels.launch import Launch
+from resnet_triton.ops import interpreter
 
 OUTPUTS = {"y_ptr", "y_desc", "workspace_ptr", "arrivals_ptr"}
 """What a kernel may store into, by the name of its argument; a packer also into its marks."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import models
 from ..ops import OPERATORS
 from ..ops.stem import POOL, StemCall
-from ..trace import Call, trace
+from ..ops.trace import Call, trace
 
 MODELS = ("resnet18", "resnet34", "resnet50")
 

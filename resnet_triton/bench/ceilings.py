@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import timing
-from ..timing import Launch, Meter, Spread
+from ..support import timing
+from ..support.timing import Launch, Meter, Spread
 
 _COPY = {"cuda": 2 << 30, "cpu": 128 << 20}
 """Bytes to copy, larger than caches."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .. import files
 from ..models import resnet18
+from ..support import files
 from . import cases, ceilings, kernels, predictions, report
 from .alternatives import Alternative, alternatives, select
 from .environment import environment

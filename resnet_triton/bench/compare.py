@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..terminal import table
+from ..support.terminal import table
 from .results import Results, Row, speedup
 
 METRICS: dict[str, Callable[[Row], float | None]] = {

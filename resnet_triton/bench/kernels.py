@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import config, device, interpreter, registry, timing
+from .. import config
 from ..codegen.roofline import least
-from ..ops import OPERATORS, ConvCall
-from ..trace import Call
+from ..config import device
+from ..ops import OPERATORS, ConvCall, interpreter, registry
+from ..ops.trace import Call
+from ..support import timing
 from .baselines import EAGER, cudnn_fused
 from .cases import Case, arguments, names
 from .check import allowed, relative_error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ..processes import undisturbed
+from ..support.processes import undisturbed
 from .alternatives import Alternative
 from .results import Row
 from .worker import Spec, serve

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .. import interpreter
 from ..codegen import DTYPES, rows, target
 from ..codegen.roofline import least
 from ..kernels.cost import Cost
-from ..trace import trace
+from ..ops import interpreter
+from ..ops.trace import trace
 
 
 def predictions(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .. import files, timing
+from ..support import files, timing
 
 FORMAT, VERSION = "resnet-triton-benchmark", 1
 FILE = "results.json"

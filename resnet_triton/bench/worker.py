@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import vision
+from ..support import vision
 from .alternatives import Alternative, Model
 from .check import allowed, relative_error
 from .environment import environment

@@ -8,8 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .. import files, models
-from ..terminal import Bar
+from .. import models
+from ..support import files
+from ..support.terminal import Bar
 from .rows import DTYPES, rows
 from .targets import target
 

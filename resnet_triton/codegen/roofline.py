@@ -16,7 +16,7 @@ from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..machine_code import Code
 from ..ops import OPERATORS, ConvCall
-from ..trace import Call
+from ..ops.trace import Call
 from .targets import Multiprocessor, Target
 from .traffic import loaded_bytes
 

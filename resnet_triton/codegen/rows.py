@@ -14,9 +14,9 @@ from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..machine_code import Code
 from ..ops import OPERATORS
-from ..precision import fp32_precision
-from ..processes import Pool
-from ..trace import trace
+from ..ops.precision import fp32_precision
+from ..ops.trace import trace
+from ..support.processes import Pool
 from .compiler import Specialisation, compile_and_keep, specialise
 from .roofline import Prediction, least, predict, programs_per_sm, waves
 from .targets import Target, target

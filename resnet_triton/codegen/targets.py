@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..device import KNOWN, DeviceFacts
+from ..config.device import KNOWN, DeviceFacts
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import replace
 from itertools import chain, product
 from typing import Any
 
-from ..device import DeviceFacts
 from .conv import ConvConfig, ConvShape, is_legal, tiles
+from .device import DeviceFacts
 from .heuristic import conv_heuristic, estimate
 
 AXES: dict[str, tuple[Any, ...]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from ..device import DeviceFacts
+from .device import DeviceFacts
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def is_flat(c: int) -> bool:
 
 
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
-    """Upper bound on a launch's shared memory, in bytes; `tests/test_codegen.py` holds it against the compiler."""
+    """Upper bound on a launch's shared memory, in bytes; `test_codegen.py` holds it against the compiler."""
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
     if config.strip:  # nine filter tiles, two turns of three input tiles, the result
         return (9 * config.block_k + 7 * config.block_m) * config.block_c * shape.itemsize + 2048

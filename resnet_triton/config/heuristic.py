@@ -10,7 +10,6 @@ import functools
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..device import DeviceFacts
 from .conv import (
     ConvConfig,
     ConvShape,
@@ -22,6 +21,7 @@ from .conv import (
     supports_descriptors,
     tiles,
 )
+from .device import DeviceFacts
 
 # (block_m, block_k, block_c of a 16-bit type, num_warps, num_stages), each seen to compile without spills.
 _BOX_TILES = (

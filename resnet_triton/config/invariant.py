@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from ..device import DeviceFacts
 from .conv import ConvConfig, ConvShape, tiles
+from .device import DeviceFacts
 from .heuristic import StemConfig, best_box, conv_candidates, estimate, stem_tiles, strip_turns
 
 BATCHES = (1, 4, 16, 64, 256)

@@ -20,7 +20,7 @@ from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import files
+from ..support import files
 from .conv import ConvConfig, ConvShape
 
 FOLDER = Path(__file__).parent

@@ -4,8 +4,8 @@ Each is four functions in a row and a schema: its result's shape and dtype (here
 our kernels, the launches planned for it, and its PyTorch form. `registry.register` makes an operator of them.
 """
 
-from ..registry import OPERATORS, call
 from . import add_relu, conv, linear, pool, stem
 from .conv import NO_SHORTCUT, ConvCall
+from .registry import OPERATORS, call
 
 __all__ = ["NO_SHORTCUT", "OPERATORS", "ConvCall", "add_relu", "call", "conv", "linear", "pool", "stem"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..dispatch import HAS_TRITON, mixed_dtypes
-from ..registry import Operator, Result, Shape, register
-from .common import channels_last, check_rank, check_tensors
+from . import reference
+from .checks import channels_last, check_rank, check_tensors
+from .dispatch import HAS_TRITON, mixed_dtypes
+from .registry import Operator, Result, Shape, register
 
 if HAS_TRITON:
     from ..kernels.add_relu import add_relu as add_relu_launch

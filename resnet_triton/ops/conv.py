@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import config, device, reference
-from ..dispatch import HAS_TRITON, mixed_dtypes
-from ..precision import conv_precision
-from ..registry import Operator, Result, Shape, register
-from .common import (
+from .. import config
+from ..config import device
+from . import reference
+from .checks import (
     aligned,
     as_tuple,
     at_aligned,
@@ -26,6 +25,9 @@ from .common import (
     too_large,
     window,
 )
+from .dispatch import HAS_TRITON, mixed_dtypes
+from .precision import conv_precision
+from .registry import Operator, Result, Shape, register
 
 if HAS_TRITON:
     from ..kernels.conv_bn_relu import BatchNorm, Shortcut

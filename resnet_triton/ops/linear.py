@@ -7,12 +7,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .. import config, reference
-from ..dispatch import HAS_TRITON
-from ..precision import matmul_precision
-from ..registry import Operator, Result, Shape, register
-from .common import at_aligned, channels_last, check_rank, check_same_dtype, check_tensors, contiguous
+from .. import config
+from . import reference
+from .checks import at_aligned, channels_last, check_rank, check_same_dtype, check_tensors, contiguous
+from .dispatch import HAS_TRITON
 from .pool import avg_pool_obstacle, avg_pool_result, plan_avg_pool
+from .precision import matmul_precision
+from .registry import Operator, Result, Shape, register
 
 if HAS_TRITON:
     from ..kernels.avg_pool_linear import avg_pool_linear as avg_pool_linear_launch

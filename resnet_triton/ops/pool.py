@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import reference
-from ..dispatch import HAS_TRITON
-from ..registry import Operator, Result, Shape, register
-from .common import as_tuple, at_aligned, channels_last, check_rank, check_tensors, too_large, window
+from . import reference
+from .checks import as_tuple, at_aligned, channels_last, check_rank, check_tensors, too_large, window
+from .dispatch import HAS_TRITON
+from .registry import Operator, Result, Shape, register
 
 if HAS_TRITON:
     from ..kernels.global_avg_pool import global_avg_pool as global_avg_pool_launch

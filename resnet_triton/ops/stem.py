@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import config, device, reference
-from ..dispatch import HAS_TRITON
-from ..registry import Operator, Result, Shape, register
-from .common import channels_last, check_rank, too_large
+from .. import config
+from ..config import device
+from . import reference
+from .checks import channels_last, check_rank, too_large
 from .conv import NO_SHORTCUT, ConvCall, batch_norm, conv_result, plan_conv
+from .dispatch import HAS_TRITON
 from .pool import plan_max_pool
+from .registry import Operator, Result, Shape, register
 
 if HAS_TRITON:
     from ..kernels.launch import Launch

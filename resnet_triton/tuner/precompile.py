@@ -15,9 +15,9 @@ from typing import Any
 
 from ..codegen import vital_signs
 from ..config import ConvConfig, ConvShape
-from ..device import DeviceFacts, override
+from ..config.device import DeviceFacts, override
 from ..ops import OPERATORS
-from ..processes import Pool
+from ..support.processes import Pool
 from .trial import UNSAFE, abstract_call, plan
 
 

@@ -20,8 +20,8 @@ import torch
 
 from ..config import ConvConfig, ConvShape, conv_heuristic, table
 from ..config.candidates import candidates, neighbours
-from ..device import DeviceFacts
-from ..timing import Meter, Spread, replay
+from ..config.device import DeviceFacts
+from ..support.timing import Meter, Spread, replay
 from .trial import UNSAFE, Trial
 
 COUNT = 16  # tiles by the cost model, beside the heuristic's choice

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import config, interpreter
+from .. import config
 from ..config import ConvConfig, ConvShape
 from ..kernels.launch import Launch
-from ..ops import OPERATORS, ConvCall
-from ..precision import fp32_precision
-from ..timing import Meter, Spread, graph_seconds
+from ..ops import OPERATORS, ConvCall, interpreter
+from ..ops.precision import fp32_precision
+from ..support.timing import Meter, Spread, graph_seconds
 
 UNSAFE = "may give wrong answers: "
 """How a fault begins that is worse than slow: such a configuration is not even timed."""

@@ -2,7 +2,7 @@
 
 A row names a promise, a call and what is expected of it: PyTorch's own answer to the same call, its error, or, with the
 reason, something else. Each case of `CASES` has for each of `SUBJECTS` a row, or in `ABSENT` why there is none.
-`tests/test_contract.py` checks the rows on PyTorch and on the kernels, `summary()` has them as plain data.
+`tests/kernels/test_contract.py` checks the rows on PyTorch and on the kernels, `summary()` has them as plain data.
 """
 
 from __future__ import annotations

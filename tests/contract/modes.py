@@ -224,7 +224,7 @@ _OPERATORS = tuple(s for s in SUBJECTS if s != "model")
 ABSENT: dict[str, dict[str, tuple[str, ...]]] = {
     TF32: {"no products": ("add_relu", "max_pool2d", "global_avg_pool")},
     **{case: {"a function has no state": _OPERATORS} for case in (TRAINING, STATE, TO)},
-    STREAMS: {"tests/test_gpu.py::test_several_streams": ("model",)},
-    DEVICES: {"tests/test_gpu.py::test_another_device_than_the_current_one": ("model",)},
-    CAPTURE: {"tests/test_gpu.py::test_inside_the_users_own_graph": ("model",)},
+    STREAMS: {"tests/model/test_gpu.py::test_several_streams": ("model",)},
+    DEVICES: {"tests/model/test_gpu.py::test_another_device_than_the_current_one": ("model",)},
+    CAPTURE: {"tests/model/test_gpu.py::test_inside_the_users_own_graph": ("model",)},
 }

@@ -171,7 +171,7 @@ ROWS = [*SIZE_ROWS, *LAYOUT_ROWS, *REFUSED_ROWS]
 CASES = (EMPTY, ONE, ODD, PIXEL, NOT_SQUARE, SMALLER, *LAYOUTS, MIXED, CHANNELS, RANK, LARGE)
 
 _VECTORS = {"x has no pixels": ("linear",)}
-_BEYOND = "tests/test_beyond_int32.py::"
+_BEYOND = "tests/kernels/test_beyond_int32.py::"
 ABSENT: dict[str, dict[str, tuple[str, ...]]] = {
     **dict.fromkeys((ODD, PIXEL, NOT_SQUARE), _VECTORS),
     SMALLER: {"no filter": ("add_relu", "linear")},
@@ -183,6 +183,6 @@ ABSENT: dict[str, dict[str, tuple[str, ...]]] = {
         f"{_BEYOND}test_filters_of_a_shortcut": ("shortcut",),
         f"{_BEYOND}test_max_pool": ("max_pool2d",),
         **{f"{_BEYOND}test_{s}": (s,) for s in ("stem", "add_relu", "global_avg_pool", "linear", "avg_pool_linear")},
-        "tests/test_gpu.py::test_more_elements_than_int32_counts": ("model",),
+        "tests/model/test_gpu.py::test_more_elements_than_int32_counts": ("model",),
     },
 }

@@ -14,7 +14,8 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 from resnet_triton import functional as F
-from resnet_triton import models, optimize, vision
+from resnet_triton import models, optimize
+from resnet_triton.support import vision
 
 from .row import Args
 

@@ -27,7 +27,7 @@ class Tests:
     """Collected tests by their names."""
 
     def __init__(self, items: list[pytest.Item]) -> None:
-        self.items = {item.nodeid.removeprefix("tests/"): item for item in items}
+        self.items = {item.nodeid.removeprefix("tests/").partition("/")[2]: item for item in items}
         self.sound: set[str] = set()
         self.seconds: dict[str, float] = {}
         self.end = ""
@@ -93,6 +93,12 @@ class Tests:
         return ""
 
 
+def _in_its_wing(pattern: str) -> str:
+    file, _, test = pattern.partition("::")
+    (path,) = ROOT.joinpath("tests").glob(f"*/{file}")
+    return f"{path}::{test}" if test else str(path)
+
+
 def function(test: str) -> str:
     """A test's name without its parameters."""
     return test.partition("[")[0]
@@ -104,7 +110,7 @@ def with_tests(patterns: list[str], body: Callable[[Tests], Any]) -> Any:
     options = ["-s", "--assert=plain", "--override-ini=addopts=", f"--rootdir={ROOT}", f"-c{ROOT / 'pyproject.toml'}"]
     for plugin in ("terminal", "cacheprovider", "faulthandler"):
         options += ["-p", f"no:{plugin}"]
-    status = pytest.main([*options, *(str(ROOT / "tests" / pattern) for pattern in patterns)], plugins=[host])
+    status = pytest.main([*options, *map(_in_its_wing, patterns)], plugins=[host])
     if host.error is not None:
         raise host.error
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ... import files
+from ...support import files
 from ..results import Results, save
 from .tables import as_csv, as_markdown, show
 

@@ -22,7 +22,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from ...terminal import printable
+from ...support.terminal import printable
 from ..results import Row
 
 INK, GRID, PAPER = "#010203", "#c1c2c3", "#fcfdfe"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from ...terminal import printable
+from ...support.terminal import printable
 from ..results import Results, Row, best, speedup
 from .canvas import BLUE, INK, OURS, PAPER, appearances, canvas, logarithmic, short, style
 from .roofline import roofline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ...terminal import printable
+from ...support.terminal import printable
 from ..results import Results, best, geometric_mean, speedup
 from .views import Task, case, obstacle, views
 

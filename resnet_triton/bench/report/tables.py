@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ... import terminal
+from ...support import terminal
 from ..results import FIELDS, Results, Row, best, speedup
 from .headline import headlines
 from .views import Roof, Task, obstacle, place, preferred, remark, roof, views

@@ -1,0 +1,108 @@
+"""The CUDA calls of the runner, and nothing else: its tests put a fake in place of this module."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.conv import graph_counters
+
+_capturing = threading.Lock()
+"""One capture at a time in the process: PyTorch waits for the device first, which a capture elsewhere forbids."""
+
+
+@dataclass
+class Captured:
+    """A graph and the two buffers through which it is used. Keeping it keeps its memory."""
+
+    graph: torch.cuda.CUDAGraph
+    input: Tensor
+    output: Tensor
+    counters: Tensor
+    replays: int = 0
+
+    def replay(self) -> None:
+        """Launch on the current stream. Does not wait."""
+        for buffer in (self.input, self.counters):  # if freed now, reused only after this launch
+            buffer.record_stream(torch.cuda.current_stream())
+        self.graph.replay()
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a call on `x` could run as a graph: on an NVIDIA GPU, and nobody is capturing this stream already."""
+    return x.is_cuda and torch.version.hip is None and not torch.cuda.is_current_stream_capturing()
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether somebody captures the current stream of the device of `x`."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def finish(x: Tensor) -> None:
+    """Wait until what has been launched on the current stream of the device of `x` is done."""
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).synchronize()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the current one."""
+    return torch.cuda.device(device)
+
+
+def event() -> torch.cuda.Event:
+    """An event for the GPU to wait on; before it is recorded, waiting is free."""
+    return torch.cuda.Event()
+
+
+def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None) -> Captured:
+    """Capture `body` for inputs like `x`, in the memory that the graph of `beside` uses too.
+
+    First `body` runs once on the new buffer: inside a capture no kernel can be compiled, and the buffer's strides and
+    alignment may want others than those of `x`. Then PyTorch waits for the device and gives its cached memory back.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = _side_stream(x.device)
+    pool = torch.cuda.graph_pool_handle() if beside is None else beside.graph.pool()
+    # The input is not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
+    buffer = torch.empty_like(x)
+    body(buffer)
+    counters = torch.zeros(1024, dtype=torch.int32, device=x.device)
+    lent = graph_counters.set(counters)
+    try:
+        with (
+            _capturing,
+            torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            output = body(buffer)
+    except Exception:
+        _stop_allocating(x.device, pool)
+        raise
+    finally:
+        graph_counters.reset(lent)
+    return Captured(graph, buffer, output, counters)
+
+
+def _stop_allocating(device: torch.device, pool: tuple[int, int]) -> None:
+    """Tell the allocator that a capture is over.
+
+    torch 2.11 does not where ending the capture fails (mended in pytorch#180395), and from then on
+    `torch.cuda.empty_cache` and every other capture raise.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:  # it has been told
+        return
+    torch._C._cuda_releasePool(device.index, pool)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: graphs share memory only if they were captured on the same stream."""
+    return torch.cuda.Stream(device)

@@ -1,0 +1,122 @@
+"""Where a call runs, our kernels or PyTorch, and the count of both: a fallback is never silent."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import device
+from . import interpreter
+
+MODES = ("auto", "torch", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+calls: Counter[tuple[str, str]] = Counter()
+"""How often each (operator, backend) ran in this process; the backend is "triton" or "torch"."""
+_lock = threading.Lock()
+tracer: ContextVar[Callable[[str], None] | None] = ContextVar("tracer", default=None)
+"""Set while a model is traced: it is told the reason of each call that PyTorch takes over, and nothing is counted."""
+
+
+class Modes(NamedTuple):
+    """How a call is to run: the last arguments of every operator whose answer could depend on the batch."""
+
+    batch_invariant: bool = False
+    kernels: str = "auto"
+
+
+def _after_fork() -> None:
+    """Another thread may have held the lock when this process was forked: nobody would release it here."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Choice(NamedTuple):
+    """A backend, "triton" or "torch", and why it was chosen."""
+
+    backend: str
+    reason: str
+
+
+def choose(kernels: str, where: torch.device, dtype: torch.dtype, obstacle: str | None = None) -> Choice:
+    """Decide where a call with a result in `dtype` runs; `obstacle` is a reason against the kernels found already.
+
+    Under `kernels="triton"` such a reason is a NotImplementedError.
+    """
+    check_mode(kernels)
+    if kernels == "torch":
+        return Choice("torch", 'kernels="torch" was asked for')
+    obstacle = obstacle or _device_obstacle(where, forced=kernels == "triton")
+    if obstacle is None and dtype not in DTYPES:
+        obstacle = f"dtype {dtype}"
+    if obstacle is None:
+        return Choice("triton", "interpreted on the CPU" if where.type == "cpu" else "")
+    if kernels == "triton":
+        raise NotImplementedError(f'kernels="triton" cannot run this call: {obstacle}')
+    return Choice("torch", obstacle)
+
+
+def check_mode(kernels: str) -> None:
+    """ValueError unless `kernels` is one of `MODES`."""
+    if kernels not in MODES:
+        raise ValueError(f"kernels={kernels!r}, expected one of {', '.join(map(repr, MODES))}")
+
+
+def count(operator: str, backend: str, reason: str = "") -> None:
+    """Record one call; in a trace, tell the tracer instead. Nothing is counted inside torch.compile's graphs."""
+    if torch.compiler.is_compiling():
+        return
+    if (tell := tracer.get()) is not None:
+        tell(reason)
+        return
+    with _lock:
+        calls[operator, backend] += 1
+
+
+def _device_obstacle(where: torch.device, *, forced: bool) -> str | None:
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if where.type == "cpu":
+        if forced and interpreter.active():
+            return None
+        return "CPU tensors, and TRITON_INTERPRET is not set" if forced else "CPU tensors"
+    if where.type != "cuda":
+        return f"tensors on device {where.type!r}"
+    if torch.version.hip is not None:
+        return "AMD GPU, not verified"
+    arch = device.facts(where).arch
+    if arch < 90 and _dependent_launch():
+        return f"compute capability {arch / 10}, and RESNET_TRITON_PDL=1 needs 9.0"
+    return f"compute capability {arch / 10}, below 8.0" if arch < 80 else None
+
+
+@functools.cache
+def _dependent_launch() -> bool:
+    from ..kernels.tiles import PDL
+
+    return bool(PDL)
+
+
+def observed() -> bool:
+    """Whether something wants to see operators: a compiler, an exporter or our own tracer."""
+    return torch.compiler.is_compiling() or tracer.get() is not None
+
+
+def mixed_dtypes(*tensors: Tensor | None) -> str | None:
+    """An obstacle, if the tensors do not share one dtype."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return f"mixed dtypes {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None

@@ -1,0 +1,86 @@
+"""Triton's interpreter, with its bfloat16 faults repaired and a check that doubles its time left out.
+
+`TRITON_INTERPRET=1` runs kernels on CPU tensors, program by program, in NumPy. Upstream (seen in 3.6.0 to 3.9.0) keeps
+bfloat16 as raw uint16: `tl.dot` multiplies those integers, casts from fp32 truncate instead of rounding, and casts to
+fp32 garble denormals. All of it is silently wrong, so `repair()` replaces it before the first interpreted launch.
+`tests/kernels/test_interpreter.py` fails on the day upstream is right and this file can go.
+
+NumPy's own products differ by machine: on some CPUs a row's sum depends on where it stands in its tile. So the
+interpreter cannot keep the promise of `batch_invariant=True`; the tests of it multiply otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def active() -> bool:
+    """Whether kernels are interpreted. Triton reads the variable when a kernel is defined, so this asks the kernel."""
+    try:
+        from ..kernels.add_relu import add_relu_kernel
+    except ImportError:  # no Triton here
+        return False
+    return type(add_relu_kernel).__name__ == "InterpretedFunction"
+
+
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock  # whoever held it when this process was forked is not in it
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextmanager
+def ready() -> Iterator[None]:
+    """Repair the interpreter and keep it to this thread: it holds the running program's index in a global."""
+    with _lock:
+        repair()
+        yield
+
+
+@functools.cache
+def repair() -> None:
+    """Make bfloat16 exact in the interpreter of this process. Calling it again does nothing."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    handle = interpreter.TensorHandle
+
+    def widen(h: Any) -> Any:
+        if h.dtype.scalar == tl.bfloat16:
+            return (np.ascontiguousarray(h.data).astype(np.uint32) << 16).view(np.float32)
+        return h.data.astype(np.float32) if h.data.dtype == np.float16 else h.data
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        product = np.matmul(widen(a), widen(b)).astype(d.data.dtype, copy=False)
+        return handle(product + d.data, d.dtype.scalar)
+
+    def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.bfloat16 and target == tl.float32:
+            return np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16
+        to_nearest = rounding is None or rounding == interpreter._ir.ROUNDING_MODE.RTNE
+        if source == tl.float32 and target == tl.bfloat16 and to_nearest:
+            data = np.ascontiguousarray(data)
+            bits = data.view(np.uint32).astype(np.uint64)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
+        return convert(data, source, target, rounding)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._convert_float = convert_float
+    options = interpreter.interpreter_builder.options
+    if not options.debug:  # the check only reports in debug mode, yet costs half the run time
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)

@@ -1,0 +1,107 @@
+"""Which operators a model calls, with which shapes, found without computing anything.
+
+The model runs on fake tensors, so a trace costs milliseconds, needs no GPU and no memory, and follows the model as it
+is now: hooks, replaced layers, training mode. Reports, ahead-of-time compilation and benchmarks all start here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..config import ConvShape
+from ..config.device import DeviceFacts, override
+from ..kernels.launch import Launch
+from . import OPERATORS, ConvCall
+from .dispatch import tracer
+
+_HEAVY = ("convolution", "native_batch_norm", "mm", "addmm", "max_pool2d_with_indices", "mean", "relu", "add")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call.
+
+    `name` is the module whose weight it used ("" for none), `args` its arguments with meta tensors in place of real
+    ones, `backend` "triton" or "torch" on `device`, and `reason` why.
+    """
+
+    name: str
+    operator: str
+    args: tuple[Any, ...]
+    device: torch.device
+    backend: str
+    reason: str
+
+    @property
+    def shape(self) -> ConvShape:
+        """The configuration key of a convolution."""
+        return ConvCall(*self.args).shape
+
+    def launches(self, facts: DeviceFacts) -> tuple[Launch, ...]:
+        """The launches our kernels would make of this call on a device with these facts, in order."""
+        operator = OPERATORS[self.operator]
+        with override(facts):
+            return operator.plan(operator.output(*self.args), *self.args)
+
+
+def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: torch.dtype | None = None) -> list[Call]:
+    """Every call of our operators, and every sizeable one PyTorch runs itself, in `model(zeros(shape))`.
+
+    `dtype` reads the model as if it had been converted; by default it is taken as it is. Forward hooks run, on fakes.
+    """
+    parameter = next(model.parameters())
+    named = {name: t.detach() for name, t in chain(model.named_parameters(), model.named_buffers())}
+    with FakeTensorMode() as fake:
+        tensors = {name: _as(fake.from_tensor(t), dtype) for name, t in named.items()}
+        recorder = _Recorder({id(t): name.rpartition(".")[0] for name, t in tensors.items()})
+        x = torch.zeros(shape, dtype=dtype or parameter.dtype, device=parameter.device)
+        token = tracer.set(recorder.explain)
+        try:
+            with torch.no_grad(), recorder:
+                functional_call(model, tensors, (x,), strict=True)
+        finally:
+            tracer.reset(token)
+    return [replace(call, args=tuple(map(_meta, call.args))) for call in recorder.calls]
+
+
+def _as(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return t.to(dtype) if dtype is not None and t.is_floating_point() else t
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = names
+        self.calls: list[Call] = []
+        self.reason = ""
+
+    def explain(self, reason: str) -> None:
+        """Take the reason why the operators that follow run module by module."""
+        self.reason = reason
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        operator = func._schema.name.partition("::")[2]
+        name = next((self.names[id(a)] for a in args if id(a) in self.names), "")
+        if func.namespace == "resnet_triton":
+            self.reason = ""
+            backend, reason = OPERATORS[operator].choose(*args)
+            self.calls.append(Call(name, operator, args, out.device, backend, reason))
+        elif func.namespace == "aten" and operator in _HEAVY:
+            reason = self.reason or "called as a module"
+            self.calls.append(Call(name, f"aten.{operator}", args, args[0].device, "torch", reason))
+        return out
+
+
+def _meta(a: Any) -> Any:
+    if not isinstance(a, Tensor):
+        return a
+    return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")

@@ -1,0 +1,367 @@
+"""What Triton's interpreter cannot see, seen in machine code: each fault is planted, compiled and found.
+
+All compiles run in one subprocess, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from compiling import ROW, run
+
+from resnet_triton import resnet18
+from resnet_triton.config.device import KNOWN
+from resnet_triton.machine_code import Code, flow, ordering
+from resnet_triton.machine_code.access import accesses, loads
+from resnet_triton.ops import OPERATORS
+from resnet_triton.ops.precision import fp32_precision
+from resnet_triton.ops.trace import trace
+
+PLANTED = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def arrive(x_ptr, arrivals_ptr, BEFORE: tl.constexpr, AFTER: tl.constexpr, SEM: tl.constexpr, SCOPE: tl.constexpr):
+    offs = tl.arange(0, 128)
+    tl.store(x_ptr + offs, 1.0)
+    if BEFORE == "always" or (BEFORE == "sometimes" and tl.program_id(0) == 0):
+        tl.debug_barrier()
+    tl.atomic_add(arrivals_ptr, 1, sem=SEM, scope=SCOPE)
+    if AFTER:
+        tl.debug_barrier()
+    tl.store(x_ptr + 128 + offs, tl.load(x_ptr + 256 + offs))
+
+@triton.jit
+def float_atomic(x_ptr):
+    tl.atomic_add(x_ptr, 1.0)
+
+@triton.jit
+def arithmetic(x_ptr, HOW: tl.constexpr):
+    offs = tl.arange(0, 128)
+    x = tl.load(x_ptr + offs)
+    if HOW == "maximum":
+        y = tl.maximum(x, 0.0)
+    elif HOW == "propagating maximum":
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif HOW == "where":
+        y = tl.where(x < 0, 0.0, x)
+    elif HOW == "sqrt":
+        y = tl.sqrt(x)
+    elif HOW == "rsqrt":
+        y = tl.rsqrt(x)
+    elif HOW == "divide":
+        y = 1.0 / x
+    elif HOW == "exact":
+        y = tl.div_rn(1.0, tl.sqrt_rn(x))
+    tl.store(x_ptr + offs, y)
+
+@triton.jit
+def product(x_ptr, PRECISION: tl.constexpr):
+    offs = tl.arange(0, 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    x = tl.load(x_ptr + offs)
+    tl.store(x_ptr + offs, tl.dot(x, x, input_precision=PRECISION))
+
+@triton.jit
+def total(x_ptr, n, STEP: tl.constexpr, CLAIM: tl.constexpr):
+    offs = tl.arange(0, 1024)
+    acc = tl.zeros((1024,), tl.float32)
+    for i in range(n):
+        x = x_ptr + i * 1024 * STEP
+        if CLAIM:
+            x = tl.multiple_of(x, 16)
+        acc += tl.load(x + offs * STEP)
+    tl.store(x_ptr + offs, acc.to(tl.float16))
+"""
+COMPILE = """
+import json, sys
+import torch
+from dataclasses import asdict
+from resnet_triton import codegen, resnet18
+from resnet_triton.config.device import KNOWN
+from resnet_triton.ops.trace import trace
+
+folder, planted = sys.argv[1], json.loads(sys.argv[2])
+sys.path.insert(0, folder)
+found = {}
+for name, (arch, kernel, types, constants, aligned) in planted.items():
+    signature = (*types.items(), *((constant, "constexpr") for constant in constants))
+    source = codegen.Specialisation("planted", kernel, signature, tuple(constants.items()), 4, 2, aligned)
+    found[name] = asdict(codegen.compile_for(source, arch))
+
+widths = {}
+for batch in (1, 32):
+    for call in trace(resnet18().eval(), (batch, 3, 224, 224), torch.float16):
+        for launch in call.launches(KNOWN[80]):
+            source = codegen.specialise(launch)
+            if source.kernel not in widths and launch.arguments["C"] % 8 == 0:
+                widths[source.kernel] = codegen.compile_for(source._replace(aligned=False), 80).widest_access
+
+calls = trace(resnet18().eval(), (1, 3, 224, 224), torch.float16)
+(launch,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(KNOWN[90])
+(older,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(KNOWN[80])
+places = ((launch, 90), (older, 80))
+texts = [codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"] for launch, arch in places]
+print(json.dumps([found, widths, *texts]))
+"""
+ADDS_BARRIERS = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
+"""Whether this Triton puts a barrier before and after an atomic that orders, as 3.9.0 was the first seen to do."""
+X, ARRIVALS = {"x_ptr": "*fp32"}, {"x_ptr": "*fp32", "arrivals_ptr": "*i32"}
+
+
+def arrive(before: str = "always", after: bool = True, sem: str = "acq_rel", scope: str = "gpu") -> tuple[Any, ...]:
+    return "arrive", ARRIVALS, {"BEFORE": before, "AFTER": after, "SEM": sem, "SCOPE": scope}
+
+
+SOURCES = {
+    "sound": arrive(),
+    "no barrier": arrive(before="never"),
+    "barrier on one path": arrive(before="sometimes"),
+    "no barrier after": arrive(after=False),
+    "relaxed": arrive(sem="relaxed"),
+    "cta": arrive(scope="cta"),
+    "float atomic": ("float_atomic", X, {}),
+    **{
+        how: ("arithmetic", X, {"HOW": how})
+        for how in ("maximum", "propagating maximum", "where", "sqrt", "rsqrt", "divide", "exact")
+    },
+    "ieee": ("product", X, {"PRECISION": "ieee"}),
+    "tf32": ("product", X, {"PRECISION": "tf32"}),
+    "dense": ("total", {"x_ptr": "*fp16", "n": "i32"}, {"STEP": 1, "CLAIM": False}),
+    "strided": ("total", {"x_ptr": "*fp16", "n": "i32"}, {"STEP": 2, "CLAIM": False}),
+    "unaligned": ("total", {"x_ptr": "*fp16", "n": "i32"}, {"STEP": 1, "CLAIM": False}),
+    "claimed": ("total", {"x_ptr": "*fp16", "n": "i32"}, {"STEP": 1, "CLAIM": True}),
+}
+
+
+UNALIGNED = ("unaligned", "claimed")
+ON_AMD = (
+    "sound", "barrier on one path", "relaxed", "float atomic", "maximum", "propagating maximum", "rsqrt", "exact",
+    "ieee", "tf32",
+)  # fmt: skip
+
+
+@cache
+def compiled() -> Any:
+    """Vital signs of all that is planted; the widest access of each of our kernels when it knows of no alignment; the
+    PTX of a convolution that shares its tiles and loads and stores them in bulk, and of one that copies its operands.
+    """
+    places = [(80, name) for name in SOURCES] + [("gfx942", name) for name in ON_AMD]
+    wanted = {f"{name}, {arch}": (arch, *SOURCES[name], name not in UNALIGNED) for arch, name in places}
+    with TemporaryDirectory() as folder:
+        Path(folder, "planted.py").write_text(PLANTED)
+        return json.loads(run(COMPILE, folder, json.dumps(wanted)))
+
+
+def signs(name: str, arch: int | str = 80) -> Code:
+    planted, *_ = compiled()
+    return Code(**planted[f"{name}, {arch}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("sound", None),
+        ("no barrier", ordering.NO_BARRIER_BEFORE_ATOMIC),
+        ("barrier on one path", ordering.NO_BARRIER_BEFORE_ATOMIC),
+        ("no barrier after", ordering.NO_BARRIER_AFTER_ATOMIC),
+        ("relaxed", ordering.WEAK_ATOMIC),
+        ("cta", ordering.WEAK_ATOMIC),
+    ],
+)
+def test_an_arrival_that_orders_nothing(name, broken):
+    mended = ADDS_BARRIERS and broken != ordering.WEAK_ATOMIC
+    assert signs(name).disorder == ([] if broken is None or mended else [broken])
+
+
+def test_an_arrival_that_orders_nothing_on_amd():
+    assert signs("sound", "gfx942").disorder == []
+    unmended = [] if ADDS_BARRIERS else [ordering.NO_BARRIER_BEFORE_ATOMIC]
+    assert signs("barrier on one path", "gfx942").disorder == unmended
+    assert signs("relaxed", "gfx942").disorder == [ordering.NO_RELEASE, ordering.NO_ACQUIRE]
+
+
+@pytest.mark.parametrize("arch", [80, "gfx942"])
+def test_a_floating_point_atomic(arch):
+    assert [signs(name, arch).float_atomics for name in ("float atomic", "sound")] == [1, 0]
+
+
+def without(text: str, guard: str, near: str, *, after: bool = False, count: int = 1) -> str:
+    """The text less its last `count` lines with `guard` before the last line with `near`, or its first ones after."""
+    lines = text.splitlines()
+    at = max(i for i, line in enumerate(lines) if near in line)
+    guards = [i for i, line in enumerate(lines) if line.strip().startswith(guard)]
+    gone = [i for i in guards if i > at][:count] if after else [i for i in guards if i < at][-count:]
+    return "\n".join(line for i, line in enumerate(lines) if i not in gone)
+
+
+def after(text: str, near: str, new: str) -> str:
+    """The text with a new line after the last one with `near`."""
+    head, found, tail = text.rpartition(near)
+    rest, newline, tail = tail.partition("\n")
+    return head + found + rest + newline + new + newline + tail
+
+
+def test_every_rule_guards_a_real_kernel():
+    _, _, sound, _ = compiled()
+
+    def broken(text: str) -> tuple[str, ...]:
+        assert text != sound
+        return ordering.broken(flow.ptx(text), ordering.NVIDIA_RULES)
+
+    store, wait, fence = "bulk_group [", "cp.async.bulk.wait_group", "fence.proxy.async"
+    arrival, write = "atom.global.gpu.acq_rel.add.u32 %r1, [%rd1], 1;", "st.shared.b32 [%r1], %r2;"
+    assert ordering.broken(flow.ptx(sound), ordering.NVIDIA_RULES) == ()
+    barriers = 1 + ADDS_BARRIERS  # ours, and the compiler's
+    assert broken(without(sound, "bar.sync", "atom.", count=barriers)) == (ordering.NO_BARRIER_BEFORE_ATOMIC,)
+    unguarded = without(sound, "bar.sync", "atom.", after=True, count=barriers)
+    assert broken(unguarded) == (ordering.NO_BARRIER_AFTER_ATOMIC,)
+    assert broken(sound.replace("acq_rel", "release")) == (ordering.WEAK_ATOMIC,)
+    assert broken(without(sound, fence, store)) == (ordering.UNFENCED_BULK_STORE,)
+    assert broken(without(sound, "bar.sync", store)) == (ordering.NO_BARRIER_BEFORE_BULK_STORE,)
+    assert broken(without(sound, wait, store, after=True)) == (ordering.UNREAD_BULK_STORE,)
+    assert broken(re.sub(rf"{wait}(?:\.read)?\s+0", f"{wait}.read 1", sound)) == (ordering.UNREAD_BULK_STORE,)
+    assert broken(after(sound, store, write)) == (ordering.UNREAD_BULK_STORE,)
+    assert broken(after(sound, wait, write)) == (ordering.NO_BARRIER_AFTER_WAIT,)
+    for kind, expected in ((".read", (ordering.UNFINISHED_BULK_STORE,)), ("", ())):
+        waiting = re.sub(rf"{wait}(?:\.read)?\s+0", f"{wait}{kind} 0", sound)
+        assert broken(after(waiting, wait, f"bar.sync 0;\n{arrival}")) == expected
+
+
+def test_rules_of_operands_in_shared_memory():
+    _, _, bulk, copied = compiled()
+    for sound in (bulk, copied):
+        assert ordering.broken(flow.ptx(sound), ordering.NVIDIA_RULES) == ()
+
+    def broken(text: str) -> set[str]:
+        assert text not in (bulk, copied)
+        return set(ordering.broken(flow.ptx(text), ordering.NVIDIA_RULES))
+
+    # Barriers behind the wait in the loop: for pixels, for filters and, by some Tritons, for the wait itself.
+    barrier, wait, load, copy = "bar.sync", "cp.async.wait_group", "ldmatrix.", "cp.async.cg."
+    last = max(i for i, line in enumerate(bulk.splitlines()) if re.search(r"shared::\w+\.global", line))
+    loop = max(i for i, line in enumerate(bulk.splitlines()[:last]) if "wgmma.wait_group" in line)
+    guards = sum(barrier in line for line in bulk.splitlines()[loop:last])
+    assert guards
+    unguarded = without(bulk, barrier, bulk.splitlines()[last], count=guards)
+    assert ordering.NO_BARRIER_AFTER_PRODUCT in broken(unguarded)
+    assert broken(without(copied, wait, load, count=99)) == {ordering.UNFINISHED_COPY}
+    assert ordering.NO_BARRIER_AFTER_COPY in broken(without(copied, barrier, load, count=99))
+    assert ordering.NO_BARRIER_BEFORE_COPY in broken(without(copied, barrier, copy, count=99))
+
+
+@pytest.mark.parametrize("arch", [80, "gfx942"])
+def test_a_maximum_that_drops_nan(arch):
+    assert signs("maximum", arch).dropped_nans == 1
+    assert signs("propagating maximum", arch).dropped_nans == 0
+
+
+def test_relu_as_we_write_it_keeps_nan():
+    assert signs("where").dropped_nans == 0
+
+
+def test_an_approximate_root_or_quotient():
+    assert [signs(name).approximations for name in ("sqrt", "rsqrt", "divide", "exact")] == [1, 1, 1, 0]
+    assert [signs(name, "gfx942").approximations for name in ("rsqrt", "exact")] == [1, 0]
+
+
+def test_tf32_where_ieee_was_asked_for():
+    def found(name: str, arch: int | str) -> list[str]:
+        return replace(ROW, dtype="float32", code=signs(name, arch), batch=1).faults()
+
+    assert found("ieee", 80) == found("ieee", "gfx942") == [], "AMD's matrix unit has an fp32 of its own"
+    assert found("tf32", 80) == ["IEEE fp32 on tensor cores (mma)"]
+    assert found("tf32", "gfx942") == ["IEEE fp32 on tensor cores (mfma)"]
+
+
+@pytest.mark.parametrize(("conv", "matmul"), [("tf32", "ieee"), ("ieee", "tf32")])  # the first is PyTorch's default
+def test_each_switch_rules_its_own_operators(conv, matmul):
+    with fp32_precision(conv):  # which restores both
+        torch.backends.cuda.matmul.fp32_precision = matmul
+        calls = [call for call in trace(resnet18().eval(), (32, 3, 224, 224)) if call.operator in OPERATORS]
+        launches = [(call.operator, launch.arguments) for call in calls for launch in call.launches(KNOWN[80])]
+    asked = {(name, arguments["PRECISION"]) for name, arguments in launches if "PRECISION" in arguments}
+    assert asked == {("stem", conv), ("conv_bn_relu", conv), ("avg_pool_linear", matmul)}
+
+
+def test_narrow_loads_in_a_loop_and_wide_ones_of_unaligned_memory():
+    assert [signs(name).narrowest_load for name in ("dense", "strided", "unaligned", "claimed")] == [16, 2, 2, 16]
+    assert [signs(name).widest_access for name in ("dense", "unaligned", "claimed")] == [16, 2, 16]
+
+
+def test_a_kernel_that_knows_of_no_alignment_moves_single_elements():
+    _, widths, *_ = compiled()
+    ours = ("conv_pointer", "max_pool", "global_avg_pool", "linear", "avg_pool_linear")
+    assert widths == {f"{name}_kernel": 2 for name in ours}
+
+
+def test_widths_are_read():
+    lines = """
+    ld.global.L1::evict_last.v8.b32 {}, [ %rd1 + 0 ];
+    ld.global.cg.b16 { %rs1 }, [ %rd1 + 0 ];
+    cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;
+    @%p1 st.global.v2.b64 [ %rd1 + 0 ], { %rd2, %rd3 };
+    ld.shared.b8 %r1, [%r2];
+    ld.param.b64 %rd1, [x];
+    global_load_dwordx3 v[0:2], v[4:5], off
+    buffer_load_short_d16_hi v4, v2, s[36:39], 0 offen
+    buffer_store_byte v4, v2, s[36:39], 0 offen
+    s_load_dwordx8 s[4:11], s[0:1], 0x8
+    """.splitlines()
+    assert list(accesses(lines)) == [32, 2, 4, 16, 12, 2, 1]
+    assert list(loads(lines)) == [32, 2, 4, 12, 2]
+
+
+PATHS = """
+    @%p1 bra $ELSE;
+    guard;
+    bra.uni $END;
+$ELSE:
+    {
+waitLoop:
+    @!complete bra.uni waitLoop;
+    }
+$END:
+    end;
+    {
+waitLoop:
+    inner;
+    @!complete bra.uni waitLoop;
+    }
+    ret;
+    end;
+"""
+
+
+def test_every_path_counts():
+    def meets(text: str) -> bool:
+        return flow.ptx(text).meets("start", "end;", r"\s*guard")
+
+    assert meets("start;" + PATHS)
+    assert not meets("start;" + PATHS.replace("$ELSE:", "$ELSE:\nguard;")), "a guard on both paths"
+    assert not meets("start;" + PATHS.replace("    @%p1", "    guard;\n    @%p1"))
+    assert meets("start;" + PATHS.replace("    @%p1", "    @%p2 guard;\n    @%p1")), "some threads alone"
+    assert not meets(PATHS.replace("ret;", "start;\n    ret;")), "nothing comes after the end"
+    assert meets(
+        PATHS.replace("inner;", "start;").replace("@!complete bra.uni waitLoop;\n    }\n    ret", "@%p bra $END")
+    )
+    looped = [line.strip() for line in flow.ptx(PATHS).looped()]
+    assert looped == [
+        "waitLoop:",
+        "@!complete bra.uni waitLoop;",
+        "waitLoop:",
+        "inner;",
+        "@!complete bra.uni waitLoop;",
+    ]

@@ -1,0 +1,268 @@
+"""Tensors of more than 2^31 elements, of which only the pages that a test touches exist.
+
+A launch of millions of programs is run as the few whose pixels lie beyond what int32 counts. `test_large.py` asks more
+of more kernels, in a process of its own; these are quick, and judge mutants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+from typing import Any
+
+import pytest
+import shadow
+import torch
+import torch.nn.functional as F
+from exact import assert_exact, generator, integers, only
+from torch import Tensor
+
+from resnet_triton.kernels import stem as stem_kernels
+from resnet_triton.kernels.add_relu import add_relu
+from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
+from resnet_triton.kernels.conv_bn_relu import BatchNorm, Shortcut, conv_bn_relu
+from resnet_triton.kernels.global_avg_pool import global_avg_pool
+from resnet_triton.kernels.launch import Launch
+from resnet_triton.kernels.linear import linear
+from resnet_triton.kernels.max_pool import max_pool
+from resnet_triton.kernels.sum_shares import sum_shares
+from resnet_triton.ops import interpreter
+
+pytestmark = pytest.mark.skipif(not interpreter.active(), reason="a GPU's memory has no pages that do not exist")
+RESERVE_NOTHING = 0x4000  # Linux's MAP_NORESERVE; Python names it from 3.13 on
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_shadow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would touch every page."""
+    monkeypatch.setattr(shadow, "_active", True)
+
+
+def sparse(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Zeros in memory that exists once it is touched."""
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | RESERVE_NOTHING
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
+
+
+def pixels(n: int, c: int, h: int, w: int) -> Tensor:
+    return sparse(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def filled(t: Tensor, limit: int = 3) -> Tensor:
+    """Small integers in a part of a tensor that is not there yet."""
+    return t.copy_(integers(generator(CPU, t.numel()), limit, *t.shape))
+
+
+def run(launch: Launch, *programs: int) -> None:
+    """These programs alone, counted from the end if negative."""
+    ids = [p % launch.grid[0] for p in programs]
+    with interpreter.ready(), only(ids):
+        dataclasses.replace(launch, grid=(len(ids), *launch.grid[1:])).run()
+
+
+def test_add_relu() -> None:
+    x, other, out = (sparse(2**31 + 16) for _ in range(3))
+    filled(x[-32:])
+    filled(other[-32:])
+    run(add_relu(out=out, x=x, other=other, block=16, num_warps=4), -1, -2)
+    assert_exact(out[-32:], (x[-32:] + other[-32:]).relu())
+
+
+@pytest.mark.parametrize("numel", [2**30 + 16, 2**31 + 16])
+def test_sum_shares(numel: int) -> None:
+    shares, out, residual = sparse(3, numel, dtype=torch.float32), sparse(numel), sparse(numel)
+    filled(shares[:, -16:])
+    filled(residual[-16:])
+    run(sum_shares(out=out, shares=shares, residual=residual, relu=False, block=16, num_warps=4), -1)
+    assert_exact(out[-16:], (shares[:, -16:].sum(0) + residual[-16:]).half())
+
+
+@pytest.mark.parametrize(
+    ("m", "c", "k"), [(2**17 + 16, 2**14, 16), (16, 2**14, 2**17 + 16), (2**16 + 16, 16, 2**15 + 16)], ids=str
+)
+def test_linear(m: int, c: int, k: int) -> None:
+    x, weight, bias, out = sparse(m, c), sparse(k, c), sparse(k), sparse(m, k)
+    for t in (x[-16:], weight[-16:], bias[-16:]):
+        filled(t, 1)
+    run(
+        linear(out=out, x=x, weight=weight, bias=bias, precision="ieee", block_m=16, block_k=16, block_c=1024,
+               num_warps=4, num_stages=2),
+        -1,
+    )  # fmt: skip
+    expected = x[-16:].double() @ weight[-16:].double().T + bias[-16:].double()
+    assert_exact(out[-16:, -16:], expected.half())
+
+
+def test_global_avg_pool() -> None:
+    x, out = pixels(2, 2**20, 41, 50), pixels(2, 2**20, 1, 1)
+    last = filled(x[-1, -16:])
+    run(global_avg_pool(out=out, x=x, block_p=64, block_c=16, num_warps=4), -1)
+    assert_exact(out[-1, -16:, 0, 0], (last.float().sum((1, 2)) / (41 * 50)).half())
+
+
+def test_avg_pool_linear() -> None:
+    n, c, k = 2**13 + 1, 1024, 2**21 + 16
+    x, weight, out = pixels(n, c, 16, 16), sparse(k, c), sparse(n, k)
+    x[-1] = filled(sparse(c, 1, 1))
+    filled(weight[-16:], 1)
+    launch = avg_pool_linear(out=out, x=x, weight=weight, bias=None, block_p=16, block_k=16, block_c=1024, num_warps=4)
+    run(launch, -1)
+    assert_exact(out[-1, -16:], (weight[-16:].double() @ x[-1, :, 0, 0].double()).half())
+
+
+WIDE = 2**24 + 16  # times 64 channels: a row of 2^30 elements
+
+
+def wide_tiles() -> list[int]:
+    """The last 16 pixels of the second and third row."""
+    return [2 * WIDE // 16 - 1, 3 * WIDE // 16 - 1]
+
+
+def test_max_pool() -> None:
+    x, out = pixels(1, 64, 3, WIDE), pixels(1, 64, 3, WIDE)
+    end = filled(x[..., -20:])
+    launch = max_pool(
+        out=out, x=x, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), block_m=16, block_c=64, num_warps=4
+    )
+    run(launch, *wide_tiles())
+    assert_exact(out[:, :, 1:, -16:], F.max_pool2d(end, 3, 1, 1)[:, :, 1:, -16:])
+
+
+IDENTITY = BatchNorm(torch.zeros(64), torch.ones(64), None, None, 0.0)
+
+
+def conv(out: Tensor, x: Tensor, weight: Tensor, **changes: Any) -> Launch:
+    """A convolution whose batch norm changes nothing, through pointers in tiles of 16 pixels unless told otherwise."""
+    default: dict[str, Any] = {
+        "batch_norm": IDENTITY, "residual": None, "shortcut": None, "stride": (1, 1), "padding": (1, 1),
+        "dilation": (1, 1), "relu": False, "precision": "ieee", "flat": False, "block_m": 16, "block_k": 64,
+        "block_c": 64, "box": None, "columns": 1, "strip": 0, "swap": False, "early_residual": False, "split_k": 1,
+        "workspace": None, "arrivals": None, "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
+    return conv_bn_relu(out=out, x=x, weight=weight, **default | changes)
+
+
+def filters(k: int, c: int, size: int) -> Tensor:
+    return filled(sparse(k, size, size, c).permute(0, 3, 1, 2), 1)
+
+
+@pytest.mark.parametrize("how", ["plain", "flat", "shortcut", "shared", "shared, two launches"])
+def test_conv_pointer(how: str) -> None:
+    x, out, weight = pixels(1, 64, 3, WIDE), pixels(1, 64, 3, WIDE), filters(64, 64, 3)
+    end = filled(x[..., -20:])
+    expected = F.conv2d(end.double(), weight.double(), padding=1)
+    options: dict[str, Any] = {}
+    if how in ("plain", "flat"):
+        options = {"residual": x, "flat": how == "flat"}  # as large as the result
+        expected += end.double()
+    if how == "shortcut":
+        other, one = pixels(1, 64, 3, WIDE), filters(64, 64, 1)
+        expected += F.conv2d(filled(other[..., -20:]).double(), one.double())
+        options["shortcut"] = Shortcut(other, one, IDENTITY, (1, 1))
+    if how.startswith("shared"):
+        tiles = 3 * WIDE // 16
+        options |= {"split_k": 3, "workspace": sparse(3 * tiles * 16 * 64, dtype=torch.float32)}
+        if how == "shared":
+            options["arrivals"] = sparse(tiles, dtype=torch.int32)
+    run(conv(out, x, weight, **options), *wide_tiles())
+    if how == "shared, two launches":
+        shares = options["workspace"].view(3, 3, WIDE, 64)[:, 1:, -16:]
+        assert_exact(shares.sum(0).permute(2, 0, 1)[None].double(), expected[:, :, 1:, -16:])
+        return
+    assert_exact(out[:, :, 1:, -16:], expected[:, :, 1:, -16:].half())
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_filters_of_conv_pointer(flat: bool) -> None:
+    k, c = 2**15 + 16, 2**13
+    x, out, weight = pixels(1, c, 3, 5), pixels(1, k, 3, 5), sparse(k, 3, 3, c).permute(0, 3, 1, 2)
+    filled(x, 1)
+    filled(weight[-16:], 1)
+    norm = BatchNorm(torch.zeros(k), torch.ones(k), None, None, 0.0)
+    run(conv(out, x, weight, batch_norm=norm, flat=flat, block_k=16, block_c=2048), -1)
+    assert_exact(out[:, -16:], F.conv2d(x.double(), weight[-16:].double(), padding=1).half())
+
+
+def test_filters_of_a_shortcut() -> None:
+    k, c = 2**15 + 16, 2**16
+    x, out, other, weight, one = (
+        pixels(1, 16, 1, 5),
+        pixels(1, k, 1, 5),
+        pixels(1, c, 1, 5),
+        filters(k, 16, 1),
+        sparse(k, c),
+    )
+    filled(other, 1)
+    filled(one[-16:], 1)
+    norm = BatchNorm(torch.zeros(k), torch.ones(k), None, None, 0.0)
+    shortcut = Shortcut(other, one[:, :, None, None], norm, (1, 1))
+    run(conv(out, x, weight, batch_norm=norm, padding=(0, 0), shortcut=shortcut, block_k=16, block_c=2048), -1)
+    assert_exact(out[:, -16:], F.conv2d(other.double(), one[-16:, :, None, None].double()).half())
+
+
+@pytest.mark.parametrize("how", ["residual", "columns", "shared, two launches"])
+def test_conv_box(how: str) -> None:
+    """Boxes of 16 images. Descriptors are the hardware's business; what goes through pointers is not."""
+    n = 2**17 + 16
+    x, out, weight = pixels(n, 64, 16, 16), pixels(n, 64, 16, 16), filters(64, 64, 3)
+    end = filled(x[-16:])
+    expected = F.conv2d(end.double(), weight.double(), padding=1)
+    options: dict[str, Any] = {"box": (1, 1, 16)}
+    if how == "shared, two launches":
+        options |= {"split_k": 3, "workspace": sparse(3, n, 16, 16, 64, dtype=torch.float32)}
+    else:
+        options |= {"residual": x, "early_residual": True, "columns": 2 if how == "columns" else 1}
+        expected += end.double()
+    launch = conv(out, x, weight, **options)
+    run(launch, -1)
+    if how == "shared, two launches":
+        done = options["workspace"][:, -16:, -1, -1].sum(0)
+        assert_exact(done.double(), expected[:, :, -1, -1])
+        return
+    assert_exact(out[-16:, :, -1, -1], expected[:, :, -1, -1].half())
+
+
+@pytest.mark.parametrize("strides", [(0, 2**30, 1, 2), (0, 1, 2**29, 4), (0, 1, 4, 2**28), (2**31, 1, 4, 16)], ids=str)
+def test_pack(strides: tuple[int, ...]) -> None:
+    """Images may have any strides, however large."""
+    size = (2, 3, 6, 10)
+    span = 1 + sum((edge - 1) * step for edge, step in zip(size, strides, strict=True))
+    x = sparse(span, dtype=torch.uint8).as_strided(size, strides)
+    for i in range(1 if strides[0] == 0 else 2):
+        x[i] = torch.arange(x[0].numel(), dtype=torch.uint8).view(size[1:])
+    packed = torch.empty(stem_kernels.packed_shape(2, 6, 10), dtype=torch.float16)
+    marks = torch.empty(packed.shape[:2], dtype=torch.int32)
+    stem_kernels.pack(out=packed, marks=marks, x=x, mean=None, std=None, block=16, num_warps=4).run()
+    n, rows, columns, _ = packed.shape
+    image = packed.view(n, rows, columns, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(n, 4, 2 * rows, 2 * columns)
+    assert_exact(image[:, :3, 4:10, 4:14], x.half())
+
+
+def test_pack_of_many_images() -> None:
+    n = 2**23 + 1
+    x = filled(sparse(1, 3, 2, 2)).expand(n, -1, -1, -1)
+    shape = stem_kernels.packed_shape(n, 2, 2)
+    packed, marks = sparse(*shape), sparse(*shape[:2], dtype=torch.int32)
+    run(stem_kernels.pack(out=packed, marks=marks, x=x, mean=None, std=None, block=16, num_warps=4), -2, -1)
+    assert_exact(packed[-1, 2, 2].view(2, 2, 4)[..., :3], x[0].permute(1, 2, 0))
+
+
+def test_stem() -> None:
+    n, size = 2**15 - 8, 64
+    x = filled(sparse(3, size, size)).expand(n, -1, -1, -1)
+    weight = filled(sparse(300, 7, 7, 3).permute(0, 3, 1, 2), 1)
+    norm = BatchNorm(torch.zeros(300), torch.ones(300), None, None, 0.0)
+    shape = stem_kernels.packed_shape(n, size, size)
+    packed, marks, out = sparse(*shape), sparse(*shape[:2], dtype=torch.int32), pixels(n, 300, 16, 16)
+    assert out.numel() > 2**31
+    pack = stem_kernels.pack(out=packed, marks=marks, x=x, mean=None, std=None, block=128, num_warps=4)
+    run(pack, *range(-shape[1], 0))
+    launch = stem_kernels.stem(
+        out=out, packed=packed, marks=marks, weight=weight, batch_norm=norm, block_q=16, block_k=64, strip=4,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    run(launch, -1)
+    expected = F.max_pool2d(F.conv2d(x[-1:].double(), weight.double(), stride=2, padding=3).relu(), 3, 2, 1)
+    assert_exact(out[-1:, 256:, -4:, -2:], expected[:, 256:, -4:, -2:].half())

@@ -1,0 +1,599 @@
+"""Tile choices: legal everywhere, the same every time, and never taken from a table that is not beyond doubt."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import timeit
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from resnet_triton import resnet18, resnet50
+from resnet_triton.config import (
+    ConvConfig,
+    ConvShape,
+    candidates,
+    choice,
+    conv_heuristic,
+    is_legal,
+    linear_heuristic,
+    lookup,
+    supports_descriptors,
+    table,
+)
+from resnet_triton.config.device import KNOWN
+from resnet_triton.ops.trace import Call, trace
+
+BATCHES = (1, 2, 3, 7, 8, 9, 16, 31, 32, 33, 64, 65, 100, 127, 128, 129, 200, 255, 256)
+NUMBERS = [("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee")]
+ALL_NUMBERS = pytest.mark.parametrize(("dtype", "precision"), NUMBERS, ids=lambda value: value)
+ALL_DEVICES = pytest.mark.parametrize("arch", KNOWN, ids=lambda arch: f"sm_{arch}")
+
+SHAPE = ConvShape(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
+CONFIG = ConvConfig(128, 64, 64, 4, 3)
+BOX = replace(CONFIG, box=(1, 4, 32), swap=True)
+STRIDED = replace(SHAPE, stride=(2, 2))
+SHORTCUT = replace(SHAPE, shortcut_c=64)
+
+
+@functools.cache
+def calls(model: str, size: int = 224) -> list[Call]:
+    build = {"resnet18": resnet18, "resnet50": resnet50}[model]
+    found = trace(build().eval(), (1, 3, size, size), torch.float16)
+    return [call for call in found if call.operator == "conv_bn_relu"]
+
+
+def convolutions(dtype: str, precision: str) -> set[ConvShape]:
+    """Every convolution of ResNet-18 and ResNet-50 at every batch size."""
+    shapes = {call.shape for model in ("resnet18", "resnet50") for call in calls(model)}
+    return {replace(shape, n=n, dtype=dtype, precision=precision) for shape in shapes for n in BATCHES}
+
+
+# --- the heuristic ---------------------------------------------------------------------------------------------------
+
+
+@ALL_NUMBERS
+@ALL_DEVICES
+@pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
+def test_every_choice_is_legal(arch: int, dtype: str, precision: str, descriptors: bool) -> None:
+    device = KNOWN[arch]
+    paths = set()
+    for shape in convolutions(dtype, precision):
+        chosen = conv_heuristic(shape, device, descriptors=descriptors)
+        assert is_legal(chosen, shape, device), (shape, chosen)
+        assert chosen == conv_heuristic(replace(shape), device, descriptors=descriptors)
+        assert chosen.path == "pointer" or (descriptors and arch >= 90 and supports_descriptors(shape))
+        paths.add(chosen.path)
+    modern = descriptors and arch >= 90 and precision == ("tf32" if dtype == "float32" else "ieee")
+    assert paths == ({"pointer", "descriptor"} if modern else {"pointer"})
+
+
+@ALL_DEVICES
+def test_choices_for_odd_shapes_are_legal(arch: int) -> None:
+    for dtype, precision in NUMBERS:
+        for c, k in ((1, 1), (3, 5), (65, 33), (24, 2048)):
+            for n, h, w in ((1, 1, 1), (3, 1, 17), (1, 2000, 3)):
+                for r, s in ((1, 1), (7, 2)):
+                    shape = ConvShape(n, c, h, w, k, r, s, (1, 3), (r // 2, s), (1, 1), dtype, precision)
+                    assert is_legal(conv_heuristic(shape, KNOWN[arch]), shape, KNOWN[arch]), shape
+
+
+def test_batch_size_changes_the_choice() -> None:
+    """One choice for all would leave most of the GPU idle at batch 1."""
+    small, large = (lookup(replace(SHAPE, n=n), KNOWN[90]) for n in (1, 128))
+    assert small.block_m * small.block_k < large.block_m * large.block_k
+    assert small.box is not None
+    assert small.box[2] == 1
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_linear_tiles(itemsize: int, precision: str) -> None:
+    for m in (1, 16, 17, 64, 65, 4096):
+        for k in (1, 50, 1000):
+            tile = linear_heuristic(m, k, itemsize, precision)
+            sizes = (tile.block_m, tile.block_k, tile.block_c, tile.num_warps)
+            assert all(size & (size - 1) == 0 for size in sizes)
+            assert min(sizes[:3]) >= 16
+            assert tile.num_stages * (tile.block_m + tile.block_k) * tile.block_c * itemsize <= 99 * 1024
+
+
+# --- which path ------------------------------------------------------------------------------------------------------
+
+SERVED = {
+    "3x3": SHAPE,
+    "1x1": replace(SHAPE, r=1, s=1, padding=(0, 0)),
+    "stride 2": STRIDED,
+    "odd width at stride 1": replace(SHAPE, w=57),
+    "odd height at stride 2": replace(STRIDED, h=57),
+    "shortcut": replace(SHORTCUT, shortcut_w=112, shortcut_stride=(2, 2)),
+    "odd shortcut at stride 1": replace(SHORTCUT, shortcut_w=57),
+    "fp32 with 4 channels": replace(SHAPE, c=4, k=12, dtype="float32"),
+}
+NOT_SERVED = {
+    "odd width at stride 2": replace(STRIDED, w=57),
+    "fp16 with 4 channels": replace(SHAPE, c=4),
+    "fp16 with 60 filters": replace(SHAPE, k=60),
+    "fp32 with 6 channels": replace(SHAPE, c=6, dtype="float32"),
+    "shortcut of 12 channels": replace(SHAPE, shortcut_c=12),
+    "odd shortcut at stride 2": replace(SHORTCUT, shortcut_w=57, shortcut_stride=(2, 2)),
+    "shortcut with stride 3": replace(SHORTCUT, shortcut_stride=(3, 3)),
+    "shortcut with two strides": replace(SHORTCUT, shortcut_stride=(1, 2)),
+    "5x5": replace(SHAPE, r=5, s=5, padding=(2, 2)),
+    "3x1": replace(SHAPE, s=1, padding=(1, 0)),
+    "no padding": replace(SHAPE, padding=(0, 0)),
+    "stride 3": replace(SHAPE, stride=(3, 3)),
+    "two strides": replace(SHAPE, stride=(1, 2)),
+    "dilation": replace(SHAPE, dilation=(2, 2)),
+    "no images": replace(SHAPE, n=0),
+}
+
+
+@pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in SERVED.items()])
+def test_descriptors_serve(shape: ConvShape) -> None:
+    assert supports_descriptors(shape)
+    if shape.dtype != "float32":
+        assert conv_heuristic(shape, KNOWN[90]).path == "descriptor"
+    assert conv_heuristic(shape, KNOWN[90], descriptors=False).path == "pointer"
+    assert conv_heuristic(shape, KNOWN[89]).path == "pointer"
+
+
+@pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in NOT_SERVED.items()])
+def test_descriptors_do_not_serve(shape: ConvShape) -> None:
+    assert not supports_descriptors(shape)
+    assert not is_legal(BOX, shape, KNOWN[90])
+    if shape.n:
+        assert conv_heuristic(shape, KNOWN[90]).path == "pointer"
+
+
+@ALL_DEVICES
+def test_launches_are_what_was_chosen(arch: int) -> None:
+    for call in calls("resnet18"):
+        launch, chosen = call.launches(KNOWN[arch])[-1], lookup(call.shape, KNOWN[arch])
+        assert (
+            launch.kernel.__name__ == {"pointer": "conv_pointer_kernel", "descriptor": "conv_box_kernel"}[chosen.path]
+        )
+        sizes = (launch.arguments["BLOCK_K"], launch.arguments["BLOCK_C"], launch.num_warps, launch.num_stages)
+        assert sizes == (chosen.block_k, chosen.block_c, chosen.num_warps, chosen.num_stages)
+        if chosen.box is None:
+            assert launch.arguments["BLOCK_M"] == chosen.block_m
+        else:
+            assert tuple(launch.arguments[f"BOX_{side}"] for side in "HWN") == chosen.box
+
+
+def test_odd_image_sizes_take_the_pointer_path_where_columns_are_split() -> None:
+    """At 200x200, layer3 and layer4 start from 25 and 13 columns: their convolutions and shortcuts at stride 2."""
+    for call in calls("resnet18", 200):
+        split = call.args[0] if call.shape.stride == (2, 2) else call.args[12] if call.shape.shortcut_c else None
+        if split is not None and split.shape[3] % 2:
+            assert call.launches(KNOWN[90])[-1].kernel.__name__ == "conv_pointer_kernel", call.name
+
+
+# --- what is legal ---------------------------------------------------------------------------------------------------
+
+ILLEGAL: dict[str, tuple[ConvConfig, ConvShape]] = {
+    "zero": (replace(CONFIG, block_m=0), SHAPE),
+    "negative": (replace(CONFIG, block_k=-64), SHAPE),
+    "not a power of two": (replace(CONFIG, block_k=48), SHAPE),
+    "channels not a power of two": (replace(CONFIG, block_c=24), SHAPE),
+    "three warps": (replace(CONFIG, num_warps=3), SHAPE),
+    "too many warps": (replace(CONFIG, num_warps=16), SHAPE),
+    "no stage": (replace(CONFIG, num_stages=0), SHAPE),
+    "too many stages": (replace(CONFIG, num_stages=9, block_m=16, block_k=16, block_c=16), SHAPE),
+    "too few rows": (replace(CONFIG, block_m=8), SHAPE),
+    "too few filters": (replace(CONFIG, block_k=8), SHAPE),
+    "too few channels": (replace(CONFIG, block_c=8), SHAPE),
+    "too many rows": (replace(CONFIG, block_m=512, block_c=16), SHAPE),
+    "too many filters": (replace(CONFIG, block_k=512, block_c=16), SHAPE),
+    "rows of channels too long": (replace(CONFIG, block_m=16, block_k=16, block_c=256), SHAPE),
+    "too much shared memory": (replace(CONFIG, block_m=256, block_k=256, num_stages=8), SHAPE),
+    "two large accumulators": (replace(CONFIG, block_m=256, block_k=128), SHORTCUT),
+    "box of another size": (replace(BOX, box=(1, 4, 16)), SHAPE),
+    "box with a side of zero": (replace(BOX, box=(0, 4, 32)), SHAPE),
+    "box with negative sides": (replace(BOX, box=(-1, -4, 32)), SHAPE),
+    "box not of powers of two": (replace(BOX, block_m=128, box=(1, 3, 42)), SHAPE),
+    "several sides as rows of a product": (replace(BOX, swap=False), SHAPE),
+    "pointers swapped": (replace(CONFIG, swap=True), SHAPE),
+    "columns swapped": (ConvConfig(128, 64, 64, 8, 2, (1, 1, 128), columns=2, swap=True), SHAPE),
+    "two box rows at stride 2": (replace(BOX, box=(2, 2, 32)), STRIDED),
+    "two box rows, shortcut at stride 2": (replace(BOX, box=(2, 2, 32)), replace(SHORTCUT, shortcut_stride=(2, 2))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("chosen", "shape"), [pytest.param(*pair, id=name) for name, pair in ILLEGAL.items()])
+def test_illegal(chosen: ConvConfig, shape: ConvShape) -> None:
+    assert not is_legal(chosen, shape, KNOWN[90])
+
+
+@pytest.mark.parametrize("chosen", [CONFIG, BOX, replace(BOX, box=(2, 2, 32))], ids=["pointer", "box", "two rows"])
+def test_legal(chosen: ConvConfig) -> None:
+    assert is_legal(chosen, SHAPE, KNOWN[90])
+    assert is_legal(chosen, SHORTCUT, KNOWN[90])
+    assert is_legal(chosen, SHAPE, KNOWN[80]) == (chosen.box is None)
+
+
+def test_legality_follows_the_shared_memory() -> None:
+    chosen = replace(CONFIG, block_m=128, block_k=128, num_stages=4)  # 128 KiB of tiles
+    assert is_legal(chosen, SHAPE, KNOWN[90])
+    assert not is_legal(chosen, SHAPE, KNOWN[89])
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+GPU = KNOWN[90]
+TUNED = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32), swap=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in place of the one with the shipped tables."""
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    choice.forget()
+    yield tmp_path
+    choice.forget()
+
+
+def write(folder: Path, content: str | bytes) -> Path:
+    path = folder / "nvidia-h200.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def document(shape: Any = SHAPE, chosen: Any = TUNED, **changes: Any) -> str:
+    """A table of one entry."""
+    entry = {"shape": asdict(shape) if isinstance(shape, ConvShape) else shape,
+             "config": asdict(chosen) if isinstance(chosen, ConvConfig) else chosen}  # fmt: skip
+    return json.dumps({"schema": 1, "gpu": GPU.name, "triton": triton.__version__, "entries": [entry], **changes})
+
+
+def test_shipped_tables_are_sound() -> None:
+    devices = {table.slug(device.name): device for device in KNOWN.values()}
+    for path in table.FOLDER.glob("*.json"):
+        for shape, entry in table.load(path).entries.items():
+            assert path.stem not in devices or is_legal(entry.config, shape, devices[path.stem]), (path.name, shape)
+
+
+def test_file_names() -> None:
+    assert {table.slug(device.name) for device in KNOWN.values()} == {
+        "nvidia-a100", "nvidia-rtx-a6000", "nvidia-geforce-rtx-4090", "nvidia-h200", "nvidia-b200",
+        "nvidia-geforce-rtx-5090",
+    }  # fmt: skip
+    assert re.fullmatch(r"[a-z0-9-]+", table.slug("../../etc/NVIDIA\0 H100 (80 GB)"))
+
+
+def test_exact_entry_wins(folder: Path) -> None:
+    write(folder, document())
+    assert conv_heuristic(SHAPE, GPU) != TUNED
+    assert lookup(SHAPE, GPU) == TUNED
+    for other in (replace(SHAPE, n=65), replace(SHAPE, residual=True), replace(SHAPE, dtype="bfloat16")):
+        assert lookup(other, GPU) == conv_heuristic(other, GPU)
+    assert lookup(SHAPE, KNOWN[100]) == conv_heuristic(SHAPE, KNOWN[100])  # another GPU
+
+
+TIMING = table.Timing(3.5, 3.25, 4.0, 5.0, 20, triton.__version__, "2026-01-31")
+
+
+def test_entry_may_leave_out_defaults_and_carry_a_timing(folder: Path) -> None:
+    entry = {"shape": {"n": 1, "c": 64, "h": 8, "w": 8, "k": 64}, "timing": {**asdict(TIMING), "p80_us": 4},
+             "config": {"block_m": 64, "block_k": 64, "block_c": 64, "num_warps": 4, "num_stages": 2}}  # fmt: skip
+    path = write(folder, document(entries=[entry]))
+    expected = table.Entry(ConvConfig(64, 64, 64, 4, 2), TIMING)
+    assert table.load(path).entries == {ConvShape(1, 64, 8, 8, 64): expected}
+
+
+def test_unaligned_tensors_ignore_a_box(folder: Path) -> None:
+    write(folder, document())
+    assert lookup(SHAPE, GPU, descriptors=False) == conv_heuristic(SHAPE, GPU, descriptors=False)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shape"), [pytest.param(*pair, id=name) for name, pair in ILLEGAL.items() if "negative" not in name]
+)
+def test_illegal_entry_is_ignored(folder: Path, chosen: ConvConfig, shape: ConvShape) -> None:
+    write(folder, document(shape, chosen))
+    assert lookup(shape, GPU) == conv_heuristic(shape, GPU)
+
+
+def test_no_table(folder: Path) -> None:
+    assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+def changed(**changes: Any) -> str:
+    """The good table with changed fields of its entry's shape."""
+    return document({**asdict(SHAPE), **changes})
+
+
+def timed(timing: Any) -> str:
+    """The good table with a timing."""
+    return document(entries=[{**json.loads(document())["entries"][0], "timing": timing}])
+
+
+HOSTILE: dict[str, str | bytes] = {
+    "empty": "",
+    "not JSON": "schema: 1",
+    "half a file": document()[:-20],
+    "not UTF-8": document().encode().replace(b"H200", b"\xff\xfe"),
+    "UTF-16": document().encode("utf-16"),
+    "byte order mark": b"\xef\xbb\xbf" + document().encode(),
+    "a list": "[]",
+    "a number": "1",
+    "no entries": json.dumps({"schema": 1}),
+    "entries no list": document(entries={}),
+    "no schema": json.dumps({"entries": []}),
+    "schema 2": document(schema=2),
+    "schema as a string": document(schema="1"),
+    "schema as a bool": document(schema=True),
+    "entry no object": document(entries=[[]]),
+    "entry empty": document(entries=[{}]),
+    "unknown key in entry": document(entries=[{**json.loads(document())["entries"][0], "run": "x"}]),
+    "shape no object": document([1, 64]),
+    "shape incomplete": document({"n": 1}),
+    "config no object": document(SHAPE, "fast"),
+    "config incomplete": document(SHAPE, {"block_m": 64}),
+    "unknown key in config": document(SHAPE, {**asdict(TUNED), "__class__": "x"}),
+    "unknown key in shape": changed(eval="1"),
+    "string for int": changed(n="32"),
+    "float for int": changed(n=32.0),
+    "NaN": changed(n=float("nan")),
+    "infinity": changed(n=float("inf")),
+    "bool for int": changed(c=True),
+    "null for int": changed(c=None),
+    "int for bool": changed(residual=0),
+    "int for string": changed(dtype=16),
+    "negative": changed(h=-56),
+    "huge": changed(w=2**31),
+    "very huge": changed(w=10**4000),
+    "too many digits": document().replace("56", "5" * 5000, 1),
+    "pair too short": changed(stride=[1]),
+    "pair too long": changed(stride=[1, 1, 1]),
+    "bool in pair": changed(stride=[True, True]),
+    "negative in pair": changed(padding=[-1, 1]),
+    "null for pair": changed(padding=None),
+    "string for pair": changed(padding="11"),
+    "box of floats": document(SHAPE, {**asdict(TUNED), "box": [1.0, 2.0, 32.0]}),
+    "newline in a key": changed(**{"a\nb": 1}),
+    "newline in a value": changed(dtype=["a\nb"]),
+    "no GPU": document().replace('"gpu"', '"driver"'),
+    "GPU as a number": document(gpu=200),
+    "unknown key": document(run="x"),
+    "Triton as a number": document(triton=3.7),
+    "a key twice": document().replace('"n": 32', '"n": 32, "n": 64'),
+    "a shape twice": document(entries=json.loads(document())["entries"] * 2),
+    "timing no object": timed(3.5),
+    "timing incomplete": timed({"us": 3.5}),
+    "timing with an unknown key": timed({**asdict(TIMING), "command": "x"}),
+    "timing as a string": timed({**asdict(TIMING), "us": "3.5"}),
+    "timing as a bool": timed({**asdict(TIMING), "us": True}),
+    "timing negative": timed({**asdict(TIMING), "us": -1.0}),
+    "timing NaN": timed({**asdict(TIMING), "us": float("nan")}),
+    "timing infinite": timed({**asdict(TIMING), "us": 1.5}).replace("1.5", "1e999"),
+    "deep nesting": '{"schema": 1, "entries": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "nested value": changed(n=functools.reduce(lambda inner, _: [inner], range(400), 1)),
+    "oversize": document() + " " * (4 << 20),
+}
+
+
+@pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in HOSTILE.items()])
+def test_hostile_table(folder: Path, content: str | bytes) -> None:
+    path = write(folder, content)
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        table.load(path)
+    with pytest.warns(UserWarning, match="heuristic"):
+        assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+def test_unreadable_table(folder: Path) -> None:
+    (folder / "nvidia-h200.json").mkdir()
+    with pytest.warns(UserWarning, match="heuristic"):
+        assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+def test_another_gpus_table_is_ignored(folder: Path) -> None:
+    write(folder, document(gpu="NVIDIA H100"))
+    with pytest.warns(UserWarning, match="tuned for 'NVIDIA H100', expected 'NVIDIA H200'"):
+        assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+def test_a_device_is_not_read(folder: Path) -> None:
+    (folder / "nvidia-h200.json").symlink_to("/dev/zero")
+    with pytest.warns(UserWarning, match="not a regular file"):
+        assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+@pytest.mark.parametrize("with_timing", [True, False])
+def test_another_triton_is_warned_of_once_and_used(folder: Path, with_timing: bool) -> None:
+    """An entry's own version counts, where there is one."""
+    old = document(triton="3.1.4")
+    if with_timing:
+        old = timed({**asdict(TIMING), "triton": "3.1.4"})
+    write(folder, old)
+    with pytest.warns(UserWarning, match=r"nvidia-h200.json was tuned with Triton 3\.1\.4, this is"):
+        assert lookup(SHAPE, GPU) == TUNED
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lookup(replace(SHAPE), GPU) == TUNED
+        write(folder, document(triton=triton.__version__.rpartition(".")[0] + ".99"))  # a patch release is no other
+        choice.forget()
+        assert lookup(SHAPE, GPU) == TUNED
+
+
+def test_a_saved_table_is_the_table_that_was_saved(folder: Path) -> None:
+    path = table.path_of(GPU.name)
+    entries = {
+        replace(SHAPE, n=2): table.Entry(TUNED),
+        SHAPE: table.Entry(CONFIG, TIMING),
+        replace(SHAPE, n=1): table.Entry(BOX),
+    }
+    saved = table.Table(GPU.name, "570.86.15", triton.__version__, torch.__version__, "2026-01-31", entries)
+    table.save(saved, path)
+    assert table.load(path) == saved
+    head, *lines, end = path.read_text().splitlines()
+    assert json.loads(head + end)["driver"] == "570.86.15"
+    assert [json.loads(line.rstrip(","))["shape"]["n"] for line in lines] == [1, 2, 32], "one line each, in order"
+    table.save(table.Table(GPU.name), path)
+    assert table.load(path) == table.Table(GPU.name)
+    assert [p.name for p in folder.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
+def test_an_interrupted_save_leaves_the_old_table(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    path = write(folder, document())
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        table.save(table.Table(GPU.name), path)
+    assert path.read_text() == document()
+    assert [p.name for p in folder.iterdir()] == [path.name]
+
+
+# --- another batch size ----------------------------------------------------------------------------------------------
+
+WIDE = ConvConfig(128, 64, 64, 4, 4, (1, 1, 128))
+AT_128 = replace(SHAPE, n=128)
+
+
+def tabled(folder: Path, *entries: tuple[ConvShape, ConvConfig]) -> None:
+    found = {shape: table.Entry(config) for shape, config in entries}
+    table.save(table.Table(GPU.name, triton=triton.__version__, entries=found), table.path_of(GPU.name))
+
+
+def test_a_near_batch_size_takes_the_tile(folder: Path) -> None:
+    tabled(folder, (AT_128, WIDE))
+    assert conv_heuristic(AT_128, GPU) != WIDE
+    assert lookup(replace(SHAPE, n=256), GPU) == WIDE
+    for n in (57, 63, 257, 1024):  # more than a factor of two away
+        assert lookup(replace(SHAPE, n=n), GPU) == conv_heuristic(replace(SHAPE, n=n), GPU)
+    for other in (replace(AT_128, n=120, residual=True), replace(AT_128, n=120, dtype="bfloat16")):
+        assert lookup(other, GPU) == conv_heuristic(other, GPU)
+
+
+def test_the_nearest_batch_size_wins(folder: Path) -> None:
+    narrow = replace(WIDE, num_stages=3)
+    tabled(folder, (replace(SHAPE, n=64), narrow), (AT_128, WIDE))
+    assert lookup(replace(SHAPE, n=80), GPU).num_stages == 3
+    assert lookup(replace(SHAPE, n=112), GPU).num_stages == 4
+
+
+def test_a_box_is_fitted_to_the_batch_size(folder: Path) -> None:
+    """(1, 1, 128) would compute 128 images to keep 64 of them."""
+    tabled(folder, (AT_128, WIDE))
+    chosen = lookup(replace(SHAPE, n=64), GPU)
+    assert chosen.box is not None
+    assert chosen.box[2] <= 64
+    assert chosen == WIDE.on(chosen.box)
+    assert is_legal(chosen, replace(SHAPE, n=64), GPU)
+
+
+def test_a_tile_that_fits_worse_here_than_where_it_was_tuned_is_refused(folder: Path) -> None:
+    """Tiles of 256 pixels make 98 programs of 8 images, enough for 132 SMs, but only 49 of 4 images."""
+    at_8, tile = replace(SHAPE, n=8), ConvConfig(256, 64, 64, 8, 3, (4, 8, 8), swap=True)
+    tabled(folder, (at_8, tile))
+    assert lookup(at_8, GPU) == tile
+    assert lookup(replace(SHAPE, n=7), GPU).block_m == 256
+    assert candidates.adapt(tile, at_8, replace(SHAPE, n=4), GPU) is None
+    assert lookup(replace(SHAPE, n=4), GPU) == conv_heuristic(replace(SHAPE, n=4), GPU)
+
+
+def test_unaligned_tensors_take_only_pointers_from_another_batch_size(folder: Path) -> None:
+    at_100 = replace(SHAPE, n=100)
+    tabled(folder, (AT_128, WIDE))
+    assert lookup(at_100, GPU, descriptors=False) == conv_heuristic(at_100, GPU, descriptors=False)
+    pointers = replace(WIDE, box=None, swap=False)
+    tabled(folder, (AT_128, pointers))
+    choice.forget()
+    assert conv_heuristic(at_100, GPU, descriptors=False) != pointers
+    assert lookup(at_100, GPU, descriptors=False) == pointers
+
+
+def test_an_illegal_neighbour_is_refused(folder: Path) -> None:
+    tabled(folder, (AT_128, replace(WIDE, num_stages=8, block_k=256)))
+    assert lookup(replace(SHAPE, n=100), GPU) == conv_heuristic(replace(SHAPE, n=100), GPU)
+
+
+def test_a_pinned_configuration_is_the_answer_to_everything(folder: Path) -> None:
+    with choice.pinned(TUNED), choice.pinned(CONFIG):
+        assert lookup(SHAPE, GPU) is lookup(STRIDED, KNOWN[80]) is CONFIG
+    assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+def test_a_lookup_is_cheap(folder: Path) -> None:
+    """Every launch asks. 0.7 us were measured; the bound allows for a busy machine, and for no table being read."""
+    tabled(folder, (AT_128, WIDE))
+    lookup(SHAPE, GPU)
+    assert min(timeit.repeat(lambda: lookup(SHAPE, GPU), number=1000, repeat=20)) < 1000 * 5e-6
+
+
+# --- what the tuner tries --------------------------------------------------------------------------------------------
+
+
+@ALL_NUMBERS
+@ALL_DEVICES
+def test_candidates_are_legal_distinct_and_start_with_the_heuristic(arch: int, dtype: str, precision: str) -> None:
+    device = KNOWN[arch]
+    for shape in sorted(convolutions(dtype, precision), key=repr)[:: 40 if dtype == "float16" else 150]:
+        tried = candidates.candidates(shape, device, 12)
+        assert tried[0] == conv_heuristic(shape, device)
+        assert len(set(tried)) == len(tried) >= 10
+        assert len({(c.path, c.block_m, c.block_k, c.columns) for c in tried[1:]}) == len(tried) - 1, (
+            "one form of each tile"
+        )
+        costs = [candidates.estimate(c, shape, device) for c in tried[1:]]
+        assert costs == sorted(costs)
+        for c in [*tried, *candidates.neighbours(tried[0], shape, device)]:
+            assert is_legal(c, shape, device)
+        paths = {c.path for c in tried[1:]}
+        assert paths == ({"pointer", "descriptor"} if arch >= 90 and supports_descriptors(shape) else {"pointer"})
+
+
+def test_boxes_cover_the_output_without_much_waste() -> None:
+    layer4 = ConvShape(100, 512, 7, 7, 512, 3, 3, padding=(1, 1))
+    found = candidates.boxes(BOX, 128, layer4, GPU)
+    assert (1, 1, 128) in found  # 128 images for 100
+    assert (1, 8, 16) in found  # 8 columns for 7, 112 images for 100
+    assert (8, 16, 1) not in found  # 16 columns for 7
+    assert all(h * w * n == 128 for h, w, n in found)
+    assert {h for h, _, _ in candidates.boxes(BOX, 128, STRIDED, GPU)} == {1}
+
+
+def test_neighbours_are_one_step_away() -> None:
+    near = candidates.neighbours(BOX, SHAPE, GPU)
+    assert BOX not in near
+    assert len(set(near)) == len(near)
+    for expected in (
+        replace(BOX, num_stages=2), replace(BOX, num_stages=4), replace(BOX, num_warps=8), replace(BOX, block_k=128),
+        replace(BOX, block_c=32), replace(BOX, split_k=3), replace(BOX, box=None, swap=False), BOX.on((1, 8, 16)),
+        BOX.on((2, 2, 32)), BOX.on((1, 8, 32)),
+    ):  # fmt: skip
+        assert expected in near, expected
+    assert {c.num_stages for c in near} == {2, 3, 4}
+    pointers = candidates.neighbours(replace(BOX, box=None, swap=False), SHAPE, GPU)
+    assert any(c.box for c in pointers)
+    assert {c.block_m for c in pointers if c.box is None} == {64, 128}
+
+
+def test_what_is_sure_to_spill_is_not_tried() -> None:
+    exact = replace(SHAPE, dtype="float32", precision="ieee")
+    for shape, most in ((SHAPE, 128), (exact, 32)):
+        tried = candidates.candidates(shape, GPU, 100)
+        assert max(c.block_m * c.block_k / (32 * c.num_warps) for c in tried) == most
+
+
+def test_an_entry_that_is_illegal_where_it_was_tuned_is_used_nowhere() -> None:
+    """A table may hold anything: a box with a side of zero has no estimate."""
+    tuned = replace(SHAPE, n=64)
+    config = ConvConfig(64, 64, 64, 4, 3, (0, 1, 64))
+    assert candidates.adapt(config, tuned, replace(SHAPE, n=96), GPU) is None

@@ -1,0 +1,637 @@
+"""Every kernel, bit for bit: on exact data `torch.equal` with fp64 rounded once, and the special values of IEEE 754.
+
+On a GPU the ResNet layers run in full size. In the interpreter the same layers, with the same channels, filters and
+configurations, get images just large enough for several ragged tiles, and of a large grid only some programs run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import random_cases
+import torch
+import torch.nn.functional as F
+from exact import (
+    DTYPES,
+    LAYOUTS,
+    assert_exact,
+    channels_last,
+    conv_call,
+    conv_reference,
+    dtype_id,
+    generator,
+    integers,
+    offset_by_one,
+    rounded,
+    run,
+    run_conv,
+)
+from torch import Tensor
+
+from resnet_triton import config, ops, resnet18
+from resnet_triton.config import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors
+from resnet_triton.config import tiles as grid_size
+from resnet_triton.config.device import KNOWN, facts
+from resnet_triton.kernels.launch import cdiv
+from resnet_triton.ops import ConvCall, dispatch
+from resnet_triton.ops.stem import StemCall
+from resnet_triton.ops.trace import trace
+
+INF, NAN = float("inf"), float("nan")
+PATHS = {
+    "pointer": ConvConfig(32, 32, 16, 4, 2),
+    "descriptor": ConvConfig(32, 32, 16, 4, 2, box=(2, 4, 4), swap=True),
+    "descriptor, one row": ConvConfig(32, 32, 16, 4, 2, box=(1, 8, 4), swap=True),
+    "descriptor, one pixel": ConvConfig(32, 32, 16, 4, 2, box=(1, 1, 32)),
+    "descriptor, one image": ConvConfig(32, 32, 16, 4, 2, box=(4, 8, 1), swap=True),
+}
+BOTH_PATHS = pytest.mark.parametrize("path", ["pointer", "descriptor"])
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+# NumPy, which computes in the interpreter, warns of what these tests are about.
+SPECIAL_VALUES = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def steps(shape: ConvShape, chosen: ConvConfig) -> int:
+    """Products of tiles in one program: what a program costs in the interpreter."""
+    if chosen.box is None and is_flat(shape.c):
+        main = cdiv(shape.c * shape.r * shape.s, chosen.block_c)
+    else:
+        main = shape.r * shape.s * cdiv(shape.c, chosen.block_c)
+    return main + cdiv(shape.shortcut_c, chosen.block_c)
+
+
+# --- ResNet-18's convolutions ----------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """One of ResNet-18's convolutions and a configuration that the lookup chooses for it."""
+
+    name: str
+    shape: ConvShape
+    chosen: ConvConfig
+
+    def __str__(self) -> str:
+        box = "x".join(map(str, self.chosen.box)) if self.chosen.box else "pointer"
+        box += f"-columns{self.chosen.columns}" * (self.chosen.columns > 1)
+        box += f"-split{self.chosen.split_k}" * (self.chosen.split_k > 1)
+        tile = f"{self.chosen.block_m}x{self.chosen.block_k}x{self.chosen.block_c}"
+        precision = f"-{self.shape.precision}" if self.shape.dtype == "float32" else ""
+        return f"{self.shape.dtype}{precision}-{self.name}-n{self.shape.n}-{tile}-{box}"
+
+
+@functools.cache
+def resnet18_convolutions() -> list[tuple[str, ConvShape]]:
+    traced = trace(resnet18().eval(), (1, 3, 224, 224))
+    stem = StemCall(*traced[0].args)  # its convolution, as GPUs without descriptors run it
+    return [("conv1", stem.convolution(stem.x).shape)] + [
+        (c.name, c.shape) for c in traced if c.operator == "conv_bn_relu"
+    ]
+
+
+def layers() -> list[Layer]:
+    """Every distinct (layer, configuration) at ten batch sizes, with descriptors (sm_90) and without (sm_80).
+
+    Float16 and bfloat16 are tiled alike: the interpreter takes them in turns, a GPU both. fp32 is tested at four sizes.
+    """
+    halves = [("float16", "ieee"), ("bfloat16", "ieee")]
+    found: dict[Any, Layer] = {}
+    for arch in (90, 80):
+        for batch in (1, 8, 32, 128, 2, 3, 7, 33, 64, 129):
+            for i, (name, shape) in enumerate(resnet18_convolutions()):
+                turn = (i + batch.bit_length()) % 2
+                numbers = halves if torch.cuda.is_available() else [halves[turn]]
+                singles = [("float32", "tf32"), ("float32", "ieee")] if batch in (1, 8, 32, 128) else []
+                for dtype, precision in (*numbers, *singles):
+                    shape = dataclasses.replace(shape, n=batch, dtype=dtype, precision=precision)
+                    chosen = config.lookup(shape, KNOWN[arch])
+                    kind = dataclasses.replace(shape, n=min(batch, 2))  # one image has views of its own
+                    found.setdefault((kind, chosen), Layer(name, shape, chosen))
+    return list(found.values())
+
+
+def small(shape: ConvShape, chosen: ConvConfig) -> ConvShape:
+    """The layer on smaller images, and fewer: just over whole tiles, so that the last is ragged."""
+    if chosen.box is None:
+        n, p, q = cdiv(chosen.block_m + 1, 35), 5, 7
+    else:
+        p, q, n = chosen.box[0] + 1, 2 * chosen.box[1] * chosen.columns + 1, chosen.box[2] + 1  # fewer rows of tiles
+        n = 1 if shape.n == 1 else n
+        if n * p * q * shape.c * shape.k > 3e7:
+            n = min(n, 3)  # one ragged tile of images: the reference takes its time, too
+    return dataclasses.replace(shape, n=n, h=p * shape.stride[0], w=q * shape.stride[1])
+
+
+def tiles_written(written: Tensor, chosen: ConvConfig) -> int:
+    """How many tiles of the output were written; each has to be written completely or not at all."""
+    n, k, p, q = (torch.arange(size) for size in written.shape)
+    if chosen.box is None:
+        pixels = torch.arange(len(n) * len(p) * len(q)).reshape(len(n), 1, len(p), len(q)) // chosen.block_m
+    else:
+        rows, columns, images = chosen.box
+        columns *= chosen.columns
+        pixels = ((n // images)[:, None, None, None] * 1000 + (p // rows)[:, None]) * 1000 + q // columns
+    tiles = pixels * 1000 + (k // chosen.block_k)[:, None, None]
+    touched = set(tiles[written].tolist())
+    assert not touched & set(tiles[~written].tolist())
+    return len(touched)
+
+
+@pytest.mark.parametrize("layer", layers(), ids=str)
+def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
+    shape, chosen = layer.shape, layer.chosen
+    whole = device.type == "cuda"
+    if whole and not is_legal(chosen, shape, facts(device)):
+        pytest.skip(f"not legal on {facts(device).name}")
+    shape = shape if whole else small(shape, chosen)
+    programs = None
+    grid = grid_size(chosen, shape)
+    affordable = max(80 // steps(shape, chosen), 1)
+    if not whole and affordable < grid:
+        programs = random.Random(str(layer)).sample(range(grid), affordable)
+    call = conv_call(generator(device, 0), shape)
+    with mock.patch.object(ops.conv, "conv_precision", return_value=shape.precision):
+        out = run_conv(call, chosen, programs)
+    expected = rounded(conv_reference(call), call.x.dtype)
+    if programs is None:
+        assert_exact(out, expected)
+        return
+    written = ~out.isnan()
+    assert_exact(out[written], expected[written])
+    assert tiles_written(written, chosen) == len(programs)
+
+
+def test_layers_cover_what_they_claim() -> None:
+    cases = layers()
+    assert {layer.chosen.path for layer in cases} == {"pointer", "descriptor"}
+    assert {(s.c, s.k, s.r, s.stride[0], s.residual, s.shortcut_c) for _, s, _ in cases} == {
+        (3, 64, 7, 2, False, 0),
+        *((c, c, 3, 1, residual, 0) for c in (64, 128, 256, 512) for residual in (False, True)),
+        *((c // 2, c, 3, 2, False, 0) for c in (128, 256, 512)),
+        *((c, c, 3, 1, False, c // 2) for c in (128, 256, 512)),
+    }
+
+
+# --- convolution: every option --------------------------------------------------------------------------------------
+
+EPILOGUES: dict[str, dict[str, Any]] = {
+    "plain": {"relu": False},
+    "relu": {},
+    "residual": {"residual": True, "relu": False},
+    "residual, relu": {"residual": True},
+    "shortcut": {"shortcut_c": 24, "shortcut_stride": (2, 2), "relu": False},
+    "shortcut, relu": {"shortcut_c": 40, "shortcut_stride": (1, 1)},
+    "not affine": {"affine": False, "relu": False},
+    "shortcut not affine": {"shortcut_c": 16, "short_affine": False},
+    "only shortcut affine": {"shortcut_c": 16, "affine": False},
+}
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("path", ["pointer", "descriptor, one row"])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_conv_epilogue(device: torch.device, path: str, epilogue: str, dtype: torch.dtype) -> None:
+    options = EPILOGUES[epilogue]
+    geometry = {name: options[name] for name in ("residual", "shortcut_c", "shortcut_stride") if name in options}
+    others = {name: value for name, value in options.items() if name not in geometry}
+    shape = ConvShape(5, 24, 2, 9, 40, dtype=dtype_id(dtype), **geometry)
+    call = conv_call(generator(device, 1), shape, **others)
+    assert_exact(run_conv(call, PATHS[path]), rounded(conv_reference(call), dtype))
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+def test_conv_batch_norm_tensors(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    """Statistics and affine parameters of every dtype, with gaps in their memory."""
+    shape = ConvShape(2, 16, 3, 5, 24, dtype=dtype_id(dtype), shortcut_c=8)
+    for bn_dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        call = conv_call(generator(device, 2), shape, bn_dtype=bn_dtype)
+        names = [prefix + name for prefix in ("", "short_") for name in ("mean", "var", "gamma", "beta")]
+        call = call._replace(**{name: getattr(call, name)[:, None].expand(-1, 2).clone()[:, 1] for name in names})
+        assert not call.var.is_contiguous()
+        assert_exact(run_conv(call, PATHS[path]), rounded(conv_reference(call), dtype), bn_dtype)
+
+
+@pytest.mark.parametrize("width", [7, 8])
+def test_shortcut_of_odd_width(device: torch.device, width: int) -> None:
+    """An odd number of columns has no view that splits them by parity: the last column would read as zero."""
+    shape = ConvShape(1, 16, 4, 4, 16, 3, 3, padding=(1, 1), shortcut_c=16, shortcut_stride=(2, 2))
+    call = conv_call(generator(device, 3), shape, short_size=(7, width))
+    assert_exact(run("conv_bn_relu", *call), rounded(conv_reference(call), torch.float16))
+
+
+@pytest.mark.parametrize("size", [(1, 3), (2, 3), (3, 2)], ids=str)
+def test_filters_that_are_not_square(device: torch.device, size: tuple[int, int]) -> None:
+    """R * S is neither R * R nor S * S, and a slab of channels is no tile of filters."""
+    shape = ConvShape(1, 40, 5, 6, 24, *size, padding=(1, 1))
+    call = conv_call(generator(device, 0), shape)
+    chosen = ConvConfig(16, 32, 16, 4, 2)
+    assert_exact(run_conv(call, chosen), rounded(conv_reference(call), torch.float16))
+
+
+def test_shortcut_of_two_strides(device: torch.device) -> None:
+    shape = ConvShape(2, 16, 4, 5, 16, 3, 3, padding=(1, 1), shortcut_c=8, shortcut_stride=(3, 2))
+    call = conv_call(generator(device, 4), shape)
+    assert_exact(run_conv(call, PATHS["pointer"]), rounded(conv_reference(call), torch.float16))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_conv(device: torch.device, seed: int) -> None:
+    random_cases.check_conv(random.Random(seed), device, DTYPES[seed % 3])
+
+
+def test_random_cases_are_diverse() -> None:
+    cases = [random_cases.conv(random.Random(seed), torch.device("cpu"), DTYPES[seed % 3]) for seed in range(300)]
+    shapes = [call.shape for call, _ in cases]
+    assert sum(chosen.path == "descriptor" for _, chosen in cases) > 60
+    assert sum(chosen.columns > 1 for _, chosen in cases) > 1
+    assert sum(chosen.split_k > 1 for _, chosen in cases) > 10
+    assert sum(s.residual for s in shapes) > 50
+    assert sum(s.shortcut_c > 0 for s in shapes) > 50
+    assert sum(s.r != s.s for s in shapes) > 50
+    assert sum(s.dilation != (1, 1) for s in shapes) > 50
+    assert sum(call.x.data_ptr() % 16 != 0 for call, _ in cases) > 10
+    assert {s.dtype for s in shapes} == set(map(dtype_id, DTYPES))
+
+
+# --- the other kernels -----------------------------------------------------------------------------------------------
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "size", "stride", "padding"),
+    [
+        pytest.param((2, 64, 13, 15), (3, 3), (2, 2), (1, 1), id="ResNet"),
+        pytest.param((3, 5, 7, 4), (2, 3), (1, 2), (0, 1), id="not square"),
+        pytest.param((1, 65, 5, 5), (5, 5), (5, 5), (0, 0), id="whole image"),
+        pytest.param((2, 1, 1, 3), (1, 1), (3, 1), (0, 0), id="1x1"),
+    ],
+)
+def test_max_pool(
+    device: torch.device, shape: Any, size: Any, stride: Any, padding: Any, layout: str, dtype: torch.dtype
+) -> None:
+    x = torch.randn(shape, generator=generator(device, 0), device=device) - 2  # a padding of zeros would win
+    x = LAYOUTS[layout](x.to(dtype))
+    expected = F.max_pool2d(x.double(), size, stride, padding).to(dtype)
+    assert_exact(run("max_pool2d", x, list(size), list(stride), list(padding), "triton"), expected)
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 512, 7, 7), (3, 65, 9, 11), (1, 3, 1, 1), (5, 40, 2, 41)], ids=str)
+def test_global_avg_pool(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
+    g = generator(device, 0)
+    n, c, h, w = shape
+    deviation = integers(g, 9, n, c, h, w)
+    x = integers(g, 50, n, c, 1, 1) + deviation - deviation.flip(2, 3)  # sums to a multiple of the pixels
+    x = LAYOUTS[layout](x.to(dtype))
+    assert_exact(run("global_avg_pool", x, False, "triton"), rounded(x.double().mean((2, 3), keepdim=True), dtype))
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 65, 3, 7), (1, 1, 1, 1), (2, 64, 4, 2)], ids=str)
+def test_add_relu(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
+    g = generator(device, 0)
+    x, other = integers(g, 9, *shape, dtype=dtype), LAYOUTS[layout](integers(g, 9, *shape, dtype=dtype))
+    assert_exact(run("add_relu", x, other, "triton"), rounded((x.double() + other.double()).relu(), dtype))
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("rows", [1, 17, 65, 130])
+@pytest.mark.parametrize(("c", "k", "bias"), [(512, 50, True), (3, 65, False), (65, 1, True), (1, 64, False)])
+def test_linear(device: torch.device, rows: int, c: int, k: int, bias: bool, dtype: torch.dtype) -> None:
+    g = generator(device, 0)
+    x, w = integers(g, 3, rows, c, dtype=dtype), integers(g, 2, k, c, dtype=dtype)
+    b = integers(g, 9, k, dtype=dtype) if bias else None
+    expected = x.double() @ w.double().T + (0 if b is None else b.double())
+    assert_exact(run("linear", x, w, b, False, "triton"), rounded(expected, dtype))
+
+
+@ALL_DTYPES
+def test_linear_layouts(device: torch.device, dtype: torch.dtype) -> None:
+    g = generator(device, 0)
+    x = integers(g, 3, 40, 2, 6, dtype=dtype).permute(1, 2, 0)[:, 1:]  # (2, 5, 40), columns innermost
+    w = integers(g, 2, 40, 26, dtype=dtype).T[::2]
+    b = integers(g, 9, 26, dtype=dtype)[::2]
+    expected = rounded(x.double() @ w.double().T + b.double(), dtype)
+    assert_exact(run("linear", x, w, b, False, "triton"), expected)
+    assert_exact(run("linear", x[0, 0], w, b, False, "triton"), expected[0, 0])
+
+
+# --- the operators as they are called --------------------------------------------------------------------------------
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 512, 7, 7, 50), (16, 40, 3, 2, 1), (1, 300, 9, 8, 17)], ids=str)
+def test_avg_pool_linear(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
+    """Every pixel of a channel the same: means are whole, and so are the products."""
+    *size, k = shape
+    g = generator(device, 20)
+    x = LAYOUTS[layout](integers(g, 3, *size[:2], 1, 1, dtype=dtype).expand(size))
+    weight, bias = integers(g, 2, k, size[1], dtype=dtype), integers(g, 4, k, dtype=dtype)
+    for b in (bias, None):
+        args = (x, weight, b, False, "triton")
+        y = run("avg_pool_linear", *args, kernel="avg_pool_linear_kernel")
+        expected = x[:, :, 0, 0].double() @ weight.double().T
+        assert_exact(y, rounded(expected if b is None else expected + b.double(), dtype))
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)], ids=str)
+def test_a_mean_is_rounded_before_the_linear_layer(device: torch.device, dtype: torch.dtype, unit: float) -> None:
+    """As it is between two launches: 1 and a quarter of a unit is 1."""
+    x = torch.ones(1, 2, 2, 2, dtype=dtype, device=device)
+    x[0, 0, 0, 0] += unit
+    weight = torch.tensor([[1024.0, -1024.0]], dtype=dtype, device=device)
+    assert_exact(run("avg_pool_linear", x, weight, None, False, "triton"), x.new_zeros(1, 1))
+
+
+def test_many_images_take_two_launches(device: torch.device) -> None:
+    g = generator(device, 21)
+    x, weight = integers(g, 3, 17, 16, 2, 2), integers(g, 2, 5, 16)
+    args = (x, weight, None, False, "triton")
+    launches = ops.OPERATORS["avg_pool_linear"].plan(ops.OPERATORS["avg_pool_linear"].output(*args), *args)
+    assert [launch.kernel.__name__ for launch in launches] == ["global_avg_pool_kernel", "linear_kernel"]
+    assert_exact(run("avg_pool_linear", *args), rounded(x.double().mean((2, 3)) @ weight.double().T, x.dtype))
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("extra", ["residual", "shortcut"])
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 12)], ids=str)
+def test_one_image_at_stride_2(device: torch.device, size: tuple[int, int], extra: str, dtype: torch.dtype) -> None:
+    """Boxes of several rows where rows and columns are split by parity; an odd number of rows has no such view."""
+    shape = ConvShape(
+        1, 24, *size, 40, 3, 3, (2, 2), (1, 1), dtype=dtype_id(dtype), residual=extra == "residual", precision="tf32",
+        shortcut_c=16 if extra == "shortcut" else 0, shortcut_h=size[0], shortcut_w=size[1], shortcut_stride=(2, 2),
+    )  # fmt: skip
+    assert not is_legal(ConvConfig(16, 32, 16, 4, 2, (2, 2, 4), swap=True), shape, KNOWN[90]), "rows of several images"
+    for box in ((4, 4, 1), (2, 8, 1), (1, 16, 1)):
+        chosen = ConvConfig(16, 32, 32 if box[1] == 16 else 16, 4, 2).on(
+            box
+        )  # neither side of a box as long as another
+        assert is_legal(chosen, shape, KNOWN[90]) == (size[0] % 2 == 0 or box[0] == 1)
+        if is_legal(chosen, shape, KNOWN[90]):
+            call = conv_call(generator(device, 3), shape, short_size=size)
+            assert_exact(run_conv(call, chosen), rounded(conv_reference(call), dtype), box)
+
+
+BOXES = [(h, w, 16 // (h * w)) for h in (1, 2, 4, 8, 16) for w in (1, 2, 4, 8, 16) if h * w <= 16]
+
+
+@pytest.mark.parametrize(("size", "n"), [((4, 6), 1), ((5, 4), 1), ((5, 4), 3)], ids=str)
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "1x1/2", "3x3/2", "shortcut", "shortcut/2", "3x3/2, shortcut/2"])
+def test_every_legal_box_is_exact(device: torch.device, kind: str, size: tuple[int, int], n: int) -> None:
+    """Legal is what computes right: batch sizes, strides and odd sizes decide which views exist."""
+    r, stride = (3 if "3x3" in kind or "shortcut" in kind else 1), (2 if kind[:5] in ("1x1/2", "3x3/2") else 1)
+    shape = ConvShape(n, 16, *size, 16, r, r, (stride, stride), (r // 2, r // 2))
+    if "shortcut" in kind:
+        step = 2 if kind.endswith("shortcut/2") else 1
+        for odd in (0, 1):  # a shortcut's last row may be one that is not read
+            h, w = shape.p * step - odd * (step - 1), shape.q * step
+            shape = dataclasses.replace(shape, shortcut_c=8, shortcut_h=h, shortcut_w=w, shortcut_stride=(step, step))
+            _every_box(device, shape, (h, w))
+    else:
+        _every_box(device, shape, None)
+
+
+def _every_box(device: torch.device, shape: ConvShape, short_size: tuple[int, int] | None) -> None:
+    call = conv_call(generator(device, shape.n), shape, short_size=short_size)
+    expected = rounded(conv_reference(call), torch.float16)
+    assert call.shape == shape
+    forms = [ConvConfig(16, 16, 16, 4, 2, box, swap=swap) for box in BOXES for swap in (False, True)]
+    legal = [c for c in forms if is_legal(c, shape, KNOWN[90])]
+    assert bool(legal) == supports_descriptors(shape)
+    for chosen in legal:
+        assert_exact(run_conv(call, chosen), expected, (chosen.box, chosen.swap))
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("residual", ["early", "late", "none"])
+def test_columns(device: torch.device, residual: str, width: int, columns: int) -> None:
+    """Every number of columns over and under a program's."""
+    dtype = DTYPES[width % 3]
+    shape = ConvShape(17, 24, 2, width, 40, 3, 3, padding=(1, 1), dtype=dtype_id(dtype), precision="tf32")
+    shape = dataclasses.replace(shape, residual=residual != "none")
+    narrow = ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=columns)
+    chosen = dataclasses.replace(narrow, block_k=128, num_warps=1) if residual == "late" else narrow
+    assert is_legal(chosen, shape, KNOWN[90])
+    assert chosen.early_residual == (residual != "late")
+    call = conv_call(generator(device, width), shape)
+    assert_exact(run_conv(call, chosen), rounded(conv_reference(call), dtype))
+
+
+@pytest.mark.parametrize("chosen", [
+    ConvConfig(16, 32, 16, 4, 2),
+    ConvConfig(16, 32, 16, 4, 2, (1, 1, 16)),
+    ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), swap=True),
+    ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=3),
+], ids=["pointer", "box", "filters first", "columns"])  # fmt: skip
+def test_many_tiles_of_filters_and_channels(device: torch.device, chosen: ConvConfig) -> None:
+    """Three whole tiles of filters, nine slabs of channels: no tile's work is done by another."""
+    shape = ConvShape(17, 136, 1, 3, 96, 3, 3, padding=(1, 1))
+    call = conv_call(generator(device, 0), shape)
+    assert_exact(run_conv(call, chosen), rounded(conv_reference(call), torch.float16))
+
+
+def operator_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    g = generator(device, 0)
+    x = integers(g, 3, 2, 16, 6, 6)
+    return {
+        "conv_bn_relu": tuple(conv_call(g, ConvShape(2, 16, 6, 6, 16, 3, 3, padding=(1, 1), residual=True))),
+        "max_pool2d": (x, [3, 3], [2, 2], [1, 1], "triton"),
+        "global_avg_pool": (x, False, "triton"),
+        "add_relu": (x, integers(g, 3, 2, 16, 6, 6), "triton"),
+        "linear": (x[:, :, 0, 0], integers(g, 2, 10, 16), integers(g, 2, 10), False, "triton"),
+        "avg_pool_linear": (x, integers(g, 2, 10, 16), integers(g, 2, 10), False, "triton"),
+        "stem": (x[:, :3].half(), integers(g, 2, 8, 3, 7, 7).half(), *(torch.ones(8, device=device),) * 4, 0.0, None,
+                 None, False, "triton"),
+    }  # fmt: skip
+
+
+EVERY_OPERATOR = pytest.mark.parametrize("name", list(ops.OPERATORS))
+
+
+@EVERY_OPERATOR
+def test_operator_launches_its_kernel_once(device: torch.device, name: str) -> None:
+    args = operator_calls(device)[name]
+    before = dispatch.calls.copy()
+    y = getattr(torch.ops.resnet_triton, name)(*args)
+    assert dispatch.calls - before == {(name, "triton"): 1}
+    assert_exact(y, run(name, *args))
+
+
+@EVERY_OPERATOR
+def test_operator_sees_the_sign_of_a_negative_view(device: torch.device, name: str) -> None:
+    x, *rest = operator_calls(device)[name]
+    operator = getattr(torch.ops.resnet_triton, name)
+    assert_exact(operator(torch._neg_view(x), *rest), operator(-x, *rest))
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+def test_unaligned_tensors_take_the_pointer_path(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    shape = ConvShape(32, 16, 3, 5, 16, 3, 3, padding=(1, 1), dtype=dtype_id(dtype), residual=True)
+    for moved in ("x", "weight", "residual", None) if path == "pointer" else [None]:
+        call = conv_call(generator(device, 0), shape)
+        if moved is not None:
+            call = call._replace(**{moved: offset_by_one(getattr(call, moved))})
+        descriptors = moved is None and facts(device).has_descriptors
+        kernel = "conv_box_kernel" if descriptors else "conv_pointer_kernel"
+        with mock.patch.object(ops.conv, "conv_precision", return_value="tf32"):
+            out = run("conv_bn_relu", *call, kernel=kernel)
+        assert_exact(out, rounded(conv_reference(call), dtype), moved)
+
+
+# --- special values --------------------------------------------------------------------------------------------------
+
+
+def same(y: Tensor, expected: Tensor) -> bool:
+    """Equal values, NaN where NaN is expected, and signs of zero alike."""
+    y, expected = y.cpu(), expected.cpu()
+    nan = expected.isnan()
+    numbers = torch.equal(y[~nan], expected[~nan]) and torch.equal(y.signbit()[~nan], expected.signbit()[~nan])
+    return torch.equal(y.isnan(), nan) and numbers
+
+
+def conv(x: Tensor, w: Tensor, path: str, **changes: Any) -> Tensor:
+    """A convolution with 3x3 or 1x1 filters, same padding, and a batch norm that changes nothing unless told to."""
+    k, r = w.shape[0], w.shape[2]
+    call = ConvCall(
+        x, channels_last(w), x.new_zeros(k), x.new_ones(k), None, None, 0.0, [1, 1], [r // 2, r // 2], [1, 1], 1, None,
+        None, None, None, None, None, None, 0.0, [1, 1], False, False, "triton",
+    )  # fmt: skip
+    return run_conv(call._replace(**changes), PATHS[path])
+
+
+@ALL_DTYPES
+@SPECIAL_VALUES
+def test_relu_of_special_values(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.tensor([NAN, INF, -INF, -0.0, 0.0, -1.0, 1.0], dtype=dtype, device=device).reshape(1, 1, 1, -1)
+    y = run("add_relu", x, torch.full_like(x, -0.0), "triton")
+    assert same(y.flatten(), torch.tensor([NAN, INF, 0.0, -0.0, 0.0, 0.0, 1.0], dtype=dtype))
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+@SPECIAL_VALUES
+def test_conv_relu_of_special_values(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    values = torch.tensor([NAN, INF, -INF, -1.0, 1.0], dtype=dtype, device=device)
+    residual = torch.zeros(1, 8, 1, 5, dtype=dtype, device=device) + values
+    x, w = torch.zeros(1, 8, 1, 5, dtype=dtype, device=device), torch.ones(8, 8, 1, 1, dtype=dtype, device=device)
+    y = conv(x, w, path, residual=residual, relu=True)
+    assert same(y[0, 3, 0], torch.tensor([NAN, INF, 0.0, 0.0, 1.0], dtype=dtype))
+
+
+@ALL_DTYPES
+@SPECIAL_VALUES
+def test_max_pool_of_special_values(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.full((1, 1, 6, 6), -INF, device=device, dtype=dtype)
+    x[0, 0, 0, 0] = NAN  # seen by the first window only
+    x[0, 0, 5, 5] = NAN  # the last value of the last window
+    x[0, 0, 3, 0] = INF
+    x[0, 0, 0, 4] = -3.0
+    expected = torch.tensor([[NAN, -INF, -3.0], [INF, -INF, -INF], [INF, -INF, NAN]], dtype=dtype)
+    assert same(run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0], expected)
+    x[0, 0, 1, 1] = 5.0  # after the NaN, and the last value of its window
+    assert run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0, 0, 0].isnan()
+    zeros = torch.tensor([-0.0, 0.0, 0.0, -0.0], dtype=dtype, device=device).reshape(1, 1, 1, 4)
+    assert same(run("max_pool2d", zeros, [1, 2], [1, 2], [0, 0], "triton"), F.max_pool2d(zeros, (1, 2)))
+
+
+@SPECIAL_VALUES
+def test_avg_pool_of_special_values(device: torch.device) -> None:
+    x = torch.full((1, 5, 7, 7), 65504.0, dtype=torch.float16, device=device)
+    x[0, 1, 2, 3] = INF
+    x[0, 2, 4, 0], x[0, 2, 4, 1] = INF, -INF
+    x[0, 3, 6, 6] = NAN
+    x[0, 4] = -0.0
+    y = run("global_avg_pool", x, False, "triton").flatten()
+    assert same(y.abs(), torch.tensor([65504.0, INF, NAN, NAN, 0.0], dtype=torch.float16))
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+@SPECIAL_VALUES
+@pytest.mark.parametrize("weight", [NAN, INF], ids=str)
+def test_no_tap_is_skipped_in_the_padding(device: torch.device, path: str, dtype: torch.dtype, weight: float) -> None:
+    x, w = torch.ones(2, 16, 4, 5, dtype=dtype, device=device), torch.ones(8, 16, 3, 3, dtype=dtype, device=device)
+    w[3, 7, 0, 2] = weight  # reads one row up and one column to the right
+    y = conv(channels_last(x), w, path)[:, 3]
+    expected = torch.full((2, 4, 5), weight, dtype=dtype)
+    expected[:, 0, :] = NAN
+    expected[:, :, 4] = NAN
+    assert same(y, expected)
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+@SPECIAL_VALUES
+def test_infinity_times_zero(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    x, w = torch.ones(1, 16, 3, 3, dtype=dtype, device=device), torch.ones(8, 16, 1, 1, dtype=dtype, device=device)
+    x[0, 5, 1, 1] = INF
+    w[2, 5] = 0.0
+    y = conv(x, w, path)[0, :, 1, 1]
+    assert same(y, torch.tensor([INF, INF, NAN, INF, INF, INF, INF, INF], dtype=dtype))
+    z = run("linear", x[:, :, 1, 1], w[:, :, 0, 0], None, False, "triton")
+    assert same(z[0], y)
+
+
+@ALL_DTYPES
+@BOTH_PATHS
+@SPECIAL_VALUES
+def test_tails_of_tiles_read_no_neighbours(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    """24 channels in tiles of 16, 40 filters in tiles of 32: an infinite neighbour, times zero, would give NaN."""
+    x, w = torch.ones(1, 24, 3, 3, dtype=dtype, device=device), torch.ones(40, 24, 3, 3, dtype=dtype, device=device)
+    w[:, :8, 1, 1] = INF  # follows the last channels of the tap before
+    w[39] = 1.0
+    y = conv(channels_last(x), w, path)[0]
+    assert_exact(y[:39], torch.full_like(y[:39], INF))
+    assert_exact(y[39], 24 * F.conv2d(x[:1, :1], torch.ones_like(w[:1, :1]), padding=1)[0, 0])
+
+
+@ALL_DTYPES
+@SPECIAL_VALUES
+@pytest.mark.parametrize(("path", "c"), [("pointer", 3), ("pointer", 24), ("descriptor", 24)])
+def test_windows_read_no_neighbours(device: torch.device, path: str, c: int, dtype: torch.dtype) -> None:
+    """An infinite pixel makes those outputs infinite whose window holds it, and turns no other into NaN."""
+    g = generator(device, 0)
+    x, w = integers(g, 3, 2, c, 6, 7, dtype=dtype), torch.ones(8, c, 3, 3, dtype=dtype, device=device)
+    expected = F.conv2d(x.double(), w.double(), padding=1).to(dtype)
+    x[0, 1, 3, 4] = INF
+    expected[0, :, 2:5, 3:6] = INF
+    assert_exact(conv(channels_last(x), w, path), expected)
+
+
+@BOTH_PATHS
+@SPECIAL_VALUES
+def test_batch_norm_of_special_statistics(device: torch.device, path: str) -> None:
+    g = generator(device, 0)
+    x, w = integers(g, 3, 2, 8, 3, 3), integers(g, 2, 8, 8, 3, 3)
+    var = torch.tensor([0.0, -1.0, INF, NAN, 1e-40, 1.0, 1.0, 1.0], device=device)
+    mean = torch.tensor([0.0, 0.0, 3.0, 0.0, 0.0, INF, NAN, 3e38], device=device)
+    gamma = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0], device=device)
+    beta = torch.arange(8.0, device=device)
+    y = conv(x, w, path, mean=mean, var=var, gamma=gamma, beta=beta)
+    for k, value in {0: NAN, 1: NAN, 2: 2.0, 3: NAN, 5: -INF, 6: NAN, 7: 7.0}.items():
+        assert same(y[:, k], torch.full_like(y[:, k], value)), (var[k], mean[k])
+    expected = F.conv2d(x.double(), w.double(), padding=1)[:, 4] / var[4].double().sqrt() + 4.0
+    torch.testing.assert_close(y[:, 4], expected.float(), rtol=1e-6, atol=0.0)
+    assert same(conv(x, w, path, var=torch.zeros_like(var), eps=0.25), 2 * F.conv2d(x, w, padding=1) + 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@BOTH_PATHS
+def test_sums_that_leave_the_range_and_come_back(device: torch.device, path: str, dtype: torch.dtype) -> None:
+    x, w = torch.full((1, 48, 2, 2), 256.0, dtype=dtype, device=device), torch.zeros(8, 48, 1, 1, device=device)
+    w[:, :16], w[:, 16:32], w[:, 47] = 256.0, -256.0, 0.5  # the sum is 2**20, then 0, then 128
+    y = conv(x, w.to(dtype), path)
+    assert_exact(y, torch.full_like(y, 128.0))
+    z = run("linear", x[:, :, 0, 0], w[:, :, 0, 0].to(dtype), None, False, "triton")
+    assert_exact(z, torch.full_like(z, 128.0))

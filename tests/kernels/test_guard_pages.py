@@ -1,0 +1,179 @@
+"""Every argument of every launch between unreadable pages: one element too far ends the process.
+
+Independent of shadow memory, and sharper in one way: it is the hardware that looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import shadow
+import torch
+from exact import conv_call, generator, integers, run, run_conv
+from mapped import guarded, run_file
+from planted import planted
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from resnet_triton import config
+from resnet_triton.config import ConvConfig, ConvShape, StemConfig
+from resnet_triton.kernels.launch import Launch
+from resnet_triton.ops import interpreter
+
+CPU = torch.device("cpu")
+LAYER = ConvShape(3, 24, 5, 6, 40, 3, 3, padding=(1, 1), residual=True)
+SMALL = ConvShape(1, 16, 4, 5, 40, 3, 3, padding=(1, 1))
+
+
+def conv(shape: ConvShape, chosen: ConvConfig) -> None:
+    run_conv(conv_call(generator(CPU, 0), shape), chosen)
+
+
+def pointer() -> None:
+    conv(LAYER, ConvConfig(32, 32, 16, 4, 2))
+
+
+def flat() -> None:
+    conv(ConvShape(2, 3, 5, 6, 40, 3, 3, (2, 2), (1, 1)), ConvConfig(32, 32, 16, 4, 2))
+
+
+def box() -> None:
+    conv(LAYER, ConvConfig(32, 32, 16, 4, 2, (2, 4, 4), swap=True))
+
+
+def one_image() -> None:
+    conv(ConvShape(1, 16, 6, 10, 32, 3, 3, (2, 2), (1, 1)), ConvConfig(32, 32, 16, 4, 2, (4, 8, 1), swap=True))
+
+
+def columns() -> None:
+    conv(ConvShape(17, 24, 2, 3, 40, 3, 3, padding=(1, 1)), ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=2))
+
+
+def split() -> None:
+    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, split_k=3))
+
+
+def split_boxes() -> None:
+    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, (4, 4, 1), split_k=3, swap=True))
+
+
+def two_launches() -> None:
+    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, split_k=3, two_launches=True))
+
+
+def stem() -> None:
+    shape = ConvShape(2, 3, 9, 42, 40, 7, 7, (2, 2), (3, 3))
+    with mock.patch.object(config, "stem_heuristic", return_value=StemConfig(16, 32, 2, 4, 2)):
+        run("stem", *conv_call(generator(CPU, 0), shape)[:7], None, None, False, "triton", kernel="stem_kernel")
+
+
+def images(*shape: int) -> Tensor:
+    return integers(generator(CPU, 0), 3, *shape)
+
+
+def max_pool() -> None:
+    run("max_pool2d", images(2, 65, 7, 9), [3, 3], [2, 2], [1, 1], "triton")
+
+
+def avg_pool() -> None:
+    run("global_avg_pool", images(2, 65, 5, 7), False, "triton")
+
+
+def head() -> None:
+    run("avg_pool_linear", images(2, 65, 5, 7), images(10, 65), images(10), False, "triton")
+
+
+def linear() -> None:
+    run("linear", images(17, 65), images(10, 65), images(10), False, "triton")
+
+
+def add_relu() -> None:
+    run("add_relu", images(2, 65, 5, 7), images(2, 65, 5, 7), "triton")
+
+
+CALLS = (
+    pointer, flat, box, one_image, columns, split, split_boxes, two_launches, stem, max_pool, avg_pool, head, linear,
+    add_relu,
+)  # fmt: skip
+
+
+Fault = tuple[str, Callable[[], None], str, str, bool]
+FAULTS: dict[str, Fault] = {
+    "conv_pointer, a filter too many": (
+        "conv_pointer", pointer, "mask_k = offs_k < K", "mask_k = offs_k <= K", True
+    ),
+    "conv_pointer, a column before the first": (
+        "conv_pointer", pointer, "(h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m\n",
+        "(h >= -1) & (h < H) & (w >= -1) & (w < W) & mask_m\n", False
+    ),
+    "conv_box, an image too many": ("conv_box", box, "[h, w, n, c], [row", "[h, w, n + 1, c], [row", True),
+    "stem, a window too many": ("stem", stem, "[rows, n, q, WINDOW]", "[rows, n, q + 1, WINDOW]", True),
+    "max_pool, a column too many": ("max_pool", max_pool, "(w0 + s < W)", "(w0 + s <= W)", True),
+    "max_pool, a row before the first": ("max_pool", max_pool, "(h0 + r >= 0)", "(h0 + r >= -1)", False),
+    "linear, a channel too many": ("linear", linear, "offs_c < C", "offs_c <= C", True),
+    "add_relu, an element too many": ("add_relu", add_relu, "offs < NUMEL", "offs <= NUMEL", True),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def guards(*, end: bool) -> Iterator[None]:
+    """Launches work on guarded copies of their tensors."""
+    run = Launch.run
+
+    def guarded_run(launch: Launch) -> None:
+        arguments: dict[str, Any] = {}
+        copies: list[tuple[Tensor, Tensor]] = []
+        for name, value in launch.arguments.items():
+            tensor = value.base if isinstance(value, TensorDescriptor) else value
+            if isinstance(tensor, Tensor):
+                copies.append((tensor, guarded(tensor, end=end)))
+                descriptor = isinstance(value, TensorDescriptor)
+                value = dataclasses.replace(value, base=copies[-1][1]) if descriptor else copies[-1][1]
+            arguments[name] = value
+        run(dataclasses.replace(launch, arguments=arguments))
+        for tensor, copy in copies:
+            tensor.copy_(copy)
+
+    with mock.patch.object(Launch, "run", guarded_run):
+        yield
+
+
+def signal_of(fault: Fault) -> str:
+    """What ends a process of its own that runs a kernel with this fault."""
+    file, call, old, new, end = fault
+    child = os.fork()
+    if child == 0:
+        os.close(2)
+        with contextlib.suppress(Exception), planted(file, old, new), guards(end=end):
+            call()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "nothing"
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with mock.patch.object(shadow, "watch", return_value=contextlib.nullcontext()):  # it would find them first
+        for end in (True, False):
+            with guards(end=end):
+                for call in CALLS:
+                    call()
+        print(json.dumps({name: signal_of(fault) for name, fault in FAULTS.items()}))
+
+
+@pytest.mark.skipif(not interpreter.active(), reason="kernels are compiled here")
+def test_no_kernel_touches_a_guard_page_until_a_fault_is_planted() -> None:
+    assert json.loads(run_file(__file__)) == dict.fromkeys(FAULTS, "SIGSEGV")
+
+
+if __name__ == "__main__":
+    main()

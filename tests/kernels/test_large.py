@@ -1,0 +1,215 @@
+"""More than 2^31 elements, and no int32 overflow: the last programs of launches on tensors larger than the machine.
+
+Untouched pages take no memory, so a tensor may have all the elements that an index has to reach. Integers that wrap
+around do not show in the interpreter by themselves; its overflow check, which costs half the time and is off elsewhere,
+is on here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exact import assert_exact, generator, integers, only
+from mapped import huge, run_file
+from planted import planted
+from torch import Tensor
+
+from resnet_triton import config, ops
+from resnet_triton.config import ConvConfig, StemConfig
+from resnet_triton.kernels.launch import Launch
+from resnet_triton.ops import interpreter
+
+LARGE = 2**31
+HALF = torch.float16
+CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def overflow_is_an_error() -> Iterator[None]:
+    from triton.runtime import interpreter as upstream
+
+    interpreter.repair()
+    checking = dataclasses.replace(upstream.interpreter_builder.options, debug=True, sanitize_overflow=True)
+    with mock.patch.object(upstream.interpreter_builder, "options", checking):
+        yield
+
+
+def images(n: int, c: int, h: int, w: int) -> Tensor:
+    """Channels-last zeros, but integers in the last rows of the last image."""
+    x = huge((n, h, w, c), HALF).permute(0, 3, 1, 2)
+    last = x[-1:, :, -16:, -64:]
+    last.copy_(integers(generator(CPU, 0), 3, *last.shape, dtype=HALF))
+    assert x.numel() > LARGE
+    return x
+
+
+def run_last(name: str, *args: Any, images_of: int = 0, programs: int = 0) -> Tensor:
+    """The operator's output; of each launch only the last programs run: this many, or all for the last image."""
+    operator = ops.OPERATORS[name]
+    (n, *rest), dtype, memory = operator.result(*args)
+    channels_last = memory == torch.channels_last
+    out = huge((n, *rest[1:], rest[0]) if channels_last else (n, *rest), dtype)
+    out = out.permute(0, 3, 1, 2) if channels_last else out
+
+    def new_empty(self: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
+        return huge(shape, dtype)
+
+    with mock.patch.object(torch.Tensor, "new_empty", new_empty):
+        launches = operator.plan(out, *args)
+    for launch in launches:
+        run_part(launch, programs or launch.grid[0] // images_of)
+    return out
+
+
+def run_part(launch: Launch, programs: int) -> None:
+    first = launch.grid[0] - programs
+    with interpreter.ready(), only(range(first, launch.grid[0])):
+        dataclasses.replace(launch, grid=(programs, *launch.grid[1:])).run()
+
+
+ONES = torch.ones(64)
+TALL, WIDE, MANY = (1, 64, 2**22 + 2, 8), (1, 64, 2, 2**25 - 200), (2**19 + 2, 64, 8, 8)
+COLOURED = (LARGE // (3 * 8 * 8) + 1, 3, 8, 8)
+
+
+def check_conv(chosen: ConvConfig, shape: Sequence[int], stride: int = 1, *, residual: bool = False) -> None:
+    x = images(*shape)
+    weight = integers(generator(CPU, 1), 2, 64, shape[1], 3, 3, dtype=HALF)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    rest: list[Any] = [x if residual else None, *ops.conv.NO_SHORTCUT, True, False, "triton"]
+    call = (x, weight, 0 * ONES, ONES, None, None, 0.0, [stride] * 2, [1, 1], [1, 1], 1, *rest)
+    with mock.patch.object(config, "lookup", return_value=chosen):
+        out = run_last("conv_bn_relu", *call, programs=4)
+    crop = x[-1:, :, -16:, -64:].double()
+    expected = F.conv2d(crop, weight.double(), stride=stride, padding=1)
+    expected = (expected + crop if residual else expected).relu().to(HALF)
+    assert_exact(out[-1:, :, -1:, -2:], expected[:, :, -1:, -2:])
+
+
+def check_max_pool(shape: Sequence[int]) -> None:
+    x = images(*shape)
+    out = run_last("max_pool2d", x, [3, 3], [1, 1], [1, 1], "triton", programs=8)
+    assert_exact(out[-1:, :, -1:, -4:], F.max_pool2d(x[-1:, :, -16:, -64:], 3, 1, 1)[:, :, -1:, -4:])
+
+
+def check_avg_pool() -> None:
+    x = images(2**21 + 1, 1024, 1, 1)
+    assert_exact(run_last("global_avg_pool", x, False, "triton", programs=16)[-1], x[-1])
+
+
+def check_stem() -> None:
+    n = LARGE // (3 * 16 * 16) + 1
+    x = images(n, 3, 16, 16)
+    weight = integers(generator(CPU, 1), 2, 64, 3, 7, 7, dtype=HALF)
+
+    def scratch(n: int, h: int, w: int, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor]:
+        packed = huge(ops.stem.packed_shape(n, h, w), dtype)
+        assert packed.numel() > LARGE
+        return packed, huge(packed.shape[:2], torch.int32)
+
+    tile = StemConfig(16, 64, 2, 4, 2)
+    with (
+        mock.patch.object(config, "stem_heuristic", return_value=tile),
+        mock.patch.object(ops.stem, "_scratch", scratch),
+    ):
+        out = run_last("stem", x, weight, 0 * ONES, ONES, None, None, 0.0, None, None, False, "triton", images_of=n)
+    expected = F.max_pool2d(F.conv2d(x[-1:].double(), weight.double(), stride=2, padding=3).relu(), 3, 2, 1)
+    assert out.numel() > LARGE
+    assert_exact(out[-1:], expected.to(HALF))
+
+
+def check_linear() -> None:
+    g = generator(CPU, 0)
+    rows, weight = huge((2**25 + 1, 64), HALF), integers(g, 2, 64, 64, dtype=HALF)
+    rows[-1] = integers(g, 3, 64)
+    out = run_last("linear", rows, weight, None, False, "triton", programs=4)
+    assert_exact(out[-1], (rows[-1].double() @ weight.double().T).to(HALF))
+
+
+def check_classes(name: str) -> None:
+    """More weights than 2^31."""
+    g = generator(CPU, 0)
+    weight, x = huge((2**21 + 1, 1024), HALF), integers(g, 3, 2, 1024, dtype=HALF)
+    weight[-1] = integers(g, 2, 1024)
+    out = run_last(
+        name, x[:, :, None, None] if name == "avg_pool_linear" else x, weight, None, False, "triton", programs=1
+    )
+    assert_exact(out[1, -1], (x[1].double() @ weight[-1].double()).to(HALF))
+
+
+def check_add_relu() -> None:
+    x = images(*MANY)
+    assert_exact(run_last("add_relu", x, x, "triton", programs=4)[-1], 2 * x[-1].relu())
+
+
+def box(*sides: int, **options: Any) -> ConvConfig:
+    return ConvConfig(16, 32, 16, 4, 2, **options).on(sides)
+
+
+POINTER = ConvConfig(16, 32, 16, 4, 2)
+SHARES = dataclasses.replace(POINTER, split_k=3)
+CHECKS: dict[str, Callable[[], None]] = {
+    "pointers, many images": lambda: check_conv(POINTER, MANY, residual=True),
+    "pointers, a tall image": lambda: check_conv(POINTER, TALL, 2),
+    "pointers, a wide image": lambda: check_conv(POINTER, WIDE),
+    "pointers, few channels": lambda: check_conv(POINTER, COLOURED),
+    "pointers, shares": lambda: check_conv(SHARES, MANY),
+    "pointers, shares, two launches": lambda: check_conv(dataclasses.replace(SHARES, two_launches=True), MANY),
+    "boxes of images": lambda: check_conv(box(1, 1, 16), MANY, residual=True),
+    "boxes of images, stride 2": lambda: check_conv(box(1, 2, 8), MANY, 2),
+    "boxes of rows": lambda: check_conv(box(4, 4, 1), MANY),
+    "boxes of rows, stride 2": lambda: check_conv(box(1, 16, 1), MANY, 2),
+    "boxes of one image, stride 2": lambda: check_conv(box(4, 4, 1), TALL, 2),
+    "boxes, shares": lambda: check_conv(box(1, 1, 16, split_k=3), MANY),
+    "boxes, shares, two launches": lambda: check_conv(box(1, 1, 16, split_k=3, two_launches=True), MANY),
+    "columns": lambda: check_conv(box(1, 1, 16, columns=2), MANY, residual=True),
+    "stem": check_stem,
+    "max pool, many images": lambda: check_max_pool(MANY),
+    "max pool, a tall image": lambda: check_max_pool(TALL),
+    "max pool, a wide image": lambda: check_max_pool(WIDE),
+    "average pool": check_avg_pool,
+    "linear, many rows": check_linear,
+    "linear, many classes": lambda: check_classes("linear"),
+    "average pool and linear, many classes": lambda: check_classes("avg_pool_linear"),
+    "add": check_add_relu,
+}
+NARROW = [
+    ("conv_pointer", "pointers, many images", "offs_y = offs_m.to(tl.int64)[:, None]", "offs_y = offs_m[:, None]"),
+    ("conv_pointer", "pointers, a tall image", "row = W.to(tl.int64) * C", "n, row = n.to(tl.int32), W * C"),
+    ("tiles", "pointers, shares", "tile.to(tl.int64) *", "tile *"),
+    ("conv_box", "boxes, shares, two launches", "((n.to(tl.int64) * P", "((n * P"),
+    ("stem", "stem", "n = (tl.program_id(0) // ROWS).to(tl.int64)", "n = tl.program_id(0) // ROWS"),
+    ("stem", "stem", "(n.to(tl.int64) * POOL_P + i)", "(n * POOL_P + i)"),
+    ("max_pool", "max pool, a wide image", "offs_m.to(tl.int64)[:, None] * C", "offs_m[:, None] * C"),
+    ("linear", "linear, many classes", "offs_k.to(tl.int64) * C", "offs_k * C"),
+    ("add_relu", "add", "tl.program_id(0).to(tl.int64) * BLOCK", "tl.program_id(0) * BLOCK"),
+]
+
+
+def main() -> None:
+    with overflow_is_an_error():
+        for name, check in CHECKS.items():
+            print(name, file=sys.stderr)
+            check()
+        for file, name, old, new in NARROW:
+            print("planted in", name, file=sys.stderr)
+            with planted(file, old, new), pytest.raises(Exception, match="int32 overflow detected for operation mul"):
+                CHECKS[name]()
+
+
+@pytest.mark.skipif(not interpreter.active(), reason="kernels are compiled here")
+def test_tensors_with_more_than_int32_counts() -> None:
+    """In a process of its own, which a wrong address may end."""
+    run_file(__file__)
+
+
+if __name__ == "__main__":
+    main()

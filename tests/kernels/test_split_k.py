@@ -1,0 +1,225 @@
+"""Several programs a tile: exact, repeatable, counters left at zero, and ordered in the machine code."""
+
+import contextlib
+import json
+import re
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import shadow
+import torch
+from compiling import run as run_compiled
+from exact import conv_call, conv_reference, generator
+
+from resnet_triton import config, ops
+from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal
+from resnet_triton.config.device import KNOWN
+from resnet_triton.kernels.sum_shares import sum_shares
+from resnet_triton.ops import interpreter
+
+TILE = ConvConfig(16, 32, 16, 4, 2)
+PATHS = {"pointer": TILE, "box": TILE.on((4, 4, 1)), "one row": TILE.on((1, 8, 2))}
+
+
+def share(shape: ConvShape, split: int, path: str, *, two_launches: bool = False) -> ConvConfig:
+    chosen = replace(PATHS[path], split_k=split, two_launches=two_launches)
+    assert is_legal(chosen, shape, KNOWN[90])
+    return chosen
+
+
+def launch(call: ops.ConvCall, chosen: ConvConfig) -> torch.Tensor:
+    operator = ops.OPERATORS["conv_bn_relu"]
+    out = operator.output(*call).fill_(float("nan"))
+    with mock.patch.object(config, "lookup", return_value=chosen):
+        planned, *rest = operator.plan(out, *call)
+    assert len(rest) == chosen.two_launches
+    planned.arguments["workspace_ptr"].fill_(float("nan"))
+    with torch.cuda.device(out.device) if out.is_cuda else interpreter.ready():
+        for each in (planned, *rest):
+            each.run()
+    assert planned.grid[1] == chosen.split_k
+    if not rest:
+        assert not planned.arguments["arrivals_ptr"].any(), "the next launch needs its counters at zero"
+    return out
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("split", "dtype"), [(2, "float32"), (3, "bfloat16"), (6, "float16"), (9, "float16")])
+@pytest.mark.parametrize("extra", ["residual", "shortcut"])
+def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
+    stride = (2, 2) if path == "one row" else (1, 1)
+    shape = ConvShape(
+        1, 32, 10, 6, 40, 3, 3, stride, (1, 1), dtype=dtype, residual=extra == "residual",
+        shortcut_c=24 if extra == "shortcut" else 0, shortcut_stride=(2, 2) if path == "one row" else (1, 1),
+    )  # fmt: skip
+    call = conv_call(generator(device, split), shape)
+    expected = conv_reference(call).to(getattr(torch, dtype))
+    first = launch(call, share(shape, split, path))
+    assert torch.equal(first, expected)
+    assert torch.equal(first, launch(call, share(shape, split, path)))
+    assert torch.equal(first, launch(call, share(shape, split, path, two_launches=True)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_only_the_last_share_writes_the_output(device, path):
+    """Here programs run in turns, and the last one's values would hide what others have written."""
+    shape = ConvShape(1, 32, 10, 6, 40, 3, 3, padding=(1, 1), residual=True)
+    operator, call = ops.OPERATORS["conv_bn_relu"], conv_call(generator(device, 0), shape)
+    out = operator.output(*call).fill_(float("nan"))
+    with mock.patch.object(config, "lookup", return_value=share(shape, 3, path)):
+        (planned,) = operator.plan(out, *call)
+    arrivals = torch.zeros_like(planned.arguments["arrivals_ptr"])
+    arguments = planned.arguments | {"arrivals_ptr": arrivals}
+    with contextlib.ExitStack() as stack:
+        if out.is_cuda:
+            stack.enter_context(torch.cuda.device(device))
+        else:
+            stack.enter_context(shadow.watch(whole=False))
+            stack.enter_context(interpreter.ready())
+        replace(planned, grid=(planned.grid[0], 2), arguments=arguments).run()
+    assert out.isnan().all()
+    assert arrivals[: planned.grid[0]].eq(2).all()
+
+
+def test_the_second_launch_writes_its_output_alone(device):
+    out = torch.full((70,), float("nan"), dtype=torch.float16, device=device)
+    shares = torch.ones(3, 67, device=device)
+    second = sum_shares(out=out[:67], shares=shares, residual=None, relu=True, block=16, num_warps=4)
+    with torch.cuda.device(device) if out.is_cuda else interpreter.ready():
+        second.run()
+    assert out[:67].eq(3).all()
+    assert out[67:].isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_shift_that_is_not_finite_is_added_once(device, value):
+    shape = ConvShape(1, 32, 4, 4, 32, 3, 3, padding=(1, 1), residual=True)
+    call = conv_call(generator(device, 0), shape)
+    call.beta[3] = value
+    for two_launches in (False, True):
+        y = launch(call, share(shape, 3, "pointer", two_launches=two_launches))
+        assert torch.equal(y.isnan(), conv_reference(call).isnan())
+        assert torch.equal(y.isinf(), conv_reference(call).isinf())
+
+
+def test_shares_are_equal_small_and_few():
+    shape = ConvShape(1, 256, 7, 7, 512, 3, 3, padding=(1, 1))
+    legal = [
+        s for s in range(1, 40) if is_legal(ConvConfig(64, 64, 64, 4, 3, (8, 8, 1), s, swap=True), shape, KNOWN[90])
+    ]
+    assert legal == [1, 2, 3, 4, 6, 9, 12]  # 36 steps; at most 16 shares
+    assert not is_legal(ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, swap=True), shape, KNOWN[90]), "a share of 128 KB"
+    large = ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, two_launches=True, swap=True)
+    assert is_legal(large, shape, KNOWN[90]), "no program reads another's share"
+    assert not is_legal(ConvConfig(64, 64, 64, 4, 3, two_launches=True), shape, KNOWN[90]), "nothing to sum"
+    stem = ConvShape(1, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3))
+    assert not is_legal(ConvConfig(64, 64, 32, 4, 2, None, 5), stem, KNOWN[90]), "the flat reduction is not split"
+
+
+def test_only_small_launches_are_split():
+    layer4 = ConvShape(1, 512, 7, 7, 512, 3, 3, padding=(1, 1), residual=True)
+    assert conv_heuristic(layer4, KNOWN[90]).split_k > 1
+    assert all(
+        conv_heuristic(ConvShape(n, 64, 56, 56, 64, 3, 3, padding=(1, 1)), KNOWN[90]).split_k == 1 for n in (8, 256)
+    )
+
+
+ASSEMBLY = """
+import contextlib
+import json
+import torch
+import resnet_triton
+from resnet_triton import codegen
+from resnet_triton.config import device
+from resnet_triton.ops.trace import trace
+calls = trace(resnet_triton.resnet18().eval(), (1, 3, 224, 224), torch.float16)
+call = next(c for c in calls if c.name == "layer4.1.conv2")
+found = []
+for arch in (80, 90, 100):
+    launch = call.launches(device.KNOWN[arch])[-1]
+    assert launch.arguments["SPLIT_K"] > 1, launch
+    ptx = codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"]
+    found.append([launch.arguments["SPLIT_K"], ptx])
+print(json.dumps(found))
+"""
+
+
+def test_a_barrier_stands_between_the_share_and_its_announcement():
+    """Nothing in the interpreter shows this order: it runs one program at a time."""
+    for shares, ptx in json.loads(run_compiled(ASSEMBLY)):
+        lines = ptx.splitlines()
+        arrival = next(i for i, line in enumerate(lines) if re.search(r"\batom\..*\.add", line))
+        assert "acq_rel" in lines[arrival]
+        assert ".gpu" in lines[arrival]
+        stores = [i for i, line in enumerate(lines[:arrival]) if "st.global" in line]
+        assert stores, "the share is stored before it is announced"
+        # The loop over the other shares is unrolled by some compilers (all but Triton 3.9's for sm_100).
+        loads, of_each = ptx.count("ld.global.cg"), (shares * len(stores), 2 * len(stores))
+        assert loads in of_each, "shares come from where they are, not from a stale L1"
+        assert any("bar.sync" in line for line in lines[stores[-1] : arrival])
+        assert not re.search(r"\b(atom|red)\b.*\.f(16|32)", ptx), "floating-point atomics are not repeatable"
+
+
+PDL = """
+import contextlib
+import json
+import torch
+import resnet_triton
+from resnet_triton import codegen
+from resnet_triton.config import device
+from resnet_triton.ops.trace import trace
+calls = trace(resnet_triton.resnet18().eval(), (1, 3, 224, 224), torch.float16)
+found = {}
+for call in (calls[0], calls[1], calls[-2], calls[-1]):
+    for launch in call.launches(device.KNOWN[90]):
+        found[launch.kernel.__name__] = codegen.triton_compile(codegen.specialise(launch), 90).asm["ptx"]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_with_dependent_launch_every_kernel_waits_before_it_touches_memory(on, monkeypatch):
+    if on:
+        monkeypatch.setenv("RESNET_TRITON_PDL", "1")
+    kernels = json.loads(run_compiled(PDL))
+    assert len(kernels) >= 4
+    for name, ptx in kernels.items():
+        body = ptx[ptx.index(".entry") :]
+        touches = re.search(r"\b(ld\.global|st\.global|atom\.|cp\.async|prefetch)", body)
+        assert touches, name
+        wait = body.find("griddepcontrol.wait")
+        assert (0 < wait < touches.start()) if on else wait == -1, name
+        assert ("griddepcontrol.launch_dependents" in body) == on, name
+
+
+SECOND = """
+import contextlib
+import json
+import torch
+from resnet_triton import codegen
+from resnet_triton.config import ConvConfig, ConvShape
+from resnet_triton.config.device import KNOWN, override
+from resnet_triton.tuner import trial
+
+shape = ConvShape(3, 256, 14, 14, 256, 3, 3, padding=(1, 1), residual=True)
+found = []
+for arch, box in ((80, None), (90, None), (90, (4, 16, 1))):
+    call = trial.abstract_call(shape)
+    with override(KNOWN[arch]):
+        chosen = ConvConfig(64, 64, 64, 4, 3, box, 4, two_launches=True, swap=box is not None)
+        launches = trial.plan(call, torch.empty_like(call.x), chosen, "ieee")
+    for launch in launches:
+        code = codegen.compile_for(codegen.specialise(launch), arch)
+        found.append([launch.kernel.__name__, code.spill_bytes, code.serialized, code.tensor_core])
+print(json.dumps(found))
+"""
+
+
+def test_two_launches_compile():
+    """The interpreter does not look at what follows a return."""
+    found = json.loads(run_compiled(SECOND))
+    products = [row for row in found if row[0] != "sum_shares_kernel"]
+    assert [row[0] for row in products] == ["conv_pointer_kernel", "conv_pointer_kernel", "conv_box_kernel"]
+    assert [row[3] for row in products] == ["mma", "wgmma", "wgmma"]
+    assert not any(spills or serialized for _, spills, serialized, _ in found)

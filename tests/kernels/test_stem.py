@@ -1,0 +1,295 @@
+"""The stem: packed images, the fused convolution and pool, and the two launches where it does not apply."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exact import (
+    DTYPES,
+    LAYOUTS,
+    assert_exact,
+    dtype_id,
+    generator,
+    integers,
+    run,
+    stem_call,
+    stem_reference,
+)
+from torch import Tensor
+
+from resnet_triton import config, functional
+from resnet_triton.config import StemConfig, stem_heuristic
+from resnet_triton.config.device import KNOWN, override
+from resnet_triton.kernels import stem as kernels
+from resnet_triton.ops import OPERATORS, reference
+
+INF, NAN = float("inf"), float("nan")
+HALVES = pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
+SPECIAL_VALUES = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def tiled(block_q: int, strip: int, block_k: int = 64) -> Any:
+    return mock.patch.object(config, "stem_heuristic", return_value=StemConfig(block_q, block_k, strip, 4, 2))
+
+
+@HALVES
+@pytest.mark.parametrize("block_q", [16, 32, 128])
+@pytest.mark.parametrize("strip", [1, 3, 100])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 3, 30, 34, 64),
+        (2, 3, 17, 19, 70),
+        (3, 1, 8, 61, 16),
+        (2, 4, 1, 1, 8),
+        (1, 3, 4, 4, 65),
+        (1, 2, 2, 13, 40),
+        (1, 3, 5, 4, 24),
+        (1, 3, 40, 6, 16),
+    ],
+    ids=str,
+)
+def test_stem(device, size, strip, block_q, dtype):
+    call = stem_call(generator(device, 0), *size, dtype)
+    with tiled(block_q, strip):
+        assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
+
+
+def test_programs_write_their_own_part_alone(device):
+    """In turns, the next program's values would hide what this one has written of its part; backwards they do not."""
+    if device.type == "cuda":
+        pytest.skip("the order of programs is the GPU's")
+    call = stem_call(generator(device, 13), 1, 3, 14, 70, 24, torch.float16)
+    with tiled(16, 3, block_k=16):
+        *_, launch = OPERATORS["stem"].plan(OPERATORS["stem"].output(*call), *call)
+        backwards = list(reversed(range(launch.grid[0])))
+        assert_exact(run("stem", *call, programs=backwards, kernel="stem_kernel"), stem_reference(call))
+
+
+@HALVES
+def test_stem_without_affine_parameters_and_in_narrow_tiles(device, dtype):
+    call = stem_call(generator(device, 1), 2, 3, 20, 20, 48, dtype, affine=False)
+    with tiled(32, 2, block_k=16):
+        assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 32, 33, 64, 128, 129])
+def test_stem_of_resnet18_at_the_chosen_tiles(device, batch):
+    """Few images in the interpreter, but tiles, strips and rows as they are for this batch."""
+    chosen = stem_heuristic(batch, 64, 56, 56, KNOWN[90])
+    images = batch if device.type == "cuda" else 1
+    call = stem_call(generator(device, batch), images, 3, 224, 224, 64, DTYPES[1 + batch % 2])
+    with mock.patch.object(config, "stem_heuristic", return_value=chosen):
+        assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
+
+
+@HALVES
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stem_reads_any_layout(device, layout, dtype):
+    call = stem_call(generator(device, 2), 2, 3, 13, 15, 16, dtype)
+    call[:2] = [LAYOUTS[layout](t) for t in call[:2]]
+    assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
+
+
+def test_stem_rounds_wider_images(device):
+    call = stem_call(generator(device, 3), 2, 3, 13, 15, 16, torch.float16)
+    call[0] = call[0].float() * (1 + 2.0**-13)  # half of fp16's half unit in the last place
+    expected = stem_reference([call[0].half(), *call[1:]])
+    assert_exact(run("stem", *call, kernel="stem_kernel"), expected)
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@HALVES
+def test_bytes_are_normalised_once_and_padded_with_zero(device, dtype):
+    """Means and deviations for which every step is exact: x / 255 is 0 or 1."""
+    call = stem_call(generator(device, 4), 2, 3, 14, 16, 16, dtype)
+    pixels = torch.randint(0, 2, (2, 3, 14, 16), generator=generator(device, 5), device=device, dtype=torch.uint8) * 255
+    mean, std = [0.5, 0.0, -1.0], [0.25, 1.0, -1.0]
+    m, s = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
+    expected = stem_reference([((pixels / 255 - m) / s).to(dtype), *call[1:]])
+    call[0], call[7], call[8] = pixels, mean, std
+    for layout in (torch.contiguous_format, torch.channels_last):
+        call[0] = pixels.contiguous(memory_format=layout)
+        assert_exact(run("stem", *call, kernel="stem_kernel"), expected)
+
+
+def test_every_byte_is_normalised_as_torchvision_does(device):
+    pixels = torch.arange(256, dtype=torch.uint8, device=device).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    packed, _ = pack(pixels, torch.float16, mean, std)
+    m, s = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
+    assert torch.equal(unpacked(packed, 16, 16), ((pixels.float() / 255 - m) / s).half())
+
+
+def test_bytes_need_their_statistics(device):
+    call = stem_call(generator(device, 0), 1, 3, 8, 8, 8, torch.float16)
+    with pytest.raises(TypeError, match=r"x has dtype torch.float16, expected torch.uint8 with pixel_mean"):
+        functional.stem(*call[:7], pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
+    with pytest.raises(TypeError, match=r"x has dtype torch.uint8, expected torch.uint8 with pixel_mean and pixel_std"):
+        functional.stem(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device), *call[1:7])
+    with pytest.raises(ValueError, match=r"pixel_std has 2 values, expected 3 like x's channels"):
+        functional.stem(call[0].byte(), *call[1:7], pixel_mean=[0.0] * 3, pixel_std=[1.0] * 2)
+    with pytest.raises(ValueError, match=r"expected \(K, C, 7, 7\)"):
+        functional.stem(call[0], call[1][:, :, :5, :5], *call[2:7])
+
+
+# --- special values --------------------------------------------------------------------------------------------------
+
+
+def same(y: Tensor, expected: Tensor) -> bool:
+    return torch.equal(y.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
+
+
+@HALVES
+@SPECIAL_VALUES
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", [(0, 0), (0, 7), (7, 0), (8, 8), (11, 6), (17, 35), (10, 35)], ids=str)
+def test_a_pixel_that_is_not_finite_reaches_only_its_windows(device, where, value, dtype):
+    """A window of 4 x 4 blocks covers one row and one column more than the filter: 0 x infinity lurks there."""
+    call = stem_call(generator(device, 6), 2, 3, 18, 36, 16, dtype)
+    call[0][1, 2, where[0], where[1]] = value
+    with tiled(16, 3):
+        y = run("stem", *call, kernel="stem_kernel")
+    expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).to(dtype)
+    assert same(y, expected)
+    assert not torch.equal(y[1], stem_reference([call[0].nan_to_num(0.0, 0.0, 0.0), *call[1:]])[1])
+    assert y[0].isfinite().all()
+
+
+@SPECIAL_VALUES
+def test_a_pixel_that_is_not_finite_in_a_tall_image(device):
+    """It is marked beyond the first 128 rows of blocks, which are read at once."""
+    call = stem_call(generator(device, 14), 1, 3, 300, 8, 16, torch.float16)
+    call[0][0, 1, 290:292, 3:5] = INF  # one of the four is in a block window, but not in the filter's
+    with tiled(16, 100):
+        y = run("stem", *call, kernel="stem_kernel")
+    expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).half()
+    assert same(y, expected)
+    assert y[:, :, :70].isfinite().all()
+
+
+@HALVES
+@SPECIAL_VALUES
+def test_no_filter_tap_is_skipped_in_the_padding(device, dtype):
+    call = stem_call(generator(device, 7), 1, 3, 12, 12, 16, dtype)
+    call[1][5, 1, 0, 6] = NAN
+    call[1][6, 0, 6, 0] = INF
+    call[1][9, 0, 0, 0] = NAN  # next to the last tap of filter 8, whose packed pixel has a fourth channel: zero
+    expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).to(dtype)
+    assert expected[:, 5].isnan().all()
+    assert same(run("stem", *call, kernel="stem_kernel"), expected)
+
+
+@SPECIAL_VALUES
+def test_statistics_of_every_kind(device):
+    call = stem_call(generator(device, 8), 1, 3, 12, 12, 16, torch.float16)
+    call[3][:4] = torch.tensor([0.0, -1.0, INF, NAN])
+    expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).half()
+    assert same(run("stem", *call, kernel="stem_kernel"), expected)
+
+
+# --- the packer ------------------------------------------------------------------------------------------------------
+
+
+def pack(x: Tensor, dtype: torch.dtype, mean: Any = None, std: Any = None) -> tuple[Tensor, Tensor]:
+    from resnet_triton.ops import interpreter
+
+    n, _, h, w = x.shape
+    packed = torch.full(kernels.packed_shape(n, h, w), NAN, dtype=dtype, device=x.device)
+    marks = torch.full(packed.shape[:2], -1, dtype=torch.int32, device=x.device)
+    launch = kernels.pack(out=packed, marks=marks, x=x, mean=mean, std=std, block=16, num_warps=4)
+    with torch.cuda.device(x.device) if x.is_cuda else interpreter.ready():
+        launch.run()
+    return packed, marks
+
+
+def unpacked(packed: Tensor, h: int, w: int, c: int = 3) -> Tensor:
+    n, rows, columns, _ = packed.shape
+    pixels = packed.reshape(n, rows, columns, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(n, 4, 2 * rows, 2 * columns)
+    inside = torch.zeros_like(pixels, dtype=torch.bool)
+    inside[:, :c, 4 : 4 + h, 4 : 4 + w] = True
+    assert not pixels[~inside].any(), "the padding is zero"
+    return pixels[:, :c, 4 : 4 + h, 4 : 4 + w]
+
+
+@pytest.mark.parametrize("size", [(2, 3, 9, 37), (1, 4, 2, 2), (1, 1, 1, 1), (3, 3, 16, 33)], ids=str)
+def test_packing_keeps_every_pixel_and_pads_with_zero(device, size):
+    x = torch.randn(size, generator=generator(device, 9), device=device)
+    packed, marks = pack(x, torch.bfloat16)
+    assert torch.equal(unpacked(packed, *size[2:], size[1]), x.bfloat16())
+    assert not marks.any()
+
+
+@SPECIAL_VALUES
+def test_marks_name_the_rows_that_are_not_finite(device):
+    x = torch.zeros(2, 3, 10, 40, device=device)
+    x[1, 2, 3, 39] = NAN
+    x[0, 0, 9, 0] = 70000.0  # finite, but not in fp16
+    _, marks = pack(x, torch.float16)
+    assert marks.nonzero().tolist() == [[0, (9 + 4) // 2], [1, (3 + 4) // 2]]
+    assert marks.max() == 1
+
+
+# --- where it applies ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "c", "dtype"),
+    [(80, 3, torch.float16), (120, 3, torch.float16), (90, 5, torch.bfloat16), (90, 3, torch.float32)],
+    ids=["no descriptors", "little shared memory", "five channels", "fp32"],
+)
+def test_elsewhere_convolution_and_pool_are_two_launches(device, arch, c, dtype):
+    call = stem_call(generator(device, 10), 2, c, 12, 14, 16, dtype)
+    with override(KNOWN[arch]):
+        out = OPERATORS["stem"].output(*call)
+        names = [launch.kernel.__name__ for launch in OPERATORS["stem"].plan(out, *call)]
+        assert names == ["conv_pointer_kernel", "max_pool_kernel"]
+        assert_exact(run("stem", *call), stem_reference(call))
+
+
+def test_bytes_also_take_the_two_launches(device):
+    call = stem_call(generator(device, 11), 1, 3, 12, 14, 16, torch.float16)
+    pixels = integers(generator(device, 12), 1, 1, 3, 12, 14).abs().byte() * 255
+    call[0], call[7], call[8] = pixels, [0.0] * 3, [0.5] * 3
+    with override(KNOWN[80]):
+        assert_exact(run("stem", *call), stem_reference([(pixels / 127.5).half(), *call[1:]]))
+
+
+def test_the_cpu_takes_a_few_images_at_a_time_and_gives_the_same_answer():
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 3, 32, 32), torch.randn(16, 3, 7, 7)
+    statistics = torch.randn(16), torch.rand(16) + 0.5, torch.randn(16), torch.randn(16)
+    sizes = []
+    conv2d = F.conv2d
+
+    def recorded(images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sizes.append(len(images))
+        return conv2d(images, *args, **kwargs)
+
+    with mock.patch.object(reference.F, "conv2d", recorded):
+        functional.stem(x, weight, *statistics)
+        assert sizes == [9], "small images find room together"
+        sizes.clear()
+        with mock.patch.object(reference, "_CACHED", 4 * 16 * 16 * 16):
+            y = functional.stem(x, weight, *statistics)
+    assert sizes == [4, 4, 1]
+    expected = F.batch_norm(F.conv2d(x, weight, stride=2, padding=3), *statistics).relu()
+    torch.testing.assert_close(y, F.max_pool2d(expected, 3, 2, 1), rtol=1e-5, atol=1e-5)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_heuristic_fills_the_gpu_and_covers_the_image():
+    for batch in (1, 2, 4, 8, 16, 64, 128, 132, 133, 256):
+        tile = stem_heuristic(batch, 64, 56, 56, KNOWN[90])
+        programs = batch * -(-56 // tile.strip) * -(-56 // (tile.block_q // 2 - 1))
+        rounds = -(-programs // 132)
+        assert programs / (rounds * 132) > (0.8 if batch > 1 else 0.4), (batch, tile)
+    assert stem_heuristic(128, 64, 56, 56, KNOWN[90]).strip > 10, "long strips recompute less"
+    assert stem_heuristic(128, 64, 56, 56, KNOWN[100]).block_q == 64
+    assert stem_heuristic(128, 64, 56, 56, KNOWN[120]) is stem_heuristic(128, 64, 56, 56, KNOWN[80]) is None

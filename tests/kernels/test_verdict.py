@@ -1,0 +1,260 @@
+"""What becomes of a kernel that nobody has judged, or that is judged unsafe: never a launch."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from compiling import run
+from exact import assert_exact, conv_call, conv_reference, generator, rounded
+
+from resnet_triton import ops
+from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, pinned
+from resnet_triton.config.device import KNOWN
+from resnet_triton.machine_code import verdict
+from resnet_triton.ops import dispatch, registry
+
+ROOT = Path(__file__).parents[2]
+WRONG = ROOT / "tests" / "machine_code" / "wrong_triton_3.7.1.sass"
+
+# --- the pairs of compilers ------------------------------------------------------------------------------------------
+
+PAIR = "import json; from resnet_triton.machine_code import verdict; print(json.dumps(verdict.compilers()))"
+
+
+def test_the_pairs_are_those_that_the_checks_compile_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CI with the oldest Triton and the one of constraints.txt, `make verify` with the newest, too."""
+    makefile = (ROOT / "Makefile").read_text()
+    oldest = re.search(r"^OLDEST_TRITON := (\S+)$", makefile, re.MULTILINE)[1]
+    newest = re.search(r"^NEWER_TRITONS := (.*)$", makefile, re.MULTILINE)[1].split()[-1]
+    tested = re.search(r"^triton==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert {triton for triton, _ in verdict.JUDGED} == {oldest, tested, newest}
+    if version("triton") in (oldest, tested, newest):
+        assert tuple(json.loads(run(PAIR))) in verdict.JUDGED
+    monkeypatch.setenv("PTXAS_OPTIONS", "-O1")
+    assert tuple(json.loads(run(PAIR))) == (version("triton"), "")
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+JUDGE = """
+import json, sys, warnings
+from pathlib import Path
+import torch
+from triton import knobs
+from resnet_triton.config import ConvConfig, ConvShape
+from resnet_triton.config.device import KNOWN, override
+from resnet_triton.machine_code import verdict
+from resnet_triton.tuner import precompile, trial
+
+wrong, cache = Path(sys.argv[1]).read_text(), Path(sys.argv[2])
+precompile.pretend(90)
+shape = ConvShape(32, 64, 8, 8, 64)
+
+
+def launch(**changes):
+    call = trial.abstract_call(shape)
+    tile = ConvConfig(64, 64, 64, 4, 2, **changes)
+    with override(KNOWN[90]):
+        out = torch.empty(shape.n, shape.k, shape.p, shape.q, dtype=call.x.dtype, device="meta")
+        (planned,) = trial.plan(call, out, tile, "ieee")
+    assert not planned.own
+    return planned
+
+
+def ask(planned):
+    verdict._known.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reason = verdict.obstacle(planned)
+    return [reason, [str(w.message) for w in caught], len(list(cache.glob("*/hazards-*.json")))]
+
+
+def no_reading(cubin):
+    raise AssertionError("read again")
+
+
+found, reads, read = {}, [], verdict.disassemble
+verdict.disassemble = lambda cubin: reads.append(cubin) or read(cubin)
+sound, other = launch(box=(1, 1, 64)), launch()
+found["sound"] = ask(sound)
+assert len(reads) == 1
+verdict.disassemble = no_reading
+found["remembered"] = ask(sound)
+next(iter(cache.glob("*/hazards-*.json"))).write_text("[")
+verdict.disassemble = lambda cubin: wrong
+found["half a file"] = ask(sound)
+found["a second wrong kernel"] = ask(other)
+
+torch.cuda.is_available = torch.cuda.is_current_stream_capturing = lambda: True
+third = launch(box=(1, 64, 1))
+verdict.disassemble = no_reading
+found["capturing"] = ask(third)
+torch.cuda.is_current_stream_capturing = lambda: False
+type(knobs.nvidia).nvdisasm = knobs.NvidiaTool(str(cache / "none"), "0")
+verdict.disassemble = read
+found["no disassembler"] = ask(third)
+
+verdict.disassemble = lambda cubin: "        /*0000*/                   BRA `(.L_nowhere) ;"
+found["another nvdisasm"] = ask(third)
+launched, third.kernel.warmup = third.kernel.warmup, lambda **options: None
+found["nothing compiled"] = ask(third)
+third.kernel.warmup = launched
+
+own = launch(box=(1, 1, 64))
+object.__setattr__(own, "own", True)
+verdict.disassemble = no_reading
+found["own"] = ask(own)
+verdict.JUDGED = frozenset()
+object.__setattr__(third, "own", True)
+verdict.disassemble = lambda cubin: wrong
+found["own, by other compilers"] = ask(third)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(
+    version("triton") not in {triton for triton, _ in verdict.JUDGED}, reason="asks for a judged Triton"
+)
+def test_a_kernel_is_judged_once_and_not_launched_if_it_is_unsafe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = json.loads(run(JUDGE, str(WRONG), str(tmp_path)))
+    assert found["sound"] == found["remembered"] == [None, [], 1]
+    reason, (warning,), files = found["half a file"]
+    assert reason.startswith("conv_box_kernel may give wrong answers: LDSM.16.M88.4 at 1b90 overwrites R168 of HGMMA")
+    assert warning == f"{reason}; such kernels are not launched (resnet-triton doctor says more)"
+    assert files == 1
+    reason, warnings, files = found["a second wrong kernel"]
+    assert reason.startswith("conv_pointer_kernel may give wrong answers: LDSM")
+    assert (warnings, files) == ([], 2), "one warning"
+    reason, warnings, files = found["capturing"]
+    assert len(warnings) == 1, "of another kind"
+    assert "nobody has judged it, and a graph is being captured; call it once before" in reason
+    assert files == 2, "no verdict, none remembered"
+    reason, _, files = found["no disassembler"]
+    assert "its machine code cannot be read (FileNotFoundError" in reason
+    assert files == 2
+    assert "its machine code cannot be read (ValueError: a jump to .L_nowhere" in found["another nvdisasm"][0]
+    assert "Triton has compiled nothing to read" in found["nothing compiled"][0]
+    assert found["own"] == [None, [], 2]
+    reason, _, files = found["own, by other compilers"]
+    assert "overwrites" in reason
+    assert files == 3
+
+
+# --- where a call goes then ------------------------------------------------------------------------------------------
+
+SHAPE = ConvShape(3, 16, 6, 6, 32, 3, 3, padding=(1, 1))
+BOX = ConvConfig(32, 32, 16, 4, 2).on((2, 4, 4))
+
+
+@pytest.fixture
+def unsafe(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of kernels that the verdict is against, on a GPU whose products are asynchronous."""
+    names: set[str] = set()
+
+    def obstacle(launch: Any) -> str | None:
+        return f"{launch.kernel.__name__} may give wrong answers" if launch.kernel.__name__ in names else None
+
+    monkeypatch.setattr(registry, "_asynchronous", lambda where: True)
+    monkeypatch.setattr(verdict, "obstacle", obstacle)
+    dispatch.calls.clear()
+    return names
+
+
+def convolve(device: torch.device, **changes: Any) -> torch.Tensor:
+    call = conv_call(generator(device, 0), SHAPE)._replace(**changes)
+    y = ops.OPERATORS["conv_bn_relu"].run(*call)
+    assert_exact(y, rounded(conv_reference(call), torch.float16))
+    return y
+
+
+def test_an_unsafe_box_takes_pointers(device: torch.device, unsafe: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    real = choice.lookup
+
+    def lookup(*args: Any, descriptors: bool = True) -> ConvConfig:
+        launched.append(descriptors)
+        return BOX if descriptors else real(*args, descriptors=False)
+
+    monkeypatch.setattr("resnet_triton.config.lookup", lookup)
+    convolve(device)
+    assert launched == [True]
+    unsafe.add("conv_box_kernel")
+    convolve(device)
+    assert launched == [True, True, False]
+    assert dispatch.calls == {("conv_bn_relu", "triton"): 2}
+
+
+def test_where_no_kernel_is_safe_pytorch_answers(device: torch.device, unsafe: set[str]) -> None:
+    unsafe.update({"conv_box_kernel", "conv_pointer_kernel", "linear_kernel"})
+    with pytest.raises(NotImplementedError, match=r"cannot run this call: conv_\w+_kernel may give"):
+        convolve(device)
+    with pytest.raises(NotImplementedError, match="batch_invariant=True cannot run here: conv_"):
+        convolve(device, batch_invariant=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_device_obstacle", lambda where, forced: None)
+        convolve(device, kernels="auto")
+        x, weight = torch.ones(2, 8, device=device), torch.ones(3, 8, device=device)
+        assert torch.equal(ops.OPERATORS["linear"].run(x, weight, None, False, "auto"), torch.full((2, 3), 8.0))
+    assert dispatch.calls == {("conv_bn_relu", "torch"): 1, ("linear", "torch"): 1}
+
+
+def test_only_the_projects_own_choice_is_trusted() -> None:
+    operator = ops.OPERATORS["conv_bn_relu"]
+    call = conv_call(generator(torch.device("cpu"), 0), SHAPE)
+
+    def own() -> bool:
+        return all(launch.own for launch in operator.plan(operator.output(*call), *call))
+
+    assert own()
+    with pinned(BOX):
+        assert not own()
+    with pinned(conv_heuristic(call.shape, KNOWN[90])):
+        assert own()
+
+
+# --- the doctor ------------------------------------------------------------------------------------------------------
+
+DOCTOR = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from resnet_triton import resnet18
+from resnet_triton.tools import doctor
+from resnet_triton.config.device import KNOWN
+from resnet_triton.machine_code import verdict
+from resnet_triton.ops.trace import trace
+from resnet_triton.tuner import precompile
+
+precompile.pretend(90)
+calls = [replace(call, backend="triton") for call in trace(resnet18().eval(), (1, 3, 224, 224), torch.float16)]
+some = [call for call in calls if call.name in ("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1")]
+found = [doctor._machine_code(some, KNOWN[90]), doctor._machine_code(some, KNOWN[80])]
+verdict._known.clear()
+verdict._edition = lambda: "another"
+verdict.disassemble = lambda cubin: Path(sys.argv[1]).read_text()
+found.append(doctor._machine_code(some, KNOWN[90]))
+print(json.dumps([found, [doctor._verdict(each) for each in found]]))
+"""
+
+
+def test_the_doctor_reads_machine_code() -> None:
+    (hopper, ampere, wrong), words = json.loads(run(DOCTOR, str(WRONG)))
+    assert (hopper["kernels"], hopper["hazards"]) == (2, []), "two layers share one"
+    assert (ampere["kernels"], ampere["hazards"]) == (0, []), "no product there is asynchronous"
+    assert len(wrong["hazards"]) == 8
+    assert hopper["judged"] == ((hopper["triton"], hopper["ptxas"]) in verdict.JUDGED)
+    assert words[0].endswith("2 kernels read, no hazard")
+    assert "NOT SAFE: conv_box_kernel: LDSM.16.M88.4 at 1b90 overwrites R168" in words[2]

@@ -1,0 +1,513 @@
+"""What only a GPU can show: CUDA graphs against eager calls, streams, threads, memory, and no waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resnet_triton
+from resnet_triton import functional, models, optimize, refresh, report
+from resnet_triton.config import ConvConfig, ConvShape, lookup
+from resnet_triton.config.device import facts
+from resnet_triton.graphs import runner
+from resnet_triton.ops import conv
+from resnet_triton.ops.trace import trace
+from resnet_triton.support import vision
+from resnet_triton.tuner.trial import Trial
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    """In inference mode, and with no memory left over from the test before."""
+    gc.collect()
+    with torch.inference_mode():
+        yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def build(dtype: torch.dtype = torch.float16, name: str = "resnet18", **modes: Any) -> Any:
+    with torch.inference_mode(False):  # parameters that can be edited anywhere
+        torch.manual_seed(0)
+        model = getattr(resnet_triton, name)(num_classes=100).eval()
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                nn.init.uniform_(m.running_mean, -0.2, 0.2)
+                nn.init.uniform_(m.running_var, 0.5, 2.0)
+        return optimize(model.to("cuda", dtype), **modes, inplace=True)
+
+
+def images(n: int, dtype: torch.dtype = torch.float16, size: int = 224, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(n, 3, size, size, device="cuda", generator=generator).to(dtype)
+
+
+def replays(model: Any) -> int:
+    return sum(graph.replays for graph in model._runner._graphs.values())
+
+
+def captured(model: Any, *inputs: Tensor) -> None:
+    for x in inputs:
+        model(x)
+        model(x)
+
+
+# --- the same answer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 8, 33])
+def test_a_replay_is_bitwise_an_eager_call(n, dtype):
+    model = build(dtype)
+    captured(model, images(n, dtype))
+    for seed in (1, 2):
+        x = images(n, dtype, seed=seed)
+        assert torch.equal(model(x), model._forward_impl(x))
+    assert replays(model) == 2
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
+def test_inputs_of_any_layout(layout):
+    model = build()
+    x = images(4, size=226)
+    x = {"channels_last": x.contiguous(memory_format=torch.channels_last), "strided": x[:, :, ::2, ::2],
+         "expanded": x[:1].expand(4, -1, -1, -1)}[layout]  # fmt: skip
+    captured(model, x)
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert replays(model) == 1
+
+
+def test_bytes():
+    model = build()
+    model.normalize = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = (images(2).abs() * 80).clamp(0, 255).to(torch.uint8)
+    captured(model, x)
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert replays(model) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet50", "grouped"])
+def test_other_architectures(name):
+    """Grouped convolutions run on cuDNN, inside the graph."""
+    if name == "resnet50":
+        model = build(name=name)
+    else:
+        with torch.inference_mode(False):
+            model = models.ResNet(models.Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4).eval().cuda().half()
+    captured(model, images(2))
+    x = images(2, seed=1)
+    torch.testing.assert_close(model(x), model._forward_impl(x), rtol=2e-3, atol=2e-3)
+    assert replays(model) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -0.0], ids=str)
+def test_special_values_come_out_as_from_cudnn(value, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight, residual = (
+        torch.randint(-1, 2, shape, device="cuda", generator=generator).to(dtype)
+        for shape in ((8, 64, 14, 14), (64, 64, 3, 3), (8, 64, 14, 14))
+    )
+    x[0, 3, 5, 7] = x[7, 63, 13, 13] = residual[1, 2, 3, 4] = value
+    mean, var, ones = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda"), torch.ones(64, device="cuda")
+    answers = [
+        functional.conv_bn_relu(x, weight, mean, var, ones, mean, 0.0, padding=1, residual=residual, kernels=kernels)
+        for kernels in ("triton", "torch")
+    ]
+    torch.testing.assert_close(*answers, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(*(y.signbit() & (y == 0) for y in answers))
+
+
+def test_more_elements_than_int32_counts():
+    """2,700 images: 2.2 billion elements in front of the pool."""
+    model = build(cuda_graph=False)
+    y = model(images(1).expand(2700, -1, -1, -1))
+    torch.testing.assert_close(y, y[:1].expand_as(y), rtol=0, atol=0)
+    torch.testing.assert_close(y[:1], model(images(1)), rtol=5e-3, atol=5e-3)
+    x = torch.randn(1, 64, 112, 112, device="cuda").half().expand(2700, -1, -1, -1)
+    pooled = functional.max_pool2d(x.contiguous(memory_format=torch.channels_last), 3, 2, 1, kernels="triton")
+    assert torch.equal(pooled[-1], pooled[0])
+
+
+def test_250_calls_of_60_batchare_bitwise_equal():
+    model = build()
+    x = images(60)
+    expected = model._forward_impl(x)
+    for i in range(250):
+        assert torch.equal(model(x), expected), i
+    assert replays(model) == 248
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_an_image_is_computed_alike_in_any_batch(dtype):
+    """At batch sizes to which the heuristic gives other tiles, splits and boxes; graphs and eager calls alike."""
+    model = build(dtype, batch_invariant=True)
+    x = images(256, dtype)
+    expected = model._forward_impl(x)
+    for n, start in ((1, 0), (1, 17), (1, 255), (2, 8), (7, 100), (32, 224), (33, 5), (129, 60)):
+        part = x[start : start + n].clone()
+        for _ in range(3):
+            assert torch.equal(model(part), expected[start : start + n]), (n, start)
+
+
+def test_deterministic_algorithms():
+    """Then PyTorch fills every new tensor with NaN, also inside a graph."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = build()
+        captured(model, images(2))
+        x = images(2, seed=1)
+        assert torch.equal(model(x), model._forward_impl(x))
+        assert replays(model) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("graphs", ["auto", False], ids=["graph", "eager"])
+def test_frozen(graphs):
+    model, x = build(freeze=True, cuda_graph=graphs), images(4)
+    live = model._forward_impl(x)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), live, rtol=2e-3, atol=2e-3)
+    before = model(x)
+    model.bn1.running_var.mul_(4)
+    assert torch.equal(model(x), before)
+    refresh(model)
+    torch.testing.assert_close(model(x), model._forward_impl(x), rtol=2e-3, atol=2e-3)
+    assert not torch.equal(model(x), before)
+
+
+# --- edits -----------------------------------------------------------------------------------------------------------
+
+
+def twice(model: Any) -> dict[str, Tensor]:
+    return {k: v * 2 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "weight": lambda m: m.layer1[0].conv1.weight.mul_(2),
+    "statistics": lambda m: m.bn1.running_var.mul_(2),
+    "load_state_dict": lambda m: m.load_state_dict(twice(m)),
+    "load_state_dict-assign": lambda m: m.load_state_dict(twice(m), assign=True),
+    "data": lambda m: setattr(m.conv1.weight, "data", m.conv1.weight.data * 2),
+    "bfloat16": lambda m: m.bfloat16(),
+    "float": lambda m: m.float(),
+    "contiguous": lambda m: m.to(memory_format=torch.contiguous_format),
+    "module": lambda m: setattr(m, "fc", nn.Linear(512, 10, device="cuda", dtype=torch.float16)),
+    "eps": lambda m: setattr(m.bn1, "eps", 0.5),
+    "hook": lambda m: m.layer2[0].register_forward_hook(lambda module, arguments, output: output * 2),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_show_at_the_next_call(edit):
+    model, x = build(), images(2)
+    captured(model, x)
+    before = model(x)
+    with torch.inference_mode(False), torch.no_grad():
+        EDITS[edit](model)
+    x = x.to(model.conv1.weight.dtype)
+    expected = model._forward_impl(x)
+    for _ in range(4):
+        y = model(x)
+        assert torch.equal(y, expected)
+    if edit != "contiguous":
+        assert y.shape != before.shape or not torch.equal(y.half(), before)
+
+
+def test_captured_in_inference_mode_and_replayed_outside():
+    model, x = build(), images(2)
+    captured(model, x)
+    with torch.inference_mode(False), torch.no_grad():
+        x = x.clone()
+        assert torch.equal(model(x), model._forward_impl(x))
+    assert replays(model) == 1
+
+
+# --- streams and threads ---------------------------------------------------------------------------------------------
+
+
+def test_several_streams():
+    model = build()
+    inputs = [images(n, seed=n) for n in (1, 2, 8, 16)]
+    expected = [model._forward_impl(x) for x in inputs]
+    captured(model, *inputs)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for i in range(60):
+        with torch.cuda.stream(streams[i % 3]):
+            results.append((i % 4, model(inputs[i % 4])))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[which]) for which, y in results)
+    assert replays(model) == 60
+
+
+def test_several_threads():
+    model = build()
+    inputs = [images(n, seed=n) for n in (1, 2, 8)]
+    expected = [model._forward_impl(x) for x in inputs]
+    torch.cuda.synchronize()
+    failures: list[str] = []
+
+    def work(first: int) -> None:
+        try:
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+                for i in range(first, first + 50):
+                    if not torch.equal(model(inputs[i % 3]), expected[i % 3]):
+                        failures.append(f"call {i} is wrong")
+        except BaseException as error:
+            failures.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(model._runner._graphs) == 3
+
+
+def test_inside_the_users_own_graph():
+    model, x = build(), images(2)
+    captured(model, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    x.copy_(images(2, seed=1))
+    graph.replay()
+    assert torch.equal(y, model._forward_impl(x))
+    assert replays(model) == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    with torch.cuda.device(1):
+        model, x = build(), images(2)
+    captured(model, x)
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert replays(model) == 1
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_replay_does_not_wait():
+    model, x, y = build(), images(2), images(8)
+    captured(model, x, y)
+    with no_waiting():
+        for _ in range(3):
+            model(x)
+            model(y)
+    assert replays(model) == 6
+
+
+def test_a_replay_returns_before_the_gpu_is_done():
+    model, x = build(), images(8)
+    captured(model, x)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # cycles: half a second
+    done = torch.cuda.Event()
+    model(x)
+    done.record()
+    assert not done.query()
+
+
+# --- memory and failures ---------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_graph_goes_first():
+    model = build()
+    sizes = range(1, runner.LIMIT + 3)
+    for n in sizes:
+        captured(model, images(n, size=64))
+        model(images(n, size=64))
+    assert len(model._runner._graphs) == runner.LIMIT
+    for n in sizes:
+        x = images(n, size=64, seed=1)
+        assert torch.equal(model(x), model._forward_impl(x))
+
+
+def too_much() -> None:
+    torch.empty(1 << 48, dtype=torch.uint8, device="cuda")
+
+
+def forbidden() -> None:
+    torch.ones(1, device="cuda").item()
+
+
+@pytest.mark.parametrize("action", [too_much, forbidden])
+def test_a_failed_capture_leaves_the_model_usable(action):
+    model, x = build(), images(2)
+    expected = model._forward_impl(x)
+
+    def body(images: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            action()
+        return type(model)._forward_impl(model, images)
+
+    model._forward_impl = body
+    model(x)
+    stream = torch.cuda.current_stream()
+    with pytest.warns(RuntimeWarning, match="no CUDA graph for 2x3x224x224 float16, its capture failed"):
+        y = model(x)
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(y, expected)
+    assert torch.equal(model(x), expected)
+    del model._forward_impl
+    torch.cuda.empty_cache()  # raises while the allocator believes that a capture is under way
+    captured(model, images(3))
+    assert torch.equal(model(images(3)), model._forward_impl(images(3)))
+    assert replays(model) == 1
+    assert "the capture failed 2 times" in report(model).graphs[""]
+
+
+def peak(model: Any, x: Tensor) -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(4):
+        model(x)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def test_a_batch_of_256_needs_half_of_torchvisions_memory():
+    x = images(256).contiguous(memory_format=torch.channels_last)
+    model = vision.torchvision().models.resnet18(num_classes=100).eval().cuda().half()
+    theirs = peak(model.to(memory_format=torch.channels_last), x)
+    del model
+    ours = peak(build(), x)
+    assert ours <= theirs / 2, (ours, theirs)
+
+
+def test_graphs_give_their_memory_back():
+    model, x = build(), images(64)
+    model._forward_impl(x)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    captured(model, x)
+    assert torch.cuda.memory_reserved() > before
+    refresh(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
+# --- kernels that only a GPU runs, or that are off by default ---------------------------------------------------------
+
+
+def hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("batch", "strip"), [(128, 14), (200, 56), (64, 5), (1, 8)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_gluon_kernel_is_exact(batch, strip, residual, dtype):
+    shape = ConvShape(batch, 64, 21, 19, 64, 3, 3, padding=(1, 1), dtype=dtype, residual=residual)
+    trial = Trial(shape, torch.device("cuda"), 0)
+    for rows in (64, 128):
+        assert trial.is_exact(ConvConfig(rows, 64, 64, rows // 16, 2, (1, 1, rows), strip=strip))
+
+
+@pytest.mark.parametrize("two_launches", [False, True])
+@pytest.mark.parametrize("split", [2, 4, 9])
+def test_shared_tiles_are_exact_and_repeatable(split, two_launches):
+    shape = ConvShape(3, 256, 14, 14, 256, 3, 3, padding=(1, 1), residual=True)
+    chosen = ConvConfig(64, 64, 64, 4, 3, None, split, two_launches=two_launches)
+    trial = Trial(shape, torch.device("cuda"), 0)
+    assert all(trial.is_exact(chosen) for _ in range(50))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("n", [1, 8, 32, 128, 256])
+def test_every_run_of_what_is_shipped_is_exact(n, dtype):
+    """A hundred alone, a hundred beside another stream, a hundred in a graph."""
+    with torch.inference_mode(False):
+        calls = trace(resnet_triton.resnet18().eval(), (n, 3, 224, 224), getattr(torch, dtype))
+    where = torch.device("cuda")
+    pairs = {(call.shape, lookup(call.shape, facts(where))) for call in calls if call.operator == "conv_bn_relu"}
+    wrong = {pair: Trial(pair[0], where, 0).wrong_runs(pair[1]) for pair in pairs}
+    assert len(wrong) == 14
+    assert {pair: counts for pair, counts in wrong.items() if any(counts.values())} == {}
+
+
+@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
+def test_every_run_of_what_was_wrong_once_is_exact():
+    """Two configurations and their siblings."""
+    siblings = pytest.importorskip("benchmarks.gpu_kernels").SIBLINGS
+    trials = {shape: Trial(shape, torch.device("cuda"), 0) for shape, _ in siblings.values()}
+    wrong = {key: trials[shape].wrong_runs(chosen) for key, (shape, chosen) in siblings.items()}
+    assert {key: counts for key, counts in wrong.items() if any(counts.values())} == {}
+
+
+def test_a_graph_lends_its_launches_counters_that_stay_at_zero(monkeypatch):
+    model = build()
+    lent = []
+    arrivals = conv._arrivals
+
+    def recorded(where: torch.device, tiles: int) -> Tensor:
+        counters = arrivals(where, tiles)
+        lent.append((torch.cuda.is_current_stream_capturing(), counters.data_ptr()))
+        return counters
+
+    monkeypatch.setattr(conv, "_arrivals", recorded)
+    captured(model, images(1))
+    (graph,) = model._runner._graphs.values()
+    assert (True, graph.counters.data_ptr()) in lent, "a layer of one image is shared"
+    assert all(pointer == graph.counters.data_ptr() for capturing, pointer in lent if capturing)
+    for seed in range(3):
+        model(images(1, seed=seed))
+    assert not graph.counters.any()
+
+
+DEPENDENT = """
+import sys
+import torch
+import resnet_triton
+from resnet_triton.kernels.tiles import PDL
+assert bool(PDL) == (sys.argv[2] == "1")
+torch.manual_seed(0)
+model = resnet_triton.resnet18(num_classes=100).eval().half().cuda()
+with torch.inference_mode():
+    for n in (1, 8, 128):
+        x = torch.randn(n, 3, 224, 224, device="cuda", generator=torch.Generator("cuda").manual_seed(n)).half()
+        y = torch.stack([model(x) for _ in range(20)])
+        assert (y == y[0]).all(), "not repeatable"
+        torch.save(y[0].cpu(), f"{sys.argv[1]}/{n}.pt")
+"""
+
+
+@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
+def test_dependent_launches_change_nothing(tmp_path):
+    """Programmatic dependent launch is a switch of the process: the same logits with and without it."""
+    answers = []
+    for on in ("0", "1"):
+        folder = tmp_path / on
+        folder.mkdir()
+        command = [sys.executable, "-c", DEPENDENT, str(folder), on]
+        subprocess.run(command, check=True, env={**os.environ, "RESNET_TRITON_PDL": on})
+        answers.append([torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 8, 128)])
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))

@@ -1,0 +1,287 @@
+"""One optimized model, used while others edit, move and forget it, and after calls that failed half way."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from fake_cuda import captured, images, small
+
+from resnet_triton import functional, ops, optimize, refresh, revert
+from resnet_triton.graphs import runner
+from resnet_triton.ops import dispatch, interpreter, registry
+from resnet_triton.support import vision
+
+torchvision = vision.torchvision()
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def forget(model: Any) -> None:
+    refresh(model)
+
+
+def edit(model: Any) -> None:
+    model.fc.bias[0].neg_()  # one number: a call that reads meanwhile finds either sign
+
+
+def replace(model: Any) -> None:
+    bias = model.fc.bias.clone()
+    bias[0].neg_()
+    model.fc.bias = torch.nn.Parameter(bias)
+
+
+def change_modes(model: Any) -> None:
+    optimize(model, inplace=True, freeze=not model.frozen)
+
+
+def move(model: Any) -> None:
+    """To other memory. PyTorch itself reads what has been freed, or crashes, where a call still uses the memory left: a
+    torchvision model does, too. So that memory stays."""
+    left = vars(model).setdefault("memory_left", [])
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        left.append(t.detach())
+        return t.clone()
+
+    model.to("cpu").requires_grad_(False)
+    model._apply(moved)
+
+
+STORMS: dict[str, Callable[[Any], object]] = {
+    "refreshed": forget, "edited": edit, "replaced": replace, "switched": change_modes, "moved": move
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("storm", STORMS)
+def test_threads_call_a_model_that_is(cuda: Any, storm: str) -> None:
+    """Each answer is that of a model before the change or after it; afterwards all is as ever."""
+    model = small()
+    inputs = [images(n, 8) for n in (1, 2)]
+    model.fc.bias.copy_(torch.linspace(1, 2, 512))
+    allowed = []
+    for _ in range(2):
+        allowed.append([model._forward_impl(x) for x in inputs])
+        edit(model)
+    failures: list[str] = []
+    stop = threading.Event()
+
+    def work(i: int) -> None:
+        try:
+            with torch.inference_mode():
+                while not stop.is_set():
+                    y = model(inputs[i % 2])
+                    off = min(float((y - answers[i % 2]).abs().max()) for answers in allowed)
+                    if not off < 1e-5:
+                        failures.append(f"an answer that is {off} from the old and the new one")
+                        return
+                    i += 1
+        except BaseException as error:
+            failures.append(repr(error))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            STORMS[storm](model)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        sys.setswitchinterval(before)
+    assert not failures
+    assert not any(thread.is_alive() for thread in threads)
+    for x in inputs:
+        assert torch.equal(model(x), model._forward_impl(x))
+
+
+def test_a_model_forgotten_while_another_thread_moves_it(cuda: Any) -> None:
+    model = small()
+    captured(model, images())
+    known = model._runner
+
+    def forgotten_meanwhile() -> bool:
+        refresh(model)
+        return False
+
+    with mock.patch.object(runner.Runner, "holds", side_effect=forgotten_meanwhile):
+        runner.forget_if_moved(model)
+    assert known is not None
+    assert model._runner is None
+
+
+def test_reverted_and_optimized_again_between_calls(cuda: Any) -> None:
+    block = torchvision.models.resnet.BasicBlock
+    model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3).eval()
+    x = images(size=8)
+    expected = model(x)
+    for _ in range(2):
+        optimize(model, inplace=True)
+        captured(model, x)
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(revert(model)(x), expected)
+
+
+# --- calls that fail -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()], ids=["memory", "ctrl-c"]
+)
+@pytest.mark.parametrize("where", ["first call", "capture", "copy to a graph", "replay", "answer", "snapshot"])
+def test_a_call_that_fails_half_way_leaves_the_model_usable(cuda: Any, where: str, failure: BaseException) -> None:
+    """The error is the one that was raised, and no lock, turn or half a graph stays behind."""
+    model, x = small(freeze=where == "snapshot"), images(2, 8)
+    raiser = mock.Mock(side_effect=failure)
+    target: Any = {
+        "first call": lambda: mock.patch.object(ops, "call", raiser),
+        "capture": lambda: mock.patch.object(cuda, "capture", raiser),
+        "copy to a graph": lambda: mock.patch.object(torch.Tensor, "copy_", raiser),
+        "replay": lambda: mock.patch.object(type(cuda.graphs[0]), "replay", raiser),
+        "answer": lambda: mock.patch.object(torch.Tensor, "clone", raiser),
+        "snapshot": lambda: mock.patch.object(runner, "snapshot", raiser),
+    }[where]
+    if where == "capture":
+        model(x)
+    elif where not in ("first call", "snapshot"):
+        captured(model, x)
+    if where == "capture" and isinstance(failure, Exception):  # the answer was there before
+        with target(), pytest.warns(RuntimeWarning, match="its capture failed: no memory"):
+            assert torch.equal(model(x), model._forward_impl(x))
+    else:
+        with target(), pytest.raises(type(failure)) as raised:
+            model(x)
+        assert raised.value is failure
+    assert raiser.called
+    for _ in range(3):
+        torch.testing.assert_close(model(x), model._forward_impl(x))
+    assert model._runner._lock.acquire(blocking=False)
+
+
+def test_memory_that_runs_out_inside_an_operator_is_torchs_error(device: torch.device) -> None:
+    """The next call finds the interpreter's lock, and the counts, as they were."""
+    x = torch.randn(1, 4, 2, 2, device=device)
+    before = dict(dispatch.calls)
+    raiser = mock.Mock(side_effect=torch.OutOfMemoryError("no memory"))
+    with mock.patch("resnet_triton.kernels.launch.Launch.run", raiser), pytest.raises(torch.OutOfMemoryError):
+        functional.add_relu(x, x, kernels="triton")
+    assert raiser.called
+    assert dict(dispatch.calls) == before, "what did not run is not counted"
+    assert torch.equal(functional.add_relu(x, x, kernels="triton"), (2 * x).relu())
+
+
+def test_kernels_are_launched_under_the_guard_of_their_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that claim to be on the second GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from resnet_triton.config.device import KNOWN, override
+    from resnet_triton.kernels.launch import Launch
+
+    current, launched = [0], []
+
+    class Guard:
+        def __init__(self, where: Any) -> None:
+            self.index = torch.device(where).index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(current[-1]))
+    with FakeTensorMode(), override(KNOWN[90]):
+        x = torch.empty(2, 16, 7, 7, dtype=torch.float16, device="cuda:1", memory_format=torch.channels_last)
+        registry.OPERATORS["add_relu"].run(x, x, "triton")
+        registry.OPERATORS["global_avg_pool"].run(x, False, "triton")
+    assert launched == [1, 1]
+    assert current == [0]
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def forked(work: Callable[[], bool], seconds: int = 10) -> bool:
+    """Whether `work()` was done, and true, in a fork of this process: as a data loader's workers are made."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(seconds)  # a lock that nobody releases
+        torch.set_num_threads(1)  # as a data loader does: OpenMP's threads are not in the fork
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="CUDA does not survive a fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("held", ["count", "interpreter", "model"])
+def test_a_fork_while_another_thread_is_in_a_call(cuda: Any, held: str) -> None:
+    """A process is forked with every lock as it is, and without the thread that would release it."""
+    model, x, pair = small(freeze=True), images(1, 8), torch.randn(2, 1, 4, 2, 2)
+    captured(model, x)
+    expected = model(x)
+
+    def work() -> bool:
+        if held == "interpreter":
+            return torch.equal(functional.add_relu(*pair, kernels="triton"), pair.sum(0).relu())
+        return torch.allclose(model(x), expected)
+
+    lock = {"count": dispatch._lock, "interpreter": interpreter._lock, "model": model._runner._lock}[held]
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            taken.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait()
+    try:
+        assert forked(work)
+    finally:
+        done.set()
+        thread.join()
+    assert work()
+
+
+def answer(model: Any, x: Any, line: Any) -> None:
+    with torch.inference_mode():
+        line.send(model(x).tolist())
+
+
+@pytest.mark.slow
+def test_a_model_goes_to_a_process_that_is_spawned() -> None:
+    context = multiprocessing.get_context("spawn")
+    model = optimize(torchvision.models.resnet18(num_classes=3).eval())
+    x = images(size=32)
+    near, far = context.Pipe()
+    with torch.no_grad():
+        process = context.Process(target=functools.partial(answer), args=(model, x, far))
+        process.start()
+        assert near.poll(120)
+        torch.testing.assert_close(torch.tensor(near.recv()), model(x))
+    process.join(60)
+    assert process.exitcode == 0

@@ -1,0 +1,369 @@
+"""The runner: when it captures, replays and lets go, on a CPU with a fake of CUDA's graphs."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from fake_cuda import FakeCuda, captured, images, small, with_grad
+from torch import nn
+
+import resnet_triton
+from resnet_triton import optimize, refresh, report, revert
+from resnet_triton.graphs import runner
+from resnet_triton.ops import precision
+from resnet_triton.support import vision
+
+torchvision = vision.torchvision()
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# --- when ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "captures", "replays"),
+    [("auto", [0, 1, 1, 1], 2), (True, [1, 1, 1, 1], 3), (False, [0, 0, 0, 0], 0)],
+    ids=str,
+)
+def test_capture_and_replay(cuda, mode, captures, replays):
+    model = small(cuda_graph=mode)
+    counts = []
+    for i in range(4):
+        x = images() + i
+        expected = model._forward_impl(x)
+        assert torch.equal(model(x), expected)
+        counts.append(len(cuda.graphs))
+    assert counts == captures
+    assert sum(g.replays for g in cuda.graphs) == replays
+
+
+def test_default_is_auto(cuda):
+    model = resnet_triton.resnet18(num_classes=3).eval()
+    captured(model, images(size=32))
+    assert len(cuda.graphs) == 1
+
+
+def test_kernels_torch_is_left_alone_unless_graphs_are_forced(cuda):
+    captured(small(kernels="torch"), images())
+    assert not cuda.graphs
+    captured(small(kernels="torch", cuda_graph=True), images())
+    assert len(cuda.graphs) == 1
+
+
+def test_results_are_the_callers(cuda):
+    model = small()
+    captured(model, images())
+    first = model(images())
+    kept = first.clone()
+    model(images() + 1)
+    assert torch.equal(first, kept)
+
+
+def test_inputs_are_left_alone(cuda):
+    model = small()
+    x = images()
+    kept = x.clone()
+    captured(model, x)
+    model(x)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[:1], lambda x: x[..., :15], lambda x: x.contiguous(memory_format=torch.channels_last)],
+    ids=["batch", "size", "layout"],
+)
+def test_another_input_is_another_graph(cuda, change):
+    model = small()
+    x = images()
+    captured(model, x)
+    other = change(x)
+    assert torch.equal(model(other), model._forward_impl(other))
+    assert [g.replays for g in cuda.graphs] == [0]
+    captured(model, other)
+    assert len(cuda.graphs) == 2
+    assert cuda.graphs[1].beside is cuda.graphs[0]
+    assert torch.equal(model(x), model._forward_impl(x))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x[:, :, ::2, ::2], lambda x: x[:1].expand(2, 3, 16, 16), lambda x: torch._neg_view(x)],
+    ids=["strided", "expanded", "negative"],
+)
+def test_inputs_of_any_layout(cuda, view):
+    model = small()
+    x = view(images())
+    captured(model, x)
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert cuda.graphs[0].replays == 1
+
+
+def test_bytes(cuda):
+    model = small()
+    model.normalize = ((0.5,) * 3, (0.25,) * 3)
+    x = (images() * 50).clamp(0, 255).to(torch.uint8)
+    captured(model, x)
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert cuda.graphs[0].replays == 1
+
+
+def test_means_are_numbers_that_a_graph_can_trust(cuda):
+    """A list edited in place would leave the graph with the means it was captured with."""
+    model = small()
+    mean = [0.1, 0.2, 0.3]
+    model.normalize = mean, [1.0, 1.0, 1.0]
+    x = torch.randint(256, (2, 3, 16, 16)).byte()
+    captured(model, x)
+    mean[0] = 0.9
+    assert model.normalize == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    assert torch.equal(model(x), model._forward_impl(x))
+    model.normalize = mean, [1.0, 1.0, 1.0]
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert len(cuda.graphs) == 2
+
+
+def test_a_replay_that_fails_leaves_the_next_one_its_turn(cuda):
+    model = small()
+    x = images()
+    captured(model, x)
+    with mock.patch.object(torch.Tensor, "clone", side_effect=MemoryError), pytest.raises(MemoryError):
+        model(x)
+    assert all(graph.pool.turn is None for graph in cuda.graphs)
+    assert torch.equal(model(x), model._forward_impl(x))
+
+
+def test_captured_in_inference_mode_and_replayed_outside(cuda):
+    model = small()
+    with torch.inference_mode():
+        captured(model, images())
+        assert model(images()).is_inference()
+    assert not model(images()).is_inference()
+    assert cuda.graphs[0].replays == 2
+
+
+def test_fp32_precision_belongs_to_the_shape(cuda):
+    model = small()
+    for _ in range(2):
+        for switch in ("ieee", "tf32"):
+            with precision.fp32_precision(switch):
+                captured(model, images())
+    assert len(cuda.graphs) == 2
+
+
+# --- bounds ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_graph_goes_first(cuda, monkeypatch):
+    monkeypatch.setattr(runner, "LIMIT", 2)
+    model = small()
+    captured(model, images(1), images(2))
+    model(images(1))
+    captured(model, images(3))
+    for n in (1, 3, 2):
+        assert torch.equal(model(images(n)), model._forward_impl(images(n)))
+    assert [g.replays for g in cuda.graphs[:3]] == [2, 0, 1]
+    assert report(model).graphs[""].count("replayed") == 2
+
+
+def test_shapes_that_take_turns_are_not_captured_every_time(cuda, monkeypatch):
+    monkeypatch.setattr(runner, "LIMIT", 2)
+    model = small()
+    for _ in range(24):
+        for n in (1, 2, 3):
+            model(images(n, 8))
+    assert len(cuda.graphs) <= 3 * 5  # 24 rounds: at most after 2, 1, 2, 4, 8 calls
+
+
+def test_shapes_are_forgotten(cuda, monkeypatch):
+    monkeypatch.setattr(runner, "_REMEMBERED", 3)
+    model = small()
+    for n in range(1, 8):
+        model(images(n, 8))
+    assert len(model._runner._shapes) == 3
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("no memory"), RuntimeError("not permitted")], ids=["memory", "cuda"]
+)
+def test_a_failed_capture_leaves_the_model_usable(cuda, failure):
+    model, x = small(), images()
+    model(x)
+    cuda.failure = failure
+    with pytest.warns(RuntimeWarning, match=f"no CUDA graph for 2x3x16x16 float32, its capture failed: {failure}"):
+        y = model(x)
+    assert torch.equal(y, model._forward_impl(x))
+    cuda.failure = None
+    for _ in range(3):
+        assert torch.equal(model(x), model._forward_impl(x))
+    assert not cuda.graphs  # remembered: not tried again
+    captured(model, images(3))
+    assert len(cuda.graphs) == 1
+    assert torch.equal(model(images(3)), model._forward_impl(images(3)))
+    assert "the capture failed 4 times" in report(model).graphs[""]
+
+
+# --- copies, moves, the end ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), copy.copy, lambda m: m._replicate_for_data_parallel()],
+    ids=["deepcopy", "pickle", "copy", "replica"],
+)
+def test_copies_start_afresh(cuda, copied):
+    model, x = small(), images()
+    state = list(model.state_dict())
+    captured(model, x)
+    assert list(model.state_dict()) == state
+    other = copied(model)
+    if other._modules is not model._modules and other.conv1 is not model.conv1:
+        other.conv1.weight.mul_(2)
+    assert torch.equal(other(x), other._forward_impl(x))
+    assert len(cuda.graphs) == 1
+    assert cuda.graphs[0].replays == 0
+
+
+def dead(cuda: FakeCuda) -> bool:
+    """Whether nobody but the fake keeps its only graph's buffers."""
+    buffer = weakref.ref(cuda.graphs[0])
+    cuda.graphs.clear()
+    gc.collect()
+    return buffer() is None
+
+
+def test_graphs_end_with_the_model(cuda):
+    model = small()
+    captured(model, images())
+    model.itself = [model]  # a cycle through an attribute
+    captured(model, images())
+    cuda.graphs[:] = cuda.graphs[-1:]
+    del model
+    assert dead(cuda)
+
+
+def test_revert_frees(cuda):
+    model = optimize(torchvision.models.resnet18(num_classes=3).eval(), inplace=True)
+    captured(model, images(size=32))
+    assert len(cuda.graphs) == 1
+    revert(model)
+    assert dead(cuda)
+    assert not {"_runner", "cuda_graph", "frozen"} & set(vars(model))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["itself", "inside"])
+def test_a_move_frees(cuda, inside):
+    model = small()
+    captured(model, images())
+    whole = nn.Sequential(model) if inside else model
+    whole.half()
+    assert dead(cuda)
+
+
+def test_a_move_to_where_it_is_changes_nothing(cuda):
+    model, x = small(), images()
+    captured(model, x)
+    model.to("cpu").float().eval()
+    model(x)
+    assert cuda.graphs[0].replays == 1
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_threads_share_graphs(cuda):
+    """The fake refuses replays that overlap, and spoils the buffers between them."""
+    model = small()
+    inputs = [images(n, 8) for n in (1, 2, 3)]
+    expected = [model._forward_impl(x) for x in inputs]
+    failures: list[str] = []
+
+    def work(first: int) -> None:
+        try:
+            with torch.inference_mode():
+                for i in range(first, first + 15):
+                    if not torch.equal(model(inputs[i % 3]), expected[i % 3]):
+                        failures.append(f"call {i} is wrong")
+        except BaseException as error:
+            failures.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(before)
+    assert not failures
+    assert len(cuda.graphs) == 3
+    assert sum(g.replays for g in cuda.graphs) >= 60 - 3 * (4 + 2)
+
+
+# --- the public face -------------------------------------------------------------------------------------------------
+
+
+def test_report_says_what_the_graphs_did(cuda):
+    model = small()
+    assert report(model).graphs == {"": "cuda_graph='auto'; graphs: none; calls without: none counted"}
+    captured(model, images())
+    model(images())
+    with_grad(model, images())
+    line = report(model).graphs[""]
+    assert line == (
+        "cuda_graph='auto'; graphs: 2x3x16x16 float32 replayed 1 times; "
+        "calls without: a shape's first calls 2 times, grad mode is on 1 times"
+    )
+    assert line in str(report(model))
+    frozen = nn.Sequential(small(freeze=True, cuda_graph=False))
+    assert str(report(frozen)).splitlines()[-2] == (
+        "0: cuda_graph=False, to be frozen at the next call; graphs: none; calls without: none counted"
+    )
+    frozen(images())
+    assert "cuda_graph=False, frozen; " in report(frozen).graphs["0"]
+
+
+@pytest.mark.parametrize("mode", ["on", 1, None], ids=str)
+def test_unknown_mode(mode):
+    with pytest.raises(ValueError, match=f"cuda_graph={mode!r}, expected 'auto', True or False"):
+        optimize(torchvision.models.resnet18(), cuda_graph=mode)
+
+
+@pytest.mark.parametrize("modes", [{"cuda_graph": True}, {"freeze": True}], ids=str)
+def test_modes_that_need_a_whole_resnet(modes):
+    blocks = nn.Sequential(torchvision.models.resnet18().layer1)
+    optimize(blocks)
+    with pytest.raises(ValueError, match="Sequential contains no whole ResNet"):
+        optimize(blocks, **modes)
+
+
+def test_optimize_again_changes_the_modes(cuda):
+    model, x = small(), images()
+    captured(model, x)
+    optimize(model, cuda_graph=False, inplace=True)
+    model(x)
+    assert cuda.graphs[0].replays == 0
+    assert optimize(model, freeze=True).frozen
+    assert not model.frozen
+
+
+def test_nothing_to_refresh():
+    with pytest.raises(ValueError, match="Linear contains no ResNet of ours"):
+        refresh(nn.Linear(2, 2))

@@ -1,0 +1,75 @@
+"""`resnet-triton bench` as a user meets it: what it writes, what it says of a wrong answer, and Ctrl-C."""
+
+import json
+from pathlib import Path
+
+import planted_alternatives as planted
+import pytest
+import torch
+
+from resnet_triton.bench import alternatives, command, model, results
+from resnet_triton.tools import cli
+
+pytest.importorskip("matplotlib")
+FILES = ["results.csv", "results.html", "results.json", "results.md"]
+
+
+@pytest.fixture
+def contest(monkeypatch):
+    """Planted alternatives in place of the real ones, two layers, and no compiling for other GPUs."""
+
+    def contest(*planted):
+        chosen = {a.name: a for a in planted}
+        monkeypatch.setattr(alternatives, "alternatives", lambda device: chosen)
+        monkeypatch.setattr(command, "alternatives", lambda device: chosen)
+
+    monkeypatch.setattr(model, "MOST_ROUNDS", model.LEAST_ROUNDS)
+    cases = command.cases.cases
+    monkeypatch.setattr(command.cases, "cases", lambda *args: cases(*args)[1:3])
+    monkeypatch.setattr(command.predictions, "predictions", lambda *args, **kwargs: [])
+    return contest
+
+
+def test_a_run(contest, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # or long cells are folded
+    contest(planted.alternative(planted.right, ours=True), planted.alternative(planted.slow))
+    assert cli.main(["bench", "--image", "32", "--batches", "1", "--budget", "200", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    found = results.load(tmp_path)
+    assert [(row.suite, row.alternative) for row in found.rows[:2]] == [("model", "right"), ("model", "slow")]
+    assert {row.layer for row in found.rows[2:]} == {"layer1.0.conv1", "layer1.0.conv2"}
+    assert [c["name"] for c in found.ceilings] == ["copy", "matmul"]
+    assert f"{results.speedup(found.rows[:2]):.2f}×" in out
+    assert "taking turns" in err
+
+
+def test_a_wrong_answer_fails_the_command_and_claims_nothing(contest, tmp_path, capsys):
+    contest(planted.alternative(planted.late, ours=True), planted.alternative(planted.slow))
+    run = ["bench", "--model", "--image", "32", "--batches", "1", "--budget", "200", "--out", str(tmp_path), "--json"]
+    assert cli.main(run) == 1
+    out, err = capsys.readouterr()
+    assert [row["correct"] for row in json.loads(out)["rows"]] == [False, True]
+    assert "resnet-triton: error: resnet18, batch 1, float32, wall clock: late: gives a wrong answer" in err
+    page = (tmp_path / "results.html").read_text()
+    assert "ours is WRONG" in page
+    assert "as fast as" not in page
+
+
+def test_what_cannot_be_run_is_named(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "none")]
+    assert cli.main(["bench", "--dtypes", "int8", *out]) == 2
+    assert "no dtype 'int8', expected some of float16, bfloat16, float32" in capsys.readouterr().err
+    assert cli.main(["bench", "--baselines", "magic", *out]) == 2
+    assert "no alternative 'magic' on" in capsys.readouterr().err
+    assert cli.main(["bench", "--models", "resnet9000", *out]) == 2
+    assert "no model 'resnet9000', expected some of resnet18" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_defaults():
+    cpu = command.plan(device="cpu", out=Path("x"))
+    assert (cpu.batches, cpu.dtypes, cpu.suites, cpu.budget) == ((1, 4, 16), ("float32",), ("model", "kernel"), 480)
+    some = command.plan(device="cpu", baselines=["eager"], out=Path("x"))
+    assert [a.name for a in some.alternatives] == ["eager", "ours"]
+    assert cpu.device == torch.device("cpu")

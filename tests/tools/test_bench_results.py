@@ -1,0 +1,153 @@
+"""Files of results: what is written can be read, what is damaged is refused in one line, changes are judged."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from resnet_triton.bench import compare, results
+from resnet_triton.bench.results import Results, Row
+from resnet_triton.tools import cli
+
+SCHEMA = json.loads(Path(results.__file__).with_name("schema.json").read_text())
+WHERE = {
+    "device": "NVIDIA H200", "device_kind": "cuda", "threads": 8, "clocks": "1980 MHz", "driver": "570.1",
+    "os": "Linux",
+    "python": "3.12", "torch": "2.11", "triton": "3.6", "torchvision": "0.26", "cudnn": "9", "resnet_triton": "0.1.0",
+    "commit": "abc", "date": "2026-11-25T00:00:00+00:00",
+}  # fmt: skip
+
+
+def row(alternative="ours", us=100.0, **more):
+    """A good row of ours or of another; `us` are its times in microseconds."""
+    base = Row(
+        suite="model", model="resnet18", layer=None, alternative=alternative, ours=alternative == "ours", batch=8,
+        image=224, dtype="float16", clock="gpu", l2="warm", environment=WHERE,
+    )  # fmt: skip
+    base = base.timed([us * f * 1e-6 for f in (0.99, 1.0, 1.01)]).checked(1e-4, 1e-4, 1e-3)
+    return dataclasses.replace(base, **more)
+
+
+def write(path, *rows):
+    results.save(Results(list(rows)), path)
+    return path
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_schema_and_rows_have_the_same_fields():
+    fields = [f.name for f in dataclasses.fields(Row)]
+    assert set(SCHEMA["$defs"]["row"]["properties"]) == set(SCHEMA["$defs"]["row"]["required"]) == set(fields)
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    ceiling = {"name": "copy", "bytes_per_s": 4e12, "flops_per_s": None, "dtype": None}
+    whole = Results([row(), row("eager", 150.0, config={"block": [1, 2]})], [ceiling], [])
+    results.save(whole, tmp_path / "results.json")
+    assert results.load(tmp_path / "results.json") == whole == results.load(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+DAMAGE = {
+    "truncated": (lambda text: text[: len(text) // 2], "not JSON .* is it truncated?"),
+    "empty": (lambda text: "", "not JSON"),
+    "no UTF-8": (lambda text: b"\xff\xfe" + text.encode(), "not JSON"),
+    "a list": (lambda text: "[]", "the file: .* is not of type 'object'"),
+    "another version": (lambda text: text.replace('"version": 1', '"version": 2'), "is of version 2, expected 1"),
+    "a missing field": (lambda text: text.replace('"batch": 8, ', "", 1), "rows.0: 'batch' is a required property"),
+    "an unknown field": (lambda text: text.replace('"batch"', '"size": 1, "batch"', 1), "rows.0: .*'size'"),
+    "a negative time": (lambda text: text.replace('"p50_s": ', '"p50_s": -', 1), "rows.0.p50_s: -"),
+    "a wrong type": (lambda text: text.replace('"batch": 8', '"batch": "8"', 1), "rows.0.batch: '8' is not of type"),
+    "deep nesting": (lambda text: "[" * 100_000, "not JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage, capsys):
+    spoil, message = DAMAGE[damage]
+    path = write(tmp_path / "results.json", row())
+    text = spoil(path.read_text())
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"results.json: {message}") as caught:
+        results.load(path)
+    assert "\n" not in str(caught.value)
+    assert cli.main(["compare", str(path), str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    assert cli.main(["compare", str(tmp_path / "no.json"), str(tmp_path)]) == 2
+    assert "no.json: No such file" in capsys.readouterr().err
+
+
+def test_an_error_that_is_no_number_is_wrong_and_can_be_written(tmp_path):
+    nan = float("nan")
+    spoilt = [row().checked(nan, 0.0, 1.0), row().checked(0.0, float("inf"), 1.0)]
+    assert [r.correct for r in results.load(write(tmp_path / "r.json", *spoilt)).rows] == [False, False]
+
+
+# --- judgements ------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_the_others_is_the_measure():
+    others = [row("eager", 300.0), row("folded", 150.0), row("wrong", 50.0).checked(1, 1, 1e-3)]
+    assert results.speedup([row(), *others]) == pytest.approx(1.5)
+    assert results.speedup([row(), others[2]]) is None, "nothing right to compare with"
+    assert results.speedup([row(), row(correct=False, l2="cold"), *others]) is None
+    assert results.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def changes(old, new, *limits):
+    found = compare.compare(Results(old), Results(new), [compare.Limit.parse(text) for text in limits])
+    return {c.row.alternative: c for c in found}
+
+
+def test_a_planted_slowdown_is_caught():
+    slower = changes([row(), row("eager", 200.0)], [row(us=106.0), row("eager", 300.0)], "p50:+5%")
+    assert slower["ours"].failures == ("p50 +6.0%, allowed +5.0%",)
+    assert slower["ours"].relative == pytest.approx(0.06)
+    assert slower["eager"].failures == (), "another's slowdown is not ours"
+    assert changes([row()], [row(us=104.0)], "p50:+5%")["ours"].failures == ()
+    assert changes([row()], [row(us=50.0)], "p50:+5%")["ours"].failures == ()
+
+
+def test_a_planted_wrong_answer_is_caught_without_a_limit():
+    assert changes([row()], [row().checked(1e-4, 1.0, 1e-3)])["ours"].failures == ("gives a wrong answer",)
+    failed = row(p50_s=None, samples_s=[], correct=None, failure="OutOfMemoryError")
+    assert changes([row()], [failed])["ours"].failures == ("failed: OutOfMemoryError",)
+    assert changes([row(), row("eager")], [row("eager")])["ours"].failures == ("is missing in the new results",)
+
+
+def test_other_metrics():
+    old = [row(peak_bytes=100, first_call_cold_s=1.0), row("eager", 200.0)]
+    new = [row(peak_bytes=120, first_call_cold_s=1.0), row("eager", 180.0)]
+    found = changes(old, new, "peak_memory:+10%", "first_call:+10%", "speedup:-5%", "p80:+1%")
+    assert found["ours"].failures == ("peak_memory +20.0%, allowed +10.0%", "speedup -10.0%, allowed -5.0%")
+
+
+@pytest.mark.parametrize("text", ["p50", "p50:5%", "p99:+5%", "p50:+5", "p50:+x%", ""])
+def test_limits_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match=r"cannot read limit .*, expected METRIC:\+N%"):
+        compare.Limit.parse(text)
+
+
+def test_the_command(tmp_path, capsys):
+    old = write(tmp_path / "old.json", row(), row("eager", 200.0))
+    new = write(tmp_path / "new.json", row(us=120.0), row("eager", 200.0))
+    assert cli.main(["compare", str(old), str(new)]) == 0
+    assert "+20.0%" in capsys.readouterr().out
+    assert cli.main(["compare", str(old), str(new), "--fail-if", "p50:+5%"]) == 1
+    assert "resnet18, batch 8, float16, gpu clock, L2 warm: ours: p50 +20.0%, allowed +5.0%" in capsys.readouterr().err
+    assert cli.main(["compare", str(old), str(new), "--json", "--metric", "speedup"]) == 0
+    first = json.loads(capsys.readouterr().out)[0]
+    assert (first["old"], first["new"]) == (pytest.approx(2.0), pytest.approx(200 / 120))
+
+
+def test_other_machines_are_noted(tmp_path, capsys):
+    elsewhere = {**WHERE, "device": "NVIDIA H100"}
+    old, new = write(tmp_path / "old.json", row()), write(tmp_path / "new.json", row(environment=elsewhere))
+    assert cli.main(["compare", str(old), str(new)]) == 0
+    assert "note: device differs: NVIDIA H200 before, NVIDIA H100 now" in capsys.readouterr().err

@@ -1,0 +1,507 @@
+"""The command line: what it prints where, its exit codes, and one line for whatever is wrong with the input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from resnet_triton import __version__
+from resnet_triton.support import vision
+from resnet_triton.tools import cli, predict
+
+PIL_Image = pytest.importorskip("PIL.Image")
+sklearn_datasets = pytest.importorskip("sklearn.datasets")
+pytest.importorskip("rich")
+models = vision.torchvision().models
+PACKAGE = Path(cli.__file__).parents[1]
+PHOTOS = [Path(sklearn_datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
+GREY = (200, 200, 200)
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        code = cli.main([str(a) for a in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+def fails(outcome: Outcome, *words: str, code: int = 2) -> None:
+    assert outcome.code == code
+    assert outcome.out == ""
+    assert re.fullmatch(r"resnet-triton: error: [^\n]+\n", outcome.err), outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    """Random weights of torchvision's ResNet-18 with ten classes."""
+    torch.manual_seed(0)
+    return models.resnet18(num_classes=10).state_dict()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, state: dict[str, torch.Tensor]) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "ten.pt"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "grey.png"
+    PIL_Image.new("RGB", (40, 30), GREY).save(path)
+    return path
+
+
+# --- the command itself ----------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version") == (0, f"resnet-triton {__version__}\n", "")
+    for arguments in (["--help"], *([name, "--help"] for name in ("doctor", "predict", "demo", "codegen"))):
+        outcome = run(*arguments)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert outcome.out.startswith("usage: resnet-triton")
+
+
+def test_module_survives_a_closed_pipe() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_triton", "--help"], cwd=PACKAGE.parent, env=buffered, stdout=writer, stderr=-1
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "COMMAND"),
+        (["paint"], "paint"),
+        (["predict"], "IMAGE"),
+        (["predict", "a.png", "--topk", "0"], "positive"),
+        (["predict", "a.png", "--batch", "many"], "many"),
+        (["predict", "a.png", "--kernels", "cudnn"], "cudnn"),
+        (["predict", "a.png", "--device", "toaster"], "toaster"),
+        (["predict", "a.png", "--device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_wrong_arguments(run: Run, arguments: list[str], word: str) -> None:
+    fails(run(*arguments), word)
+
+
+def test_debug_shows_the_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (["--debug", "predict", "absent.png", "--device", "cpu"], ["predict", "absent.png", "--debug"]):
+        with pytest.raises(ValueError, match="No such file"):
+            run(*arguments)
+    monkeypatch.setenv("RESNET_TRITON_DEBUG", "1")
+    with pytest.raises(ValueError, match="No such file"):
+        run("predict", "absent.png")
+
+
+def test_ctrl_c(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "predict", interrupted)
+    assert run("predict", "a.png") == (130, "", "")
+
+
+def test_bugs_keep_their_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(predict, "predict", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("predict", "a.png")
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [
+        ("rich", ["predict", "a.png"], "cli"),
+        ("torchvision", ["predict", "a.png"], "vision"),
+        ("PIL", ["predict", "a.png"], "vision"),
+        ("safetensors.torch", ["predict", "a.png", "--weights", "w.safetensors"], "vision"),
+        ("sklearn.datasets", ["demo"], "cli"),
+    ],
+)
+def test_missing_packages(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, command: list[str], extra: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("w.safetensors").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, package, None)
+    fails(run(*command), package.partition(".")[0], f"resnet-triton[{extra}]")
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+def test_predict_agrees_with_torchvision(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = models.resnet18().eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "random.pth")
+    outcome = run("predict", *PHOTOS, "--weights", tmp_path / "random.pth", "--topk", 3, "--json", "--device", "cpu")
+    assert outcome.code == 0
+    answer = json.loads(outcome.out)
+    weights = models.ResNet18_Weights.IMAGENET1K_V1
+    for photo, got in zip(PHOTOS, answer, strict=True):
+        with PIL_Image.open(photo) as image, torch.inference_mode():
+            wanted = model(weights.transforms()(image)[None])[0].softmax(0).topk(3)
+        assert got["file"] == str(photo)
+        assert [top["index"] for top in got["top"]] == wanted.indices.tolist()
+        assert [top["probability"] for top in got["top"]] == pytest.approx(wanted.values.tolist(), rel=1e-4)
+        assert [top["label"] for top in got["top"]] == [weights.meta["categories"][i] for i in wanted.indices]
+    assert re.fullmatch(r"\d+ layer calls ran on Triton kernels, \d+ on PyTorch\n", outcome.err)
+
+
+def test_predict_in_batches_on_a_table(run: Run, checkpoint: Path, picture: Path) -> None:
+    odd = picture.with_name("[red]\x1b[2J.png")
+    shutil.copy(picture, odd)
+    outcome = run(
+        "predict", *[picture] * 3, odd, "--weights", checkpoint, "--batch", 2, "--topk", 99, "--device", "cpu"
+    )
+    assert outcome.code == 0
+    assert "[red]\\x1b[2J.png" in re.sub(r"\s", "", outcome.out)
+    assert outcome.out.count("%") == 40
+
+
+def test_a_checkpoint_names_its_classes_and_image_size(
+    run: Run, tmp_path: Path, state: dict[str, torch.Tensor], picture: Path
+) -> None:
+    torch.save({"state_dict": state, "image_size": 32, "categories": list("abcdefghij")}, tmp_path / "small.pt")
+    assert predict.find_classifier(str(tmp_path / "small.pt")).transforms(PIL_Image.open(picture)).shape == (3, 32, 32)
+    outcome = run("predict", picture, "--weights", tmp_path / "small.pt", "--json", "--kernels", "torch", "--topk", 1)
+    ((top,),) = (answer["top"] for answer in json.loads(outcome.out))
+    assert top["label"] == "abcdefghij"[top["index"]]
+
+
+@pytest.mark.gpu
+def test_predict_on_the_kernels(run: Run, picture: Path, checkpoint: Path) -> None:
+    answers = []
+    for kernels in ("torch", "triton"):
+        outcome = run("predict", picture, "--weights", checkpoint, "--json", "--topk", 10, "--kernels", kernels)
+        assert outcome.code == 0
+        answers.append({top["label"]: top["probability"] for top in json.loads(outcome.out)[0]["top"]})
+    assert answers[0] == pytest.approx(answers[1], abs=1e-2)
+
+
+def test_kernels_that_cannot_run(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path, checkpoint: Path) -> None:
+    monkeypatch.setattr("resnet_triton.ops.interpreter.active", lambda: False)
+    fails(
+        run("predict", picture, "--weights", checkpoint, "--kernels", "triton", "--device", "cpu"),
+        "CPU tensors", "kernels=auto",
+    )  # fmt: skip
+
+
+def jpeg() -> bytes:
+    return PHOTOS[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("notes.txt", b"a shopping list", ["not an image"]),
+        ("text.png", b"a shopping list", ["not an image"]),
+        ("picture.ppm", b"P6 1 1 255 abc", ["not an image"]),  # an image, of a format that is not on the list
+        ("empty.jpg", b"", ["empty"]),
+        ("truncated.jpg", jpeg()[:20000], ["cannot be decoded", "truncated"]),
+        ("folder.jpg", None, ["not a regular file"]),
+    ],
+)
+def test_bad_images(
+    run: Run, tmp_path: Path, checkpoint: Path, picture: Path, name: str, content: bytes | None, words: list[str]
+) -> None:
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    fails(run("predict", picture, path, "--weights", checkpoint, "--device", "cpu"), str(path), "JPEG", *words)
+
+
+@pytest.mark.parametrize("limit", [1000, 500])  # at half the pixels Pillow warns, at a quarter it raises
+def test_decompression_bomb(
+    run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, picture: Path, limit: int
+) -> None:
+    monkeypatch.setattr(PIL_Image, "MAX_IMAGE_PIXELS", limit)
+    fails(run("predict", picture, "--weights", checkpoint, "--device", "cpu"), str(picture), f"over {limit} pixels")
+
+
+def test_sliver(run: Run, tmp_path: Path, checkpoint: Path) -> None:
+    PIL_Image.new("RGB", (1, 1000)).save(tmp_path / "sliver.png")
+    fails(run("predict", tmp_path / "sliver.png", "--weights", checkpoint), "1x1000 pixels")
+
+
+def grey(mode: str, value: Any) -> Any:
+    return PIL_Image.new(mode, (4, 3), value)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options"),
+    [
+        ("rgb.webp", grey("RGB", GREY), {"lossless": True}),
+        ("rgb.bmp", grey("RGB", GREY), {}),
+        ("palette.png", grey("RGB", GREY).quantize(4), {}),
+        ("palette.gif", grey("RGB", GREY).quantize(4), {}),
+        ("luminance.png", grey("L", 200), {}),
+        ("16bit.png", grey("I;16", 200 * 257), {}),
+        ("16bit.tif", grey("I;16", 200 * 257), {}),
+        ("int.tif", grey("I", 200 * 257), {}),
+        ("alpha.png", grey("RGBA", (145, 145, 145, 128)), {}),  # half of 145, half of white
+        ("grey-alpha.png", grey("LA", (145, 128)), {}),
+        ("key.png", grey("RGB", GREY), {"transparency": (1, 2, 3)}),
+        ("cmyk.tif", grey("CMYK", (55, 55, 55, 0)), {}),
+        ("cmyk.jpg", grey("CMYK", (55, 55, 55, 0)), {"quality": 95}),
+        ("first.gif", grey("L", 200), {"save_all": True, "append_images": [grey("L", 0)]}),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path: Path, name: str, image: Any, options: dict[str, Any]) -> None:
+    image.save(tmp_path / name, **options)
+    loaded = predict.load_image(tmp_path / name)
+    assert loaded.mode == "RGB"
+    assert loaded.size == (4, 3)
+    assert all(abs(low - 200) <= 1 and low == high for low, high in loaded.getextrema())
+
+
+def test_transparent_is_white_and_depth_without_range_is_refused(tmp_path: Path) -> None:
+    hidden = PIL_Image.new("P", (4, 3))
+    hidden.putpalette([10, 20, 30])
+    hidden.save(tmp_path / "hidden.png", transparency=0)
+    assert predict.load_image(tmp_path / "hidden.png").getpixel((0, 0)) == (255, 255, 255)
+    for name, image in {"float.tif": grey("F", 0.5), "deep.tif": grey("I", 1 << 20)}.items():
+        image.save(tmp_path / name)
+        with pytest.raises(ValueError, match=r"expected 8 or 16 bits"):
+            predict.load_image(tmp_path / name)
+
+
+def test_orientation(tmp_path: Path) -> None:
+    image = PIL_Image.new("RGB", (40, 20))
+    image.paste((255, 255, 255), (0, 0, 20, 20))  # the left half; orientation 6 turns it to the top
+    exif = PIL_Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "lying.jpg", exif=exif, quality=95)
+    upright = predict.load_image(tmp_path / "lying.jpg")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5))[0] > 250 > 5 > upright.getpixel((10, 35))[0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("IMAGENET1K_V9", ["IMAGENET1K_V9", "expected one of IMAGENET1K_V1", ".safetensors"]),
+        ("ResNet50_Weights.IMAGENET1K_V1", ["ResNet50_Weights", "IMAGENET1K_V1"]),
+        ("absent.pt", ["absent.pt", "no such file"]),
+        ("grey.png", ["grey.png", ".pt, .pth, .safetensors"]),
+    ],
+)
+def test_unknown_weights(
+    run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path, weights: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(picture.parent)
+    fails(run("predict", picture, "--weights", weights), *words)
+
+
+@pytest.mark.parametrize("name", ["DEFAULT", "ResNet18_Weights.IMAGENET1K_V1"])
+def test_download_fails(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path, name: str) -> None:
+    def offline(*_: object, **__: object) -> None:
+        print("Downloading ...")  # as torch.hub does, on stdout
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    fails(run("predict", picture, "--weights", name), "no route to host", "--weights FILE")
+
+
+def test_bad_image_is_found_before_a_download(run: Run, tmp_path: Path) -> None:
+    fails(run("predict", tmp_path / "absent.png", "--weights", "DEFAULT"), "absent.png")
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.target,)
+
+
+State = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {k: v for k, v in s.items() if not k.startswith("layer1")}, ["20 missing", "layer1.0.conv1.weight"]),
+        (lambda s: {**s, "head.weight": s["fc.weight"]}, ["1 unexpected", "head.weight"]),
+        (lambda s: {**s, "fc.weight": s["fc.weight"].T}, ["fc.weight", "(512, 10)"]),
+        (lambda s: {**s, "conv1.weight": s["conv1.weight"][:, :1]}, ["conv1.weight", "(64, 1, 7, 7)", "(64, 3, 7, 7)"]),
+        (lambda s: {**s, "epoch": 3}, ["no state_dict"]),
+        (lambda s: {}, ["no state_dict"]),
+        (lambda s: list(s), ["a list"]),
+        (lambda s: {"state_dict": s, "categories": ["one"]}, ["categories", "10"]),
+        (lambda s: {"state_dict": s, "image_size": "big"}, ["image_size"]),
+        (lambda s: {**s, "bn1.bias": s["bn1.bias"] * torch.nan}, ["NaN"]),
+    ],
+)
+def test_bad_checkpoints(
+    run: Run, tmp_path: Path, picture: Path, state: State, change: Callable[[State], Any], words: list[str]
+) -> None:
+    torch.save(change(state), tmp_path / "bad.pt")
+    fails(run("predict", picture, "--weights", tmp_path / "bad.pt", "--device", "cpu"), "bad.pt", *words)
+
+
+@pytest.mark.parametrize("name", ["text.pt", "empty.pt", "text.safetensors", "half.pt"])
+def test_no_checkpoints(run: Run, tmp_path: Path, picture: Path, checkpoint: Path, name: str) -> None:
+    content = {"text": b"dear diary", "empty": b"", "half": checkpoint.read_bytes()[:1000000]}[Path(name).stem]
+    (tmp_path / name).write_bytes(content)
+    fails(run("predict", picture, "--weights", tmp_path / name), name, "cannot be read safely")
+
+
+def test_nothing_in_a_checkpoint_is_executed(run: Run, tmp_path: Path, picture: Path) -> None:
+    target = tmp_path / "was here"
+    torch.save({"state_dict": Malicious(target)}, tmp_path / "zip.pt")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Malicious(target)))
+    for name in ("zip.pt", "pickle.pth"):
+        fails(run("predict", picture, "--weights", tmp_path / name), name, "cannot be read safely")
+    assert not target.exists()
+
+
+def test_forms_of_a_checkpoint(tmp_path: Path, state: State) -> None:
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}  # as before torch 0.4.1
+    forms: dict[str, Any] = {
+        "plain-and-old.pth": old,
+        "parallel.pt": {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
+        "half.pt": {"model": {k: v.half() if v.is_floating_point() else v for k, v in state.items()}},
+    }  # fmt: skip
+    for name, content in forms.items():
+        torch.save(content, tmp_path / name)
+    pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "tensors.safetensors")
+    for name in [*forms, "tensors.safetensors"]:
+        classifier = predict.find_classifier(str(tmp_path / name))
+        assert classifier.categories == [str(i) for i in range(10)]
+        loaded = classifier.build().state_dict()
+        wanted = state["fc.weight"].half().float() if name == "half.pt" else state["fc.weight"]
+        assert torch.equal(loaded["fc.weight"], wanted), name
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor(run: Run) -> None:
+    outcome = run("doctor", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    findings = json.loads(outcome.out)
+    assert findings["versions"]["torch"] == torch.__version__
+    assert findings["self_test"]["backend"] == ("cuda" if torch.cuda.is_available() else "interpreter")
+    tested = {(t["kernel"].partition(",")[0], t["path"]): t["ok"] for t in findings["self_test"]["results"]}
+    assert set(tested) == {
+        ("stem", "descriptor"), ("stem", "pointer"), ("conv_bn_relu", "descriptor"), ("conv_bn_relu", "pointer"),
+        ("conv_bn_relu", "gluon"),
+        ("max_pool2d", ""), ("global_avg_pool", ""), ("avg_pool_linear", ""), ("add_relu", ""), ("linear", ""),
+    }  # fmt: skip
+    assert all(ok is not False for ok in tested.values())
+    assert len(findings["layers"]) == 18
+
+
+def test_doctor_launches_every_kernel_on_the_path_it_names(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    from resnet_triton.config.device import facts
+    from resnet_triton.kernels.launch import Launch
+    from resnet_triton.tools import doctor
+
+    if facts(device).arch not in (90, 100):
+        pytest.skip("the heuristic takes no columns here")
+    launched: list[str] = []
+    real = Launch.run
+
+    def recorded(launch: Launch) -> None:
+        launched.append(launch.kernel.__name__)
+        real(launch)
+
+    monkeypatch.setattr(Launch, "run", recorded)
+    hopper = device.type == "cuda" and facts(device).arch == 90
+    paths: dict[str, set[str]] = {}
+    for kernel, path, compute in doctor._CASES:
+        launched.clear()
+        result = doctor._attempt(kernel, path, compute, device=device.type)
+        assert result["ok"] or (path == "gluon" and "no interpreter" in result["detail"] and not hopper)
+        paths.setdefault(path, set()).update(launched)
+    assert paths["descriptor"] == {"pack_kernel", "stem_kernel", "conv_box_kernel", "conv_columns_kernel"}
+    assert paths["pointer"] == {"conv_pointer_kernel", "max_pool_kernel", "sum_shares_kernel"}
+    assert paths["gluon"] == ({"conv_halo_kernel"} if hopper else set())
+    sources = (path.read_text(encoding="utf-8") for path in (PACKAGE / "kernels").glob("*.py"))
+    assert set.union(*paths.values(), {"conv_halo_kernel"}) == {
+        name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.M)
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plants a fault in the interpreter's process")
+def test_doctor_finds_a_broken_kernel(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that tests the kernels gets a copy of the package in which one load looks a pixel too far."""
+    shutil.copytree(PACKAGE, tmp_path / "resnet_triton")
+    kernel = tmp_path / "resnet_triton" / "kernels" / "conv_box.py"
+    source = kernel.read_text(encoding="utf-8")
+    load = "desc.load([p * 2 + r, column, parity, n, c])"
+    assert source.count(load) == 1
+    kernel.write_text(source.replace(load, load.replace("column,", "column + 1,")), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = run("doctor", "--json")
+    assert outcome.code == 1
+    (wrong,) = (test for test in json.loads(outcome.out)["self_test"]["results"] if test["ok"] is False)
+    assert (wrong["kernel"], wrong["path"]) == ("conv_bn_relu, 3x3/2", "descriptor")
+    assert re.fullmatch(r"\d+ of 8192 values differ", wrong["detail"])
+
+
+def test_doctor_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_triton.tools import doctor
+
+    def crashes(module: str) -> None:
+        raise RuntimeError("the process with Triton's interpreter failed: no memory")
+
+    monkeypatch.setattr(doctor, "no_kernels", lambda where: "a reason")
+    monkeypatch.setattr(doctor, "in_interpreter", crashes)
+    monkeypatch.setenv("COLUMNS", "200")
+    outcome = run("doctor")
+    assert (outcome.code, outcome.err) == (1, "")
+    for words in (torch.__version__, "WRONG", "no memory", "layer4.1.conv2", "A kernel is wrong"):
+        assert words in outcome.out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+def test_doctor_warns_of_a_shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_triton.tools import doctor
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for mode, warned in ((0o700, False), (0o755, False), (0o770, True), (0o707, True)):
+        tmp_path.chmod(mode)  # the cache is not there yet: whoever can write here can make it
+        assert bool(doctor._cache()["warning"]) is warned
+    tmp_path.chmod(0o700)

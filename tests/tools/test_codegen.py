@@ -1,0 +1,359 @@
+"""Machine code of the kernels for GPUs that are not here, at the configurations the heuristics choose.
+
+`make codegen` compiles every combination of architecture and batch size; here are as many as ten minutes allow.
+Compilation needs kernels that are not interpreted, so everything that compiles runs in subprocesses without
+TRITON_INTERPRET. The predictions are in `test_roofline.py`.
+"""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from compiling import CODE, ROW, run
+
+from resnet_triton import resnet18
+from resnet_triton.codegen import TARGETS, Row, budget, report, target
+from resnet_triton.config.device import KNOWN
+from resnet_triton.machine_code import read_nvidia
+from resnet_triton.machine_code.ordering import NO_BARRIER_BEFORE_ATOMIC, WEAK_ATOMIC
+from resnet_triton.ops.trace import trace
+from resnet_triton.tools import cli
+
+BUDGET = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.json"
+
+
+ROWS = """
+import json, sys
+import resnet_triton, triton
+from resnet_triton import codegen
+arch, batches, dtypes = json.loads(sys.argv[1])
+found = codegen.rows(resnet_triton.resnet18().eval(), [arch], batches, dtypes, jobs=1)
+print(json.dumps({"triton": triton.__version__, "rows": [row.record() for row in found]}))
+"""
+
+
+def compiled(arch: int | str, batches: list[int], *dtypes: str) -> report.Record:
+    return json.loads(run(ROWS, json.dumps([arch, batches, dtypes])))
+
+
+def layers() -> set[str]:
+    with torch.device("meta"):
+        model = resnet18().eval()
+    return {call.name or call.operator for call in trace(model)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "batches"), [(80, [1, 32]), (90, [1, 8, 32, 128]), (100, [8, 128])])
+def test_float16_is_sound(arch, batches):
+    found = compiled(arch, batches, "float16")["rows"]
+    assert {(r["layer"], r["batch"]) for r in found} == {(layer, batch) for layer in layers() for batch in batches}
+    wrong = [fault for r in found for fault in r["faults"]]
+    assert [fault for fault in wrong if arch != 100 or not fault.startswith("spills")] == []
+    matrix = {80: "mma", 90: "wgmma", 100: "tcgen05"}[arch]
+    products = [r for r in found if r["dots"] and r["operator"] in ("stem", "conv_bn_relu")]
+    many = [r for r in products if r["batch"] >= 32]  # fewer images may do better through pointers, in small tiles
+    assert {r["tensor_core"] for r in many} == {matrix}
+    assert {(r["path"], r["tma"]) for r in many} == {("pointer", False) if arch == 80 else ("descriptor", True)}
+    assert all(r["tensor_core"] != "none" for r in products)
+    if arch == 80:
+        assert {r["narrowest_load"] for r in products if r["channels"] % 8 == 0} == {16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32", "float32"])
+def test_other_dtypes_are_sound_on_hopper(dtype):
+    found = compiled(90, [32], dtype)["rows"]
+    assert [r for r in found if r["faults"]] == []
+
+
+@pytest.mark.slow
+def test_amd_compiles():
+    found = compiled("gfx942", [32], "float16")["rows"]
+    assert {r["tensor_core"] for r in found if r["dots"]} == {"mfma"}
+    assert {r["path"] for r in found} == {"pointer"}
+    assert [r for r in found if r["registers"] == 0 or r["instructions"] == 0 or r["programs_per_sm"] == 0] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "batches"), [(80, [32]), (90, [1, 128])])
+def test_code_stays_within_its_budget(arch, batches):
+    import triton
+
+    allowed = budget.load(BUDGET)
+    if allowed["triton"] != triton.__version__:
+        pytest.skip(f"the budget was made with Triton {allowed['triton']}, here is {triton.__version__}")
+    assert {(f"sm_{arch}", batch) for batch in batches} <= {(r["arch"], r["batch"]) for r in allowed["rows"]}
+    worse = list(budget.regressions(compiled(arch, batches, "float16"), allowed))
+    assert not worse, "\n".join([*worse, f"if that is meant: {report.REGENERATE}, and commit benchmarks/results"])
+
+
+BOUND = """
+import json
+import torch
+import resnet_triton
+from resnet_triton import codegen, config
+from resnet_triton.config import device
+from resnet_triton.config.conv import shared_memory
+from resnet_triton.ops.trace import trace
+model = resnet_triton.resnet18().eval()
+found = []
+for arch in (80, 90):
+    facts = device.KNOWN[arch]
+    for batch in (1, 32):
+        for call in trace(model, (batch, 3, 224, 224), torch.float16)[::3]:
+            if call.operator == "conv_bn_relu":
+                code = codegen.compile_for(codegen.specialise(call.launches(facts)[-1]), arch)
+                found.append((code.shared_memory, shared_memory(config.lookup(call.shape, facts), call.shape)))
+print(json.dumps(found))
+"""
+
+
+def test_shared_memory_bound_holds_and_is_not_wild():
+    found = json.loads(run(BOUND))
+    assert len(found) >= 20
+    for used, bound in found:
+        assert used <= bound <= 3 * used + 8192
+
+
+FAULTS = """
+import torch
+import resnet_triton
+from resnet_triton import codegen, config
+from resnet_triton.config import device
+from resnet_triton.config import ConvConfig
+from resnet_triton.ops.trace import trace
+
+calls = trace(resnet_triton.resnet18().eval(), (128, 3, 224, 224), torch.float16)
+call = next(c for c in calls if c.name == "layer4.0.conv2")
+# Two accumulators that cannot fit.
+config.lookup = lambda *a, **k: ConvConfig(256, 128, 64, 8, 3, (1, 2, 128), swap=True)
+code = codegen.compile_for(codegen.specialise(call.launches(device.KNOWN[90])[-1]), 90)
+print(code.spill_bytes)
+"""
+
+
+def test_a_tile_that_spills_is_seen_to_spill():
+    assert int(run(FAULTS)) > 0
+
+
+ROUNDED = """
+import json
+import torch
+from resnet_triton import codegen, resnet18
+from resnet_triton.config.device import KNOWN
+from resnet_triton.kernels.stem import pack, packed_shape
+from resnet_triton.ops.trace import trace
+
+model, found = resnet18().eval(), {}
+for arch, batch in ((80, 1), (90, 32)):
+    for call in trace(model, (batch, 3, 224, 224), torch.float16):
+        for launch in call.launches(KNOWN[arch]):
+            name = f"{arch} {launch.kernel.__name__}"
+            if name not in found and "linear_kernel" != launch.kernel.__name__:
+                found[name] = codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"]
+with torch.device("meta"):
+    x, out = torch.empty(1, 3, 8, 8).half(), torch.empty(packed_shape(1, 8, 8)).half()
+    marks = torch.empty(out.shape[:2], dtype=torch.int32)
+launch = pack(out=out, marks=marks, x=x, mean=[0.5] * 3, std=[0.5] * 3, block=128, num_warps=4)
+found["90 normalising"] = codegen.triton_compile(codegen.specialise(launch), 90).asm["ptx"]
+print(json.dumps(found))
+"""
+
+
+def test_divisions_and_square_roots_are_correctly_rounded():
+    """The interpreter knows no other kind. Approximate ones flush denormal variances to zero."""
+    found = json.loads(run(ROUNDED))
+    kernels = {name.split()[1] for name in found}
+    assert {"conv_pointer_kernel", "stem_kernel", "global_avg_pool_kernel", "avg_pool_linear_kernel"} <= kernels
+    for name, ptx in found.items():
+        assert re.findall(r"\b(?:div\.(?:full|approx)|sqrt\.approx|rsqrt|rcp\.approx)\S*", ptx) == [], name
+        if "conv" in name or "stem" in name:
+            assert "sqrt.rn.f32" in ptx, name
+        if "avg_pool" in name or "normalising" in name:
+            assert "div.rn.f32" in ptx, name
+
+
+def faults(row: Row = ROW, **code: object) -> list[str]:
+    return replace(row, code=replace(CODE, **code)).faults()
+
+
+def test_each_fault_is_named():
+    assert faults() == []
+    assert faults(spill_bytes=8) == ["spills 8 bytes"]
+    assert faults(messages=("(C7513) ... wgmma.mma_async instructions are serialized",)) == ["ptxas serialised wgmma"]
+    assert faults(shared_memory=232449) == ["needs 232449 bytes of shared memory"]
+    assert faults(float_atomics=2) == ["2 floating-point atomics"]
+    assert faults(disorder=("one", "another")) == ["one", "another"]
+    assert faults(dropped_nans=3) == ["3 maxima or minima that drop NaN"]
+    assert faults(approximations=1) == ["1 approximate or flushing operations"]
+    assert faults(narrowest_load=8) == ["loads 8 bytes at a time in a loop, expected 16"]
+    assert faults(replace(ROW, channels=3), narrowest_load=2) == []
+    assert faults(widest_access=32) == ["accesses 32 bytes at a time, pointers are aligned to 16"]
+    assert faults(tma=False) == ["no TMA"]
+    assert faults(wgmma=0) == ["no wgmma"]
+    stem = replace(ROW, filter="7x7")
+    assert faults(stem, wgmma=0, tma=False) == []
+    assert faults(stem, tensor_core="none") == ["no tensor-core instruction"]
+    assert faults(stem, tensor_core="none", dots=0) == [], "a pool needs none"
+    assert faults(replace(ROW, batch=8), wgmma=0, tma=False, tensor_core="mma") == []
+    assert faults(replace(ROW, dtype="float32")) == ["IEEE fp32 on tensor cores (wgmma)"]
+    assert faults(replace(ROW, dtype="float32"), tensor_core="none", wgmma=0, tma=False) == []
+
+
+LOG = """ptxas info    : 0 bytes gmem
+ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...
+ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...
+    0 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P0 WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0020*/              @!P1 HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0030*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0040*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   NOP;
+"""
+PTX = """
+    st.global.v4.b32 [%rd1], {%r1, %r2, %r3, %r4};
+    @%p1 atom.global.gpu.acq_rel.add.u32 %r5, [%rd2], 1;
+    red.global.add.f32 [%rd1], %f1;
+    atom.global.add.noftz.f16x2 %r1, [%rd1], %r2;
+    redux.sync.add.s32 %r1, %r2, 0xffffffff;
+    sqrt.approx.ftz.f32 %f1, %f2;
+    max.f32 %f1, %f2, %f3;
+    min.bf16x2 %r1, %r2, %r3;
+    max.NaN.f16x2 %r1, %r2, %r3;
+    max.s32 %r1, %r2, %r3;
+"""
+
+
+def test_machine_code_is_read():
+    code = read_nvidia(ttir="%a = tt.dot %b, %c", ttgir="", ptx=PTX, sass=SASS, log=LOG, shared_memory=0)
+    assert (code.registers, code.spill_bytes, code.instructions) == (255, 32, 7)
+    assert (code.wgmma, code.wgmma_waits, code.wgmma_per_wait) == (3, 2, 1.5)
+    assert (code.float_atomics, code.disorder) == (2, (WEAK_ATOMIC, NO_BARRIER_BEFORE_ATOMIC))
+    assert (code.dropped_nans, code.approximations, code.widest_access) == (2, 1, 16)
+    assert len(code.messages) == 1
+    assert code.messages[0].startswith("(C7513) Potential Performance Loss")
+    assert code.serialized
+    with pytest.raises(ValueError, match="no 'Used N registers' in ptxas's report"):
+        read_nvidia(ttir="", ttgir="", ptx="", sass="", log="ptxas fatal", shared_memory=0)
+
+
+RESULT = {"triton": "3.7.1", "ptxas": {"sm_90": "12.8"}, "predicted": "never measured", "rows": [ROW.record()]}
+
+
+def test_predictions_are_never_shown_without_the_mark(capsys):
+    report.show(RESULT)
+    _, heading, line = capsys.readouterr().out.splitlines()
+    assert heading.index("predicted floor us") + len("predicted floor us") == line.index("40") + len("40")
+    row = json.loads(report.as_json(RESULT))["rows"][0]
+    assert row["predicted"] == {
+        "floor_us": 40.0, "l2_us": 30.0, "wave_loss": 0.24, "launch_gap_us": 1.3, "split_k_tail_us": 0.0
+    }  # fmt: skip
+    assert not set(row) & set(row["predicted"])
+    headings, _, cells = (line.split(" | ") for line in report.as_markdown(RESULT).splitlines()[-3:])
+    assert [value for name, value in zip(headings, cells, strict=True) if "(predicted)" in name] == [
+        "40", "30", "0.24", "1.3", "0"
+    ]  # fmt: skip
+
+
+def test_a_report_has_one_row_a_line_and_comes_back(tmp_path):
+    result = {**RESULT, "rows": RESULT["rows"] * 3}
+    report.write(result, tmp_path / "new")
+    text = Path(tmp_path, "new", "codegen.json").read_text()
+    assert sum(line.startswith('{"arch"') for line in text.splitlines()) == 3
+    assert budget.load(Path(tmp_path, "new", "codegen.json")) == json.loads(json.dumps(result))
+    row = json.loads(text)["rows"][0]
+    assert {"arch", "layer", "batch", "dtype", "spill_bytes", "serialized"} <= set(row)
+    assert "## sm_90: NVIDIA H200" in Path(tmp_path, "new", "codegen.md").read_text()
+    Path(tmp_path, "list.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected an object"):
+        budget.load(Path(tmp_path, "list.json"))
+
+
+def test_the_budget_catches_what_got_worse():
+    def worse(**changes: object) -> list[str]:
+        return list(budget.regressions({**RESULT, "rows": [{**ROW.record(), **changes}]}, RESULT))
+
+    where = "sm_90 batch 32 float16 layer1.0.conv1 launch 0 (k)"
+    assert worse() == worse(registers=107, instructions=1050, occupancy=0.75, wgmma_per_wait=5.0) == []
+    assert worse(registers=108) == [f"{where}: 108 registers, expected at most 107"]
+    assert worse(instructions=1051) == [f"{where}: 1051 instructions, expected at most 1050"]
+    assert worse(occupancy=0.25) == [f"{where}: occupancy 0.25, expected at least 0.5"]
+    assert worse(wgmma_per_wait=None) == [f"{where}: wgmma_per_wait None, expected at least 4.0"]
+    assert worse(layer="layer9") == ["sm_90 batch 32 float16 layer9 launch 0 (k): not in the budget"]
+    assert worse(batch=64) == worse(arch="sm_100", registers=255) == [], "not held"
+    with pytest.raises(ValueError, match=r"made with Triton 3.7.1, expected 4"):
+        list(budget.regressions({**RESULT, "triton": "4"}, RESULT))
+
+
+def test_the_command_fails_on_a_fault_and_on_a_broken_budget(monkeypatch, tmp_path, capsys):
+    found = dict(RESULT)
+    monkeypatch.setattr(report, "compile_all", lambda *_: found)
+    assert cli.main(["codegen", "--out", str(tmp_path)]) == 0
+    committed = str(tmp_path / "codegen.json")
+    assert cli.main(["codegen", "--json", "--budget", committed]) == 0
+    found["rows"] = [{**ROW.record(), "registers": 200, "faults": ["spills 8 bytes"]}]
+    capsys.readouterr()
+    assert cli.main(["codegen", "--budget", committed]) == 1
+    errors = capsys.readouterr().err
+    assert "spills 8 bytes" in errors
+    assert "200 registers, expected at most 107" in errors
+    found["rows"] = [{**found["rows"][0], "arch": "sm_100"}]
+    assert cli.main(["codegen"]) == 0, "reported only"
+
+
+def test_targets():
+    assert set(KNOWN) <= set(TARGETS)
+    assert [target(arch).name for arch in (90, "90", "sm_90", "gfx942")] == ["sm_90"] * 3 + ["gfx942"]
+    assert not target("gfx942").facts.has_descriptors
+    with pytest.raises(ValueError, match=r"cannot compile for 'sm_70', expected one of sm_80, sm_86"):
+        report.compile_all(["sm_70"], [1], ["float16"], 1, None)
+    with pytest.raises(ValueError, match="cannot compile for dtype 'int8'"):
+        report.compile_all(["90"], [1], ["int8"], 1, None)
+
+
+NEIGHBOURS = """
+import json
+import torch
+from resnet_triton import resnet18
+from resnet_triton.codegen import specialise
+from resnet_triton.config.device import KNOWN
+from resnet_triton.ops.trace import trace
+
+model = resnet18().eval()
+shared, found = 0, []
+for arch, batches in ((90, (97, 100, 112, 127)), (90, (2, 3)), (80, (17, 18, 20, 32))):
+    compiled, seen = {}, {}
+    for batch in batches:
+        for i, call in enumerate(trace(model, (batch, 3, 224, 224), torch.float16)):
+            for launch in call.launches(KNOWN[arch]):
+                code = specialise(launch)
+                tiles = [(k, v) for k, v in code.constants if k.startswith(("BOX", "BLOCK", "SPLIT", "COLUMNS"))]
+                tile = str((i, code.kernel, tiles, launch.num_warps, launch.num_stages))
+                shared += tile in compiled
+                if compiled.setdefault(tile, code) != code:
+                    found.append(f"{call.name} at {batch}: other constants or types")
+                for p in launch.kernel.params:
+                    value = launch.arguments[p.name]
+                    if isinstance(value, int) and not p.is_constexpr and not p.do_not_specialize:
+                        if seen.setdefault((tile, p.name), value) != value:
+                            found.append(f"{code.kernel}: {p.name} varies and is specialised")
+print(json.dumps([shared, found]))
+"""
+
+
+def test_a_new_batch_size_compiles_nothing_that_its_neighbours_did():
+    shared, found = json.loads(run(NEIGHBOURS))
+    assert found == []
+    assert shared > 60, "most tiles are the same for neighbours"

@@ -1,0 +1,406 @@
+"""Full disks, folders of others, interrupts while writing: an old file survives, and the error names the new one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from robustness import ROBUST
+from synthetic_results import row
+
+from resnet_triton.bench import command, report, results
+from resnet_triton.codegen import report as codegen
+from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, lookup, table
+from resnet_triton.config.conv import is_legal
+from resnet_triton.config.device import KNOWN
+from resnet_triton.support import files
+from resnet_triton.tools import cli, digits
+
+resource = pytest.importorskip("resource")
+ROOT = Path(__file__).parents[2]
+GPU = KNOWN[90]
+SHAPE = ConvShape(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
+CONFIG = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32), swap=True)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may become longer than 100 bytes: a real failure of the system's, in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# --- every file that is written --------------------------------------------------------------------------------------
+
+Writer = Callable[[Path, str], object]
+
+
+def save_table(folder: Path, driver: str) -> None:
+    table.save(table.Table(GPU.name, driver, entries={SHAPE: table.Entry(CONFIG)}), folder / "gpu.json")
+
+
+def write_codegen(folder: Path, version: str) -> None:
+    codegen.write({"triton": version * 100, "rows": []}, folder)
+
+
+def add_to_table(folder: Path, driver: str) -> None:
+    if not (folder / "gpu.json").exists():
+        save_table(folder, "old")
+    entry = table.Entry(CONFIG)
+    table.add(table.Table(GPU.name, driver), replace(SHAPE, n=64), entry, folder / "gpu.json")
+
+
+WRITERS: dict[str, Writer] = {
+    "a file": lambda folder, text: files.replace(folder / "file", text * 100),
+    "tuned table": save_table,
+    "entry of a tuned table": add_to_table,
+    "results": lambda folder, name: results.save(results.Results([row(name)]), folder / "results.json"),
+    "report": lambda folder, name: report.write(results.Results([row(name)]), folder),
+    "codegen": write_codegen,
+    "demo's weights": lambda folder, text: digits._keep(folder / "digits.pt", text.encode() * 100),
+}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("fault", ["full disk", "interrupt", "interrupt at the end"])
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
+) -> None:
+    WRITERS[kind](tmp_path, "old")
+    before = content(tmp_path)
+    assert before
+    if fault == "full disk":
+        with full_disk(), pytest.raises(OSError, match="File too large") as raised:
+            WRITERS[kind](tmp_path, "new")
+        assert Path(raised.value.filename).name in before
+    else:
+        step = "fsync" if fault == "interrupt" else "replace"
+        monkeypatch.setattr(os, step, lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            WRITERS[kind](tmp_path, "new")
+        monkeypatch.undo()
+    assert content(tmp_path) == before
+    WRITERS[kind](tmp_path, "new")
+    assert content(tmp_path) != before
+    assert set(content(tmp_path)) == set(before)
+
+
+def test_a_file_keeps_who_may_read_it(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    file.chmod(0o640)
+    files.replace(file, "new")
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o640)
+
+
+def test_a_symbolic_link_and_the_umask_are_respected(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")
+    before = os.umask(0o027)
+    try:
+        files.replace(tmp_path / "link", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "file").read_text() == "text"
+    assert (tmp_path / "elsewhere" / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_full_disk_costs_the_demo_nothing_but_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn.datasets")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(digits, "train", lambda *arguments: {"fc.weight": digits.torch.ones(100)})
+    with full_disk():
+        state, path, notes = digits.trained(digits.Recipe(), None, lambda *arguments: None)  # type: ignore[arg-type]
+    assert list(state) == ["fc.weight"]
+    assert path is None
+    assert "could not be kept" in notes[-1]
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark that takes no time and finds one row."""
+    pytest.importorskip("matplotlib")
+
+    def models(plan: command.Plan, found: results.Results, end: float, say: command.Say) -> None:
+        found.rows.append(row("measured"))
+        command._keep(found, plan.out, say)
+
+    monkeypatch.setattr(command, "_models", models)
+    monkeypatch.setattr(command.ceilings, "measure", lambda *arguments: [])
+    monkeypatch.setattr(command.predictions, "predictions", lambda *arguments, **options: [])
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_disk_that_becomes_full_costs_no_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "results.json"))
+
+    monkeypatch.setattr(files, "replace", full)
+    assert cli.main(["bench", "--model", "--device", "cpu", "--json", "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert [found["alternative"] for found in json.loads(out)["rows"]] == ["measured"]
+    assert "results.json yet: No space left on device" in err, "said when it was found"
+    last = err.splitlines()[-1]
+    assert last == f"resnet-triton: error: {tmp_path}/results.json: No space left on device; free some space, or " + (
+        "choose another place"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_output_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.save(results.Results([row("ours", ours=True)]), tmp_path / "results.json")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["compare", "--json", str(tmp_path), str(tmp_path)]) == 2
+        monkeypatch.undo()
+    error = "resnet-triton: error: output: No space left on device; free some space, or choose another place\n"
+    assert capsys.readouterr().err == error
+
+
+# --- without permission ----------------------------------------------------------------------------------------------
+
+UNPRIVILEGED = """
+import contextlib, io, json, os, sys, warnings
+from pathlib import Path
+import matplotlib, triton.knobs
+from resnet_triton.tools import cli, doctor
+from resnet_triton.config import choice, conv_heuristic, lookup, table
+from test_robust_files import GPU, SHAPE, command, report
+
+if os.getuid() == 0:  # once all is imported: the Python of root may be closed to others
+    os.setgid(65534)
+    os.setuid(65534)
+folder = Path(sys.argv[1])
+answer = {}
+for name, arguments in {
+    "bench": ["bench", "--model", "--device", "cpu", "--out", str(folder / "closed")],
+    "codegen": ["codegen", "--out", str(folder / "closed" / "new")],
+}.items():
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        answer[name] = cli.main(arguments), err.getvalue()
+table.FOLDER = folder
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    same = [lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU) for _ in range(2)]
+answer["table"] = same, [str(w.message) for w in caught]
+for name in ("closed", "sealed/cache"):
+    os.environ["TRITON_CACHE_DIR"] = str(folder / name)
+    answer[name] = doctor._cache()["warning"]
+print(json.dumps(answer))
+"""
+
+
+@pytest.fixture(scope="module")
+def unprivileged() -> Iterator[dict[str, Any]]:
+    """What a user gets who may not write into or read from what belongs to others."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("triton")
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "closed").mkdir()
+        (folder / "sealed").mkdir()
+        (folder / "nvidia-h200.json").write_text("{}")
+        (folder / "nvidia-h200.json").chmod(0)
+        (folder / "closed").chmod(0o555)
+        (folder / "sealed").chmod(0)
+        environ = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent))),
+        }
+        done = subprocess.run([sys.executable, "-c", UNPRIVILEGED, name], env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        yield {"folder": folder, **json.loads(done.stdout)}
+        for name in ("closed", "sealed"):
+            (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["bench", "codegen"])
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(unprivileged: dict[str, Any], name: str) -> None:
+    code, err = unprivileged[name]
+    assert code == 2
+    assert err.startswith(f"resnet-triton: error: {unprivileged['folder']}/closed")
+    assert err.endswith(": Permission denied; choose another place, or change its permissions\n")
+    assert err.count("\n") == 1
+
+
+def test_a_table_that_may_not_be_read_is_one_warning(unprivileged: dict[str, Any]) -> None:
+    same, (warning,) = unprivileged["table"]
+    assert same == [True, True]
+    assert f"ignoring the tuned table {unprivileged['folder']}/nvidia-h200.json" in warning
+    assert "Permission denied" in warning
+
+
+@pytest.mark.parametrize("name", ["closed", "sealed/cache"])
+def test_doctor_warns_of_a_cache_that_cannot_be_written_to(unprivileged: dict[str, Any], name: str) -> None:
+    if os.getuid() == 0:  # the folder belongs to root, whom everybody trusts; else to the user
+        assert unprivileged[name].startswith(
+            f"{unprivileged['folder']}/{name.partition('/')[0]}: Permission denied, so no"
+        )
+    assert "set TRITON_CACHE_DIR to a folder" in unprivileged[name]
+
+
+def test_doctor_warns_of_a_full_disk_and_of_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_triton.tools import doctor
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    tmp_path.chmod(0o700)
+    assert doctor._cache()["warning"] is None
+    with full_disk():
+        assert ": File too large, so no kernel can be compiled; set TRITON_CACHE_DIR" in doctor._cache()["warning"]
+    (tmp_path / "cache").write_text("in the way")
+    assert "Not a directory, so no kernel can be compiled" in doctor._cache()["warning"]
+    (tmp_path / "cache").unlink()
+    (tmp_path / "cache").symlink_to("cache")
+    assert "Too many levels of symbolic links" in doctor._cache()["warning"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("given", ["cache", "cache/entry"])
+def test_doctor_warns_of_a_cache_that_is_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    from resnet_triton.tools import doctor
+
+    (tmp_path / "cache" / "entry").mkdir(parents=True)
+    (tmp_path / "cache").chmod(0o700)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    assert doctor._cache()["warning"] is None
+    os.chown(tmp_path / given, 65534, 65534)
+    expected = (
+        f"{tmp_path / given} belongs to another user (uid 65534), who could put code there that Triton runs; set "
+    )
+    assert doctor._cache()["warning"].startswith(expected)
+
+
+# --- tuned tables ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in place of the one with the shipped tables."""
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    choice.forget()
+    yield tmp_path
+    choice.forget()
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def entry(**changes: Any) -> str:
+    shape = {"n": 32, "c": 64, "h": 56, "w": 56, "k": 64, "r": 3, "s": 3}
+    config = {"block_m": 64, "block_k": 64, "block_c": 64, "num_warps": 4, "num_stages": 2}
+    return json.dumps({"schema": 1, "gpu": GPU.name, "entries": [{"shape": {**shape, **changes}, "config": config}]})
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (loop, "symbolic link"),
+        (lambda path: path.write_bytes(bytes(range(256)) * 100), "not JSON"),
+        (lambda path: path.write_text(entry()[:-9]), "not JSON"),
+        (lambda path: path.write_text(entry(dtype="x" * 1_000_000) + "]"), "not JSON"),
+        (lambda path: path.write_text(entry(dtype=["x" * 1_000_000])), "ConvShape.dtype must be str"),
+        (lambda path: path.write_text(entry(**{"x" * 1_000_000: 1})), "unknown key"),
+    ],
+    ids=["symlink loop", "binary", "truncated", "a bracket too many", "a long value", "a long key"],
+)
+def test_a_damaged_table_is_one_short_warning_that_says_what_to_do(
+    folder: Path, damage: Callable[[Path], object], fault: str
+) -> None:
+    path = folder / "nvidia-h200.json"
+    damage(path)
+    with pytest.warns(UserWarning, match=fault) as caught:
+        assert lookup(SHAPE, GPU) == lookup(replace(SHAPE), GPU) == conv_heuristic(SHAPE, GPU)
+    (warning,) = (str(w.message) for w in caught)
+    assert str(path) in warning
+    assert "; delete it, or mend what it says" in warning
+    assert "\n" not in warning
+    assert len(warning) < 500
+
+
+def test_numbers_of_a_table_never_break_a_lookup(folder: Path) -> None:
+    """All that the schema lets through: the extremes of each field, one and two at a time."""
+    extremes = [0, 1, 3, 2**31 - 1]
+    names = ["block_m", "block_k", "block_c", "num_warps", "num_stages", "split_k", "columns", "strip"]
+    boxes = [None, (0, 0, 0), (1, 1, 64), (2**31 - 1,) * 3]
+    for start in (CONFIG, replace(CONFIG, box=None)):
+        tried = [replace(start, **{a: x, b: y}) for a in names for b in names for x in extremes for y in extremes]
+        tried += [replace(config, box=box) for config in tried[::7] for box in boxes]
+        for config in tried:
+            assert is_legal(config, SHAPE, GPU) in (True, False)
+        known = {replace(SHAPE, n=n): table.Entry(c) for n, c in enumerate(tried[:: len(tried) // 48], 16)}
+        table.save(table.Table(GPU.name, entries=known), folder / "nvidia-h200.json")
+        choice.forget()
+        for n in (0, 1, 31, 32, 33, 100):
+            assert is_legal(lookup(replace(SHAPE, n=n), GPU), replace(SHAPE, n=n), GPU) or n == 0
+
+
+def test_a_table_that_changes_while_it_is_used_is_read_once(folder: Path) -> None:
+    path = folder / "nvidia-h200.json"
+    table.save(table.Table(GPU.name, entries={SHAPE: table.Entry(CONFIG)}), path)
+    assert lookup(SHAPE, GPU) == CONFIG
+    path.write_text("half a ta")
+    larger = replace(SHAPE, n=48)
+    assert lookup(SHAPE, GPU) == CONFIG
+    assert is_legal(lookup(larger, GPU), larger, GPU)
+    table.save(table.Table(GPU.name, entries={SHAPE: table.Entry(replace(CONFIG, num_warps=8))}), path)
+    assert lookup(SHAPE, GPU) == CONFIG
+    choice.forget()
+    assert lookup(SHAPE, GPU) == replace(CONFIG, num_warps=8)
+
+
+def test_two_tuners_of_one_table_lose_nothing(tmp_path: Path) -> None:
+    """Each knows the table as it was when it began; both write at once."""
+    path = tmp_path / "gpu.json"
+    table.save(table.Table(GPU.name, entries={replace(SHAPE, n=999): table.Entry(CONFIG)}), path)
+
+    def tune(first: int) -> None:
+        known = table.load(path)
+        ready.wait()
+        for n in range(first, 20, 2):
+            known = table.add(known, replace(SHAPE, n=n), table.Entry(CONFIG), path)
+
+    ready = threading.Barrier(2)
+    tuners = [threading.Thread(target=tune, args=(first,)) for first in (1, 2)]
+    for tuner in tuners:
+        tuner.start()
+    for tuner in tuners:
+        tuner.join()
+    assert {shape.n for shape in table.load(path).entries} == {*range(1, 20), 999}
+
+
+@pytest.mark.parametrize("test", [row.test for row in ROBUST])
+def test_the_table_names_tests_that_exist(test: str) -> None:
+    file, function = test.split("::")
+    (path,) = ROOT.joinpath("tests").glob(f"*/{file}")
+    assert f"\ndef {function}(" in path.read_text(encoding="utf-8")
