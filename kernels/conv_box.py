@@ -11,12 +11,17 @@ through registers, which Triton 3.6.0 to 3.8.0 load again while a product still 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import batch_norm_scale_shift, begin, relu, sum_splits
+from .launch import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Launch, Shortcut, cdiv
+from .tiles import batch_norm_scale_shift, pdl_wait, relu, sum_partials
 
 IMAGES, ROWS, ONE_IMAGE = 0, 1, 2
 """Views of NHWC memory. At stride 2, columns (and, of one image, rows) are split by parity, so that every second one is
@@ -30,27 +35,52 @@ again a box:
 
 def pixels(x: Tensor, stride: int, box: tuple[int, int, int], block_c: int) -> tuple[TensorDescriptor, int]:
     """`x` as a descriptor that loads `box` at `stride`, `block_c` channels at a time, and the view it takes."""
-    n, c, h, w = x.shape
-    box_h, box_w, box_n = box
-    row, image = w * c, h * w * c
-    if stride == 1 and box_n > 1:
-        return TensorDescriptor(x, [h, w, n, c], [row, c, image, 1], [box_h, box_w, box_n, block_c]), IMAGES
-    if stride == 1:
-        return TensorDescriptor(x, [n, h, w, c], [image, row, c, 1], [1, box_h, box_w, block_c]), ROWS
-    if box_n > 1:
-        shape, strides = [h, w // 2, 2, n, c], [row, 2 * c, c, image, 1]
-        return TensorDescriptor(x, shape, strides, [box_h, box_w, 1, box_n, block_c]), IMAGES
-    if n == 1 and h % 2 == 0:
-        shape, strides = [2, 2, h // 2, w // 2, c], [row, c, 2 * row, 2 * c, 1]
-        return TensorDescriptor(x, shape, strides, [1, 1, box_h, box_w, block_c]), ONE_IMAGE
-    shape, strides = [n, h, 2, w // 2, c], [image, row, c, 2 * c, 1]
-    return TensorDescriptor(x, shape, strides, [1, box_h, 1, box_w, block_c]), ROWS
+    fields, view = _pixels(x.shape, x.dtype, stride, box, block_c)
+    return _on(x, fields), view
 
 
 def filters(weight: Tensor, block_k: int, block_c: int) -> TensorDescriptor:
     """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
-    k, c, r, s = weight.shape
-    return TensorDescriptor(weight, [r * s, k, c], [c, r * s * c, 1], [1, block_k, block_c])
+    return _on(weight, _filters(weight.shape, weight.dtype, block_k, block_c))
+
+
+@functools.lru_cache(maxsize=4096)
+def _pixels(
+    size: tuple[int, int, int, int], dtype: torch.dtype, stride: int, box: tuple[int, int, int], block_c: int
+) -> tuple[dict[str, Any], int]:
+    n, c, h, w = size
+    box_h, box_w, box_n = box
+    row, image = w * c, h * w * c
+    if stride == 1 and box_n > 1:
+        return _fields(dtype, [h, w, n, c], [row, c, image, 1], [box_h, box_w, box_n, block_c]), IMAGES
+    if stride == 1:
+        return _fields(dtype, [n, h, w, c], [image, row, c, 1], [1, box_h, box_w, block_c]), ROWS
+    if box_n > 1:
+        shape, strides = [h, w // 2, 2, n, c], [row, 2 * c, c, image, 1]
+        return _fields(dtype, shape, strides, [box_h, box_w, 1, box_n, block_c]), IMAGES
+    if n == 1 and h % 2 == 0:
+        shape, strides = [2, 2, h // 2, w // 2, c], [row, c, 2 * row, 2 * c, 1]
+        return _fields(dtype, shape, strides, [1, 1, box_h, box_w, block_c]), ONE_IMAGE
+    shape, strides = [n, h, 2, w // 2, c], [image, row, c, 2 * c, 1]
+    return _fields(dtype, shape, strides, [1, box_h, 1, box_w, block_c]), ROWS
+
+
+@functools.lru_cache(maxsize=4096)
+def _filters(size: tuple[int, int, int, int], dtype: torch.dtype, block_k: int, block_c: int) -> dict[str, Any]:
+    k, c, r, s = size
+    return _fields(dtype, [r * s, k, c], [c, r * s * c, 1], [1, block_k, block_c])
+
+
+def _fields(dtype: torch.dtype, shape: list[int], strides: list[int], block: list[int]) -> dict[str, Any]:
+    """A descriptor without its memory, as Triton has checked it: once for a layout, for that costs 3 us each time."""
+    return vars(TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), shape, strides, block))
+
+
+def _on(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    """The descriptor with these fields on `base`, which is aligned to 16 bytes."""
+    desc = TensorDescriptor.__new__(TensorDescriptor)
+    vars(desc).update(fields, base=base)
+    return desc
 
 
 @triton.jit
@@ -122,14 +152,14 @@ def box_offsets(
 def conv_box_kernel(
     x_desc, w_desc, y_desc, res_desc, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
-    workspace_ptr, arrivals_ptr, N, P, Q,
+    partials_ptr, semaphores_ptr, N, P, Q,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE: tl.constexpr, VIEW: tl.constexpr, Y_VIEW: tl.constexpr,
     SHORT_C: tl.constexpr, SHORT_STRIDE: tl.constexpr, SHORT_VIEW: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
     BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    begin()
+    pdl_wait()
     BLOCK_M: tl.constexpr = BOX_H * BOX_W * BOX_N
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
@@ -175,18 +205,82 @@ def conv_box_kernel(
         )
         acc += short * short_scale[None, :] + short_shift[None, :]
 
-    if SPLIT_K > 1 and arrivals_ptr is None:  # a second launch sums, and does the rest
-        offs, mask = box_offsets(p0, q0, n0, P, Q, N, offs_k, mask_k, K, BOX_H, BOX_W, BOX_N)
-        tl.store(workspace_ptr + split.to(tl.int64) * N * P * Q * K + offs, acc, mask=mask)
-    else:
-        if SPLIT_K > 1:
-            acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
-            if not last:
-                return
-        if res_ptr is not None:
-            acc += residual.to(tl.float32)
-        if res_desc is not None:
-            acc += load_pixels(res_desc, p0, q0, n0, 0, 0, k0, 1, Y_VIEW, BLOCK_M).to(tl.float32)
-        if RELU:
-            acc = relu(acc)
-        store_pixels(y_desc, acc, p0, q0, n0, k0, Y_VIEW, BOX_H, BOX_W, BOX_N)
+    if SPLIT_K > 1:
+        acc, last = sum_partials(acc, partials_ptr, semaphores_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
+        if not last:
+            return
+    if res_ptr is not None:
+        acc += residual.to(tl.float32)
+    if res_desc is not None:
+        acc += load_pixels(res_desc, p0, q0, n0, 0, 0, k0, 1, Y_VIEW, BLOCK_M).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    store_pixels(y_desc, acc, p0, q0, n0, k0, Y_VIEW, BOX_H, BOX_W, BOX_N)
+
+
+def conv_box(
+    *,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    batch_norm: BatchNorm,
+    geometry: Geometry,
+    residual: Tensor | None,
+    shortcut: Shortcut | None,
+    relu: bool,
+    precision: str,
+    config: ConvConfig,
+    partials: Tensor | None,
+    semaphores: Tensor | None,
+) -> Launch:
+    """The launch through descriptors: see `conv_bn_relu.py`.
+
+    They ask for filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers and channel rows, and at
+    stride 2 for an even input width and one box row (one image of even height: any). A box with several sides longer
+    than 1 has to be swapped.
+    """
+    n, c, _, _ = x.shape
+    k, _, r, s = weight.shape
+    _, _, p, q = out.shape
+    box, stride, block_k, block_c = config.box, geometry.stride[0], config.block_k, config.block_c
+    if box is None:
+        raise ValueError(f"{config} has no box, expected one: conv_pointer.py takes the others")
+    box_h, box_w, box_n = box
+    x_desc, view = pixels(x, stride, box, block_c)
+    y_desc, y_view = pixels(out, 1, box, block_k)
+    early = residual if config.early_residual else None
+    late = None if residual is early else residual
+    arguments = {
+        "x_desc": x_desc, "w_desc": filters(weight, block_k, block_c), "y_desc": y_desc,
+        "res_desc": None if late is None else pixels(late, 1, box, block_k)[0], "res_ptr": early,
+        **batch_norm.arguments(), **_shortcut_arguments(shortcut, box, block_k, block_c),
+        "partials_ptr": partials, "semaphores_ptr": semaphores,
+        "N": n, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view,
+        "RELU": relu, "PRECISION": precision, "SPLIT_K": config.split_k, "SWAP": config.swap,
+        "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
+    }  # fmt: skip
+    tiles = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k)
+    return Launch(conv_box_kernel, (tiles, config.split_k), arguments, config.num_warps, config.num_stages)
+
+
+def _shortcut_arguments(
+    shortcut: Shortcut | None, box: tuple[int, int, int], block_k: int, block_c: int
+) -> dict[str, object]:
+    if shortcut is None:
+        return _NO_SHORTCUT
+    x, weight, batch_norm, (stride, _) = shortcut
+    x_desc, view = pixels(x, stride, box, block_c)
+    return {
+        "short_x_desc": x_desc, "short_w_desc": filters(weight, block_k, block_c), **batch_norm.arguments("short_"),
+        "SHORT_C": x.shape[1], "SHORT_STRIDE": stride, "SHORT_VIEW": view,
+    }  # fmt: skip
+
+
+_NO_SHORTCUT: dict[str, object] = {
+    "short_x_desc": None,
+    "short_w_desc": None,
+    **NO_BATCH_NORM.arguments("short_"),
+    "SHORT_C": 0,
+    "SHORT_STRIDE": 1,
+    "SHORT_VIEW": 0,
+}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .tiles import batch_norm_scale_shift, begin, relu, sum_splits
+from .launch import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Launch, Shortcut, cdiv, is_flat
+from .tiles import batch_norm_scale_shift, pdl_wait, relu, sum_partials
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])
 def conv_pointer_kernel(
     x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     short_x_ptr, short_w_ptr, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
-    workspace_ptr, arrivals_ptr, M, H, W, P, Q, SHORT_H, SHORT_W,
+    partials_ptr, semaphores_ptr, M, H, W, P, Q, SHORT_H, SHORT_W,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -20,7 +22,7 @@ def conv_pointer_kernel(
     RELU: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    begin()
+    pdl_wait()
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -97,14 +99,61 @@ def conv_pointer_kernel(
 
     offs_y = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
     mask_y = mask_m[:, None] & mask_k[None, :]
-    if SPLIT_K > 1 and arrivals_ptr is None:  # a second launch sums, and does the rest
-        tl.store(workspace_ptr + split.to(tl.int64) * M * K + offs_y, acc, mask=mask_y)
-    else:
-        if SPLIT_K > 1:
-            acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
-            mask_y = tl.where(last, mask_y, False)  # not `&`, which Triton 3.9's interpreter makes an integer
-        if res_ptr is not None:
-            acc += tl.load(res_ptr + offs_y, mask=mask_y, other=0.0).to(tl.float32)
-        if RELU:
-            acc = relu(acc)
-        tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
+    if SPLIT_K > 1:
+        acc, last = sum_partials(acc, partials_ptr, semaphores_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
+        mask_y = tl.where(last, mask_y, False)  # not `&`, which Triton 3.9's interpreter makes an integer
+    if res_ptr is not None:
+        acc += tl.load(res_ptr + offs_y, mask=mask_y, other=0.0).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
+
+
+def conv_pointer(
+    *,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    batch_norm: BatchNorm,
+    geometry: Geometry,
+    residual: Tensor | None,
+    shortcut: Shortcut | None,
+    relu: bool,
+    precision: str,
+    config: ConvConfig,
+    partials: Tensor | None,
+    semaphores: Tensor | None,
+) -> Launch:
+    """The launch for any geometry: see `conv_bn_relu.py`."""
+    n, c, h, w = x.shape
+    k, _, r, s = weight.shape
+    _, _, p, q = out.shape
+    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = geometry
+    arguments = {
+        "x_ptr": x, "w_ptr": weight, "y_ptr": out, "res_ptr": residual, **batch_norm.arguments(),
+        **_shortcut_arguments(shortcut), "partials_ptr": partials, "semaphores_ptr": semaphores,
+        "M": n * p * q, "H": h, "W": w, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
+        "STRIDE_H": stride_h, "STRIDE_W": stride_w, "PAD_H": pad_h, "PAD_W": pad_w,
+        "DILATION_H": dilation_h, "DILATION_W": dilation_w,
+        "RELU": relu, "PRECISION": precision, "FLAT": is_flat(c), "SPLIT_K": config.split_k,
+        "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c,
+    }  # fmt: skip
+    grid = (cdiv(n * p * q, config.block_m) * cdiv(k, config.block_k), config.split_k)
+    return Launch(conv_pointer_kernel, grid, arguments, config.num_warps, config.num_stages)
+
+
+def _shortcut_arguments(shortcut: Shortcut | None) -> dict[str, object]:
+    if shortcut is None:
+        return _NO_SHORTCUT
+    x, weight, batch_norm, (stride_h, stride_w) = shortcut
+    _, c, h, w = x.shape
+    return {
+        "short_x_ptr": x, "short_w_ptr": weight, **batch_norm.arguments("short_"),
+        "SHORT_H": h, "SHORT_W": w, "SHORT_C": c, "SHORT_STRIDE_H": stride_h, "SHORT_STRIDE_W": stride_w,
+    }  # fmt: skip
+
+
+_NO_SHORTCUT: dict[str, object] = {
+    "short_x_ptr": None, "short_w_ptr": None, **NO_BATCH_NORM.arguments("short_"),
+    "SHORT_H": 0, "SHORT_W": 0, "SHORT_C": 0, "SHORT_STRIDE_H": 1, "SHORT_STRIDE_W": 1,
+}  # fmt: skip

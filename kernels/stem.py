@@ -23,9 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .conv_bn_relu import BatchNorm
-from .launch import Launch, cdiv
-from .tiles import batch_norm_scale_shift, begin, maximum, relu
+from .launch import BatchNorm, Launch, cdiv
+from .tiles import batch_norm_scale_shift, maximum, pdl_wait, relu
 
 BLOCK_ELEMENTS = 16  # 2 rows x 2 columns x 4 channels
 WINDOW = 4 * BLOCK_ELEMENTS
@@ -38,7 +37,7 @@ def pack_kernel(
     mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3,
     C: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin()
+    pdl_wait()
     n = (tl.program_id(0) // ROWS).to(tl.int64)
     row = tl.program_id(0) % ROWS
     offs_e = tl.arange(0, 16)
@@ -171,7 +170,7 @@ def stem_kernel(
     x_desc, marks_ptr, w_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, P, Q, POOL_P, POOL_Q, ROWS, STRIP,
     C: tl.constexpr, K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    begin()
+    pdl_wait()
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     tiles_q = tl.cdiv(POOL_Q, BLOCK_Q // 2 - 1)
@@ -250,8 +249,7 @@ def stem(
     windows = TensorDescriptor(packed, [rows, n, q, WINDOW], [row, image, BLOCK_ELEMENTS, 1], [1, 1, block_q, WINDOW])
     arguments = {
         "x_desc": windows, "marks_ptr": marks, "w_ptr": weight, "y_ptr": out,
-        "mean_ptr": batch_norm.mean, "var_ptr": batch_norm.var,
-        "gamma_ptr": batch_norm.weight, "beta_ptr": batch_norm.bias, "eps": batch_norm.eps,
+        **batch_norm.arguments(),
         "P": p, "Q": q, "POOL_P": pool_p, "POOL_Q": pool_q, "ROWS": rows, "STRIP": strip, "C": c, "K": k,
         "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_ROWS": 128,
     }  # fmt: skip

@@ -11,7 +11,7 @@ still runs. Off until a GPU has shown it exact and faster; sm_90 and newer."""
 
 
 @triton.jit
-def begin():
+def pdl_wait():
     """What every kernel does first: let the next kernel come, then wait until the one before has written its results.
 
     Every kernel of a chain has to: a buffer that one of them reuses may still be read by the one before the last.
@@ -28,24 +28,24 @@ def relu(x):
 
 
 @triton.jit
-def sum_splits(
-    acc, workspace_ptr, arrivals_ptr, tile, split, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+def sum_partials(
+    acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Hand in this program's share of a tile, fp32 [BLOCK_M, BLOCK_K]; the last to do so gets the sum and True.
+    """Hand in this program's partial sum of a tile, fp32 [BLOCK_M, BLOCK_K]; the last to do so gets the sum and True.
 
-    Shares are summed in the order of their splits, so the result does not depend on who is last. The barrier matters:
-    nothing else orders a tile's stores before the arrival that announces them. The last one leaves the counter at zero.
+    Partials are summed in the order of their splits, so the result does not depend on who is last. The barrier matters:
+    nothing else orders a partial's stores before the semaphore that announces them. The last one leaves it at zero.
     """
     offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    shares = workspace_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_K)
-    tl.store(shares + split * (BLOCK_M * BLOCK_K) + offs, acc)
+    partials = partials_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_K)
+    tl.store(partials + split * (BLOCK_M * BLOCK_K) + offs, acc)
     tl.debug_barrier()
-    last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    last = tl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
     if last:
-        acc = tl.load(shares + offs, cache_modifier=".cg")
+        acc = tl.load(partials + offs, cache_modifier=".cg")
         for i in range(1, SPLIT_K):
-            acc += tl.load(shares + i * (BLOCK_M * BLOCK_K) + offs, cache_modifier=".cg")
-        tl.store(arrivals_ptr + tile, 0)
+            acc += tl.load(partials + i * (BLOCK_M * BLOCK_K) + offs, cache_modifier=".cg")
+        tl.store(semaphores_ptr + tile, 0)
     return acc, last
 
 

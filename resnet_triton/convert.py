@@ -157,7 +157,8 @@ def _backend(call: Call) -> str:
 def _detail(call: Call) -> str:
     if call.backend != "triton" or call.operator != "conv_bn_relu":
         return call.reason
-    chosen = (config.invariant if call.args[-2] else config.lookup)(call.shape, facts(call.device))
+    here = facts(call.device)
+    chosen = config.invariant(call.shape, here) if call.ours.modes.batch_invariant else config.lookup(call.shape, here)
     shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
     how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason]
     return ", ".join(filter(None, how))

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from . import ops as _ops  # registers torch.ops.resnet_triton  # noqa: F401
+from . import ops
+from .ops.dispatch import Modes
 
 IntOrPair = int | tuple[int, int]
 
@@ -50,11 +50,10 @@ def conv_bn_relu(
     accumulate in fp32 and round once; batch norm's tensors may be of another floating dtype. Grouped convolutions run
     on PyTorch.
     """
-    return torch.ops.resnet_triton.conv_bn_relu(
-        x, weight, running_mean, running_var, bn_weight, bn_bias, eps,
-        pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups, residual,
-        None, None, None, None, None, None, 0.0, [1, 1], relu, batch_invariant, kernels,
-    )  # fmt: skip
+    statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
+    geometry = ops.Geometry(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
+    modes = Modes(batch_invariant, kernels)
+    return ops.ConvBnRelu(x, weight, statistics, geometry, residual, relu=relu, modes=modes).run()
 
 
 def stem(
@@ -78,13 +77,14 @@ def stem(
     for each channel, computed in fp32. On GPUs with tensor descriptors (9.0 and newer), fp16 and bf16 with up to four
     channels take one fused kernel and never hold the tensor between convolution and pool.
     """
-    statistics = (running_mean, running_var, bn_weight, bn_bias, eps)
-    return torch.ops.resnet_triton.stem(x, weight, *statistics, pixel_mean, pixel_std, batch_invariant, kernels)
+    statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
+    mean, std = (None if values is None else tuple(values) for values in (pixel_mean, pixel_std))
+    return ops.Stem(x, weight, statistics, mean, std, Modes(batch_invariant, kernels)).run()
 
 
 def add_relu(x: Tensor, other: Tensor, *, kernels: str = "auto") -> Tensor:
     """`relu(x + other)`; both (N, C, H, W)."""
-    return torch.ops.resnet_triton.add_relu(x, other, kernels)
+    return ops.AddRelu(x, other, Modes(kernels=kernels)).run()
 
 
 def max_pool2d(
@@ -96,12 +96,12 @@ def max_pool2d(
     """
     size = pair(kernel_size, "kernel_size")
     step = size if stride is None else pair(stride, "stride")
-    return torch.ops.resnet_triton.max_pool2d(x, size, step, pair(padding, "padding"), kernels)
+    return ops.MaxPool2d(x, size, step, pair(padding, "padding"), Modes(kernels=kernels)).run()
 
 
 def global_avg_pool(x: Tensor, *, batch_invariant: bool = False, kernels: str = "auto") -> Tensor:
     """Mean over all pixels, summed in fp32: (N, C, H, W) -> (N, C, 1, 1)."""
-    return torch.ops.resnet_triton.global_avg_pool(x, batch_invariant, kernels)
+    return ops.GlobalAvgPool(x, Modes(batch_invariant, kernels)).run()
 
 
 def linear(
@@ -111,7 +111,7 @@ def linear(
 
     TF32 only if `torch.backends.cuda.matmul.fp32_precision` says so.
     """
-    return torch.ops.resnet_triton.linear(x, weight, bias, batch_invariant, kernels)
+    return ops.Linear(x, weight, bias, Modes(batch_invariant, kernels)).run()
 
 
 def avg_pool_linear(
@@ -121,15 +121,15 @@ def avg_pool_linear(
 
     x (N, C, H, W), weight (K, C), bias (K,), result (N, K).
     """
-    return torch.ops.resnet_triton.avg_pool_linear(x, weight, bias, batch_invariant, kernels)
+    return ops.AvgPoolLinear(x, weight, bias, Modes(batch_invariant, kernels)).run()
 
 
-def pair(value: IntOrPair, name: str = "value") -> list[int]:
+def pair(value: IntOrPair, name: str = "value") -> tuple[int, int]:
     """An int twice, or a pair as it is. TypeError or ValueError for anything else, naming it `name`."""
     if isinstance(value, int):
-        return [value, value]
+        return value, value
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name}={value!r}, expected an int or a pair of ints")
     if len(value) != 2:
         raise ValueError(f"{name}={value!r}, expected an int or a pair of ints")
-    return list(value)
+    return value[0], value[1]

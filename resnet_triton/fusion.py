@@ -11,27 +11,32 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import ops
-from .ops import dispatch
+from .ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, dispatch
+from .ops.dispatch import Modes
 
 
-def conv_obstacle(conv: nn.Module, norm: nn.Module) -> str | None:
+def unfused_reason(conv: nn.Module, norm: nn.Module) -> str | None:
     """Why `norm(conv(x))` cannot be one fused call; None if it can."""
     if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
         return f"{type(conv).__name__} and {type(norm).__name__} instead of Conv2d and BatchNorm2d"
     if norm.training:
         return "training mode"
-    if norm.running_mean is None or norm.running_var is None:
+    if norm._buffers["running_mean"] is None or norm._buffers["running_var"] is None:
         return "batch norm without running statistics"
-    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    if conv._parameters["bias"] is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return "convolution with a bias or without zero padding in numbers"
-    return "a hook or a forward of its own" if watched(conv) or watched(norm) else None
+    return "a hook or a forward of its own" if _hooked(conv) or watched(norm) else None
 
 
 def watched(module: nn.Module) -> bool:
     """Whether calling this instance does more than its class's forward."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module) or _has_any_global_hook()
+    return _hooked(module) or _has_any_global_hook()
+
+
+def _hooked(module: nn.Module) -> bool:
+    its = vars(module)
+    hooks = its["_forward_hooks"] or its["_forward_pre_hooks"] or its["_backward_hooks"] or its["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in its
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -54,62 +59,66 @@ def conv_norm_act(
     conv: Any,
     norm: Any,
     act: nn.Module | None,
-    modes: dispatch.Modes,
+    modes: Modes,
     *,
     identity: Tensor | None = None,
     downsample: nn.Module | None = None,
 ) -> Tensor:
     """`act(norm(conv(x)) + downsample(identity))` in one fused call if the modules allow it, else module by module."""
-    relu = act is not None and plain(act, nn.ReLU)
-    obstacle = conv_obstacle(conv, norm)
-    if obstacle is not None:
-        y = _by_modules(x, conv, norm, modes, obstacle)
+    relu = type(act) is nn.ReLU and not _hooked(act)
+    reason = unfused_reason(conv, norm)
+    if reason is not None:
+        y = _by_modules(x, conv, norm, modes, reason)
         if identity is not None:
             y = y + (identity if downsample is None else downsample(identity))
         return y if act is None else act(y)
 
-    shortcut = _shortcut(downsample)
-    if shortcut is None and downsample is not None:
-        identity = by_module(downsample, identity, modes)
-    added: tuple[Any, ...] = (identity, *ops.NO_SHORTCUT)
+    shortcut = None if downsample is None or identity is None else _shortcut(identity, downsample)
     if shortcut is not None:
-        s_conv, s_norm = shortcut
-        added = (None, identity, s_conv.weight, *batch_norm(s_norm), s_conv.stride)
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    y = ops.call("conv_bn_relu", x, conv.weight, *batch_norm(norm), *geometry, *added, relu, *modes)
+        identity = None
+    elif downsample is not None:
+        identity = by_module(downsample, identity, modes)
+    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = ConvBnRelu(x, conv._parameters["weight"], batch_norm(norm), geometry, identity, shortcut, relu, modes).run()
     return y if relu or act is None else by_module(act, y, modes)
 
 
-def batch_norm(norm: Any) -> tuple[Any, ...]:
-    return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+def batch_norm(norm: Any) -> BatchNorm:
+    """The tensors of a `BatchNorm2d` as they are now."""
+    buffers, parameters = norm._buffers, norm._parameters  # where attribute access ends up, after a long way
+    return BatchNorm(
+        buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], norm.eps
+    )
 
 
-def by_module(module: Any, x: Any, modes: dispatch.Modes) -> Any:
+def by_module(module: Any, x: Any, modes: Modes) -> Any:
     """`module(x)`, as torchvision would call it. NotImplementedError if the answer must not depend on the batch."""
     if not plain(module, nn.Identity):
         _refuse_batch_invariance(modes, f"{type(module).__name__} replaced, watched or traced")
     return module(x)
 
 
-def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, modes: dispatch.Modes, obstacle: str) -> Tensor:
-    _refuse_batch_invariance(modes, obstacle)
-    dispatch.choose(modes.kernels, x.device, x.dtype, obstacle)
-    dispatch.count("conv_bn_relu", "torch", obstacle)
+def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, modes: Modes, reason: str) -> Tensor:
+    _refuse_batch_invariance(modes, reason)
+    dispatch.choose(modes.kernels, x.device, x.dtype, reason)
+    dispatch.count("conv_bn_relu", "torch", reason)
     y: Tensor = norm(conv(x))
     return y
 
 
-def _refuse_batch_invariance(modes: dispatch.Modes, obstacle: str) -> None:
+def _refuse_batch_invariance(modes: Modes, reason: str) -> None:
     if modes.batch_invariant:
-        raise NotImplementedError(f"batch_invariant=True cannot call modules, only operators of ours: {obstacle}")
+        raise NotImplementedError(f"batch_invariant=True cannot call modules, only operators of ours: {reason}")
 
 
-def _shortcut(downsample: nn.Module | None) -> tuple[Any, Any] | None:
-    """The shortcut's convolution and batch norm, if they can ride in the block's last convolution."""
-    if downsample is None or not plain(downsample, nn.Sequential) or len(downsample) != 2:  # type: ignore[arg-type]
+def _shortcut(x: Tensor, downsample: nn.Module) -> Shortcut | None:
+    """The shortcut of `x`, if its convolution and batch norm can ride in the block's last convolution."""
+    if not plain(downsample, nn.Sequential) or len(downsample) != 2:  # type: ignore[arg-type]
         return None
+    conv: Any
     conv, norm = downsample.children()
-    if conv_obstacle(conv, norm) is not None:
+    if unfused_reason(conv, norm) is not None:
         return None
-    pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    return (conv, norm) if pointwise else None
+    if conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
+        return None
+    return Shortcut(x, conv.weight, batch_norm(norm), conv.stride)

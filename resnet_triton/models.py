@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 
 from . import ops
 from .functional import pair
-from .fusion import batch_norm, by_module, conv_norm_act, conv_obstacle, plain, plain_pool, watched
+from .fusion import batch_norm, by_module, conv_norm_act, plain, plain_pool, unfused_reason, watched
 from .graphs import runner
 from .graphs.runner import Graphed
 from .ops import reference
 from .ops.dispatch import Modes
+from .ops.stem import POOL
 from .support import vision
 
 NormLayer = Callable[[int], nn.Module]
@@ -177,7 +178,7 @@ class ResNet(_Modal, Graphed):
                     nn.init.constant_(last.weight, 0)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or type(x) is not Tensor or self.training:
+        if torch.compiler.is_compiling() or type(x) is not Tensor or self.training or not runner.wanted(self, x):
             return self._forward_impl(x)
         return runner.run(self, x)
 
@@ -190,7 +191,7 @@ class ResNet(_Modal, Graphed):
                 x = block(x) if not self.batch_invariant or _keeps_apart(block) else by_module(block, x, self.modes)
         return self._head(x)
 
-    def obstacle(self) -> str | None:
+    def uncaptured_reason(self) -> str | None:
         for name, module in self.named_modules():
             where = name or "the model"
             if type(module) not in _STATELESS:
@@ -219,35 +220,36 @@ class ResNet(_Modal, Graphed):
         conv, norm, pool = self.conv1, self.bn1, self.maxpool
         ordinary = (
             not isinstance(x, fx.Proxy)
-            and conv_obstacle(conv, norm) is None
+            and unfused_reason(conv, norm) is None
             and (conv.kernel_size, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
             and (conv.dilation, conv.groups) == ((1, 1), 1)
             and plain(self.relu, nn.ReLU)
             and plain_pool(pool)
-            and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == ([3, 3], [2, 2], [1, 1])
+            and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == POOL
         )
         pixels = self.normalize if ordinary and x.dtype == torch.uint8 else None
         if ordinary and (x.dtype == conv.weight.dtype or pixels is not None):
-            return ops.call("stem", x, conv.weight, *batch_norm(norm), *(pixels or (None, None)), *self.modes)
+            mean, std = pixels or (None, None)
+            return ops.Stem(x, conv.weight, batch_norm(norm), mean, std, self.modes).run()
         if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8 and self.normalize is not None:
             x = reference.normalize(x, *self.normalize).to(conv.weight.dtype)
         return self._pool(conv_norm_act(x, conv, norm, self.relu, self.modes))
 
     def _head(self, x: Tensor) -> Tensor:
         if not isinstance(x, fx.Proxy) and self._averages_everything() and plain(self.fc, nn.Linear):
-            return ops.call("avg_pool_linear", x, self.fc.weight, self.fc.bias, *self.modes)
+            return ops.AvgPoolLinear(x, self.fc.weight, self.fc.bias, self.modes).run()
         return self._classify(torch.flatten(self._average(x), 1))
 
     def _pool(self, x: Tensor) -> Any:
         pool = self.maxpool
         if plain_pool(pool) and not isinstance(x, fx.Proxy):
             window = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
-            return ops.call("max_pool2d", x, *window, self.kernels)
+            return ops.MaxPool2d(x, *window, self.modes).run()
         return by_module(pool, x, self.modes)
 
     def _average(self, x: Tensor) -> Any:
         if self._averages_everything() and not isinstance(x, fx.Proxy):
-            return ops.call("global_avg_pool", x, *self.modes)
+            return ops.GlobalAvgPool(x, self.modes).run()
         return by_module(self.avgpool, x, self.modes)
 
     def _averages_everything(self) -> bool:
@@ -255,7 +257,7 @@ class ResNet(_Modal, Graphed):
 
     def _classify(self, x: Tensor) -> Any:
         if plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):
-            return ops.call("linear", x, self.fc.weight, self.fc.bias, *self.modes)
+            return ops.Linear(x, self.fc.weight, self.fc.bias, self.modes).run()
         return by_module(self.fc, x, self.modes)
 
 

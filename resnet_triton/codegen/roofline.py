@@ -6,17 +6,12 @@ other cost, the rest say what each cost might add or cap.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Any
 
-from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..machine_code import Code
-from ..ops import OPERATORS, ConvCall
-from ..ops.trace import Call
 from .targets import Multiprocessor, Target
 from .traffic import loaded_bytes
 
@@ -98,56 +93,6 @@ def floor_us(work: Cost, flops: float | None, dram: float | None) -> float | Non
     if dram is None or (flops is None and work.flops):
         return None
     return work.floor(flops or 1.0, dram) * 1e6
-
-
-def least(call: Call) -> Cost | None:
-    """FLOPs and bytes no implementation of a call can do without; None for an operator that has no cost here."""
-    count = COSTS.get(call.operator)
-    return None if count is None else count(OPERATORS[call.operator].result(*call.args).shape, *call.args)
-
-
-def _conv(shape: tuple[int, ...], *args: Any) -> Cost:
-    key = ConvCall(*args).shape
-    return cost.conv_bn_relu(
-        n=key.n, c=key.c, h=key.h, w=key.w, k=key.k, p=key.p, q=key.q, r=key.r, s=key.s, itemsize=key.itemsize,
-        stride=key.stride, residual=key.residual, shortcut_c=key.shortcut_c,
-    )  # fmt: skip
-
-
-def _add_relu(shape: tuple[int, ...], x: Any, *_: Any) -> Cost:
-    return cost.add_relu(numel=x.numel(), itemsize=x.element_size())
-
-
-def _max_pool(shape: tuple[int, ...], x: Any, *_: Any) -> Cost:
-    n, c, h, w = x.shape
-    return cost.max_pool(n=n, c=c, h=h, w=w, p=shape[2], q=shape[3], itemsize=x.element_size())
-
-
-def _avg_pool(shape: tuple[int, ...], x: Any, *_: Any) -> Cost:
-    n, c, h, w = x.shape
-    return cost.global_avg_pool(n=n, c=c, h=h, w=w, itemsize=x.element_size())
-
-
-def _linear(shape: tuple[int, ...], x: Any, weight: Any, *_: Any) -> Cost:
-    k, c = weight.shape
-    return cost.linear(m=prod(shape[:-1]), c=c, k=k, itemsize=x.element_size())
-
-
-def _stem(shape: tuple[int, ...], x: Any, weight: Any, *_: Any) -> Cost:
-    n, c, h, w = x.shape
-    return cost.stem(n=n, c=c, h=h, w=w, k=shape[1], p=shape[2], q=shape[3], itemsize=weight.element_size())
-
-
-def _head(shape: tuple[int, ...], x: Any, *_: Any) -> Cost:
-    n, c, h, w = x.shape
-    return cost.avg_pool_linear(n=n, c=c, h=h, w=w, k=shape[1], itemsize=x.element_size())
-
-
-COSTS: dict[str, Callable[..., Cost]] = {
-    "conv_bn_relu": _conv, "add_relu": _add_relu, "max_pool2d": _max_pool, "global_avg_pool": _avg_pool,
-    "linear": _linear, "stem": _stem, "avg_pool_linear": _head,
-}  # fmt: skip
-"""For each operator, its cost from its result's shape and its arguments."""
 
 
 def _us(amount: float | None, rate: float | None) -> float | None:

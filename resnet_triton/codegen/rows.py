@@ -13,12 +13,11 @@ from torch import nn
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..machine_code import Code
-from ..ops import OPERATORS
 from ..ops.precision import fp32_precision
 from ..ops.trace import trace
 from ..support.processes import Pool
 from .compiler import Specialisation, compile_and_keep, specialise
-from .roofline import Prediction, least, predict, programs_per_sm, waves
+from .roofline import Prediction, predict, programs_per_sm, waves
 from .targets import Target, target
 
 DTYPES = {
@@ -143,11 +142,11 @@ def _plan(model: nn.Module, where: Target, batch: int, dtype: str, image: int) -
     torch_dtype, precision = DTYPES[dtype]
     with fp32_precision(precision):
         for call in trace(model, (batch, 3, image, image), torch_dtype):
-            if call.operator not in OPERATORS:
+            if call.operation is None:
                 continue  # PyTorch's own
             layer = call.name or call.operator
             for i, launch in enumerate(call.launches(where.facts)):
-                work = least(call) if i == 0 else Cost(0, 0)
+                work = call.operation.cost() if i == 0 else Cost(0, 0)
                 yield _Planned(layer, call.operator, batch, dtype, i, launch, work, where, specialise(launch))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.conv import graph_counters
+from ..ops.conv import graph_semaphores
 
 _capturing = threading.Lock()
 """One capture at a time in the process: PyTorch waits for the device first, which a capture elsewhere forbids."""
@@ -24,12 +24,12 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     input: Tensor
     output: Tensor
-    counters: Tensor
+    semaphores: Tensor
     replays: int = 0
 
     def replay(self) -> None:
         """Launch on the current stream. Does not wait."""
-        for buffer in (self.input, self.counters):  # if freed now, reused only after this launch
+        for buffer in (self.input, self.semaphores):  # if freed now, reused only after this launch
             buffer.record_stream(torch.cuda.current_stream())
         self.graph.replay()
 
@@ -72,8 +72,8 @@ def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None
     # The input is not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
     buffer = torch.empty_like(x)
     body(buffer)
-    counters = torch.zeros(1024, dtype=torch.int32, device=x.device)
-    lent = graph_counters.set(counters)
+    semaphores = torch.zeros(1024, dtype=torch.int32, device=x.device)
+    lent = graph_semaphores.set(semaphores)
     try:
         with (
             _capturing,
@@ -85,8 +85,8 @@ def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None
         _stop_allocating(x.device, pool)
         raise
     finally:
-        graph_counters.reset(lent)
-    return Captured(graph, buffer, output, counters)
+        graph_semaphores.reset(lent)
+    return Captured(graph, buffer, output, semaphores)
 
 
 def _stop_allocating(device: torch.device, pool: tuple[int, int]) -> None:

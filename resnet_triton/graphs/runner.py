@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..ops import dispatch
 from ..ops.dispatch import DTYPES
 from ..ops.precision import conv_precision, matmul_precision
 from . import cuda_graph as cuda
@@ -56,7 +57,7 @@ class Graphed(nn.Module):
         """What `forward` computes, operator by operator."""
         raise NotImplementedError
 
-    def obstacle(self) -> str | None:
+    def uncaptured_reason(self) -> str | None:
         """Why a call cannot be recorded once and repeated for other images; None if it can."""
         raise NotImplementedError
 
@@ -70,21 +71,27 @@ class Graphed(nn.Module):
         return {name: value for name, value in vars(self).items() if name != "_runner"}
 
 
+def wanted(model: Graphed, x: Tensor) -> bool:
+    """Whether a call may be more than `model._forward_impl(x)`: a graph's replay, or a snapshot's."""
+    return model.frozen or _graphs_wanted(model, x)
+
+
 def run(model: Graphed, x: Tensor) -> Tensor:
     """`model._forward_impl(x)`, from a graph or a snapshot where that is the same."""
-    wanted = model.cuda_graph is True or (model.cuda_graph == "auto" and model.kernels != "torch")
-    graphs = wanted and cuda.takes(x)
-    if not (graphs or model.frozen):
-        return model._forward_impl(x)
     runner = _of(model)
-    reason = call_obstacle(x)
+    reason = uncaptured_reason(x)
     if reason is not None:
         runner.note(model, reason)
         return model._forward_impl(x)
-    return runner.run(model, x, graphs)
+    return runner.run(model, x, _graphs_wanted(model, x))
 
 
-def call_obstacle(x: Tensor) -> str | None:
+def _graphs_wanted(model: Graphed, x: Tensor) -> bool:
+    asked = model.cuda_graph is True or (model.cuda_graph == "auto" and model.kernels != "torch")
+    return asked and cuda.takes(x)
+
+
+def uncaptured_reason(x: Tensor) -> str | None:
     """What about this call, rather than about the model, wants every operator run again; None if nothing does."""
     if torch.is_grad_enabled():
         return "grad mode is on"
@@ -94,8 +101,7 @@ def call_obstacle(x: Tensor) -> str | None:
         return "the input is not a batch of images in fp32, fp16, bf16 or bytes"
     if _has_any_global_hook():
         return "a hook on all modules"
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    if transformed or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if dispatch.transformed() or forward_ad._current_level >= 0:
         return "a transform, a tracer or a mode sees every operator"
     return None
 
@@ -156,7 +162,7 @@ class Runner:
         return self._fingerprint is None or self._fingerprint.holds()
 
     def run(self, model: Graphed, x: Tensor, graphs: bool) -> Tensor:
-        """A call for which `call_obstacle` found none; `graphs` says whether it may use one."""
+        """A call for which `uncaptured_reason` found none; `graphs` says whether it may use one."""
         key = _key(x)
         if graphs and (replayed := self._replay(key, x)) is not None:
             return replayed
@@ -188,7 +194,7 @@ class Runner:
         if not model.frozen:
             return model
         with self._lock:
-            if self._snapshot is None and model.obstacle() is None and not cuda.capturing(x):
+            if self._snapshot is None and model.uncaptured_reason() is None and not cuda.capturing(x):
                 self._snapshot, self._fingerprint = snapshot(model), Fingerprint(model)
                 cuda.finish(x)  # the next call may come on another stream
             return model if self._snapshot is None else self._snapshot
@@ -229,7 +235,7 @@ class Runner:
             return _FAILED
         if key in self._graphs or shape.calls < shape.wanted:  # another thread may have captured it a moment ago
             return _WAITING
-        return model.obstacle() if source is model else None
+        return model.uncaptured_reason() if source is model else None
 
     def _capture(self, source: Graphed, key: Key, x: Tensor) -> str | None:
         """Why it failed, or None."""

@@ -31,7 +31,7 @@ _known: dict[str, tuple[str, ...]] = {}  # hazards of kernels, by Triton's hash 
 _warned: set[bool] = set()  # of a kernel that was judged, of one that could not be
 
 
-def obstacle(launch: Launch) -> str | None:
+def unsafe_reason(launch: Launch) -> str | None:
     """Why `launch` must not go ahead on a GPU of compute capability 9.0; None if it may.
 
     Warns of the first hazard in a process, and of the first kernel that cannot be judged.

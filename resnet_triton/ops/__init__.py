@@ -1,11 +1,28 @@
 """The operators: importing this package registers `torch.ops.resnet_triton`.
 
-Each is four functions in a row and a schema: its result's shape and dtype (here calls are validated), what keeps it off
-our kernels, the launches planned for it, and its PyTorch form. `registry.register` makes an operator of them.
+Each is a class whose fields are its arguments: what it returns (here calls are validated), what keeps it off our
+kernels, the launches that compute it, and its PyTorch form. `operation.py` makes an operator of that.
 """
 
-from . import add_relu, conv, linear, pool, stem
-from .conv import NO_SHORTCUT, ConvCall
-from .registry import OPERATORS, call
+from ..kernels.launch import BatchNorm, Geometry, Shortcut
+from .add_relu import AddRelu
+from .conv import ConvBnRelu
+from .linear import AvgPoolLinear, Linear
+from .operation import OPERATORS, Operation
+from .pool import GlobalAvgPool, MaxPool2d
+from .stem import Stem
 
-__all__ = ["NO_SHORTCUT", "OPERATORS", "ConvCall", "add_relu", "call", "conv", "linear", "pool", "stem"]
+__all__ = [
+    "OPERATORS",
+    "AddRelu",
+    "AvgPoolLinear",
+    "BatchNorm",
+    "ConvBnRelu",
+    "Geometry",
+    "GlobalAvgPool",
+    "Linear",
+    "MaxPool2d",
+    "Operation",
+    "Shortcut",
+    "Stem",
+]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .registry import Shape
+from ..kernels.launch import BatchNorm, Geometry
+from .operation import Shape
 
 
-def as_tuple(values: list[int]) -> tuple[int, int]:
-    return values[0], values[1]
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
-def channels_last(x: Any) -> Any:
-    return None if x is None else x.contiguous(memory_format=torch.channels_last)
-
-
-def at_aligned(x: Any) -> Any:
+def at_aligned(x: Tensor) -> Tensor:
     """`x`, copied if its address is not a multiple of 16 bytes: by that Triton chooses loads, and from them layouts."""
     return x if aligned(x) else x.clone()
 
@@ -28,7 +23,7 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def aligned(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+    return not any(t is not None and t.data_ptr() % 16 for t in tensors)
 
 
 def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
@@ -37,13 +32,38 @@ def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
 
 
 def check_tensors(x: Tensor, **others: Tensor | None) -> None:
-    for name, t in {"x": x, **others}.items():
+    """That x and the others are of floating dtypes and on one device."""
+    device = x.device
+    _check_floating("x", x)
+    for name, t in others.items():
+        if t is not None:
+            if t.device != device:
+                raise ValueError(f"{name} is on {t.device}, expected {device} like x")
+            _check_floating(name, t)
+
+
+def _check_floating(name: str, t: Tensor) -> None:
+    if not t.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+
+
+def check_vectors(x: Tensor, weight: Tensor, batch_norm: BatchNorm, prefix: str = "") -> None:
+    """That batch norm's tensors go with the filters of `weight` (K, ...); names in errors start with `prefix`."""
+    device, k = x.device, weight.shape[0]
+    mean, var, gamma, beta, _ = batch_norm
+    for name, t in zip(BatchNorm._fields, (mean, var, gamma, beta), strict=False):
         if t is None:
+            if name.startswith("running"):  # which a schema's Tensor may be in Python
+                raise TypeError(
+                    f"{prefix}{name} is None, expected ({k},): inference normalises with running statistics"
+                )
             continue
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, expected {x.device} like x")
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+        if t.device != device or not t.dtype.is_floating_point:
+            check_tensors(x, **{prefix + name: t})
+        if t.shape != (k,):
+            raise ValueError(
+                f"{prefix}{name} has shape {tuple(t.shape)}, expected ({k},) for weight {tuple(weight.shape)}"
+            )
 
 
 def check_same_dtype(x: Tensor, **others: Tensor | None) -> None:
@@ -52,24 +72,26 @@ def check_same_dtype(x: Tensor, **others: Tensor | None) -> None:
             raise TypeError(f"{name} has dtype {t.dtype}, expected {x.dtype} like x")
 
 
-def window(
-    name: str, x: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
-) -> list[int]:
+def window(name: str, x: Tensor, size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     """Output rows and columns of a sliding window; ValueError where it does not fit."""
-    if min(size) < 1 or min(stride) < 1 or min(padding) < 0 or min(dilation) < 1:
+    (r, s), ((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _) = size, geometry
+    positive = r > 0 and s > 0 and stride_h > 0 and stride_w > 0 and dilation_h > 0 and dilation_w > 0
+    if not positive or pad_h < 0 or pad_w < 0:
         raise ValueError(
-            f"kernel_size is {tuple(size)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation "
-            f"{tuple(dilation)}; expected positive numbers (padding may be 0)"
+            f"kernel_size is {size}, stride {geometry.stride}, padding {geometry.padding}, dilation "
+            f"{geometry.dilation}; expected positive numbers (padding may be 0)"
         )
-    span = [d * (f - 1) + 1 for f, d in zip(size, dilation, strict=True)]
-    padded = [extent + 2 * p for extent, p in zip(x.shape[2:], padding, strict=True)]
-    if any(a < b for a, b in zip(padded, span, strict=True)) or 0 in x.shape[1:]:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least {tuple(span)} pixels with padding")
-    return [(a - b) // s + 1 for a, b, s in zip(padded, span, stride, strict=True)]
+    _, c, h, w = x.shape
+    rows, columns = dilation_h * (r - 1) + 1, dilation_w * (s - 1) + 1
+    spare_h, spare_w = h + 2 * pad_h - rows, w + 2 * pad_w - columns
+    if spare_h < 0 or spare_w < 0 or c == 0 or h == 0 or w == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least {(rows, columns)} pixels with padding")
+    return spare_h // stride_h + 1, spare_w // stride_w + 1
 
 
 def too_large(shape: Shape, x: Tensor, padding: int) -> str | None:
     """Kernels count pixels, and elements within one image row, in int32; everything else in int64."""
-    pixels = max(shape[0] * shape[2] * shape[3], x.shape[2] * x.shape[3])
-    row = (x.shape[3] + 2 * padding) * x.shape[1]
+    n, _, p, q = shape
+    _, c, h, w = x.shape
+    pixels, row = max(n * p * q, h * w), (w + 2 * padding) * c
     return f"{pixels} pixels, {row} elements a row exceed int32" if max(pixels, row) >= 2**31 - 2**10 else None

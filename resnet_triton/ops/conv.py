@@ -3,237 +3,195 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from .. import config
 from ..config import device
+from ..kernels import cost
+from ..kernels.cost import Cost
+from ..kernels.launch import BatchNorm, Geometry, Launch, Shortcut
 from . import reference
 from .checks import (
     aligned,
-    as_tuple,
     at_aligned,
     channels_last,
     check_rank,
     check_same_dtype,
     check_tensors,
-    contiguous,
+    check_vectors,
     too_large,
     window,
 )
-from .dispatch import HAS_TRITON, mixed_dtypes
+from .dispatch import AUTO, HAS_TRITON, Modes, mixed_dtypes
+from .operation import Operation, Result, Shape, one_image, register
 from .precision import conv_precision
-from .registry import Operator, Result, Shape, register
 
 if HAS_TRITON:
-    from ..kernels.conv_bn_relu import BatchNorm, Shortcut
-    from ..kernels.conv_bn_relu import conv_bn_relu as conv_bn_relu_launch
-    from ..kernels.launch import Launch
-    from ..kernels.sum_shares import sum_shares
+    from ..kernels.conv_bn_relu import conv_bn_relu
 
 
-class ConvCall(NamedTuple):
-    """The arguments of `resnet_triton::conv_bn_relu`, in the order of its schema."""
+@dataclass(frozen=True, eq=False)
+class ConvBnRelu(Operation):
+    """`relu(batch_norm(conv2d(x, weight)) + residual)`, or plus a shortcut's convolution and batch norm.
+
+    x (N, C, H, W), weight (K, C / groups, R, S), residual and result (N, K, P, Q).
+    """
+
+    autocast = True
 
     x: Tensor
     weight: Tensor
-    mean: Tensor
-    var: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    eps: float
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-    residual: Tensor | None
-    short_x: Tensor | None  # the shortcut's input; with it come its weight and statistics
-    short_weight: Any
-    short_mean: Any
-    short_var: Any
-    short_gamma: Tensor | None
-    short_beta: Tensor | None
-    short_eps: float
-    short_stride: list[int]
-    relu: bool
-    batch_invariant: bool
-    kernels: str
+    batch_norm: BatchNorm
+    geometry: Geometry
+    residual: Tensor | None = None
+    shortcut: Shortcut | None = None
+    relu: bool = True
+    modes: Modes = AUTO
 
     @property
     def shape(self) -> config.ConvShape:
         """The key under which the configuration of this call is looked up."""
         n, c, h, w = self.x.shape
         k, _, r, s = self.weight.shape
-        short_c, short_h, short_w = (0, 0, 0) if self.short_x is None else self.short_x.shape[1:]
+        stride, padding, dilation, _ = self.geometry
+        dtype = self.x.dtype
+        if (shortcut := self.shortcut) is None:
+            short_c, short_h, short_w, short_stride = 0, 0, 0, (1, 1)
+        else:
+            (_, short_c, short_h, short_w), short_stride = shortcut.x.shape, shortcut.stride
         return config.ConvShape(
-            n, c, h, w, k, r, s, as_tuple(self.stride), as_tuple(self.padding), as_tuple(self.dilation),
-            str(self.x.dtype).removeprefix("torch."), conv_precision(self.x.dtype), self.residual is not None,
-            short_c, short_h, short_w, as_tuple(self.short_stride),
+            n, c, h, w, k, r, s, stride, padding, dilation, str(dtype).removeprefix("torch."), conv_precision(dtype),
+            self.residual is not None, short_c, short_h, short_w, short_stride,
         )  # fmt: skip
 
+    def result(self) -> Result:
+        x, weight, shortcut = self.x, self.weight, self.shortcut
+        check_rank("x", x, 4, "(N, C, H, W)")
+        check_rank("weight", weight, 4, "(K, C, R, S)")
+        k, c, r, s = weight.shape
+        groups = self.geometry.groups
+        check_tensors(x, weight=weight, residual=self.residual)
+        if groups < 1 or k % groups or x.shape[1] != c * groups:
+            raise ValueError(
+                f"x has {x.shape[1]} channels, expected {c * groups} for weight {tuple(weight.shape)} "
+                f"and groups={groups}"
+            )
+        check_vectors(x, weight, self.batch_norm)
+        p, q = window("x", x, (r, s), self.geometry)
+        shape = (x.shape[0], k, p, q)
+        if self.residual is not None and self.residual.shape != shape:
+            raise ValueError(f"residual has shape {tuple(self.residual.shape)}, expected the output's {shape}")
+        if shortcut is not None:
+            self._check_shortcut(shortcut, shape)
+        return Result(shape, x.dtype)
 
-NO_SHORTCUT: Any = (None, None, None, None, None, None, 0.0, (1, 1))
-"""What stands for the shortcut's arguments, from `short_x` to `short_stride`, where there is none."""
+    def _check_shortcut(self, shortcut: Shortcut, shape: Shape) -> None:
+        if self.residual is not None:
+            raise ValueError("residual and shortcut_x are both given, expected at most one of them")
+        x, weight, batch_norm, stride = shortcut
+        if x is None or weight is None or stride is None:  # which a schema's arguments may be
+            raise ValueError("shortcut_x, its weight, stride and statistics belong together, expected all or none")
+        check_tensors(self.x, shortcut_x=x, shortcut_weight=weight)
+        check_vectors(self.x, self.weight, batch_norm, "shortcut_")
+        rows, columns = window("shortcut_x", x, (1, 1), Geometry(stride))
+        given = (x.shape[0], weight.shape[0], rows, columns)
+        if given != shape or weight.shape[1:] != (x.shape[1], 1, 1):
+            raise ValueError(f"shortcut by weight {tuple(weight.shape)} gives {given}, expected {shape}")
 
-
-def conv_result(*args: Any) -> Result:
-    call = ConvCall(*args)
-    x, weight = call.x, call.weight
-    check_rank("x", x, 4, "(N, C, H, W)")
-    check_rank("weight", weight, 4, "(K, C, R, S)")
-    k, c, r, s = weight.shape
-    for name, t in (("running_mean", call.mean), ("running_var", call.var)):
-        if t is None:  # which a schema's Tensor may be in Python
-            raise TypeError(f"{name} is None, expected ({k},): inference normalises with running statistics")
-    per_channel = {
-        "running_mean": call.mean, "running_var": call.var, "bn_weight": call.gamma, "bn_bias": call.beta,
-        "shortcut_mean": call.short_mean, "shortcut_var": call.short_var,
-        "shortcut_bn_weight": call.short_gamma, "shortcut_bn_bias": call.short_beta,
-    }  # fmt: skip
-    whole = {"residual": call.residual, "shortcut_x": call.short_x, "shortcut_weight": call.short_weight}
-    check_tensors(x, weight=weight, **per_channel, **whole)
-    if call.groups < 1 or k % call.groups or x.shape[1] != c * call.groups:
-        raise ValueError(
-            f"x has {x.shape[1]} channels, expected {c * call.groups} for weight {tuple(weight.shape)} "
-            f"and groups={call.groups}"
+    def fallback_reason(self, shape: Shape) -> str | None:
+        check_same_dtype(self.x, weight=self.weight)
+        if self.geometry.groups != 1:
+            return "grouped convolution"
+        short_x, short_weight = self.shortcut[:2] if self.shortcut else (None, None)
+        return mixed_dtypes(self.x, self.residual, short_x, short_weight) or too_large(
+            shape, self.x, self.geometry.padding[1]
         )
-    for name, t in per_channel.items():
-        if t is not None and t.shape != (k,):
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, expected ({k},) for weight {tuple(weight.shape)}")
-    p, q = window("x", x, [r, s], call.stride, call.padding, call.dilation)
-    shape = (x.shape[0], k, p, q)
-    if call.residual is not None and call.residual.shape != shape:
-        raise ValueError(f"residual has shape {tuple(call.residual.shape)}, expected the output's {shape}")
-    if call.short_x is not None and call.residual is not None:
-        raise ValueError("residual and shortcut_x are both given, expected at most one of them")
-    parts = (call.short_x, call.short_weight, call.short_mean, call.short_var)
-    if len({part is None for part in parts}) > 1:
-        raise ValueError("shortcut_x, its weight, mean and var belong together, expected all of them or none")
-    if call.short_x is not None:
-        rows, columns = window("shortcut_x", call.short_x, [1, 1], call.short_stride, [0, 0], [1, 1])
-        given = (call.short_x.shape[0], call.short_weight.shape[0], rows, columns)
-        if given != shape or call.short_weight.shape[1:] != (call.short_x.shape[1], 1, 1):
-            raise ValueError(f"shortcut by weight {tuple(call.short_weight.shape)} gives {given}, expected {shape}")
-    return Result(shape, x.dtype)
+
+    def plan(self, out: Tensor, *, descriptors: bool = True) -> tuple[Launch, ...]:
+        dense = _aligned_channels_last if self.modes.batch_invariant else channels_last
+        x, weight = dense(self.x), dense(self.weight)
+        residual = None if self.residual is None else dense(self.residual)
+        shortcut = None
+        if self.shortcut is not None:
+            images, filters, norm, stride = self.shortcut
+            shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
+        shape, facts = self.shape, device.facts(x.device)
+        own = True
+        if self.modes.batch_invariant:
+            chosen = config.invariant(shape, facts)
+        else:
+            descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
+            chosen = config.lookup(shape, facts, descriptors=descriptors)
+            own = chosen == config.conv_heuristic(shape, facts, descriptors=descriptors)
+        partials = semaphores = None
+        if chosen.split_k > 1:
+            shared = config.tiles(chosen, shape)
+            elements = shared * chosen.split_k * chosen.block_m * chosen.block_k
+            partials = torch.empty(elements, dtype=torch.float32, device=x.device)
+            semaphores = _semaphores(x.device, shared)
+        launch = conv_bn_relu(
+            out=out, x=x, weight=weight, batch_norm=self.batch_norm.contiguous(), geometry=self.geometry,
+            residual=residual, shortcut=shortcut, relu=self.relu, precision=shape.precision,
+            config=chosen, partials=partials, semaphores=semaphores,
+        )  # fmt: skip
+        return (launch if own else replace(launch, own=False),)
+
+    def plan_again(self, out: Tensor) -> tuple[Launch, ...]:
+        return self.plan(out, descriptors=False)
+
+    def reference(self) -> Tensor:
+        residual = self.residual
+        if self.shortcut is not None:
+            x, weight, batch_norm, stride = self.shortcut
+            residual = reference.conv_bn_relu(x, weight, *batch_norm, stride=stride, relu=False)
+        stride, padding, dilation, groups = self.geometry
+        y = reference.conv_bn_relu(
+            self.x, self.weight, *self.batch_norm, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            residual=residual, relu=self.relu,
+        )  # fmt: skip
+        return channels_last(y)
+
+    def cost(self) -> Cost:
+        key = self.shape
+        return cost.conv_bn_relu(
+            n=key.n, c=key.c, h=key.h, w=key.w, k=key.k, p=key.p, q=key.q, r=key.r, s=key.s, itemsize=key.itemsize,
+            stride=key.stride, residual=key.residual, shortcut_c=key.shortcut_c,
+        )  # fmt: skip
+
+    def image(self, i: int) -> Self:
+        residual = None if self.residual is None else one_image(self.residual, i)
+        shortcut = None if self.shortcut is None else self.shortcut._replace(x=one_image(self.shortcut.x, i))
+        return replace(self, x=one_image(self.x, i), residual=residual, shortcut=shortcut)
 
 
-def _conv_obstacle(shape: Shape, *args: Any) -> str | None:
-    call = ConvCall(*args)
-    check_same_dtype(call.x, weight=call.weight)
-    if call.groups != 1:
-        return "grouped convolution"
-    return mixed_dtypes(call.x, call.residual, call.short_x, call.short_weight) or too_large(
-        shape, call.x, call.padding[1]
-    )
+def _aligned_channels_last(t: Tensor) -> Tensor:
+    return at_aligned(channels_last(t))
 
 
-def plan_conv(out: Tensor, *args: Any, descriptors: bool = True) -> tuple[Launch, ...]:
-    call = ConvCall(*args)
-
-    def dense(t: Any) -> Any:
-        return at_aligned(channels_last(t)) if call.batch_invariant else channels_last(t)
-
-    x, weight, residual = dense(call.x), dense(call.weight), dense(call.residual)
-    shortcut = None
-    if call.short_x is not None:
-        norm = batch_norm(call.short_mean, call.short_var, call.short_gamma, call.short_beta, call.short_eps)
-        images, filters = dense(call.short_x), dense(call.short_weight)
-        shortcut = Shortcut(images, filters, norm, as_tuple(call.short_stride))
-    shape = call.shape
-    c, own = _config(call, descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ())))
-    workspace = arrivals = None
-    if c.two_launches:
-        workspace = x.new_empty(c.split_k, out.numel(), dtype=torch.float32)
-    elif c.split_k > 1:
-        shared = config.tiles(c, shape)
-        workspace = x.new_empty(shared * c.split_k * c.block_m * c.block_k, dtype=torch.float32)
-        arrivals = _arrivals(x.device, shared)
-    launch = conv_bn_relu_launch(
-        out=out, x=x, weight=weight,
-        batch_norm=batch_norm(call.mean, call.var, call.gamma, call.beta, call.eps),
-        residual=residual, shortcut=shortcut,
-        stride=shape.stride, padding=shape.padding, dilation=shape.dilation, relu=call.relu, precision=shape.precision,
-        flat=config.is_flat(shape.c), box=c.box, columns=c.columns, strip=c.strip, swap=c.swap,
-        early_residual=c.early_residual, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
-        split_k=c.split_k, workspace=workspace, arrivals=arrivals, num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-    if not own:
-        launch = replace(launch, own=False)
-    if workspace is None or arrivals is not None:
-        return (launch,)
-    end = sum_shares(out=out, shares=workspace, residual=residual, relu=call.relu, block=1024, num_warps=4)
-    return launch, end
-
-
-def _config(call: ConvCall, descriptors: bool) -> tuple[config.ConvConfig, bool]:
-    """The configuration of a call, and whether it is this project's own choice."""
-    shape, facts = call.shape, device.facts(call.x.device)
-    if call.batch_invariant:
-        return config.invariant(shape, facts), True
-    chosen = config.lookup(shape, facts, descriptors=descriptors)
-    return chosen, chosen == config.conv_heuristic(shape, facts, descriptors=descriptors)
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-graph_counters: ContextVar[Tensor | None] = ContextVar("graph_counters", default=None)
+_kept: dict[tuple[torch.device, int], Tensor] = {}
+graph_semaphores: ContextVar[Tensor | None] = ContextVar("graph_semaphores", default=None)
 """Zeros (int32) for the launches of the graph being captured: zeroed inside, every replay would zero them again."""
 
 
-def _arrivals(where: torch.device, tiles: int) -> Tensor:
-    """Zeroed counters for launches that follow each other, on a stream or in a graph, and leave them at zero."""
+def _semaphores(where: torch.device, tiles: int) -> Tensor:
+    """Zeros for launches that follow each other, on a stream or in a graph, and leave them at zero."""
     stream = 0
     if where.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: counters of its own
-            prepared = graph_counters.get()
+        if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: semaphores of its own
+            prepared = graph_semaphores.get()
             if prepared is not None and prepared.numel() >= tiles:
                 return prepared
             return torch.zeros(tiles, dtype=torch.int32, device=where)
         stream = torch.cuda.current_stream(where).cuda_stream
-    counters = _counters.get((where, stream))
-    if counters is None or counters.numel() < tiles:
-        counters = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=where)
-        _counters[where, stream] = counters
-    return counters
+    semaphores = _kept.get((where, stream))
+    if semaphores is None or semaphores.numel() < tiles:
+        semaphores = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=where)
+        _kept[where, stream] = semaphores
+    return semaphores
 
 
-def batch_norm(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> BatchNorm:
-    mean, var = mean.contiguous(), var.contiguous()
-    return BatchNorm(mean, var, contiguous(gamma), contiguous(beta), eps)
-
-
-def _torch_conv_bn_relu(*args: Any) -> Tensor:
-    call = ConvCall(*args)
-    residual = call.residual
-    if call.short_x is not None:
-        residual = reference.conv_bn_relu(
-            call.short_x, call.short_weight, call.short_mean, call.short_var, call.short_gamma, call.short_beta,
-            call.short_eps, stride=as_tuple(call.short_stride), relu=False,
-        )  # fmt: skip
-    y = reference.conv_bn_relu(
-        *call[:7], stride=as_tuple(call.stride), padding=as_tuple(call.padding), dilation=as_tuple(call.dilation),
-        groups=call.groups, residual=residual, relu=call.relu,
-    )  # fmt: skip
-    return channels_last(y)
-
-
-register(
-    Operator(
-        "conv_bn_relu",
-        conv_result,
-        _conv_obstacle,
-        plan_conv,
-        _torch_conv_bn_relu,
-        batched=(0, 11, 12),
-        plan_again=partial(plan_conv, descriptors=False),
-    ),
-    "(Tensor x, Tensor weight, Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? residual, Tensor? shortcut_x, "
-    "Tensor? shortcut_weight, Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? shortcut_bn_weight, "
-    "Tensor? shortcut_bn_bias, float shortcut_eps, int[2] shortcut_stride, bool relu, "
-    "bool batch_invariant, str kernels) -> Tensor",
-    autocast=True,
-)
+register("conv_bn_relu", ConvBnRelu)

@@ -7,17 +7,19 @@ import importlib.util
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..config import device
 from . import interpreter
 
 MODES = ("auto", "torch", "triton")
+_PLAIN = {Tensor, torch.nn.Parameter}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -33,6 +35,9 @@ class Modes(NamedTuple):
 
     batch_invariant: bool = False
     kernels: str = "auto"
+
+
+AUTO = Modes()
 
 
 def _after_fork() -> None:
@@ -52,22 +57,22 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(kernels: str, where: torch.device, dtype: torch.dtype, obstacle: str | None = None) -> Choice:
-    """Decide where a call with a result in `dtype` runs; `obstacle` is a reason against the kernels found already.
+def choose(kernels: str, where: torch.device, dtype: torch.dtype, reason: str | None = None) -> Choice:
+    """Decide where a call with a result in `dtype` runs; `reason` is one against the kernels, found already.
 
     Under `kernels="triton"` such a reason is a NotImplementedError.
     """
     check_mode(kernels)
     if kernels == "torch":
         return Choice("torch", 'kernels="torch" was asked for')
-    obstacle = obstacle or _device_obstacle(where, forced=kernels == "triton")
-    if obstacle is None and dtype not in DTYPES:
-        obstacle = f"dtype {dtype}"
-    if obstacle is None:
+    reason = reason or _fallback_reason(where, forced=kernels == "triton")
+    if reason is None and dtype not in DTYPES:
+        reason = f"dtype {dtype}"
+    if reason is None:
         return Choice("triton", "interpreted on the CPU" if where.type == "cpu" else "")
     if kernels == "triton":
-        raise NotImplementedError(f'kernels="triton" cannot run this call: {obstacle}')
-    return Choice("torch", obstacle)
+        raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}')
+    return Choice("torch", reason)
 
 
 def check_mode(kernels: str) -> None:
@@ -87,7 +92,7 @@ def count(operator: str, backend: str, reason: str = "") -> None:
         calls[operator, backend] += 1
 
 
-def _device_obstacle(where: torch.device, *, forced: bool) -> str | None:
+def _fallback_reason(where: torch.device, *, forced: bool) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
     if where.type == "cpu":
@@ -116,7 +121,29 @@ def observed() -> bool:
     return torch.compiler.is_compiling() or tracer.get() is not None
 
 
+def transformed() -> bool:
+    """Whether a transform (`torch.func`), a tracer or a mode sees every operator of this thread."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+    )
+
+
+def is_watched(tensors: list[Tensor]) -> bool:
+    """Whether the dispatcher would do more with a call on these tensors than call its kernel."""
+    if transformed() or torch._C._len_torch_function_stack() > 0:
+        return True
+    special = any(map(Tensor.is_neg, tensors)) or any(map(Tensor._is_zerotensor, tensors))
+    return special or not _PLAIN.issuperset(map(type, tensors))
+
+
+def is_differentiated(tensors: Iterable[Tensor]) -> bool:
+    """Whether a gradient of a call on these tensors is wanted, forward or backward."""
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
 def mixed_dtypes(*tensors: Tensor | None) -> str | None:
-    """An obstacle, if the tensors do not share one dtype."""
+    """Why the kernels cannot take these tensors, if they do not share one dtype."""
     dtypes = {t.dtype for t in tensors if t is not None}
     return f"mixed dtypes {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None

@@ -15,11 +15,11 @@ import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 
+@functools.cache
 def active() -> bool:
     """Whether kernels are interpreted. Triton reads the variable when a kernel is defined, so this asks the kernel."""
     try:
@@ -41,12 +41,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-@contextmanager
-def ready() -> Iterator[None]:
-    """Repair the interpreter and keep it to this thread: it holds the running program's index in a global."""
-    with _lock:
-        repair()
-        yield
+def ready() -> AbstractContextManager[object]:
+    """The interpreter, repaired and kept to this thread: it holds the running program's index in a global."""
+    repair()
+    return _lock
 
 
 @functools.cache

@@ -3,101 +3,111 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import config
 from ..config import device
+from ..kernels import cost
+from ..kernels.cost import Cost
+from ..kernels.launch import BatchNorm, Geometry, Launch
 from . import reference
 from .checks import channels_last, check_rank, too_large
-from .conv import NO_SHORTCUT, ConvCall, batch_norm, conv_result, plan_conv
-from .dispatch import HAS_TRITON
-from .pool import plan_max_pool
-from .registry import Operator, Result, Shape, register
+from .conv import ConvBnRelu
+from .dispatch import AUTO, HAS_TRITON, Modes
+from .operation import Operation, Result, Shape, register
+from .pool import MaxPool2d
 
 if HAS_TRITON:
-    from ..kernels.launch import Launch
-    from ..kernels.stem import pack, packed_shape
-    from ..kernels.stem import stem as stem_launch
+    from ..kernels.stem import pack, packed_shape, stem
 
-CONV = ([2, 2], [3, 3], [1, 1])
-"""Stride, padding and dilation of the stem's convolution."""
-POOL = ([3, 3], [2, 2], [1, 1])
-"""Window, stride and padding of its pool."""
+CONV = Geometry(stride=(2, 2), padding=(3, 3))
+POOL = ((3, 3), (2, 2), (1, 1))
+"""Window, stride and padding of the stem's pool."""
 
 
-class StemCall(NamedTuple):
-    """The arguments of `resnet_triton::stem`, in the order of its schema."""
+@dataclass(frozen=True, eq=False)
+class Stem(Operation):
+    """`max_pool2d(relu(batch_norm(conv2d(x, weight, stride=2, padding=3))), 3, 2, 1)`.
+
+    x (N, C, H, W), weight (K, C, 7, 7), result (N, K, H', W') in the weight's dtype, to which x is rounded.
+    Bytes become `(x / 255 - pixel_mean) / pixel_std` first.
+    """
+
+    autocast = True
 
     x: Tensor
     weight: Tensor
-    mean: Tensor
-    var: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    eps: float
-    pixel_mean: list[float] | None
-    pixel_std: list[float] | None
-    batch_invariant: bool
-    kernels: str
+    batch_norm: BatchNorm
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    modes: Modes = AUTO
 
-    def convolution(self, x: Tensor) -> ConvCall:
+    def convolution(self, x: Tensor) -> ConvBnRelu:
         """The convolution alone, of images in the filters' dtype."""
-        arguments: tuple[Any, ...] = (x, *self[1:7], *CONV, 1, None, *NO_SHORTCUT, True, *self[-2:])
-        return ConvCall(*arguments)
+        return ConvBnRelu(x, self.weight, self.batch_norm, CONV, modes=self.modes)
 
+    def result(self) -> Result:
+        x, weight = self.x, self.weight
+        check_rank("x", x, 4, "(N, C, H, W)")
+        given = (self.pixel_mean is not None, self.pixel_std is not None)
+        if given != (x.dtype == torch.uint8,) * 2:
+            raise TypeError(
+                f"x has dtype {x.dtype}, expected torch.uint8 with pixel_mean and pixel_std, else floating point"
+            )
+        for name, t in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
+            if t is not None and len(t) != x.shape[1]:
+                raise ValueError(f"{name} has {len(t)} values, expected {x.shape[1]} like x's channels")
+        if weight.dim() == 4 and tuple(weight.shape[2:]) != (7, 7):
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (K, C, 7, 7)")
+        if x.dtype == torch.uint8:
+            x = x.new_empty((), dtype=weight.dtype).expand(x.shape)  # for its shape only
+        n, k, p, q = self.convolution(x).result().shape
+        return Result((n, k, (p - 1) // 2 + 1, (q - 1) // 2 + 1), weight.dtype)
 
-def _stem_result(*args: Any) -> Result:
-    call = StemCall(*args)
-    x, weight = call.x, call.weight
-    check_rank("x", x, 4, "(N, C, H, W)")
-    given = (call.pixel_mean is not None, call.pixel_std is not None)
-    if given != (x.dtype == torch.uint8,) * 2:
-        raise TypeError(
-            f"x has dtype {x.dtype}, expected torch.uint8 with pixel_mean and pixel_std, else floating point"
-        )
-    for name, t in (("pixel_mean", call.pixel_mean), ("pixel_std", call.pixel_std)):
-        if t is not None and len(t) != x.shape[1]:
-            raise ValueError(f"{name} has {len(t)} values, expected {x.shape[1]} like x's channels")
-    if weight.dim() == 4 and tuple(weight.shape[2:]) != (7, 7):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (K, C, 7, 7)")
-    images = x.new_empty((), dtype=weight.dtype).expand(x.shape) if x.dtype == torch.uint8 else x  # for its shape only
-    n, k, p, q = conv_result(*call.convolution(images)).shape
-    return Result((n, k, (p - 1) // 2 + 1, (q - 1) // 2 + 1), weight.dtype)
+    def fallback_reason(self, shape: Shape) -> str | None:
+        p, q = ((edge - 1) // 2 + 1 for edge in self.x.shape[2:])
+        return too_large((shape[0], shape[1], p, q), self.x, CONV.padding[1])
 
+    def plan(self, out: Tensor) -> tuple[Launch, ...]:
+        x, weight = self.x, channels_last(self.weight)
+        n, c, h, w = x.shape
+        facts, shape = device.facts(x.device), out.shape
+        if self.modes.batch_invariant:
+            tile = config.invariant_stem(*shape[1:], facts)
+        else:
+            tile = config.stem_heuristic(*shape, facts)
+        if tile is None or c > 4 or weight.dtype not in (torch.float16, torch.bfloat16) or not _windows_work(x.device):
+            return self._two_layers(out)
+        packed, marks = _scratch(n, h, w, weight.dtype, x.device)
+        return (
+            pack(out=packed, marks=marks, x=x, mean=self.pixel_mean, std=self.pixel_std, block=128, num_warps=4),
+            stem(
+                out=out, packed=packed, marks=marks, weight=weight, batch_norm=self.batch_norm.contiguous(),
+                block_q=tile.block_q, block_k=tile.block_k, strip=tile.strip,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            ),
+        )  # fmt: skip
 
-def _stem_obstacle(shape: Shape, *args: Any) -> str | None:
-    call = StemCall(*args)
-    p, q = ((edge - 1) // 2 + 1 for edge in call.x.shape[2:])
-    return too_large((shape[0], shape[1], p, q), call.x, CONV[1][1])
+    def _two_layers(self, out: Tensor) -> tuple[Launch, ...]:
+        """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""
+        convolution = self.convolution(self._images())
+        between = convolution.result().empty(out.device)
+        return *convolution.plan(between), *MaxPool2d(between, *POOL, self.modes).plan(out)
 
+    def _images(self) -> Tensor:
+        if self.pixel_mean is None or self.pixel_std is None:
+            return self.x.to(self.weight.dtype)
+        return reference.normalize(self.x, self.pixel_mean, self.pixel_std).to(self.weight.dtype)
 
-def _plan_stem(out: Tensor, *args: Any) -> tuple[Launch, ...]:
-    call = StemCall(*args)
-    x, weight = call.x, channels_last(call.weight)
-    n, c, h, w = x.shape
-    tile = _tile(call, out.shape)
-    if tile is None or c > 4 or weight.dtype not in (torch.float16, torch.bfloat16) or not _windows_work(x.device):
-        return _plan_two_layers(out, call)
-    packed, marks = _scratch(n, h, w, weight.dtype, x.device)
-    return (
-        pack(out=packed, marks=marks, x=x, mean=call.pixel_mean, std=call.pixel_std, block=128, num_warps=4),
-        stem_launch(
-            out=out, packed=packed, marks=marks, weight=weight,
-            batch_norm=batch_norm(call.mean, call.var, call.gamma, call.beta, call.eps),
-            block_q=tile.block_q, block_k=tile.block_k, strip=tile.strip,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        ),
-    )  # fmt: skip
+    def reference(self) -> Tensor:
+        return channels_last(reference.stem(self._images(), self.weight, *self.batch_norm))
 
-
-def _tile(call: StemCall, shape: Shape) -> config.StemConfig | None:
-    facts = device.facts(call.x.device)
-    if call.batch_invariant:
-        return config.invariant_stem(*shape[1:], facts)
-    return config.stem_heuristic(*shape, facts)
+    def cost(self) -> Cost:
+        (n, c, h, w), (_, k, p, q) = self.x.shape, self.result().shape
+        return cost.stem(n=n, c=c, h=h, w=w, k=k, p=p, q=q, itemsize=self.weight.element_size())
 
 
 def _scratch(n: int, h: int, w: int, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor]:
@@ -132,34 +142,10 @@ def _try_windows(where: torch.device) -> None:
     packed, marks = _scratch(1, 8, 8, x.dtype, where)
     with torch.cuda.device(where):
         pack(out=packed, marks=marks, x=x, mean=None, std=None, block=128, num_warps=4).run()
-        stem_launch(
-            out=out, packed=packed, marks=marks, weight=weight, batch_norm=batch_norm(ones, ones, None, None, 0.0),
+        stem(
+            out=out, packed=packed, marks=marks, weight=weight, batch_norm=BatchNorm(ones, ones, None, None, 0.0),
             block_q=64, block_k=64, strip=2, num_warps=4, num_stages=2,
         ).run()  # fmt: skip
 
 
-def _plan_two_layers(out: Tensor, call: StemCall) -> tuple[Launch, ...]:
-    """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""
-    convolution = call.convolution(_images(call))
-    shape, dtype, memory = conv_result(*convolution)
-    between = torch.empty(shape, dtype=dtype, device=out.device, memory_format=memory)
-    return *plan_conv(between, *convolution), *plan_max_pool(out, between, *POOL, call.kernels)
-
-
-def _images(call: StemCall) -> Tensor:
-    if call.pixel_mean is None or call.pixel_std is None:
-        return call.x.to(call.weight.dtype)
-    return reference.normalize(call.x, call.pixel_mean, call.pixel_std).to(call.weight.dtype)
-
-
-def _torch_stem(*args: Any) -> Tensor:
-    call = StemCall(*args)
-    return channels_last(reference.stem(_images(call), *call[1:7]))
-
-
-register(
-    Operator("stem", _stem_result, _stem_obstacle, _plan_stem, _torch_stem, batched=(0,)),
-    "(Tensor x, Tensor weight, Tensor running_mean, Tensor running_var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
-    "float[]? pixel_mean, float[]? pixel_std, bool batch_invariant, str kernels) -> Tensor",
-    autocast=True,
-)
+register("stem", Stem)

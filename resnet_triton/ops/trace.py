@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..config import ConvShape
 from ..config.device import DeviceFacts, override
 from ..kernels.launch import Launch
-from . import OPERATORS, ConvCall
+from . import OPERATORS, ConvBnRelu, Operation
 from .dispatch import tracer
 
 _HEAVY = ("convolution", "native_batch_norm", "mm", "addmm", "max_pool2d_with_indices", "mean", "relu", "add")
@@ -27,29 +27,37 @@ _HEAVY = ("convolution", "native_batch_norm", "mm", "addmm", "max_pool2d_with_in
 
 @dataclass(frozen=True)
 class Call:
-    """One operator call.
+    """One call in a model: of our `operator`, or `aten.NAME` of PyTorch's.
 
-    `name` is the module whose weight it used ("" for none), `args` its arguments with meta tensors in place of real
-    ones, `backend` "triton" or "torch" on `device`, and `reason` why.
+    `name` is the module whose weight it used ("" for none), `operation` the call itself with meta tensors in place of
+    real ones (None for PyTorch's), `backend` "triton" or "torch" on `device`, and `reason` why.
     """
 
     name: str
     operator: str
-    args: tuple[Any, ...]
+    operation: Operation | None
     device: torch.device
     backend: str
     reason: str
 
     @property
+    def ours(self) -> Operation:
+        """The operation, of a call that has one."""
+        if self.operation is None:
+            raise ValueError(f"{self.operator} is PyTorch's, expected an operator of ours")
+        return self.operation
+
+    @property
     def shape(self) -> ConvShape:
         """The configuration key of a convolution."""
-        return ConvCall(*self.args).shape
+        if not isinstance(self.operation, ConvBnRelu):
+            raise ValueError(f"{self.operator} has no such key, expected conv_bn_relu")
+        return self.operation.shape
 
     def launches(self, facts: DeviceFacts) -> tuple[Launch, ...]:
         """The launches our kernels would make of this call on a device with these facts, in order."""
-        operator = OPERATORS[self.operator]
         with override(facts):
-            return operator.plan(operator.output(*self.args), *self.args)
+            return self.ours.plan(self.ours.output())
 
 
 def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: torch.dtype | None = None) -> list[Call]:
@@ -69,7 +77,7 @@ def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: to
                 functional_call(model, tensors, (x,), strict=True)
         finally:
             tracer.reset(token)
-    return [replace(call, args=tuple(map(_meta, call.args))) for call in recorder.calls]
+    return [replace(c, operation=None if c.operation is None else _without_memory(c.operation)) for c in recorder.calls]
 
 
 def _as(t: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -93,12 +101,17 @@ class _Recorder(TorchDispatchMode):
         name = next((self.names[id(a)] for a in args if id(a) in self.names), "")
         if func.namespace == "resnet_triton":
             self.reason = ""
-            backend, reason = OPERATORS[operator].choose(*args)
-            self.calls.append(Call(name, operator, args, out.device, backend, reason))
+            operation = OPERATORS[operator].schema.build(args)
+            _, (backend, reason) = operation.choose()
+            self.calls.append(Call(name, operator, operation, out.device, backend, reason))
         elif func.namespace == "aten" and operator in _HEAVY:
             reason = self.reason or "called as a module"
-            self.calls.append(Call(name, f"aten.{operator}", args, args[0].device, "torch", reason))
+            self.calls.append(Call(name, f"aten.{operator}", None, args[0].device, "torch", reason))
         return out
+
+
+def _without_memory(operation: Operation) -> Operation:
+    return operation.schema.build([_meta(a) for a in operation.schema.flatten(operation)])
 
 
 def _meta(a: Any) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 from ..codegen import vital_signs
 from ..config import ConvConfig, ConvShape
 from ..config.device import DeviceFacts, override
-from ..ops import OPERATORS
 from ..support.processes import Pool
 from .trial import UNSAFE, abstract_call, plan
 
@@ -81,7 +80,7 @@ def compile_launches(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -
     """Triton's compiled kernels for this configuration, where `pretend` has been called."""
     call = abstract_call(shape)
     with override(facts):
-        launches = plan(call, OPERATORS["conv_bn_relu"].output(*call), chosen, shape.precision)
+        launches = plan(call, call.output(), chosen, shape.precision)
         return [launch.compile() for launch in launches]
 
 

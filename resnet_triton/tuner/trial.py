@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from .. import config
 from ..config import ConvConfig, ConvShape
 from ..kernels.launch import Launch
-from ..ops import OPERATORS, ConvCall, interpreter
+from ..ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, interpreter
+from ..ops.dispatch import Modes
 from ..ops.precision import fp32_precision
 from ..support.timing import Meter, Spread, graph_seconds
 
@@ -29,19 +31,22 @@ UNSAFE = "may give wrong answers: "
 _CHUNK = 16  # images at a time in fp64: a batch of stem outputs would not fit a smaller GPU
 
 Fill = Callable[[Sequence[int]], Tensor]
+Norm = Callable[[int], BatchNorm]
 Work = Callable[[], None]
 
 
-def abstract_call(shape: ConvShape) -> ConvCall:
+def abstract_call(shape: ConvShape) -> ConvBnRelu:
     """A call of this shape without memory, on the meta device."""
 
     def nothing(size: Sequence[int]) -> Tensor:
         return torch.empty(*size, device="meta")
 
-    return _call(shape, nothing, nothing, lambda k: (nothing([k]),) * 4)
+    return _call(
+        shape, nothing, nothing, lambda k: BatchNorm(nothing([k]), nothing([k]), nothing([k]), nothing([k]), 0.0)
+    )
 
 
-def random_call(shape: ConvShape, device: torch.device, seed: int) -> ConvCall:
+def random_call(shape: ConvShape, device: torch.device, seed: int) -> ConvBnRelu:
     """Normally distributed data, scaled as in a trained network."""
     g = torch.Generator(device).manual_seed(seed)
 
@@ -51,13 +56,13 @@ def random_call(shape: ConvShape, device: torch.device, seed: int) -> ConvCall:
     def filters(size: Sequence[int]) -> Tensor:
         return normal(size) / (shape.c * shape.r * shape.s) ** 0.5
 
-    def norm(k: int) -> list[Tensor]:
-        return [normal([k]), normal([k]).abs() + 0.5, normal([k]), normal([k])]
+    def norm(k: int) -> BatchNorm:
+        return BatchNorm(normal([k]), normal([k]).abs() + 0.5, normal([k]), normal([k]), 0.0)
 
     return _call(shape, normal, filters, norm)
 
 
-def exact_call(shape: ConvShape, device: torch.device, seed: int) -> ConvCall:
+def exact_call(shape: ConvShape, device: torch.device, seed: int) -> ConvBnRelu:
     """Data on which the answer is exact in fp32 whatever the tiling."""
     g = torch.Generator(device).manual_seed(seed)
 
@@ -67,13 +72,14 @@ def exact_call(shape: ConvShape, device: torch.device, seed: int) -> ConvCall:
     def one_of(values: list[float], k: int) -> Tensor:
         return torch.tensor(values, device=device)[torch.randint(len(values), (k,), generator=g, device=device)]
 
-    def norm(k: int) -> list[Tensor]:
-        return [integers(3, [k]), one_of([0.25, 1, 4, 16], k), one_of([0.5, -0.5, 1, 2], k), integers(4, [k])]
+    def norm(k: int) -> BatchNorm:
+        variances, scales = one_of([0.25, 1, 4, 16], k), one_of([0.5, -0.5, 1, 2], k)
+        return BatchNorm(integers(3, [k]), variances, scales, integers(4, [k]), 0.0)
 
     return _call(shape, lambda size: integers(3, size), lambda size: integers(2, size), norm)
 
 
-def exact_answer(call: ConvCall) -> Tensor:
+def exact_answer(call: ConvBnRelu) -> Tensor:
     """The call's answer on exact data: computed in fp64, rounded once."""
     batch = call.x.shape[0]
     parts = [_answer(_images(call, slice(i, i + _CHUNK))).to(call.x.dtype) for i in range(0, batch, _CHUNK)]
@@ -86,11 +92,11 @@ class Trial:
     def __init__(self, shape: ConvShape, device: torch.device, l2_bytes: int) -> None:
         self.shape, self.device = shape, device
         first = random_call(shape, device, 0)
-        tensors = [*(t for t in first if isinstance(t, Tensor)), _output(first)]
+        tensors = [*first.schema.tensors(first), first.output()]
         sets = 1 + 2 * l2_bytes // sum(t.numel() * t.element_size() for t in tensors)
         self.calls = [first, *(random_call(shape, device, seed) for seed in range(1, sets))]
-        self.outputs = [_output(call) for call in self.calls]
-        self._expected: tuple[ConvCall, Tensor] | None = None
+        self.outputs = [call.output() for call in self.calls]
+        self._expected: tuple[ConvBnRelu, Tensor] | None = None
 
     def time(self, chosen: ConvConfig, *, replays: int, meter: Meter) -> Spread:
         """Seconds of one launch with the L2 cache cold."""
@@ -102,7 +108,7 @@ class Trial:
     def is_exact(self, chosen: ConvConfig) -> bool:
         """Whether the kernel gives exactly the reference's answer; its output is full of NaN before."""
         call, expected = self._exact()
-        out = _output(call).fill_(float("nan"))
+        out = call.output().fill_(float("nan"))
         launches = plan(call, out, chosen, self.shape.precision)
         with _running(self.device):
             _run(launches)
@@ -115,7 +121,7 @@ class Trial:
         they are waited for once: a run between two waits would have the GPU to itself.
         """
         call, expected = self._exact()
-        out = _output(call)
+        out = call.output()
         launches = plan(call, out, chosen, self.shape.precision)
         names = [*MANNERS] if self.device.type == "cuda" else ["alone"]  # interpreted launches are all alike
         counts = torch.zeros(len(names), dtype=torch.int64, device=self.device)
@@ -130,7 +136,7 @@ class Trial:
                 MANNERS[name](partial(run, counts[i]), runs, counts.device)
         return dict(zip(names, counts.tolist(), strict=True))
 
-    def _exact(self) -> tuple[ConvCall, Tensor]:
+    def _exact(self) -> tuple[ConvBnRelu, Tensor]:
         if self._expected is None:
             call = exact_call(self.shape, self.device, 0)
             self._expected = call, exact_answer(call)
@@ -189,10 +195,10 @@ def _other_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def plan(call: ConvCall, out: Tensor, chosen: ConvConfig, precision: str) -> tuple[Launch, ...]:
+def plan(call: ConvBnRelu, out: Tensor, chosen: ConvConfig, precision: str) -> tuple[Launch, ...]:
     """The launches of a call under a given configuration; `precision` is how fp32 is multiplied."""
     with config.pinned(chosen), fp32_precision(precision):
-        return OPERATORS["conv_bn_relu"].plan(out, *call)
+        return call.plan(out)
 
 
 def _run(launches: tuple[Launch, ...]) -> None:
@@ -204,53 +210,42 @@ def _running(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else interpreter.ready()
 
 
-def _output(call: ConvCall) -> Tensor:
-    return OPERATORS["conv_bn_relu"].output(*call)
-
-
-def _call(shape: ConvShape, images: Fill, filters: Fill, norm: Callable[[int], Sequence[Tensor]]) -> ConvCall:
+def _call(shape: ConvShape, images: Fill, filters: Fill, norm: Norm) -> ConvBnRelu:
     def cast(t: Tensor) -> Tensor:
         return t.to(getattr(torch, shape.dtype)).contiguous(memory_format=torch.channels_last)
 
     output = [shape.n, shape.k, shape.p, shape.q]
     x = cast(images([shape.n, shape.c, shape.h, shape.w]))
     weight = cast(filters([shape.k, shape.c, shape.r, shape.s]))
-    mean, var, gamma, beta = norm(shape.k)
-    short: list[Any] = [None] * 6
+    shortcut = None
     if shape.shortcut_c:
         size = [shape.n, shape.shortcut_c, shape.shortcut_h, shape.shortcut_w]
-        short = [cast(images(size)), cast(filters([shape.k, shape.shortcut_c, 1, 1])), *norm(shape.k)]
-    return ConvCall(
-        x=x, weight=weight, mean=mean, var=var, gamma=gamma, beta=beta, eps=0.0,
-        stride=[*shape.stride], padding=[*shape.padding], dilation=[*shape.dilation], groups=1,
-        residual=cast(images(output)) if shape.residual else None,
-        short_x=short[0], short_weight=short[1], short_mean=short[2], short_var=short[3],
-        short_gamma=short[4], short_beta=short[5], short_eps=0.0, short_stride=[*shape.shortcut_stride],
-        relu=True, batch_invariant=False, kernels="triton",
+        pointwise = cast(filters([shape.k, shape.shortcut_c, 1, 1]))
+        shortcut = Shortcut(cast(images(size)), pointwise, norm(shape.k), shape.shortcut_stride)
+    return ConvBnRelu(
+        x, weight, norm(shape.k), Geometry(shape.stride, shape.padding, shape.dilation),
+        cast(images(output)) if shape.residual else None, shortcut, modes=Modes(kernels="triton"),
     )  # fmt: skip
 
 
-def _images(call: ConvCall, some: slice) -> ConvCall:
-    def cut(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t[some]
+def _images(call: ConvBnRelu, some: slice) -> ConvBnRelu:
+    shortcut = None if call.shortcut is None else call.shortcut._replace(x=call.shortcut.x[some])
+    residual = None if call.residual is None else call.residual[some]
+    return replace(call, x=call.x[some], residual=residual, shortcut=shortcut)
 
-    return call._replace(x=call.x[some], residual=cut(call.residual), short_x=cut(call.short_x))
 
-
-def _answer(call: ConvCall) -> Tensor:
-    y = _normed(
-        F.conv2d(call.x.double(), call.weight.double(), None, call.stride, call.padding, call.dilation),
-        call.mean, call.var, call.gamma, call.beta,
-    )  # fmt: skip
+def _answer(call: ConvBnRelu) -> Tensor:
+    y = _normed(F.conv2d(call.x.double(), call.weight.double(), None, *call.geometry), call.batch_norm)
     if call.residual is not None:
         y += call.residual.double()
-    if call.short_x is not None:
-        short = F.conv2d(call.short_x.double(), call.short_weight.double(), None, call.short_stride)
-        y += _normed(short, call.short_mean, call.short_var, call.short_gamma, call.short_beta)
+    if call.shortcut is not None:
+        x, weight, batch_norm, stride = call.shortcut
+        y += _normed(F.conv2d(x.double(), weight.double(), None, stride), batch_norm)
     return y.relu_()
 
 
-def _normed(y: Tensor, mean: Tensor, var: Tensor, gamma: Any, beta: Any) -> Tensor:
+def _normed(y: Tensor, batch_norm: Any) -> Tensor:
     # Integers stay integers in a convolution; rounding undoes what an algorithm that transforms its input would leave.
+    mean, var, gamma, beta, _ = batch_norm
     mean, scale, beta = (v.double()[:, None, None] for v in (mean, gamma / var.sqrt(), beta))
     return (y.round_() - mean) * scale + beta

@@ -1,0 +1,141 @@
+"""Host time of an eager ResNet-18 forward: our own Python around the launches, here and at another commit.
+
+    python -m benchmarks.host_time --against HEAD~1
+
+Kernels are stubbed by one function, `Launch.run`, so nothing is computed and no GPU is needed: what is left is what a
+call costs before and between its launches. Both commits are timed in turns, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs at either commit, so it uses what both have: the public model and the stubbed function.
+_WORKER = """
+import gc, json, sys, time
+import torch
+from resnet_triton import resnet18
+from resnet_triton.kernels.launch import Launch
+
+launches, calls, depths = 0, 0, []
+
+def count(frame, event, argument):
+    global calls
+    calls += event == "call" and "/resnet_triton/" in frame.f_code.co_filename
+
+def look(self):
+    global launches
+    launches += 1
+    frame, depth = sys._getframe(1), 0
+    while frame is not None:
+        depth += "/resnet_triton/" in frame.f_code.co_filename
+        frame = frame.f_back
+    depths.append(depth)
+
+torch.set_num_threads(1)
+model = resnet18().eval().half()
+for module in model.modules():
+    module.kernels = "triton"
+x = torch.randn(1, 3, 224, 224).half().contiguous(memory_format=torch.channels_last)
+with torch.inference_mode():
+    Launch.run = look
+    model(x)
+    depth = max(depths)
+    launches = 0
+    Launch.run = lambda self: None
+    for _ in range(50):
+        model(x)
+    sys.setprofile(count)
+    model(x)
+    sys.setprofile(None)
+    Launch.run = look
+    launches = 0
+    model(x)
+    Launch.run = lambda self: None
+    print(json.dumps({"launches": launches, "calls": calls, "depth": depth}), flush=True)
+    gc.disable()
+    for line in sys.stdin:  # the conductor asks for one figure after another
+        times = []
+        for _ in range(int(line)):
+            start = time.thread_time()
+            model(x)
+            times.append(time.thread_time() - start)
+        print(min(times), sorted(times)[len(times) // 2], flush=True)
+"""
+
+
+class _Worker:
+    def __init__(self, root: Path) -> None:
+        environ = {**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER],
+            cwd=root,
+            env=environ,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.facts = json.loads(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker ended with {self.process.wait()}, its error is above")
+        return line
+
+    def median(self, forwards: int) -> float:
+        """Seconds of the median of so many forwards."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{forwards}\n")
+        self.process.stdin.flush()
+        return float(self._line().split()[1])
+
+
+def measure(roots: dict[str, Path], rounds: int, forwards: int) -> dict[str, dict[str, float]]:
+    """For each checkout: launches, Python calls of ours, functions of ours above a launch, median microseconds."""
+    workers = {name: _Worker(root) for name, root in roots.items()}
+    times: dict[str, list[float]] = {name: [] for name in roots}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            times[name].append(worker.median(forwards))
+    return {n: {**w.facts, "microseconds": statistics.median(times[n]) * 1e6} for n, w in workers.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--against", metavar="REV", help="a commit to compare with")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--forwards", type=int, default=40)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        roots = {"here": ROOT}
+        if options.against:
+            tree = Path(folder, "tree")
+            subprocess.run(
+                ["git", "worktree", "add", "--detach", tree, options.against], cwd=ROOT, check=True, stdout=-3
+            )
+            roots[options.against] = tree
+        try:
+            found = measure(roots, options.rounds, options.forwards)
+        finally:
+            if options.against:
+                subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
+    for name, row in found.items():
+        launches, calls, depth = (int(row[key]) for key in ("launches", "calls", "depth"))
+        print(f"{name:>12}: {row['microseconds']:.0f} us, {launches} launches, {calls} Python calls, depth {depth}")
+    if options.against:
+        print(f"ratio: {found['here']['microseconds'] / found[options.against]['microseconds']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""What an operator is: its call as a value, which is validated, planned and run, and which `torch.library` knows.
+
+An `Operation` says what it returns, what keeps it off our kernels, which launches compute it and what PyTorch would
+compute; here is what all of them do with that. Its fields are its schema (`schema.py`). torch.compile, export,
+autograd, autocast and modes see `torch.ops.resnet_triton.NAME`; where none of them looks, a call goes straight to its
+launches, for the detour through the dispatcher costs more than one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from typing_extensions import Self
+
+from ..config import device
+from ..kernels.cost import Cost
+from ..kernels.launch import Launch
+from . import dispatch, interpreter
+from .dispatch import Choice, Modes, check_mode, choose, count
+from .schema import Schema
+
+Shape = tuple[int, ...]
+
+_library = torch.library.Library("resnet_triton", "DEF")
+_GRADIENT = "a gradient is asked for"
+_AUTOCAST = "autocast is on"
+
+
+class Result(NamedTuple):
+    """What a valid call returns, before anything is computed."""
+
+    shape: Shape
+    dtype: torch.dtype
+    memory: torch.memory_format = torch.channels_last
+
+    def empty(self, where: torch.device) -> Tensor:
+        """A tensor for it, uninitialised."""
+        return torch.empty(self.shape, dtype=self.dtype, device=where, memory_format=self.memory)
+
+
+class Prepared(NamedTuple):
+    """A valid call's result, uninitialised, and what writes it; or why our kernels do not, and None."""
+
+    out: Tensor | None
+    launches: tuple[Launch, ...] = ()
+    reason: str = ""
+
+
+class Operation:
+    """A call of one operator. Subclasses are dataclasses, and `register` makes operators of them."""
+
+    name: ClassVar[str]
+    schema: ClassVar[Schema]
+    per_image: ClassVar[bool] = True
+    """Whether sums over the batch could differ: then a batch-invariant call on PyTorch computes images one by one."""
+
+    autocast: ClassVar[bool] = False
+    """Whether PyTorch would compute it in another dtype under autocast; then PyTorch does."""
+
+    x: Tensor
+    modes: Modes
+
+    def result(self) -> Result:
+        """Validate the call: ValueError or TypeError, naming the argument."""
+        raise NotImplementedError
+
+    def fallback_reason(self, shape: Shape) -> str | None:
+        """Why our kernels cannot compute a result of this shape."""
+        raise NotImplementedError
+
+    def plan(self, out: Tensor) -> tuple[Launch, ...]:
+        """The launches that write `out`."""
+        raise NotImplementedError
+
+    def plan_again(self, out: Tensor) -> tuple[Launch, ...]:
+        """Other launches, for GPUs on which the machine code of the first ones may give wrong answers; or none."""
+        return ()
+
+    def output(self) -> Tensor:
+        """Validate, and allocate the result, uninitialised: also the fake for tracing."""
+        return self.result().empty(self.x.device)
+
+    def reference(self) -> Tensor:
+        """The result as PyTorch computes it."""
+        raise NotImplementedError
+
+    def cost(self) -> Cost:
+        """FLOPs and bytes that no implementation of a valid call can do without."""
+        raise NotImplementedError
+
+    def image(self, i: int) -> Self:
+        """The call of image `i` alone."""
+        return replace(self, x=one_image(self.x, i))  # type: ignore[type-var]
+
+    def run(self) -> Tensor:
+        """Compute the result, on our kernels or on PyTorch, before torch's eyes where it looks."""
+        x, kernels = self.x, self.modes.kernels
+        if dispatch.observed():
+            return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
+        if kernels != "triton" and type(x) is Tensor and x.device.type == "cpu":
+            check_mode(kernels)
+            try:
+                return self.run_torch()
+            except RuntimeError:
+                self.result()  # raises our error, if it was a wrong argument
+                raise
+        tensors = self.schema.tensors(self)
+        if dispatch.is_watched(tensors):
+            return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
+        if dispatch.is_differentiated(tensors):
+            return self.refuse_kernels(_GRADIENT)
+        if self.autocast and torch.is_autocast_enabled(x.device.type):
+            return self.refuse_kernels(_AUTOCAST)
+        return self.compute()
+
+    def compute(self) -> Tensor:
+        """The same where nothing looks: here the dispatcher comes in."""
+        result, choice = self.choose()
+        if choice.backend == "torch":
+            return self.run_torch()
+        with _on(self.x.device):
+            out, launches, reason = self.prepare(result)
+            for launch in launches:
+                launch.run()
+        if out is None:
+            return self.refuse_kernels(reason)
+        if launches:
+            count(self.name, "triton")
+        return out
+
+    def choose(self) -> tuple[Result, Choice]:
+        """Validate; say where the call runs, and why. A batch-invariant call runs where one of its images would."""
+        result, (batch_invariant, kernels) = self.result(), self.modes
+        reason = self.fallback_reason(result.shape)
+        choice = choose(kernels, self.x.device, result.dtype, reason)
+        if reason is not None and batch_invariant and self.per_image:
+            alone = choose(kernels, self.x.device, result.dtype, self.fallback_reason((1, *result.shape[1:])))
+            if alone.backend != choice.backend:
+                raise NotImplementedError(f"batch_invariant=True cannot run so large a batch: {reason}; split it")
+        return result, choice
+
+    def prepare(self, result: Result) -> Prepared:
+        """The output of a valid call and its launches, by the first plan that may be launched here."""
+        out = result.empty(self.x.device)
+        if out.numel() == 0:
+            return Prepared(out)
+        launches = self.plan(out)
+        if not _asynchronous(out.device) or (reason := _unsafe_reason(launches)) is None:
+            return Prepared(out, launches)
+        if self.modes.batch_invariant and self.per_image:  # at another batch size the kernel may be another
+            raise NotImplementedError(f"batch_invariant=True cannot run here: {reason}")
+        again = self.plan_again(out)
+        if again and (reason := _unsafe_reason(again)) is None:
+            return Prepared(out, again)
+        return Prepared(None, (), reason or "")
+
+    def refuse_kernels(self, reason: str) -> Tensor:
+        """Validate and run on PyTorch, or raise if the kernels were asked for."""
+        choose(self.modes.kernels, self.x.device, self.result().dtype, reason)
+        return self.run_torch()
+
+    def run_torch(self) -> Tensor:
+        """Run on PyTorch, counted."""
+        count(self.name, "torch")
+        if not (self.modes.batch_invariant and self.per_image) or self.x.dim() < 2 or len(self.x) == 0:
+            return self.reference()
+        # One image after another, for PyTorch may choose another algorithm for another batch size.
+        if get_proxy_mode() is not None:  # a compiler that sees the images one by one may put them together again
+            raise NotImplementedError(
+                "batch_invariant=True cannot be compiled with gradients or autocast; call it under no_grad"
+            )
+        result = torch.cat([self.image(i).reference() for i in range(len(self.x))])
+        return result.contiguous(memory_format=self.result().memory)
+
+
+def one_image(t: Tensor, i: int) -> Tensor:
+    """A copy, because the layout and the alignment of the original could make a difference as well."""
+    return t[i : i + 1].clone(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
+
+
+def _on(where: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(where) if where.type == "cuda" else interpreter.ready()
+
+
+def _asynchronous(where: torch.device) -> bool:
+    """Whether right answers of a kernel do not show that its next one is right: see `machine_code/verdict.py`."""
+    return where.type == "cuda" and device.facts(where).arch == 90 and not interpreter.active()
+
+
+def _unsafe_reason(launches: Sequence[Launch]) -> str | None:
+    from ..machine_code import verdict  # not above: it asks for Triton
+
+    return next((reason for reason in map(verdict.unsafe_reason, launches) if reason is not None), None)
+
+
+OPERATORS: dict[str, type[Operation]] = {}
+
+
+def register(name: str, cls: type[Operation]) -> None:
+    """Define `resnet_triton::NAME` by a subclass of `Operation`."""
+    cls.name, cls.schema = name, Schema(cls)
+    build = cls.schema.build
+
+    def compute(*values: Any) -> Tensor:
+        return build(values).compute()
+
+    def fake(*values: Any) -> Tensor:
+        return build(values).output()
+
+    def autograd(*values: Any) -> Tensor:
+        if dispatch.is_differentiated(v for v in values if isinstance(v, Tensor)):
+            return build(values).refuse_kernels(_GRADIENT)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.resnet_triton, name)(*values)
+
+    def under_autocast(*values: Any) -> Tensor:
+        return build(values).refuse_kernels(_AUTOCAST)
+
+    OPERATORS[name] = cls
+    _library.define(name + cls.schema.text)
+    _library.impl(name, compute, "CPU")
+    _library.impl(name, compute, "CUDA")
+    _library.impl(name, autograd, "Autograd")
+    if cls.autocast:
+        _library.impl(name, under_autocast, "AutocastCPU")
+        _library.impl(name, under_autocast, "AutocastCUDA")
+    torch.library.register_fake(f"resnet_triton::{name}", fake, lib=_library)

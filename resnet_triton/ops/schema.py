@@ -1,0 +1,116 @@
+"""An operator's schema, read off the fields of its class: one statement, so names are the same everywhere.
+
+A field of several values (`BatchNorm`, `Geometry`, ...) stands for its own fields. If it may be None, their names start
+with its name, and None stands for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+    tuple[int, int]: "int[2]",
+    tuple[float, ...]: "float[]",
+}
+
+
+class Argument(NamedTuple):
+    """One argument of a schema: its name, where its value is (`shortcut.batch_norm.eps`), and its type."""
+
+    name: str
+    path: str
+    type: str
+
+
+class Field(NamedTuple):
+    """One field of a class, `kind` without its None."""
+
+    name: str
+    kind: Any
+    optional: bool
+
+
+@functools.cache
+def fields(cls: Any) -> list[Field]:
+    """The fields of a dataclass or NamedTuple."""
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else cls._fields
+    found = []
+    for name in names:
+        kind = hints[name]
+        options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+        (inner,) = (option for option in options if option is not type(None))
+        found.append(Field(name, inner, len(options) > 1))
+    return found
+
+
+def arguments(cls: Any, path: str = "", prefix: str = "", optional: bool = False) -> Iterator[Argument]:
+    """What the fields of `cls` are in a schema, in order."""
+    for name, kind, may_be_none in fields(cls):
+        if hasattr(kind, "_fields"):
+            inner = f"{prefix}{name}_" if may_be_none else prefix
+            yield from arguments(kind, f"{path}{name}.", inner, optional or may_be_none)
+        else:
+            yield Argument(prefix + name, path + name, _TYPES[kind] + ("?" if may_be_none or optional else ""))
+
+
+class Schema:
+    """Of one operator's class: the text for `torch.library`, and the way there and back."""
+
+    def __init__(self, cls: Any) -> None:
+        self.cls = cls
+        self.arguments = list(arguments(cls))
+        self.text = "(" + ", ".join(f"{a.type} {a.name}" for a in self.arguments) + ") -> Tensor"
+        self._absent = next((f.name for f in fields(cls) if f.optional and hasattr(f.kind, "_fields")), "")
+        self._all = attrgetter(*(a.path for a in self.arguments))
+        present = [a.path for a in self.arguments if not a.path.startswith(f"{self._absent}.")]
+        self._present = attrgetter(*present)
+        self._at = next((i for i, a in enumerate(self.arguments) if a.path not in present), 0)
+        self._nothing = (None,) * (len(self.arguments) - len(present))
+        is_tensor = {a.path: a.type.startswith("Tensor") for a in self.arguments}
+        self._tensors = attrgetter(*(path for path in is_tensor if is_tensor[path]))
+        self._present_tensors = attrgetter("x", *(path for path in present if is_tensor[path]))
+
+    def flatten(self, operation: Any) -> tuple[Any, ...]:
+        """The values of an operation's arguments, in the order of the schema."""
+        if self._absent and getattr(operation, self._absent) is None:
+            values = self._present(operation)
+            return (*values[: self._at], *self._nothing, *values[self._at :])
+        return self._all(operation)
+
+    def tensors(self, operation: Any) -> list[Tensor]:
+        """Those of the arguments that are tensors."""
+        absent = self._absent and getattr(operation, self._absent) is None
+        found = self._present_tensors(operation) if absent else self._tensors(operation)
+        return [t for t in found if t is not None]
+
+    def build(self, values: Any) -> Any:
+        """The operation with these arguments."""
+        named = dict(zip((a.path for a in self.arguments), values, strict=True))
+        return _build(self.cls, named, "")
+
+
+def _build(cls: Any, named: dict[str, Any], path: str) -> Any:
+    parts: dict[str, Any] = {}
+    for name, kind, optional in fields(cls):
+        inside = f"{path}{name}."
+        if not hasattr(kind, "_fields"):
+            value = named[path + name]
+            parts[name] = tuple(value) if isinstance(value, list) else value
+        elif optional and all(value is None for at, value in named.items() if at.startswith(inside)):
+            parts[name] = None
+        else:
+            parts[name] = _build(kind, named, inside)
+    return cls(**parts)
