@@ -73,9 +73,13 @@ with torch.inference_mode():
 """
 
 
+# The C library keeps what is freed, as CUDA's caching allocator does; else each output would be mapped and unmapped.
+_KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+
 class _Worker:
     def __init__(self, root: Path) -> None:
-        environ = {**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1"}
+        environ = {**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1", **_KEEPS_MEMORY}
         self.process = subprocess.Popen(
             [sys.executable, "-c", _WORKER],
             cwd=root,
