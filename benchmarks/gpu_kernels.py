@@ -114,9 +114,8 @@ def exact(setting: Setting) -> Steps:
 
 
 def _unusual(shape: ConvShape, chosen: ConvConfig, facts: device.DeviceFacts) -> Iterator[tuple[str, ConvConfig]]:
-    forms = {f"columns={n}": ConvConfig(128, 64, 64, 8, 2, (1, 1, 128), columns=n) for n in (2, 3)}
     split = chosen if chosen.split_k > 1 else replace(chosen, split_k=3)
-    forms["two_launches"] = replace(split, two_launches=not chosen.two_launches)
+    forms = {"two_launches": replace(split, two_launches=not chosen.two_launches)}
     for rows, strip in product((64, 128), (4, 14, 56)):
         forms[f"strip={strip} of {rows}"] = ConvConfig(rows, 64, 64, rows // 16, 2, (1, 1, rows), strip=strip)
     yield from ((name, c) for name, c in forms.items() if c != chosen and is_legal(c, shape, facts))

@@ -1,11 +1,10 @@
 """Convolution + batch norm [+ residual | + 1x1 shortcut convolution and its batch norm] [+ ReLU], in one kernel.
 
 Implicit GEMM over channels-last memory: M = N*P*Q output pixels, K output channels, reduction over R*S*C. Batch norm is
-applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. Four
+applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. Three
 kernels differ only in how they load:
 
 * `conv_box.py` (sm_90 and newer): tensor descriptors; the M tile is a box of output rows x columns x images;
-* `conv_columns.py` (sm_90 and newer): the same for two or three columns that share their loads;
 * `conv_halo.py` (sm_90, in Gluon): 64 channels, walking down a column that loads each input tile once;
 * `conv_pointer.py` (everywhere): masked pointers over consecutive output pixels, for any geometry.
 
@@ -24,7 +23,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .conv_box import conv_box_kernel, filters, pixels
-from .conv_columns import conv_columns_kernel
 from .conv_pointer import conv_pointer_kernel
 from .launch import Launch, cdiv
 
@@ -69,7 +67,6 @@ def conv_bn_relu(
     block_k: int,
     block_c: int,
     box: tuple[int, int, int] | None,
-    columns: int,
     strip: int,
     swap: bool,
     early_residual: bool,
@@ -85,11 +82,10 @@ def conv_bn_relu(
     is "ieee" or "tf32" and matters for fp32 alone. `flat` reduces over one (tap, channel) index, for few or unaligned
     channels. With `box` (rows, columns, images; product `block_m`) the launch uses tensor descriptors, which ask for
     filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers and channel rows, and at stride 2 for
-    an even input width and one box row (one image of even height: any). With `columns` 2 or 3 (a 3x3 filter of stride
-    1, box (1, 1, n), no shortcut, no split) a program computes that many boxes side by side. With `swap`, which a box
-    with several sides longer than 1 has to have, filters are the rows of the product and pixels its columns.
-    `early_residual` loads the residual before the main loop, through pointers. With `strip` (64 channels in and out,
-    16-bit, box (1, 1, n)) a program walks down that many output rows. The caller has checked all this.
+    an even input width and one box row (one image of even height: any). With `swap`, which a box with several sides
+    longer than 1 has to have, filters are the rows of the product and pixels its columns. `early_residual`
+    loads the residual before the main loop, through pointers. With `strip` (64 channels in and out, 16-bit, box
+    (1, 1, n)) a program walks down that many output rows. The caller has checked all this.
 
     With `split_k` > 1 that many programs share a tile (not if `flat`): `workspace` is fp32 with `split_k * block_m *
     block_k` elements a tile, `arrivals` int32 with one zero a tile, which the launch leaves at zero. Without `arrivals`
@@ -125,9 +121,9 @@ def conv_bn_relu(
         taken = {name: arguments[name] for name in conv_halo_kernel.arg_names}
         return Launch(conv_halo_kernel, grid, taken, num_warps, num_stages, dependent=False)
     else:
-        kernel = conv_box_kernel if columns == 1 else conv_columns_kernel
+        kernel = conv_box_kernel
         box_h, box_w, box_n = box
-        tiles = cdiv(p, box_h) * cdiv(q, box_w * columns) * cdiv(n, box_n)
+        tiles = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n)
         x_desc, view = pixels(x, stride[0], box, block_c)
         y_desc, y_view = pixels(out, 1, box, block_k)
         late = None if residual is None or early_residual else pixels(residual, 1, box, block_k)[0]
@@ -138,7 +134,7 @@ def conv_bn_relu(
             "short_x_desc": short_x_desc, "short_w_desc": shortcut and filters(shortcut.weight, block_k, block_c),
             "STRIDE": stride[0], "VIEW": view, "Y_VIEW": y_view,
             "SHORT_STRIDE": shortcut.stride[0] if shortcut else 1, "SHORT_VIEW": short_view,
-            "SWAP": swap, "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "COLUMNS": columns,
+            "SWAP": swap, "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n,
         }  # fmt: skip
     grid = (tiles * cdiv(k, block_k), split_k)
     return Launch(kernel, grid, {name: arguments[name] for name in kernel.arg_names}, num_warps, num_stages)

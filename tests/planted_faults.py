@@ -42,7 +42,7 @@ class Fault(NamedTuple):
 
 EXACT, SPLIT, INT32 = "test_exact.py::", "test_split_k.py::", "test_beyond_int32.py::"
 CONTRACT = "test_contract.py::test_row"
-POINTER, BOX, COLUMNS, TILES = (f"kernels/{name}.py" for name in ("conv_pointer", "conv_box", "conv_columns", "tiles"))
+POINTER, BOX, TILES = (f"kernels/{name}.py" for name in ("conv_pointer", "conv_box", "tiles"))
 SHARES, STEM, MAX_POOL, ADD = (f"kernels/{name}.py" for name in ("sum_shares", "stem", "max_pool", "add_relu"))
 AVERAGE, HEAD, LINEAR = (f"kernels/{name}.py" for name in ("global_avg_pool", "avg_pool_linear", "linear"))
 RACE = "no barrier and arrival in between"
@@ -135,10 +135,6 @@ FAULTS = [
           SPLIT + "test_any_number_of_shares_is_exact", f"stores workspace_ptr.*, which program .* stored: {RACE}"),
     Fault("the first writes, too", BOX, "            if not last:\n                return\n", "",
           SPLIT + "test_any_number_of_shares_is_exact", f"stores y_desc.*, which program .* stored: {RACE}"),
-    Fault("columns of two programs overlap", COLUMNS,
-          "tiles_q = tl.cdiv(Q, COLUMNS)\n    q = (tile % tiles_q) * COLUMNS",
-          "tiles_q = tl.cdiv(Q, COLUMNS)\n    q = tile % tiles_q",
-          EXACT + "test_columns", f"stores y_desc.*, which program .* stored: {RACE}"),
     Fault("tiles of the stem overlap", STEM, "(offs_j < HALF - 1) &", "(offs_j < HALF) &",
           "test_stem.py::test_stem", f"stores y_ptr.*, which program .* stored: {RACE}"),
     # Memory that nobody writes, or that is another's.

@@ -55,7 +55,7 @@ class ConvConfig:
 
     `block_m` output pixels by `block_k` output channels, reduced `block_c` channels at a time. With `box` (rows,
     columns, images) the kernel loads through tensor descriptors and the tile is that box; without, through pointers.
-    `columns` boxes (1, 1, n) side by side share a program and most of its loads. `split_k` programs share a tile, each
+    `split_k` programs share a tile, each
     reducing over a part of the channels and taps; with `two_launches` a second launch sums their shares, instead of
     whichever program is last. With `strip` a program walks down that many output rows, loading each input tile once.
     With `swap` filters are the rows of the matrix product and pixels its columns, which boxes with several sides need.
@@ -68,7 +68,6 @@ class ConvConfig:
     num_stages: int
     box: tuple[int, int, int] | None = None
     split_k: int = 1
-    columns: int = 1
     two_launches: bool = False
     strip: int = 0
     swap: bool = False
@@ -85,7 +84,7 @@ class ConvConfig:
     @property
     def early_residual(self) -> bool:
         """Whether registers have room for the residual beside the accumulators during the main loop (sm_90)."""
-        accumulators = self.block_m * self.block_k * self.columns
+        accumulators = self.block_m * self.block_k
         return self.box is not None and self.split_k == 1 and accumulators <= 2048 * self.num_warps
 
 
@@ -132,9 +131,6 @@ def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
     if config.strip:  # nine filter tiles, two turns of three input tiles, the result
         return (9 * config.block_k + 7 * config.block_m) * config.block_c * shape.itemsize + 2048
-    if config.columns > 1:
-        loaded = (config.columns + 2) * config.block_m + 3 * config.block_k
-        return config.num_stages * loaded * config.block_c * shape.itemsize + 4096
     if config.box is None:
         return max(tiles, config.block_m * config.block_k * 4) + 1024
     return max(tiles, config.block_m * config.block_k * shape.itemsize * (2 if shape.residual else 1)) + 2048
@@ -148,12 +144,12 @@ def steps(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def tiles(config: ConvConfig, shape: ConvShape) -> int:
-    """Output tiles, of `columns` or `strip` boxes each; a launch has `split_k` programs for each."""
+    """Output tiles, of `strip` boxes each; a launch has `split_k` programs for each."""
     if config.box is None:
         pixels = -(-shape.n * shape.p * shape.q // config.block_m)
     else:
         h, w, n = config.box
-        pixels = -(-shape.p // (config.strip or h)) * -(-shape.q // (w * config.columns)) * -(-shape.n // n)
+        pixels = -(-shape.p // (config.strip or h)) * -(-shape.q // w) * -(-shape.n // n)
     return pixels * -(-shape.k // config.block_k)
 
 
@@ -164,17 +160,10 @@ def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
     return 2 <= config.split_k <= 16 and steps(config, shape) % config.split_k == 0 and small and not flat
 
 
-def _may_have_columns(config: ConvConfig, shape: ConvShape) -> bool:
-    """Two or three accumulators, for a 3x3 filter of stride 1 and a box that is one pixel."""
-    plain = (shape.r, shape.s, shape.stride) == (3, 3, (1, 1)) and not shape.shortcut_c and config.split_k == 1
-    pixel = config.box is not None and config.box[:2] == (1, 1)
-    return config.columns in (2, 3) and plain and pixel
-
-
 def _may_walk(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     """What `kernels/conv_halo.py` is written for: ResNet's layer1 on Hopper, 16 rows of a tile for each warp."""
     plain = (shape.r, shape.s, shape.stride, shape.c, shape.k) == (3, 3, (1, 1), 64, 64) and not shape.shortcut_c
-    sizes = (config.block_k, config.block_c, config.split_k, config.columns) == (64, 64, 1, 1)
+    sizes = (config.block_k, config.block_c, config.split_k) == (64, 64, 1)
     tile = config.box == (1, 1, config.block_m) and config.block_m == 16 * config.num_warps and config.num_warps >= 4
     return device.arch == 90 and plain and sizes and tile and shape.itemsize == 2 and config.strip > 0
 
@@ -202,13 +191,11 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
         return False
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False
-    if config.columns != 1 and not _may_have_columns(config, shape):
-        return False
     if config.strip and not _may_walk(config, shape, device):
         return False
     if shape.shortcut_c and config.block_m * config.block_k > 128 * 128:
         return False  # two fp32 accumulators at 256x128 spill whatever one does (sm_90, ptxas 12.8)
-    if config.swap and (config.box is None or config.columns != 1 or config.strip):
+    if config.swap and (config.box is None or config.strip):
         return False
     if config.box is not None:
         if has_several_sides(config.box) and not config.swap:

@@ -53,8 +53,8 @@ def cost(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
 
 
 def _fit(tile: ConvConfig, shape: ConvShape) -> ConvConfig:
-    """`tile` with the box that suits this batch size; columns side by side want boxes of one pixel."""
-    if tile.box is None or tile.columns > 1:
+    """`tile` with the box that suits this batch size."""
+    if tile.box is None:
         return tile
     return replace(tile, box=best_box(shape, tile.block_m, several_sides=tile.swap))
 

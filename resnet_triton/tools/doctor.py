@@ -260,13 +260,12 @@ def _avg_pool_linear(device: str) -> tuple[Tensor, Tensor]:
 _SHARED = ConvConfig(16, 16, 16, 4, 2, split_k=3, two_launches=True)
 _WALK = ConvConfig(64, 64, 64, 4, 2, (1, 1, 64), strip=5)
 
-# From 32 images on, whatever can be loaded through descriptors is; 128 are enough for columns that share their loads.
+# From 32 images on, whatever can be loaded through descriptors is.
 _CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
     ("stem", "descriptor", _stem),
     ("stem", "pointer", _stem),
     ("conv_bn_relu, 3x3 + residual", "descriptor", lambda device: _conv(device, 32, 8, 1, True)),
     ("conv_bn_relu, 3x3/2", "descriptor", lambda device: _conv(device, 32, 8, 2, False)),
-    ("conv_bn_relu, 3x3 of 128 images", "descriptor", lambda device: _conv(device, 128, 14, 1, False)),
     ("conv_bn_relu, 3x3 + residual", "pointer", lambda device: _conv(device, 2, 8, 1, True)),
     ("conv_bn_relu, 3x3, two launches", "pointer", lambda device: _conv(device, 2, 8, 1, True, chosen=_SHARED)),
     ("conv_bn_relu, 3x3 of 64 channels", "gluon", lambda device: _conv(device, 70, 8, 1, True, c=64, chosen=_WALK)),

@@ -138,7 +138,7 @@ def conv(out: Tensor, x: Tensor, weight: Tensor, **changes: Any) -> Launch:
     default: dict[str, Any] = {
         "batch_norm": IDENTITY, "residual": None, "shortcut": None, "stride": (1, 1), "padding": (1, 1),
         "dilation": (1, 1), "relu": False, "precision": "ieee", "flat": False, "block_m": 16, "block_k": 64,
-        "block_c": 64, "box": None, "columns": 1, "strip": 0, "swap": False, "early_residual": False, "split_k": 1,
+        "block_c": 64, "box": None, "strip": 0, "swap": False, "early_residual": False, "split_k": 1,
         "workspace": None, "arrivals": None, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     return conv_bn_relu(out=out, x=x, weight=weight, **default | changes)
@@ -202,7 +202,7 @@ def test_filters_of_a_shortcut() -> None:
     assert_exact(out[:, -16:], F.conv2d(other.double(), one[-16:, :, None, None].double()).half())
 
 
-@pytest.mark.parametrize("how", ["residual", "columns", "shared, two launches"])
+@pytest.mark.parametrize("how", ["residual", "shared, two launches"])
 def test_conv_box(how: str) -> None:
     """Boxes of 16 images. Descriptors are the hardware's business; what goes through pointers is not."""
     n = 2**17 + 16
@@ -213,7 +213,7 @@ def test_conv_box(how: str) -> None:
     if how == "shared, two launches":
         options |= {"split_k": 3, "workspace": sparse(3, n, 16, 16, 64, dtype=torch.float32)}
     else:
-        options |= {"residual": x, "early_residual": True, "columns": 2 if how == "columns" else 1}
+        options |= {"residual": x, "early_residual": True}
         expected += end.double()
     launch = conv(out, x, weight, **options)
     run(launch, -1)

@@ -169,7 +169,7 @@ def test_only_what_it_is_written_for_is_legal():
         assert not is_legal(WALK, LAYER1, KNOWN[arch])
     assert is_legal(replace(WALK, block_m=64, box=(1, 1, 64), num_warps=4), LAYER1, KNOWN[90])
     few = {"block_m": 32, "box": (1, 1, 32), "num_warps": 2}  # a warpgroup has four warps
-    for change in (few, {"num_warps": 4}, {"box": (1, 2, 64)}, {"columns": 2}, {"split_k": 3}, {"strip": -1}):
+    for change in (few, {"num_warps": 4}, {"box": (1, 2, 64)}, {"split_k": 3}, {"strip": -1}):
         assert not is_legal(replace(WALK, **change), LAYER1, KNOWN[90]), change
 
 

@@ -170,7 +170,6 @@ CHECKS: dict[str, Callable[[], None]] = {
     "boxes of one image, stride 2": lambda: check_conv(box(4, 4, 1), TALL, 2),
     "boxes, shares": lambda: check_conv(box(1, 1, 16, split_k=3), MANY),
     "boxes, shares, two launches": lambda: check_conv(box(1, 1, 16, split_k=3, two_launches=True), MANY),
-    "columns": lambda: check_conv(box(1, 1, 16, columns=2), MANY, residual=True),
     "stem": check_stem,
     "max pool, many images": lambda: check_max_pool(MANY),
     "max pool, a tall image": lambda: check_max_pool(TALL),

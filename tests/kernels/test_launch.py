@@ -38,7 +38,7 @@ CONVOLUTION: dict[str, Any] = {
 
 def convolution(**changes: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     tiles = {
-        "block_m": 64, "block_k": 32, "block_c": 16, "box": None, "columns": 1, "strip": 0, "swap": False,
+        "block_m": 64, "block_k": 32, "block_c": 16, "box": None, "strip": 0, "swap": False,
         "early_residual": False, "split_k": 1, "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
     return conv_bn_relu, CONVOLUTION, tiles | changes
@@ -90,7 +90,6 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
     "stem": (_stem, {}, {"block_q": 16, "block_k": 32, "strip": 3, "num_warps": 8, "num_stages": 3}, (60,)),
     "conv through pointers": (*convolution(split_k=3), (14, 3)),
     "conv in boxes": (*convolution(box=(2, 8, 4), swap=True, split_k=3), (32, 3)),
-    "conv of columns": (*convolution(box=(1, 1, 64), columns=3), (56, 1)),
 }  # fmt: skip
 
 

@@ -47,12 +47,6 @@ INTERPRETED: dict[str, list[str]] = {
     ],
     "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", _WALK, *_BOXES],
     "conv_box.py": [*_LAUNCH, *_BOXES],
-    "conv_columns.py": [
-        *_LAUNCH,
-        "test_exact.py::test_columns",
-        "test_exact.py::test_many_tiles_of_filters_and_channels",
-        "test_beyond_int32.py::test_conv_box",
-    ],
     "conv_halo.py": [
         _WALK,
         "test_halo.py::test_a_stand_in_gives_the_right_answer",
