@@ -101,8 +101,7 @@ def exact(setting: Setting) -> Steps:
             chosen = config.lookup(call.shape, where.facts)
             usual[key] = call.shape, chosen
             for name, other in _unusual(call.shape, chosen, where.facts) if batch in (1, 128) else ():
-                if not (other.strip and setting.rehearse):  # Gluon has no interpreter
-                    unusual[f"{key} {name}"] = call.shape, other
+                unusual[f"{key} {name}"] = call.shape, other
     with where.compilers() as compiler:
         jobs = {key: compiler.submit(*pair) for key, pair in (usual | unusual).items()}
         for key, pair in usual.items():
@@ -116,8 +115,6 @@ def exact(setting: Setting) -> Steps:
 def _unusual(shape: ConvShape, chosen: ConvConfig, facts: device.DeviceFacts) -> Iterator[tuple[str, ConvConfig]]:
     split = chosen if chosen.split_k > 1 else replace(chosen, split_k=3)
     forms = {"two_launches": replace(split, two_launches=not chosen.two_launches)}
-    for rows, strip in product((64, 128), (4, 14, 56)):
-        forms[f"strip={strip} of {rows}"] = ConvConfig(rows, 64, 64, rows // 16, 2, (1, 1, rows), strip=strip)
     yield from ((name, c) for name, c in forms.items() if c != chosen and is_legal(c, shape, facts))
 
 

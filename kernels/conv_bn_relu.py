@@ -1,11 +1,10 @@
 """Convolution + batch norm [+ residual | + 1x1 shortcut convolution and its batch norm] [+ ReLU], in one kernel.
 
 Implicit GEMM over channels-last memory: M = N*P*Q output pixels, K output channels, reduction over R*S*C. Batch norm is
-applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. Three
+applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. Two
 kernels differ only in how they load:
 
 * `conv_box.py` (sm_90 and newer): tensor descriptors; the M tile is a box of output rows x columns x images;
-* `conv_halo.py` (sm_90, in Gluon): 64 channels, walking down a column that loads each input tile once;
 * `conv_pointer.py` (everywhere): masked pointers over consecutive output pixels, for any geometry.
 
 Few output pixels leave most of a GPU idle. Then SPLIT_K programs share a tile: each reduces over an equal part of the
@@ -67,7 +66,6 @@ def conv_bn_relu(
     block_k: int,
     block_c: int,
     box: tuple[int, int, int] | None,
-    strip: int,
     swap: bool,
     early_residual: bool,
     split_k: int,
@@ -84,8 +82,7 @@ def conv_bn_relu(
     filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers and channel rows, and at stride 2 for
     an even input width and one box row (one image of even height: any). With `swap`, which a box with several sides
     longer than 1 has to have, filters are the rows of the product and pixels its columns. `early_residual`
-    loads the residual before the main loop, through pointers. With `strip` (64 channels in and out, 16-bit, box
-    (1, 1, n)) a program walks down that many output rows. The caller has checked all this.
+    loads the residual before the main loop, through pointers. The caller has checked all this.
 
     With `split_k` > 1 that many programs share a tile (not if `flat`): `workspace` is fp32 with `split_k * block_m *
     block_k` elements a tile, `arrivals` int32 with one zero a tile, which the launch leaves at zero. Without `arrivals`
@@ -110,16 +107,6 @@ def conv_bn_relu(
             "STRIDE_H": stride[0], "STRIDE_W": stride[1], "PAD_H": padding[0], "PAD_W": padding[1],
             "DILATION_H": dilation[0], "DILATION_W": dilation[1], "FLAT": flat,
         }  # fmt: skip
-    elif strip:
-        from .conv_halo import STAGES, conv_halo_kernel, tap_filters, walked_pixels
-
-        arguments |= {
-            "x_desc": walked_pixels(x, block_m), "w_desc": tap_filters(weight), "y_desc": walked_pixels(out, block_m),
-            "res_ptr": residual, "STRIP": strip, "STAGES": STAGES, "NUM_WARPS": num_warps,
-        }  # fmt: skip
-        grid = (cdiv(p, strip) * q * cdiv(n, block_m),)
-        taken = {name: arguments[name] for name in conv_halo_kernel.arg_names}
-        return Launch(conv_halo_kernel, grid, taken, num_warps, num_stages, dependent=False)
     else:
         kernel = conv_box_kernel
         box_h, box_w, box_n = box

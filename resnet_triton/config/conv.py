@@ -55,10 +55,9 @@ class ConvConfig:
 
     `block_m` output pixels by `block_k` output channels, reduced `block_c` channels at a time. With `box` (rows,
     columns, images) the kernel loads through tensor descriptors and the tile is that box; without, through pointers.
-    `split_k` programs share a tile, each
-    reducing over a part of the channels and taps; with `two_launches` a second launch sums their shares, instead of
-    whichever program is last. With `strip` a program walks down that many output rows, loading each input tile once.
-    With `swap` filters are the rows of the matrix product and pixels its columns, which boxes with several sides need.
+    `split_k` programs share a tile, each reducing over a part of the channels and taps; with `two_launches` a second
+    launch sums their shares, instead of whichever program is last. With `swap` filters are the rows of the matrix
+    product and pixels its columns, which boxes with several sides need.
     """
 
     block_m: int
@@ -69,7 +68,6 @@ class ConvConfig:
     box: tuple[int, int, int] | None = None
     split_k: int = 1
     two_launches: bool = False
-    strip: int = 0
     swap: bool = False
 
     def on(self, box: tuple[int, int, int]) -> ConvConfig:
@@ -129,8 +127,6 @@ def is_flat(c: int) -> bool:
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     """Upper bound on a launch's shared memory, in bytes; `test_codegen.py` holds it against the compiler."""
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
-    if config.strip:  # nine filter tiles, two turns of three input tiles, the result
-        return (9 * config.block_k + 7 * config.block_m) * config.block_c * shape.itemsize + 2048
     if config.box is None:
         return max(tiles, config.block_m * config.block_k * 4) + 1024
     return max(tiles, config.block_m * config.block_k * shape.itemsize * (2 if shape.residual else 1)) + 2048
@@ -144,12 +140,12 @@ def steps(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def tiles(config: ConvConfig, shape: ConvShape) -> int:
-    """Output tiles, of `strip` boxes each; a launch has `split_k` programs for each."""
+    """Output tiles; a launch has `split_k` programs for each."""
     if config.box is None:
         pixels = -(-shape.n * shape.p * shape.q // config.block_m)
     else:
         h, w, n = config.box
-        pixels = -(-shape.p // (config.strip or h)) * -(-shape.q // w) * -(-shape.n // n)
+        pixels = -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n)
     return pixels * -(-shape.k // config.block_k)
 
 
@@ -158,14 +154,6 @@ def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
     flat = config.box is None and is_flat(shape.c)
     small = config.block_m * config.block_k * 4 <= 64 * 1024 or config.two_launches
     return 2 <= config.split_k <= 16 and steps(config, shape) % config.split_k == 0 and small and not flat
-
-
-def _may_walk(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
-    """What `kernels/conv_halo.py` is written for: ResNet's layer1 on Hopper, 16 rows of a tile for each warp."""
-    plain = (shape.r, shape.s, shape.stride, shape.c, shape.k) == (3, 3, (1, 1), 64, 64) and not shape.shortcut_c
-    sizes = (config.block_k, config.block_c, config.split_k) == (64, 64, 1)
-    tile = config.box == (1, 1, config.block_m) and config.block_m == 16 * config.num_warps and config.num_warps >= 4
-    return device.arch == 90 and plain and sizes and tile and shape.itemsize == 2 and config.strip > 0
 
 
 def may_have_rows(shape: ConvShape, images: int) -> bool:
@@ -191,11 +179,9 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
         return False
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False
-    if config.strip and not _may_walk(config, shape, device):
-        return False
     if shape.shortcut_c and config.block_m * config.block_k > 128 * 128:
         return False  # two fp32 accumulators at 256x128 spill whatever one does (sm_90, ptxas 12.8)
-    if config.swap and (config.box is None or config.strip):
+    if config.swap and config.box is None:
         return False
     if config.box is not None:
         if has_several_sides(config.box) and not config.swap:

@@ -138,15 +138,12 @@ def strip_turns(tile: StemConfig, n: int, k: int, p: int, q: int, device: Device
 def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
     """Nanoseconds the launch might take; only the order of the candidates matters. The ceilings are an H200's."""
     m, k = config.block_m, config.block_k
-    turns = -(-steps(config, shape) // config.split_k) * (config.strip + 2 if config.strip else 1)
+    turns = -(-steps(config, shape) // config.split_k)
     flops = 2 * m * k * config.block_c * turns
-    loaded = (m + k) * turns
-    if config.strip:
-        loaded = 3 * m * (config.strip + 2) + 9 * k
     rate = _FLOPS_PER_NS * _MATRIX.get(m if config.swap else k, 1.0)
     if shape.itemsize == 4:
         rate /= 2
-    loading = loaded * config.block_c * shape.itemsize / _BYTES_PER_NS
+    loading = (m + k) * turns * config.block_c * shape.itemsize / _BYTES_PER_NS
     rounds = -(-tiles(config, shape) * config.split_k // device.sm_count)
     work = rounds * (max(flops / rate, loading) * (_POINTERS if config.box is None else 1.0) + _PROGRAM_NS)
     if config.split_k == 1:

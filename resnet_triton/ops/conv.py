@@ -157,7 +157,7 @@ def plan_conv(out: Tensor, *args: Any, descriptors: bool = True) -> tuple[Launch
         batch_norm=batch_norm(call.mean, call.var, call.gamma, call.beta, call.eps),
         residual=residual, shortcut=shortcut,
         stride=shape.stride, padding=shape.padding, dilation=shape.dilation, relu=call.relu, precision=shape.precision,
-        flat=config.is_flat(shape.c), box=c.box, strip=c.strip, swap=c.swap,
+        flat=config.is_flat(shape.c), box=c.box, swap=c.swap,
         early_residual=c.early_residual, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
         split_k=c.split_k, workspace=workspace, arrivals=arrivals, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip

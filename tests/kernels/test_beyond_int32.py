@@ -138,7 +138,7 @@ def conv(out: Tensor, x: Tensor, weight: Tensor, **changes: Any) -> Launch:
     default: dict[str, Any] = {
         "batch_norm": IDENTITY, "residual": None, "shortcut": None, "stride": (1, 1), "padding": (1, 1),
         "dilation": (1, 1), "relu": False, "precision": "ieee", "flat": False, "block_m": 16, "block_k": 64,
-        "block_c": 64, "box": None, "strip": 0, "swap": False, "early_residual": False, "split_k": 1,
+        "block_c": 64, "box": None, "swap": False, "early_residual": False, "split_k": 1,
         "workspace": None, "arrivals": None, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     return conv_bn_relu(out=out, x=x, weight=weight, **default | changes)

@@ -29,7 +29,6 @@ _BOXES = [
 ]
 
 _LAUNCH = ["test_launch.py::test_a_launch_is_what_was_asked_for", "test_launch.py::test_a_kernel_begins_with_begin"]
-_WALK = "test_launch.py::test_a_walk_down_a_column_is_described"
 
 INTERPRETED: dict[str, list[str]] = {
     "add_relu.py": [
@@ -45,16 +44,8 @@ INTERPRETED: dict[str, list[str]] = {
         "test_functional.py::test_avg_pool_linear",
         "test_beyond_int32.py::test_avg_pool_linear",
     ],
-    "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", _WALK, *_BOXES],
+    "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", *_BOXES],
     "conv_box.py": [*_LAUNCH, *_BOXES],
-    "conv_halo.py": [
-        _WALK,
-        "test_halo.py::test_a_stand_in_gives_the_right_answer",
-        "test_halo.py::test_a_stand_in_without_residual_or_relu",
-        "test_halo.py::test_a_stand_in_normalises_in_fp32",
-        "test_halo.py::test_a_stand_in_keeps_the_sign_of_zero",
-        "test_halo.py::test_a_stand_in_counts_beyond_int32",
-    ],
     "conv_pointer.py": [
         *_LAUNCH,
         *_CONVOLUTION,
@@ -118,8 +109,6 @@ COMPILED: dict[str, list[str]] = {
     "avg_pool_linear.py:avg_pool_linear_kernel": [_ROUNDED],
     "conv_box.py:conv_box_kernel": ["test_split_k.py::test_two_launches_compile"],
     "conv_box.py:store_pixels": ["test_split_k.py::test_two_launches_compile"],
-    "conv_halo.py:_batch_norm": ["test_halo.py::test_machine_code"],
-    "conv_halo.py:conv_halo_kernel": ["test_halo.py::test_machine_code"],
     "conv_pointer.py:conv_pointer_kernel": ["test_split_k.py::test_two_launches_compile"],
     "global_avg_pool.py:global_avg_pool_kernel": [_ROUNDED],
     "stem.py:pack_kernel": [_ROUNDED],
