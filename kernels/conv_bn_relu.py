@@ -9,8 +9,7 @@ kernels differ only in how they load:
 
 Few output pixels leave most of a GPU idle. Then SPLIT_K programs share a tile: each reduces over an equal part of the
 (channel slab, tap) steps and applies the scale, the first adds the shift and the last the shortcut, and whoever
-finishes last sums up, or a second launch does (`sum_shares.py`). Equal parts, because a loop of unknown length makes
-ptxas serialise wgmma (C7513, sm_90).
+finishes last sums up. Equal parts, because a loop of unknown length makes ptxas serialise wgmma (C7513, sm_90).
 
 None skips a filter tap that falls into the padding: a NaN or Inf weight there must give NaN, as in PyTorch.
 """
@@ -85,8 +84,7 @@ def conv_bn_relu(
     loads the residual before the main loop, through pointers. The caller has checked all this.
 
     With `split_k` > 1 that many programs share a tile (not if `flat`): `workspace` is fp32 with `split_k * block_m *
-    block_k` elements a tile, `arrivals` int32 with one zero a tile, which the launch leaves at zero. Without `arrivals`
-    the launch only fills `workspace`, fp32 with `split_k` times the elements of `out`, for `sum_shares`.
+    block_k` elements a tile, `arrivals` int32 with one zero a tile, which the launch leaves at zero.
     """
     n, c, h, w = x.shape
     k, _, r, s = weight.shape

@@ -175,18 +175,14 @@ def conv_box_kernel(
         )
         acc += short * short_scale[None, :] + short_shift[None, :]
 
-    if SPLIT_K > 1 and arrivals_ptr is None:  # a second launch sums, and does the rest
-        offs, mask = box_offsets(p0, q0, n0, P, Q, N, offs_k, mask_k, K, BOX_H, BOX_W, BOX_N)
-        tl.store(workspace_ptr + split.to(tl.int64) * N * P * Q * K + offs, acc, mask=mask)
-    else:
-        if SPLIT_K > 1:
-            acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
-            if not last:
-                return
-        if res_ptr is not None:
-            acc += residual.to(tl.float32)
-        if res_desc is not None:
-            acc += load_pixels(res_desc, p0, q0, n0, 0, 0, k0, 1, Y_VIEW, BLOCK_M).to(tl.float32)
-        if RELU:
-            acc = relu(acc)
-        store_pixels(y_desc, acc, p0, q0, n0, k0, Y_VIEW, BOX_H, BOX_W, BOX_N)
+    if SPLIT_K > 1:
+        acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
+        if not last:
+            return
+    if res_ptr is not None:
+        acc += residual.to(tl.float32)
+    if res_desc is not None:
+        acc += load_pixels(res_desc, p0, q0, n0, 0, 0, k0, 1, Y_VIEW, BLOCK_M).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    store_pixels(y_desc, acc, p0, q0, n0, k0, Y_VIEW, BOX_H, BOX_W, BOX_N)

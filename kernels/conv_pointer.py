@@ -97,14 +97,11 @@ def conv_pointer_kernel(
 
     offs_y = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
     mask_y = mask_m[:, None] & mask_k[None, :]
-    if SPLIT_K > 1 and arrivals_ptr is None:  # a second launch sums, and does the rest
-        tl.store(workspace_ptr + split.to(tl.int64) * M * K + offs_y, acc, mask=mask_y)
-    else:
-        if SPLIT_K > 1:
-            acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
-            mask_y = tl.where(last, mask_y, False)  # not `&`, which Triton 3.9's interpreter makes an integer
-        if res_ptr is not None:
-            acc += tl.load(res_ptr + offs_y, mask=mask_y, other=0.0).to(tl.float32)
-        if RELU:
-            acc = relu(acc)
-        tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
+    if SPLIT_K > 1:
+        acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, pid, split, SPLIT_K, BLOCK_M, BLOCK_K)
+        mask_y = tl.where(last, mask_y, False)  # not `&`, which Triton 3.9's interpreter makes an integer
+    if res_ptr is not None:
+        acc += tl.load(res_ptr + offs_y, mask=mask_y, other=0.0).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)

@@ -23,7 +23,6 @@ AXES: dict[str, tuple[Any, ...]] = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4, 5),
     "split_k": tuple(range(1, 17)),
-    "two_launches": (False, True),
     "swap": (False, True),
 }
 """The values that fields other than the box may take, in order: a neighbour is one step away."""

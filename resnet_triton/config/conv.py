@@ -55,9 +55,8 @@ class ConvConfig:
 
     `block_m` output pixels by `block_k` output channels, reduced `block_c` channels at a time. With `box` (rows,
     columns, images) the kernel loads through tensor descriptors and the tile is that box; without, through pointers.
-    `split_k` programs share a tile, each reducing over a part of the channels and taps; with `two_launches` a second
-    launch sums their shares, instead of whichever program is last. With `swap` filters are the rows of the matrix
-    product and pixels its columns, which boxes with several sides need.
+    `split_k` programs share a tile, each reducing over a part of the channels and taps. With `swap` filters are the
+    rows of the matrix product and pixels its columns, which boxes with several sides need.
     """
 
     block_m: int
@@ -67,7 +66,6 @@ class ConvConfig:
     num_stages: int
     box: tuple[int, int, int] | None = None
     split_k: int = 1
-    two_launches: bool = False
     swap: bool = False
 
     def on(self, box: tuple[int, int, int]) -> ConvConfig:
@@ -150,9 +148,9 @@ def tiles(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
-    """At most 16 equal shares, and of at most 64 KB if one program reads them all."""
+    """At most 16 equal shares, and of at most 64 KB: one program reads them all."""
     flat = config.box is None and is_flat(shape.c)
-    small = config.block_m * config.block_k * 4 <= 64 * 1024 or config.two_launches
+    small = config.block_m * config.block_k * 4 <= 64 * 1024
     return 2 <= config.split_k <= 16 and steps(config, shape) % config.split_k == 0 and small and not flat
 
 
@@ -175,7 +173,7 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
         return False
     if min(config.block_m, config.block_k, config.block_c) < 16 or max(config.block_m, config.block_k) > 256:
         return False
-    if not _may_split(config, shape) if config.split_k != 1 else config.two_launches:
+    if config.split_k != 1 and not _may_split(config, shape):
         return False
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False

@@ -33,7 +33,6 @@ if HAS_TRITON:
     from ..kernels.conv_bn_relu import BatchNorm, Shortcut
     from ..kernels.conv_bn_relu import conv_bn_relu as conv_bn_relu_launch
     from ..kernels.launch import Launch
-    from ..kernels.sum_shares import sum_shares
 
 
 class ConvCall(NamedTuple):
@@ -146,9 +145,7 @@ def plan_conv(out: Tensor, *args: Any, descriptors: bool = True) -> tuple[Launch
     shape = call.shape
     c, own = _config(call, descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ())))
     workspace = arrivals = None
-    if c.two_launches:
-        workspace = x.new_empty(c.split_k, out.numel(), dtype=torch.float32)
-    elif c.split_k > 1:
+    if c.split_k > 1:
         shared = config.tiles(c, shape)
         workspace = x.new_empty(shared * c.split_k * c.block_m * c.block_k, dtype=torch.float32)
         arrivals = _arrivals(x.device, shared)
@@ -161,12 +158,7 @@ def plan_conv(out: Tensor, *args: Any, descriptors: bool = True) -> tuple[Launch
         early_residual=c.early_residual, block_m=c.block_m, block_k=c.block_k, block_c=c.block_c,
         split_k=c.split_k, workspace=workspace, arrivals=arrivals, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
-    if not own:
-        launch = replace(launch, own=False)
-    if workspace is None or arrivals is not None:
-        return (launch,)
-    end = sum_shares(out=out, shares=workspace, residual=residual, relu=call.relu, block=1024, num_warps=4)
-    return launch, end
+    return (launch if own else replace(launch, own=False),)
 
 
 def _config(call: ConvCall, descriptors: bool) -> tuple[config.ConvConfig, bool]:

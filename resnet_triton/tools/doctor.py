@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .. import __version__, config, models
 from .. import functional as F
-from ..config import ConvConfig
 from ..config.device import DeviceFacts, facts, override
 from ..convert import report
 from ..ops import dispatch, interpreter, reference
@@ -198,19 +197,16 @@ def _integers(device: str, *shape: int) -> tuple[Tensor, Tensor]:
     return values.to(device, torch.float16), values
 
 
-def _conv(
-    device: str, images: int, edge: int, stride: int, residual: bool, *, chosen: ConvConfig | None = None
-) -> tuple[Tensor, Tensor]:
-    """A 3x3 convolution of 16 channels; `chosen` is a configuration to use instead of the one looked up."""
+def _conv(device: str, images: int, edge: int, stride: int, residual: bool) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution of 16 channels."""
     result = (images, 16, edge // stride, edge // stride)
     shapes = [(images, 16, edge, edge), (16, 16, 3, 3), (16,), (16,), (16,), result]
     ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
     x, weight, mean, gamma, beta, add = ours
-    with nullcontext() if chosen is None else config.pinned(chosen):
-        got = F.conv_bn_relu(
-            x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=stride, padding=1,
-            residual=add if residual else None, kernels="triton",
-        )  # fmt: skip
+    got = F.conv_bn_relu(
+        x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=stride, padding=1,
+        residual=add if residual else None, kernels="triton",
+    )  # fmt: skip
     x, weight, mean, gamma, beta, add = plain
     wanted = reference.conv_bn_relu(
         x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=(stride, stride), padding=(1, 1),
@@ -255,8 +251,6 @@ def _avg_pool_linear(device: str) -> tuple[Tensor, Tensor]:
     return F.avg_pool_linear(*ours, kernels="triton"), reference.linear(pooled, weight, bias)
 
 
-_SHARED = ConvConfig(16, 16, 16, 4, 2, split_k=3, two_launches=True)
-
 # From 32 images on, whatever can be loaded through descriptors is.
 _CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
     ("stem", "descriptor", _stem),
@@ -264,7 +258,6 @@ _CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
     ("conv_bn_relu, 3x3 + residual", "descriptor", lambda device: _conv(device, 32, 8, 1, True)),
     ("conv_bn_relu, 3x3/2", "descriptor", lambda device: _conv(device, 32, 8, 2, False)),
     ("conv_bn_relu, 3x3 + residual", "pointer", lambda device: _conv(device, 2, 8, 1, True)),
-    ("conv_bn_relu, 3x3, two launches", "pointer", lambda device: _conv(device, 2, 8, 1, True, chosen=_SHARED)),
     ("max_pool2d", "", _max_pool),
     ("global_avg_pool", "", _global_avg_pool),
     ("avg_pool_linear", "", _avg_pool_linear),

@@ -62,10 +62,6 @@ def split_boxes() -> None:
     conv(SMALL, ConvConfig(16, 32, 16, 4, 2, (4, 4, 1), split_k=3, swap=True))
 
 
-def two_launches() -> None:
-    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, split_k=3, two_launches=True))
-
-
 def stem() -> None:
     shape = ConvShape(2, 3, 9, 42, 40, 7, 7, (2, 2), (3, 3))
     with mock.patch.object(config, "stem_heuristic", return_value=StemConfig(16, 32, 2, 4, 2)):
@@ -97,7 +93,7 @@ def add_relu() -> None:
 
 
 CALLS = (
-    pointer, flat, box, one_image, split, split_boxes, two_launches, stem, max_pool, avg_pool, head, linear,
+    pointer, flat, box, one_image, split, split_boxes, stem, max_pool, avg_pool, head, linear,
     add_relu,
 )  # fmt: skip
 

@@ -19,7 +19,6 @@ from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.stem import pack, packed_shape, stem
-from resnet_triton.kernels.sum_shares import sum_shares
 
 
 def images(*shape: int) -> Tensor:
@@ -78,12 +77,6 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
         {"out": X, "x": X, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1)},
         {"block_m": 64, "block_c": 16, "num_warps": 8},
         (14,),
-    ),
-    "sum_shares": (
-        sum_shares,
-        {"out": Y, "shares": torch.zeros(3, Y.numel()), "residual": None},
-        {"relu": True, "block": 64, "num_warps": 8},
-        (263,),
     ),
     "pack": (_pack, {}, {"block": 64, "num_warps": 8}, (35,)),
     "stem": (_stem, {}, {"block_q": 16, "block_k": 32, "strip": 3, "num_warps": 8, "num_stages": 3}, (60,)),

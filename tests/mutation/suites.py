@@ -85,13 +85,6 @@ INTERPRETED: dict[str, list[str]] = {
         "test_beyond_int32.py::test_pack_of_many_images",
         "test_beyond_int32.py::test_stem",
     ],
-    "sum_shares.py": [
-        *_LAUNCH,
-        "test_split_k.py::test_the_second_launch_writes_its_output_alone",
-        "test_split_k.py::test_any_number_of_shares_is_exact",
-        "test_split_k.py::test_a_shift_that_is_not_finite_is_added_once",
-        "test_beyond_int32.py::test_sum_shares",
-    ],
     "tiles.py": [
         *_CONVOLUTION,
         "test_exact.py::test_relu_of_special_values",
@@ -107,9 +100,6 @@ _DEPENDENT = "test_split_k.py::test_with_dependent_launch_every_kernel_waits_bef
 
 COMPILED: dict[str, list[str]] = {
     "avg_pool_linear.py:avg_pool_linear_kernel": [_ROUNDED],
-    "conv_box.py:conv_box_kernel": ["test_split_k.py::test_two_launches_compile"],
-    "conv_box.py:store_pixels": ["test_split_k.py::test_two_launches_compile"],
-    "conv_pointer.py:conv_pointer_kernel": ["test_split_k.py::test_two_launches_compile"],
     "global_avg_pool.py:global_avg_pool_kernel": [_ROUNDED],
     "stem.py:pack_kernel": [_ROUNDED],
     "tiles.py:batch_norm_scale_shift": [_ROUNDED],
