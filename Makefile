@@ -10,7 +10,7 @@ OTHER_TRITONS := $(OLDEST_TRITON) $(NEWER_TRITONS)
 NEWEST_TRITON := $(lastword $(NEWER_TRITONS))
 
 # What asks Triton's interpreter for the exact answer, and little else.
-INTERPRETED := $(addprefix tests/kernels/test_,exact.py halo.py interpreter.py shadow.py split_k.py stem.py)
+INTERPRETED := $(addprefix tests/kernels/test_,exact.py interpreter.py shadow.py split_k.py stem.py)
 
 # What a user's shell may export must not change what the tests check.
 HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE -u PYTEST_ADDOPTS -u PYTEST_PLUGINS \

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from functools import partial
@@ -28,9 +28,9 @@ from resnet_triton.bench.environment import environment
 from resnet_triton.bench.kernels import ALTERNATIVES, Problem, measure, ours
 from resnet_triton.codegen import TARGETS
 from resnet_triton.codegen.roofline import least
-from resnet_triton.config import ConvConfig, ConvShape, device, is_legal, table
-from resnet_triton.config.conv import has_several_sides
+from resnet_triton.config import ConvConfig, ConvShape, device, table
 from resnet_triton.config.heuristic import estimate
+from resnet_triton.kernels.launch import has_several_sides
 from resnet_triton.ops.stem import StemCall
 from resnet_triton.ops.trace import Call, trace
 from resnet_triton.support import timing
@@ -89,37 +89,22 @@ SIBLINGS = {
 
 
 def exact(setting: Setting) -> Steps:
-    """Siblings, every layer as looked up, then, at 1 and 128 images, kernels that no lookup chooses yet."""
+    """Siblings, then every layer as looked up."""
     where = bench(setting)
     usual = {} if setting.rehearse else dict(SIBLINGS)
-    unusual, others = {}, {}
+    others = {}
     for batch, dtype in product(setting.batches, setting.options["dtypes"]):
         for key, (call, *_) in layers(setting, batch, dtype).items():
             if call.operator != "conv_bn_relu":
                 others[key] = call
                 continue
-            chosen = config.lookup(call.shape, where.facts)
-            usual[key] = call.shape, chosen
-            for name, other in _unusual(call.shape, chosen, where.facts) if batch in (1, 128) else ():
-                if not (other.strip and setting.rehearse):  # Gluon has no interpreter
-                    unusual[f"{key} {name}"] = call.shape, other
+            usual[key] = call.shape, config.lookup(call.shape, where.facts)
     with where.compilers() as compiler:
-        jobs = {key: compiler.submit(*pair) for key, pair in (usual | unusual).items()}
+        jobs = {key: compiler.submit(*pair) for key, pair in usual.items()}
         for key, pair in usual.items():
             yield key, partial(_exact_convolution, *pair, jobs[key], setting)
         for key, call in others.items():
             yield key, partial(_exact_other, call, setting)
-        for key, pair in unusual.items():
-            yield key, partial(_exact_convolution, *pair, jobs[key], setting)
-
-
-def _unusual(shape: ConvShape, chosen: ConvConfig, facts: device.DeviceFacts) -> Iterator[tuple[str, ConvConfig]]:
-    forms = {f"columns={n}": ConvConfig(128, 64, 64, 8, 2, (1, 1, 128), columns=n) for n in (2, 3)}
-    split = chosen if chosen.split_k > 1 else replace(chosen, split_k=3)
-    forms["two_launches"] = replace(split, two_launches=not chosen.two_launches)
-    for rows, strip in product((64, 128), (4, 14, 56)):
-        forms[f"strip={strip} of {rows}"] = ConvConfig(rows, 64, 64, rows // 16, 2, (1, 1, rows), strip=strip)
-    yield from ((name, c) for name, c in forms.items() if c != chosen and is_legal(c, shape, facts))
 
 
 def _exact_convolution(

@@ -23,7 +23,7 @@ from resnet_triton.bench.kernels import Problem
 from .gpu_steps import Setting, Steps, read
 
 SELECTIONS = (
-    "test_conv_epilogue and float16", "test_columns and early", "test_max_pool and float16",
+    "test_conv_epilogue and float16", "test_max_pool and float16",
     "test_global_avg_pool and float16", "test_add_relu and float16", "test_linear and float16",
     "test_avg_pool_linear and float16",
 )  # fmt: skip

@@ -25,8 +25,6 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
-    dependent: bool = True
-    """Whether the kernel starts with `tiles.pdl_wait`, and so may be launched before the one ahead of it is done."""
     own: bool = True
     """Whether its tile is this project's own choice, and not one of a table or of a caller."""
 
@@ -42,7 +40,7 @@ class Launch:
         from .tiles import PDL  # not above: a launch is a value where Triton is not installed, too
 
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        if PDL and self.dependent:
+        if PDL:
             options["launch_pdl"] = True
         return options
 

@@ -224,9 +224,9 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
 
 def without_box(chosen: ConvConfig, shape: ConvShape, facts: Any) -> ConvConfig:
     """The configuration on the pointer path, whose loop may have another number of steps and so no such split."""
-    pointers = dataclasses.replace(chosen, box=None, columns=1, swap=False)
+    pointers = dataclasses.replace(chosen, box=None, swap=False)
     legal = config.is_legal(pointers, shape, facts)
-    return pointers if legal else dataclasses.replace(pointers, split_k=1, two_launches=False)
+    return pointers if legal else dataclasses.replace(pointers, split_k=1)
 
 
 def run_conv(call: ConvCall, chosen: ConvConfig, programs: Sequence[int] | None = None) -> Tensor:

@@ -33,9 +33,9 @@ from torch import Tensor
 from resnet_triton import config
 from resnet_triton.config import ConvConfig, ConvShape, StemConfig, is_legal, supports_descriptors
 from resnet_triton.config import tiles as grid_size
-from resnet_triton.config.conv import has_several_sides, may_have_rows
+from resnet_triton.config.conv import may_have_rows
 from resnet_triton.config.device import KNOWN, facts
-from resnet_triton.kernels.launch import cdiv
+from resnet_triton.kernels.launch import cdiv, has_several_sides
 from resnet_triton.ops import ConvCall
 
 Check = Callable[[random.Random, torch.device, torch.dtype], None]
@@ -84,10 +84,8 @@ def conv_config(rng: random.Random, shape: ConvShape) -> ConvConfig:
         block_m, rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), rng.choice([4, 8]), rng.randint(1, 3), box,
         swap=box is not None and (has_several_sides(box) or rng.random() < 0.5),
     )  # fmt: skip
-    shared = dataclasses.replace(chosen, box=box and (1, 1, block_m), columns=rng.choice([2, 3]), swap=False)
     split = dataclasses.replace(chosen, split_k=rng.choice([2, 3, 6]))
-    legal = [c for c in (shared, split) if is_legal(c, shape, KNOWN[90])]
-    return rng.choice(legal) if legal and rng.random() < 0.5 else chosen
+    return split if is_legal(split, shape, KNOWN[90]) and rng.random() < 0.5 else chosen
 
 
 def conv(rng: random.Random, device: torch.device, dtype: torch.dtype) -> tuple[ConvCall, ConvConfig]:

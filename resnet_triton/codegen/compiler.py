@@ -70,12 +70,13 @@ def compile_and_keep(source: Specialisation, arch: int | str) -> tuple[Code, str
 def vital_signs(compiled: Any) -> Code:
     """Those of Triton's compiled kernel."""
     texts, shared_memory = compiled.asm, compiled.metadata.shared
-    ttir = texts["ttir" if "ttir" in texts else "ttgir"]  # Gluon starts from the latter
     if "amdgcn" in texts:
-        return read_amd(ttir=ttir, llir=texts["llir"], assembly=texts["amdgcn"], shared_memory=shared_memory)
+        return read_amd(ttir=texts["ttir"], llir=texts["llir"], assembly=texts["amdgcn"], shared_memory=shared_memory)
     ptx = texts["ptx"]
     log, sass = _assemble(ptx, compiled.metadata.target.arch)
-    return read_nvidia(ttir=ttir, ttgir=texts["ttgir"], ptx=ptx, sass=sass, log=log, shared_memory=shared_memory)
+    return read_nvidia(
+        ttir=texts["ttir"], ttgir=texts["ttgir"], ptx=ptx, sass=sass, log=log, shared_memory=shared_memory
+    )
 
 
 def triton_compile(source: Specialisation, arch: int | str) -> Any:

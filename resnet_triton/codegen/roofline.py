@@ -79,9 +79,9 @@ def wave_loss(filled: float) -> float:
 
 def split_k_tail_us(launch: Launch, split: int, l2: float | None, sm_count: int) -> float | None:
     """Reading `split` shares back by one program, and summing while they come, after handing in its own."""
-    if split == 1 or launch.arguments.get("arrivals_ptr") is None:  # a second launch sums
+    if split == 1:
         return 0.0
-    workspace = launch.arguments.get("workspace_ptr")
+    workspace = launch.arguments.get("partials_ptr")
     if l2 is None or workspace is None:
         return None
     share = workspace.numel() * workspace.element_size() / prod(launch.grid)

@@ -4,8 +4,9 @@ Lookup order: the GPU's table (`<gpu>.json` in this folder), its entry for a nea
 are pure functions of shape and device facts; nothing searches or times anything at call time.
 """
 
+from ..kernels.launch import ConvConfig
 from .choice import lookup, pinned
-from .conv import ConvConfig, ConvShape, is_flat, is_legal, supports_descriptors, tiles
+from .conv import ConvShape, is_legal, supports_descriptors, tiles
 from .heuristic import StemConfig, conv_heuristic, linear_heuristic, stem_heuristic
 from .invariant import invariant, invariant_stem
 
@@ -16,7 +17,6 @@ __all__ = [
     "conv_heuristic",
     "invariant",
     "invariant_stem",
-    "is_flat",
     "is_legal",
     "linear_heuristic",
     "lookup",

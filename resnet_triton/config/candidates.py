@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, product
+from itertools import product
 from typing import Any
 
-from .conv import ConvConfig, ConvShape, is_legal, tiles
+from ..kernels.launch import ConvConfig
+from .conv import ConvShape, is_legal, tiles
 from .device import DeviceFacts
 from .heuristic import conv_heuristic, estimate
 
@@ -23,9 +24,6 @@ AXES: dict[str, tuple[Any, ...]] = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4, 5),
     "split_k": tuple(range(1, 17)),
-    "columns": (1, 2, 3),
-    "two_launches": (False, True),
-    "strip": (0, 4, 7, 8, 14, 28, 56),
     "swap": (False, True),
 }
 """The values that fields other than the box may take, in order: a neighbour is one step away."""
@@ -43,11 +41,11 @@ def candidates(shape: ConvShape, device: DeviceFacts, count: int) -> tuple[ConvC
     tile. Variations are what `neighbours` is for.
     """
     best: dict[tuple[Any, ...], tuple[tuple[float, ...], ConvConfig]] = {}
-    for config in chain(_forms(shape, device), _walks(shape, device)):
+    for config in _forms(shape, device):
         _, w, n = config.box or (0, 0, 0)
         row = abs(config.block_c * shape.itemsize - 128)  # shared memory is swizzled in rows of 128 bytes
         key = (estimate(config, shape, device), row, -n, -w)
-        tile = (config.path, config.block_m, config.block_k, config.columns, config.strip > 0)
+        tile = (config.path, config.block_m, config.block_k)
         if tile not in best or key < best[tile][0]:
             best[tile] = key, config
     ranked = [config for _, config in sorted(best.values(), key=lambda pair: pair[0])]
@@ -67,7 +65,7 @@ def neighbours(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> lis
         near += [config.on(box) for box in boxes(config, config.block_m, shape, device)[:1]]
     else:
         near += [config.on(box) for box in _box_steps(config.box)]
-        near.append(replace(config, box=None, columns=1, strip=0, swap=False))
+        near.append(replace(config, box=None, swap=False))
     worst = _HOPELESS * estimate(config, shape, device)
     fitting = (c for c in dict.fromkeys(near) if c != config and _fits(c, shape, device))
     return [c for c in fitting if estimate(c, shape, device) <= worst]
@@ -130,21 +128,12 @@ def _forms(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
             deepest = next((c for c in forms if _fits(c, shape, device)), None)
             if deepest is not None:
                 forms = [replace(deepest, split_k=split) for split in AXES["split_k"]]
-                forms += [replace(deepest, columns=columns, num_warps=8, num_stages=2) for columns in AXES["columns"]]
-                yield from (c for c in dict.fromkeys(forms) if _fits(c, shape, device))
-
-
-def _walks(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
-    """The kernel that walks down columns, which the heuristic never chooses."""
-    for rows, strip in product((64, 128), AXES["strip"]):
-        config = ConvConfig(rows, 64, 64, rows // 16, 2, (1, 1, rows), strip=strip)
-        if strip and is_legal(config, shape, device):
-            yield config
+                yield from (c for c in forms if _fits(c, shape, device))
 
 
 def _fits(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     """Legal, and not sure to spill: what spills takes the compiler minutes and is never fastest."""
-    area = config.block_m * config.block_k * config.columns
+    area = config.block_m * config.block_k
     ieee = shape.dtype == "float32" and shape.precision == "ieee"  # multiply-adds unroll over the whole tile
     accumulators = area // (32 * config.num_warps)
     gathered = max(config.block_m, config.block_k) * config.block_c // (32 * config.num_warps)

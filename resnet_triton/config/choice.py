@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from ..kernels.launch import ConvConfig
 from . import table
 from .candidates import adapt
-from .conv import ConvConfig, ConvShape, is_legal
+from .conv import ConvShape, is_legal
 from .device import DeviceFacts
 from .heuristic import conv_heuristic
 

@@ -1,10 +1,11 @@
-"""The configuration of a convolution, the shape it is chosen for, and the one statement of what is legal."""
+"""The shape that a convolution's configuration is chosen for, and the one statement of what is legal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
+from ..kernels.launch import ConvConfig, has_several_sides, is_flat
 from .device import DeviceFacts
 
 
@@ -49,55 +50,6 @@ class ConvShape:
         return 4 if self.dtype == "float32" else 2
 
 
-@dataclass(frozen=True)
-class ConvConfig:
-    """Tile sizes and compile options of one convolution launch.
-
-    `block_m` output pixels by `block_k` output channels, reduced `block_c` channels at a time. With `box` (rows,
-    columns, images) the kernel loads through tensor descriptors and the tile is that box; without, through pointers.
-    `columns` boxes (1, 1, n) side by side share a program and most of its loads. `split_k` programs share a tile, each
-    reducing over a part of the channels and taps; with `two_launches` a second launch sums their shares, instead of
-    whichever program is last. With `strip` a program walks down that many output rows, loading each input tile once.
-    With `swap` filters are the rows of the matrix product and pixels its columns, which boxes with several sides need.
-    """
-
-    block_m: int
-    block_k: int
-    block_c: int
-    num_warps: int
-    num_stages: int
-    box: tuple[int, int, int] | None = None
-    split_k: int = 1
-    columns: int = 1
-    two_launches: bool = False
-    strip: int = 0
-    swap: bool = False
-
-    def on(self, box: tuple[int, int, int]) -> ConvConfig:
-        """This tile with another box, whose sides may ask for a swap."""
-        return replace(self, block_m=prod(box), box=box, swap=self.swap or has_several_sides(box))
-
-    @property
-    def path(self) -> str:
-        """How this loads: through "descriptor" or "pointer"."""
-        return "pointer" if self.box is None else "descriptor"
-
-    @property
-    def early_residual(self) -> bool:
-        """Whether registers have room for the residual beside the accumulators during the main loop (sm_90)."""
-        accumulators = self.block_m * self.block_k * self.columns
-        return self.box is not None and self.split_k == 1 and accumulators <= 2048 * self.num_warps
-
-
-def has_several_sides(box: tuple[int, int, int]) -> bool:
-    """Whether more than one side of a box is longer than 1, so that its pixels must not be the rows of a product.
-
-    As rows they would reach wgmma in registers, which Triton 3.6.0 to 3.8.0 overwrite while it reads them: wrong
-    answers on an H200. As columns they are read from shared memory, in fewer registers and instructions.
-    """
-    return sum(side > 1 for side in box) > 1
-
-
 def supports_descriptors(shape: ConvShape) -> bool:
     """Whether `conv_box_kernel` can serve this shape at all; anything else takes the pointer path.
 
@@ -122,19 +74,9 @@ def _fits_stride(stride: tuple[int, int], width: int) -> bool:
     return stride == (1, 1) or (stride == (2, 2) and width % 2 == 0)
 
 
-def is_flat(c: int) -> bool:
-    """Whether the pointer path reduces over one (tap, channel) index: few channels, or rows too odd for wide loads."""
-    return c < 16 or c % 8 != 0
-
-
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     """Upper bound on a launch's shared memory, in bytes; `test_codegen.py` holds it against the compiler."""
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
-    if config.strip:  # nine filter tiles, two turns of three input tiles, the result
-        return (9 * config.block_k + 7 * config.block_m) * config.block_c * shape.itemsize + 2048
-    if config.columns > 1:
-        loaded = (config.columns + 2) * config.block_m + 3 * config.block_k
-        return config.num_stages * loaded * config.block_c * shape.itemsize + 4096
     if config.box is None:
         return max(tiles, config.block_m * config.block_k * 4) + 1024
     return max(tiles, config.block_m * config.block_k * shape.itemsize * (2 if shape.residual else 1)) + 2048
@@ -148,35 +90,20 @@ def steps(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def tiles(config: ConvConfig, shape: ConvShape) -> int:
-    """Output tiles, of `columns` or `strip` boxes each; a launch has `split_k` programs for each."""
+    """Output tiles; a launch has `split_k` programs for each."""
     if config.box is None:
         pixels = -(-shape.n * shape.p * shape.q // config.block_m)
     else:
         h, w, n = config.box
-        pixels = -(-shape.p // (config.strip or h)) * -(-shape.q // (w * config.columns)) * -(-shape.n // n)
+        pixels = -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n)
     return pixels * -(-shape.k // config.block_k)
 
 
 def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
-    """At most 16 equal shares, and of at most 64 KB if one program reads them all."""
+    """At most 16 equal shares, and of at most 64 KB: one program reads them all."""
     flat = config.box is None and is_flat(shape.c)
-    small = config.block_m * config.block_k * 4 <= 64 * 1024 or config.two_launches
+    small = config.block_m * config.block_k * 4 <= 64 * 1024
     return 2 <= config.split_k <= 16 and steps(config, shape) % config.split_k == 0 and small and not flat
-
-
-def _may_have_columns(config: ConvConfig, shape: ConvShape) -> bool:
-    """Two or three accumulators, for a 3x3 filter of stride 1 and a box that is one pixel."""
-    plain = (shape.r, shape.s, shape.stride) == (3, 3, (1, 1)) and not shape.shortcut_c and config.split_k == 1
-    pixel = config.box is not None and config.box[:2] == (1, 1)
-    return config.columns in (2, 3) and plain and pixel
-
-
-def _may_walk(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
-    """What `kernels/conv_halo.py` is written for: ResNet's layer1 on Hopper, 16 rows of a tile for each warp."""
-    plain = (shape.r, shape.s, shape.stride, shape.c, shape.k) == (3, 3, (1, 1), 64, 64) and not shape.shortcut_c
-    sizes = (config.block_k, config.block_c, config.split_k, config.columns) == (64, 64, 1, 1)
-    tile = config.box == (1, 1, config.block_m) and config.block_m == 16 * config.num_warps and config.num_warps >= 4
-    return device.arch == 90 and plain and sizes and tile and shape.itemsize == 2 and config.strip > 0
 
 
 def may_have_rows(shape: ConvShape, images: int) -> bool:
@@ -198,17 +125,13 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
         return False
     if min(config.block_m, config.block_k, config.block_c) < 16 or max(config.block_m, config.block_k) > 256:
         return False
-    if not _may_split(config, shape) if config.split_k != 1 else config.two_launches:
+    if config.split_k != 1 and not _may_split(config, shape):
         return False
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False
-    if config.columns != 1 and not _may_have_columns(config, shape):
-        return False
-    if config.strip and not _may_walk(config, shape, device):
-        return False
     if shape.shortcut_c and config.block_m * config.block_k > 128 * 128:
         return False  # two fp32 accumulators at 256x128 spill whatever one does (sm_90, ptxas 12.8)
-    if config.swap and (config.box is None or config.columns != 1 or config.strip):
+    if config.swap and config.box is None:
         return False
     if config.box is not None:
         if has_several_sides(config.box) and not config.swap:

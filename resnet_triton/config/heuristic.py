@@ -10,17 +10,8 @@ import functools
 from dataclasses import dataclass, replace
 from itertools import product
 
-from .conv import (
-    ConvConfig,
-    ConvShape,
-    has_several_sides,
-    is_flat,
-    is_legal,
-    may_have_rows,
-    steps,
-    supports_descriptors,
-    tiles,
-)
+from ..kernels.launch import ConvConfig, has_several_sides, is_flat
+from .conv import ConvShape, is_legal, may_have_rows, steps, supports_descriptors, tiles
 from .device import DeviceFacts
 
 # (block_m, block_k, block_c of a 16-bit type, num_warps, num_stages), each seen to compile without spills.
@@ -28,7 +19,6 @@ _BOX_TILES = (
     (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (256, 64, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
     (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4),
 )  # fmt: skip
-_COLUMN_TILES = ((128, 64, 64, 8, 2),)
 _POINTER_TILES = (
     (128, 128, 32, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (32, 32, 64, 4, 3),
 )  # fmt: skip
@@ -44,7 +34,6 @@ _PROGRAM_NS = 500  # filling the pipeline, batch norm, the store: half of it hid
 _ARRIVAL_NS = 1500  # a store, a barrier, an atomic and the first load back, none of them overlapped
 _MATRIX_ROWS = 64  # of the smallest product that four warps do at a time (wgmma)
 _MATRIX = {16: 0.2, 32: 0.4, 64: 0.75}  # share of the matrix rate by columns: narrow products read more operands
-_WAITING = 0.85  # the same, where every product is waited for
 _MANY = 32  # images from which boxes waste little of any shape
 _POINTERS = 1.4  # loads through pointers spend instructions on addresses and masks, beside the products
 
@@ -80,11 +69,6 @@ def conv_candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool 
             tile = ConvConfig(m, k, min(c, widest), warps, stages).on(best_box(shape, m))
             if (k if tile.swap else m) >= _MATRIX_ROWS:
                 found += [replace(tile, split_k=split) for split in _SPLITS]
-        found += [
-            ConvConfig(m, k, min(c, widest), warps, stages, (1, 1, m), columns=columns)
-            for m, k, c, warps, stages in _COLUMN_TILES
-            for columns in (2, 3)
-        ]
     return [config for config in found if is_legal(config, shape, device) and _fits_registers(config, device)]
 
 
@@ -144,16 +128,13 @@ def strip_turns(tile: StemConfig, n: int, k: int, p: int, q: int, device: Device
 
 def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
     """Nanoseconds the launch might take; only the order of the candidates matters. The ceilings are an H200's."""
-    m, k, columns = config.block_m, config.block_k, config.columns
-    turns = -(-steps(config, shape) // config.split_k) * (config.strip + 2 if config.strip else 1)
-    flops = 2 * m * k * columns * config.block_c * turns
-    loaded = (m + k) * turns if columns == 1 else ((columns + 2) * m + 3 * k) * (turns // 3)
-    if config.strip:
-        loaded = 3 * m * (config.strip + 2) + 9 * k
-    rate = _FLOPS_PER_NS * _MATRIX.get(m if config.swap else k, 1.0) * (1.0 if columns == 1 else _WAITING)
+    m, k = config.block_m, config.block_k
+    turns = -(-steps(config, shape) // config.split_k)
+    flops = 2 * m * k * config.block_c * turns
+    rate = _FLOPS_PER_NS * _MATRIX.get(m if config.swap else k, 1.0)
     if shape.itemsize == 4:
         rate /= 2
-    loading = loaded * config.block_c * shape.itemsize / _BYTES_PER_NS
+    loading = (m + k) * turns * config.block_c * shape.itemsize / _BYTES_PER_NS
     rounds = -(-tiles(config, shape) * config.split_k // device.sm_count)
     work = rounds * (max(flops / rate, loading) * (_POINTERS if config.box is None else 1.0) + _PROGRAM_NS)
     if config.split_k == 1:

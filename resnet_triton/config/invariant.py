@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from .conv import ConvConfig, ConvShape, tiles
+from ..kernels.launch import ConvConfig
+from .conv import ConvShape, tiles
 from .device import DeviceFacts
 from .heuristic import StemConfig, best_box, conv_candidates, estimate, stem_tiles, strip_turns
 
@@ -53,8 +54,8 @@ def cost(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
 
 
 def _fit(tile: ConvConfig, shape: ConvShape) -> ConvConfig:
-    """`tile` with the box that suits this batch size; columns side by side want boxes of one pixel."""
-    if tile.box is None or tile.columns > 1:
+    """`tile` with the box that suits this batch size."""
+    if tile.box is None:
         return tile
     return replace(tile, box=best_box(shape, tile.block_m, several_sides=tile.swap))
 

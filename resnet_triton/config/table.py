@@ -20,8 +20,9 @@ from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..kernels.launch import ConvConfig
 from ..support import files
-from .conv import ConvConfig, ConvShape
+from .conv import ConvShape
 
 FOLDER = Path(__file__).parent
 MAX_BYTES = 4 << 20

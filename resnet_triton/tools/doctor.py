@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .. import __version__, config, models
 from .. import functional as F
-from ..config import ConvConfig
 from ..config.device import DeviceFacts, facts, override
 from ..convert import report
 from ..ops import dispatch, interpreter, reference
@@ -180,8 +179,6 @@ def _attempt(kernel: str, path: str, compute: Callable[..., tuple[Tensor, Tensor
     here = facts(torch.device(device))
     if path == "descriptor" and not here.has_descriptors:
         return {**result, "detail": f"needs compute capability 9.0, this GPU has {here.arch / 10}"}
-    if path == "gluon" and (device == "cpu" or here.arch != 90):
-        return {**result, "detail": "needs a GPU of compute capability 9.0; Gluon has no interpreter"}
     # A device below 9.0 has no descriptors, so its configurations take the pointer path on any GPU.
     pretended = override(replace(here, arch=80)) if path == "pointer" else nullcontext()
     torch.manual_seed(0)
@@ -200,19 +197,16 @@ def _integers(device: str, *shape: int) -> tuple[Tensor, Tensor]:
     return values.to(device, torch.float16), values
 
 
-def _conv(
-    device: str, images: int, edge: int, stride: int, residual: bool, *, c: int = 16, chosen: ConvConfig | None = None
-) -> tuple[Tensor, Tensor]:
-    """A 3x3 convolution of `c` channels; `chosen` is a configuration to use instead of the one looked up."""
-    result = (images, c, edge // stride, edge // stride)
-    shapes = [(images, c, edge, edge), (c, c, 3, 3), (c,), (c,), (c,), result]
+def _conv(device: str, images: int, edge: int, stride: int, residual: bool) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution of 16 channels."""
+    result = (images, 16, edge // stride, edge // stride)
+    shapes = [(images, 16, edge, edge), (16, 16, 3, 3), (16,), (16,), (16,), result]
     ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
     x, weight, mean, gamma, beta, add = ours
-    with nullcontext() if chosen is None else config.pinned(chosen):
-        got = F.conv_bn_relu(
-            x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=stride, padding=1,
-            residual=add if residual else None, kernels="triton",
-        )  # fmt: skip
+    got = F.conv_bn_relu(
+        x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=stride, padding=1,
+        residual=add if residual else None, kernels="triton",
+    )  # fmt: skip
     x, weight, mean, gamma, beta, add = plain
     wanted = reference.conv_bn_relu(
         x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=(stride, stride), padding=(1, 1),
@@ -257,19 +251,13 @@ def _avg_pool_linear(device: str) -> tuple[Tensor, Tensor]:
     return F.avg_pool_linear(*ours, kernels="triton"), reference.linear(pooled, weight, bias)
 
 
-_SHARED = ConvConfig(16, 16, 16, 4, 2, split_k=3, two_launches=True)
-_WALK = ConvConfig(64, 64, 64, 4, 2, (1, 1, 64), strip=5)
-
-# From 32 images on, whatever can be loaded through descriptors is; 128 are enough for columns that share their loads.
+# From 32 images on, whatever can be loaded through descriptors is.
 _CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
     ("stem", "descriptor", _stem),
     ("stem", "pointer", _stem),
     ("conv_bn_relu, 3x3 + residual", "descriptor", lambda device: _conv(device, 32, 8, 1, True)),
     ("conv_bn_relu, 3x3/2", "descriptor", lambda device: _conv(device, 32, 8, 2, False)),
-    ("conv_bn_relu, 3x3 of 128 images", "descriptor", lambda device: _conv(device, 128, 14, 1, False)),
     ("conv_bn_relu, 3x3 + residual", "pointer", lambda device: _conv(device, 2, 8, 1, True)),
-    ("conv_bn_relu, 3x3, two launches", "pointer", lambda device: _conv(device, 2, 8, 1, True, chosen=_SHARED)),
-    ("conv_bn_relu, 3x3 of 64 channels", "gluon", lambda device: _conv(device, 70, 8, 1, True, c=64, chosen=_WALK)),
     ("max_pool2d", "", _max_pool),
     ("global_avg_pool", "", _global_avg_pool),
     ("avg_pool_linear", "", _avg_pool_linear),

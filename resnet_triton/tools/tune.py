@@ -163,10 +163,8 @@ def _row(names: list[str], shape: ConvShape, found: Found) -> dict[str, Any]:
 def _brief(c: dict[str, Any]) -> str:
     pixels = "x".join(map(str, c["box"] or [c["block_m"]]))
     sizes = f"{pixels} by {c['block_k']} by {c['block_c']}"
-    shared = f", {c['columns']} columns" if c["columns"] > 1 else f", {c['strip']} rows" if c["strip"] else ""
-    split = f"split {c['split_k']}" + " and summed by a second launch" * c["two_launches"]
     swap = ", filters first" if c["swap"] else ""
-    return f"{sizes}{swap}{shared}, {c['num_warps']} warps, {c['num_stages']} stages, {split}"
+    return f"{sizes}{swap}, {c['num_warps']} warps, {c['num_stages']} stages, split {c['split_k']}"
 
 
 def _warn(message: str) -> None:

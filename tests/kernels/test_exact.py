@@ -77,7 +77,6 @@ class Layer(NamedTuple):
 
     def __str__(self) -> str:
         box = "x".join(map(str, self.chosen.box)) if self.chosen.box else "pointer"
-        box += f"-columns{self.chosen.columns}" * (self.chosen.columns > 1)
         box += f"-split{self.chosen.split_k}" * (self.chosen.split_k > 1)
         tile = f"{self.chosen.block_m}x{self.chosen.block_k}x{self.chosen.block_c}"
         precision = f"-{self.shape.precision}" if self.shape.dtype == "float32" else ""
@@ -119,7 +118,7 @@ def small(shape: ConvShape, chosen: ConvConfig) -> ConvShape:
     if chosen.box is None:
         n, p, q = cdiv(chosen.block_m + 1, 35), 5, 7
     else:
-        p, q, n = chosen.box[0] + 1, 2 * chosen.box[1] * chosen.columns + 1, chosen.box[2] + 1  # fewer rows of tiles
+        p, q, n = chosen.box[0] + 1, 2 * chosen.box[1] + 1, chosen.box[2] + 1  # fewer rows of tiles
         n = 1 if shape.n == 1 else n
         if n * p * q * shape.c * shape.k > 3e7:
             n = min(n, 3)  # one ragged tile of images: the reference takes its time, too
@@ -133,7 +132,6 @@ def tiles_written(written: Tensor, chosen: ConvConfig) -> int:
         pixels = torch.arange(len(n) * len(p) * len(q)).reshape(len(n), 1, len(p), len(q)) // chosen.block_m
     else:
         rows, columns, images = chosen.box
-        columns *= chosen.columns
         pixels = ((n // images)[:, None, None, None] * 1000 + (p // rows)[:, None]) * 1000 + q // columns
     tiles = pixels * 1000 + (k // chosen.block_k)[:, None, None]
     touched = set(tiles[written].tolist())
@@ -248,7 +246,6 @@ def test_random_cases_are_diverse() -> None:
     cases = [random_cases.conv(random.Random(seed), torch.device("cpu"), DTYPES[seed % 3]) for seed in range(300)]
     shapes = [call.shape for call, _ in cases]
     assert sum(chosen.path == "descriptor" for _, chosen in cases) > 60
-    assert sum(chosen.columns > 1 for _, chosen in cases) > 1
     assert sum(chosen.split_k > 1 for _, chosen in cases) > 10
     assert sum(s.residual for s in shapes) > 50
     assert sum(s.shortcut_c > 0 for s in shapes) > 50
@@ -411,28 +408,11 @@ def _every_box(device: torch.device, shape: ConvShape, short_size: tuple[int, in
         assert_exact(run_conv(call, chosen), expected, (chosen.box, chosen.swap))
 
 
-@pytest.mark.parametrize("columns", [2, 3])
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("residual", ["early", "late", "none"])
-def test_columns(device: torch.device, residual: str, width: int, columns: int) -> None:
-    """Every number of columns over and under a program's."""
-    dtype = DTYPES[width % 3]
-    shape = ConvShape(17, 24, 2, width, 40, 3, 3, padding=(1, 1), dtype=dtype_id(dtype), precision="tf32")
-    shape = dataclasses.replace(shape, residual=residual != "none")
-    narrow = ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=columns)
-    chosen = dataclasses.replace(narrow, block_k=128, num_warps=1) if residual == "late" else narrow
-    assert is_legal(chosen, shape, KNOWN[90])
-    assert chosen.early_residual == (residual != "late")
-    call = conv_call(generator(device, width), shape)
-    assert_exact(run_conv(call, chosen), rounded(conv_reference(call), dtype))
-
-
 @pytest.mark.parametrize("chosen", [
     ConvConfig(16, 32, 16, 4, 2),
     ConvConfig(16, 32, 16, 4, 2, (1, 1, 16)),
     ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), swap=True),
-    ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=3),
-], ids=["pointer", "box", "filters first", "columns"])  # fmt: skip
+], ids=["pointer", "box", "filters first"])  # fmt: skip
 def test_many_tiles_of_filters_and_channels(device: torch.device, chosen: ConvConfig) -> None:
     """Three whole tiles of filters, nine slabs of channels: no tile's work is done by another."""
     shape = ConvShape(17, 136, 1, 3, 96, 3, 3, padding=(1, 1))

@@ -339,7 +339,7 @@ for arch, batches in ((90, (97, 100, 112, 127)), (90, (2, 3)), (80, (17, 18, 20,
         for i, call in enumerate(trace(model, (batch, 3, 224, 224), torch.float16)):
             for launch in call.launches(KNOWN[arch]):
                 code = specialise(launch)
-                tiles = [(k, v) for k, v in code.constants if k.startswith(("BOX", "BLOCK", "SPLIT", "COLUMNS"))]
+                tiles = [(k, v) for k, v in code.constants if k.startswith(("BOX", "BLOCK", "SPLIT"))]
                 tile = str((i, code.kernel, tiles, launch.num_warps, launch.num_stages))
                 shared += tile in compiled
                 if compiled.setdefault(tile, code) != code:
