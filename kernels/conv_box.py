@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Launch, Shortcut, cdiv
+from .launch import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Launch, Shortcut, Size, cdiv
 from .tiles import batch_norm_scale_shift, pdl_wait, relu, sum_partials
 
 IMAGES, ROWS, ONE_IMAGE = 0, 1, 2
@@ -33,21 +33,9 @@ again a box:
 """
 
 
-def pixels(x: Tensor, stride: int, box: tuple[int, int, int], block_c: int) -> tuple[TensorDescriptor, int]:
-    """`x` as a descriptor that loads `box` at `stride`, `block_c` channels at a time, and the view it takes."""
-    fields, view = _pixels(x.shape, x.dtype, stride, box, block_c)
-    return _on(x, fields), view
-
-
-def filters(weight: Tensor, block_k: int, block_c: int) -> TensorDescriptor:
-    """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
-    return _on(weight, _filters(weight.shape, weight.dtype, block_k, block_c))
-
-
 @functools.lru_cache(maxsize=4096)
-def _pixels(
-    size: tuple[int, int, int, int], dtype: torch.dtype, stride: int, box: tuple[int, int, int], block_c: int
-) -> tuple[dict[str, Any], int]:
+def pixel_fields(size: Size, dtype: torch.dtype, stride: int, box: Any, block_c: int) -> tuple[dict[str, Any], int]:
+    """A descriptor of images (N, C, H, W) that loads `box` at `stride`, `block_c` channels at a time, and its view."""
     n, c, h, w = size
     box_h, box_w, box_n = box
     row, image = w * c, h * w * c
@@ -66,7 +54,8 @@ def _pixels(
 
 
 @functools.lru_cache(maxsize=4096)
-def _filters(size: tuple[int, int, int, int], dtype: torch.dtype, block_k: int, block_c: int) -> dict[str, Any]:
+def filter_fields(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> dict[str, Any]:
+    """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
     k, c, r, s = size
     return _fields(dtype, [r * s, k, c], [c, r * s * c, 1], [1, block_k, block_c])
 
@@ -239,39 +228,50 @@ def conv_box(
     stride 2 for an even input width and one box row (one image of even height: any). A box with several sides longer
     than 1 has to be swapped.
     """
-    n, c, _, _ = x.shape
-    k, _, r, s = weight.shape
-    _, _, p, q = out.shape
+    constants, views, grid = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, relu, precision, config)
+    x_fields, w_fields, y_fields = views
+    early = residual if config.early_residual else None
+    late = None if residual is early else residual
+    arguments = {
+        "x_desc": _on(x, x_fields), "w_desc": _on(weight, w_fields), "y_desc": _on(out, y_fields),
+        "res_desc": None if late is None else _on(late, y_fields), "res_ptr": early,
+        **batch_norm.arguments(), **_shortcut_arguments(shortcut, config),
+        "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
+    }  # fmt: skip
+    return Launch(conv_box_kernel, grid, arguments, config.num_warps, config.num_stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(
+    x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, relu: bool, precision: str,
+    config: ConvConfig,
+) -> tuple[dict[str, object], list[dict[str, Any]], tuple[int, int]]:  # fmt: skip
+    """Of a launch, what depends on sizes alone: constants, the descriptors of x, weight and out, and the grid."""
+    (n, _, p, q), (k, c, r, s) = out, weight
     box, stride, block_k, block_c = config.box, geometry.stride[0], config.block_k, config.block_c
     if box is None:
         raise ValueError(f"{config} has no box, expected one: conv_pointer.py takes the others")
     box_h, box_w, box_n = box
-    x_desc, view = pixels(x, stride, box, block_c)
-    y_desc, y_view = pixels(out, 1, box, block_k)
-    early = residual if config.early_residual else None
-    late = None if residual is early else residual
-    arguments = {
-        "x_desc": x_desc, "w_desc": filters(weight, block_k, block_c), "y_desc": y_desc,
-        "res_desc": None if late is None else pixels(late, 1, box, block_k)[0], "res_ptr": early,
-        **batch_norm.arguments(), **_shortcut_arguments(shortcut, box, block_k, block_c),
-        "partials_ptr": partials, "semaphores_ptr": semaphores,
+    x_fields, view = pixel_fields(x, dtype, stride, box, block_c)
+    y_fields, y_view = pixel_fields(out, dtype, 1, box, block_k)
+    constants: dict[str, object] = {
         "N": n, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view,
         "RELU": relu, "PRECISION": precision, "SPLIT_K": config.split_k, "SWAP": config.swap,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     tiles = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k)
-    return Launch(conv_box_kernel, (tiles, config.split_k), arguments, config.num_warps, config.num_stages)
+    views = [x_fields, filter_fields(weight, dtype, block_k, block_c), y_fields]
+    return constants, views, (tiles, config.split_k)
 
 
-def _shortcut_arguments(
-    shortcut: Shortcut | None, box: tuple[int, int, int], block_k: int, block_c: int
-) -> dict[str, object]:
+def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[str, object]:
     if shortcut is None:
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
-    x_desc, view = pixels(x, stride, box, block_c)
+    fields, view = pixel_fields(x.shape, x.dtype, stride, config.box, config.block_c)
+    w_fields = filter_fields(weight.shape, weight.dtype, config.block_k, config.block_c)
     return {
-        "short_x_desc": x_desc, "short_w_desc": filters(weight, block_k, block_c), **batch_norm.arguments("short_"),
+        "short_x_desc": _on(x, fields), "short_w_desc": _on(weight, w_fields), **batch_norm.arguments("short_"),
         "SHORT_C": x.shape[1], "SHORT_STRIDE": stride, "SHORT_VIEW": view,
     }  # fmt: skip
 

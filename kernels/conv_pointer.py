@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Launch, Shortcut, cdiv, is_flat
+from .launch import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Launch, Shortcut, Size, cdiv, is_flat
 from .tiles import batch_norm_scale_shift, pdl_wait, relu, sum_partials
 
 
@@ -125,21 +127,29 @@ def conv_pointer(
     semaphores: Tensor | None,
 ) -> Launch:
     """The launch for any geometry: see `conv_bn_relu.py`."""
-    n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    _, _, p, q = out.shape
-    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = geometry
+    constants, grid = _constants(x.shape, weight.shape, out.shape, geometry, relu, precision, config)
     arguments = {
         "x_ptr": x, "w_ptr": weight, "y_ptr": out, "res_ptr": residual, **batch_norm.arguments(),
-        **_shortcut_arguments(shortcut), "partials_ptr": partials, "semaphores_ptr": semaphores,
+        **_shortcut_arguments(shortcut), "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
+    }  # fmt: skip
+    return Launch(conv_pointer_kernel, grid, arguments, config.num_warps, config.num_stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(
+    x: Size, weight: Size, out: Size, geometry: Geometry, relu: bool, precision: str, config: ConvConfig
+) -> tuple[dict[str, object], tuple[int, int]]:
+    """Of a launch, what depends on sizes alone, and the grid."""
+    (n, k, p, q), (_, c, h, w), (_, _, r, s) = out, x, weight
+    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = geometry
+    constants: dict[str, object] = {
         "M": n * p * q, "H": h, "W": w, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
         "STRIDE_H": stride_h, "STRIDE_W": stride_w, "PAD_H": pad_h, "PAD_W": pad_w,
         "DILATION_H": dilation_h, "DILATION_W": dilation_w,
         "RELU": relu, "PRECISION": precision, "FLAT": is_flat(c), "SPLIT_K": config.split_k,
         "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c,
     }  # fmt: skip
-    grid = (cdiv(n * p * q, config.block_m) * cdiv(k, config.block_k), config.split_k)
-    return Launch(conv_pointer_kernel, grid, arguments, config.num_warps, config.num_stages)
+    return constants, (cdiv(n * p * q, config.block_m) * cdiv(k, config.block_k), config.split_k)
 
 
 def _shortcut_arguments(shortcut: Shortcut | None) -> dict[str, object]:

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+Size = tuple[int, ...]
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False, slots=True)
 class Launch:
     """One launch of one `@triton.jit` kernel, complete: nothing is left to choose when it runs.
 

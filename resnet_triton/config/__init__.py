@@ -5,7 +5,7 @@ are pure functions of shape and device facts; nothing searches or times anything
 """
 
 from ..kernels.launch import ConvConfig
-from .choice import lookup, pinned
+from .choice import lookup, pinned, state
 from .conv import ConvShape, is_legal, supports_descriptors, tiles
 from .heuristic import StemConfig, conv_heuristic, linear_heuristic, stem_heuristic
 from .invariant import invariant, invariant_stem
@@ -21,6 +21,7 @@ __all__ = [
     "linear_heuristic",
     "lookup",
     "pinned",
+    "state",
     "stem_heuristic",
     "supports_descriptors",
     "tiles",

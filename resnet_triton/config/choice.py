@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 
 from ..kernels.launch import ConvConfig
@@ -15,7 +16,13 @@ from .conv import ConvShape, is_legal
 from .device import DeviceFacts
 from .heuristic import conv_heuristic
 
-_pinned: ConvConfig | None = None
+_pinned: ContextVar[ConvConfig | None] = ContextVar("pinned", default=None)
+_forgotten = 0
+
+
+def state() -> tuple[ConvConfig | None, int]:
+    """What `lookup` depends on besides its arguments: two equal states mean equal answers."""
+    return _pinned.get(), _forgotten
 
 
 def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
@@ -24,22 +31,23 @@ def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -
     The table's entry for the very shape, else its entry for the nearest batch size within a factor of two if that does
     well here by the cost model, else the heuristic. Every launch asks, so answers are kept.
     """
-    return _pinned or _choose(shape, device, descriptors)
+    return _pinned.get() or _choose(shape, device, descriptors)
 
 
 @contextmanager
 def pinned(config: ConvConfig) -> Iterator[None]:
     """Make `lookup` answer `config` whatever the question: the tuner plans its launches this way."""
-    global _pinned
-    previous, _pinned = _pinned, config
+    token = _pinned.set(config)
     try:
         yield
     finally:
-        _pinned = previous
+        _pinned.reset(token)
 
 
 def forget() -> None:
     """Read the tables anew at the next lookup: one of them has been written."""
+    global _forgotten
+    _forgotten += 1
     _choose.cache_clear()
     _table.cache_clear()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +40,13 @@ KNOWN = {
     100: DeviceFacts("NVIDIA B200", 100, 148, 227 * 1024),
     120: DeviceFacts("NVIDIA GeForce RTX 5090", 120, 170, 99 * 1024),
 }
-_override: DeviceFacts | None = None
+_override: ContextVar[DeviceFacts | None] = ContextVar("override", default=None)
 
 
 def facts(device: torch.device) -> DeviceFacts:
     """Facts of `device`. A CPU tensor only gets here through Triton's interpreter, which plays an H200."""
-    if _override is not None:
-        return _override
+    if (pretended := _override.get()) is not None:
+        return pretended
     if device.type == "cuda":
         return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
     return KNOWN[90]
@@ -53,13 +54,12 @@ def facts(device: torch.device) -> DeviceFacts:
 
 @contextmanager
 def override(pretended: DeviceFacts) -> Iterator[None]:
-    """Make `facts` answer `pretended` for every device: tests run another GPU's choices in the interpreter."""
-    global _override
-    previous, _override = _override, pretended
+    """Make `facts` answer `pretended` for every device here: tests run another GPU's choices in the interpreter."""
+    token = _override.set(pretended)
     try:
         yield
     finally:
-        _override = previous
+        _override.reset(token)
 
 
 @functools.cache

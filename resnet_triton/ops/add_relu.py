@@ -19,7 +19,7 @@ if HAS_TRITON:
     from ..kernels.add_relu import add_relu
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AddRelu(Operation):
     """`relu(x + other)`, both (N, C, H, W)."""
 

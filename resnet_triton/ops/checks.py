@@ -60,7 +60,7 @@ def check_vectors(x: Tensor, weight: Tensor, batch_norm: BatchNorm, prefix: str 
             continue
         if t.device != device or not t.dtype.is_floating_point:
             check_tensors(x, **{prefix + name: t})
-        if t.shape != (k,):
+        if t.numel() != k or t.dim() != 1:
             raise ValueError(
                 f"{prefix}{name} has shape {tuple(t.shape)}, expected ({k},) for weight {tuple(weight.shape)}"
             )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from .. import config
-from ..config import device
+from ..config import ConvConfig, ConvShape, device
+from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import BatchNorm, Geometry, Launch, Shortcut
@@ -34,7 +38,7 @@ if HAS_TRITON:
     from ..kernels.conv_bn_relu import conv_bn_relu
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ConvBnRelu(Operation):
     """`relu(batch_norm(conv2d(x, weight)) + residual)`, or plus a shortcut's convolution and batch norm.
 
@@ -53,19 +57,15 @@ class ConvBnRelu(Operation):
     modes: Modes = AUTO
 
     @property
-    def shape(self) -> config.ConvShape:
+    def shape(self) -> ConvShape:
         """The key under which the configuration of this call is looked up."""
-        n, c, h, w = self.x.shape
-        k, _, r, s = self.weight.shape
-        stride, padding, dilation, _ = self.geometry
-        dtype = self.x.dtype
-        if (shortcut := self.shortcut) is None:
-            short_c, short_h, short_w, short_stride = 0, 0, 0, (1, 1)
-        else:
-            (_, short_c, short_h, short_w), short_stride = shortcut.x.shape, shortcut.stride
-        return config.ConvShape(
-            n, c, h, w, k, r, s, stride, padding, dilation, str(dtype).removeprefix("torch."), conv_precision(dtype),
-            self.residual is not None, short_c, short_h, short_w, short_stride,
+        return _shape(self._sizes())
+
+    def _sizes(self) -> _Sizes:
+        x, short = self.x, self.shortcut
+        return _Sizes(
+            x.shape, self.weight.shape, self.geometry, x.dtype, conv_precision(x.dtype), self.residual is not None,
+            None if short is None else short.x.shape, (1, 1) if short is None else short.stride,
         )  # fmt: skip
 
     def result(self) -> Result:
@@ -103,13 +103,12 @@ class ConvBnRelu(Operation):
             raise ValueError(f"shortcut by weight {tuple(weight.shape)} gives {given}, expected {shape}")
 
     def fallback_reason(self, shape: Shape) -> str | None:
-        check_same_dtype(self.x, weight=self.weight)
-        if self.geometry.groups != 1:
+        x, residual, shortcut, (_, padding, _, groups) = self.x, self.residual, self.shortcut, self.geometry
+        check_same_dtype(x, weight=self.weight)
+        if groups != 1:
             return "grouped convolution"
-        short_x, short_weight = self.shortcut[:2] if self.shortcut else (None, None)
-        return mixed_dtypes(self.x, self.residual, short_x, short_weight) or too_large(
-            shape, self.x, self.geometry.padding[1]
-        )
+        others = [t for t in (residual, *(shortcut[:2] if shortcut else ())) if t is not None]
+        return mixed_dtypes(x, *others) or too_large(shape, x, padding[1])
 
     def plan(self, out: Tensor, *, descriptors: bool = True) -> tuple[Launch, ...]:
         dense = _aligned_channels_last if self.modes.batch_invariant else channels_last
@@ -119,23 +118,19 @@ class ConvBnRelu(Operation):
         if self.shortcut is not None:
             images, filters, norm, stride = self.shortcut
             shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
-        shape, facts = self.shape, device.facts(x.device)
-        own = True
-        if self.modes.batch_invariant:
-            chosen = config.invariant(shape, facts)
-        else:
-            descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
-            chosen = config.lookup(shape, facts, descriptors=descriptors)
-            own = chosen == config.conv_heuristic(shape, facts, descriptors=descriptors)
+        descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
+        sizes, facts = self._sizes(), device.facts(x.device)
+        chosen, own, tiles = _choose(
+            config.lookup, config.state(), facts, descriptors, self.modes.batch_invariant, sizes
+        )
         partials = semaphores = None
         if chosen.split_k > 1:
-            shared = config.tiles(chosen, shape)
-            elements = shared * chosen.split_k * chosen.block_m * chosen.block_k
+            elements = tiles * chosen.split_k * chosen.block_m * chosen.block_k
             partials = torch.empty(elements, dtype=torch.float32, device=x.device)
-            semaphores = _semaphores(x.device, shared)
+            semaphores = _semaphores(x.device, tiles)
         launch = conv_bn_relu(
             out=out, x=x, weight=weight, batch_norm=self.batch_norm.contiguous(), geometry=self.geometry,
-            residual=residual, shortcut=shortcut, relu=self.relu, precision=shape.precision,
+            residual=residual, shortcut=shortcut, relu=self.relu, precision=sizes.precision,
             config=chosen, partials=partials, semaphores=semaphores,
         )  # fmt: skip
         return (launch if own else replace(launch, own=False),)
@@ -166,6 +161,47 @@ class ConvBnRelu(Operation):
         residual = None if self.residual is None else one_image(self.residual, i)
         shortcut = None if self.shortcut is None else self.shortcut._replace(x=one_image(self.shortcut.x, i))
         return replace(self, x=one_image(self.x, i), residual=residual, shortcut=shortcut)
+
+
+class _Sizes(NamedTuple):
+    """All that a configuration may depend on, as cheap to take from a call as to hash."""
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    geometry: Geometry
+    dtype: torch.dtype
+    precision: str
+    residual: bool
+    short_x: tuple[int, ...] | None
+    short_stride: tuple[int, int]
+
+
+def _shape(s: _Sizes) -> ConvShape:
+    (n, c, h, w), (k, _, rows, columns) = s.x, s.weight
+    stride, padding, dilation, _ = s.geometry
+    dtype = str(s.dtype).removeprefix("torch.")
+    short_c, short_h, short_w = (0, 0, 0) if s.short_x is None else s.short_x[1:]
+    return ConvShape(
+        n, c, h, w, k, rows, columns, stride, padding, dilation, dtype, s.precision, s.residual,
+        short_c, short_h, short_w, s.short_stride,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    lookup: Callable[..., ConvConfig], state: object, facts: DeviceFacts, descriptors: bool, invariant: bool, s: _Sizes
+) -> tuple[ConvConfig, bool, int]:
+    """The configuration, whether it is this project's own choice, and how many tiles it makes: once for calls alike.
+
+    `lookup` and its `state` are part of the key, for what it answers depends on them.
+    """
+    shape = _shape(s)
+    if invariant:
+        chosen, own = config.invariant(shape, facts), True
+    else:
+        chosen = lookup(shape, facts, descriptors=descriptors)
+        own = chosen == config.conv_heuristic(shape, facts, descriptors=descriptors)
+    return chosen, own, config.tiles(chosen, shape)
 
 
 def _aligned_channels_last(t: Tensor) -> Tensor:

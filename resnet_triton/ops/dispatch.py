@@ -19,6 +19,7 @@ from ..config import device
 from . import interpreter
 
 MODES = ("auto", "torch", "triton")
+_is_neg, _is_zerotensor = torch._C.TensorBase.is_neg, torch._C.TensorBase._is_zerotensor
 _PLAIN = {Tensor, torch.nn.Parameter}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -134,8 +135,9 @@ def is_watched(tensors: list[Tensor]) -> bool:
     """Whether the dispatcher would do more with a call on these tensors than call its kernel."""
     if transformed() or torch._C._len_torch_function_stack() > 0:
         return True
-    special = any(map(Tensor.is_neg, tensors)) or any(map(Tensor._is_zerotensor, tensors))
-    return special or not _PLAIN.issuperset(map(type, tensors))
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return True
+    return any(map(_is_neg, tensors)) or any(map(_is_zerotensor, tensors))
 
 
 def is_differentiated(tensors: Iterable[Tensor]) -> bool:
@@ -143,7 +145,7 @@ def is_differentiated(tensors: Iterable[Tensor]) -> bool:
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
-def mixed_dtypes(*tensors: Tensor | None) -> str | None:
+def mixed_dtypes(x: Tensor, *others: Tensor) -> str | None:
     """Why the kernels cannot take these tensors, if they do not share one dtype."""
-    dtypes = {t.dtype for t in tensors if t is not None}
+    dtypes = {x.dtype, *(t.dtype for t in others)} if others else ()
     return f"mixed dtypes {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None

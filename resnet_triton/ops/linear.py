@@ -28,7 +28,7 @@ FEW_IMAGES = 16
 each of its tiles of classes. With more, two launches are faster (predicted, H200)."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Linear(Operation):
     """`x @ weight.T + bias`: x (..., C), weight (K, C), bias (K,), result (..., K)."""
 
@@ -76,7 +76,7 @@ class Linear(Operation):
         return cost.linear(m=self.x.numel() // c, c=c, k=k, itemsize=self.x.element_size())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AvgPoolLinear(Operation):
     """A classifier's head, `linear(global_avg_pool(x).flatten(1), weight, bias)`.
 

@@ -19,7 +19,7 @@ if HAS_TRITON:
     from ..kernels.max_pool import max_pool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MaxPool2d(Operation):
     """Max pooling of x (N, C, H, W)."""
 
@@ -59,7 +59,7 @@ class MaxPool2d(Operation):
         return cost.max_pool(n=n, c=c, h=h, w=w, p=p, q=q, itemsize=self.x.element_size())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class GlobalAvgPool(Operation):
     """Mean over all pixels: x (N, C, H, W), result (N, C, 1, 1)."""
 

@@ -28,7 +28,7 @@ POOL = ((3, 3), (2, 2), (1, 1))
 """Window, stride and padding of the stem's pool."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Stem(Operation):
     """`max_pool2d(relu(batch_norm(conv2d(x, weight, stride=2, padding=3))), 3, 2, 1)`.
 
