@@ -13,7 +13,9 @@ from torch import nn
 from . import config, models
 from .config.device import facts
 from .graphs import runner
+from .graphs.runner import CudaGraph
 from .ops import dispatch
+from .ops.dispatch import Kernels
 from .ops.trace import Call, trace
 
 _OURS: dict[str, type[nn.Module]] = {
@@ -24,8 +26,8 @@ _OURS: dict[str, type[nn.Module]] = {
 def optimize(
     model: nn.Module,
     *,
-    kernels: str = "auto",
-    cuda_graph: bool | str = "auto",
+    kernels: Kernels = "auto",
+    cuda_graph: CudaGraph = "auto",
     freeze: bool = False,
     batch_invariant: bool = False,
     inplace: bool = False,
@@ -79,7 +81,7 @@ def optimize(
     return model
 
 
-def _only_whole(cuda_graph: bool | str, freeze: bool, batch_invariant: bool) -> str:
+def _only_whole(cuda_graph: CudaGraph, freeze: bool, batch_invariant: bool) -> str:
     """Those of the modes asked for that only a whole ResNet has."""
     asked = {"cuda_graph=True": cuda_graph is True, "freeze=True": freeze, "batch_invariant=True": batch_invariant}
     return ", ".join(mode for mode, wanted in asked.items() if wanted)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import ops
-from .ops.dispatch import Modes
+from .ops.dispatch import Kernels, Modes
 
 IntOrPair = int | tuple[int, int]
 
@@ -41,14 +41,14 @@ def conv_bn_relu(
     residual: Tensor | None = None,
     relu: bool = True,
     batch_invariant: bool = False,
-    kernels: str = "auto",
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """`relu(batch_norm(conv2d(x, weight)) + residual)`, with batch norm's running statistics.
 
     x (N, C, H, W), weight (K, C / groups, R, S), statistics and affine parameters (K,), residual and result
-    (N, K, P, Q). fp32 (TF32 if `torch.backends.cudnn.conv.fp32_precision` says so), fp16 and bf16 run on the kernels,
-    accumulate in fp32 and round once; batch norm's tensors may be of another floating dtype. Grouped convolutions run
-    on PyTorch.
+    (N, K, P, Q). x, weight and residual share a dtype, the result's: fp32 (TF32 if
+    `torch.backends.cudnn.conv.fp32_precision` says so), fp16 and bf16 run on the kernels, accumulate in fp32 and round
+    once. Batch norm's tensors may be of another floating dtype. Grouped convolutions run on PyTorch.
     """
     statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
     geometry = ops.Geometry(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
@@ -68,7 +68,7 @@ def stem(
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
     batch_invariant: bool = False,
-    kernels: str = "auto",
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """A ResNet's stem: `max_pool2d(relu(batch_norm(conv2d(x, weight, stride=2, padding=3))), 3, 2, 1)`.
 
@@ -82,44 +82,52 @@ def stem(
     return ops.Stem(x, weight, statistics, mean, std, Modes(batch_invariant, kernels)).run()
 
 
-def add_relu(x: Tensor, other: Tensor, *, kernels: str = "auto") -> Tensor:
-    """`relu(x + other)`; both (N, C, H, W)."""
+def add_relu(x: Tensor, other: Tensor, *, kernels: Kernels = "auto") -> Tensor:
+    """`relu(x + other)`: both and the result (N, C, H, W), of any floating dtypes; the kernel takes equal ones."""
     return ops.AddRelu(x, other, Modes(kernels=kernels)).run()
 
 
 def max_pool2d(
-    x: Tensor, kernel_size: IntOrPair, stride: IntOrPair | None = None, padding: IntOrPair = 0, *, kernels: str = "auto"
+    x: Tensor,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    *,
+    kernels: Kernels = "auto",
 ) -> Tensor:
-    """Max pooling of (N, C, H, W).
+    """Max pooling of x (N, C, H, W), of any floating dtype, to (N, C, P, Q).
 
-    NaN wins; padding counts as -inf and is at most half the window; the stride defaults to the window.
+    NaN wins; padding counts as -inf; the stride defaults to the window. ValueError if padding is over half the window.
     """
     size = pair(kernel_size, "kernel_size")
     step = size if stride is None else pair(stride, "stride")
     return ops.MaxPool2d(x, size, step, pair(padding, "padding"), Modes(kernels=kernels)).run()
 
 
-def global_avg_pool(x: Tensor, *, batch_invariant: bool = False, kernels: str = "auto") -> Tensor:
-    """Mean over all pixels, summed in fp32: (N, C, H, W) -> (N, C, 1, 1)."""
+def global_avg_pool(x: Tensor, *, batch_invariant: bool = False, kernels: Kernels = "auto") -> Tensor:
+    """Mean over all pixels, summed in fp32: (N, C, H, W), of any floating dtype, to (N, C, 1, 1).
+
+    ValueError if there are no pixels.
+    """
     return ops.GlobalAvgPool(x, Modes(batch_invariant, kernels)).run()
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False, kernels: str = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False, kernels: Kernels = "auto"
 ) -> Tensor:
-    """`x @ weight.T + bias`: x (..., C), weight (K, C), bias (K,), result (..., K).
+    """`x @ weight.T + bias`: x (..., C), weight (K, C), bias (K,), result (..., K), all of one floating dtype.
 
-    TF32 only if `torch.backends.cuda.matmul.fp32_precision` says so.
+    Sums are kept in fp32; TF32 only if `torch.backends.cuda.matmul.fp32_precision` says so.
     """
     return ops.Linear(x, weight, bias, Modes(batch_invariant, kernels)).run()
 
 
 def avg_pool_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False, kernels: str = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False, kernels: Kernels = "auto"
 ) -> Tensor:
     """A classifier's head, `linear(global_avg_pool(x).flatten(1), weight, bias)`: one launch for few images.
 
-    x (N, C, H, W), weight (K, C), bias (K,), result (N, K).
+    x (N, C, H, W), weight (K, C), bias (K,), result (N, K), all of one floating dtype; the mean is rounded to it.
     """
     return ops.AvgPoolLinear(x, weight, bias, Modes(batch_invariant, kernels)).run()
 

@@ -21,7 +21,7 @@ from .fusion import batch_norm, by_module, conv_norm_act, plain, plain_pool, unf
 from .graphs import runner
 from .graphs.runner import Graphed
 from .ops import reference
-from .ops.dispatch import Modes
+from .ops.dispatch import Kernels, Modes
 from .ops.stem import POOL
 from .support import vision
 
@@ -39,7 +39,7 @@ def _conv1x1(c: int, k: int, stride: int = 1) -> nn.Conv2d:
 class _Modal(nn.Module):
     """A module whose calls run as `optimize` sets on it."""
 
-    kernels = "auto"
+    kernels: Kernels = "auto"
     batch_invariant = False
 
     @property
@@ -102,8 +102,9 @@ class Bottleneck(_Modal):
 
 
 class ResNet(_Modal, Graphed):
-    """torchvision's `ResNet`, argument for argument; `kernels` and `batch_invariant` on the instance
-    and its blocks say what runs it, and how.
+    """torchvision's `ResNet`, argument for argument; `kernels` and `batch_invariant` on it and its blocks are modes.
+
+    Takes images (N, 3, H, W) in the weights' floating dtype, returns logits (N, num_classes) in it.
 
     With `normalize` set to a mean and a standard deviation for each channel, images may also be bytes (torch.uint8),
     which become `(x / 255 - mean) / std` on the way in. `cuda_graph` and `frozen` are as `optimize` sets them.
@@ -296,28 +297,30 @@ def _resnet(
 
 
 def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-18. `weights`: None, torchvision's `ResNet18_Weights` member or its name ("IMAGENET1K_V1", "DEFAULT").
+    """ResNet-18: images (N, 3, H, W) of the weights' dtype, or bytes if `normalize` is set; logits (N, num_classes).
 
-    Further arguments go to `ResNet`. Weights need torchvision and, the first time, a network.
+    `weights`: None, torchvision's `ResNet18_Weights` member or its name ("IMAGENET1K_V1", "DEFAULT"); they need
+    torchvision and, the first time, a network. Further arguments go to `ResNet`. Raises ValueError for unknown weights
+    and for a `num_classes` that is not theirs.
     """
     return _resnet("resnet18", BasicBlock, [2, 2, 2, 2], weights, progress, **kwargs)
 
 
 def resnet34(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-34; arguments as for `resnet18`."""
+    """ResNet-34; arguments, input, result and errors as for `resnet18`."""
     return _resnet("resnet34", BasicBlock, [3, 4, 6, 3], weights, progress, **kwargs)
 
 
 def resnet50(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50; arguments as for `resnet18`."""
+    """ResNet-50; arguments, input, result and errors as for `resnet18`."""
     return _resnet("resnet50", Bottleneck, [3, 4, 6, 3], weights, progress, **kwargs)
 
 
 def resnet101(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101; arguments as for `resnet18`."""
+    """ResNet-101; arguments, input, result and errors as for `resnet18`."""
     return _resnet("resnet101", Bottleneck, [3, 4, 23, 3], weights, progress, **kwargs)
 
 
 def resnet152(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-152; arguments as for `resnet18`."""
+    """ResNet-152; arguments, input, result and errors as for `resnet18`."""
     return _resnet("resnet152", Bottleneck, [3, 8, 36, 3], weights, progress, **kwargs)

@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import dispatch
-from ..ops.dispatch import DTYPES
+from ..ops.dispatch import DTYPES, Kernels
 from ..ops.precision import conv_precision, matmul_precision
 from . import cuda_graph as cuda
 from .fingerprint import Fingerprint
@@ -36,11 +36,11 @@ _REMEMBERED = 1024  # shapes whose calls are counted
 _WAITING = "a shape's first calls"
 _FAILED = "the capture failed"
 
-MODES = ("auto", True, False)
+CudaGraph = bool | Literal["auto"]
 
 
 def check_mode(cuda_graph: object) -> None:
-    """ValueError unless `cuda_graph` is one of `MODES`."""
+    """ValueError unless `cuda_graph` is one of `CudaGraph`."""
     if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
         raise ValueError(f"cuda_graph={cuda_graph!r}, expected 'auto', True or False")
 
@@ -48,9 +48,9 @@ def check_mode(cuda_graph: object) -> None:
 class Graphed(nn.Module):
     """A model whose `forward` may be `run`: recorded, and repeated for other images."""
 
-    cuda_graph: bool | str = "auto"
+    cuda_graph: CudaGraph = "auto"
     frozen = False
-    kernels: str
+    kernels: Kernels
     _runner: Runner | None = None
 
     def _forward_impl(self, x: Tensor) -> Tensor:

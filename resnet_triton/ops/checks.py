@@ -23,7 +23,8 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def aligned(*tensors: Tensor | None) -> bool:
-    return not any(t is not None and t.data_ptr() % 16 for t in tensors)
+    beside = [t.data_ptr() % 16 for t in tensors if t is not None]
+    return not any(beside)
 
 
 def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
@@ -49,20 +50,22 @@ def _check_floating(name: str, t: Tensor) -> None:
 
 def check_vectors(x: Tensor, weight: Tensor, batch_norm: BatchNorm, prefix: str = "") -> None:
     """That batch norm's tensors go with the filters of `weight` (K, ...); names in errors start with `prefix`."""
-    device, k = x.device, weight.shape[0]
+    device, shape = x.device, weight.shape[:1]
     mean, var, gamma, beta, _ = batch_norm
+    for t in (mean, var, gamma, beta):
+        if t is None or t.device != device or t.shape != shape or not t.dtype.is_floating_point:
+            break
+    else:
+        return
     for name, t in zip(BatchNorm._fields, (mean, var, gamma, beta), strict=False):
-        if t is None:
-            if name.startswith("running"):  # which a schema's Tensor may be in Python
-                raise TypeError(
-                    f"{prefix}{name} is None, expected ({k},): inference normalises with running statistics"
-                )
-            continue
-        if t.device != device or not t.dtype.is_floating_point:
+        if t is not None:
             check_tensors(x, **{prefix + name: t})
-        if t.numel() != k or t.dim() != 1:
-            raise ValueError(
-                f"{prefix}{name} has shape {tuple(t.shape)}, expected ({k},) for weight {tuple(weight.shape)}"
+            if t.shape != shape:
+                expected = f"{tuple(shape)} for weight {tuple(weight.shape)}"
+                raise ValueError(f"{prefix}{name} has shape {tuple(t.shape)}, expected {expected}")
+        elif name.startswith("running"):  # which a schema's Tensor may be in Python
+            raise TypeError(
+                f"{prefix}{name} is None, expected {tuple(shape)}: inference normalises with running statistics"
             )
 
 

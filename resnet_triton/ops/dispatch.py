@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from ..config import device
 from . import interpreter
 
-MODES = ("auto", "torch", "triton")
+Kernels = Literal["auto", "torch", "triton"]
 _is_neg, _is_zerotensor = torch._C.TensorBase.is_neg, torch._C.TensorBase._is_zerotensor
 _PLAIN = {Tensor, torch.nn.Parameter}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,7 +35,7 @@ class Modes(NamedTuple):
     """How a call is to run: the last arguments of every operator whose answer could depend on the batch."""
 
     batch_invariant: bool = False
-    kernels: str = "auto"
+    kernels: Kernels = "auto"
 
 
 AUTO = Modes()
@@ -77,9 +77,9 @@ def choose(kernels: str, where: torch.device, dtype: torch.dtype, reason: str | 
 
 
 def check_mode(kernels: str) -> None:
-    """ValueError unless `kernels` is one of `MODES`."""
-    if kernels not in MODES:
-        raise ValueError(f"kernels={kernels!r}, expected one of {', '.join(map(repr, MODES))}")
+    """ValueError unless `kernels` is one of `Kernels`."""
+    if kernels not in (known := get_args(Kernels)):
+        raise ValueError(f"kernels={kernels!r}, expected one of {', '.join(map(repr, known))}")
 
 
 def count(operator: str, backend: str, reason: str = "") -> None:

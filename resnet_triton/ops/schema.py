@@ -15,12 +15,15 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
+from .dispatch import Kernels
+
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     bool: "bool",
     int: "int",
     float: "float",
     str: "str",
+    Kernels: "str",
     tuple[int, int]: "int[2]",
     tuple[float, ...]: "float[]",
 }

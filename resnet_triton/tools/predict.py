@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import models
 from ..convert import optimize
 from ..ops import dispatch
+from ..ops.dispatch import Kernels
 from ..support import vision
 from ..support.terminal import Bar, table
 
@@ -43,7 +44,7 @@ class Classifier(NamedTuple):
 
 def predict(
     paths: Sequence[str], weights: str = "DEFAULT", *, topk: int = 5, batch: int = 32, device: str = "auto",
-    dtype: str = "auto", kernels: str = "auto", bar: Bar,
+    dtype: str = "auto", kernels: Kernels = "auto", bar: Bar,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Classify image files: for each `{"file", "top": [{"label", "index", "probability"}]}`, most probable first.
 
