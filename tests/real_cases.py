@@ -192,7 +192,7 @@ def _conv(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
             break
     take = _take(data, rng, *(("conv_bn_relu", index - 1) if index else ("stem", 0)), ConvCall._fields)
     p, q, n = chosen.box or (4, 4, chosen.block_m // 16)
-    q, k = q * chosen.columns, chosen.block_k
+    k = chosen.block_k
 
     def norm(prefix: str) -> list[Tensor]:
         return [take(prefix + name, k) for name in ("mean", "var", "gamma", "beta")]

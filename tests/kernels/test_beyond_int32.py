@@ -26,7 +26,6 @@ from resnet_triton.kernels.global_avg_pool import global_avg_pool
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
-from resnet_triton.kernels.sum_shares import sum_shares
 from resnet_triton.ops import interpreter
 
 pytestmark = pytest.mark.skipif(not interpreter.active(), reason="a GPU's memory has no pages that do not exist")
@@ -68,15 +67,6 @@ def test_add_relu() -> None:
     filled(other[-32:])
     run(add_relu(out=out, x=x, other=other, block=16, num_warps=4), -1, -2)
     assert_exact(out[-32:], (x[-32:] + other[-32:]).relu())
-
-
-@pytest.mark.parametrize("numel", [2**30 + 16, 2**31 + 16])
-def test_sum_shares(numel: int) -> None:
-    shares, out, residual = sparse(3, numel, dtype=torch.float32), sparse(numel), sparse(numel)
-    filled(shares[:, -16:])
-    filled(residual[-16:])
-    run(sum_shares(out=out, shares=shares, residual=residual, relu=False, block=16, num_warps=4), -1)
-    assert_exact(out[-16:], (shares[:, -16:].sum(0) + residual[-16:]).half())
 
 
 @pytest.mark.parametrize(
@@ -138,7 +128,7 @@ def conv(out: Tensor, x: Tensor, weight: Tensor, **changes: Any) -> Launch:
     default: dict[str, Any] = {
         "batch_norm": IDENTITY, "residual": None, "shortcut": None, "stride": (1, 1), "padding": (1, 1),
         "dilation": (1, 1), "relu": False, "precision": "ieee", "flat": False, "block_m": 16, "block_k": 64,
-        "block_c": 64, "box": None, "columns": 1, "strip": 0, "swap": False, "early_residual": False, "split_k": 1,
+        "block_c": 64, "box": None, "swap": False, "early_residual": False, "split_k": 1,
         "workspace": None, "arrivals": None, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     return conv_bn_relu(out=out, x=x, weight=weight, **default | changes)
@@ -148,7 +138,7 @@ def filters(k: int, c: int, size: int) -> Tensor:
     return filled(sparse(k, size, size, c).permute(0, 3, 1, 2), 1)
 
 
-@pytest.mark.parametrize("how", ["plain", "flat", "shortcut", "shared", "shared, two launches"])
+@pytest.mark.parametrize("how", ["plain", "flat", "shortcut", "shared"])
 def test_conv_pointer(how: str) -> None:
     x, out, weight = pixels(1, 64, 3, WIDE), pixels(1, 64, 3, WIDE), filters(64, 64, 3)
     end = filled(x[..., -20:])
@@ -161,16 +151,11 @@ def test_conv_pointer(how: str) -> None:
         other, one = pixels(1, 64, 3, WIDE), filters(64, 64, 1)
         expected += F.conv2d(filled(other[..., -20:]).double(), one.double())
         options["shortcut"] = Shortcut(other, one, IDENTITY, (1, 1))
-    if how.startswith("shared"):
+    if how == "shared":
         tiles = 3 * WIDE // 16
         options |= {"split_k": 3, "workspace": sparse(3 * tiles * 16 * 64, dtype=torch.float32)}
-        if how == "shared":
-            options["arrivals"] = sparse(tiles, dtype=torch.int32)
+        options["arrivals"] = sparse(tiles, dtype=torch.int32)
     run(conv(out, x, weight, **options), *wide_tiles())
-    if how == "shared, two launches":
-        shares = options["workspace"].view(3, 3, WIDE, 64)[:, 1:, -16:]
-        assert_exact(shares.sum(0).permute(2, 0, 1)[None].double(), expected[:, :, 1:, -16:])
-        return
     assert_exact(out[:, :, 1:, -16:], expected[:, :, 1:, -16:].half())
 
 
@@ -202,25 +187,13 @@ def test_filters_of_a_shortcut() -> None:
     assert_exact(out[:, -16:], F.conv2d(other.double(), one[-16:, :, None, None].double()).half())
 
 
-@pytest.mark.parametrize("how", ["residual", "columns", "shared, two launches"])
-def test_conv_box(how: str) -> None:
-    """Boxes of 16 images. Descriptors are the hardware's business; what goes through pointers is not."""
+def test_conv_box() -> None:
+    """Boxes of 16 images. Descriptors are the hardware's business; a residual that comes through pointers is not."""
     n = 2**17 + 16
     x, out, weight = pixels(n, 64, 16, 16), pixels(n, 64, 16, 16), filters(64, 64, 3)
     end = filled(x[-16:])
-    expected = F.conv2d(end.double(), weight.double(), padding=1)
-    options: dict[str, Any] = {"box": (1, 1, 16)}
-    if how == "shared, two launches":
-        options |= {"split_k": 3, "workspace": sparse(3, n, 16, 16, 64, dtype=torch.float32)}
-    else:
-        options |= {"residual": x, "early_residual": True, "columns": 2 if how == "columns" else 1}
-        expected += end.double()
-    launch = conv(out, x, weight, **options)
-    run(launch, -1)
-    if how == "shared, two launches":
-        done = options["workspace"][:, -16:, -1, -1].sum(0)
-        assert_exact(done.double(), expected[:, :, -1, -1])
-        return
+    expected = F.conv2d(end.double(), weight.double(), padding=1) + end.double()
+    run(conv(out, x, weight, box=(1, 1, 16), residual=x, early_residual=True), -1)
     assert_exact(out[-16:, :, -1, -1], expected[:, :, -1, -1].half())
 
 

@@ -54,20 +54,12 @@ def one_image() -> None:
     conv(ConvShape(1, 16, 6, 10, 32, 3, 3, (2, 2), (1, 1)), ConvConfig(32, 32, 16, 4, 2, (4, 8, 1), swap=True))
 
 
-def columns() -> None:
-    conv(ConvShape(17, 24, 2, 3, 40, 3, 3, padding=(1, 1)), ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), columns=2))
-
-
 def split() -> None:
     conv(SMALL, ConvConfig(16, 32, 16, 4, 2, split_k=3))
 
 
 def split_boxes() -> None:
     conv(SMALL, ConvConfig(16, 32, 16, 4, 2, (4, 4, 1), split_k=3, swap=True))
-
-
-def two_launches() -> None:
-    conv(SMALL, ConvConfig(16, 32, 16, 4, 2, split_k=3, two_launches=True))
 
 
 def stem() -> None:
@@ -101,7 +93,7 @@ def add_relu() -> None:
 
 
 CALLS = (
-    pointer, flat, box, one_image, columns, split, split_boxes, two_launches, stem, max_pool, avg_pool, head, linear,
+    pointer, flat, box, one_image, split, split_boxes, stem, max_pool, avg_pool, head, linear,
     add_relu,
 )  # fmt: skip
 

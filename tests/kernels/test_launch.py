@@ -14,13 +14,11 @@ from torch import Tensor
 from resnet_triton.kernels.add_relu import add_relu
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import BatchNorm, conv_bn_relu
-from resnet_triton.kernels.conv_halo import tap_filters
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
 from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.stem import pack, packed_shape, stem
-from resnet_triton.kernels.sum_shares import sum_shares
 
 
 def images(*shape: int) -> Tensor:
@@ -38,7 +36,7 @@ CONVOLUTION: dict[str, Any] = {
 
 def convolution(**changes: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     tiles = {
-        "block_m": 64, "block_k": 32, "block_c": 16, "box": None, "columns": 1, "strip": 0, "swap": False,
+        "block_m": 64, "block_k": 32, "block_c": 16, "box": None, "swap": False,
         "early_residual": False, "split_k": 1, "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
     return conv_bn_relu, CONVOLUTION, tiles | changes
@@ -80,17 +78,10 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
         {"block_m": 64, "block_c": 16, "num_warps": 8},
         (14,),
     ),
-    "sum_shares": (
-        sum_shares,
-        {"out": Y, "shares": torch.zeros(3, Y.numel()), "residual": None},
-        {"relu": True, "block": 64, "num_warps": 8},
-        (263,),
-    ),
     "pack": (_pack, {}, {"block": 64, "num_warps": 8}, (35,)),
     "stem": (_stem, {}, {"block_q": 16, "block_k": 32, "strip": 3, "num_warps": 8, "num_stages": 3}, (60,)),
     "conv through pointers": (*convolution(split_k=3), (14, 3)),
     "conv in boxes": (*convolution(box=(2, 8, 4), swap=True, split_k=3), (32, 3)),
-    "conv of columns": (*convolution(box=(1, 1, 64), columns=3), (56, 1)),
 }  # fmt: skip
 
 
@@ -109,7 +100,6 @@ def test_a_launch_is_what_was_asked_for(launcher: Any, tensors: Any, told: dict[
 def test_a_kernel_begins_with_begin(launcher: Any, tensors: Any, told: dict[str, Any], grid: Any) -> None:
     """Only then may it be launched before the one ahead of it is done."""
     launch = launcher(**tensors, **told)
-    assert launch.dependent
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(launch.kernel.fn))).body
     assert ast.unparse(definition.body[0]) == "begin()"
 
@@ -126,9 +116,8 @@ def test_rounding_up() -> None:
     assert [next_power_of_2(n) for n in range(10)] == [1, 1, 2, 4, 4, 8, 8, 8, 8, 16]
 
 
-@pytest.mark.parametrize("dependent", [True, False])
 @pytest.mark.parametrize("on", [True, False])
-def test_what_a_kernel_is_launched_with(monkeypatch: pytest.MonkeyPatch, on: bool, dependent: bool) -> None:
+def test_what_a_kernel_is_launched_with(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     """And compiled for: what is judged is what will run."""
 
     class Kernel:
@@ -141,35 +130,8 @@ def test_what_a_kernel_is_launched_with(monkeypatch: pytest.MonkeyPatch, on: boo
 
     seen: list[Any] = []
     monkeypatch.setattr("resnet_triton.kernels.tiles.PDL", on)
-    launch = Launch(Kernel(), (2, 3), {"x": 1}, 8, 5, dependent)
+    launch = Launch(Kernel(), (2, 3), {"x": 1}, 8, 5)
     launch.run()
     assert launch.compile() == "compiled"
     options = {"x": 1, "num_warps": 8, "num_stages": 5, "enable_fp_fusion": True}
-    assert seen == [((2, 3), options | ({"launch_pdl": True} if on and dependent else {}))] * 2
-
-
-WALK = {"box": (1, 1, 64), "strip": 3, "block_k": 64, "block_c": 64}
-
-
-def test_a_walk_down_a_column_is_described() -> None:
-    """Its kernel has no interpreter: strides, boxes and grid are looked at here, answers on a GPU."""
-    x, out, weight = images(70, 128, 7, 12), images(70, 128, 7, 12), images(128, 128, 3, 3)
-    launcher, tensors, tiles = convolution(**WALK)
-    launch = launcher(**tensors | {"x": x, "out": out, "weight": weight, "residual": x}, **tiles)
-    assert launch.grid == (3 * 12 * 2,)
-    assert (launch.num_warps, launch.num_stages, launch.dependent) == (8, 3, False)
-    arguments = launch.arguments
-    assert set(arguments) == set(launch.kernel.arg_names)
-    assert (arguments["STRIP"], arguments["NUM_WARPS"], arguments["STAGES"], arguments["BLOCK_M"]) == (3, 8, 2, 64)
-    assert arguments["res_ptr"] is x
-    for name, base in (("x_desc", x), ("y_desc", out)):
-        desc = arguments[name]
-        assert desc.base is base
-        assert (desc.shape, desc.strides) == ([7, 12, 70, 128], [12 * 128, 128, 7 * 12 * 128, 1])
-        assert desc.block_shape == [1, 1, 64, 128]
-        assert (desc.layout.swizzle_byte_width, desc.layout.element_bitwidth, desc.layout.rank) == (128, 16, 4)
-    desc = arguments["w_desc"]
-    assert desc.base is weight
-    desc = tap_filters(images(128, 64, 3, 5))
-    assert (desc.shape, desc.strides, desc.block_shape) == ([128, 15 * 64], [15 * 64, 1], [128, 64])
-    assert (desc.layout.swizzle_byte_width, desc.layout.element_bitwidth, desc.layout.rank) == (128, 16, 2)
+    assert seen == [((2, 3), options | ({"launch_pdl": True} if on else {}))] * 2

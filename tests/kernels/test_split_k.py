@@ -15,15 +15,14 @@ from exact import conv_call, conv_reference, generator
 from resnet_triton import config, ops
 from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal
 from resnet_triton.config.device import KNOWN
-from resnet_triton.kernels.sum_shares import sum_shares
 from resnet_triton.ops import interpreter
 
 TILE = ConvConfig(16, 32, 16, 4, 2)
 PATHS = {"pointer": TILE, "box": TILE.on((4, 4, 1)), "one row": TILE.on((1, 8, 2))}
 
 
-def share(shape: ConvShape, split: int, path: str, *, two_launches: bool = False) -> ConvConfig:
-    chosen = replace(PATHS[path], split_k=split, two_launches=two_launches)
+def share(shape: ConvShape, split: int, path: str) -> ConvConfig:
+    chosen = replace(PATHS[path], split_k=split)
     assert is_legal(chosen, shape, KNOWN[90])
     return chosen
 
@@ -32,15 +31,12 @@ def launch(call: ops.ConvCall, chosen: ConvConfig) -> torch.Tensor:
     operator = ops.OPERATORS["conv_bn_relu"]
     out = operator.output(*call).fill_(float("nan"))
     with mock.patch.object(config, "lookup", return_value=chosen):
-        planned, *rest = operator.plan(out, *call)
-    assert len(rest) == chosen.two_launches
-    planned.arguments["workspace_ptr"].fill_(float("nan"))
+        (planned,) = operator.plan(out, *call)
+    planned.arguments["partials_ptr"].fill_(float("nan"))
     with torch.cuda.device(out.device) if out.is_cuda else interpreter.ready():
-        for each in (planned, *rest):
-            each.run()
+        planned.run()
     assert planned.grid[1] == chosen.split_k
-    if not rest:
-        assert not planned.arguments["arrivals_ptr"].any(), "the next launch needs its counters at zero"
+    assert not planned.arguments["semaphores_ptr"].any(), "the next launch needs its counters at zero"
     return out
 
 
@@ -58,7 +54,6 @@ def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
     first = launch(call, share(shape, split, path))
     assert torch.equal(first, expected)
     assert torch.equal(first, launch(call, share(shape, split, path)))
-    assert torch.equal(first, launch(call, share(shape, split, path, two_launches=True)))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -69,8 +64,8 @@ def test_only_the_last_share_writes_the_output(device, path):
     out = operator.output(*call).fill_(float("nan"))
     with mock.patch.object(config, "lookup", return_value=share(shape, 3, path)):
         (planned,) = operator.plan(out, *call)
-    arrivals = torch.zeros_like(planned.arguments["arrivals_ptr"])
-    arguments = planned.arguments | {"arrivals_ptr": arrivals}
+    arrivals = torch.zeros_like(planned.arguments["semaphores_ptr"])
+    arguments = planned.arguments | {"semaphores_ptr": arrivals}
     with contextlib.ExitStack() as stack:
         if out.is_cuda:
             stack.enter_context(torch.cuda.device(device))
@@ -82,25 +77,14 @@ def test_only_the_last_share_writes_the_output(device, path):
     assert arrivals[: planned.grid[0]].eq(2).all()
 
 
-def test_the_second_launch_writes_its_output_alone(device):
-    out = torch.full((70,), float("nan"), dtype=torch.float16, device=device)
-    shares = torch.ones(3, 67, device=device)
-    second = sum_shares(out=out[:67], shares=shares, residual=None, relu=True, block=16, num_warps=4)
-    with torch.cuda.device(device) if out.is_cuda else interpreter.ready():
-        second.run()
-    assert out[:67].eq(3).all()
-    assert out[67:].isnan().all()
-
-
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_shift_that_is_not_finite_is_added_once(device, value):
     shape = ConvShape(1, 32, 4, 4, 32, 3, 3, padding=(1, 1), residual=True)
     call = conv_call(generator(device, 0), shape)
     call.beta[3] = value
-    for two_launches in (False, True):
-        y = launch(call, share(shape, 3, "pointer", two_launches=two_launches))
-        assert torch.equal(y.isnan(), conv_reference(call).isnan())
-        assert torch.equal(y.isinf(), conv_reference(call).isinf())
+    y = launch(call, share(shape, 3, "pointer"))
+    assert torch.equal(y.isnan(), conv_reference(call).isnan())
+    assert torch.equal(y.isinf(), conv_reference(call).isinf())
 
 
 def test_shares_are_equal_small_and_few():
@@ -110,9 +94,6 @@ def test_shares_are_equal_small_and_few():
     ]
     assert legal == [1, 2, 3, 4, 6, 9, 12]  # 36 steps; at most 16 shares
     assert not is_legal(ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, swap=True), shape, KNOWN[90]), "a share of 128 KB"
-    large = ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, two_launches=True, swap=True)
-    assert is_legal(large, shape, KNOWN[90]), "no program reads another's share"
-    assert not is_legal(ConvConfig(64, 64, 64, 4, 3, two_launches=True), shape, KNOWN[90]), "nothing to sum"
     stem = ConvShape(1, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3))
     assert not is_legal(ConvConfig(64, 64, 32, 4, 2, None, 5), stem, KNOWN[90]), "the flat reduction is not split"
 
@@ -191,35 +172,3 @@ def test_with_dependent_launch_every_kernel_waits_before_it_touches_memory(on, m
         wait = body.find("griddepcontrol.wait")
         assert (0 < wait < touches.start()) if on else wait == -1, name
         assert ("griddepcontrol.launch_dependents" in body) == on, name
-
-
-SECOND = """
-import contextlib
-import json
-import torch
-from resnet_triton import codegen
-from resnet_triton.config import ConvConfig, ConvShape
-from resnet_triton.config.device import KNOWN, override
-from resnet_triton.tuner import trial
-
-shape = ConvShape(3, 256, 14, 14, 256, 3, 3, padding=(1, 1), residual=True)
-found = []
-for arch, box in ((80, None), (90, None), (90, (4, 16, 1))):
-    call = trial.abstract_call(shape)
-    with override(KNOWN[arch]):
-        chosen = ConvConfig(64, 64, 64, 4, 3, box, 4, two_launches=True, swap=box is not None)
-        launches = trial.plan(call, torch.empty_like(call.x), chosen, "ieee")
-    for launch in launches:
-        code = codegen.compile_for(codegen.specialise(launch), arch)
-        found.append([launch.kernel.__name__, code.spill_bytes, code.serialized, code.tensor_core])
-print(json.dumps(found))
-"""
-
-
-def test_two_launches_compile():
-    """The interpreter does not look at what follows a return."""
-    found = json.loads(run_compiled(SECOND))
-    products = [row for row in found if row[0] != "sum_shares_kernel"]
-    assert [row[0] for row in products] == ["conv_pointer_kernel", "conv_pointer_kernel", "conv_box_kernel"]
-    assert [row[3] for row in products] == ["mma", "wgmma", "wgmma"]
-    assert not any(spills or serialized for _, spills, serialized, _ in found)
