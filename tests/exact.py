@@ -19,9 +19,25 @@ from torch import Tensor
 
 from resnet_triton import config
 from resnet_triton.config import ConvConfig, ConvShape
-from resnet_triton.ops import OPERATORS, ConvCall, interpreter
+from resnet_triton.ops import (
+    AddRelu,
+    AvgPoolLinear,
+    BatchNorm,
+    ConvBnRelu,
+    Geometry,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+    Operation,
+    Shortcut,
+    Stem,
+    interpreter,
+)
+from resnet_triton.ops.dispatch import Modes
+from resnet_triton.ops.stem import CONV, POOL
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+KERNELS = Modes(kernels="triton")
 Layout = Callable[[Tensor], Tensor]
 
 
@@ -47,11 +63,11 @@ def _one_of(g: torch.Generator, values: Sequence[float], size: int, dtype: torch
     return torch.tensor(values, dtype=dtype, device=g.device)[picks]
 
 
-def _batch_norm(g: torch.Generator, k: int, dtype: torch.dtype, affine: bool) -> tuple[Any, ...]:
+def batch_norm(g: torch.Generator, k: int, dtype: torch.dtype = torch.float32, *, affine: bool = True) -> BatchNorm:
     mean, var = integers(g, 3, k, dtype=dtype), _one_of(g, [0.25, 1, 4, 16], k, dtype)
     if not affine:
-        return mean, var, None, None, 0.0
-    return mean, var, _one_of(g, [0, 0.5, -0.5, 1, 2], k, dtype), integers(g, 4, k, dtype=dtype), 0.0
+        return BatchNorm(mean, var, None, None, 0.0)
+    return BatchNorm(mean, var, _one_of(g, [0, 0.5, -0.5, 1, 2], k, dtype), integers(g, 4, k, dtype=dtype), 0.0)
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -68,33 +84,55 @@ def conv_call(
     bn_dtype: torch.dtype = torch.float32,
     short_size: tuple[int, int] | None = None,
     layout: Layout = channels_last,
-) -> ConvCall:
+) -> ConvBnRelu:
     """A call of this shape on exact data. `short_size` is the shortcut's input size, by default the ResNet's."""
     dtype = getattr(torch, shape.dtype)
     n, k, p, q = shape.n, shape.k, shape.p, shape.q
     x = layout(integers(g, 3, n, shape.c, shape.h, shape.w, dtype=dtype))
     weight = layout(integers(g, 2, k, shape.c, shape.r, shape.s, dtype=dtype))
     residual = layout(integers(g, 3, n, k, p, q, dtype=dtype)) if shape.residual else None
-    short: tuple[Any, ...] = (None, None, None, None, None, None, 0.0)
+    shortcut = None
     if shape.shortcut_c:
         h, w = short_size or (p * shape.shortcut_stride[0], q * shape.shortcut_stride[1])
-        short = (
+        shortcut = Shortcut(
             layout(integers(g, 3, n, shape.shortcut_c, h, w, dtype=dtype)),
             layout(integers(g, 2, k, shape.shortcut_c, 1, 1, dtype=dtype)),
-            *_batch_norm(g, k, bn_dtype, short_affine),
+            batch_norm(g, k, bn_dtype, affine=short_affine),
+            shape.shortcut_stride,
         )
-    return ConvCall(
-        x, weight, *_batch_norm(g, k, bn_dtype, affine), list(shape.stride), list(shape.padding), list(shape.dilation),
-        1, residual, *short, list(shape.shortcut_stride), relu, False, "triton",
-    )  # fmt: skip
+    norm = batch_norm(g, k, bn_dtype, affine=affine)
+    geometry = Geometry(shape.stride, shape.padding, shape.dilation)
+    return ConvBnRelu(x, weight, norm, geometry, residual, shortcut, relu, KERNELS)
 
 
 def stem_call(
     g: torch.Generator, n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype, affine: bool = True
-) -> list[Any]:
+) -> Stem:
     """A stem's call on exact data."""
-    shape = ConvShape(n, c, h, w, k, 7, 7, (2, 2), (3, 3), dtype=dtype_id(dtype))
-    return [*conv_call(g, shape, affine=affine)[:7], None, None, False, "triton"]
+    x, weight = integers(g, 3, n, c, h, w, dtype=dtype), integers(g, 2, k, c, 7, 7, dtype=dtype)
+    return Stem(channels_last(x), channels_last(weight), batch_norm(g, k, affine=affine), modes=KERNELS)
+
+
+def every_operator(device: torch.device) -> dict[str, Operation]:
+    """A small call of each on exact data."""
+    g = generator(device, 0)
+    x, other = (integers(g, 3, 2, 16, 6, 6) for _ in range(2))
+    weight, bias = integers(g, 2, 10, 16), integers(g, 2, 10)
+    return {
+        "conv_bn_relu": conv_call(g, ConvShape(2, 16, 6, 6, 16, 3, 3, padding=(1, 1), residual=True)),
+        "stem": stem_call(g, 2, 3, 6, 6, 8, torch.float16),
+        "max_pool2d": MaxPool2d(x, *POOL, KERNELS),
+        "global_avg_pool": GlobalAvgPool(x, KERNELS),
+        "add_relu": AddRelu(x, other, KERNELS),
+        "linear": Linear(x[:, :, 0, 0], weight, bias, KERNELS),
+        "avg_pool_linear": AvgPoolLinear(x, weight, bias, KERNELS),
+    }
+
+
+def with_tensors(operation: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The call with each of its tensors changed."""
+    values = operation.schema.flatten(operation)
+    return operation.schema.build([change(v) if isinstance(v, Tensor) else v for v in values])
 
 
 def _into(t: Tensor, margin: Sequence[int], index: tuple[slice, ...]) -> Tensor:
@@ -133,25 +171,23 @@ LAYOUTS: dict[str, Layout] = {
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
-def _normed_conv(
-    x: Tensor, w: Tensor, mean: Tensor, var: Tensor, gamma: Any, beta: Any, eps: float, **k: Any
-) -> Tensor:
+def _normed_conv(x: Tensor, weight: Tensor, norm: BatchNorm, geometry: Geometry) -> Tensor:
     # Rounding undoes what an algorithm that transforms its input (Winograd, FFT) would leave of an integer.
-    y = F.conv2d(x.double(), w.double(), **k).round_()
-    mean, scale = mean.double()[:, None, None], (var.double() + eps).rsqrt()[:, None, None]
-    y = (y - mean) * scale
-    if gamma is not None:
-        y = y * gamma.double()[:, None, None]
-    return y if beta is None else y + beta.double()[:, None, None]
+    y = F.conv2d(x.double(), weight.double(), None, *geometry).round_()
+    mean, var, gamma, beta = (None if t is None else t.double()[:, None, None] for t in norm[:4])
+    y = (y - mean) * (var + norm.eps).rsqrt()
+    y = y if gamma is None else y * gamma
+    return y if beta is None else y + beta
 
 
-def conv_reference(call: ConvCall) -> Tensor:
+def conv_reference(call: ConvBnRelu) -> Tensor:
     """The call's answer on exact data in fp64."""
-    y = _normed_conv(*call[:7], stride=call.stride, padding=call.padding, dilation=call.dilation)
+    y = _normed_conv(call.x, call.weight, call.batch_norm, call.geometry)
     if call.residual is not None:
         y = y + call.residual.double()
-    if call.short_x is not None:
-        y = y + _normed_conv(*call[12:19], stride=call.short_stride)
+    if call.shortcut is not None:
+        x, weight, norm, stride = call.shortcut
+        y = y + _normed_conv(x, weight, norm, Geometry(stride))
     return y.relu() if call.relu else y
 
 
@@ -161,13 +197,10 @@ def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
     return y.to(dtype)
 
 
-def stem_reference(call: Sequence[Any]) -> Tensor:
+def stem_reference(call: Stem) -> Tensor:
     """The stem's answer on exact data: fp64, pooled, rounded once."""
-    x, weight = call[:2]
-    shape = ConvShape(*x.shape, weight.shape[0], 7, 7, (2, 2), (3, 3))
-    template = conv_call(generator(x.device, 0), dataclasses.replace(shape, n=1, h=7, w=7))
-    y = conv_reference(template._replace(x=x, **dict(zip(template._fields[1:7], call[1:7], strict=True))))
-    return rounded(F.max_pool2d(y, 3, 2, 1), weight.dtype)
+    y = _normed_conv(call.x, call.weight, call.batch_norm, CONV).relu()
+    return rounded(F.max_pool2d(y, *POOL), call.weight.dtype)
 
 
 def assert_exact(y: Tensor, expected: Tensor, note: object = "") -> None:
@@ -187,22 +220,22 @@ def _memory(t: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
 
 
-def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: str | None = None) -> Tensor:
-    """The operator's kernel on an output full of NaN; its inputs and what surrounds the output must stay as they are.
+def run(operation: Operation, *, programs: Sequence[int] | None = None, kernel: str | None = None) -> Tensor:
+    """The call on our kernels, on an output full of NaN; inputs, and what surrounds the output, must stay as they are.
 
-    The launch is made here, so PyTorch cannot have stood in for it. `programs` runs these program ids alone
+    The launches are made here, so PyTorch cannot have stood in for them. `programs` runs these program ids alone
     (interpreter only) of the last launch, `kernel` names the kernel that is expected there.
     """
-    operator = OPERATORS[name]
-    like = operator.output(*args)
+    name, tensors, like = operation.name, operation.schema.tensors(operation), operation.output()
     margin = 2**17  # more than a tile may write past either end
     buffer = like.new_full((like.numel() + 2 * margin,), float("nan"))
     out = buffer.as_strided(like.shape, like.stride(), margin)
-    assert operator.choose(*args).backend == "triton"
-    *earlier, launch = operator.plan(out, *args)
+    operation = dataclasses.replace(operation, modes=operation.modes._replace(kernels="triton"))
+    operation.choose()  # NotImplementedError if the kernels cannot
+    *earlier, launch = operation.plan(out)
     if kernel is not None:
         assert launch.kernel.__name__ == kernel
-    before = [(a, _memory(a).clone()) for a in args if isinstance(a, Tensor)]
+    before = [(t, _memory(t).clone()) for t in tensors]
     with contextlib.ExitStack() as stack:
         if out.is_cuda:
             stack.enter_context(torch.cuda.device(out.device))
@@ -222,6 +255,11 @@ def run(name: str, *args: Any, programs: Sequence[int] | None = None, kernel: st
     return out
 
 
+def through_the_dispatcher(operation: Operation) -> Tensor:
+    """The call as a compiled or exported model makes it."""
+    return getattr(torch.ops.resnet_triton, operation.name)(*operation.schema.flatten(operation))
+
+
 def without_box(chosen: ConvConfig, shape: ConvShape, facts: Any) -> ConvConfig:
     """The configuration on the pointer path, whose loop may have another number of steps and so no such split."""
     pointers = dataclasses.replace(chosen, box=None, swap=False)
@@ -229,14 +267,14 @@ def without_box(chosen: ConvConfig, shape: ConvShape, facts: Any) -> ConvConfig:
     return pointers if legal else dataclasses.replace(pointers, split_k=1)
 
 
-def run_conv(call: ConvCall, chosen: ConvConfig, programs: Sequence[int] | None = None) -> Tensor:
+def run_conv(call: ConvBnRelu, chosen: ConvConfig, programs: Sequence[int] | None = None) -> Tensor:
     """`run` with this configuration instead of the one looked up; unaligned tensors still drop its box."""
 
     def lookup(shape: ConvShape, facts: Any, *, descriptors: bool = True) -> ConvConfig:
         return chosen if descriptors else without_box(chosen, shape, facts)
 
     with mock.patch.object(config, "lookup", lookup):
-        return run("conv_bn_relu", *call, programs=programs)
+        return run(call, programs=programs)
 
 
 @contextlib.contextmanager

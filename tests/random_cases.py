@@ -36,7 +36,7 @@ from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.conv import may_have_rows
 from resnet_triton.config.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv, has_several_sides
-from resnet_triton.ops import ConvCall
+from resnet_triton.ops import AddRelu, AvgPoolLinear, ConvBnRelu, GlobalAvgPool, Linear, MaxPool2d
 
 Check = Callable[[random.Random, torch.device, torch.dtype], None]
 
@@ -88,7 +88,7 @@ def conv_config(rng: random.Random, shape: ConvShape) -> ConvConfig:
     return split if is_legal(split, shape, KNOWN[90]) and rng.random() < 0.5 else chosen
 
 
-def conv(rng: random.Random, device: torch.device, dtype: torch.dtype) -> tuple[ConvCall, ConvConfig]:
+def conv(rng: random.Random, device: torch.device, dtype: torch.dtype) -> tuple[ConvBnRelu, ConvConfig]:
     """A convolution with a legal configuration; half of them may use tensor descriptors."""
     while True:
         shape = conv_shape(rng, dtype, friendly=rng.random() < 0.5)
@@ -124,21 +124,21 @@ def check_stem(rng: random.Random, device: torch.device, dtype: torch.dtype) -> 
     size = (rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 3, 4]), rng.randint(1, 24), rng.randint(1, 24))
     k, affine = rng.choice([8, 16, 24, 64, 70]), rng.random() < 0.8
     call = stem_call(_generator(rng, device), *size, k, dtype, affine)
-    call[0] = _laid(rng, call[0])
+    call = dataclasses.replace(call, x=_laid(rng, call.x))
     tiles = StemConfig(rng.choice([16, 32, 64, 128]), rng.choice([16, 32, 64]), rng.choice([1, 2, 3, 100]), 4, 2)
     with mock.patch.object(config, "stem_heuristic", return_value=tiles):
-        assert_exact(run("stem", *call), stem_reference(call), (size, k, tiles))
+        assert_exact(run(call), stem_reference(call), (size, k, tiles))
 
 
 def check_max_pool(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
     size, stride = (rng.randint(1, 5), rng.randint(1, 5)), (rng.randint(1, 3), rng.randint(1, 3))
-    padding = [rng.randint(0, s // 2) for s in size]
+    padding = (rng.randint(0, size[0] // 2), rng.randint(0, size[1] // 2))
     h, w = (rng.randint(max(s - 2 * p, 1), 14) for s, p in zip(size, padding, strict=True))
     x = integers(_generator(rng, device), 9, rng.choice([1, 2, 5]), rng.choice(CHANNELS), h, w, dtype=dtype)
     x = _laid(rng, x - 20)  # a padding of zeros would win
     expected = F.max_pool2d(x.double(), size, stride, padding).to(dtype)
     note = (x.shape, size, stride, padding)
-    assert_exact(run("max_pool2d", x, [*size], [*stride], padding, "triton"), expected, note)
+    assert_exact(run(MaxPool2d(x, size, stride, padding)), expected, note)
 
 
 def check_global_avg_pool(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
@@ -146,16 +146,14 @@ def check_global_avg_pool(rng: random.Random, device: torch.device, dtype: torch
     g, (n, c) = _generator(rng, device), (rng.choice([1, 2, 5]), rng.choice(CHANNELS))
     deviation = integers(g, 9, n, c, rng.randint(1, 12), rng.randint(1, 12))
     x = _laid(rng, (integers(g, 50, n, c, 1, 1) + deviation - deviation.flip(2, 3)).to(dtype))
-    assert_exact(
-        run("global_avg_pool", x, False, "triton"), rounded(x.double().mean((2, 3), keepdim=True), dtype), x.shape
-    )
+    assert_exact(run(GlobalAvgPool(x)), rounded(x.double().mean((2, 3), keepdim=True), dtype), x.shape)
 
 
 def check_add_relu(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
     g = _generator(rng, device)
     shape = rng.choice([1, 2, 5]), rng.choice(CHANNELS), rng.randint(1, 9), rng.randint(1, 9)
     x, other = (_laid(rng, integers(g, 9, *shape, dtype=dtype)) for _ in range(2))
-    assert_exact(run("add_relu", x, other, "triton"), rounded((x.double() + other.double()).relu(), dtype), shape)
+    assert_exact(run(AddRelu(x, other)), rounded((x.double() + other.double()).relu(), dtype), shape)
 
 
 def check_linear(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
@@ -164,7 +162,7 @@ def check_linear(rng: random.Random, device: torch.device, dtype: torch.dtype) -
     x, w = (rng.choice([lambda t: t, lambda t: t.T.contiguous().T, lambda t: t.repeat(2, 1)[::2]])(t) for t in (x, w))
     bias = integers(g, 9, k, dtype=dtype) if rng.random() < 0.7 else None
     expected = x.double() @ w.double().T + (0 if bias is None else bias.double())
-    assert_exact(run("linear", x, w, bias, False, "triton"), rounded(expected, dtype), (m, c, k))
+    assert_exact(run(Linear(x, w, bias)), rounded(expected, dtype), (m, c, k))
 
 
 def check_avg_pool_linear(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
@@ -173,7 +171,7 @@ def check_avg_pool_linear(rng: random.Random, device: torch.device, dtype: torch
     x = _laid(rng, integers(g, 3, n, c, 1, 1, dtype=dtype).expand(n, c, rng.randint(1, 9), rng.randint(1, 9)))
     weight, bias = integers(g, 2, k, c, dtype=dtype), integers(g, 4, k, dtype=dtype) if rng.random() < 0.7 else None
     expected = x[:, :, 0, 0].double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert_exact(run("avg_pool_linear", x, weight, bias, False, "triton"), rounded(expected, dtype), (x.shape, k))
+    assert_exact(run(AvgPoolLinear(x, weight, bias)), rounded(expected, dtype), (x.shape, k))
 
 
 CHECKS: dict[str, Check] = {

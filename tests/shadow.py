@@ -33,9 +33,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import interpreter
 
-OUTPUTS = {"y_ptr", "y_desc", "workspace_ptr", "arrivals_ptr"}
+OUTPUTS = {"y_ptr", "y_desc", "partials_ptr", "semaphores_ptr"}
 """What a kernel may store into, by the name of its argument; a packer also into its marks."""
-COUNTERS = {"arrivals_ptr"}
+COUNTERS = {"semaphores_ptr"}
 """Outputs that hold zeros before the launch."""
 
 ADDRESS_BITS = 48  # no user's address is longer

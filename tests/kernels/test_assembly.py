@@ -34,12 +34,12 @@ import triton
 import triton.language as tl
 
 @triton.jit
-def arrive(x_ptr, arrivals_ptr, BEFORE: tl.constexpr, AFTER: tl.constexpr, SEM: tl.constexpr, SCOPE: tl.constexpr):
+def arrive(x_ptr, semaphores_ptr, BEFORE: tl.constexpr, AFTER: tl.constexpr, SEM: tl.constexpr, SCOPE: tl.constexpr):
     offs = tl.arange(0, 128)
     tl.store(x_ptr + offs, 1.0)
     if BEFORE == "always" or (BEFORE == "sometimes" and tl.program_id(0) == 0):
         tl.debug_barrier()
-    tl.atomic_add(arrivals_ptr, 1, sem=SEM, scope=SCOPE)
+    tl.atomic_add(semaphores_ptr, 1, sem=SEM, scope=SCOPE)
     if AFTER:
         tl.debug_barrier()
     tl.store(x_ptr + 128 + offs, tl.load(x_ptr + 256 + offs))
@@ -118,7 +118,7 @@ print(json.dumps([found, widths, *texts]))
 """
 ADDS_BARRIERS = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
 """Whether this Triton puts a barrier before and after an atomic that orders, as 3.9.0 was the first seen to do."""
-X, ARRIVALS = {"x_ptr": "*fp32"}, {"x_ptr": "*fp32", "arrivals_ptr": "*i32"}
+X, ARRIVALS = {"x_ptr": "*fp32"}, {"x_ptr": "*fp32", "semaphores_ptr": "*i32"}
 
 
 def arrive(before: str = "always", after: bool = True, sem: str = "acq_rel", scope: str = "gpu") -> tuple[Any, ...]:

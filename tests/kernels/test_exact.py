@@ -6,9 +6,9 @@ configurations, get images just large enough for several ragged tiles, and of a 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,12 +24,15 @@ from exact import (
     conv_call,
     conv_reference,
     dtype_id,
+    every_operator,
     generator,
     integers,
     offset_by_one,
     rounded,
     run,
     run_conv,
+    through_the_dispatcher,
+    with_tensors,
 )
 from torch import Tensor
 
@@ -38,8 +41,7 @@ from resnet_triton.config import ConvConfig, ConvShape, is_flat, is_legal, suppo
 from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
-from resnet_triton.ops import ConvCall, dispatch
-from resnet_triton.ops.stem import StemCall
+from resnet_triton.ops import BatchNorm, ConvBnRelu, Geometry, dispatch
 from resnet_triton.ops.trace import trace
 
 INF, NAN = float("inf"), float("nan")
@@ -86,8 +88,9 @@ class Layer(NamedTuple):
 @functools.cache
 def resnet18_convolutions() -> list[tuple[str, ConvShape]]:
     traced = trace(resnet18().eval(), (1, 3, 224, 224))
-    stem = StemCall(*traced[0].args)  # its convolution, as GPUs without descriptors run it
-    return [("conv1", stem.convolution(stem.x).shape)] + [
+    stem = traced[0].ours
+    assert isinstance(stem, ops.Stem)
+    return [("conv1", stem.convolution(stem.x).shape)] + [  # as GPUs without descriptors run it
         (c.name, c.shape) for c in traced if c.operator == "conv_bn_relu"
     ]
 
@@ -106,9 +109,9 @@ def layers() -> list[Layer]:
                 numbers = halves if torch.cuda.is_available() else [halves[turn]]
                 singles = [("float32", "tf32"), ("float32", "ieee")] if batch in (1, 8, 32, 128) else []
                 for dtype, precision in (*numbers, *singles):
-                    shape = dataclasses.replace(shape, n=batch, dtype=dtype, precision=precision)
+                    shape = replace(shape, n=batch, dtype=dtype, precision=precision)
                     chosen = config.lookup(shape, KNOWN[arch])
-                    kind = dataclasses.replace(shape, n=min(batch, 2))  # one image has views of its own
+                    kind = replace(shape, n=min(batch, 2))  # one image has views of its own
                     found.setdefault((kind, chosen), Layer(name, shape, chosen))
     return list(found.values())
 
@@ -122,7 +125,7 @@ def small(shape: ConvShape, chosen: ConvConfig) -> ConvShape:
         n = 1 if shape.n == 1 else n
         if n * p * q * shape.c * shape.k > 3e7:
             n = min(n, 3)  # one ragged tile of images: the reference takes its time, too
-    return dataclasses.replace(shape, n=n, h=p * shape.stride[0], w=q * shape.stride[1])
+    return replace(shape, n=n, h=p * shape.stride[0], w=q * shape.stride[1])
 
 
 def tiles_written(written: Tensor, chosen: ConvConfig) -> int:
@@ -208,9 +211,8 @@ def test_conv_batch_norm_tensors(device: torch.device, path: str, dtype: torch.d
     shape = ConvShape(2, 16, 3, 5, 24, dtype=dtype_id(dtype), shortcut_c=8)
     for bn_dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         call = conv_call(generator(device, 2), shape, bn_dtype=bn_dtype)
-        names = [prefix + name for prefix in ("", "short_") for name in ("mean", "var", "gamma", "beta")]
-        call = call._replace(**{name: getattr(call, name)[:, None].expand(-1, 2).clone()[:, 1] for name in names})
-        assert not call.var.is_contiguous()
+        call = with_tensors(call, lambda t: t[:, None].expand(-1, 2).clone()[:, 1] if t.dim() == 1 else t)
+        assert not any(t.is_contiguous() for t in call.schema.tensors(call) if t.dim() == 1)
         assert_exact(run_conv(call, PATHS[path]), rounded(conv_reference(call), dtype), bn_dtype)
 
 
@@ -219,7 +221,7 @@ def test_shortcut_of_odd_width(device: torch.device, width: int) -> None:
     """An odd number of columns has no view that splits them by parity: the last column would read as zero."""
     shape = ConvShape(1, 16, 4, 4, 16, 3, 3, padding=(1, 1), shortcut_c=16, shortcut_stride=(2, 2))
     call = conv_call(generator(device, 3), shape, short_size=(7, width))
-    assert_exact(run("conv_bn_relu", *call), rounded(conv_reference(call), torch.float16))
+    assert_exact(run(call), rounded(conv_reference(call), torch.float16))
 
 
 @pytest.mark.parametrize("size", [(1, 3), (2, 3), (3, 2)], ids=str)
@@ -275,7 +277,7 @@ def test_max_pool(
     x = torch.randn(shape, generator=generator(device, 0), device=device) - 2  # a padding of zeros would win
     x = LAYOUTS[layout](x.to(dtype))
     expected = F.max_pool2d(x.double(), size, stride, padding).to(dtype)
-    assert_exact(run("max_pool2d", x, list(size), list(stride), list(padding), "triton"), expected)
+    assert_exact(run(ops.MaxPool2d(x, size, stride, padding)), expected)
 
 
 @ALL_DTYPES
@@ -287,7 +289,7 @@ def test_global_avg_pool(device: torch.device, shape: Any, layout: str, dtype: t
     deviation = integers(g, 9, n, c, h, w)
     x = integers(g, 50, n, c, 1, 1) + deviation - deviation.flip(2, 3)  # sums to a multiple of the pixels
     x = LAYOUTS[layout](x.to(dtype))
-    assert_exact(run("global_avg_pool", x, False, "triton"), rounded(x.double().mean((2, 3), keepdim=True), dtype))
+    assert_exact(run(ops.GlobalAvgPool(x)), rounded(x.double().mean((2, 3), keepdim=True), dtype))
 
 
 @ALL_DTYPES
@@ -296,7 +298,7 @@ def test_global_avg_pool(device: torch.device, shape: Any, layout: str, dtype: t
 def test_add_relu(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
     g = generator(device, 0)
     x, other = integers(g, 9, *shape, dtype=dtype), LAYOUTS[layout](integers(g, 9, *shape, dtype=dtype))
-    assert_exact(run("add_relu", x, other, "triton"), rounded((x.double() + other.double()).relu(), dtype))
+    assert_exact(run(ops.AddRelu(x, other)), rounded((x.double() + other.double()).relu(), dtype))
 
 
 @ALL_DTYPES
@@ -307,7 +309,7 @@ def test_linear(device: torch.device, rows: int, c: int, k: int, bias: bool, dty
     x, w = integers(g, 3, rows, c, dtype=dtype), integers(g, 2, k, c, dtype=dtype)
     b = integers(g, 9, k, dtype=dtype) if bias else None
     expected = x.double() @ w.double().T + (0 if b is None else b.double())
-    assert_exact(run("linear", x, w, b, False, "triton"), rounded(expected, dtype))
+    assert_exact(run(ops.Linear(x, w, b)), rounded(expected, dtype))
 
 
 @ALL_DTYPES
@@ -317,8 +319,8 @@ def test_linear_layouts(device: torch.device, dtype: torch.dtype) -> None:
     w = integers(g, 2, 40, 26, dtype=dtype).T[::2]
     b = integers(g, 9, 26, dtype=dtype)[::2]
     expected = rounded(x.double() @ w.double().T + b.double(), dtype)
-    assert_exact(run("linear", x, w, b, False, "triton"), expected)
-    assert_exact(run("linear", x[0, 0], w, b, False, "triton"), expected[0, 0])
+    assert_exact(run(ops.Linear(x, w, b)), expected)
+    assert_exact(run(ops.Linear(x[0, 0], w, b)), expected[0, 0])
 
 
 # --- the operators as they are called --------------------------------------------------------------------------------
@@ -334,8 +336,7 @@ def test_avg_pool_linear(device: torch.device, shape: Any, layout: str, dtype: t
     x = LAYOUTS[layout](integers(g, 3, *size[:2], 1, 1, dtype=dtype).expand(size))
     weight, bias = integers(g, 2, k, size[1], dtype=dtype), integers(g, 4, k, dtype=dtype)
     for b in (bias, None):
-        args = (x, weight, b, False, "triton")
-        y = run("avg_pool_linear", *args, kernel="avg_pool_linear_kernel")
+        y = run(ops.AvgPoolLinear(x, weight, b), kernel="avg_pool_linear_kernel")
         expected = x[:, :, 0, 0].double() @ weight.double().T
         assert_exact(y, rounded(expected if b is None else expected + b.double(), dtype))
 
@@ -346,16 +347,19 @@ def test_a_mean_is_rounded_before_the_linear_layer(device: torch.device, dtype: 
     x = torch.ones(1, 2, 2, 2, dtype=dtype, device=device)
     x[0, 0, 0, 0] += unit
     weight = torch.tensor([[1024.0, -1024.0]], dtype=dtype, device=device)
-    assert_exact(run("avg_pool_linear", x, weight, None, False, "triton"), x.new_zeros(1, 1))
+    assert_exact(run(ops.AvgPoolLinear(x, weight, None)), x.new_zeros(1, 1))
 
 
 def test_many_images_take_two_launches(device: torch.device) -> None:
     g = generator(device, 21)
     x, weight = integers(g, 3, 17, 16, 2, 2), integers(g, 2, 5, 16)
-    args = (x, weight, None, False, "triton")
-    launches = ops.OPERATORS["avg_pool_linear"].plan(ops.OPERATORS["avg_pool_linear"].output(*args), *args)
-    assert [launch.kernel.__name__ for launch in launches] == ["global_avg_pool_kernel", "linear_kernel"]
-    assert_exact(run("avg_pool_linear", *args), rounded(x.double().mean((2, 3)) @ weight.double().T, x.dtype))
+    call = ops.AvgPoolLinear(x, weight)
+    launches = call.plan(call.output())
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "global_avg_pool_kernel",
+        "linear_kernel",
+    ]
+    assert_exact(run(call), rounded(x.double().mean((2, 3)) @ weight.double().T, x.dtype))
 
 
 @ALL_DTYPES
@@ -391,7 +395,7 @@ def test_every_legal_box_is_exact(device: torch.device, kind: str, size: tuple[i
         step = 2 if kind.endswith("shortcut/2") else 1
         for odd in (0, 1):  # a shortcut's last row may be one that is not read
             h, w = shape.p * step - odd * (step - 1), shape.q * step
-            shape = dataclasses.replace(shape, shortcut_c=8, shortcut_h=h, shortcut_w=w, shortcut_stride=(step, step))
+            shape = replace(shape, shortcut_c=8, shortcut_h=h, shortcut_w=w, shortcut_stride=(step, step))
             _every_box(device, shape, (h, w))
     else:
         _every_box(device, shape, None)
@@ -420,38 +424,26 @@ def test_many_tiles_of_filters_and_channels(device: torch.device, chosen: ConvCo
     assert_exact(run_conv(call, chosen), rounded(conv_reference(call), torch.float16))
 
 
-def operator_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
-    g = generator(device, 0)
-    x = integers(g, 3, 2, 16, 6, 6)
-    return {
-        "conv_bn_relu": tuple(conv_call(g, ConvShape(2, 16, 6, 6, 16, 3, 3, padding=(1, 1), residual=True))),
-        "max_pool2d": (x, [3, 3], [2, 2], [1, 1], "triton"),
-        "global_avg_pool": (x, False, "triton"),
-        "add_relu": (x, integers(g, 3, 2, 16, 6, 6), "triton"),
-        "linear": (x[:, :, 0, 0], integers(g, 2, 10, 16), integers(g, 2, 10), False, "triton"),
-        "avg_pool_linear": (x, integers(g, 2, 10, 16), integers(g, 2, 10), False, "triton"),
-        "stem": (x[:, :3].half(), integers(g, 2, 8, 3, 7, 7).half(), *(torch.ones(8, device=device),) * 4, 0.0, None,
-                 None, False, "triton"),
-    }  # fmt: skip
-
-
 EVERY_OPERATOR = pytest.mark.parametrize("name", list(ops.OPERATORS))
 
 
 @EVERY_OPERATOR
 def test_operator_launches_its_kernel_once(device: torch.device, name: str) -> None:
-    args = operator_calls(device)[name]
-    before = dispatch.calls.copy()
-    y = getattr(torch.ops.resnet_triton, name)(*args)
-    assert dispatch.calls - before == {(name, "triton"): 1}
-    assert_exact(y, run(name, *args))
+    call = every_operator(device)[name]
+    for called in (call.run, lambda: through_the_dispatcher(call)):
+        before = dispatch.calls.copy()
+        y = called()
+        assert dispatch.calls - before == {(name, "triton"): 1}
+        assert_exact(y, run(call))
 
 
 @EVERY_OPERATOR
 def test_operator_sees_the_sign_of_a_negative_view(device: torch.device, name: str) -> None:
-    x, *rest = operator_calls(device)[name]
-    operator = getattr(torch.ops.resnet_triton, name)
-    assert_exact(operator(torch._neg_view(x), *rest), operator(-x, *rest))
+    call = every_operator(device)[name]
+    expected = run(replace(call, x=-call.x))
+    seen = replace(call, x=torch._neg_view(call.x))
+    assert_exact(seen.run(), expected)
+    assert_exact(through_the_dispatcher(seen), expected)
 
 
 @ALL_DTYPES
@@ -461,11 +453,11 @@ def test_unaligned_tensors_take_the_pointer_path(device: torch.device, path: str
     for moved in ("x", "weight", "residual", None) if path == "pointer" else [None]:
         call = conv_call(generator(device, 0), shape)
         if moved is not None:
-            call = call._replace(**{moved: offset_by_one(getattr(call, moved))})
+            call = replace(call, **{moved: offset_by_one(getattr(call, moved))})
         descriptors = moved is None and facts(device).has_descriptors
         kernel = "conv_box_kernel" if descriptors else "conv_pointer_kernel"
         with mock.patch.object(ops.conv, "conv_precision", return_value="tf32"):
-            out = run("conv_bn_relu", *call, kernel=kernel)
+            out = run(call, kernel=kernel)
         assert_exact(out, rounded(conv_reference(call), dtype), moved)
 
 
@@ -483,18 +475,16 @@ def same(y: Tensor, expected: Tensor) -> bool:
 def conv(x: Tensor, w: Tensor, path: str, **changes: Any) -> Tensor:
     """A convolution with 3x3 or 1x1 filters, same padding, and a batch norm that changes nothing unless told to."""
     k, r = w.shape[0], w.shape[2]
-    call = ConvCall(
-        x, channels_last(w), x.new_zeros(k), x.new_ones(k), None, None, 0.0, [1, 1], [r // 2, r // 2], [1, 1], 1, None,
-        None, None, None, None, None, None, 0.0, [1, 1], False, False, "triton",
-    )  # fmt: skip
-    return run_conv(call._replace(**changes), PATHS[path])
+    norm = BatchNorm(x.new_zeros(k), x.new_ones(k), None, None, 0.0)
+    call = ConvBnRelu(x, channels_last(w), norm, Geometry(padding=(r // 2, r // 2)), relu=False)
+    return run_conv(replace(call, **changes), PATHS[path])
 
 
 @ALL_DTYPES
 @SPECIAL_VALUES
 def test_relu_of_special_values(device: torch.device, dtype: torch.dtype) -> None:
     x = torch.tensor([NAN, INF, -INF, -0.0, 0.0, -1.0, 1.0], dtype=dtype, device=device).reshape(1, 1, 1, -1)
-    y = run("add_relu", x, torch.full_like(x, -0.0), "triton")
+    y = run(ops.AddRelu(x, torch.full_like(x, -0.0)))
     assert same(y.flatten(), torch.tensor([NAN, INF, 0.0, -0.0, 0.0, 0.0, 1.0], dtype=dtype))
 
 
@@ -518,11 +508,11 @@ def test_max_pool_of_special_values(device: torch.device, dtype: torch.dtype) ->
     x[0, 0, 3, 0] = INF
     x[0, 0, 0, 4] = -3.0
     expected = torch.tensor([[NAN, -INF, -3.0], [INF, -INF, -INF], [INF, -INF, NAN]], dtype=dtype)
-    assert same(run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0], expected)
+    assert same(run(ops.MaxPool2d(x, (3, 3), (2, 2), (1, 1)))[0, 0], expected)
     x[0, 0, 1, 1] = 5.0  # after the NaN, and the last value of its window
-    assert run("max_pool2d", x, [3, 3], [2, 2], [1, 1], "triton")[0, 0, 0, 0].isnan()
+    assert run(ops.MaxPool2d(x, (3, 3), (2, 2), (1, 1)))[0, 0, 0, 0].isnan()
     zeros = torch.tensor([-0.0, 0.0, 0.0, -0.0], dtype=dtype, device=device).reshape(1, 1, 1, 4)
-    assert same(run("max_pool2d", zeros, [1, 2], [1, 2], [0, 0], "triton"), F.max_pool2d(zeros, (1, 2)))
+    assert same(run(ops.MaxPool2d(zeros, (1, 2), (1, 2), (0, 0))), F.max_pool2d(zeros, (1, 2)))
 
 
 @SPECIAL_VALUES
@@ -532,7 +522,7 @@ def test_avg_pool_of_special_values(device: torch.device) -> None:
     x[0, 2, 4, 0], x[0, 2, 4, 1] = INF, -INF
     x[0, 3, 6, 6] = NAN
     x[0, 4] = -0.0
-    y = run("global_avg_pool", x, False, "triton").flatten()
+    y = run(ops.GlobalAvgPool(x)).flatten()
     assert same(y.abs(), torch.tensor([65504.0, INF, NAN, NAN, 0.0], dtype=torch.float16))
 
 
@@ -559,7 +549,7 @@ def test_infinity_times_zero(device: torch.device, path: str, dtype: torch.dtype
     w[2, 5] = 0.0
     y = conv(x, w, path)[0, :, 1, 1]
     assert same(y, torch.tensor([INF, INF, NAN, INF, INF, INF, INF, INF], dtype=dtype))
-    z = run("linear", x[:, :, 1, 1], w[:, :, 0, 0], None, False, "triton")
+    z = run(ops.Linear(x[:, :, 1, 1], w[:, :, 0, 0]))
     assert same(z[0], y)
 
 
@@ -598,12 +588,13 @@ def test_batch_norm_of_special_statistics(device: torch.device, path: str) -> No
     mean = torch.tensor([0.0, 0.0, 3.0, 0.0, 0.0, INF, NAN, 3e38], device=device)
     gamma = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0], device=device)
     beta = torch.arange(8.0, device=device)
-    y = conv(x, w, path, mean=mean, var=var, gamma=gamma, beta=beta)
+    y = conv(x, w, path, batch_norm=BatchNorm(mean, var, gamma, beta, 0.0))
     for k, value in {0: NAN, 1: NAN, 2: 2.0, 3: NAN, 5: -INF, 6: NAN, 7: 7.0}.items():
         assert same(y[:, k], torch.full_like(y[:, k], value)), (var[k], mean[k])
     expected = F.conv2d(x.double(), w.double(), padding=1)[:, 4] / var[4].double().sqrt() + 4.0
     torch.testing.assert_close(y[:, 4], expected.float(), rtol=1e-6, atol=0.0)
-    assert same(conv(x, w, path, var=torch.zeros_like(var), eps=0.25), 2 * F.conv2d(x, w, padding=1) + 0.0)
+    quarter = BatchNorm(torch.zeros_like(var), torch.zeros_like(var), None, None, 0.25)
+    assert same(conv(x, w, path, batch_norm=quarter), 2 * F.conv2d(x, w, padding=1) + 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
@@ -613,5 +604,5 @@ def test_sums_that_leave_the_range_and_come_back(device: torch.device, path: str
     w[:, :16], w[:, 16:32], w[:, 47] = 256.0, -256.0, 0.5  # the sum is 2**20, then 0, then 128
     y = conv(x, w.to(dtype), path)
     assert_exact(y, torch.full_like(y, 128.0))
-    z = run("linear", x[:, :, 0, 0], w[:, :, 0, 0].to(dtype), None, False, "triton")
+    z = run(ops.Linear(x[:, :, 0, 0], w[:, :, 0, 0].to(dtype)))
     assert_exact(z, torch.full_like(z, 128.0))

@@ -55,8 +55,8 @@ def clear_kernel(x_ptr, x_desc):
 
 
 @triton.jit
-def count_kernel(workspace_ptr):
-    tl.atomic_add(workspace_ptr + tl.arange(0, 4) // 2, 1.0)
+def count_kernel(partials_ptr):
+    tl.atomic_add(partials_ptr + tl.arange(0, 4) // 2, 1.0)
 
 
 @triton.jit
@@ -87,9 +87,9 @@ def neighbour_kernel(y_ptr, FIRST: tl.constexpr, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def splits_kernel(workspace_ptr, arrivals_ptr, y_ptr, SPLIT_K: tl.constexpr):
+def splits_kernel(partials_ptr, semaphores_ptr, y_ptr, SPLIT_K: tl.constexpr):
     acc = tl.full((4, 4), 1.0, tl.float32)
-    acc, last = sum_splits(acc, workspace_ptr, arrivals_ptr, tl.program_id(0), tl.program_id(1), SPLIT_K, 4, 4)
+    acc, last = sum_splits(acc, partials_ptr, semaphores_ptr, tl.program_id(0), tl.program_id(1), SPLIT_K, 4, 4)
     tl.store(y_ptr + tl.program_id(0), tl.sum(acc), mask=last)
 
 
@@ -231,10 +231,10 @@ def test_the_next_launch_loads_nothing_that_nobody_has_stored():
 def test_atomics_meet_at_an_element_but_it_needs_a_value():
     y = torch.empty(2)
     filled = copy(torch.zeros(2), y, n=2)
-    watched(filled, launch(count_kernel, 3, workspace_ptr=y))
+    watched(filled, launch(count_kernel, 3, partials_ptr=y))
     assert y.tolist() == [6.0, 6.0]
-    with fault("count_kernel, program (0, 0, 0), updates workspace_ptr[0], which nobody has stored"):
-        watched(launch(count_kernel, 3, workspace_ptr=y))
+    with fault("count_kernel, program (0, 0, 0), updates partials_ptr[0], which nobody has stored"):
+        watched(launch(count_kernel, 3, partials_ptr=y))
 
 
 def test_descriptors_clip_but_describe_only_their_tensor():
@@ -251,7 +251,7 @@ def test_descriptors_clip_but_describe_only_their_tensor():
 
 def splits() -> Launch:
     arguments = {
-        "workspace_ptr": torch.empty(2 * 3 * 16), "arrivals_ptr": torch.zeros(8, dtype=torch.int32),
+        "partials_ptr": torch.empty(2 * 3 * 16), "semaphores_ptr": torch.zeros(8, dtype=torch.int32),
         "y_ptr": torch.empty(2), "SPLIT_K": 3,
     }  # fmt: skip
     return Launch(splits_kernel, (2, 3), arguments)
@@ -266,19 +266,19 @@ def test_the_last_to_arrive_may_load_what_the_others_stored():
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
-        ("tl.atomic_add(arrivals_ptr + tile, 1, sem=\"acq_rel\", scope=\"gpu\") == SPLIT_K - 1", "split == SPLIT_K - 1",
-         "program (0, 2, 0), loads workspace_ptr[0], which program (0, 0, 0) stored"),
-        ("    tl.debug_barrier()\n", "", "loads workspace_ptr[0], which program (0, 0, 0) stored"),
-        ("acq_rel", "relaxed", "loads workspace_ptr[0], which program (0, 0, 0) stored"),
-        ("acq_rel", "acquire", "loads workspace_ptr[0], which program (0, 0, 0) stored"),
-        ("acq_rel", "release", "loads workspace_ptr[0], which program (0, 0, 0) stored"),
-        ('scope="gpu"', 'scope="cta"', "loads workspace_ptr[0], which program (0, 0, 0) stored"),
-        ("arrivals_ptr + tile, 1", "arrivals_ptr + split, 1", "never stores y_ptr[0]"),
-        ("== SPLIT_K - 1", "== SPLIT_K - 2", "loads workspace_ptr[32], which nobody has stored"),
-        ("    if last:\n", "    tl.store(arrivals_ptr + tile, 0)\n    if last:\n",
-         "updates arrivals_ptr[0], which program (0, 0, 0) stored"),
-        ("split * (BLOCK_M", "0 * (BLOCK_M", "stores workspace_ptr[0], which program (0, 0, 0) stored"),
-        ("+ tile.to(tl.int64) *", "+ 0 *", "stores workspace_ptr[0], which program (0, 0, 0) stored"),
+        ("tl.atomic_add(semaphores_ptr + tile, 1, sem=\"acq_rel\", scope=\"gpu\") == SPLIT_K - 1", "split == SPLIT_K - 1",
+         "program (0, 2, 0), loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("    tl.debug_barrier()\n", "", "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("acq_rel", "relaxed", "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("acq_rel", "acquire", "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("acq_rel", "release", "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ('scope="gpu"', 'scope="cta"', "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("semaphores_ptr + tile, 1", "semaphores_ptr + split, 1", "never stores y_ptr[0]"),
+        ("== SPLIT_K - 1", "== SPLIT_K - 2", "loads partials_ptr[32], which nobody has stored"),
+        ("    if last:\n", "    tl.store(semaphores_ptr + tile, 0)\n    if last:\n",
+         "updates semaphores_ptr[0], which program (0, 0, 0) stored"),
+        ("split * (BLOCK_M", "0 * (BLOCK_M", "stores partials_ptr[0], which program (0, 0, 0) stored"),
+        ("+ tile.to(tl.int64) *", "+ 0 *", "stores partials_ptr[0], which program (0, 0, 0) stored"),
     ],
     ids=lambda text: text[:30],
 )  # fmt: skip

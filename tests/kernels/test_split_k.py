@@ -32,11 +32,11 @@ def launch(call: ops.ConvCall, chosen: ConvConfig) -> torch.Tensor:
     out = operator.output(*call).fill_(float("nan"))
     with mock.patch.object(config, "lookup", return_value=chosen):
         (planned,) = operator.plan(out, *call)
-    planned.arguments["workspace_ptr"].fill_(float("nan"))
+    planned.arguments["partials_ptr"].fill_(float("nan"))
     with torch.cuda.device(out.device) if out.is_cuda else interpreter.ready():
         planned.run()
     assert planned.grid[1] == chosen.split_k
-    assert not planned.arguments["arrivals_ptr"].any(), "the next launch needs its counters at zero"
+    assert not planned.arguments["semaphores_ptr"].any(), "the next launch needs its counters at zero"
     return out
 
 
@@ -64,8 +64,8 @@ def test_only_the_last_share_writes_the_output(device, path):
     out = operator.output(*call).fill_(float("nan"))
     with mock.patch.object(config, "lookup", return_value=share(shape, 3, path)):
         (planned,) = operator.plan(out, *call)
-    arrivals = torch.zeros_like(planned.arguments["arrivals_ptr"])
-    arguments = planned.arguments | {"arrivals_ptr": arrivals}
+    arrivals = torch.zeros_like(planned.arguments["semaphores_ptr"])
+    arguments = planned.arguments | {"semaphores_ptr": arrivals}
     with contextlib.ExitStack() as stack:
         if out.is_cuda:
             stack.enter_context(torch.cuda.device(device))
