@@ -18,8 +18,8 @@ import pytest
 import torch
 from exact import DTYPES, dtype_id
 from headroom import ROWS
-from planted import planted
 from real_cases import DATA, EIGHT_CHANNELS, Row, in_precision
+from reliability.planting import planted
 from roundings import as_tf32, in_fours, one_by_one, rounding, through
 from sums import CUTS, LAM
 
@@ -105,7 +105,8 @@ def test_bound_notices_sums_in_16_bits(
 @FAULTS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 def test_bound_notices_a_mean_of_a_sum_in_16_bits(device: torch.device, dtype: torch.dtype) -> None:
-    with planted("global_avg_pool", "tl.sum(acc, 0)", "tl.sum(acc, 0).to(y_ptr.dtype.element_ty).to(tl.float32)"):
+    sum_in_16_bits = "tl.sum(acc, 0).to(y_ptr.dtype.element_ty).to(tl.float32)"
+    with planted("global_avg_pool.py", "global_avg_pool_kernel", "tl.sum(acc, 0)", sum_in_16_bits):
         assert headroom.needed(Row("global_avg_pool", "pointer", dtype), "normal", SEED, device) > 4 * LAM
 
 
@@ -117,14 +118,17 @@ def test_bound_notices_tf32(device: torch.device, row: Row) -> None:
     assert headroom.needed(row._replace(precision="tf32"), "normal", SEED, device) <= CUTS
 
 
-ROOT = "tl.sqrt_rn(var + eps)"
+def root(becomes: str) -> contextlib.AbstractContextManager[None]:
+    return planted("tiles.py", "batch_norm_scale_shift", "tl.sqrt_rn(var + eps)", becomes)
+
+
 FEW = CONV._replace(shapes=EIGHT_CHANNELS)
 SMALL_FAULTS = {
     "another order of summation": (CONV, "heavy tails", one_by_one),
     "sums without their last bits": (CONV, "normal", lambda: rounding("create_dot", result=in_fours)),
-    "a coarse root": (FEW, "normal", lambda: planted("tiles", ROOT, f"{ROOT} * 1.000001")),
+    "a coarse root": (FEW, "normal", lambda: root("tl.sqrt_rn(var + eps) * 1.000001")),
     "a root of no denormals": (
-        FEW, "normal", lambda: planted("tiles", ROOT, f"tl.where(var + eps < 1.2e-38, 0, {ROOT})"),
+        FEW, "normal", lambda: root("tl.where(var + eps < 1.2e-38, 0, tl.sqrt_rn(var + eps))"),
     ),
 }  # fmt: skip
 

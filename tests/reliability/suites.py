@@ -29,7 +29,6 @@ _BOXES = [
 ]
 
 _LAUNCH = ["test_launch.py::test_a_launch_is_what_was_asked_for", "test_launch.py::test_a_kernel_begins_with_begin"]
-_WALK = "test_launch.py::test_a_walk_down_a_column_is_described"
 
 INTERPRETED: dict[str, list[str]] = {
     "add_relu.py": [
@@ -45,22 +44,8 @@ INTERPRETED: dict[str, list[str]] = {
         "test_functional.py::test_avg_pool_linear",
         "test_beyond_int32.py::test_avg_pool_linear",
     ],
-    "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", _WALK, *_BOXES],
+    "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", *_BOXES],
     "conv_box.py": [*_LAUNCH, *_BOXES],
-    "conv_columns.py": [
-        *_LAUNCH,
-        "test_exact.py::test_columns",
-        "test_exact.py::test_many_tiles_of_filters_and_channels",
-        "test_beyond_int32.py::test_conv_box",
-    ],
-    "conv_halo.py": [
-        _WALK,
-        "test_halo.py::test_a_stand_in_gives_the_right_answer",
-        "test_halo.py::test_a_stand_in_without_residual_or_relu",
-        "test_halo.py::test_a_stand_in_normalises_in_fp32",
-        "test_halo.py::test_a_stand_in_keeps_the_sign_of_zero",
-        "test_halo.py::test_a_stand_in_counts_beyond_int32",
-    ],
     "conv_pointer.py": [
         *_LAUNCH,
         *_CONVOLUTION,
@@ -100,13 +85,6 @@ INTERPRETED: dict[str, list[str]] = {
         "test_beyond_int32.py::test_pack_of_many_images",
         "test_beyond_int32.py::test_stem",
     ],
-    "sum_shares.py": [
-        *_LAUNCH,
-        "test_split_k.py::test_the_second_launch_writes_its_output_alone",
-        "test_split_k.py::test_any_number_of_shares_is_exact",
-        "test_split_k.py::test_a_shift_that_is_not_finite_is_added_once",
-        "test_beyond_int32.py::test_sum_shares",
-    ],
     "tiles.py": [
         *_CONVOLUTION,
         "test_exact.py::test_relu_of_special_values",
@@ -122,11 +100,6 @@ _DEPENDENT = "test_split_k.py::test_with_dependent_launch_every_kernel_waits_bef
 
 COMPILED: dict[str, list[str]] = {
     "avg_pool_linear.py:avg_pool_linear_kernel": [_ROUNDED],
-    "conv_box.py:conv_box_kernel": ["test_split_k.py::test_two_launches_compile"],
-    "conv_box.py:store_pixels": ["test_split_k.py::test_two_launches_compile"],
-    "conv_halo.py:_batch_norm": ["test_halo.py::test_machine_code"],
-    "conv_halo.py:conv_halo_kernel": ["test_halo.py::test_machine_code"],
-    "conv_pointer.py:conv_pointer_kernel": ["test_split_k.py::test_two_launches_compile"],
     "global_avg_pool.py:global_avg_pool_kernel": [_ROUNDED],
     "stem.py:pack_kernel": [_ROUNDED],
     "tiles.py:batch_norm_scale_shift": [_ROUNDED],
