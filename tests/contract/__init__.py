@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import dtypes, modes, norms, shapes, values
-from .row import Row
 from .subjects import SUBJECTS
+from .term import Term
 
 _PARTS = (values, norms, shapes, dtypes, modes)
 CASES = tuple(case for part in _PARTS for case in part.CASES)
-ROWS: list[Row] = [row for part in _PARTS for row in part.ROWS]
+ROWS: list[Term] = [row for part in _PARTS for row in part.ROWS]
 ABSENT: dict[tuple[str, str], str] = {
     (case, subject): reason
     for part in _PARTS
@@ -44,7 +44,7 @@ def summary() -> dict[str, Any]:
     }
 
 
-def ways(row: Row) -> list[str]:
+def ways(row: Term) -> list[str]:
     """On which ways a row is checked: PyTorch, and those of the subject's kernels."""
     kernels = list(SUBJECTS[row.subject].ways)
     if row.refused or row.raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if rate >= GATE and not stale and not wrong else 1
 
 
+@functools.cache
 def all_mutants() -> list[Mutant]:
     return [m for path in sorted((ROOT / "kernels").glob("*.py")) for m in mutants(source_of(path.name))]
 

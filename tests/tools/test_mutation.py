@@ -61,7 +61,7 @@ EXPECTED = """
     tl.store(y_ptr + offs, x.to(tl.float16), mask=mask) -> pass
     y_ptr + offs -> y_ptr - offs
 """
-OTHERWISE = '''
+OTHERWISE = """
 # Another line, other names, another layout: the places are those of KERNEL.
 @triton.jit
 def kernel(x_ptr, y_ptr, H, W, RELU: tl.constexpr, SLOPE: tl.constexpr):
@@ -76,7 +76,7 @@ def kernel(x_ptr, y_ptr, H, W, RELU: tl.constexpr, SLOPE: tl.constexpr):
         y_ptr + offsets,
         x.to(tl.float16), mask=inside,
     )
-'''
+"""
 
 
 def test_faults_are_those_that_people_make():
