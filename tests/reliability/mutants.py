@@ -34,8 +34,10 @@ def mutants(source: Source) -> Iterator[Mutant]:
     """Every mutant of every function and method of a file, in the order of its lines."""
     for name, function in source.functions.items():
         seen = {source.data.decode()}
+        arguments = {a.arg for a in (*function.args.args, *function.args.kwonlyargs)}
+        stored = [n for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         for node in _code(function):
-            for kind, old, new in [*_faults(node), *_of_names(node, function)]:
+            for kind, old, new in [*_faults(node), *_of_names(node, arguments, stored)]:
                 mutant = source.mutant(name, kind, old, new)
                 if mutant.source not in seen:
                     seen.add(mutant.source)
@@ -143,21 +145,16 @@ def _of_call(node: ast.Call) -> Iterator[Fault]:
         yield from (("swap", node, _with(node, args=swapped)) for swapped in _swapped(arguments))
 
 
-def _of_names(node: ast.AST, function: ast.FunctionDef) -> Iterator[Fault]:
+def _of_names(node: ast.AST, arguments: set[str], stored: list[ast.Name]) -> Iterator[Fault]:
     """Faults that depend on what else the function knows: a name's partner, a value from before."""
-    arguments = {a.arg for a in (*function.args.args, *function.args.kwonlyargs)}
     match node:
         case ast.Name(id=name, ctx=ast.Load()):
             partner = _partner(name)
-            if partner in arguments | {n.id for n in _stored(function)}:
+            if partner in arguments or any(n.id == partner for n in stored):
                 yield "partner", node, ast.Name(partner)
         case ast.Assign(targets=[ast.Name(id=name)]):
-            if name in arguments or any(n.id == name and n.lineno < node.lineno for n in _stored(function)):
+            if name in arguments or any(n.id == name and n.lineno < node.lineno for n in stored):
                 yield "drop statement", node, ast.Pass()
-
-
-def _stored(function: ast.FunctionDef) -> list[ast.Name]:
-    return [n for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
 def _partner(name: str) -> str:

@@ -136,8 +136,10 @@ def test_a_function_with_a_fault_is_itself_again_afterwards():
 def test_every_kernel_file_has_its_tests():
     assert set(suites.INTERPRETED) == {path.name for path in (ROOT / "kernels").glob("*.py")}
     assert set(suites.COMPILED) <= {m.where for m in all_mutants()}
-    files = {path.name for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert all(p.partition("::")[0] in files for ps in suites.INTERPRETED.values() for p in ps)
+    texts = {path.name: path.read_text() for path in ROOT.glob("tests/*/test_*.py")}
+    for pattern in {p for table in (suites.INTERPRETED, suites.COMPILED) for ps in table.values() for p in ps}:
+        file, _, test = pattern.partition("::")
+        assert f"def {test}" in texts[file], pattern
 
 
 def test_every_entry_of_the_ledger_has_its_mutant():

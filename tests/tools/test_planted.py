@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+from reliability.judge import function
 from reliability.places import ROOT
 from reliability.planted import FAULTS, Fault
 
@@ -41,7 +42,10 @@ def plant() -> Iterator[Plant]:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_has_its_place(fault: Fault) -> None:
-    assert fault.mutant().before, "found there, and once"
+    fault.mutant()  # found there, and once
+    file, test = function(fault.test).split("::")
+    (path,) = ROOT.glob(f"tests/*/{file}")
+    assert f"def {test}(" in path.read_text()
 
 
 @pytest.mark.slow
