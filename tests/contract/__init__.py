@@ -2,12 +2,10 @@
 
 A row names a promise, a call and what is expected of it: PyTorch's own answer to the same call, its error, or, with the
 reason, something else. Each case of `CASES` has for each of `SUBJECTS` a row, or in `ABSENT` why there is none.
-`tests/kernels/test_contract.py` checks the rows on PyTorch and on the kernels, `summary()` has them as plain data.
+`tests/kernels/test_contract.py` checks the rows on PyTorch and on the kernels.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from . import dtypes, modes, norms, shapes, values
 from .subjects import SUBJECTS
@@ -24,24 +22,6 @@ ABSENT: dict[tuple[str, str], str] = {
     for subject in subjects
 }
 """Why a case has no row for a subject: it has no meaning there, or a test that is named proves it."""
-
-
-def summary() -> dict[str, Any]:
-    """Counts and rows, for reports."""
-    rows = [
-        {"name": f"{row.case}: {row.promise}", "operator": row.subject, "case": row.case,
-         "dtypes": [str(dtype).removeprefix("torch.") for dtype in row.dtypes], "ways": ways(row),
-         "expectation": row.expectation, "because": row.because}
-        for row in ROWS
-    ]  # fmt: skip
-    return {
-        "cases": len(CASES),
-        "operators": list(SUBJECTS),
-        "rows": rows,
-        "checks": sum(len(row["ways"]) * len(row["dtypes"]) for row in rows),
-        "deviations": [row for row in rows if row["because"]],
-        "absent": [{"case": c, "operator": s, "because": reason} for (c, s), reason in ABSENT.items()],
-    }
 
 
 def ways(row: Term) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import contract as the_contract
-import robustness as the_robustness
+from robustness import ROBUST
 
 from .gates import GATES, ROOT
 from .markdown import bullets, folded, number, table
@@ -100,23 +100,24 @@ def _numbers(row: dict[str, str]) -> str:
 
 def contract(records: Records) -> str:
     """From the contract's own rows, and from what their tests say that they checked."""
-    summary = the_contract.summary()
-    of = Counter(row["operator"] for row in summary["rows"])
+    of = Counter(row.subject for row in the_contract.ROWS)
+    deviating = [row for row in the_contract.ROWS if row.because]
     deviations: dict[tuple[str, str, str], list[str]] = {}
-    for row in summary["deviations"]:
-        deviations.setdefault((row["name"], row["expectation"], row["because"]), []).append(f"`{row['operator']}`")
-    rows = [(*key[:2], ", ".join(operators), key[2]) for key, operators in deviations.items()]
-    text = [
-        f"{summary['cases']} edge cases in {len(summary['rows'])} rows. {_checks(records, summary['checks'])}"
+    for row in deviating:
+        key = f"{row.case}: {row.promise}", row.expectation, row.because
+        deviations.setdefault(key, []).append(f"`{row.subject}`")
+    rows = [(name, what, ", ".join(subjects), why) for (name, what, why), subjects in deviations.items()]
+    parts = (
+        f"{len(the_contract.CASES)} edge cases in {of.total()} rows. {_checks(records)}"
         f"{_ran(records, 'test_contract')}",
         "Rows: " + ", ".join(f"`{name}` {count}" for name, count in of.items()) + ".",
-        f"Where the answer is on purpose not PyTorch's ({len(summary['deviations'])} rows):" if rows else "",
-        table(("case", "what happens", "for", "because"), rows) if rows else "",
-    ]
-    return "\n\n".join(filter(None, text))
+        f"Where the answer is on purpose not PyTorch's ({len(deviating)} rows):",
+        table(("case", "what happens", "for", "because"), rows),
+    )
+    return "\n\n".join(parts)
 
 
-def _checks(records: Records, declared: int) -> str:
+def _checks(records: Records) -> str:
     """How many ran, on which way; a row's test ends with its way and names the dtypes that it took."""
     ran: Counter[str] = Counter()
     for case in records.tests("test"):
@@ -124,6 +125,7 @@ def _checks(records: Records, declared: int) -> str:
             ran[case.name.rpartition(": ")[2].removesuffix("]")] += len(case.properties["dtypes"].split())
     if not ran:
         return ""
+    declared = sum(len(the_contract.ways(row)) * len(row.dtypes) for row in the_contract.ROWS)
     ways = ", ".join(f"{way} {number(count)}" for way, count in ran.most_common())
     turns = "Where kernels are interpreted, a row takes one of its dtypes in turn on each way of theirs. "
     return (
@@ -134,8 +136,8 @@ def _checks(records: Records, declared: int) -> str:
 
 def robustness(records: Records) -> str:
     """From the table of what goes wrong outside, and what became of its tests."""
-    rows = the_robustness.summary()["rows"]
-    return f"{table(list(rows[0]), [list(row.values()) for row in rows])}\n\n{_ran(records, 'test_robust')}"
+    rows = [(row.trouble, row.outcome, f"`{row.test}`") for row in ROBUST]
+    return f"{table(('trouble', 'outcome', 'test'), rows)}\n\n{_ran(records, 'test_robust')}"
 
 
 def _ran(records: Records, files: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from contract.term import EVERY, Term
 from reliability import gates, report, run, tables
 from reliability.__main__ import main
 from reliability.gates import GATES, Gate, Settings
@@ -153,16 +155,15 @@ CONTRACT = """<testsuites><testsuite name="pytest">
 
 
 def test_checks_of_the_contract_are_those_that_ran(tmp_path, monkeypatch):
-    deviation = {"name": "NaN: kept", "operator": "linear", "expectation": "a | b", "because": "better"}
-    summary: dict[str, Any] = {"cases": 3, "rows": [deviation, {"operator": "linear"}], "checks": 1234}
-    summary["deviations"] = [deviation, {**deviation, "operator": "stem"}]
-    monkeypatch.setattr(tables.the_contract, "summary", lambda: summary)
-    assert "3 edge cases in 2 rows. Tests: not run." in report.report(tmp_path)
+    nan = Term("NaN", "linear", "kept", expected=dict, because="better", dtypes=EVERY)
+    rows = [nan, dataclasses.replace(nan, subject="model"), Term("streams", "linear", "its own")]
+    monkeypatch.setattr(tables.the_contract, "ROWS", rows)
+    assert "edge cases in 3 rows. Tests: not run." in report.report(tmp_path)
     (tmp_path / "test.xml").write_text(CONTRACT)
     text = report.report(tmp_path)
-    assert "3 of the 1,234 that the table declares ran (torch 2, pointer 1). Where kernels are interpreted, a" in text
-    assert "Tests: 2 passed, 1 failed, 1 were skipped (1 no CUDA GPU here).\n\nRows: `linear` 2." in text
-    assert "| NaN: kept | a \\| b | `linear`, `stem` | better |" in text
+    assert "3 of the 17 that the table declares ran (torch 2, pointer 1). Where kernels are interpreted, a" in text
+    assert "Tests: 2 passed, 1 failed, 1 were skipped (1 no CUDA GPU here).\n\nRows: `linear` 2, `model` 1." in text
+    assert "| NaN: kept | an answer of its own | `linear`, `model` | better |" in text
     assert "Tests: 1 passed, 0 failed, 0 were skipped.\n\n## Compiled" in text
     (tmp_path / "verify.json").write_text(json.dumps({"environment": {**ENVIRONMENT, "device_kind": "cuda"}}))
     assert "(torch 2, pointer 1). Tests: 2" in report.report(tmp_path), "on a GPU, every dtype"
