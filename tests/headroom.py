@@ -29,7 +29,7 @@ import real_cases  # noqa: E402
 import roundings  # noqa: E402
 import sums  # noqa: E402
 from exact import DTYPES, dtype_id  # noqa: E402
-from real_cases import Row  # noqa: E402
+from real_cases import Series  # noqa: E402
 
 from resnet_triton.config.device import facts  # noqa: E402
 
@@ -37,24 +37,24 @@ FILE = Path(__file__).with_name("headroom.json")
 TF32 = (torch.float32, "tf32")
 
 ROWS = [
-    *(Row("conv_bn_relu", "descriptor", *number) for number in ((torch.float16,), (torch.bfloat16,), TF32)),
+    *(Series("conv_bn_relu", "descriptor", *number) for number in ((torch.float16,), (torch.bfloat16,), TF32)),
     *(
-        Row(operator, "pointer", *number)
+        Series(operator, "pointer", *number)
         for operator in ("conv_bn_relu", "linear")
         for number in (*((dtype,) for dtype in DTYPES), TF32)
     ),
-    *(Row("conv_bn_relu", "pointer", dtype, shapes=real_cases.EIGHT_CHANNELS) for dtype in DTYPES),
-    *(Row("stem", "descriptor", dtype) for dtype in DTYPES[1:]),
+    *(Series("conv_bn_relu", "pointer", dtype, shapes=real_cases.EIGHT_CHANNELS) for dtype in DTYPES),
+    *(Series("stem", "descriptor", dtype) for dtype in DTYPES[1:]),
     *(
-        Row(operator, "pointer", dtype)
+        Series(operator, "pointer", dtype)
         for operator in ("avg_pool_linear", "global_avg_pool", "add_relu")
         for dtype in DTYPES
     ),
-    *(Row(operator, "torch", dtype) for operator in real_cases.MAKERS for dtype in DTYPES),
+    *(Series(operator, "torch", dtype) for operator in real_cases.MAKERS for dtype in DTYPES),
 ]
 
 
-def rows(device: torch.device) -> list[Row]:
+def rows(device: torch.device) -> list[Series]:
     """Those that this device can run."""
     return [row for row in ROWS if row.path != "descriptor" or facts(device).has_descriptors]
 
@@ -63,7 +63,7 @@ def entry_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
 
 
-def needed(row: Row, data: str, seed: int, device: torch.device) -> float:
+def needed(row: Series, data: str, seed: int, device: torch.device) -> float:
     """What one call needs."""
     case = real_cases.case(row, data, seed, device)
     emulated = row.precision == "tf32" and device.type == "cpu"
@@ -72,7 +72,7 @@ def needed(row: Row, data: str, seed: int, device: torch.device) -> float:
     return sums.OF[row.operator](*case.args).needed(y, row.precision)
 
 
-def limit(row: Row, device: torch.device) -> float | None:
+def limit(row: Series, device: torch.device) -> float | None:
     """The most that the row may need; None where PyTorch rounds as it likes."""
     if row.path == "torch":  # in 16 bits, convolution and batch norm round by themselves
         return 2 * sums.LAM if row.dtype == torch.float32 and device.type == "cpu" else None
@@ -81,7 +81,7 @@ def limit(row: Row, device: torch.device) -> float | None:
     return sums.LAM if device.type == "cpu" else 4 * sums.LAM  # NumPy's summation is known; a tensor core's is not
 
 
-def record(row: Row) -> dict[str, str]:
+def record(row: Series) -> dict[str, str]:
     """The row as it stands in the file."""
     return {**row._asdict(), "dtype": dtype_id(row.dtype)}
 

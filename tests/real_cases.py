@@ -31,7 +31,7 @@ EIGHT_CHANNELS = "8 channels"
 """A convolution of so few products that the rounding of batch norm shows."""
 
 
-class Row(NamedTuple):
+class Series(NamedTuple):
     """What is measured separately."""
 
     operator: str
@@ -138,7 +138,7 @@ def layers() -> list[ConvShape]:
 class Case(NamedTuple):
     """A call on a row's path, and the configuration of its kernel where that is looked up."""
 
-    row: Row
+    row: Series
     args: tuple[Any, ...]
     chosen: Any = None
 
@@ -163,7 +163,7 @@ def in_precision(precision: str) -> Iterator[None]:
         yield
 
 
-def case(row: Row, data: str, seed: int, device: torch.device) -> Case:
+def case(row: Series, data: str, seed: int, device: torch.device) -> Case:
     """A call with data of this kind."""
     rng = random.Random(f"{row} {data} {seed}")
     made = MAKERS[row.operator](row, data, rng, facts(device))
@@ -178,7 +178,7 @@ def _take(data: str, rng: random.Random, operator: str, index: int, fields: Sequ
     return cut(dict(zip(fields, call.args, strict=False)), rng.getrandbits(31))
 
 
-def _conv(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
+def _conv(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     if row.path != "descriptor":
         gpu = dataclasses.replace(gpu, arch=80)  # has none
     while True:
@@ -217,7 +217,7 @@ def _conv(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     return Case(row, args, chosen)
 
 
-def _stem(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
+def _stem(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     """The convolution is ReLU'd and pooled, so half of its errors do not show."""
     take = _take(data, rng, "stem", 0, StemCall._fields)
     x, weight = take("x", 1, 3, 24, 40).to(row.dtype), channels_last(take("weight", 64, 3, 7, 7).to(row.dtype))
@@ -226,31 +226,31 @@ def _stem(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     return Case(row, (x, weight, *norm, 1e-5, None, None, False, "triton"), chosen)
 
 
-def _linear(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
+def _linear(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     """The last layer of a ResNet-18 or a ResNet-50, or one that fills no tile."""
     take, c = _take(data, rng, "avg_pool_linear", 0, ("x", "weight", "beta")), rng.choice([512, 2048, 65])
     x = take("x", rng.choice([2, 20]), c, 1, 1).flatten(1)
     return Case(row, (*(t.to(row.dtype) for t in (x, take("weight", 100, c), take("beta", 100))), False, "triton"))
 
 
-def _avg_pool_linear(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
+def _avg_pool_linear(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     take = _take(data, rng, "avg_pool_linear", 0, ("x", "weight", "beta"))
     tensors = take("x", rng.choice([2, 20]), 512, 7, 7), take("weight", 20, 512), take("beta", 20)
     return Case(row, (*(t.to(row.dtype) for t in tensors), False, "triton"))
 
 
-def _global_avg_pool(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
+def _global_avg_pool(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     """Images of the last layer's size, of the first's, or small ones."""
     take, size = _take(data, rng, "conv_bn_relu", 1, ConvCall._fields), rng.choice([(7, 7), (56, 56), (3, 5)])
     return Case(row, (take("x", 2, 64, *size).to(row.dtype), False, "triton"))
 
 
-def _add_relu(row: Row, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
+def _add_relu(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     take = _take(data, rng, "conv_bn_relu", 1, ConvCall._fields)
     return Case(row, (*(take(name, 2, 64, 8, 8).to(row.dtype) for name in ("x", "residual")), "triton"))
 
 
-MAKERS: dict[str, Callable[[Row, str, random.Random, DeviceFacts], Case]] = {
+MAKERS: dict[str, Callable[[Series, str, random.Random, DeviceFacts], Case]] = {
     "conv_bn_relu": _conv, "stem": _stem, "linear": _linear, "avg_pool_linear": _avg_pool_linear,
     "global_avg_pool": _global_avg_pool, "add_relu": _add_relu,
 }  # fmt: skip

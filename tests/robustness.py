@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Robust(NamedTuple):
@@ -66,8 +66,3 @@ ROBUST = (
            "test_tune.py::test_an_interrupt_between_timings_leaves_what_was_done"),
     Robust("a tuner killed", "its compilers end", "test_tune.py::test_compilers_end_with_a_killed_parent"),
 )  # fmt: skip
-
-
-def summary() -> dict[str, Any]:
-    """As plain data."""
-    return {"rows": [{**row._asdict(), "test": f"`{row.test}`"} for row in ROBUST]}

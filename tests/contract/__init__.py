@@ -2,20 +2,18 @@
 
 A row names a promise, a call and what is expected of it: PyTorch's own answer to the same call, its error, or, with the
 reason, something else. Each case of `CASES` has for each of `SUBJECTS` a row, or in `ABSENT` why there is none.
-`tests/kernels/test_contract.py` checks the rows on PyTorch and on the kernels, `summary()` has them as plain data.
+`tests/kernels/test_contract.py` checks the rows on PyTorch and on the kernels.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import dtypes, modes, norms, shapes, values
-from .row import Row
 from .subjects import SUBJECTS
+from .term import Term
 
 _PARTS = (values, norms, shapes, dtypes, modes)
 CASES = tuple(case for part in _PARTS for case in part.CASES)
-ROWS: list[Row] = [row for part in _PARTS for row in part.ROWS]
+ROWS: list[Term] = [row for part in _PARTS for row in part.ROWS]
 ABSENT: dict[tuple[str, str], str] = {
     (case, subject): reason
     for part in _PARTS
@@ -26,25 +24,7 @@ ABSENT: dict[tuple[str, str], str] = {
 """Why a case has no row for a subject: it has no meaning there, or a test that is named proves it."""
 
 
-def summary() -> dict[str, Any]:
-    """Counts and rows, for reports."""
-    rows = [
-        {"name": f"{row.case}: {row.promise}", "operator": row.subject, "case": row.case,
-         "dtypes": [str(dtype).removeprefix("torch.") for dtype in row.dtypes], "ways": ways(row),
-         "expectation": row.expectation, "because": row.because}
-        for row in ROWS
-    ]  # fmt: skip
-    return {
-        "cases": len(CASES),
-        "operators": list(SUBJECTS),
-        "rows": rows,
-        "checks": sum(len(row["ways"]) * len(row["dtypes"]) for row in rows),
-        "deviations": [row for row in rows if row["because"]],
-        "absent": [{"case": c, "operator": s, "because": reason} for (c, s), reason in ABSENT.items()],
-    }
-
-
-def ways(row: Row) -> list[str]:
+def ways(row: Term) -> list[str]:
     """On which ways a row is checked: PyTorch, and those of the subject's kernels."""
     kernels = list(SUBJECTS[row.subject].ways)
     if row.refused or row.raises:

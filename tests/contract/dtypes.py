@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .row import EVERY, FP16, FP32, FP64, Args, Function, Row
 from .subjects import CONVS, FILTERED, PIXELS, SUBJECTS
+from .term import EVERY, FP16, FP32, FP64, Args, Function, Term
 
 MIXED, BYTES, DOUBLE, COMPLEX = "mixed dtypes", "uint8", "float64", "complex"
 TENSORS = ("x", "weight", "residual", "short_x", "short_weight", "other", "bias")
@@ -47,8 +47,8 @@ def _theirs(subject: str, dtype: str | None = None, **edits: torch.dtype) -> Cal
     return expected
 
 
-def _wrong(case: str, subject: str, promise: str, edit: Any, words: str, **other: Any) -> Row:
-    return Row(case, subject, promise, edit, raises=(TypeError, words), **other)
+def _wrong(case: str, subject: str, promise: str, edit: Any, words: str, **other: Any) -> Term:
+    return Term(case, subject, promise, edit, raises=(TypeError, words), **other)
 
 
 _WEIGHT = "weight has dtype torch.float32, expected torch.float16 like x"
@@ -58,27 +58,27 @@ _REAL = "activations are real floating-point numbers; anything else is a mistake
 ROWS = [
     *(_wrong(MIXED, s, "a wider weight", _to(FP32, "weight"), _WEIGHT) for s in (*CONVS, "linear", "avg_pool_linear")),
     *(_wrong(MIXED, s, "a wider bias", _to(FP32, "bias"), _BIAS) for s in ("linear", "avg_pool_linear")),
-    Row(MIXED, "residual", "a wider residual does not widen the result", _to(FP32, "residual"), refused="mixed dtypes",
+    Term(MIXED, "residual", "a wider residual does not widen the result", _to(FP32, "residual"), refused="mixed dtypes",
         expected=_theirs("residual"), because=_ONE_DTYPE),
-    Row(MIXED, "residual", "nor where a gradient is wanted", _to(FP32, "residual"), act=_differentiable,
+    Term(MIXED, "residual", "nor where a gradient is wanted", _to(FP32, "residual"), act=_differentiable,
         refused="gradient", expected=_theirs("residual"), because=_ONE_DTYPE),
-    Row(MIXED, "shortcut", "a wider shortcut does not widen the result", _wide_shortcut,
+    Term(MIXED, "shortcut", "a wider shortcut does not widen the result", _wide_shortcut,
         refused="mixed dtypes", expected=_theirs("shortcut"), because=_ONE_DTYPE),
-    Row(MIXED, "stem", "x is rounded to the weight's dtype", _to(FP32, "x"),
+    Term(MIXED, "stem", "x is rounded to the weight's dtype", _to(FP32, "x"),
         expected=_theirs("stem", "weight", x=FP16), because="images come as they are and become what the weights are"),
-    Row(MIXED, "add_relu", "the wider of the two", _to(FP32, "other"), refused="mixed dtypes"),
+    Term(MIXED, "add_relu", "the wider of the two", _to(FP32, "other"), refused="mixed dtypes"),
     _wrong(MIXED, "model", "images wider than the model", _to(FP32, "x"), _WEIGHT.replace("32", "__").replace(
         "16", "32").replace("__", "16")),
     *(_wrong(BYTES, s, "bytes are no activations", _to(torch.uint8, "x"), "x has dtype torch.uint8")
       for s in (*FILTERED, "global_avg_pool", "linear", "avg_pool_linear", "model")),
     *(_wrong(BYTES, s, "bytes are no activations", _to(torch.uint8), "x has dtype torch.uint8", theirs=None,
              because=_REAL) for s in ("add_relu", "max_pool2d")),
-    Row(BYTES, "stem", "bytes with their mean and deviation", lambda a: (pixels(a), a.update(PIXELS)),
+    Term(BYTES, "stem", "bytes with their mean and deviation", lambda a: (pixels(a), a.update(PIXELS)),
         dtypes=EVERY),
-    Row(BYTES, "model", "bytes with `normalize`", lambda a: (pixels(a), a.update(normalize=tuple(PIXELS.values())))
+    Term(BYTES, "model", "bytes with `normalize`", lambda a: (pixels(a), a.update(normalize=tuple(PIXELS.values())))
        , dtypes=(FP32, FP16), tolerance=5e-3),
-    *(Row(DOUBLE, s, "PyTorch's answer", dtypes=(FP64,), refused="torch.float64", tolerance=1e-12) for s in SUBJECTS),
-    Row(DOUBLE, "stem", "PyTorch's answer to bytes", lambda a: (pixels(a), a.update(PIXELS)), dtypes=(FP64,),
+    *(Term(DOUBLE, s, "PyTorch's answer", dtypes=(FP64,), refused="torch.float64", tolerance=1e-12) for s in SUBJECTS),
+    Term(DOUBLE, "stem", "PyTorch's answer to bytes", lambda a: (pixels(a), a.update(PIXELS)), dtypes=(FP64,),
         refused="torch.float64", tolerance=1e-6),
     *(_wrong(COMPLEX, s, "an error that names x", _to(torch.complex64), "has dtype torch.complex64", dtypes=(FP32,))
       for s in (*FILTERED, "add_relu", "max_pool2d", "model")),

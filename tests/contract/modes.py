@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .dtypes import pixels
-from .row import BF16, EVERY, FP16, FP32, FP64, Args, Function, Row, call
 from .subjects import FILTERED, PIXELS, SUBJECTS
+from .term import BF16, EVERY, FP16, FP32, FP64, Args, Function, Term, call
 
 ANYWHERE = tuple(SUBJECTS)
 
@@ -39,10 +39,10 @@ def _switched(conv: str, matmul: str) -> Callable[[Function, Args], Any]:
     return act
 
 
-def _tf32(subject: str, own: str, promise: str, **other: Any) -> list[Row]:
+def _tf32(subject: str, own: str, promise: str, **other: Any) -> list[Term]:
     """Each switch at TF32 while the other is not."""
     return [
-        Row(TF32, subject, f"{'TF32' if allowed else 'IEEE'} if PyTorch's switch of {promise} says so", dtypes=(FP32,),
+        Term(TF32, subject, f"{'TF32' if allowed else 'IEEE'} if PyTorch's switch of {promise} says so", dtypes=(FP32,),
             act=_switched(*(("tf32", "ieee") if (own == "conv") == allowed else ("ieee", "tf32"))),
             launched={"PRECISION": "tf32" if allowed else "ieee"}, **other)
         for allowed in (True, False)
@@ -113,20 +113,20 @@ MODE_ROWS = [
     *(row for row in _tf32("linear", "matmul", "matrix products")),
     *(row for row in _tf32("avg_pool_linear", "matmul", "matrix products")),
     *(row for row in _tf32("model", "conv", "convolutions", tolerance=1e-5)),
-    *(Row(GRAD, s, "PyTorch's gradients", act=_gradients, dtypes=(FP32,), tolerance=1e-5, refused="gradient")
+    *(Term(GRAD, s, "PyTorch's gradients", act=_gradients, dtypes=(FP32,), tolerance=1e-5, refused="gradient")
       for s in ANYWHERE),
-    *(Row(GRAD, s, "under no_grad the kernels run", act=_unwanted_gradients, tolerance=5e-3 * (s == "model"))
+    *(Term(GRAD, s, "under no_grad the kernels run", act=_unwanted_gradients, tolerance=5e-3 * (s == "model"))
       for s in ANYWHERE),
-    Row(TRAINING, "model", "the batch's statistics, new running ones, PyTorch's gradients", act=_training,
+    Term(TRAINING, "model", "the batch's statistics, new running ones, PyTorch's gradients", act=_training,
         dtypes=(FP64,), tolerance=1e-9, refused="training mode"),
-    *(Row(AUTOCAST, s, "PyTorch's answer and dtype", act=_autocast, dtypes=(FP32,), tolerance=2e-2, refused="autocast")
+    *(Term(AUTOCAST, s, "PyTorch's answer and dtype", act=_autocast, dtypes=(FP32,), tolerance=2e-2, refused="autocast")
       for s in (*FILTERED, "linear", "avg_pool_linear", "model")),
-    Row(AUTOCAST, "stem", "bytes: PyTorch's answer and dtype", lambda a: (pixels(a), a.update(PIXELS)), act=_autocast,
+    Term(AUTOCAST, "stem", "bytes: PyTorch's answer and dtype", lambda a: (pixels(a), a.update(PIXELS)), act=_autocast,
         dtypes=(FP32,), tolerance=2e-2, refused="autocast"),
-    *(Row(AUTOCAST, s, "none of its operators", act=functools.partial(_autocast, gradients=False), dtypes=EVERY)
+    *(Term(AUTOCAST, s, "none of its operators", act=functools.partial(_autocast, gradients=False), dtypes=EVERY)
       for s in ("add_relu", "max_pool2d", "global_avg_pool")),
-    *(Row(INFERENCE, s, "an inference tensor", act=_inference, tolerance=5e-3 * (s == "model")) for s in ANYWHERE),
-    *(Row(THREADS, s, "the same answer in each", act=_threads, tolerance=5e-3 * (s == "model")) for s in ANYWHERE),
+    *(Term(INFERENCE, s, "an inference tensor", act=_inference, tolerance=5e-3 * (s == "model")) for s in ANYWHERE),
+    *(Term(THREADS, s, "the same answer in each", act=_threads, tolerance=5e-3 * (s == "model")) for s in ANYWHERE),
 ]  # fmt: skip
 
 DEEPCOPY, PICKLE, STATE, TO = "deepcopy", "pickle", "state_dict", ".to()"
@@ -157,8 +157,8 @@ def _assigned(model: nn.Module) -> nn.Module:
     return model
 
 
-def _then(case: str, promise: str, then: Callable[[Any], Any], **other: Any) -> Row:
-    return Row(case, "model", promise, lambda a: a.update(then=then), **{"tolerance": 5e-3, **other})
+def _then(case: str, promise: str, then: Callable[[Any], Any], **other: Any) -> Term:
+    return Term(case, "model", promise, lambda a: a.update(then=then), **{"tolerance": 5e-3, **other})
 
 
 def _moved(model: nn.Module) -> nn.Module:
@@ -166,11 +166,11 @@ def _moved(model: nn.Module) -> nn.Module:
 
 
 COPY_ROWS = [
-    *(Row(case, s, "of what holds the function and its arguments", act=functools.partial(_copied, how))
+    *(Term(case, s, "of what holds the function and its arguments", act=functools.partial(_copied, how))
       for case, how in ((DEEPCOPY, copy.deepcopy), (PICKLE, _pickled)) for s in ANYWHERE if s != "model"),
     _then(DEEPCOPY, "a copy answers alike", copy.deepcopy),
     _then(PICKLE, "what comes back answers alike", _pickled),
-    Row(STATE, "model", "torchvision's, in a ResNet of ours", lambda a: a.update(own=True), tolerance=5e-3),
+    Term(STATE, "model", "torchvision's, in a ResNet of ours", lambda a: a.update(own=True), tolerance=5e-3),
     _then(STATE, "saved, zeroed and loaded", _saved),
     _then(STATE, "loaded with assign=True", _assigned),
     _then(TO, "other dtypes on the way", _moved, tolerance=4e-2),
@@ -207,7 +207,7 @@ def _captured(f: Function, args: Args) -> Any:
 
 
 GPU_ROWS = [
-    Row(case, s, promise, act=act, needs_gpu=True)
+    Term(case, s, promise, act=act, needs_gpu=True)
     for case, promise, act in (
         (STREAMS, "a stream of its own", _on_a_stream),
         (DEVICES, "the device of its tensors, not the current one", _on_another_device),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .row import BF16, FP16, FP32, Args, Row
 from .subjects import FILTERED
+from .term import BF16, FP16, FP32, Args, Term
 from .values import INF, NAN, model_row, put, row, statistic
 
 VARIANCE_0, EPS_0, VARIANCE_NEGATIVE = "variance 0", "variance 0, eps 0", "variance -1"
@@ -54,7 +54,7 @@ def _replaced(args: Args, **changes: Any) -> None:
     args["model"].layer1[0].bn1 = nn.BatchNorm2d(8, **changes).eval().to(args["x"].device, args["x"].dtype)
 
 
-def _norm_rows() -> list[Row]:
+def _norm_rows() -> list[Term]:
     rows = []
     for s in FILTERED:
         rows += [
@@ -65,10 +65,10 @@ def _norm_rows() -> list[Row]:
             row(WEIGHT_0, s, "the shift alone, or NaN of an infinite mean", lambda a: (
                 _norm("bn_weight", 0.0, 0.0, -0.0)(a), put(running_mean={(1,): INF, (2,): NAN})(a))),
             row(NOT_AFFINE, s, "scale and shift are the statistics'", _without_affine),
-            Row(NO_STATISTICS, s, "statistics are not optional", lambda a: a.update(running_mean=None),
+            Term(NO_STATISTICS, s, "statistics are not optional", lambda a: a.update(running_mean=None),
                 raises=(TypeError, "running_mean is None")),
-            Row(DENORMAL, s, "1e-40 is not 0", _norm("running_var", 1e-40, 1e-39), dtypes=(FP32,), tolerance=1e-6),
-            Row(WIDE_NORM, s, "the result keeps x's dtype", _wide_norm, dtypes=(FP16, BF16), tolerance=8e-3),
+            Term(DENORMAL, s, "1e-40 is not 0", _norm("running_var", 1e-40, 1e-39), dtypes=(FP32,), tolerance=1e-6),
+            Term(WIDE_NORM, s, "the result keeps x's dtype", _wide_norm, dtypes=(FP16, BF16), tolerance=8e-3),
         ]  # fmt: skip
     return rows
 
@@ -92,7 +92,7 @@ ROWS = [
     model_row(NO_STATISTICS, promise="the batch's statistics, in eval mode, too", sizes={"h": 12, "w": 12},
               edit=lambda a: _replaced(a, track_running_stats=False), dtypes=(FP32,), tolerance=1e-4,
               refused="batch norm without running statistics"),
-    Row(WIDE_NORM, "model", "as torchvision", _model_norms, dtypes=(FP16, BF16), tolerance=4e-2),
+    Term(WIDE_NORM, "model", "as torchvision", _model_norms, dtypes=(FP16, BF16), tolerance=4e-2),
 ]  # fmt: skip
 
 _NO_NORM = {"no batch norm": ("add_relu", "max_pool2d", "global_avg_pool", "linear", "avg_pool_linear")}

@@ -10,8 +10,8 @@ import exact
 import torch
 from torch import Tensor
 
-from .row import EVERY, FP16, FP32, Args, Row
 from .subjects import CONVS, FILTERED, SUBJECTS
+from .term import EVERY, FP16, FP32, Args, Term
 
 ANYWHERE = tuple(SUBJECTS)
 IMAGES = tuple(s for s in SUBJECTS if s != "linear")
@@ -37,9 +37,9 @@ def _odd_shortcut(args: Args) -> None:
     args["short_x"] = args["short_x"][:, :, :-1, :-1]
 
 
-def _sized(case: str, h: int, w: int) -> list[Row]:
+def _sized(case: str, h: int, w: int) -> list[Term]:
     return [
-        Row(case, s, f"{h} x {w} and the like", sizes=_size(s, h, w), dtypes=(FP32, FP16),
+        Term(case, s, f"{h} x {w} and the like", sizes=_size(s, h, w), dtypes=(FP32, FP16),
             tolerance={"global_avg_pool": 1e-3, "model": 5e-3}.get(s, 0.0))
         for s in IMAGES
     ]  # fmt: skip
@@ -49,19 +49,19 @@ _TOO_SMALL = (ValueError, "expected at least (3, 3) pixels")
 _ONE_PIXEL = (ValueError, "at least one channel and one pixel")
 _NO_MEAN = "the mean of no pixel is an error that names the shape, not NaN"
 SIZE_ROWS = [
-    *(Row(EMPTY, s, "an empty result, and no launch", sizes={"n": 0}, dtypes=EVERY) for s in ANYWHERE),
-    *(Row(ONE, s, "one image", sizes={"n": 1}, dtypes=(FP32, FP16), tolerance=5e-3 * (s == "model"))
+    *(Term(EMPTY, s, "an empty result, and no launch", sizes={"n": 0}, dtypes=EVERY) for s in ANYWHERE),
+    *(Term(ONE, s, "one image", sizes={"n": 1}, dtypes=(FP32, FP16), tolerance=5e-3 * (s == "model"))
       for s in ANYWHERE),
     *_sized(ODD, 5, 7),
-    Row(ODD, "shortcut", "an odd input of the shortcut", _odd_shortcut, sizes={"h": 5, "w": 7}, pointers=True),
+    Term(ODD, "shortcut", "an odd input of the shortcut", _odd_shortcut, sizes={"h": 5, "w": 7}, pointers=True),
     *_sized(PIXEL, 1, 1),
     *_sized(NOT_SQUARE, 2, 13),
-    *(Row(SMALLER, s, "with padding, an answer", sizes={"h": 2, "w": 1}, tolerance=5e-3 * (s == "model"))
+    *(Term(SMALLER, s, "with padding, an answer", sizes={"h": 2, "w": 1}, tolerance=5e-3 * (s == "model"))
       for s in (*FILTERED, "max_pool2d", "model")),
-    *(Row(SMALLER, s, "without padding, an error", _without_padding, sizes={"h": 2, "w": 1}, raises=_TOO_SMALL)
+    *(Term(SMALLER, s, "without padding, an error", _without_padding, sizes={"h": 2, "w": 1}, raises=_TOO_SMALL)
       for s in (*CONVS, "max_pool2d")),
-    Row(SMALLER, "stem", "no pixel, an error", _no_pixels, raises=(ValueError, "has shape (2, 3, 8, 0)")),
-    *(Row(SMALLER, s, "no pixel, an error", _no_pixels, raises=_ONE_PIXEL, theirs=None, because=_NO_MEAN)
+    Term(SMALLER, "stem", "no pixel, an error", _no_pixels, raises=(ValueError, "has shape (2, 3, 8, 0)")),
+    *(Term(SMALLER, s, "no pixel, an error", _no_pixels, raises=_ONE_PIXEL, theirs=None, because=_NO_MEAN)
       for s in ("global_avg_pool", "avg_pool_linear")),
 ]  # fmt: skip
 
@@ -104,16 +104,16 @@ def _channels_last_answer(subject: str, args: Args) -> Tensor:
 
 _OUR_FORMAT = "results are channels_last whatever comes in: so the next kernel reads them"
 LAYOUT_ROWS = [
-    *(Row(layout, s, "equal to the contiguous copy; channels_last comes out", _laid_out(change), dtypes=(FP32, FP16),
+    *(Term(layout, s, "equal to the contiguous copy; channels_last comes out", _laid_out(change), dtypes=(FP32, FP16),
           pointers=layout == UNALIGNED and s in CONVS, tolerance=5e-3 * (s == "model"))
       for layout, change in LAYOUTS.items() for s in ANYWHERE
       if layout != NCHW or s in ("global_avg_pool", "linear", "avg_pool_linear", "model")),
-    *(Row(NCHW, s, "channels_last comes out", _laid_out(LAYOUTS[NCHW]), because=_OUR_FORMAT,
+    *(Term(NCHW, s, "channels_last comes out", _laid_out(LAYOUTS[NCHW]), because=_OUR_FORMAT,
           expected=functools.partial(_channels_last_answer, s))
       for s in (*FILTERED, "add_relu", "max_pool2d")),
-    *(Row(MIXED, s, "channels_last comes out, as from PyTorch", _laid_out(LAYOUTS[CHANNELS_LAST], ("weight", "other")))
+    *(Term(MIXED, s, "channels_last comes out, as from PyTorch", _laid_out(LAYOUTS[CHANNELS_LAST], ("weight", "other")))
       for s in (*FILTERED, "add_relu")),
-    Row(MIXED, "model", "as torchvision", lambda a: a["model"].to(memory_format=torch.channels_last),
+    Term(MIXED, "model", "as torchvision", lambda a: a["model"].to(memory_format=torch.channels_last),
         tolerance=5e-3),
 ]  # fmt: skip
 
@@ -134,8 +134,8 @@ def _narrow(name: str, channels: int = 4) -> Callable[[Args], None]:
     return edit
 
 
-def _wrong(case: str, subject: str, promise: str, edit: Any, words: str, **other: Any) -> Row:
-    return Row(case, subject, promise, edit, raises=(ValueError, words), **other)
+def _wrong(case: str, subject: str, promise: str, edit: Any, words: str, **other: Any) -> Term:
+    return Term(case, subject, promise, edit, raises=(ValueError, words), **other)
 
 
 _BROADCAST = "a broadcast that is not meant is found; `expand` says that it is"
@@ -162,8 +162,8 @@ REFUSED_ROWS = [
     *(_wrong(RANK, s, "no batch", _first("x"), _RANK, theirs=None, because=_UNBATCHED)
       for s in ("max_pool2d", "global_avg_pool")),
     _wrong(RANK, "add_relu", "no batch", _first("x", "other"), _RANK, theirs=None, because=_UNBATCHED),
-    Row(RANK, "linear", "any number of dimensions", lambda a: a.update(x=a["x"].expand(3, 2, 8)), dtypes=EVERY),
-    Row(RANK, "linear", "one dimension", _first("x"), dtypes=EVERY),
+    Term(RANK, "linear", "any number of dimensions", lambda a: a.update(x=a["x"].expand(3, 2, 8)), dtypes=EVERY),
+    Term(RANK, "linear", "one dimension", _first("x"), dtypes=EVERY),
     _wrong(RANK, "model", "no batch", _first("x"), _RANK, theirs=ValueError),
 ]  # fmt: skip
 

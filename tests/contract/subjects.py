@@ -17,7 +17,7 @@ from resnet_triton import functional as F
 from resnet_triton import models, optimize
 from resnet_triton.support import vision
 
-from .row import Args
+from .term import Args
 
 PIXELS = {"pixel_mean": (0.0, 0.5, 1.0), "pixel_std": (0.25, 0.5, -1.0)}
 """Of bytes that are 0 or 255: every step of normalising is exact."""

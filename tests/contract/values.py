@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from .row import BF16, EVERY, FP16, FP32, Args, Row
 from .subjects import CONVS, FILTERED, in_fp64
+from .term import BF16, EVERY, FP16, FP32, Args, Term
 
 NAN, INF = float("nan"), float("inf")
 LARGEST = 65504.0
 SPECIAL = (NAN, INF, -INF, -0.0, 0.0, -1.0, 1.0, 2.0)
 
-row = functools.partial(Row, dtypes=EVERY)
-model_row = functools.partial(Row, subject="model", dtypes=(FP32, FP16), tolerance=5e-3)
+row = functools.partial(Term, dtypes=EVERY)
+model_row = functools.partial(Term, subject="model", dtypes=(FP32, FP16), tolerance=5e-3)
 
 
 def filled(name: str, *values: float) -> Callable[[Args], None]:
@@ -118,8 +118,8 @@ POOL_ROWS = [
                (1, 1): -INF, (1, 2): -0.0})),
     row(NAN_WINDOW, "max_pool2d", "of 0.0 and -0.0 the first is the larger",
         lambda a: (filled("x", 0.0, -0.0, -0.0, 0.0)(a), a.update(kernel_size=2, stride=2, padding=0))),
-    Row(NAN_WINDOW, "stem", "a pixel of NaN or Inf reaches its windows alone", _bad_pixels, dtypes=(FP32, FP16)),
-    Row(NAN_WINDOW, "stem", "a pixel of NaN or Inf reaches its windows alone, in bf16, too", _bad_pixels,
+    Term(NAN_WINDOW, "stem", "a pixel of NaN or Inf reaches its windows alone", _bad_pixels, dtypes=(FP32, FP16)),
+    Term(NAN_WINDOW, "stem", "a pixel of NaN or Inf reaches its windows alone, in bf16, too", _bad_pixels,
         dtypes=(BF16,), expected=in_fp64["stem"], because=_BF16_STEM, kernels_alone=True),
     model_row(NAN_WINDOW, promise="a pixel of NaN in the corner", edit=put(x={(0, 2, 7, 7): NAN})),
     row(PADDED_POOL, "max_pool2d", "a padding of zeros would win",
@@ -131,11 +131,11 @@ POOL_ROWS = [
         put(x={(0, 0, 1, 1): INF, (1, 2, 3, 6): NAN})),
     model_row(INF_AVERAGE, promise="infinite features",
               edit=lambda a: _last_norm(a).bias.data.copy_(torch.tensor([INF, 0.0] * 8))),
-    Row(LARGEST_AVERAGE, "global_avg_pool", "49 times 65504 is 65504", lambda a: a["x"].fill_(LARGEST),
+    Term(LARGEST_AVERAGE, "global_avg_pool", "49 times 65504 is 65504", lambda a: a["x"].fill_(LARGEST),
         sizes={"h": 7, "w": 7}),
-    Row(LARGEST_AVERAGE, "avg_pool_linear", "49 times 65504 is 65504, times one and minus one",
+    Term(LARGEST_AVERAGE, "avg_pool_linear", "49 times 65504 is 65504, times one and minus one",
         _largest_and_its_opposite, sizes={"h": 7, "w": 7}),
-    Row(LARGEST_AVERAGE, "model", "features of 65504", lambda a: (
+    Term(LARGEST_AVERAGE, "model", "features of 65504", lambda a: (
         _last_norm(a).bias.data.fill_(LARGEST), _last_norm(a).weight.data.zero_(),
         a["model"].fc.weight.data.clamp_(-0.05, 0.05),
     ), tolerance=5e-3),
@@ -197,7 +197,7 @@ def _back_and_forth(args: Args) -> None:
     args["weight"].chunk(2, 1)[1].fill_(-256.0)
 
 
-def _padded(value: float, case: str) -> list[Row]:
+def _padded(value: float, case: str) -> list[Term]:
     rows = []
     for subject in FILTERED:
         corner = {(3, 2, 0, 2): value, (5, 0, 2, 0): value}
@@ -205,13 +205,13 @@ def _padded(value: float, case: str) -> list[Row]:
             corner = {(3, 2, 0, 6): value, (5, 0, 6, 0): value}
         edit = put(weight=corner)
         rows += [
-            Row(case, subject, "no tap is skipped in the padding", edit, dtypes=(FP16,)),
-            Row(case, subject, "no tap is skipped in the padding, where oneDNN skips it", edit, dtypes=(FP32, BF16),
+            Term(case, subject, "no tap is skipped in the padding", edit, dtypes=(FP16,)),
+            Term(case, subject, "no tap is skipped in the padding, where oneDNN skips it", edit, dtypes=(FP32, BF16),
                 expected=in_fp64[subject], because=_ONEDNN, kernels_alone=True),
         ]  # fmt: skip
     filters = put(weight={(1, 2, 0, 2): value})
     edit = lambda a: filters({"weight": a["model"].layer2[0].conv2.weight.data})  # noqa: E731
-    return [*rows, Row(case, "model", "no tap is skipped in the padding", edit, tolerance=5e-3)]
+    return [*rows, Term(case, "model", "no tap is skipped in the padding", edit, tolerance=5e-3)]
 
 
 PRODUCT_ROWS = [
@@ -225,17 +225,17 @@ PRODUCT_ROWS = [
         _last_norm(a).bias.data[3].fill_(INF), a["model"].fc.weight.data[2, 3].zero_())),
     *_padded(NAN, PADDED_NAN),
     *_padded(INF, PADDED_INF),
-    *(Row(OVERFLOW, s, "batch norm brings a sum back", _overflow(""), expected=in_fp64[s], because=_ROUNDED_ONCE,
+    *(Term(OVERFLOW, s, "batch norm brings a sum back", _overflow(""), expected=in_fp64[s], because=_ROUNDED_ONCE,
           kernels_alone=True) for s in FILTERED),
-    Row(OVERFLOW, "shortcut", "the shortcut's batch norm brings its sum back", _overflow("short_"),
+    Term(OVERFLOW, "shortcut", "the shortcut's batch norm brings its sum back", _overflow("short_"),
         expected=in_fp64["shortcut"], because=_ROUNDED_ONCE, kernels_alone=True),
-    *(Row(OVERFLOW, s, "later products bring a sum back", _back_and_forth, sizes={"c": 512})
+    *(Term(OVERFLOW, s, "later products bring a sum back", _back_and_forth, sizes={"c": 512})
       for s in ("linear", "avg_pool_linear")),
-    Row(OVERFLOW, "global_avg_pool", "negative pixels bring a sum back",
+    Term(OVERFLOW, "global_avg_pool", "negative pixels bring a sum back",
         lambda a: (a["x"].fill_(60000.0), a["x"][:, :, 2:].fill_(-60000.0))),
-    Row(OVERFLOW, "add_relu", "a sum of two does not come back: Inf", lambda a: (
+    Term(OVERFLOW, "add_relu", "a sum of two does not come back: Inf", lambda a: (
         a["x"].fill_(60000.0), a["other"].fill_(6000.0))),
-    Row(OVERFLOW, "model", "batch norm brings the stem's sums back", _model_overflow, kernels_alone=True,
+    Term(OVERFLOW, "model", "batch norm brings the stem's sums back", _model_overflow, kernels_alone=True,
         expected=lambda a: a["model"].double()(a["x"].double()).to(a["x"].dtype), because=_ROUNDED_ONCE,
         tolerance=5e-3),
 ]  # fmt: skip

@@ -18,8 +18,8 @@ import pytest
 import torch
 from exact import DTYPES, dtype_id
 from headroom import ROWS
-from planted import planted
-from real_cases import DATA, EIGHT_CHANNELS, Row, in_precision
+from real_cases import DATA, EIGHT_CHANNELS, Series, in_precision
+from reliability.planting import planted
 from roundings import as_tf32, in_fours, one_by_one, rounding, through
 from sums import CUTS, LAM
 
@@ -37,7 +37,7 @@ EVERY_ROW = pytest.mark.parametrize("row", ROWS, ids=str)
 FAULTS = pytest.mark.skipif(not interpreter.active(), reason="faults are planted in the interpreter")
 
 
-def figures(row: Row, device: torch.device) -> dict[str, float]:
+def figures(row: Series, device: torch.device) -> dict[str, float]:
     """What the row needed when it was measured."""
     entry = headroom.committed(device)
     if entry is None:
@@ -46,7 +46,7 @@ def figures(row: Row, device: torch.device) -> dict[str, float]:
 
 
 @functools.cache
-def fresh(row: Row, device: torch.device) -> dict[str, float]:
+def fresh(row: Series, device: torch.device) -> dict[str, float]:
     """What a call of each kind of data needs."""
     if row.path == "descriptor" and not facts(device).has_descriptors:
         pytest.skip(f"{facts(device).name} has no descriptors")
@@ -60,19 +60,19 @@ def excess(needed: dict[str, float], measured: dict[str, float]) -> dict[str, st
 
 
 @EVERY_ROW
-def test_error_bound(device: torch.device, row: Row, record_property: Callable[[str, object], None]) -> None:
+def test_error_bound(device: torch.device, row: Series, record_property: Callable[[str, object], None]) -> None:
     needed, bound = fresh(row, device), headroom.limit(row, device)
     record_property("needed", needed)
     assert bound is None or all(n <= bound for n in needed.values()), needed
 
 
 @EVERY_ROW
-def test_no_more_is_needed_than_was_measured(device: torch.device, row: Row) -> None:
+def test_no_more_is_needed_than_was_measured(device: torch.device, row: Series) -> None:
     assert not excess(fresh(row, device), figures(row, device))
 
 
 @EVERY_ROW
-def test_measured_figures_keep_the_bound(device: torch.device, row: Row) -> None:
+def test_measured_figures_keep_the_bound(device: torch.device, row: Series) -> None:
     measured, bound = figures(row, device), headroom.limit(row, device)
     assert measured.keys() >= set(DATA)
     assert bound is None or all(n <= bound for n in measured.values()), measured
@@ -80,7 +80,7 @@ def test_measured_figures_keep_the_bound(device: torch.device, row: Row) -> None
 
 # --- planted faults --------------------------------------------------------------------------------------------------
 
-CONV, LINEAR = (Row(name, "pointer", torch.float32) for name in ("conv_bn_relu", "linear"))
+CONV, LINEAR = (Series(name, "pointer", torch.float32) for name in ("conv_bn_relu", "linear"))
 
 
 @FAULTS
@@ -99,32 +99,36 @@ def test_bound_notices_sums_in_16_bits(
     device: torch.device, operator: str, path: str, instruction: str, dtype: torch.dtype
 ) -> None:
     with rounding(instruction, result=through(dtype)):
-        assert headroom.needed(Row(operator, path, dtype), "uniform, positive", SEED, device) > 4 * LAM
+        assert headroom.needed(Series(operator, path, dtype), "uniform, positive", SEED, device) > 4 * LAM
 
 
 @FAULTS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 def test_bound_notices_a_mean_of_a_sum_in_16_bits(device: torch.device, dtype: torch.dtype) -> None:
-    with planted("global_avg_pool", "tl.sum(acc, 0)", "tl.sum(acc, 0).to(y_ptr.dtype.element_ty).to(tl.float32)"):
-        assert headroom.needed(Row("global_avg_pool", "pointer", dtype), "normal", SEED, device) > 4 * LAM
+    sum_in_16_bits = "tl.sum(acc, 0).to(y_ptr.dtype.element_ty).to(tl.float32)"
+    with planted("global_avg_pool.py", "global_avg_pool_kernel", "tl.sum(acc, 0)", sum_in_16_bits):
+        assert headroom.needed(Series("global_avg_pool", "pointer", dtype), "normal", SEED, device) > 4 * LAM
 
 
 @FAULTS
 @pytest.mark.parametrize("row", [CONV, LINEAR], ids=str)
-def test_bound_notices_tf32(device: torch.device, row: Row) -> None:
+def test_bound_notices_tf32(device: torch.device, row: Series) -> None:
     with rounding("create_dot", operands=as_tf32):
         assert headroom.needed(row, "normal", SEED, device) > 4 * LAM
     assert headroom.needed(row._replace(precision="tf32"), "normal", SEED, device) <= CUTS
 
 
-ROOT = "tl.sqrt_rn(var + eps)"
+def root(becomes: str) -> contextlib.AbstractContextManager[None]:
+    return planted("tiles.py", "batch_norm_scale_shift", "tl.sqrt_rn(var + eps)", becomes)
+
+
 FEW = CONV._replace(shapes=EIGHT_CHANNELS)
 SMALL_FAULTS = {
     "another order of summation": (CONV, "heavy tails", one_by_one),
     "sums without their last bits": (CONV, "normal", lambda: rounding("create_dot", result=in_fours)),
-    "a coarse root": (FEW, "normal", lambda: planted("tiles", ROOT, f"{ROOT} * 1.000001")),
+    "a coarse root": (FEW, "normal", lambda: root("tl.sqrt_rn(var + eps) * 1.000001")),
     "a root of no denormals": (
-        FEW, "normal", lambda: planted("tiles", ROOT, f"tl.where(var + eps < 1.2e-38, 0, {ROOT})"),
+        FEW, "normal", lambda: root("tl.where(var + eps < 1.2e-38, 0, tl.sqrt_rn(var + eps))"),
     ),
 }  # fmt: skip
 

@@ -61,8 +61,8 @@ def test_bytes_read_each_input_once_and_write_each_output_once():
 
 
 def test_no_size_is_taken_for_another():
-    """Each is a prime of its own."""
-    n, c, h, w, k, p, q, r, s, item = 2, 3, 5, 7, 11, 13, 17, 19, 23, 29
+    """Each is a prime of its own, and none is the 2 that stands before products."""
+    n, c, h, w, k, p, q, r, s, item = 31, 3, 5, 7, 11, 13, 17, 19, 23, 29
     x, y = n * c * h * w, n * k * p * q
     image = {"n": n, "c": c, "h": h, "w": w}
     full = {**image, "k": k, "p": p, "q": q, "itemsize": item}
@@ -72,6 +72,7 @@ def test_no_size_is_taken_for_another():
     assert cost.max_pool(**image, p=p, q=q, itemsize=item) == (0, item * (x + n * c * p * q))
     assert cost.global_avg_pool(**image, itemsize=item) == (x, item * (x + n * c))
     assert cost.avg_pool_linear(**image, k=k, itemsize=item) == (x + 2 * n * c * k, item * (x + k * c + n * k))
+    assert cost.linear(m=n, c=c, k=k, itemsize=item) == (2 * n * c * k, item * (n * c + k * c + n * k))
     assert cost.add_relu(numel=h, itemsize=item) == (h, 3 * h * item)
 
 

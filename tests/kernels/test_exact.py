@@ -416,9 +416,14 @@ def _every_box(device: torch.device, shape: ConvShape, short_size: tuple[int, in
     ConvConfig(16, 32, 16, 4, 2),
     ConvConfig(16, 32, 16, 4, 2, (1, 1, 16)),
     ConvConfig(16, 32, 16, 4, 2, (1, 1, 16), swap=True),
-], ids=["pointer", "box", "filters first"])  # fmt: skip
+    ConvConfig(16, 16, 32, 4, 2),
+    ConvConfig(16, 16, 32, 4, 2, (1, 1, 16)),
+], ids=["pointer", "box", "filters first", "pointer, long slabs", "box, long slabs"])  # fmt: skip
 def test_many_tiles_of_filters_and_channels(device: torch.device, chosen: ConvConfig) -> None:
-    """Three whole tiles of filters, nine slabs of channels: no tile's work is done by another."""
+    """Three whole tiles of filters, nine slabs of channels: no tile's work is done by another.
+
+    Or six tiles of filters and five slabs, of which the last is short and a tile of filters shorter still.
+    """
     shape = ConvShape(17, 136, 1, 3, 96, 3, 3, padding=(1, 1))
     call = conv_call(generator(device, 0), shape)
     assert_exact(run_conv(call, chosen), rounded(conv_reference(call), torch.float16))

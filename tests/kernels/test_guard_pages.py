@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -20,7 +20,7 @@ import shadow
 import torch
 from exact import conv_call, generator, integers, run, run_conv
 from mapped import guarded, run_file
-from planted import planted
+from reliability.planting import planted
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -98,21 +98,27 @@ CALLS = (
 )  # fmt: skip
 
 
-Fault = tuple[str, Callable[[], None], str, str, bool]
-FAULTS: dict[str, Fault] = {
-    "conv_pointer, a filter too many": (
-        "conv_pointer", pointer, "mask_k = offs_k < K", "mask_k = offs_k <= K", True
-    ),
-    "conv_pointer, a column before the first": (
-        "conv_pointer", pointer, "(h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m\n",
-        "(h >= -1) & (h < H) & (w >= -1) & (w < W) & mask_m\n", False
-    ),
-    "conv_box, an image too many": ("conv_box", box, "[h, w, n, c], [row", "[h, w, n + 1, c], [row", True),
-    "stem, a window too many": ("stem", stem, "[rows, n, q, WINDOW]", "[rows, n, q + 1, WINDOW]", True),
-    "max_pool, a column too many": ("max_pool", max_pool, "(w0 + s < W)", "(w0 + s <= W)", True),
-    "max_pool, a row before the first": ("max_pool", max_pool, "(h0 + r >= 0)", "(h0 + r >= -1)", False),
-    "linear, a channel too many": ("linear", linear, "offs_c < C", "offs_c <= C", True),
-    "add_relu, an element too many": ("add_relu", add_relu, "offs < NUMEL", "offs <= NUMEL", True),
+class Fault(NamedTuple):
+    """What to run, and a fault as `planted` takes it that ends it at the page behind a tensor (`end`) or before."""
+
+    call: Callable[[], None]
+    end: bool
+    place: tuple[str, str, str, str]
+
+
+POINTER, MAX_POOL = ("conv_pointer.py", "conv_pointer_kernel"), ("max_pool.py", "max_pool_kernel")
+FAULTS = {
+    "conv_pointer, a filter too many": Fault(pointer, True, (*POINTER, "mask_k = offs_k < K", "mask_k = offs_k <= K")),
+    "conv_pointer, a column before the first": Fault(pointer, False, (
+        *POINTER, "(h >= 0) & ... & (w >= 0) & ... & mask_m", "(h >= -1) & ... & (w >= -1) & ... & mask_m")),
+    "conv_box, an image too many": Fault(box, True, ("conv_box.py", "pixels", "[h, w, n, c]", "[h, w, n + 1, c]")),
+    "stem, a window too many": Fault(stem, True, (
+        "stem.py", "stem", "[rows, n, q, WINDOW]", "[rows, n, q + 1, WINDOW]")),
+    "max_pool, a column too many": Fault(max_pool, True, (*MAX_POOL, "w0 + s < W", "w0 + s <= W")),
+    "max_pool, a row before the first": Fault(max_pool, False, (*MAX_POOL, "h0 + r >= 0", "h0 + r >= -1")),
+    "linear, a channel too many": Fault(linear, True, ("linear.py", "linear_kernel", "offs_c < C", "offs_c <= C")),
+    "add_relu, an element too many": Fault(add_relu, True, (
+        "add_relu.py", "add_relu_kernel", "offs < NUMEL", "offs <= NUMEL")),
 }  # fmt: skip
 
 
@@ -141,12 +147,11 @@ def guards(*, end: bool) -> Iterator[None]:
 
 def signal_of(fault: Fault) -> str:
     """What ends a process of its own that runs a kernel with this fault."""
-    file, call, old, new, end = fault
     child = os.fork()
     if child == 0:
         os.close(2)
-        with contextlib.suppress(Exception), planted(file, old, new), guards(end=end):
-            call()
+        with contextlib.suppress(Exception), planted(*fault.place), guards(end=fault.end):
+            fault.call()
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "nothing"

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from exact import assert_exact, generator, integers, only
 from mapped import huge, run_file
-from planted import planted
+from reliability.planting import planted
 from torch import Tensor
 
 from resnet_triton import config, ops
@@ -179,16 +179,17 @@ CHECKS: dict[str, Callable[[], None]] = {
     "add": check_add_relu,
 }
 NARROW = [
-    ("conv_pointer", "pointers, many images", "offs_y = offs_m.to(tl.int64)[:, None]", "offs_y = offs_m[:, None]"),
-    ("conv_pointer", "pointers, a tall image", "row = W.to(tl.int64) * C", "n, row = n.to(tl.int32), W * C"),
-    ("tiles", "pointers, shares", "tile.to(tl.int64) *", "tile *"),
-    ("conv_box", "boxes of images", "((n.to(tl.int64) * P", "((n * P"),
-    ("stem", "stem", "n = (tl.program_id(0) // ROWS).to(tl.int64)", "n = tl.program_id(0) // ROWS"),
-    ("stem", "stem", "(n.to(tl.int64) * POOL_P + i)", "(n * POOL_P + i)"),
-    ("max_pool", "max pool, a wide image", "offs_m.to(tl.int64)[:, None] * C", "offs_m[:, None] * C"),
-    ("linear", "linear, many classes", "offs_k.to(tl.int64) * C", "offs_k * C"),
-    ("add_relu", "add", "tl.program_id(0).to(tl.int64) * BLOCK", "tl.program_id(0) * BLOCK"),
-]
+    ("pointers, many images", "conv_pointer.py", "conv_pointer_kernel", "offs_m.to(tl.int64)", "offs_m"),
+    ("pointers, a tall image", "conv_pointer.py", "conv_pointer_kernel",
+     "row = W.to(tl.int64) * C", "n, row = (n.to(tl.int32), W * C)"),
+    ("pointers, shares", "tiles.py", "sum_partials", "tile.to(tl.int64)", "tile"),
+    ("boxes of images", "conv_box.py", "box_offsets", "n.to(tl.int64)", "n"),
+    ("stem", "stem.py", "pack_kernel", "(tl.program_id(0) // ROWS).to(tl.int64)", "tl.program_id(0) // ROWS"),
+    ("stem", "stem.py", "_strip", "n.to(tl.int64)", "n"),
+    ("max pool, a wide image", "max_pool.py", "max_pool_kernel", "offs_m.to(tl.int64)", "offs_m"),
+    ("linear, many classes", "linear.py", "linear_kernel", "offs_k.to(tl.int64)", "offs_k"),
+    ("add", "add_relu.py", "add_relu_kernel", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+]  # fmt: skip
 
 
 def main() -> None:
@@ -196,9 +197,9 @@ def main() -> None:
         for name, check in CHECKS.items():
             print(name, file=sys.stderr)
             check()
-        for file, name, old, new in NARROW:
+        for name, *place in NARROW:
             print("planted in", name, file=sys.stderr)
-            with planted(file, old, new), pytest.raises(Exception, match="int32 overflow detected for operation mul"):
+            with planted(*place), pytest.raises(Exception, match="int32 overflow detected for operation mul"):
                 CHECKS[name]()
 
 

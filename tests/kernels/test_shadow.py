@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from exact import generator, integers, run
-from planted import planted
+from reliability.planting import planted
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_triton.kernels.launch import Launch
-from resnet_triton.kernels.tiles import sum_splits
+from resnet_triton.kernels.tiles import sum_partials
 from resnet_triton.ops import interpreter
 
 pytestmark = pytest.mark.skipif(not interpreter.active(), reason="kernels are compiled here")
@@ -89,7 +88,7 @@ def neighbour_kernel(y_ptr, FIRST: tl.constexpr, DISTANCE: tl.constexpr):
 @triton.jit
 def splits_kernel(partials_ptr, semaphores_ptr, y_ptr, SPLIT_K: tl.constexpr):
     acc = tl.full((4, 4), 1.0, tl.float32)
-    acc, last = sum_splits(acc, partials_ptr, semaphores_ptr, tl.program_id(0), tl.program_id(1), SPLIT_K, 4, 4)
+    acc, last = sum_partials(acc, partials_ptr, semaphores_ptr, tl.program_id(0), tl.program_id(1), SPLIT_K, 4, 4)
     tl.store(y_ptr + tl.program_id(0), tl.sum(acc), mask=last)
 
 
@@ -266,31 +265,32 @@ def test_the_last_to_arrive_may_load_what_the_others_stored():
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
-        ("tl.atomic_add(semaphores_ptr + tile, 1, sem=\"acq_rel\", scope=\"gpu\") == SPLIT_K - 1", "split == SPLIT_K - 1",
+        ("tl.atomic_add(..., 1, sem=..., scope=...) == SPLIT_K - 1", "split == SPLIT_K - 1",
          "program (0, 2, 0), loads partials_ptr[0], which program (0, 0, 0) stored"),
-        ("    tl.debug_barrier()\n", "", "loads partials_ptr[0], which program (0, 0, 0) stored"),
-        ("acq_rel", "relaxed", "loads partials_ptr[0], which program (0, 0, 0) stored"),
-        ("acq_rel", "acquire", "loads partials_ptr[0], which program (0, 0, 0) stored"),
-        ("acq_rel", "release", "loads partials_ptr[0], which program (0, 0, 0) stored"),
-        ('scope="gpu"', 'scope="cta"', "loads partials_ptr[0], which program (0, 0, 0) stored"),
-        ("semaphores_ptr + tile, 1", "semaphores_ptr + split, 1", "never stores y_ptr[0]"),
-        ("== SPLIT_K - 1", "== SPLIT_K - 2", "loads partials_ptr[32], which nobody has stored"),
-        ("    if last:\n", "    tl.store(semaphores_ptr + tile, 0)\n    if last:\n",
+        ("tl.debug_barrier()", "pass", "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("'acq_rel'", "'relaxed'", "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("'acq_rel'", "'acquire'", "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("'acq_rel'", "'release'", "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("'gpu'", "'cta'", "loads partials_ptr[0], which program (0, 0, 0) stored"),
+        ("tl.atomic_add(semaphores_ptr + tile, 1, sem=..., scope=...)",
+         "tl.atomic_add(semaphores_ptr + split, 1, sem=..., scope=...)", "never stores y_ptr[0]"),
+        ("... == SPLIT_K - 1", "... == SPLIT_K - 2", "loads partials_ptr[32], which nobody has stored"),
+        ("last = ...", "if True: last = ...; tl.store(semaphores_ptr + tile, 0)",
          "updates semaphores_ptr[0], which program (0, 0, 0) stored"),
-        ("split * (BLOCK_M", "0 * (BLOCK_M", "stores partials_ptr[0], which program (0, 0, 0) stored"),
-        ("+ tile.to(tl.int64) *", "+ 0 *", "stores partials_ptr[0], which program (0, 0, 0) stored"),
+        ("split * (BLOCK_M * BLOCK_K)", "0", "stores partials_ptr[0], which program (0, 0, 0) stored"),
+        ("tile.to(tl.int64)", "0", "stores partials_ptr[0], which program (0, 0, 0) stored"),
     ],
     ids=lambda text: text[:30],
 )  # fmt: skip
 def test_an_arrival_that_orders_nothing(old, new, text):
-    with planted("tiles", old, new, sys.modules[__name__]), fault(text):
+    with planted("tiles.py", "sum_partials", old, new), fault(text):
         watched(splits())
 
 
 def test_operators_are_watched_wherever_they_are_called():
     x = torch.ones(1, 5, 4, 5)
     with (
-        planted("add_relu", "offs < NUMEL", "offs <= NUMEL"),
+        planted("add_relu.py", "add_relu_kernel", "offs < NUMEL", "offs <= NUMEL"),
         fault("add_relu_kernel, program (0, 0, 0), loads outside"),
     ):
         torch.ops.resnet_triton.add_relu(x, x, "triton")
@@ -298,5 +298,6 @@ def test_operators_are_watched_wherever_they_are_called():
 
 def test_some_programs_of_a_launch_are_watched_by_their_own_numbers():
     x = integers(generator(torch.device("cpu"), 0), 3, 1, 64, 60, 60)
-    with planted("max_pool", "(w0 + s < W)", "(w0 + s <= W)"), fault("program (112, 0, 0)"):
+    too_many = planted("max_pool.py", "max_pool_kernel", "w0 + s < W", "w0 + s <= W")
+    with too_many, fault("program (112, 0, 0)"):
         run("max_pool2d", x, [3, 3], [1, 1], [1, 1], "triton", programs=[3, 112])

@@ -47,6 +47,10 @@ class Records:
         self.run: dict[str, Any] = self.json(FILE)
         self._gates = {gate["gate"]: gate for gate in self.run.get("gates", [])}
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.run.get("environment", {}).get("device_kind") == "cuda"
+
     def json(self, name: str) -> Any:
         """{} if there is no such file, or only a part of one."""
         try:
@@ -86,7 +90,7 @@ def _case(element: ElementTree.Element) -> Case:
             verdict = "failed"
         elif child.tag == "skipped" and verdict == "passed":
             verdict, reason = "skipped", child.attrib.get("message", "")
-    name = f"{element.attrib['classname'].removeprefix('tests.')}::{element.attrib['name']}"
+    name = f"{element.attrib['classname'].rpartition('.')[2]}::{element.attrib['name']}"
     return Case(name, verdict, reason, properties)
 
 

@@ -51,8 +51,8 @@ def report(folder: Path) -> str:
 def _environment(records: Records) -> str:
     if not (found := records.run.get("environment")):
         return "**`make verify` has not run here.**"
-    gpu = found["device_kind"] == "cuda"
-    where = f"on {found['device']} (driver {found['driver']})" if gpu else "in Triton's interpreter; no GPU was there"
+    gpu = f"on {found['device']} (driver {found['driver']})"
+    where = gpu if records.on_gpu else "in Triton's interpreter; no GPU was there"
     names = ("python", "torch", "triton", "torchvision", "numpy", "pytest", "hypothesis")
     commit = found["commit"].removesuffix("+")
     dirty = ", with changes that are not committed" if found["commit"].endswith("+") else ""
@@ -106,5 +106,4 @@ def _untested(records: Records) -> str:
     )
     skips = [f"{n} of `make {gate}`: skipped, {reason}." for (gate, reason), n in skipped.most_common()]
     no_gpu, anywhere = UNTESTED.read_text(encoding="utf-8").strip().split("\n\n")
-    gpu = records.run.get("environment", {}).get("device_kind") == "cuda"
-    return "\n".join(filter(None, (bullets(*gates, *skips), "" if gpu else no_gpu, anywhere)))
+    return "\n".join(filter(None, (bullets(*gates, *skips), "" if records.on_gpu else no_gpu, anywhere)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import contract as the_contract
+from robustness import ROBUST
 
 from .gates import GATES, ROOT
 from .markdown import bullets, folded, number, table
@@ -17,19 +19,20 @@ RESULTS = ROOT / "benchmarks" / "results"
 VERDICTS = ("killed", "survived", "equivalent", "speed")
 CONFIGURATION = ("kernel", "tile", "split_k", "num_warps", "num_stages", "dtype")
 NOT_RUN = "Not run."
+PLANTED = "test_planted::test_a_planted_fault_is_caught"
 
 
 def planted(records: Records) -> str:
     """From the properties of `test_planted.py`."""
-    tests = [case for case in records.tests("slow") if case.name.startswith("test_planted::test_a_planted_fault")]
+    tests = [case for case in records.tests("slow") if case.name.startswith(PLANTED)]
     if not tests:
         return NOT_RUN
     caught = [case.properties for case in tests if case.verdict == "passed"]
     missed = [case.name for case in tests if case.verdict != "passed"]
     rows = sorted((f"`{p['planted in']}`", p["fault"], f"`{p['caught by']}`") for p in caught)
     text = [
-        f"Each fault is planted by an edit of the source, and the test named for it has to fail with the message that "
-        f"belongs to it, and pass without: {len(caught)} of {len(tests)} were caught.",
+        f"Each fault is planted in the source, and the test named for it has to fail with the message that belongs to "
+        f"it, and pass without: {len(caught)} of {len(tests)} were caught.",
         bullets(*(f"**Not caught**: {name}" for name in missed)),
         folded("every fault, and what caught it", table(("planted in", "fault", "caught by"), rows)),
     ]
@@ -59,7 +62,7 @@ def mutants(records: Records) -> str:
     ]
     intro = (
         "A random sample of all small faults (a `<=` for a `<`, a dropped mask or cast, rows for columns). Equivalent "
-        "ones compute the same, those of speed the same at another time: `tests/mutation/equivalent.toml` has the "
+        "ones compute the same, those of speed the same at another time: `tests/reliability/equivalent.toml` has the "
         "reasons" + (", and they were run, too." if found["verify"] else "; they were not run.")
     )
     headings = ("file", *VERDICTS, "judged", "of")
@@ -96,45 +99,55 @@ def _numbers(row: dict[str, str]) -> str:
 
 
 def contract(records: Records) -> str:
-    """From the contract's own rows and what became of their tests."""
-    if (summary := _summary("contract")) is None:
-        return "There is no table yet."
-    of = Counter(row["operator"] for row in summary["rows"])
+    """From the contract's own rows, and from what their tests say that they checked."""
+    of = Counter(row.subject for row in the_contract.ROWS)
+    deviating = [row for row in the_contract.ROWS if row.because]
     deviations: dict[tuple[str, str, str], list[str]] = {}
-    for row in summary["deviations"]:
-        deviations.setdefault((row["name"], row["expectation"], row["because"]), []).append(f"`{row['operator']}`")
-    rows = [(*key[:2], ", ".join(operators), key[2]) for key, operators in deviations.items()]
-    text = [
-        f"{summary['cases']} edge cases in {len(summary['rows'])} rows, each on every path and dtype that it is for: "
-        f"{number(summary['checks'])} checks. {_ran(records, 'test_contract')}",
+    for row in deviating:
+        key = f"{row.case}: {row.promise}", row.expectation, row.because
+        deviations.setdefault(key, []).append(f"`{row.subject}`")
+    rows = [(name, what, ", ".join(subjects), why) for (name, what, why), subjects in deviations.items()]
+    parts = (
+        f"{len(the_contract.CASES)} edge cases in {of.total()} rows. {_checks(records)}"
+        f"{_ran(records, 'test_contract')}",
         "Rows: " + ", ".join(f"`{name}` {count}" for name, count in of.items()) + ".",
-        f"Where the answer is on purpose not PyTorch's ({len(summary['deviations'])} rows):" if rows else "",
-        table(("case", "what happens", "for", "because"), rows) if rows else "",
-    ]
-    return "\n\n".join(filter(None, text))
+        f"Where the answer is on purpose not PyTorch's ({len(deviating)} rows):",
+        table(("case", "what happens", "for", "because"), rows),
+    )
+    return "\n\n".join(parts)
+
+
+def _checks(records: Records) -> str:
+    """How many ran, on which way; a row's test ends with its way and names the dtypes that it took."""
+    ran: Counter[str] = Counter()
+    for case in records.tests("test"):
+        if case.verdict != "skipped" and "dtypes" in case.properties:
+            ran[case.name.rpartition(": ")[2].removesuffix("]")] += len(case.properties["dtypes"].split())
+    if not ran:
+        return ""
+    declared = sum(len(the_contract.ways(row)) * len(row.dtypes) for row in the_contract.ROWS)
+    ways = ", ".join(f"{way} {number(count)}" for way, count in ran.most_common())
+    turns = "Where kernels are interpreted, a row takes one of its dtypes in turn on each way of theirs. "
+    return (
+        f"A check is a row on one way in one dtype: {number(ran.total())} of the {number(declared)} that the table "
+        f"declares ran ({ways}). {'' if records.on_gpu else turns}"
+    )
 
 
 def robustness(records: Records) -> str:
     """From the table of what goes wrong outside, and what became of its tests."""
-    rows = (_summary("robustness") or {}).get("rows")
-    found = table(list(rows[0]), [list(row.values()) for row in rows]) if rows else "There is no table yet."
-    return f"{found}\n\n{_ran(records, 'test_robust')}"
+    rows = [(row.trouble, row.outcome, f"`{row.test}`") for row in ROBUST]
+    return f"{table(('trouble', 'outcome', 'test'), rows)}\n\n{_ran(records, 'test_robust')}"
 
 
 def _ran(records: Records, files: str) -> str:
-    ran = Counter(case.verdict for case in records.tests("test") if case.name.startswith(files))
-    result = f"{ran['passed']:,} passed, {ran['failed']} failed, {ran['skipped']} were skipped" if ran else "not run"
-    return f"Tests: {result}."
-
-
-def _summary(module: str) -> dict[str, Any] | None:
-    """A table of the tests as plain data."""
-    try:
-        return importlib.import_module(module).summary()
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        return None
+    cases = [case for case in records.tests("test") if case.name.startswith(files)]
+    if not cases:
+        return "Tests: not run."
+    ran = Counter(case.verdict for case in cases)
+    why = Counter(case.reason for case in cases if case.verdict == "skipped").most_common()
+    reasons = f" ({'; '.join(f'{count} {reason}' for reason, count in why)})" if why else ""
+    return f"Tests: {ran['passed']:,} passed, {ran['failed']} failed, {ran['skipped']} were skipped{reasons}."
 
 
 def compiled(records: Records) -> str:

@@ -1,4 +1,4 @@
-"""Each fault of `planted_faults.py` turns its test red, for its reason; without the fault the test is green."""
+"""Each fault of `reliability/planted.py` turns its test red, for its reason; without the fault the test is green."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from planted_faults import FAULTS, Fault
+from reliability.judge import function
+from reliability.places import ROOT
+from reliability.planted import FAULTS, Fault
 
-pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
 Plant = Callable[[Fault], tuple[str, str]]
 
 
 @pytest.fixture(scope="module")
 def plant() -> Iterator[Plant]:
-    """A process that has the tests collected, and plants whatever fault it is asked to: see `mutation/planting.py`."""
+    """A process that has the tests collected, and plants whatever fault it is asked to: see `reliability/plant.py`."""
     env = {**os.environ, "PYTHONPATH": "tests", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "mutation.planting"]
+    command = [sys.executable, "-m", "reliability.plant"]
     with subprocess.Popen(
         command, env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -42,6 +41,15 @@ def plant() -> Iterator[Plant]:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_has_its_place(fault: Fault) -> None:
+    fault.mutant()  # found there, and once
+    file, test = function(fault.test).split("::")
+    (path,) = ROOT.glob(f"tests/*/{file}")
+    assert f"def {test}(" in path.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_is_caught_by_its_test(
     plant: Plant, fault: Fault, record_property: Callable[[str, object], None]
 ) -> None:
@@ -49,10 +57,11 @@ def test_a_planted_fault_is_caught_by_its_test(
     assert case, end or f"{fault.test} passes with the fault"
     assert re.search(fault.text, end), end
     record_property("fault", fault.name)
-    record_property("planted in", fault.file)
+    record_property("planted in", fault.mutant().where)
     record_property("caught by", case)
 
 
+@pytest.mark.slow
 def test_what_is_no_fault_or_does_not_compile_is_not_caught(plant: Plant) -> None:
     (fault,) = (fault for fault in FAULTS if fault.name == "an element too many")
     assert plant(fault._replace(new="NUMEL > offs")) == ("", "")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from mutation.command import _parser
+from contract.term import EVERY, Term
 from reliability import gates, report, run, tables
 from reliability.__main__ import main
 from reliability.gates import GATES, Gate, Settings
+from reliability.mutate import _parser
 from synthetic_results import GPU, row
 
 from resnet_triton.bench import results
@@ -38,12 +38,17 @@ FUZZ = """<testsuites><testsuite name="pytest" hostname="secret">
 </testsuite></testsuites>"""
 PLANTED = "test_planted::test_a_planted_fault_is_caught_by_its_test"
 SLOW = """<testsuites><testsuite name="pytest">
-<testcase classname="tests.test_planted" name="test_a_planted_fault_is_caught_by_its_test[one]"><properties>
-<property name="fault" value="one too many"/><property name="planted in" value="kernels/a.py"/>
+<testcase classname="tests.tools.test_planted" name="test_a_planted_fault_has_its_place[one]"/>
+<testcase classname="tests.tools.test_planted" name="test_a_planted_fault_is_caught_by_its_test[one]"><properties>
+<property name="fault" value="one too many"/><property name="planted in" value="a.py:f"/>
 <property name="caught by" value="test_a.py::test_b"/></properties></testcase>
-<testcase classname="tests.test_planted" name="test_a_planted_fault_is_caught_by_its_test[two]">
+<testcase classname="tests.tools.test_planted" name="test_a_planted_fault_is_caught_by_its_test[two]">
 <failure message="passes with the fault"/></testcase>
 </testsuite></testsuites>"""
+
+ENVIRONMENT = {
+    **GPU, "numpy": "2", "pytest": "9", "hypothesis": "6", "cpu": "a CPU", "cores": 8, "machine": "x86_64",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -75,14 +80,14 @@ def test_a_failed_gate_stops_no_other_and_shows(folder):
     assert status == 1
     assert row_of(text, "lint")[0] == "passed"
     assert row_of(text, "types")[0] == "**FAILED**"
-    assert row_of(text, "slow")[:3] == ["**FAILED**", "2", "1"]
+    assert row_of(text, "slow")[:3] == ["**FAILED**", "3", "1"]
     assert row_of(text, "test") == ["**not run**", "–", "–", "–", "–"]
     result, cases, mismatches, _, seed = row_of(text, "fuzz FUZZ_CASES=7 FUZZ_SEED=3")
     assert (result, cases, mismatches, seed) == ("passed", "1,204", "1", "3")
     for line in (
         "* `make types`: FAILED.", "* `make test`: not run.", "* 1 of `make fuzz`: skipped, no CUDA GPU here.",
         "**Less than the usual settings**: fuzz cases: 7 instead of 20000.", "1 of 2 were caught",
-        "| `kernels/a.py` | one too many | `test_a.py::test_b` |", f"* **Not caught**: {PLANTED}[two]",
+        "| `a.py:f` | one too many | `test_a.py::test_b` |", f"* **Not caught**: {PLANTED}[two]",
     ):  # fmt: skip
         assert line in text
     for secret in (str(folder), str(gates.ROOT), "secret"):
@@ -137,13 +142,34 @@ def test_mutants_are_counted_for_each_file(tmp_path):
     assert "they were not run" in text
 
 
-def test_tables_of_the_tests_are_taken_in_where_there_are_any(tmp_path, monkeypatch):
-    deviation = {"name": "NaN: kept", "operator": "linear", "expectation": "a | b", "because": "better"}
-    contract: dict[str, Any] = {"cases": 3, "rows": [deviation, {"operator": "linear"}], "checks": 1234}
-    contract["deviations"] = [deviation, {**deviation, "operator": "stem"}]
-    monkeypatch.setitem(sys.modules, "contract", SimpleNamespace(summary=lambda: contract))
-    robustness = {"rows": [{"fault": "a full disk", "what happens": "an error"}]}
-    monkeypatch.setitem(sys.modules, "robustness", SimpleNamespace(summary=lambda: robustness))
+CONTRACT = """<testsuites><testsuite name="pytest">
+<testcase classname="tests.kernels.test_contract" name="test_row[linear: NaN: kept: torch]">
+<properties><property name="dtypes" value="float32 float16"/></properties></testcase>
+<testcase classname="tests.kernels.test_contract" name="test_row[linear: NaN: kept: pointer]">
+<properties><property name="dtypes" value="float16"/></properties><failure message="wrong"/></testcase>
+<testcase classname="tests.kernels.test_contract" name="test_row[linear: streams: its own: pointer]">
+<skipped type="pytest.skip" message="no CUDA GPU here"/></testcase>
+<testcase classname="tests.kernels.test_contract" name="test_the_table_as_data"/>
+<testcase classname="tests.tools.test_robust_files" name="test_a_full_disk"/>
+</testsuite></testsuites>"""
+
+
+def test_checks_of_the_contract_are_those_that_ran(tmp_path, monkeypatch):
+    nan = Term("NaN", "linear", "kept", expected=dict, because="better", dtypes=EVERY)
+    rows = [nan, dataclasses.replace(nan, subject="model"), Term("streams", "linear", "its own")]
+    monkeypatch.setattr(tables.the_contract, "ROWS", rows)
+    assert "edge cases in 3 rows. Tests: not run." in report.report(tmp_path)
+    (tmp_path / "test.xml").write_text(CONTRACT)
+    text = report.report(tmp_path)
+    assert "3 of the 17 that the table declares ran (torch 2, pointer 1). Where kernels are interpreted, a" in text
+    assert "Tests: 2 passed, 1 failed, 1 were skipped (1 no CUDA GPU here).\n\nRows: `linear` 2, `model` 1." in text
+    assert "| NaN: kept | an answer of its own | `linear`, `model` | better |" in text
+    assert "Tests: 1 passed, 0 failed, 0 were skipped.\n\n## Compiled" in text
+    (tmp_path / "verify.json").write_text(json.dumps({"environment": {**ENVIRONMENT, "device_kind": "cuda"}}))
+    assert "(torch 2, pointer 1). Tests: 2" in report.report(tmp_path), "on a GPU, every dtype"
+
+
+def test_headroom_is_the_most_that_was_needed(tmp_path, monkeypatch):
     needed = {"operator": "linear", "path": "pointer", "precision": "ieee", "shapes": "ResNet-18"}
     rows = [
         {**needed, "dtype": "float16", "needed": {"normal": 0.25, "tails": 0.125}},
@@ -152,20 +178,8 @@ def test_tables_of_the_tests_are_taken_in_where_there_are_any(tmp_path, monkeypa
     monkeypatch.setattr(tables, "HEADROOM", tmp_path / "headroom.json")
     tables.HEADROOM.write_text(json.dumps({"interpreted": {"cases": 50, "seed": 0, "rows": rows}}))
     text = report.report(tmp_path)
-    assert "3 edge cases in 2 rows" in text
-    assert "1,234 checks. Tests: not run." in text
-    assert "| NaN: kept | a \\| b | `linear`, `stem` | better |" in text
-    assert "| a full disk | an error |" in text
     assert "| operator, path | shapes | float16 | TF32 |" in text
     assert "| `linear`, pointer | ResNet-18 | 0.25 (normal) | 2 (normal) |" in text
-
-
-def test_a_table_that_does_not_import_is_no_missing_one(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "broken_table.py").write_text("import there_is_no_such_module")
-    with pytest.raises(ModuleNotFoundError, match="there_is_no_such_module"):
-        tables._summary("broken_table")
-    assert tables._summary("there_is_no_such_table") is None
 
 
 def test_runs_on_a_gpu_are_told_from_compilations(tmp_path, monkeypatch):
@@ -183,9 +197,7 @@ def test_runs_on_a_gpu_are_told_from_compilations(tmp_path, monkeypatch):
 
 
 def test_on_a_gpu_the_report_names_it(tmp_path):
-    versions = {"numpy": "2", "pytest": "9", "hypothesis": "6"}
-    environment = {**GPU, **versions, "cpu": "a CPU", "cores": 8, "machine": "x86_64"}
-    (tmp_path / "verify.json").write_text(json.dumps({"environment": environment, "gates": []}))
+    (tmp_path / "verify.json").write_text(json.dumps({"environment": ENVIRONMENT, "gates": []}))
     text = report.report(tmp_path)
     assert "* Kernels ran **on Synthetic GPU (driver 580.1)**." in text
     assert "Nothing in this report ran on a GPU" not in text

@@ -62,7 +62,7 @@ def test_waves_and_what_they_lose():
 
 def test_split_k_tail():
     workspace = torch.empty(8 * 4 * 64 * 64, dtype=torch.float32, device="meta")  # 8 tiles, 4 shares of 16 KB
-    launch = Launch(None, (8, 4), {"workspace_ptr": workspace})
+    launch = Launch(None, (8, 4), {"partials_ptr": workspace})
     assert split_k_tail_us(launch, 4, 132e9, 132) == pytest.approx(1.5 + 5 * 16384 / 1e9 * 1e6)
     assert split_k_tail_us(launch, 1, None, 132) == 0.0
     assert split_k_tail_us(launch, 4, None, 132) is None

@@ -22,7 +22,7 @@ def call(f: Function, args: Args) -> Any:
 
 
 @dataclass(frozen=True)
-class Row:
+class Term:
     """A call, and what it promises. Without another word: PyTorch's answer, on the kernels, bit for bit.
 
     `edit` changes the subject's usual arguments, `act` is what is done with the function, ours and PyTorch's alike.

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
-import linecache
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import pytest
 
-from .faults import Mutant, functions
 from .forks import allow
+from .places import ROOT, Mutant
+from .planting import install, write_package
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 5.0  # seconds of a processor that a test may take beyond twenty times what it took before
 
 
@@ -75,7 +70,7 @@ class Tests:
         except Exception as error:  # the decorator refuses the function
             return type(error).__name__
         for name in names:
-            allow(PATIENCE + 20 * self.seconds[function(name)])
+            allow(PATIENCE + 20 * self.seconds.get(function(name), 5.0))
             if not self.passes(name):
                 return name
         return ""
@@ -142,39 +137,3 @@ class _Host:
         except BaseException as error:
             self.error = error
         return True
-
-
-def install(mutant: Mutant) -> None:
-    """Turn the function into the mutant: whoever holds it holds the mutant from now on."""
-    module = importlib.import_module(_module(mutant.file))
-    name = f"{mutant.file}.mutant.py"  # Triton reads a kernel's source by the name of its file
-    linecache.cache[name] = (len(mutant.source), None, mutant.source.splitlines(keepends=True), name)
-    definition = ast.Module([dict(functions(ast.parse(mutant.source)))[mutant.function]], type_ignores=[])
-    found: dict[str, Any] = {}
-    exec(compile(definition, name, "exec", flags=annotations.compiler_flag), vars(module), found)
-    old: Any = module
-    for part in mutant.function.split("."):
-        old = getattr(old, part)
-    (new,) = found.values()
-    if isinstance(old, FunctionType):
-        old.__code__ = new.__code__
-    else:  # Triton's
-        vars(old).clear()
-        vars(old).update(vars(new))
-
-
-def _module(file: str) -> str:
-    path = Path(_path(file)).with_suffix("")
-    return ".".join(("resnet_triton", *path.parts) if path.parts[0] == "kernels" else path.parts)
-
-
-def _path(file: str) -> str:
-    """A mutant's file in the repository: in `kernels/` unless it says where."""
-    return file if "/" in file else f"kernels/{file}"
-
-
-def write_package(mutant: Mutant, folder: Path) -> None:
-    """A copy of the package with the mutant in it."""
-    shutil.copytree(ROOT / "resnet_triton", folder / "resnet_triton", symlinks=True)
-    shutil.copytree(ROOT / "kernels", folder / "kernels")
-    (folder / _path(mutant.file)).write_text(mutant.source, encoding="utf-8")

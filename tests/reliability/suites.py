@@ -103,8 +103,8 @@ COMPILED: dict[str, list[str]] = {
     "global_avg_pool.py:global_avg_pool_kernel": [_ROUNDED],
     "stem.py:pack_kernel": [_ROUNDED],
     "tiles.py:batch_norm_scale_shift": [_ROUNDED],
-    "tiles.py:begin": [_DEPENDENT],
-    "tiles.py:sum_splits": [_BARRIER],
+    "tiles.py:pdl_wait": [_DEPENDENT],
+    "tiles.py:sum_partials": [_BARRIER],
 }
 """Of these functions, what has survived the others comes before tests that read machine code."""
 

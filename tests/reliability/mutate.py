@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from . import ledger, suites
-from .faults import Mutant, mutants
 from .forks import forked
-from .hosts import ROOT, Tests, with_tests
+from .judge import Tests, with_tests
+from .mutants import mutants
+from .places import ROOT, Mutant, source_of
 from .revisions import changed
 
-LEDGER = Path(__file__).with_name("equivalent.toml")
 GATE = 0.95
 VERDICTS = ("killed", "survived", *ledger.KINDS)
 
@@ -41,24 +42,27 @@ class Judged:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    everything = [m for path in sorted((ROOT / "kernels").glob("*.py")) for m in mutants(path)]
+    everything = all_mutants()
     wanted = _wanted(options, everything)
     if options.list:
         print(*wanted, sep="\n")
         return 0
-    entries = ledger.read(LEDGER)
-    stale = ledger.stale(entries, everything)
-    judged = judge(wanted, ledger.by_key(entries), options)
+    known, stale = ledger.match(ledger.read(), everything)
+    judged = judge(wanted, known, options)
     if options.json:
         text = json.dumps(record(judged, everything, options), indent=1)
         Path(options.json).write_text(text + "\n", encoding="utf-8")
     rate = report(judged)
-    for entry in stale:
-        print(f"{LEDGER.name}: {entry.function} has no mutant {entry.before!r} -> {entry.after!r}: delete the entry")
-    wrong = [j for j in judged if j.verdict == "killed" and ledger.key(j.mutant) in ledger.by_key(entries)]
+    wrong = [j for j in judged if j.verdict == "killed" and ledger.key(j.mutant) in known]
+    print(*stale, sep="\n", end="\n" * bool(stale))
     for j in wrong:
-        print(f"{LEDGER.name}: {j.by} kills a mutant, expected none to: delete its entry\n{j.mutant}")
+        print(f"{known[ledger.key(j.mutant)]}: {j.by} kills it, expected none to: delete the entry")
     return 0 if rate >= GATE and not stale and not wrong else 1
+
+
+@functools.cache
+def all_mutants() -> list[Mutant]:
+    return [m for path in sorted((ROOT / "kernels").glob("*.py")) for m in mutants(source_of(path.name))]
 
 
 def record(judged: list[Judged], everything: list[Mutant], options: argparse.Namespace) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def record(judged: list[Judged], everything: list[Mutant], options: argparse.Nam
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mutation", description="Mutation testing of kernels/.")
+    parser = argparse.ArgumentParser(prog="python -m reliability.mutate", description="Mutation testing of kernels/.")
     parser.add_argument("only", nargs="*", help="files (max_pool.py) or functions (stem_kernel); all by default")
     parser.add_argument("--changed", metavar="REVISION", help="only files changed since HEAD left this git revision")
     parser.add_argument("--limit", type=int, metavar="N", help="a random sample of so many mutants")
@@ -163,3 +167,7 @@ def report(judged: list[Judged]) -> float:
     rate = killed / (killed + survived) if killed + survived else 1.0
     print(f"\n{killed} of {killed + survived} killed ({rate:.1%}); expected at least {GATE:.0%}")
     return rate
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
