@@ -117,11 +117,6 @@ def _dependent_launch() -> bool:
     return bool(PDL)
 
 
-def observed() -> bool:
-    """Whether something wants to see operators: a compiler, an exporter or our own tracer."""
-    return torch.compiler.is_compiling() or tracer.get() is not None
-
-
 def transformed() -> bool:
     """Whether a transform (`torch.func`), a tracer or a mode sees every operator of this thread."""
     return (

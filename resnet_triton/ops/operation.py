@@ -22,7 +22,7 @@ from ..config import device
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from . import dispatch, interpreter
-from .dispatch import Choice, Modes, check_mode, choose, count
+from .dispatch import Choice, Modes, choose, count
 from .schema import Schema
 
 Shape = tuple[int, ...]
@@ -99,23 +99,12 @@ class Operation:
         return replace(self, x=one_image(self.x, i))  # type: ignore[type-var]
 
     def run(self) -> Tensor:
-        """Compute the result, on our kernels or on PyTorch, before torch's eyes where it looks."""
-        x, kernels = self.x, self.modes.kernels
-        if dispatch.observed():
-            return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
-        if kernels != "triton" and type(x) is Tensor and x.device.type == "cpu":
-            check_mode(kernels)
-            try:
-                return self.run_torch()
-            except RuntimeError:
-                self.result()  # raises our error, if it was a wrong argument
-                raise
-        tensors = self.schema.tensors(self)
-        if dispatch.is_watched(tensors):
+        """Compute the result on our kernels or on PyTorch, before torch's eyes where it looks."""
+        if torch.compiler.is_compiling() or dispatch.is_watched(tensors := self.schema.tensors(self)):
             return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
         if dispatch.is_differentiated(tensors):
             return self.refuse_kernels(_GRADIENT)
-        if self.autocast and torch.is_autocast_enabled(x.device.type):
+        if self.autocast and torch.is_autocast_enabled(self.x.device.type):
             return self.refuse_kernels(_AUTOCAST)
         return self.compute()
 
