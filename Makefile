@@ -26,7 +26,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test slow fuzz headroom lint types mutate verify reliability package codegen codegen-all \
+.PHONY: help env demo test slow fuzz headroom lint types docs mutate verify reliability package codegen codegen-all \
 	codegen-oldest codegen-newest codegen-newer $(OTHER_TRITONS:%=codegen-%) \
 	test-newest test-newer $(NEWER_TRITONS:%=test-%) bench bench-gpu clean
 
@@ -79,6 +79,9 @@ lint: $(STAMP) ## ruff: rules and format
 
 types: $(STAMP) ## mypy
 	$(PY) -m mypy
+
+docs: $(STAMP) ## the API reference, written from docstrings to build/docs
+	$(PY) -m pdoc --no-show-source -o build/docs resnet_triton '!resnet_triton\.(?!functional$$)' $(ARGS)
 
 mutate: $(STAMP) ## plant faults in the kernels, see which of them the tests miss; takes long, ARGS=--help says less
 	$(HERMETIC) PYTHONPATH=tests TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m reliability.mutate $(ARGS)

@@ -225,7 +225,8 @@ def test_sdist_and_the_wheel_built_from_it(tmp_path: Path, checkout: Path, wheel
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {"/".join(PurePosixPath(name).parts[1:]) for name in archive.getnames()}
-    wanted = [file for top in ("kernels", "tests", "benchmarks", "resnet_triton") for file in walk(checkout / top)]
+    folders = ("kernels", "tests", "benchmarks", "docs", "examples", "resnet_triton")
+    wanted = [file for folder in folders for file in walk(checkout / folder)]
     wanted += [path for path in checkout.iterdir() if path.is_file()]
     missing = {path.relative_to(checkout).as_posix() for path in wanted} - names
     assert missing == set()

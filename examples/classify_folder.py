@@ -1,0 +1,64 @@
+"""Classify the pictures of a folder with ResNet-18.
+
+    python examples/classify_folder.py FOLDER --weights DEFAULT
+
+Without a folder it takes scikit-learn's two photographs. Without --weights the network is not trained: everything runs,
+and its labels mean nothing. The command `resnet-triton predict` does the same with more options.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import ImageOps
+from torch import Tensor
+
+import resnet_triton
+from resnet_triton.support.vision import torchvision
+from resnet_triton.tools.predict import load_image
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
+
+
+def read(path: Path) -> Tensor:
+    """A picture as bytes, (3, 224, 224): short side scaled to 256 pixels, then the middle."""
+    square = ImageOps.fit(load_image(path), (256, 256)).crop((16, 16, 240, 240))
+    return torch.from_numpy(numpy.array(square)).permute(2, 0, 1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="default: scikit-learn's two photographs")
+    parser.add_argument("--weights", help="torchvision's name of trained weights: DEFAULT or IMAGENET1K_V1")
+    parser.add_argument("--batch", type=int, default=64)
+    args = parser.parse_args(argv)
+
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model = resnet_triton.resnet18(weights=args.weights).eval().to(device, dtype)
+    model.normalize = MEAN, STD  # now it takes bytes, and normalises them on the device
+    labels = torchvision().models.ResNet18_Weights.DEFAULT.meta["categories"]
+
+    paths = sorted(path for path in (args.folder or photographs()).iterdir() if path.suffix.lower() in SUFFIXES)
+    for start in range(0, len(paths), args.batch):
+        chosen = paths[start : start + args.batch]
+        with torch.inference_mode():
+            logits = model(torch.stack([read(path) for path in chosen]).to(device))
+        best = logits.float().softmax(1).max(1)
+        for path, probability, label in zip(chosen, best.values.tolist(), best.indices.tolist(), strict=True):
+            print(f"{path.name}: {labels[label]} ({probability:.0%})")
+
+
+def photographs() -> Path:
+    """The folder of china.jpg and flower.jpg, which scikit-learn brings along."""
+    from sklearn import datasets
+
+    return Path(datasets.__file__).parent / "images"
+
+
+if __name__ == "__main__":
+    main()

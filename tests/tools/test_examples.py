@@ -1,0 +1,107 @@
+"""What users copy or look at: the examples, README's lines of Python, the pictures and the links between pages."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import resnet_triton
+from resnet_triton.support import vision
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+
+def run(name: str, *arguments: str) -> None:
+    runpy.run_path(str(ROOT / "examples" / name))["main"](arguments)
+
+
+def test_classify_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    Image.new("L", (40, 30)).save(tmp_path / "grey.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    run("classify_folder.py")
+    run("classify_folder.py", str(tmp_path))
+    names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["china.jpg", "flower.jpg", "grey.png"]
+
+
+def test_find_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("find_neighbours.py")
+    pairs = [re.findall(r"(\w+) \d/\d", line) for line in capsys.readouterr().out.splitlines()]
+    assert len(pairs) == 30
+    assert sum(piece == neighbour for piece, neighbour in pairs) > 20  # by chance it would be 14
+
+    from PIL import Image
+
+    for name, shade in (("a", 40), ("b", 45), ("c", 200)):
+        Image.effect_noise((60, 50), shade).save(tmp_path / f"{name}.png")
+    run("find_neighbours.py", str(tmp_path))
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_finetune(capsys: pytest.CaptureFixture[str]) -> None:
+    run("finetune.py", "--images", "64")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0].split()[0] for line in lines[:3]] == ["before", "epoch", "after"]
+    assert "layer1.0.conv1" in "\n".join(lines)
+
+
+@pytest.mark.slow  # torch.compile
+def test_compare_with_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    run("compare_with_compile.py", "--batch", "1", "--size", "32", "--runs", "1")
+    lines = capsys.readouterr().out.splitlines()
+    errors = [float(value) for line in lines for value in re.findall(r"within (\S+) of fp64", line)]
+    assert len(errors) == 3
+    assert max(errors) < (1e-2 if torch.cuda.is_available() else 1e-5)
+    assert sum("images/s" in line for line in lines) == 3
+
+
+def test_every_example_is_tested() -> None:
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in (ROOT / "examples").iterdir() if f'run("{path.name}"' not in tests] == []
+
+
+def test_lines_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = lines.replace('weights="IMAGENET1K_V1"', "")
+    if not torch.cuda.is_available():
+        lines = lines.replace(".cuda()", "")
+    names: dict[str, Any] = {"images": torch.rand(2, 3, 32, 32), "yours": vision.torchvision().models.resnet18().eval()}
+    names["images"] = names["images"].to("cuda" if torch.cuda.is_available() else "cpu", torch.float16)
+    exec(lines, names)
+    assert names["logits"].shape == (2, 1000)
+    assert isinstance(names["yours"], resnet_triton.ResNet)
+    assert "layer4.1.conv2" in capsys.readouterr().out
+    with torch.inference_mode():
+        assert names["model"]((names["images"] * 255).byte()).isfinite().all()
+
+
+def test_pictures_are_what_their_script_draws(tmp_path: Path) -> None:
+    """If not, `python docs/pictures.py` draws them again."""
+    runpy.run_path(str(ROOT / "docs" / "pictures.py"))["main"](tmp_path)
+    drawn, kept = (
+        {p.name: p.read_text(encoding="utf-8") for p in folder.iterdir()}
+        for folder in (tmp_path, ROOT / "docs/pictures")
+    )
+    assert drawn == kept
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_every_public_name_is_documented() -> None:
+    public = {name: getattr(resnet_triton, name) for name in resnet_triton.__all__}
+    module = resnet_triton.functional
+    public |= {n: f for n, f in vars(module).items() if getattr(f, "__module__", None) == module.__name__}
+    assert len(public) > 20
+    assert [name for name, value in public.items() if not (value.__doc__ or "").strip()] == []
