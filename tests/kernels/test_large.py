@@ -178,10 +178,10 @@ CHECKS: dict[str, Callable[[], None]] = {
     "average pool and linear, many classes": lambda: check_classes("avg_pool_linear"),
     "add": check_add_relu,
 }
+POINTERS = ("conv_pointer.py", "conv_pointer_kernel")
 NARROW = [
-    ("pointers, many images", "conv_pointer.py", "conv_pointer_kernel", "offs_m.to(tl.int64)", "offs_m"),
-    ("pointers, a tall image", "conv_pointer.py", "conv_pointer_kernel",
-     "row = W.to(tl.int64) * C", "n, row = (n.to(tl.int32), W * C)"),
+    ("pointers, many images", *POINTERS, "offs_m.to(tl.int64)", "offs_m"),
+    ("pointers, a tall image", *POINTERS, "row = W.to(tl.int64) * C", "n, row = (n.to(tl.int32), W * C)"),
     ("pointers, shares", "tiles.py", "sum_partials", "tile.to(tl.int64)", "tile"),
     ("boxes of images", "conv_box.py", "box_offsets", "n.to(tl.int64)", "n"),
     ("stem", "stem.py", "pack_kernel", "(tl.program_id(0) // ROWS).to(tl.int64)", "tl.program_id(0) // ROWS"),
@@ -189,7 +189,7 @@ NARROW = [
     ("max pool, a wide image", "max_pool.py", "max_pool_kernel", "offs_m.to(tl.int64)", "offs_m"),
     ("linear, many classes", "linear.py", "linear_kernel", "offs_k.to(tl.int64)", "offs_k"),
     ("add", "add_relu.py", "add_relu_kernel", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
-]  # fmt: skip
+]
 
 
 def main() -> None:

@@ -46,9 +46,8 @@ SLOW = """<testsuites><testsuite name="pytest">
 <failure message="passes with the fault"/></testcase>
 </testsuite></testsuites>"""
 
-ENVIRONMENT = {
-    **GPU, "numpy": "2", "pytest": "9", "hypothesis": "6", "cpu": "a CPU", "cores": 8, "machine": "x86_64",
-}  # fmt: skip
+VERSIONS = {"numpy": "2", "pytest": "9", "hypothesis": "6"}
+ENVIRONMENT = {**GPU, **VERSIONS, "cpu": "a CPU", "cores": 8, "machine": "x86_64"}
 
 
 @pytest.fixture
