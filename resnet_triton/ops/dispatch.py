@@ -117,8 +117,8 @@ def _dependent_launch() -> bool:
 
 
 def observed() -> bool:
-    """Whether something wants to see operators: a compiler, an exporter or our own tracer."""
-    return torch.compiler.is_compiling() or tracer.get() is not None
+    """Whether something wants to see operators: a compiler, an exporter, our own tracer, a transform or a mode."""
+    return torch.compiler.is_compiling() or tracer.get() is not None or transformed()
 
 
 def transformed() -> bool:
@@ -132,7 +132,7 @@ def transformed() -> bool:
 
 def is_watched(tensors: list[Tensor]) -> bool:
     """Whether the dispatcher would do more with a call on these tensors than call its kernel."""
-    if transformed() or torch._C._len_torch_function_stack() > 0:
+    if torch._C._len_torch_function_stack() > 0:
         return True
     special = any(map(Tensor.is_neg, tensors)) or any(map(Tensor._is_zerotensor, tensors))
     return special or not _PLAIN.issuperset(map(type, tensors))

@@ -266,7 +266,8 @@ def test_the_last_to_arrive_may_load_what_the_others_stored():
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
-        ("tl.atomic_add(semaphores_ptr + tile, 1, sem=\"acq_rel\", scope=\"gpu\") == SPLIT_K - 1", "split == SPLIT_K - 1",
+        ("tl.atomic_add(semaphores_ptr + tile, 1, sem=\"acq_rel\", scope=\"gpu\") == SPLIT_K - 1",
+         "split == SPLIT_K - 1",
          "program (0, 2, 0), loads partials_ptr[0], which program (0, 0, 0) stored"),
         ("    tl.debug_barrier()\n", "", "loads partials_ptr[0], which program (0, 0, 0) stored"),
         ("acq_rel", "relaxed", "loads partials_ptr[0], which program (0, 0, 0) stored"),
