@@ -20,14 +20,9 @@ from torch import Tensor
 from resnet_triton import config
 from resnet_triton.config import ConvConfig, ConvShape
 from resnet_triton.ops import (
-    AddRelu,
-    AvgPoolLinear,
     BatchNorm,
     ConvBnRelu,
     Geometry,
-    GlobalAvgPool,
-    Linear,
-    MaxPool2d,
     Operation,
     Shortcut,
     Stem,
@@ -111,28 +106,6 @@ def stem_call(
     """A stem's call on exact data."""
     x, weight = integers(g, 3, n, c, h, w, dtype=dtype), integers(g, 2, k, c, 7, 7, dtype=dtype)
     return Stem(channels_last(x), channels_last(weight), batch_norm(g, k, affine=affine), modes=KERNELS)
-
-
-def every_operator(device: torch.device) -> dict[str, Operation]:
-    """A small call of each on exact data."""
-    g = generator(device, 0)
-    x, other = (integers(g, 3, 2, 16, 6, 6) for _ in range(2))
-    weight, bias = integers(g, 2, 10, 16), integers(g, 2, 10)
-    return {
-        "conv_bn_relu": conv_call(g, ConvShape(2, 16, 6, 6, 16, 3, 3, padding=(1, 1), residual=True)),
-        "stem": stem_call(g, 2, 3, 6, 6, 8, torch.float16),
-        "max_pool2d": MaxPool2d(x, *POOL, KERNELS),
-        "global_avg_pool": GlobalAvgPool(x, KERNELS),
-        "add_relu": AddRelu(x, other, KERNELS),
-        "linear": Linear(x[:, :, 0, 0], weight, bias, KERNELS),
-        "avg_pool_linear": AvgPoolLinear(x, weight, bias, KERNELS),
-    }
-
-
-def with_tensors(operation: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The call with each of its tensors changed."""
-    values = operation.schema.flatten(operation)
-    return operation.schema.build([change(v) if isinstance(v, Tensor) else v for v in values])
 
 
 def _into(t: Tensor, margin: Sequence[int], index: tuple[slice, ...]) -> Tensor:
@@ -253,11 +226,6 @@ def run(operation: Operation, *, programs: Sequence[int] | None = None, kernel: 
     assert buffer[:margin].isnan().all(), f"{name} wrote before its output"
     assert buffer[-margin:].isnan().all(), f"{name} wrote behind its output"
     return out
-
-
-def through_the_dispatcher(operation: Operation) -> Tensor:
-    """The call as a compiled or exported model makes it."""
-    return getattr(torch.ops.resnet_triton, operation.name)(*operation.schema.flatten(operation))
 
 
 def without_box(chosen: ConvConfig, shape: ConvShape, facts: Any) -> ConvConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -76,25 +76,24 @@ class Schema:
         self.cls = cls
         self.arguments = list(arguments(cls))
         self.text = "(" + ", ".join(f"{a.type} {a.name}" for a in self.arguments) + ") -> Tensor"
+        self._paths = [tuple(a.path.split(".")) for a in self.arguments]
         self._absent = next((f.name for f in fields(cls) if f.optional and hasattr(f.kind, "_fields")), "")
-        self._all = attrgetter(*(a.path for a in self.arguments))
-        present = [a.path for a in self.arguments if not a.path.startswith(f"{self._absent}.")]
-        self._present = attrgetter(*present)
-        self._at = next((i for i, a in enumerate(self.arguments) if a.path not in present), 0)
-        self._nothing = (None,) * (len(self.arguments) - len(present))
-        is_tensor = {a.path: a.type.startswith("Tensor") for a in self.arguments}
-        self._tensors = attrgetter(*(path for path in is_tensor if is_tensor[path]))
-        self._present_tensors = attrgetter("x", *(path for path in present if is_tensor[path]))
+        tensors = [a.path for a in self.arguments if a.type.startswith("Tensor")]
+        self._tensors = _getter(tensors)
+        self._present_tensors = _getter([path for path in tensors if not path.startswith(f"{self._absent}.")])
 
     def flatten(self, operation: Any) -> tuple[Any, ...]:
         """The values of an operation's arguments, in the order of the schema."""
-        if self._absent and getattr(operation, self._absent) is None:
-            values = self._present(operation)
-            return (*values[: self._at], *self._nothing, *values[self._at :])
-        return self._all(operation)
+        values = []
+        for path in self._paths:  # in Python that torch.compile can trace
+            value = operation
+            for name in path:
+                value = None if value is None else getattr(value, name)
+            values.append(value)
+        return tuple(values)
 
     def tensors(self, operation: Any) -> list[Tensor]:
-        """Those of the arguments that are tensors."""
+        """Those of the arguments that are tensors. Asked before each launch, so in C."""
         absent = self._absent and getattr(operation, self._absent) is None
         found = self._present_tensors(operation) if absent else self._tensors(operation)
         return [t for t in found if t is not None]
@@ -103,6 +102,11 @@ class Schema:
         """The operation with these arguments."""
         named = dict(zip((a.path for a in self.arguments), values, strict=True))
         return _build(self.cls, named, "")
+
+
+def _getter(paths: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    get = attrgetter(*paths)
+    return get if len(paths) > 1 else lambda operation: (get(operation),)
 
 
 def _build(cls: Any, named: dict[str, Any], path: str) -> Any:

@@ -5,21 +5,37 @@ from __future__ import annotations
 import copy
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as TF
+from calls import CALLS, WITH_SHORTCUT, small, through_the_dispatcher, with_tensors
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_triton import BasicBlock, resnet18
 from resnet_triton import functional as F
-from resnet_triton.ops import dispatch
+from resnet_triton.ops import (
+    OPERATORS,
+    AddRelu,
+    BatchNorm,
+    ConvBnRelu,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+    Stem,
+    dispatch,
+)
 
 BACKENDS = ("torch", "triton", "auto")
+EVERY_CALL = pytest.mark.parametrize("name", CALLS)
+EVERY_OPERATOR = pytest.mark.parametrize("name", OPERATORS)
 # torch's own forward-mode derivatives still use torch.jit.script
 JIT_SCRIPT = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
@@ -31,117 +47,59 @@ def _no_tf32() -> Iterator[None]:
         yield
 
 
-def arguments(operator: str, device: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The tensors of one small call."""
-    torch.manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    if operator == "conv_bn_relu":
-        return [
-            randn(2, 4, 5, 6),
-            randn(8, 4, 3, 3),
-            randn(8),
-            randn(8).abs() + 0.5,
-            randn(8),
-            randn(8),
-            randn(2, 8, 5, 6),
-        ]
-    if operator == "stem":
-        return [randn(2, 3, 9, 10), randn(8, 3, 7, 7) / 12, randn(8), randn(8).abs() + 0.5, randn(8), randn(8)]
-    if operator == "stem of bytes":
-        return [torch.randint(256, (2, 3, 9, 10), device=device).byte(), *arguments("stem", device, dtype)[1:]]
-    if operator == "linear":
-        return [randn(3, 10), randn(6, 10), randn(6)]
-    if operator == "avg_pool_linear":
-        return [randn(2, 4, 5, 6), randn(7, 4), randn(7)]
-    return [randn(2, 4, 5, 6)] * 2 if operator == "add_relu" else [randn(2, 4, 5, 6)]
-
-
-PIXELS = ([0.5, 0.4, 0.6], [0.25, 0.2, 0.3])
-"""Mean and standard deviation of each channel."""
+def theirs(call: Any) -> Tensor:
+    """The call with torch.nn.functional alone."""
+    match call:
+        case ConvBnRelu():
+            y = _norm(TF.conv2d(call.x, call.weight, None, *call.geometry), call.batch_norm)
+            added = call.residual
+            if call.shortcut is not None:
+                x, weight, norm, stride = call.shortcut
+                added = _norm(TF.conv2d(x, weight, None, stride), norm)
+            return TF.relu(y + added)
+        case Stem():
+            x = call.x
+            if call.pixel_mean is not None:
+                mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (call.pixel_mean, call.pixel_std))
+                x = (x / 255 - mean) / std
+            return TF.max_pool2d(TF.relu(_norm(TF.conv2d(x, call.weight, None, 2, 3), call.batch_norm)), 3, 2, 1)
+        case AddRelu():
+            return TF.relu(call.x + call.other)
+        case MaxPool2d():
+            return TF.max_pool2d(call.x, 3, 2, 1)
+        case GlobalAvgPool():
+            return TF.adaptive_avg_pool2d(call.x, 1)
+        case Linear():
+            return TF.linear(call.x, call.weight, call.bias)
+        case _:
+            return TF.linear(TF.adaptive_avg_pool2d(call.x, 1).flatten(1), call.weight, call.bias)
 
 
-def ours(operator: str, tensors: list[Tensor], kernels: str = "auto") -> Tensor:
-    """Our function of `arguments(operator)`."""
-    if operator == "stem":
-        return F.stem(*tensors, 1e-3, kernels=kernels)
-    if operator == "stem of bytes":
-        return F.stem(*tensors, 1e-3, pixel_mean=PIXELS[0], pixel_std=PIXELS[1], kernels=kernels)
-    if operator == "conv_bn_relu":
-        return F.conv_bn_relu(*tensors[:6], 1e-3, padding=1, residual=tensors[6], kernels=kernels)
-    if operator == "max_pool2d":
-        return F.max_pool2d(*tensors, 3, 2, 1, kernels=kernels)
-    return getattr(F, operator)(*tensors, kernels=kernels)
+def _norm(y: Tensor, norm: BatchNorm) -> Tensor:
+    return TF.batch_norm(y, *norm[:4], False, 0.0, norm.eps)
 
 
-def theirs(operator: str, tensors: list[Tensor]) -> Tensor:
-    """The same with torch.nn.functional alone."""
-    if operator == "stem of bytes":
-        mean, std = (torch.tensor(values, device=tensors[0].device)[:, None, None] for values in PIXELS)
-        return theirs("stem", [(tensors[0] / 255 - mean) / std, *tensors[1:]])
-    if operator == "stem":
-        x, weight, mean, var, gamma, beta = tensors
-        y = TF.batch_norm(TF.conv2d(x, weight, stride=2, padding=3), mean, var, gamma, beta, False, 0.0, 1e-3)
-        return TF.max_pool2d(TF.relu(y), 3, 2, 1)
-    if operator == "conv_bn_relu":
-        x, weight, mean, var, gamma, beta, residual = tensors
-        y = TF.batch_norm(TF.conv2d(x, weight, padding=1), mean, var, gamma, beta, False, 0.0, 1e-3)
-        return TF.relu(y + residual)
-    if operator == "max_pool2d":
-        return TF.max_pool2d(*tensors, 3, 2, 1)
-    if operator == "global_avg_pool":
-        return TF.adaptive_avg_pool2d(*tensors, 1)
-    if operator == "avg_pool_linear":
-        x, weight, bias = tensors
-        return TF.linear(TF.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias)
-    return TF.linear(*tensors) if operator == "linear" else TF.relu(tensors[0] + tensors[1])
+def tensors(call: Any) -> list[Tensor]:
+    return call.schema.tensors(call)
 
 
-OPERATORS = ("conv_bn_relu", "stem", "add_relu", "max_pool2d", "global_avg_pool", "linear", "avg_pool_linear")
-CALLS = (*OPERATORS, "stem of bytes")
-DIFFERENTIABLE = {
-    "conv_bn_relu": (0, 1, 4, 5, 6),
-    "stem": (0, 1, 4, 5),
-    "stem of bytes": (1, 4, 5),
-    "add_relu": (0, 1),
-    "linear": (0, 1, 2),
-    "avg_pool_linear": (0, 1, 2),
-}  # batch norm's statistics not, nor bytes
+def run_on(call: Any, *given: Tensor) -> Tensor:
+    """The call on other tensors."""
+    others = iter(given)
+    return with_tensors(call, lambda _: next(others)).run()
 
 
-def overload(operator: str) -> Any:
-    return getattr(torch.ops.resnet_triton, operator.partition(" ")[0]).default
+def overload(call: Any) -> Any:
+    return getattr(torch.ops.resnet_triton, call.name).default
 
 
-def with_gradients(operator: str, tensors: list[Tensor]) -> list[Tensor]:
-    wanted = DIFFERENTIABLE.get(operator, (0,))
-    return [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
-
-
-def schema_arguments(operator: str, tensors: list[Tensor], kernels: str) -> tuple[Any, ...]:
-    if operator == "conv_bn_relu":
-        return (
-            *tensors[:6],
-            1e-3,
-            [1, 1],
-            [1, 1],
-            [1, 1],
-            1,
-            tensors[6],
-            *[None] * 6,
-            0.0,
-            [1, 1],
-            True,
-            False,
-            kernels,
-        )
-    if operator.startswith("stem"):
-        return (*tensors, 1e-3, *(PIXELS if operator == "stem of bytes" else (None, None)), False, kernels)
-    if operator == "max_pool2d":
-        return (*tensors, [3, 3], [2, 2], [1, 1], kernels)
-    return (*tensors, kernels) if operator == "add_relu" else (*tensors, False, kernels)
+def with_gradients(call: Any) -> Any:
+    """Wanted of all tensors but batch norm's statistics and bytes."""
+    values = zip(call.schema.arguments, call.schema.flatten(call), strict=True)
+    return call.schema.build([
+        v.clone().requires_grad_(v.is_floating_point() and "running" not in a.name) if isinstance(v, Tensor) else v
+        for a, v in values
+    ])  # fmt: skip
 
 
 LAYOUTS = {
@@ -153,79 +111,163 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("operator", CALLS)
-def test_opcheck(device, operator, layout, kernels):
-    tensors = [layout(t) for t in arguments(operator, device)]
-    torch.library.opcheck(overload(operator), schema_arguments(operator, tensors, kernels))
+@EVERY_CALL
+def test_opcheck(device, name, layout, kernels):
+    call = with_tensors(small(name, device, kernels=kernels), layout)
+    torch.library.opcheck(overload(call), call.schema.flatten(call))
 
 
-@pytest.mark.parametrize("operator", CALLS)
-def test_opcheck_with_gradients(device, operator):
-    tensors = with_gradients(operator, arguments(operator, device))
-    torch.library.opcheck(overload(operator), schema_arguments(operator, tensors, "auto"))
+@EVERY_CALL
+def test_opcheck_with_gradients(device, name):
+    call = with_gradients(small(name, device, kernels="auto"))
+    torch.library.opcheck(overload(call), call.schema.flatten(call))
 
 
-def test_opcheck_of_the_fused_shortcut(device):
-    tensors = arguments("conv_bn_relu", device)
-    short_weight = torch.randn(8, 4, 1, 1, device=device)
-    call = [*schema_arguments("conv_bn_relu", tensors, "triton")]
-    call[11:20] = [None, tensors[0], short_weight, *tensors[2:6], 1e-3, [1, 1]]
-    operator = torch.ops.resnet_triton.conv_bn_relu.default
-    torch.library.opcheck(operator, tuple(call))
-    x, weight, mean, var, gamma, beta, _ = tensors
-    shortcut = TF.batch_norm(TF.conv2d(x, short_weight), mean, var, gamma, beta, False, 0.0, 1e-3)
-    expected = theirs("conv_bn_relu", [x, weight, mean, var, gamma, beta, shortcut])
-    torch.testing.assert_close(operator(*call), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["mean", "var", "bn_weight", "bn_bias"])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "bn_weight", "bn_bias"])
 def test_shortcut_statistics_are_checked(device, name):
     """A kernel that is given too short a vector would read past its end."""
-    tensors = arguments("conv_bn_relu", device)
-    call = [*schema_arguments("conv_bn_relu", tensors, "triton")]
-    call[11:20] = [None, tensors[0], torch.randn(8, 4, 1, 1, device=device), *tensors[2:6], 1e-3, [1, 1]]
-    call[14 + ["mean", "var", "bn_weight", "bn_bias"].index(name)] = torch.ones(3, device=device)
-    with pytest.raises(ValueError, match=f"shortcut_{name}"):
-        torch.ops.resnet_triton.conv_bn_relu(*call)
+    call = small(WITH_SHORTCUT, device)
+    norm = call.shortcut.batch_norm._replace(**{name: torch.ones(3, device=device)})
+    call = replace(call, shortcut=call.shortcut._replace(batch_norm=norm))
+    for called in (call.run, lambda: through_the_dispatcher(call)):
+        with pytest.raises(ValueError, match=f"shortcut_{name}"):
+            called()
+
+
+# --- an eager call ---------------------------------------------------------------------------------------------------
+
+_NORM = ("running_mean", "running_var", "bn_weight", "bn_bias", "eps")
+_MODES = ("batch_invariant", "kernels")
+SIGNATURES = {
+    "conv_bn_relu": (
+        "x", "weight", *_NORM, "stride", "padding", "dilation", "groups", "residual", "shortcut_x", "shortcut_weight",
+        *(f"shortcut_{name}" for name in _NORM), "shortcut_stride", "relu", *_MODES,
+    ),
+    "stem": ("x", "weight", *_NORM, "pixel_mean", "pixel_std", *_MODES),
+    "add_relu": ("x", "other", *_MODES),
+    "max_pool2d": ("x", "kernel_size", "stride", "padding", *_MODES),
+    "global_avg_pool": ("x", *_MODES),
+    "linear": ("x", "weight", "bias", *_MODES),
+    "avg_pool_linear": ("x", "weight", "bias", *_MODES),
+}  # fmt: skip
+
+
+@EVERY_CALL
+def test_a_call_is_flattened_and_built_again(device, name):
+    call = small(name, device)
+    values = call.schema.flatten(call)
+    assert [a.name for a in overload(call)._schema.arguments] == list(SIGNATURES[call.name])
+    assert vars(call.schema.build(values)) == vars(call)
+    of_the_dispatcher = [list(v) if isinstance(v, tuple) else v for v in values]
+    assert vars(call.schema.build(of_the_dispatcher)) == vars(call)
+    assert [id(t) for t in tensors(call)] == [id(v) for v in values if isinstance(v, Tensor)]
+
+
+class SeenByDispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        SEEN.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class SeenByFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        SEEN.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        SEEN.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+SEEN: list[str] = []
+
+
+def under(mode: Any, call: Any) -> Tensor:
+    with mode:
+        return call.run()
+
+
+SEEING: dict[str, Callable[[Any], Tensor]] = {
+    "dispatch mode": lambda call: under(SeenByDispatch(), call),
+    "function mode": lambda call: under(SeenByFunctions(), call),
+    "subclass": lambda call: replace(call, x=call.x.as_subclass(Subclass)).run().as_subclass(Tensor),
+}
+CHANGING: dict[str, Callable[[Any], Tensor]] = {
+    "negative view": lambda call: replace(call, x=torch._neg_view(-call.x)).run(),
+    "vmap": lambda call: torch.func.vmap(lambda x: replace(call, x=x).run())(call.x[None])[0],
+}
+"""What tensors are under these is not in their memory: a launch that read it would give wrong answers."""
+
+
+@EVERY_CALL
+def test_an_eager_call_goes_straight_to_its_launches(device, name, monkeypatch):
+    monkeypatch.setattr(torch.ops.resnet_triton, name.partition(" ")[0], None)
+    small(name, device).run()
+
+
+@pytest.mark.parametrize("how", [*SEEING, *CHANGING])
+@EVERY_CALL
+def test_an_eager_call_is_seen_by_whatever_watches(device, name, how):
+    call = small(name, device)
+    SEEN.clear()
+    actual = (SEEING | CHANGING)[how](call)
+    assert how in CHANGING or any(call.name in func for func in SEEN)
+    assert torch.equal(actual, call.run())
+
+
+@EVERY_CALL
+def test_an_eager_call_heeds_gradients_and_autocast(device, name):
+    call, wanted = (small(name, device, kernels=kernels) for kernels in ("triton", "auto"))
+    unwatched = call.run()
+    with pytest.raises(NotImplementedError, match="a gradient is asked for"):
+        with_gradients(call).run()
+    assert with_gradients(wanted).run().requires_grad
+    with torch.autocast(call.x.device.type, torch.bfloat16):
+        if call.autocast:
+            with pytest.raises(NotImplementedError, match="autocast is on"):
+                call.run()
+            assert wanted.run().dtype == torch.bfloat16
+        else:
+            assert torch.equal(call.run(), unwatched)
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------------
 
 
 @JIT_SCRIPT
-@pytest.mark.parametrize("operator", CALLS)
-def test_gradcheck(device, operator):
+@EVERY_CALL
+def test_gradcheck(device, name):
     """Backward, forward-mode and, because ReLU and max are piecewise linear, second derivatives too."""
-    tensors = arguments(operator, device, torch.float64)
-    if operator == "conv_bn_relu":  # gradcheck perturbs element by element: keep them few
-        tensors = [
-            tensors[0][:1, :2, :3, :3],
-            tensors[1][:2, :2],
-            *(t[:2] for t in tensors[2:6]),
-            tensors[6][:1, :2, :3, :3],
-        ]
-    if operator.startswith("stem"):
-        tensors = [tensors[0][:1, :, :3, :4], *(t[:2] for t in tensors[1:])]
-    tensors = with_gradients(operator, tensors)
-    assert torch.autograd.gradcheck(lambda *t: ours(operator, list(t)), tensors, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(lambda *t: ours(operator, list(t)), tensors)
+    call = small(name, device, torch.float64, kernels="auto")
+    if isinstance(call, ConvBnRelu):  # gradcheck perturbs element by element: keep them few
+        call = with_tensors(call, lambda t: t[:2, :2, :3, :3] if t.dim() == 4 else t[:2])
+        if call.shortcut is not None:
+            call = replace(call, shortcut=call.shortcut._replace(stride=(1, 1)))
+    if isinstance(call, Stem):
+        call = replace(with_tensors(call, lambda t: t[:2]), x=call.x[:1, :, :3, :4])
+    call = with_gradients(call)
+    assert torch.autograd.gradcheck(lambda *t: run_on(call, *t), tensors(call), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda *t: run_on(call, *t), tensors(call))
 
 
 @JIT_SCRIPT
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_forward_mode_in_fp32(device, operator):
-    x, *rest = arguments(operator, device)
-    tangent = torch.ones_like(x)
-    _, actual = torch.func.jvp(lambda x: ours(operator, [x, *rest]), (x,), (tangent,))
-    _, expected = torch.func.jvp(lambda x: theirs(operator, [x, *rest]), (x,), (tangent,))
+@EVERY_OPERATOR
+def test_forward_mode_in_fp32(device, name):
+    call = small(name, device, kernels="auto")
+    x, tangent = call.x, torch.ones_like(call.x)
+    _, actual = torch.func.jvp(lambda x: replace(call, x=x).run(), (x,), (tangent,))
+    _, expected = torch.func.jvp(lambda x: theirs(replace(call, x=x)), (x,), (tangent,))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_torch_func_grad(device, operator):
-    x, *rest = arguments(operator, device)
-    actual = torch.func.grad(lambda x: ours(operator, [x, *rest]).square().sum())(x)
-    expected = torch.func.grad(lambda x: theirs(operator, [x, *rest]).square().sum())(x)
+@EVERY_OPERATOR
+def test_torch_func_grad(device, name):
+    call = small(name, device, kernels="auto")
+    actual = torch.func.grad(lambda x: replace(call, x=x).run().square().sum())(call.x)
+    expected = torch.func.grad(lambda x: theirs(replace(call, x=x)).square().sum())(call.x)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -255,16 +297,16 @@ def chain(tensors: list[Tensor], kernels: str) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @torch.no_grad()
 def test_compiled_functions(device, recompiles, layout, kernels):
-    tensors = [layout(t) for t in arguments("conv_bn_relu", device)]
+    given = tensors(with_tensors(small("conv_bn_relu", device), layout))
     compiled = torch.compile(chain, fullgraph=True)
-    torch.testing.assert_close(compiled(tensors, kernels), chain(tensors, kernels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled(given, kernels), chain(given, kernels), rtol=1e-5, atol=1e-5)
     assert recompiles() == 1
 
 
 def test_compiled_gradients(device, recompiles):
     results = []
     for function in (torch.compile(chain, fullgraph=True, backend="aot_eager"), chain):
-        leaves = with_gradients("conv_bn_relu", arguments("conv_bn_relu", device))
+        leaves = tensors(with_gradients(small("conv_bn_relu", device)))
         function(leaves, "auto").square().sum().backward()
         results.append([t.grad for t in leaves])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
@@ -312,23 +354,23 @@ def test_export_with_a_dynamic_batch(device, grad):
 
 
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("operator", CALLS)
+@EVERY_CALL
 @torch.no_grad()
-def test_make_fx(device, operator, tracing_mode):
-    tensors = arguments(operator, device)
-    graph = make_fx(lambda *t: ours(operator, list(t)), tracing_mode=tracing_mode)(*tensors)
-    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [overload(operator)]
-    torch.testing.assert_close(graph(*tensors), theirs(operator, tensors), rtol=1e-4, atol=1e-4)
+def test_make_fx(device, name, tracing_mode):
+    call = small(name, device)
+    graph = make_fx(lambda *t: run_on(call, *t), tracing_mode=tracing_mode)(*tensors(call))
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [overload(call)]
+    torch.testing.assert_close(graph(*tensors(call)), theirs(call), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("operator", CALLS)
-def test_vmap(device, operator, kernels):
+@EVERY_CALL
+def test_vmap(device, name, kernels):
     """vmap has no rule for these and runs them one by one: slow, yet right."""
-    x, *rest = arguments(operator, device)
-    stack = torch.stack([x, -x, x + 1])
-    actual = torch.func.vmap(lambda x: ours(operator, [x, *rest], kernels))(stack)
-    expected = torch.stack([theirs(operator, [x, *rest]) for x in stack])
+    call = small(name, device, kernels=kernels)
+    stack = torch.stack([call.x, -call.x, call.x + 1])
+    actual = torch.func.vmap(lambda x: replace(call, x=x).run())(stack)
+    expected = torch.stack([theirs(replace(call, x=x)) for x in stack])
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -341,16 +383,17 @@ def test_threads(device):
 
     On the PyTorch path without a GPU: Triton's interpreter keeps the running program in one global place.
     """
-    batches = [[t + seed for t in arguments("conv_bn_relu", device)] for seed in range(8)]
-    expected = [ours("conv_bn_relu", tensors) for tensors in batches]
+    call = small("conv_bn_relu", device, kernels="auto")
+    calls = [with_tensors(call, lambda t, seed=seed: t + seed) for seed in range(8)]
+    expected = [call.run() for call in calls]
 
-    def work(tensors: list[Tensor]) -> Tensor:
+    def work(call: ConvBnRelu) -> Tensor:
         with torch.no_grad():
-            return ours("conv_bn_relu", tensors)
+            return call.run()
 
     before = Counter(dispatch.calls)
     with ThreadPoolExecutor(2) as pool:
-        actual = list(pool.map(work, batches))
-    assert sum((dispatch.calls - before).values()) == len(batches)
+        actual = list(pool.map(work, calls))
+    assert sum((dispatch.calls - before).values()) == len(calls)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)

@@ -1,0 +1,67 @@
+"""A small call of every operator on random data, and what can be done with any call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_triton import ops
+from resnet_triton.ops import Operation
+from resnet_triton.ops.dispatch import Modes
+from resnet_triton.ops.stem import POOL
+
+WITH_SHORTCUT, OF_BYTES = "conv_bn_relu with a shortcut", "stem of bytes"
+CALLS = (*ops.OPERATORS, WITH_SHORTCUT, OF_BYTES)
+PIXELS = ((0.5, 0.4, 0.6), (0.25, 0.2, 0.3))
+"""Mean and standard deviation of each channel."""
+
+
+def small(name: str, device: Any, dtype: torch.dtype = torch.float32, kernels: str = "triton") -> Any:
+    """The call `name` of `CALLS`."""
+    torch.manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def norm() -> ops.BatchNorm:
+        return ops.BatchNorm(randn(8), randn(8).abs() + 0.5, randn(8), randn(8), 1e-3)
+
+    x, modes = randn(2, 4, 5, 6), Modes(kernels=kernels)
+    match name:
+        case "conv_bn_relu":
+            geometry, residual = ops.Geometry(padding=(1, 1)), randn(2, 8, 5, 6)
+            return ops.ConvBnRelu(x, randn(8, 4, 3, 3), norm(), geometry, residual, modes=modes)
+        case "conv_bn_relu with a shortcut":
+            shortcut = ops.Shortcut(randn(2, 4, 9, 12), randn(8, 4, 1, 1), norm(), (2, 2))
+            return replace(small("conv_bn_relu", device, dtype, kernels), residual=None, shortcut=shortcut)
+        case "stem":
+            return ops.Stem(randn(2, 3, 9, 10), randn(8, 3, 7, 7) / 12, norm(), modes=modes)
+        case "stem of bytes":
+            pixels = torch.randint(256, (2, 3, 9, 10), device=device).byte()
+            return ops.Stem(pixels, randn(8, 3, 7, 7) / 12, norm(), *PIXELS, modes)
+        case "add_relu":
+            return ops.AddRelu(x, randn(2, 4, 5, 6), modes)
+        case "max_pool2d":
+            return ops.MaxPool2d(x, *POOL, modes)
+        case "global_avg_pool":
+            return ops.GlobalAvgPool(x, modes)
+        case "linear":
+            return ops.Linear(randn(3, 10), randn(6, 10), randn(6), modes)
+        case "avg_pool_linear":
+            return ops.AvgPoolLinear(x, randn(7, 4), randn(7), modes)
+        case _:
+            raise ValueError(name)
+
+
+def with_tensors(call: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The call with each of its tensors changed, in the order of the schema."""
+    return call.schema.build([change(v) if isinstance(v, Tensor) else v for v in call.schema.flatten(call)])
+
+
+def through_the_dispatcher(call: Operation) -> Tensor:
+    """The call as a compiled or exported model makes it."""
+    return getattr(torch.ops.resnet_triton, call.name)(*call.schema.flatten(call))
