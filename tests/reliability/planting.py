@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
+import inspect
 import linecache
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType
@@ -37,9 +40,16 @@ def install(mutant: Mutant) -> Callable[[], None]:
     for part in mutant.function.split("."):
         old = getattr(old, part)
     (new,) = found.values()
+    _forget()  # what was computed without the mutant
+    old, new = inspect.unwrap(old), inspect.unwrap(new)
     if isinstance(old, FunctionType):
         code, old.__code__ = old.__code__, new.__code__
-        return lambda: setattr(old, "__code__", code)
+
+        def undo() -> None:
+            old.__code__ = code
+            _forget()
+
+        return undo
     state = dict(vars(old))  # Triton's
 
     def become(other: dict[str, Any]) -> None:
@@ -48,6 +58,15 @@ def install(mutant: Mutant) -> Callable[[], None]:
 
     become(vars(new))
     return lambda: become(state)
+
+
+def _forget() -> None:
+    """Empty the caches of functions that compute a launch."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("resnet_triton.kernels.", "resnet_triton.config.", "resnet_triton.ops.conv")):
+            for value in vars(module).values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
 
 
 def _module(path: str) -> str:
