@@ -6,7 +6,6 @@ import ast
 import contextlib
 import functools
 import importlib
-import inspect
 import linecache
 import shutil
 import sys
@@ -41,7 +40,8 @@ def install(mutant: Mutant) -> Callable[[], None]:
         old = getattr(old, part)
     (new,) = found.values()
     _forget()  # what was computed without the mutant
-    old, new = inspect.unwrap(old), inspect.unwrap(new)
+    if isinstance(old, functools._lru_cache_wrapper):
+        old, new = old.__wrapped__, new.__wrapped__
     if isinstance(old, FunctionType):
         code, old.__code__ = old.__code__, new.__code__
 
