@@ -105,10 +105,11 @@ class Operation:
             return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
         if kernels != "triton" and type(x) is Tensor and x.device.type == "cpu":
             check_mode(kernels)
+            shape = self.result().shape
             try:
                 return self.run_torch()
             except RuntimeError:
-                self.result()  # raises our error, if it was a wrong argument
+                self.fallback_reason(shape)  # raises our error, if dtypes do not go together
                 raise
         tensors = self.schema.tensors(self)
         if dispatch.is_watched(tensors):
