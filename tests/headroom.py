@@ -69,7 +69,7 @@ def needed(row: Series, data: str, seed: int, device: torch.device) -> float:
     emulated = row.precision == "tf32" and device.type == "cpu"
     with roundings.rounding("create_dot", roundings.as_tf32) if emulated else contextlib.nullcontext():
         y = case.run()
-    return sums.OF[row.operator](*case.args).needed(y, row.precision)
+    return sums.OF[row.operator](case.call).needed(y, row.precision)
 
 
 def limit(row: Series, device: torch.device) -> float | None:

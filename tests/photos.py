@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_triton import models, resnet18
-from resnet_triton.ops.registry import call as call_operator
+from resnet_triton import resnet18
+from resnet_triton.ops import Operation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -50,23 +49,18 @@ def state(num_classes: int) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-class Call(NamedTuple):
-    """An operator, and its arguments in fp32."""
-
-    operator: str
-    args: tuple[Any, ...]
-
-
 @functools.cache
-def calls() -> list[Call]:
-    """What the model calls for 16 crops, in order."""
-    model, made = resnet18(num_classes=100).eval(), []
+def calls() -> list[Operation]:
+    """What the model calls for 16 crops, in fp32, in order."""
+    model = resnet18(num_classes=100).eval()
     model.load_state_dict(state(100))
+    made: list[Operation] = []
+    run = Operation.run
 
-    def record(operator: str, *args: Any) -> Tensor:
-        made.append(Call(operator, args))
-        return call_operator(operator, *args)
+    def record(operation: Operation) -> Tensor:
+        made.append(operation)
+        return run(operation)
 
-    with torch.no_grad(), mock.patch.object(models.ops, "call", record):
+    with torch.no_grad(), mock.patch.object(Operation, "run", record):
         model(crops(16, 64, seed=1))
     return made

@@ -11,20 +11,31 @@ import dataclasses
 import functools
 import importlib.util
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 import photos
 import torch
+from calls import with_tensors
 from exact import channels_last, dtype_id, run, run_conv
 from torch import Tensor
 
 from resnet_triton import config, ops, resnet18
 from resnet_triton.config import ConvShape
 from resnet_triton.config.device import DeviceFacts, facts
-from resnet_triton.ops import ConvCall
-from resnet_triton.ops.stem import StemCall
+from resnet_triton.ops import (
+    AddRelu,
+    AvgPoolLinear,
+    BatchNorm,
+    ConvBnRelu,
+    Geometry,
+    GlobalAvgPool,
+    Linear,
+    Operation,
+    Shortcut,
+    Stem,
+)
 from resnet_triton.ops.trace import trace
 
 EIGHT_CHANNELS = "8 channels"
@@ -96,14 +107,14 @@ def drawn(kind: Kind, seed: int) -> Take:
     g = torch.Generator().manual_seed(seed)
 
     def take(name: str, *shape: int) -> Tensor:
-        if name in ("weight", "short_weight"):
+        if name in ("weight", "shortcut_weight"):
             return kind.filters(*shape, generator=g)
-        if name in ("x", "short_x", "residual", "other"):
+        if name in ("x", "shortcut_x", "residual", "other"):
             return kind.inputs(*shape, generator=g)
-        if name in ("var", "short_var"):
+        if name.endswith("running_var"):
             return torch.rand(shape, generator=g) + 0.5
         t = torch.randn(shape, generator=g)
-        return t if name in ("gamma", "short_gamma") else t * kind.scale
+        return t if name.endswith("bn_weight") else t * kind.scale
 
     return take
 
@@ -112,7 +123,7 @@ def cut(tensors: dict[str, Tensor], seed: int) -> Take:
     """A piece of each tensor: any images and pixels, all channels, any filters; repeated where it is too small."""
     rng = random.Random(seed)
     image, filters, row, column = (rng.randrange(1000) for _ in range(4))
-    starts = dict.fromkeys(("x", "short_x"), (image, 0, row, column))
+    starts = dict.fromkeys(("x", "shortcut_x"), (image, 0, row, column))
     starts |= dict.fromkeys(("residual", "other"), (image, filters, row, column))
 
     def take(name: str, *shape: int) -> Tensor:
@@ -131,7 +142,8 @@ def cut(tensors: dict[str, Tensor], seed: int) -> Take:
 def layers() -> list[ConvShape]:
     """ResNet-18's convolutions for one image, in order; the first is the stem's."""
     traced = trace(resnet18().eval(), (1, 3, 224, 224))
-    stem = StemCall(*traced[0].args)
+    stem = traced[0].ours
+    assert isinstance(stem, Stem)
     return [stem.convolution(stem.x).shape] + [c.shape for c in traced if c.operator == "conv_bn_relu"]
 
 
@@ -139,18 +151,18 @@ class Case(NamedTuple):
     """A call on a row's path, and the configuration of its kernel where that is looked up."""
 
     row: Series
-    args: tuple[Any, ...]
+    call: Operation
     chosen: Any = None
 
     def run(self) -> Tensor:
         if self.row.path == "torch":
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                return ops.OPERATORS[self.row.operator].run_torch(*self.args)
+                return self.call.run_torch()
         with in_precision(self.row.precision):
-            if self.row.operator == "conv_bn_relu":
-                return run_conv(ConvCall(*self.args), self.chosen)
+            if isinstance(self.call, ConvBnRelu):
+                return run_conv(self.call, self.chosen)
             with mock.patch.object(config, "stem_heuristic", return_value=self.chosen):
-                return run(self.row.operator, *self.args)
+                return run(self.call)
 
 
 @contextlib.contextmanager
@@ -167,15 +179,20 @@ def case(row: Series, data: str, seed: int, device: torch.device) -> Case:
     """A call with data of this kind."""
     rng = random.Random(f"{row} {data} {seed}")
     made = MAKERS[row.operator](row, data, rng, facts(device))
-    return made._replace(args=tuple(a.to(device) if isinstance(a, Tensor) else a for a in made.args))
+    return made._replace(call=with_tensors(made.call, lambda t: t.to(device)))
 
 
-def _take(data: str, rng: random.Random, operator: str, index: int, fields: Sequence[str]) -> Take:
+def _take(data: str, rng: random.Random, operator: str, index: int = 0) -> Take:
     """From a distribution, or from the model's call `index` of this operator."""
     if data != PHOTOGRAPHS:
         return drawn(KINDS[data], rng.getrandbits(31))
-    call = [c for c in photos.calls() if c.operator == operator][index]
-    return cut(dict(zip(fields, call.args, strict=False)), rng.getrandbits(31))
+    call = [c for c in photos.calls() if c.name == operator][index]
+    values = zip(call.schema.arguments, call.schema.flatten(call), strict=True)
+    return cut({a.name: value for a, value in values}, rng.getrandbits(31))
+
+
+def _norm(take: Take, k: int, prefix: str = "") -> BatchNorm:
+    return BatchNorm(*(take(prefix + name, k) for name in BatchNorm._fields[:4]), eps=1e-5)
 
 
 def _conv(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
@@ -190,64 +207,55 @@ def _conv(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
         chosen = config.lookup(shape, gpu)
         if row.path in (chosen.path, "torch"):
             break
-    take = _take(data, rng, *(("conv_bn_relu", index - 1) if index else ("stem", 0)), ConvCall._fields)
+    take = _take(data, rng, "conv_bn_relu", index - 1) if index else _take(data, rng, "stem")
     p, q, n = chosen.box or (4, 4, chosen.block_m // 16)
     k = chosen.block_k
-
-    def norm(prefix: str) -> list[Tensor]:
-        return [take(prefix + name, k) for name in ("mean", "var", "gamma", "beta")]
 
     def wide(name: str, *size: int) -> Tensor:
         return channels_last(take(name, *size).to(row.dtype))
 
-    short: Sequence[Any] = ops.NO_SHORTCUT
+    shortcut = None
     if shape.shortcut_c:
         stride = shape.shortcut_stride
-        images = wide("short_x", n, shape.shortcut_c, p * stride[0], q * stride[1])
-        short = (images, wide("short_weight", k, shape.shortcut_c, 1, 1), *norm("short_"), 1e-5, list(stride))
+        images = wide("shortcut_x", n, shape.shortcut_c, p * stride[0], q * stride[1])
+        filters = wide("shortcut_weight", k, shape.shortcut_c, 1, 1)
+        shortcut = Shortcut(images, filters, _norm(take, k, "shortcut_"), stride)
     x = wide("x", n, shape.c, p * shape.stride[0], q * shape.stride[1])
-    (mean, var, gamma, beta), eps = norm(""), 1e-5
+    norm = _norm(take, k)
     if row.shapes == EIGHT_CHANNELS:  # of every second filter, a variance that an approximate root takes for zero
-        var[::2], gamma[::2], eps = var[::2] * 2.0**-130, gamma[::2] * 2.0**-65, 0.0
-    args = (
-        x, wide("weight", k, shape.c, shape.r, shape.s), mean, var, gamma, beta, eps, list(shape.stride),
-        list(shape.padding), [1, 1], 1, wide("residual", n, k, p, q) if shape.residual else None, *short, False, False,
-        "triton",
-    )  # fmt: skip
-    return Case(row, args, chosen)
+        norm.running_var[::2] *= 2.0**-130
+        norm.bn_weight[::2] *= 2.0**-65
+        norm = norm._replace(eps=0.0)
+    weight, geometry = wide("weight", k, shape.c, shape.r, shape.s), Geometry(shape.stride, shape.padding)
+    residual = wide("residual", n, k, p, q) if shape.residual else None
+    return Case(row, ConvBnRelu(x, weight, norm, geometry, residual, shortcut, relu=False), chosen)
 
 
 def _stem(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     """The convolution is ReLU'd and pooled, so half of its errors do not show."""
-    take = _take(data, rng, "stem", 0, StemCall._fields)
+    take = _take(data, rng, "stem")
     x, weight = take("x", 1, 3, 24, 40).to(row.dtype), channels_last(take("weight", 64, 3, 7, 7).to(row.dtype))
-    norm = [take(name, 64) for name in ("mean", "var", "gamma", "beta")]
     chosen = config.stem_heuristic(rng.choice([1, 8, 32, 128]), 64, 56, 56, gpu)
-    return Case(row, (x, weight, *norm, 1e-5, None, None, False, "triton"), chosen)
+    return Case(row, Stem(x, weight, _norm(take, 64)), chosen)
 
 
 def _linear(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     """The last layer of a ResNet-18 or a ResNet-50, or one that fills no tile."""
-    take, c = _take(data, rng, "avg_pool_linear", 0, ("x", "weight", "beta")), rng.choice([512, 2048, 65])
+    take, c = _take(data, rng, "avg_pool_linear"), rng.choice([512, 2048, 65])
     x = take("x", rng.choice([2, 20]), c, 1, 1).flatten(1)
-    return Case(row, (*(t.to(row.dtype) for t in (x, take("weight", 100, c), take("beta", 100))), False, "triton"))
+    return Case(row, Linear(*(t.to(row.dtype) for t in (x, take("weight", 100, c), take("bias", 100)))))
 
-
-def _avg_pool_linear(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
-    take = _take(data, rng, "avg_pool_linear", 0, ("x", "weight", "beta"))
-    tensors = take("x", rng.choice([2, 20]), 512, 7, 7), take("weight", 20, 512), take("beta", 20)
-    return Case(row, (*(t.to(row.dtype) for t in tensors), False, "triton"))
+    row: Series
+    call: Operation
 
 
 def _global_avg_pool(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
     """Images of the last layer's size, of the first's, or small ones."""
-    take, size = _take(data, rng, "conv_bn_relu", 1, ConvCall._fields), rng.choice([(7, 7), (56, 56), (3, 5)])
-    return Case(row, (take("x", 2, 64, *size).to(row.dtype), False, "triton"))
+    take, size = _take(data, rng, "conv_bn_relu", 1), rng.choice([(7, 7), (56, 56), (3, 5)])
+    return Case(row, GlobalAvgPool(take("x", 2, 64, *size).to(row.dtype)))
 
-
-def _add_relu(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
-    take = _take(data, rng, "conv_bn_relu", 1, ConvCall._fields)
-    return Case(row, (*(take(name, 2, 64, 8, 8).to(row.dtype) for name in ("x", "residual")), "triton"))
+    row: Series
+    call: Operation
 
 
 MAKERS: dict[str, Callable[[Series, str, random.Random, DeviceFacts], Case]] = {

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_triton.ops import ConvCall
-from resnet_triton.ops.stem import StemCall
+from resnet_triton.ops import AddRelu, AvgPoolLinear, BatchNorm, ConvBnRelu, Geometry, GlobalAvgPool, Linear, Stem
+from resnet_triton.ops.stem import POOL
 
 BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}  # of a significand
 LAM, CUTS = 1.0, 4.0
@@ -55,62 +55,61 @@ def half_unit(y: Tensor, exact: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(exact), exponent - BITS[y.dtype] - 1).clamp(min=smallest)
 
 
-def conv(*args: Any) -> Sums:
-    call = ConvCall(*args)
-    geometry = {"stride": call.stride, "padding": call.padding, "dilation": call.dilation, "groups": call.groups}
-    answer, magnitude, length = _normed(*call[:7], **geometry)
+def conv(call: ConvBnRelu) -> Sums:
+    answer, magnitude, length = _normed(call.x, call.weight, call.batch_norm, call.geometry)
     if call.residual is not None:
         answer, magnitude = answer + call.residual.double(), magnitude + call.residual.double().abs()
-    if call.short_x is not None:
-        short = _normed(*call[12:19], stride=call.short_stride)
+    if call.shortcut is not None:
+        x, weight, norm, stride = call.shortcut
+        short = _normed(x, weight, norm, Geometry(stride))
         answer, magnitude, length = answer + short[0], magnitude + short[1], length + short[2]
     return Sums(answer.relu() if call.relu else answer, magnitude, length)
 
 
-def _normed(
-    x: Tensor, w: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, **how: Any
-) -> tuple[Tensor, Tensor, int]:
+def _normed(x: Tensor, weight: Tensor, norm: BatchNorm, geometry: Geometry) -> tuple[Tensor, Tensor, int]:
     """Convolution and batch norm, their magnitude, and the products in a sum."""
-    mean, scale = mean.double(), (var.double() + eps).rsqrt()
-    scale = scale if gamma is None else scale * gamma.double()
-    beta = torch.zeros_like(mean) if beta is None else beta.double()
+    mean, scale = norm.running_mean.double(), (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.bn_weight is None else scale * norm.bn_weight.double()
+    beta = torch.zeros_like(mean) if norm.bn_bias is None else norm.bn_bias.double()
     scale, shift, most = (
         t[:, None, None] for t in (scale, beta - mean * scale, beta.abs() + mean.abs() * scale.abs())
     )  # fmt: skip
-    x, w = x.double(), w.double()
-    answer, magnitude = F.conv2d(x, w, **how), F.conv2d(x.abs(), w.abs(), **how)
+    x, w = x.double(), weight.double()
+    answer, magnitude = F.conv2d(x, w, None, *geometry), F.conv2d(x.abs(), w.abs(), None, *geometry)
     return answer * scale + shift, magnitude * scale.abs() + most, w[0].numel() + BATCH_NORM
 
 
-def stem(*args: Any) -> Sums:
+def stem(call: Stem) -> Sums:
     """Of images of floats. The maximum of a window is no further off than the worst element of it."""
-    call = StemCall(*args)
-    answer, magnitude, length, _ = conv(*call.convolution(call.x))
-    return Sums(F.max_pool2d(answer, 3, 2, 1), F.max_pool2d(magnitude, 3, 2, 1), length)
+    answer, magnitude, length, _ = conv(call.convolution(call.x))
+    return Sums(F.max_pool2d(answer, *POOL), F.max_pool2d(magnitude, *POOL), length)
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None, *_: Any) -> Sums:
-    b = None if bias is None else bias.double()
-    magnitude = F.linear(x.double().abs(), w.double().abs(), None if b is None else b.abs())
-    return Sums(F.linear(x.double(), w.double(), b), magnitude, w.shape[1])
+def linear(call: Linear) -> Sums:
+    x, w, b = (None if t is None else t.double() for t in (call.x, call.weight, call.bias))
+    magnitude = F.linear(x.abs(), w.abs(), None if b is None else b.abs())
+    return Sums(F.linear(x, w, b), magnitude, w.shape[1])
 
 
-def global_avg_pool(x: Tensor, *_: Any) -> Sums:
-    return Sums(*(t.mean((2, 3), keepdim=True) for t in (x.double(), x.double().abs())), x.shape[2] * x.shape[3])
+def global_avg_pool(call: GlobalAvgPool) -> Sums:
+    x = call.x.double()
+    return Sums(*(t.mean((2, 3), keepdim=True) for t in (x, x.abs())), x.shape[2] * x.shape[3])
 
 
-def avg_pool_linear(x: Tensor, w: Tensor, bias: Tensor | None, *_: Any) -> Sums:
+def avg_pool_linear(call: AvgPoolLinear) -> Sums:
     """Of means rounded to x's dtype. In two of an image, fp32 may miss the side of a tie."""
+    x, w = call.x, call.weight
     mean = x.double().mean((2, 3)).to(x.dtype)
     largest = (mean.double().abs()[:, None] * w.double().abs()).amax(2)
-    return linear(mean, w, bias)._replace(slack=2 * 2.0 ** (1 - BITS[x.dtype]) * largest)
+    return linear(Linear(mean, w, call.bias))._replace(slack=2 * 2.0 ** (1 - BITS[x.dtype]) * largest)
 
 
-def add_relu(x: Tensor, other: Tensor, *_: Any) -> Sums:
-    return Sums((x.double() + other.double()).relu(), x.double().abs() + other.double().abs(), 2)
+def add_relu(call: AddRelu) -> Sums:
+    x, other = call.x.double(), call.other.double()
+    return Sums((x + other).relu(), x.abs() + other.abs(), 2)
 
 
-OF: dict[str, Callable[..., Sums]] = {
+OF: dict[str, Callable[[Any], Sums]] = {
     "conv_bn_relu": conv, "stem": stem, "linear": linear, "global_avg_pool": global_avg_pool,
     "avg_pool_linear": avg_pool_linear, "add_relu": add_relu,
 }  # fmt: skip

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from resnet_triton import functional as F
 from resnet_triton import models, optimize
+from resnet_triton.ops import BatchNorm, ConvBnRelu, Geometry, Shortcut
+from resnet_triton.ops.dispatch import Modes
 from resnet_triton.support import vision
 
 from .term import Args
@@ -117,11 +119,10 @@ def _our_shortcut(
     short_running_var: Tensor, short_bn_weight: Any, short_bn_bias: Any, short_eps: float,
 ) -> Tensor:  # fmt: skip
     """The models' call; the functional form has no shortcut."""
-    return torch.ops.resnet_triton.conv_bn_relu(
-        x, weight, running_mean, running_var, bn_weight, bn_bias, eps, [1, 1], [padding] * 2, [1, 1], 1, None,
-        short_x, short_weight, short_running_mean, short_running_var, short_bn_weight, short_bn_bias, short_eps,
-        [2, 2], True, False, kernels,
-    )  # fmt: skip
+    norm = BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
+    short_norm = BatchNorm(short_running_mean, short_running_var, short_bn_weight, short_bn_bias, short_eps)
+    shortcut, geometry = Shortcut(short_x, short_weight, short_norm, (2, 2)), Geometry(padding=(padding, padding))
+    return ConvBnRelu(x, weight, norm, geometry, shortcut=shortcut, modes=Modes(kernels=kernels)).run()
 
 
 def _bn(y: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as TF
+from calls import WITH_SHORTCUT, small
 from torch import Tensor
 
 from resnet_triton import functional as F
@@ -302,12 +304,11 @@ def test_bad_shapes_are_refused_in_every_mode(call, mode):
         call(X.clone().requires_grad_(mode == "grad"))
 
 
-def test_a_convolution_has_a_residual_or_a_shortcut(device):
-    x, weight, ones = (torch.ones(s, device=device) for s in ((1, 4, 3, 3), (4, 4, 1, 1), (4,)))
-    head = (x, weight, ones, ones, None, None, 0.0, [1, 1], [0, 0], [1, 1], 1)
-    whole = (x, weight, ones, ones, None, None, 0.0, [1, 1])
-    for kernels in ("torch", "triton"):
-        with pytest.raises(ValueError, match="residual and shortcut_x are both given"):
-            torch.ops.resnet_triton.conv_bn_relu(*head, x, *whole, True, False, kernels)
-        with pytest.raises(ValueError, match="belong together"):
-            torch.ops.resnet_triton.conv_bn_relu(*head, None, x, *[None] * 5, 0.0, [1, 1], True, False, kernels)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_convolution_has_a_residual_or_a_shortcut(device, kernels):
+    call = small(WITH_SHORTCUT, device, kernels=kernels)
+    with pytest.raises(ValueError, match="residual and shortcut_x are both given"):
+        replace(call, residual=call.output()).run()
+    named = {a.name: v for a, v in zip(call.schema.arguments, call.schema.flatten(call), strict=True)}
+    with pytest.raises(ValueError, match="belong together"):
+        torch.ops.resnet_triton.conv_bn_relu(**named | {"shortcut_weight": None})
