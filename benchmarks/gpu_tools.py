@@ -42,7 +42,8 @@ def sanitizer(setting: Setting) -> Steps:
 
 def _sanitize(select: str, setting: Setting) -> dict[str, Any]:
     tool = [] if setting.rehearse else [_find("compute-sanitizer"), "--tool", "memcheck", "--target-processes", "all"]
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_exact.py", "-k", select]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    tests = [*pytest, "tests/kernels/test_exact.py", "-k", select]
     done = _run([*tool, *tests], setting, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     found = re.findall(r"ERROR SUMMARY: (\d+) error", done.stdout)
     errors = max(map(int, found), default=None)
