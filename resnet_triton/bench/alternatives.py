@@ -56,7 +56,7 @@ def alternatives(device: torch.device) -> dict[str, Alternative]:
         found += [
             Alternative("eager graph", partial(_graph, _eager)),
             Alternative("folded graph", partial(_graph, _folded)),
-            Alternative("cudnn fused graph", partial(_graph, cudnn_fused)),
+            Alternative("cudnn fused graph", partial(_graph, cudnn_model)),
         ]
     for mode in COMPILE_MODES if cuda else COMPILE_MODES[:1]:  # the others are about a GPU
         for freezing in (False, True):
@@ -125,7 +125,7 @@ def _graph(build: Build, model: nn.Module, images: Tensor) -> Model:
     return replay
 
 
-def cudnn_fused(model: nn.Module, images: Tensor) -> Model:
+def cudnn_model(model: nn.Module, images: Tensor) -> Model:
     """cuDNN's own fused convolution + bias [+ residual] + ReLU, batch norm folded: the strongest plain PyTorch."""
     m: Any = _folded(model, images)
 

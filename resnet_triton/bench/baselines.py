@@ -1,16 +1,58 @@
-"""Each operator by PyTorch alone: what the kernel suite compares ours with."""
+"""One operator call by ours, by eager PyTorch and by cuDNN's fused operators: functions of a name and its arguments.
+
+Each returns what makes the call and can be timed again and again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import ConvCall
+from .. import config
+from ..config import device
+from ..ops import OPERATORS, ConvCall, interpreter, registry
 from ..ops.stem import POOL, StemCall
+
+Answer = Callable[[], Tensor]
+Arguments = tuple[Any, ...]
+
+
+def output(operator: str, args: Arguments) -> Tensor:
+    """A tensor for the answer, uninitialised."""
+    return OPERATORS[operator].output(*args)
+
+
+def ours(operator: str, args: Arguments) -> Answer:
+    """What our model does: its launches, planned now, or its PyTorch path."""
+    chosen = OPERATORS[operator]
+    if chosen.choose(*args).backend == "torch":
+        return partial(registry.call, operator, *args)
+    out = chosen.output(*args)
+    launches, reason = chosen.launches(out, *args)
+    if reason is not None:
+        return partial(registry.call, operator, *args)
+
+    def answer() -> Tensor:
+        with torch.cuda.device(out.device) if out.device.type == "cuda" else interpreter.ready():
+            for launch in launches:
+                launch.run()
+        return out
+
+    return answer
+
+
+def tiles(operator: str, args: Arguments) -> dict[str, Any] | None:
+    """The tiles of a convolution by our kernels."""
+    if operator != "conv_bn_relu" or OPERATORS[operator].choose(*args).backend == "torch":
+        return None
+    chosen = asdict(config.lookup(ConvCall(*args).shape, device.facts(args[0].device)))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
 def _eager_conv(*args: Any) -> Tensor:
@@ -37,7 +79,12 @@ EAGER: dict[str, Callable[..., Tensor]] = {
 """Each operator as torchvision's modules compute it."""
 
 
-def cudnn_fused(operator: str, args: tuple[Any, ...]) -> Callable[[], Tensor]:
+def eager(operator: str, args: Arguments) -> Answer:
+    """The functions that torchvision's modules call."""
+    return partial(EAGER[operator], *args)
+
+
+def cudnn_layer(operator: str, args: Arguments) -> Answer:
     """A convolution or a stem as cuDNN's fused operators (CUDA only), batch norm folded into filters and bias now."""
     c = StemCall(*args).convolution(args[0]) if operator == "stem" else ConvCall(*args)
     weight, bias = _folded(c.weight, c.mean, c.var, c.gamma, c.beta, c.eps)

@@ -1,8 +1,8 @@
-"""What the kernel suite measures: every distinct operator call of some models, and random data to make it on."""
+"""What is measured of layers: every distinct operator call of some models, and random data to make it on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import prod
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import models
+from ..codegen.roofline import least
+from ..kernels.cost import Cost
 from ..ops import OPERATORS
 from ..ops.stem import POOL, StemCall
 from ..ops.trace import Call, trace
@@ -21,7 +23,7 @@ MODELS = ("resnet18", "resnet34", "resnet50")
 
 @dataclass(frozen=True)
 class Case:
-    """A distinct operator call, by the first model and layer that make it; `times` counts the layers of each model."""
+    """A distinct operator call, by the first model and layer that make it."""
 
     model: str
     layer: str
@@ -29,7 +31,11 @@ class Case:
     image: int
     dtype: str
     call: Call
-    times: dict[str, int]
+
+    @property
+    def cost(self) -> Cost | None:
+        """FLOPs and bytes that no implementation can do without."""
+        return least(self.call)
 
 
 def cases(
@@ -48,19 +54,11 @@ def cases(
             model = getattr(models, family)().eval()
         for batch, dtype in product(batches, dtypes):
             calls = trace(model, (batch, 3, image, image), getattr(torch, dtype))
-            for key, same in distinct([*calls, *chain.from_iterable(map(_unfused, calls))]).items():
-                case = found.setdefault(key, Case(family, same[0].name, batch, image, dtype, same[0], {}))
-                case.times[family] = len(same)
+            for call in [*calls, *chain.from_iterable(map(_unfused, calls))]:
+                if call.operator in OPERATORS:
+                    key = (call.operator, *map(_key, call.args))
+                    found.setdefault(key, Case(family, call.name, batch, image, dtype, call))
     return list(found.values())
-
-
-def distinct(calls: Iterable[Call]) -> dict[Any, list[Call]]:
-    """The calls of our operators, those with one operator, geometry and dtype together."""
-    found: dict[Any, list[Call]] = {}
-    for call in calls:
-        if call.operator in OPERATORS:
-            found.setdefault((call.operator, *map(_key, call.args)), []).append(call)
-    return found
 
 
 def _key(argument: Any) -> Any:
@@ -92,14 +90,14 @@ def names(operator: str) -> list[str]:
     return [argument.name for argument in getattr(torch.ops.resnet_triton, operator).default._schema.arguments]
 
 
-def arguments(call: Call, where: torch.device, *, seed: int, kernels: str) -> tuple[Any, ...]:
+def arguments(call: Call, device: torch.device, *, seed: int, kernels: str) -> tuple[Any, ...]:
     """Normally distributed data for a call, scaled as in a trained network, images and filters in channels_last."""
-    generator = torch.Generator(where).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def fill(name: str, like: Any) -> Any:
         if not isinstance(like, Tensor):
             return like
-        values = torch.randn(like.shape, generator=generator, device=where)
+        values = torch.randn(like.shape, generator=generator, device=device)
         if name.endswith("var"):
             values = values.abs() + 0.5
         elif name.endswith("weight") and like.dim() > 1:
