@@ -1,4 +1,4 @@
-"""Alternatives with known faults, for the benchmark's tests. Another process imports them by name."""
+"""Alternatives and phases with known faults, for the benchmark's tests. Another process imports them by name."""
 
 import os
 import time
@@ -6,6 +6,8 @@ import time
 import torch
 
 from resnet_triton.bench.alternatives import Alternative
+from resnet_triton.bench.results import one_line
+from resnet_triton.bench.worker import Contest
 
 NAP = 0.03  # seconds
 MEMORY = 64 << 20  # bytes
@@ -21,6 +23,10 @@ def slow(model, images):
         return model(x)
 
     return call
+
+
+def wrong(model, images):
+    return lambda x: model(x) * 1.01
 
 
 def late(model, images):
@@ -73,3 +79,38 @@ def counts_starts(model, images):
 
 def alternative(build, **more):
     return Alternative(build.__name__, build, **more)
+
+
+def steps(run):
+    yield "good", lambda: [{"us": 1}]
+    yield "crash", lambda: os._exit(3)
+    yield "error", lambda: 1 / 0
+    yield "hang", lambda: time.sleep(600)
+    yield "last", lambda: [{"us": 2}]
+
+
+def endless(run):
+    yield "good", lambda: [{"us": 1}]
+    yield "hang", lambda: time.sleep(600)
+
+
+def broken_phase(run):
+    raise ImportError("no such thing")
+    yield
+
+
+class Inline:
+    """A worker of a race in this process: the same work, but nothing that could crash or hang."""
+
+    def __init__(self, spec, alternative, folder):
+        self.contest, self.what = None, (spec, alternative)
+
+    def ask(self, request, limit, **arguments):
+        try:
+            self.contest = self.contest or Contest(*self.what)
+            return getattr(self.contest, request)(**arguments)
+        except Exception as error:
+            raise RuntimeError(one_line(error)) from None
+
+    def end(self):
+        pass

@@ -245,8 +245,11 @@ def _linear(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Cas
     x = take("x", rng.choice([2, 20]), c, 1, 1).flatten(1)
     return Case(row, Linear(*(t.to(row.dtype) for t in (x, take("weight", 100, c), take("bias", 100)))))
 
-    row: Series
-    call: Operation
+
+def _avg_pool_linear(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
+    take = _take(data, rng, "avg_pool_linear")
+    tensors = take("x", rng.choice([2, 20]), 512, 7, 7), take("weight", 20, 512), take("bias", 20)
+    return Case(row, AvgPoolLinear(*(t.to(row.dtype) for t in tensors)))
 
 
 def _global_avg_pool(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
@@ -254,8 +257,10 @@ def _global_avg_pool(row: Series, data: str, rng: random.Random, gpu: DeviceFact
     take, size = _take(data, rng, "conv_bn_relu", 1), rng.choice([(7, 7), (56, 56), (3, 5)])
     return Case(row, GlobalAvgPool(take("x", 2, 64, *size).to(row.dtype)))
 
-    row: Series
-    call: Operation
+
+def _add_relu(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
+    take = _take(data, rng, "conv_bn_relu", 1)
+    return Case(row, AddRelu(*(take(name, 2, 64, 8, 8).to(row.dtype) for name in ("x", "residual"))))
 
 
 MAKERS: dict[str, Callable[[Series, str, random.Random, DeviceFacts], Case]] = {

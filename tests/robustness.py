@@ -61,7 +61,7 @@ ROBUST = (
     Robust("a compiler of the tuner dies", "another takes its place",
            PROCESSES + "test_a_compiler_that_dies_is_replaced"),
     Robust("a benchmark killed", "its workers end",
-           "test_bench_model.py::test_workers_do_not_outlive_a_conductor_that_was_killed"),
+           "test_bench_race.py::test_workers_do_not_outlive_a_conductor_that_was_killed"),
     Robust("Ctrl-C in `tune`", "what was timed is kept",
            "test_tune.py::test_an_interrupt_between_timings_leaves_what_was_done"),
     Robust("a tuner killed", "its compilers end", "test_tune.py::test_compilers_end_with_a_killed_parent"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import resnet_triton
 
+from ..ops.dispatch import Kernels
 from . import engines
 
 Model = Callable[[Tensor], Tensor]
@@ -56,7 +57,7 @@ def alternatives(device: torch.device) -> dict[str, Alternative]:
         found += [
             Alternative("eager graph", partial(_graph, _eager)),
             Alternative("folded graph", partial(_graph, _folded)),
-            Alternative("cudnn fused graph", partial(_graph, cudnn_fused)),
+            Alternative("cudnn fused graph", partial(_graph, cudnn_model)),
         ]
     for mode in COMPILE_MODES if cuda else COMPILE_MODES[:1]:  # the others are about a GPU
         for freezing in (False, True):
@@ -100,7 +101,7 @@ def _compiled(mode: str, freezing: bool, model: nn.Module, images: Tensor) -> Mo
 
 
 def _ours(cuda_graph: bool, model: nn.Module, images: Tensor) -> Model:
-    kernels = "triton" if images.is_cuda else "auto"
+    kernels: Kernels = "triton" if images.is_cuda else "auto"
     return resnet_triton.optimize(model, kernels=kernels, cuda_graph=cuda_graph)
 
 
@@ -125,7 +126,7 @@ def _graph(build: Build, model: nn.Module, images: Tensor) -> Model:
     return replay
 
 
-def cudnn_fused(model: nn.Module, images: Tensor) -> Model:
+def cudnn_model(model: nn.Module, images: Tensor) -> Model:
     """cuDNN's own fused convolution + bias [+ residual] + ReLU, batch norm folded: the strongest plain PyTorch."""
     m: Any = _folded(model, images)
 

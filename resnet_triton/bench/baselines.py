@@ -1,64 +1,104 @@
-"""Each operator by PyTorch alone: what the kernel suite compares ours with."""
+"""One operator call by ours, by eager PyTorch and by cuDNN's fused operators.
+
+Each returns what makes the call and can be timed again and again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import ConvCall
-from ..ops.stem import POOL, StemCall
+from .. import config
+from ..config import device
+from ..ops import BatchNorm, ConvBnRelu, Operation, Stem, interpreter
+from ..ops.stem import POOL
+
+Answer = Callable[[], Tensor]
 
 
-def _eager_conv(*args: Any) -> Tensor:
-    c = ConvCall(*args)
-    y = F.conv2d(c.x, c.weight, None, c.stride, c.padding, c.dilation, c.groups)
-    y = F.batch_norm(y, c.mean, c.var, c.gamma, c.beta, eps=c.eps)
+def ours(call: Operation) -> Answer:
+    """What our model does: its launches, planned now, or its PyTorch path."""
+    result, choice = call.choose()
+    out, launches, _ = call.prepare(result) if choice.backend == "triton" else (None, (), "")
+    if out is None:
+        return call.run
+
+    def answer() -> Tensor:
+        with torch.cuda.device(out.device) if out.device.type == "cuda" else interpreter.ready():
+            for launch in launches:
+                launch.run()
+        return out
+
+    return answer
+
+
+def tiles(call: Operation) -> dict[str, Any] | None:
+    """The tiles of a convolution by our kernels."""
+    if not isinstance(call, ConvBnRelu) or call.choose()[1].backend == "torch":
+        return None
+    chosen = asdict(config.lookup(call.shape, device.facts(call.x.device)))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+
+def _eager_conv(c: ConvBnRelu) -> Tensor:
+    y = _normed(F.conv2d(c.x, c.weight, None, *c.geometry), c.batch_norm)
     if c.residual is not None:
         y += c.residual
-    if c.short_x is not None:
-        short = F.conv2d(c.short_x, c.short_weight, None, c.short_stride)
-        y += F.batch_norm(short, c.short_mean, c.short_var, c.short_gamma, c.short_beta, eps=c.short_eps)
+    if c.shortcut is not None:
+        x, weight, batch_norm, stride = c.shortcut
+        y += _normed(F.conv2d(x, weight, None, stride), batch_norm)
     return F.relu(y, inplace=True) if c.relu else y
 
 
-EAGER: dict[str, Callable[..., Tensor]] = {
+def _normed(y: Tensor, batch_norm: BatchNorm) -> Tensor:
+    mean, var, weight, bias, eps = batch_norm
+    return F.batch_norm(y, mean, var, weight, bias, eps=eps)
+
+
+EAGER: dict[str, Callable[[Any], Tensor]] = {
     "conv_bn_relu": _eager_conv,
-    "stem": lambda *args: F.max_pool2d(_eager_conv(*StemCall(*args).convolution(args[0])), *POOL),
-    "max_pool2d": lambda x, size, stride, padding, kernels: F.max_pool2d(x, size, stride, padding),
-    "add_relu": lambda x, other, kernels: F.relu(x + other, inplace=True),
-    "global_avg_pool": lambda x, *modes: F.adaptive_avg_pool2d(x, 1),
-    "linear": lambda x, weight, bias, *modes: F.linear(x, weight, bias),
-    "avg_pool_linear": lambda x, weight, bias, *modes: F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias),
+    "stem": lambda c: F.max_pool2d(_eager_conv(c.convolution(c.x)), *POOL),
+    "max_pool2d": lambda c: F.max_pool2d(c.x, c.kernel_size, c.stride, c.padding),
+    "add_relu": lambda c: F.relu(c.x + c.other, inplace=True),
+    "global_avg_pool": lambda c: F.adaptive_avg_pool2d(c.x, 1),
+    "linear": lambda c: F.linear(c.x, c.weight, c.bias),
+    "avg_pool_linear": lambda c: F.linear(F.adaptive_avg_pool2d(c.x, 1).flatten(1), c.weight, c.bias),
 }
 """Each operator as torchvision's modules compute it."""
 
 
-def cudnn_fused(operator: str, args: tuple[Any, ...]) -> Callable[[], Tensor]:
+def eager(call: Operation) -> Answer:
+    """The functions that torchvision's modules call."""
+    return partial(EAGER[call.name], call)
+
+
+def cudnn_layer(call: Operation) -> Answer:
     """A convolution or a stem as cuDNN's fused operators (CUDA only), batch norm folded into filters and bias now."""
-    c = StemCall(*args).convolution(args[0]) if operator == "stem" else ConvCall(*args)
-    weight, bias = _folded(c.weight, c.mean, c.var, c.gamma, c.beta, c.eps)
-    geometry = (c.stride, c.padding, c.dilation, c.groups)
+    c: Any = call.convolution(call.x) if isinstance(call, Stem) else call
+    weight, bias = _folded(c.weight, c.batch_norm)
+    if c.shortcut is not None:
+        short_weight, short_bias = _folded(c.shortcut.weight, c.shortcut.batch_norm)
 
     def answer() -> Tensor:
         added = c.residual
-        if c.short_x is not None:
-            added = F.conv2d(c.short_x, short_weight, short_bias, c.short_stride)
+        if c.shortcut is not None:
+            added = F.conv2d(c.shortcut.x, short_weight, short_bias, c.shortcut.stride)
         if added is not None:
-            return torch.cudnn_convolution_add_relu(c.x, weight, added, 1.0, bias, *geometry)
-        y = torch.cudnn_convolution_relu(c.x, weight, bias, *geometry)
-        return F.max_pool2d(y, *POOL) if operator == "stem" else y
+            return torch.cudnn_convolution_add_relu(c.x, weight, added, 1.0, bias, *c.geometry)
+        y = torch.cudnn_convolution_relu(c.x, weight, bias, *c.geometry)
+        return F.max_pool2d(y, *POOL) if c is not call else y
 
-    if c.short_x is not None:
-        short = (c.short_weight, c.short_mean, c.short_var, c.short_gamma, c.short_beta, c.short_eps)
-        short_weight, short_bias = _folded(*short)
     return answer
 
 
-def _folded(weight: Tensor, mean: Tensor, var: Tensor, gamma: Any, beta: Any, eps: float) -> tuple[Tensor, Tensor]:
+def _folded(weight: Tensor, batch_norm: Any) -> tuple[Tensor, Tensor]:
+    mean, var, gamma, beta, eps = batch_norm
     scale = gamma.double() / (var.double() + eps).sqrt()
     filters = (weight.double() * scale[:, None, None, None]).to(weight.dtype, memory_format=torch.channels_last)
     return filters, (beta.double() - mean.double() * scale).to(weight.dtype)

@@ -1,8 +1,8 @@
-"""What the kernel suite measures: every distinct operator call of some models, and random data to make it on."""
+"""What is measured of layers: every distinct operator call of some models, and random data to make it on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import prod
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import models
-from ..ops import OPERATORS
-from ..ops.stem import POOL, StemCall
+from ..kernels.cost import Cost
+from ..ops import AddRelu, AvgPoolLinear, ConvBnRelu, GlobalAvgPool, Linear, MaxPool2d, Operation, Stem
+from ..ops.dispatch import Kernels
+from ..ops.stem import POOL
 from ..ops.trace import Call, trace
 
 MODELS = ("resnet18", "resnet34", "resnet50")
@@ -21,7 +23,7 @@ MODELS = ("resnet18", "resnet34", "resnet50")
 
 @dataclass(frozen=True)
 class Case:
-    """A distinct operator call, by the first model and layer that make it; `times` counts the layers of each model."""
+    """A distinct operator call, by the first model and layer that make it."""
 
     model: str
     layer: str
@@ -29,7 +31,11 @@ class Case:
     image: int
     dtype: str
     call: Call
-    times: dict[str, int]
+
+    @property
+    def cost(self) -> Cost:
+        """FLOPs and bytes that no implementation can do without."""
+        return self.call.ours.cost()
 
 
 def cases(
@@ -48,58 +54,45 @@ def cases(
             model = getattr(models, family)().eval()
         for batch, dtype in product(batches, dtypes):
             calls = trace(model, (batch, 3, image, image), getattr(torch, dtype))
-            for key, same in distinct([*calls, *chain.from_iterable(map(_unfused, calls))]).items():
-                case = found.setdefault(key, Case(family, same[0].name, batch, image, dtype, same[0], {}))
-                case.times[family] = len(same)
+            for call in [*calls, *chain.from_iterable(map(_unfused, calls))]:
+                if call.operation is not None:
+                    key = (call.operator, *map(_key, call.operation.schema.flatten(call.operation)))
+                    found.setdefault(key, Case(family, call.name, batch, image, dtype, call))
     return list(found.values())
-
-
-def distinct(calls: Iterable[Call]) -> dict[Any, list[Call]]:
-    """The calls of our operators, those with one operator, geometry and dtype together."""
-    found: dict[Any, list[Call]] = {}
-    for call in calls:
-        if call.operator in OPERATORS:
-            found.setdefault((call.operator, *map(_key, call.args)), []).append(call)
-    return found
 
 
 def _key(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.dtype, argument.shape
-    return tuple(argument) if isinstance(argument, list) else argument
+    return argument
 
 
 def _unfused(call: Call) -> Iterator[Call]:
     """What follows the convolution, or replaces the head, where they are not fused."""
 
-    def other(operator: str, *args: Any) -> Call:
-        return replace(call, name=f"{call.name} {operator}", operator=operator, args=args)
+    def other(operation: Operation) -> Call:
+        return replace(call, name=f"{call.name} {operation.name}", operator=operation.name, operation=operation)
 
-    if call.operator == "stem":
-        convolved = OPERATORS["conv_bn_relu"].output(*StemCall(*call.args).convolution(call.args[0]))
-        yield other("max_pool2d", convolved, *POOL, call.args[-1])
-    elif call.operator == "conv_bn_relu" and (call.shape.residual or call.shape.shortcut_c):
-        y = OPERATORS["conv_bn_relu"].output(*call.args)
-        yield other("add_relu", y, y, call.args[-1])
-    elif call.operator == "avg_pool_linear":
-        x, weight, bias, *modes = call.args
-        yield other("global_avg_pool", x, *modes)
-        yield other("linear", OPERATORS["global_avg_pool"].output(x, *modes).flatten(1), weight, bias, *modes)
-
-
-def names(operator: str) -> list[str]:
-    """An operator's arguments by name."""
-    return [argument.name for argument in getattr(torch.ops.resnet_triton, operator).default._schema.arguments]
+    fused = call.operation
+    if isinstance(fused, Stem):
+        yield other(MaxPool2d(fused.convolution(fused.x).output(), *POOL, fused.modes))
+    elif isinstance(fused, ConvBnRelu) and (fused.residual is not None or fused.shortcut is not None):
+        y = fused.output()
+        yield other(AddRelu(y, y, fused.modes))
+    elif isinstance(fused, AvgPoolLinear):
+        pool = GlobalAvgPool(fused.x, fused.modes)
+        yield other(pool)
+        yield other(Linear(pool.output().flatten(1), fused.weight, fused.bias, fused.modes))
 
 
-def arguments(call: Call, where: torch.device, *, seed: int, kernels: str) -> tuple[Any, ...]:
-    """Normally distributed data for a call, scaled as in a trained network, images and filters in channels_last."""
-    generator = torch.Generator(where).manual_seed(seed)
+def filled(call: Operation, device: torch.device, *, seed: int, kernels: Kernels) -> Operation:
+    """The call on normally distributed data, scaled as in a trained network, images and filters in channels_last."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def fill(name: str, like: Any) -> Any:
         if not isinstance(like, Tensor):
             return like
-        values = torch.randn(like.shape, generator=generator, device=where)
+        values = torch.randn(like.shape, generator=generator, device=device)
         if name.endswith("var"):
             values = values.abs() + 0.5
         elif name.endswith("weight") and like.dim() > 1:
@@ -107,4 +100,7 @@ def arguments(call: Call, where: torch.device, *, seed: int, kernels: str) -> tu
         memory = torch.channels_last if like.dim() == 4 else torch.contiguous_format
         return values.to(like.dtype, memory_format=memory)
 
-    return (*map(fill, names(call.operator), call.args[:-1]), kernels)
+    names = (argument.name for argument in call.schema.arguments)
+    data: Operation = call.schema.build([*map(fill, names, call.schema.flatten(call))])
+    data.modes = data.modes._replace(kernels=kernels)
+    return data

@@ -1,29 +1,23 @@
-"""`resnet-triton bench`: the suites one after another within a budget, results written after each step."""
+"""`resnet-triton bench`: one phase after another within a budget, in this process."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..models import resnet18
 from ..support import files
-from . import cases, ceilings, kernels, predictions, report
+from . import cases, ceilings, compare, layers, race, report
 from .alternatives import Alternative, alternatives, select
-from .environment import environment
-from .model import Lost, Race, with_warm_starts
-from .results import FILE, Results, Row, save
+from .results import Results
+from .runner import Phase, Run, Say, run_phase
 from .worker import Spec
 
-Say = Callable[[str], None]
-
 DTYPES = ("float16", "bfloat16", "float32")
-PREDICTED = ("float16",)
 
 
 @dataclass(frozen=True)
@@ -79,23 +73,12 @@ def run(plan: Plan, say: Say, unwritten: Callable[[OSError], object]) -> Results
     A folder that cannot be written to is an OSError at the start; at the end `unwritten` is told, and the caller still
     gets the results.
     """
-    results = Results()
-    end = time.monotonic() + plan.budget
+    results, end = Results(), time.monotonic() + plan.budget
     files.prepare(plan.out)
     try:
-        say("memory bandwidth and matrix products")
-        results.ceilings.extend(ceilings.measure(plan.device, plan.dtypes))
-        if plan.device.type == "cpu":
-            end -= 0.1 * plan.budget  # for what comes last
-        if "model" in plan.suites:
-            share = 0.6 if "kernel" in plan.suites else 1.0
-            _models(plan, results, time.monotonic() + share * (end - time.monotonic()), say)
-        if "kernel" in plan.suites:
-            _kernels(plan, results, end, say)
-        if plan.device.type == "cpu":
-            say("compiling for a GPU that is not here")
-            model, jobs = resnet18().eval(), os.cpu_count() or 1
-            results.predictions.extend(predictions.predictions(model, plan.batches, PREDICTED, jobs=jobs))
+        for phase in phases(plan):
+            deadline = min(time.monotonic() + phase.limit, end)
+            run_phase(phase, Run(plan.device, plan.out, results, deadline, say))
     finally:
         say("writing")
         try:
@@ -106,56 +89,24 @@ def run(plan: Plan, say: Say, unwritten: Callable[[OSError], object]) -> Results
     return results
 
 
-def _models(plan: Plan, results: Results, end: float, say: Say) -> None:
-    """Each dtype and batch size gets its share of the time that is left."""
-    for i, dtype in enumerate(plan.dtypes):
+def phases(plan: Plan) -> Iterator[Phase]:
+    """Ceilings, a race for each dtype, then the layers in the time that is left."""
+    yield Phase("ceilings", partial(ceilings.steps, plan.dtypes))
+    share = (0.6 if "kernel" in plan.suites else 1.0) * plan.budget / len(plan.dtypes)
+    for dtype in plan.dtypes if "model" in plan.suites else ():
         spec = Spec(plan.models[0], dtype, str(plan.device), plan.image)
-        deadline = time.monotonic() + (end - time.monotonic()) / (len(plan.dtypes) - i)
-        with Race(spec, plan.alternatives, partial(_prefixed, say, dtype)) as race:
-            for j, batch in enumerate(plan.batches):
-                # Half a share is for the second starts; the first batch size, whose compilers start cold, gets two.
-                left, mine = (len(plan.batches) - j + 0.5, 1) if j else (len(plan.batches) + 1.5, 2)
-                until = time.monotonic() + (deadline - time.monotonic()) * mine / left
-                try:
-                    rows = race.measure(batch, until - time.monotonic(), until)
-                except (Lost, RuntimeError) as error:  # nothing to check against
-                    say(f"batch {batch}: left out, {error}")
-                    continue
-                results.rows.extend(rows)
-                _keep(results, plan.out, say)
-            found = race.warm_start(plan.batches[0], deadline)
-        results.rows[:] = with_warm_starts(results.rows, dtype, plan.batches[0], found)
+        steps = partial(race.steps, spec, plan.alternatives, plan.batches, second_starts=True)
+        yield Phase(f"model {dtype}", steps, limit=share)
+    if "kernel" in plan.suites:
+        todo = cases.cases(plan.models, plan.batches, plan.dtypes, plan.image)
+        yield Phase("layers", partial(layers.steps, todo))
 
 
-def _prefixed(say: Say, prefix: str, text: str) -> None:
-    say(f"{prefix}, {text}")
-
-
-def _kernels(plan: Plan, results: Results, end: float, say: Say) -> None:
-    where = environment(plan.device)
-    todo = cases.cases(plan.models, plan.batches, plan.dtypes, plan.image)
-    left = len(todo)
-    for rows in kernels.run(todo, plan.device, where, deadline=end):
-        results.rows.extend(rows)
-        say(f"{rows[0].model} {rows[0].layer}, batch {rows[0].batch}")
-        left -= 1
-        _keep(results, plan.out, say)
-    if left:
-        say(f"no time left for {left} of {len(todo)} layers; --budget gives more")
-
-
-def _keep(results: Results, folder: Path, say: Say) -> None:
-    """Write what there is, for the case that this process is killed."""
-    try:
-        save(results, folder / FILE)
-    except OSError as error:  # there may be room again when all is done
-        say(f"cannot write {error.filename} yet: {error.strerror}")
-
-
-def faults(results: Results) -> list[tuple[Row, str]]:
-    """Rows of ours that are wrong or failed, and how."""
-    return [
-        (row, f"failed: {row.failure}" if row.failure else "gives a wrong answer")
+def faults(results: Results) -> list[str]:
+    """Rows of ours that are wrong or failed, and steps that failed."""
+    rows = [
+        f"{compare.title(row)}: " + (f"failed: {row.failure}" if row.failure else "gives a wrong answer")
         for row in results.rows
         if row.ours and (row.failure or row.correct is False)
     ]
+    return rows + [f"{step.phase}, {step.name}: {step.failure}" for step in results.steps if step.failure]

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..support.terminal import table
-from .results import Results, Row, speedup
+from .results import Measurement, Results, speedup
 
-METRICS: dict[str, Callable[[Row], float | None]] = {
+METRICS: dict[str, Callable[[Measurement], float | None]] = {
     "p20": lambda row: row.p20_s,
     "p50": lambda row: row.p50_s,
     "p80": lambda row: row.p80_s,
     "first_call": lambda row: row.first_call_cold_s,
     "peak_memory": lambda row: row.peak_bytes,
 }
-Tasks = dict[tuple[Any, ...], list[Row]]
+Tasks = dict[tuple[Any, ...], list[Measurement]]
 SPEEDUP = "speedup"
 SAME = ("device", "driver", "threads", "torch", "triton")
 """What two environments have to share for their times to be comparable."""
@@ -49,7 +49,7 @@ class Limit:
 class Change:
     """One measurement in both files: `old` and `new` are of the metric asked for, `failures` what is worse."""
 
-    row: Row
+    row: Measurement
     old: float | None
     new: float | None
     failures: tuple[str, ...] = ()
@@ -85,17 +85,17 @@ def compare(old: Results, new: Results, limits: Sequence[Limit], metric: str = "
     return found
 
 
-def _broken(was: Row, row: Row) -> list[str]:
+def _broken(was: Measurement, row: Measurement) -> list[str]:
     if was.good and row.failure:
         return [f"failed: {row.failure}"]
     return ["gives a wrong answer"] if row.correct is False else []
 
 
-def _change(metric: str, was: Row, row: Row, tasks: tuple[Tasks, Tasks]) -> Change:
+def _change(metric: str, was: Measurement, row: Measurement, tasks: tuple[Tasks, Tasks]) -> Change:
     return Change(row, _value(metric, was, tasks[0]), _value(metric, row, tasks[1]))
 
 
-def _value(metric: str, row: Row, tasks: Tasks) -> float | None:
+def _value(metric: str, row: Measurement, tasks: Tasks) -> float | None:
     return speedup(tasks[row.task]) if metric == SPEEDUP else METRICS[metric](row) if row.good else None
 
 
@@ -109,7 +109,7 @@ def differences(old: Results, new: Results) -> list[str]:
     return found
 
 
-def title(row: Row) -> str:
+def title(row: Measurement) -> str:
     """A row in words."""
     what = f"{row.model} {row.layer or ''}".strip()
     l2 = "" if row.l2 == "uncontrolled" else f", L2 {row.l2}"

@@ -1,7 +1,8 @@
-"""Results of a run as data: rows, kept in one JSON file whose form `schema.json` states.
+"""Results of a run as data, kept in one JSON file whose form `schema.json` states.
 
 A row carries everything that is needed to judge it: where it ran, on what, in which state, every sample, and whether
-the answer was right. Files are checked when they are read; whatever is wrong with one is said in one line.
+the answer was right. The file is also the run's journal: it names the steps that are done and the one under way. Files
+are checked when they are read; whatever is wrong with one is said in one line.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ import functools
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..support import files, timing
 
-FORMAT, VERSION = "resnet-triton-benchmark", 1
+FORMAT, VERSION = "resnet-triton-benchmark", 2
 FILE = "results.json"
 MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One alternative, doing one thing, timed in one way; `schema.json` says what each field means."""
 
     suite: str
@@ -67,12 +68,12 @@ class Row:
         """Timed, and right before and after."""
         return self.p50_s is not None and self.correct is True
 
-    def timed(self, samples: Sequence[float]) -> Row:
+    def timed(self, samples: Sequence[float]) -> Measurement:
         """The row with these samples and their percentiles."""
         p50, p20, p80 = timing.spread(samples)
         return replace(self, samples_s=[float(f"{s:.6g}") for s in samples], p20_s=p20, p50_s=p50, p80_s=p80)
 
-    def checked(self, before: float, after: float, limit: float) -> Row:
+    def checked(self, before: float, after: float, limit: float) -> Measurement:
         """The row with its errors judged; an error that is no number cannot be written and is wrong."""
         errors = [error if error < float("inf") else None for error in (before, after)]
         good = before <= limit and after <= limit
@@ -80,27 +81,63 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Ceiling:
+    """What plain code reached on the same device in the same run."""
+
+    name: str
+    dtype: str | None = None
+    bytes_per_s: float | None = None
+    flops_per_s: float | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes this the same as one in another file."""
+        return self.name, self.dtype
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that ran: what it found beside rows and ceilings, why it failed, and where; None if its process ended."""
+
+    phase: str
+    name: str
+    seconds: float
+    failure: str | None
+    found: dict[str, Any]
+    environment: dict[str, Any] | None
+
+
+@dataclass
 class Results:
-    """What a run leaves behind. `ceilings` were measured, `predictions` were not."""
+    """What a run has found so far, the phases that are through, and the phase and step under way."""
 
-    rows: list[Row] = field(default_factory=list)
-    ceilings: list[dict[str, Any]] = field(default_factory=list)
-    predictions: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
+    ceilings: list[Ceiling] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    complete: list[str] = field(default_factory=list)
+    running: list[str] | None = None
 
-    def tasks(self) -> dict[tuple[Any, ...], list[Row]]:
+    def add(self, items: Sequence[Measurement | Ceiling]) -> None:
+        """Keep these; one that was there before is replaced."""
+        for item in items:
+            kept: list[Any] = self.rows if isinstance(item, Measurement) else self.ceilings
+            place = next((i for i, other in enumerate(kept) if other.key == item.key), len(kept))
+            kept[place : place + 1] = [item]
+
+    def tasks(self) -> dict[tuple[Any, ...], list[Measurement]]:
         """Rows by what was to be done, in the order they came."""
-        found: dict[tuple[Any, ...], list[Row]] = {}
+        found: dict[tuple[Any, ...], list[Measurement]] = {}
         for row in self.rows:
             found.setdefault(row.task, []).append(row)
         return found
 
 
-def best(rows: Sequence[Row], *, ours: bool) -> Row | None:
+def best(rows: Sequence[Measurement], *, ours: bool) -> Measurement | None:
     """The fastest right one of ours, or of the others; None if there is none."""
     return min((r for r in rows if r.ours is ours and r.good), key=lambda r: r.p50_s or 0.0, default=None)
 
 
-def speedup(rows: Sequence[Row]) -> float | None:
+def speedup(rows: Sequence[Measurement]) -> float | None:
     """Time of the best alternative over that of ours. None if a row of ours is wrong: then nothing is claimed."""
     mine, other = best(rows, ours=True), best(rows, ours=False)
     wrong = any(row.ours and row.correct is False for row in rows)
@@ -125,10 +162,15 @@ def one_line(error: BaseException) -> str:
 
 def as_text(results: Results) -> str:
     """The content of a file: JSON, one row a line."""
-    lines = {name: ",\n".join(json.dumps(_plain(item), allow_nan=False) for item in getattr(results, name))
-             for name in ("rows", "ceilings", "predictions")}  # fmt: skip
-    parts = ",\n".join(f'"{name}": [\n{text}\n]' if text else f'"{name}": []' for name, text in lines.items())
-    return f'{{"format": "{FORMAT}", "version": {VERSION},\n{parts}\n}}\n'
+    data = {"format": FORMAT, "version": VERSION, **vars(results)}
+
+    def text(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return json.dumps(value)
+        items = (asdict(item) if is_dataclass(item) and not isinstance(item, type) else item for item in value)
+        return "[\n" + ",\n".join(json.dumps(item, allow_nan=False) for item in items) + "\n]"
+
+    return "{" + ",\n".join(f'"{name}": {text(value)}' for name, value in data.items()) + "}\n"
 
 
 def save(results: Results, path: Path) -> None:
@@ -136,12 +178,8 @@ def save(results: Results, path: Path) -> None:
     files.replace(path, as_text(results))
 
 
-def _plain(item: Any) -> Any:
-    return asdict(item) if isinstance(item, Row) else item
-
-
 def load(path: Path) -> Results:
-    """Read and check a file. ValueError says in one line what is wrong with it."""
+    """Read and check a file, or the one in a folder. ValueError says in one line what is wrong with it."""
     if path.is_dir():
         path = path / FILE
     with path.open("rb") as file:
@@ -154,7 +192,20 @@ def load(path: Path) -> Results:
         raise ValueError(f"{path}: not JSON ({error}); is it truncated?") from None
     if problem := check(data):
         raise ValueError(f"{path}: {problem}")
-    return Results([Row(**row) for row in data["rows"]], data["ceilings"], data["predictions"])
+    return _results(data)
+
+
+def resume(folder: Path) -> Results:
+    """What an earlier run of ours left in a folder; a GPU may be lent with a machine that cannot check schemas."""
+    path = folder / FILE
+    return _results(json.loads(path.read_text("utf-8"))) if path.exists() else Results()
+
+
+def _results(data: dict[str, Any]) -> Results:
+    return Results(
+        [Measurement(**row) for row in data["rows"]], [Ceiling(**c) for c in data["ceilings"]],
+        [Step(**step) for step in data["steps"]], data["complete"], data["running"],
+    )  # fmt: skip
 
 
 def check(data: Any) -> str | None:
@@ -175,4 +226,4 @@ def _validator() -> Any:
     return jsonschema.Draft202012Validator(json.loads(Path(__file__).with_name("schema.json").read_text("utf-8")))
 
 
-FIELDS = tuple(f.name for f in fields(Row))
+FIELDS = tuple(f.name for f in fields(Measurement))

@@ -1,4 +1,4 @@
-"""A process that runs one alternative of the model suite: it does what its conductor (`model.py`) asks for, in turn.
+"""A process that runs one alternative of a race: it does what its conductor (`race.py`) asks for, in turn.
 
 A process of its own gives an alternative its own compiler settings, an empty cache to start from, and a peak of memory
 that is nobody else's. Between requests it waits without taking time from the others.
@@ -6,11 +6,6 @@ that is nobody else's. Between requests it waits without taking time from the ot
 
 from __future__ import annotations
 
-import copy
-import faulthandler
-import os
-import signal
-import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,7 +17,7 @@ from torch import nn
 
 from ..support import vision
 from .alternatives import Alternative, Model
-from .check import allowed, relative_error
+from .check import relative_error
 from .environment import environment
 from .results import one_line
 
@@ -58,41 +53,28 @@ def network(spec: Spec) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def serve(connection: Connection, spec: Spec, alternative: Alternative | None, log: str) -> None:
+def serve(connection: Connection, spec: Spec, alternative: Alternative) -> None:
     """Answer requests (a method's name and its arguments) until the other end closes."""
-    os.setpgrp()  # a group that its compilers are in, to be ended as one
-    threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    faulthandler.enable()
-    worker: Worker | None = None
+    contest: Contest | None = None
     while True:
         try:
             name, arguments = connection.recv()
         except EOFError:
             return
         try:
-            worker = worker or Worker(spec, alternative)
-            answer: Any = getattr(worker, name)(**arguments)
+            contest = contest or Contest(spec, alternative)
+            answer: Any = getattr(contest, name)(**arguments)
         except Exception as error:  # whatever an alternative does wrong, the others go on
             answer = RuntimeError(one_line(error))
         connection.send(answer)
 
 
-def _outlive_nobody(parent: int) -> None:
-    """End this process and its compilers, whatever they are doing, when the conductor is no more."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.killpg(0, signal.SIGKILL)
+class Contest:
+    """One alternative's part. Methods are the requests; what they return crosses to another process."""
 
-
-class Worker:
-    """One alternative, or the fp64 reference. Methods are the requests; what they return crosses to another process."""
-
-    def __init__(self, spec: Spec, alternative: Alternative | None) -> None:
-        self.spec, self.device, self.alternative = spec, torch.device(spec.device), alternative
-        torch.backends.cudnn.benchmark = alternative is not None  # no search for the fastest fp64 algorithm
+    def __init__(self, spec: Spec, alternative: Alternative) -> None:
+        self.device, self.alternative = torch.device(spec.device), alternative
+        torch.backends.cudnn.benchmark = True
         self.base = network(spec)
         self.call: Model = self.base
         self.images = self.expected = torch.empty(0)
@@ -102,25 +84,9 @@ class Worker:
         return environment(self.device)
 
     @torch.inference_mode()
-    def reference(self, batch: int, file: str) -> float:
-        """Write images and their fp64 logits to `file`. Returns the error that is allowed."""
-        torch.manual_seed(time.time_ns())
-        size, dtype = self.spec.image, getattr(torch, self.spec.dtype)
-        images = torch.randn(batch, 3, size, size).to(self.device, dtype)
-        images = images.contiguous(memory_format=torch.channels_last)
-        eager, exact = self.base(images), copy.deepcopy(self.base).double()
-        expected = torch.cat([exact(some.double()) for some in images.split(16)])
-        torch.save({"images": images, "expected": expected}, file)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the memory is the others' now
-        return allowed(relative_error(eager, expected), dtype)
-
-    @torch.inference_mode()
-    def prepare(self, batch: int, file: str) -> dict[str, Any]:
-        """Build the alternative for these images and call it until it is warm."""
+    def prepare(self, file: str) -> dict[str, Any]:
+        """Build the alternative for the images in a file and call it until it is warm."""
         data = torch.load(file, weights_only=True, map_location=self.device)
-        assert self.alternative is not None
-        assert len(data["images"]) == batch
         self.expected, self.call = data["expected"], self.base
         self.images = self.alternative.images(data["images"])
         peak = Peak(self.device)
@@ -132,16 +98,14 @@ class Worker:
         for _ in range(COMPILER_CALLS):
             self.call(self.images)
         self._synchronize()
-        return {"first_s": first, "peak_bytes": peak.bytes(), "error": self.error()}
+        return {"first_s": first, "peak_bytes": peak.bytes(), "error": self._error()}
 
-    @torch.inference_mode()
-    def error(self) -> float:
-        """How far the answer is from fp64's, now."""
+    def _error(self) -> float:
         return relative_error(self.call(self.images), self.expected)
 
     @torch.inference_mode()
-    def turn(self, seconds: float) -> dict[tuple[str, str], list[float]]:
-        """Samples of about so many seconds, at least one, by clock and state of the L2 cache."""
+    def turn(self, seconds: float) -> tuple[dict[tuple[str, str], list[float]], float]:
+        """About so many seconds of samples, by clock and state of the L2 cache; then the answer's error."""
         self.call(self.images)  # another process had the caches
         self._synchronize()
         measure = self._gpu_samples if self.device.type == "cuda" else self._cpu_samples
@@ -150,7 +114,7 @@ class Worker:
         while not found or time.perf_counter() < end:
             for key, sample in measure().items():
                 found.setdefault(key, []).append(sample)
-        return found
+        return found, self._error()
 
     def _cpu_samples(self) -> dict[tuple[str, str], float]:
         start = time.perf_counter()

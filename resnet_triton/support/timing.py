@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-Launch = Callable[[], object]
-Meter = Callable[[Launch, int], list[float]]
+Work = Callable[[], object]
+Meter = Callable[[Work, int], list[float]]
 """`meter(work, replays)`: seconds that each of `replays` repetitions of `work` took."""
 
 _LAUNCHES = 10  # at least so many between two events, whose resolution is half a microsecond
@@ -28,9 +28,7 @@ class Spread(NamedTuple):
     p80: float
 
 
-def interleaved(
-    alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
-) -> dict[str, list[float]]:
+def interleaved(alternatives: Mapping[str, Work], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each call, `rounds` per alternative, taken in turns so that all meet the same state of the machine.
 
     Waits for the GPU, where there is one, around each call. The warm-up calls are not kept.
@@ -49,7 +47,7 @@ def interleaved(
     return samples
 
 
-def interleaved_for(seconds: float, alternatives: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+def interleaved_for(seconds: float, alternatives: Mapping[str, Work]) -> dict[str, list[float]]:
     """`interleaved`, with as many rounds as take about `seconds`, at least five.
 
     Alternatives that are faster than 100 us are called several times for a sample, which is the mean.
@@ -63,7 +61,7 @@ def interleaved_for(seconds: float, alternatives: Mapping[str, Callable[[], obje
     return {name: [sample / times[name] for sample in taken] for name, taken in samples.items()}
 
 
-def _repeat(call: Callable[[], object], times: int) -> None:
+def _repeat(call: Work, times: int) -> None:
     for _ in range(times):
         call()
 
@@ -76,12 +74,12 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(statistics.median(samples), p20, p80)
 
 
-def graph_seconds(calls: Sequence[Launch], *, replays: int, meter: Meter | None = None) -> Spread:
+def graph_seconds(calls: Sequence[Work], *, replays: int, meter: Meter | None = None) -> Spread:
     """The spread of `graph_samples`."""
     return spread(graph_samples(calls, replays=replays, meter=meter))
 
 
-def graph_samples(calls: Sequence[Launch], *, replays: int, meter: Meter | None = None) -> list[float]:
+def graph_samples(calls: Sequence[Work], *, replays: int, meter: Meter | None = None) -> list[float]:
     """Seconds of one launch, in each replay. Each of `calls` makes the same launch on buffers of its own, in turns.
 
     If all buffers together exceed the L2 cache twice, every launch finds its inputs in DRAM. The launches of a turn are
@@ -98,7 +96,7 @@ def graph_samples(calls: Sequence[Launch], *, replays: int, meter: Meter | None 
     return [seconds / launches for seconds in (meter or replay)(turn, replays)]
 
 
-def replay(work: Launch, replays: int) -> list[float]:
+def replay(work: Work, replays: int) -> list[float]:
     """The `Meter` of the current CUDA device: capture `work` once, replay it between events, wait at the end."""
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -165,7 +165,7 @@ def _tune(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     import matplotlib  # noqa: F401  # that it is missing is better noticed before the work than after
 
-    from ..bench import command, compare, report, results
+    from ..bench import command, report, results
     from ..support.terminal import clock
 
     suites = [name for name in ("model", "kernel") if getattr(args, f"only_{name}")]
@@ -184,7 +184,7 @@ def _bench(args: argparse.Namespace) -> int:
     if unwritten:  # what was measured has just been shown
         raise unwritten[0]
     print(f"Written: {args.out}/results.html and, as data, .json, .csv and .md", file=sys.stderr)
-    return _fail(compare.title(row) + ": " + fault for row, fault in command.faults(found))
+    return _fail(command.faults(found))
 
 
 def _compare(args: argparse.Namespace) -> int:

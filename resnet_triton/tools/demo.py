@@ -35,7 +35,7 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Row:
+class Outcome:
     """One backend's result. `max_abs_error` is None for NaN, `ms_per_image` where a time would mean nothing."""
 
     backend: str
@@ -77,14 +77,14 @@ def run(recipe: Recipe | None = None, *, kernel_images: int = 8, device: str = "
     counts = Counter(dispatch.calls) - before
     expected = logits["torchvision"]
     rows = [
-        _row(f"torchvision, {where.type} fp32", expected, expected, labels, times["torchvision"]),
-        _row(f"{ours}, {where.type} fp32", logits["ours"], expected, labels, times["ours"]),
+        _outcome(f"torchvision, {where.type} fp32", expected, expected, labels, times["torchvision"]),
+        _outcome(f"{ours}, {where.type} fp32", logits["ours"], expected, labels, times["ours"]),
     ]
     kernels = rows[1]
     if where.type == "cuda":
         half, half_times = _classify({name: m.half() for name, m in pair.items()}, images.half(), bar)
         for name, title in (("torchvision", "torchvision"), ("ours", ours)):
-            rows.append(_row(f"{title}, cuda fp16", half[name], expected, labels, half_times[name]))
+            rows.append(_outcome(f"{title}, cuda fp16", half[name], expected, labels, half_times[name]))
         notes.append("Both models ran on the GPU; fp32 means TF32 off. Times exclude the copy to the GPU.")
     else:
         few = slice(kernel_images)
@@ -92,7 +92,7 @@ def run(recipe: Recipe | None = None, *, kernel_images: int = 8, device: str = "
             answer = _interpret(state, digits.held_out[few])
         counts = Counter({(operator, on): n for operator, on, n in answer["calls"]})
         interpreted_logits = torch.tensor(answer["logits"])
-        kernels = _row("our kernels, interpreted fp32", interpreted_logits, expected[few], labels[few], None)
+        kernels = _outcome("our kernels, interpreted fp32", interpreted_logits, expected[few], labels[few], None)
         rows.append(kernels)
         notes.append(
             f"Both models ran on PyTorch on the CPU (threads: {threads}); compiled kernels cannot run here: {obstacle}."
@@ -213,11 +213,11 @@ def _compare_photos(where: torch.device) -> float | None:
         return _largest(optimize(model)(photos) - expected)
 
 
-def _row(backend: str, logits: Tensor, expected: Tensor, labels: Tensor, ms: float | None) -> Row:
+def _outcome(backend: str, logits: Tensor, expected: Tensor, labels: Tensor, ms: float | None) -> Outcome:
     top = logits.argmax(1)
     accuracy = float((top == labels).double().mean())
     agreement = float((top == expected.argmax(1)).double().mean())
-    return Row(backend, len(labels), accuracy, agreement, _largest(logits - expected), ms)
+    return Outcome(backend, len(labels), accuracy, agreement, _largest(logits - expected), ms)
 
 
 def _largest(differences: Tensor) -> float | None:
@@ -230,7 +230,7 @@ def _number(error: float | None) -> str:
     return "NaN" if error is None else f"{error:.1e}"
 
 
-def _failures(ours: Row, kernels: Row, photos: float | None, launches: int, fallbacks: int) -> list[str]:
+def _failures(ours: Outcome, kernels: Outcome, photos: float | None, launches: int, fallbacks: int) -> list[str]:
     found = []
     if launches == 0 or fallbacks:
         found.append(f"{launches} layer calls on the kernels and {fallbacks} on PyTorch, expected some and none")

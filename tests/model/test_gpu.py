@@ -445,7 +445,7 @@ def test_every_run_of_what_is_shipped_is_exact(n, dtype):
 @pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
 def test_every_run_of_what_was_wrong_once_is_exact():
     """Two configurations and their siblings."""
-    siblings = pytest.importorskip("benchmarks.gpu_kernels").SIBLINGS
+    siblings = pytest.importorskip("benchmarks.gpu_phases").SIBLINGS
     trials = {shape: Trial(shape, torch.device("cuda"), 0) for shape, _ in siblings.values()}
     wrong = {key: trials[shape].wrong_runs(chosen) for key, (shape, chosen) in siblings.items()}
     assert {key: counts for key, counts in wrong.items() if any(counts.values())} == {}

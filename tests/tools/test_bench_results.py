@@ -5,28 +5,21 @@ import json
 from pathlib import Path
 
 import pytest
+import synthetic_results as synthetic
+from synthetic_results import GPU
 
 from resnet_triton.bench import compare, results
-from resnet_triton.bench.results import Results, Row
+from resnet_triton.bench.results import Ceiling, Measurement, Results, Step
 from resnet_triton.tools import cli
 
 SCHEMA = json.loads(Path(results.__file__).with_name("schema.json").read_text())
-WHERE = {
-    "device": "NVIDIA H200", "device_kind": "cuda", "threads": 8, "clocks": "1980 MHz", "driver": "570.1",
-    "os": "Linux",
-    "python": "3.12", "torch": "2.11", "triton": "3.6", "torchvision": "0.26", "cudnn": "9", "resnet_triton": "0.1.0",
-    "commit": "abc", "date": "2026-11-25T00:00:00+00:00",
-}  # fmt: skip
 
 
 def row(alternative="ours", us=100.0, **more):
     """A good row of ours or of another; `us` are its times in microseconds."""
-    base = Row(
-        suite="model", model="resnet18", layer=None, alternative=alternative, ours=alternative == "ours", batch=8,
-        image=224, dtype="float16", clock="gpu", l2="warm", environment=WHERE,
-    )  # fmt: skip
-    base = base.timed([us * f * 1e-6 for f in (0.99, 1.0, 1.01)]).checked(1e-4, 1e-4, 1e-3)
-    return dataclasses.replace(base, **more)
+    base = {"ours": alternative == "ours", "dtype": "float16", "clock": "gpu", "l2": "warm", "environment": GPU}
+    base = synthetic.row(alternative, 8, us / 1e3, **base).timed([us * f * 1e-6 for f in (0.99, 1.0, 1.01)])
+    return dataclasses.replace(base.checked(1e-4, 1e-4, 1e-3), **more)
 
 
 def write(path, *rows):
@@ -37,17 +30,28 @@ def write(path, *rows):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_schema_and_rows_have_the_same_fields():
-    fields = [f.name for f in dataclasses.fields(Row)]
-    assert set(SCHEMA["$defs"]["row"]["properties"]) == set(SCHEMA["$defs"]["row"]["required"]) == set(fields)
+@pytest.mark.parametrize(("name", "kind"), [("row", Measurement), ("ceiling", Ceiling), ("step", Step)])
+def test_the_schema_has_the_fields_of(name, kind):
+    found = SCHEMA["$defs"][name]
+    assert set(found["properties"]) == set(found["required"]) == {f.name for f in dataclasses.fields(kind)}
 
 
 def test_what_is_written_is_read_again(tmp_path):
-    ceiling = {"name": "copy", "bytes_per_s": 4e12, "flops_per_s": None, "dtype": None}
-    whole = Results([row(), row("eager", 150.0, config={"block": [1, 2]})], [ceiling], [])
+    steps = [Step("models", "float16 8", 1.5, None, {"runs": 3}, GPU), Step("exact", "fc", 0.0, "died", {}, None)]
+    rows = [row(), row("eager", 150.0, config={"block": [1, 2]})]
+    whole = Results(rows, [Ceiling("copy", bytes_per_s=4e12)], steps, ["models"], ["exact", "conv1"])
     results.save(whole, tmp_path / "results.json")
-    assert results.load(tmp_path / "results.json") == whole == results.load(tmp_path)
+    assert results.load(tmp_path / "results.json") == whole == results.load(tmp_path) == results.resume(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    assert results.resume(tmp_path / "none") == Results()
+
+
+def test_what_is_measured_again_is_replaced():
+    found = Results()
+    found.add([row(), row("eager"), Ceiling("copy", bytes_per_s=1.0)])
+    found.add([row(us=50.0), row(us=70.0, batch=9), Ceiling("copy", bytes_per_s=2.0)])
+    assert found.rows == [row(us=50.0), row("eager"), row(us=70.0, batch=9)]
+    assert [c.bytes_per_s for c in found.ceilings] == [2.0]
 
 
 DAMAGE = {
@@ -55,7 +59,7 @@ DAMAGE = {
     "empty": (lambda text: "", "not JSON"),
     "no UTF-8": (lambda text: b"\xff\xfe" + text.encode(), "not JSON"),
     "a list": (lambda text: "[]", "the file: .* is not of type 'object'"),
-    "another version": (lambda text: text.replace('"version": 1', '"version": 2'), "is of version 2, expected 1"),
+    "another version": (lambda text: text.replace('"version": 2', '"version": 1'), "is of version 1, expected 2"),
     "a missing field": (lambda text: text.replace('"batch": 8, ', "", 1), "rows.0: 'batch' is a required property"),
     "an unknown field": (lambda text: text.replace('"batch"', '"size": 1, "batch"', 1), "rows.0: .*'size'"),
     "a negative time": (lambda text: text.replace('"p50_s": ', '"p50_s": -', 1), "rows.0.p50_s: -"),
@@ -147,7 +151,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_other_machines_are_noted(tmp_path, capsys):
-    elsewhere = {**WHERE, "device": "NVIDIA H100"}
+    elsewhere = {**GPU, "device": "NVIDIA H100"}
     old, new = write(tmp_path / "old.json", row()), write(tmp_path / "new.json", row(environment=elsewhere))
     assert cli.main(["compare", str(old), str(new)]) == 0
-    assert "note: device differs: NVIDIA H200 before, NVIDIA H100 now" in capsys.readouterr().err
+    assert "note: device differs: Synthetic GPU before, NVIDIA H100 now" in capsys.readouterr().err

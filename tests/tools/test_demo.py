@@ -89,8 +89,8 @@ def test_a_wrong_kernel_fails_the_demo(
 )  # fmt: skip
 def test_what_fails_the_demo(wrong_by: float, launches: int, fallbacks: int, wanted: list[str]) -> None:
     logits, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64), torch.tensor([0, 1])
-    ours = demo._row("ours", logits, logits, labels, 1.0)
-    kernels = demo._row("kernels", logits + torch.tensor([wrong_by, 0.0]), logits, labels, None)
+    ours = demo._outcome("ours", logits, logits, labels, 1.0)
+    kernels = demo._outcome("kernels", logits + torch.tensor([wrong_by, 0.0]), logits, labels, None)
     assert demo._failures(ours, kernels, 0.0, launches, fallbacks) == wanted
     json.dumps(demo.asdict(kernels), allow_nan=False)
 

@@ -20,6 +20,7 @@ from robustness import ROBUST
 from synthetic_results import row
 
 from resnet_triton.bench import command, report, results
+from resnet_triton.bench.runner import Phase, Run, Steps
 from resnet_triton.codegen import report as codegen
 from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, lookup, table
 from resnet_triton.config.conv import is_legal
@@ -144,13 +145,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A benchmark that takes no time and finds one row."""
     pytest.importorskip("matplotlib")
 
-    def models(plan: command.Plan, found: results.Results, end: float, say: command.Say) -> None:
-        found.rows.append(row("measured"))
-        command._keep(found, plan.out, say)
+    def steps(run: Run) -> Steps:
+        yield "step", lambda: [[row("measured")]]
 
-    monkeypatch.setattr(command, "_models", models)
-    monkeypatch.setattr(command.ceilings, "measure", lambda *arguments: [])
-    monkeypatch.setattr(command.predictions, "predictions", lambda *arguments, **options: [])
+    monkeypatch.setattr(command, "phases", lambda plan: [Phase("models", steps)])
 
 
 @pytest.mark.usefixtures("measured")

@@ -1,4 +1,4 @@
-"""The model suite: it times what it says, and what is slow, wrong, broken or stuck shows as that and harms no other."""
+"""Races: they time what they say, and what is slow, wrong, broken or stuck shows as that and harms no other."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ import planted_alternatives as planted
 import pytest
 import torch
 
-from resnet_triton.bench import alternatives, engines, model, results
+from resnet_triton.bench import alternatives, engines, race, results
 from resnet_triton.bench.check import relative_error
 from resnet_triton.bench.worker import Spec, network
 
@@ -24,81 +24,101 @@ def gone(pid):
     return not state.exists() or state.read_text().split()[2] == "Z"
 
 
+def raced(*chosen, batches=(1,), seconds=0.0):
+    """What a race of planted alternatives leaves, and the seconds of second starts."""
+    rows = {}
+    with race.Race(SPEC, [planted.alternative(build, **more) for build, more in chosen], print) as contest:
+        for batch in batches:
+            contest.line_up(batch, time.monotonic() + 200)
+            for some in contest.measure(batch, seconds, time.monotonic() + 200, (5, 5)):
+                rows |= {(row.alternative, row.batch): row for row in some}
+        again = dict(contest.second_starts(batches[0], time.monotonic() + 200))
+    return rows, again
+
+
 @pytest.fixture(scope="module")
 def rows():
-    """What a race of planted alternatives leaves at two batch sizes."""
-    chosen = [
-        planted.alternative(planted.right, ours=True), planted.alternative(planted.slow),
-        planted.alternative(planted.late), planted.alternative(planted.broken),
-        planted.alternative(planted.crash, cold=True), planted.alternative(planted.counts_starts, cold=True),
-    ]  # fmt: skip
-    with model.Race(SPEC, chosen) as race:
-        found = race.measure(1, 2, time.monotonic() + 300) + race.measure(2, 1, time.monotonic() + 300)
-        found = model.with_warm_starts(found, "float32", 1, race.warm_start(1, time.monotonic() + 300))
-    return {(row.alternative, row.batch): row for row in found}
+    """A race in this process: what it judges."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(race, "Worker", planted.Inline)
+        patch.setattr(race, "TURN", 0.05)
+        mine = (planted.right, {"ours": True})
+        others = [(build, {}) for build in (planted.slow, planted.wrong, planted.late, planted.broken)]
+        rows, _ = raced(mine, *others)
+    return {alternative: row for (alternative, _), row in rows.items()}
 
 
-def test_every_alternative_has_a_row_that_the_schema_accepts(rows):
-    assert len(rows) == 12
-    data = {"format": results.FORMAT, "version": results.VERSION, "ceilings": [], "predictions": []}
-    assert results.check({**data, "rows": [dataclasses.asdict(row) for row in rows.values()]}) is None
+def test_every_alternative_has_a_row_that_the_schema_accepts(rows, tmp_path):
+    assert list(rows) == ["right", "slow", "wrong", "late", "broken"]
+    results.save(results.Results(list(rows.values())), tmp_path / "results.json")
+    assert results.load(tmp_path).rows == list(rows.values())
+    where = rows["right"].environment
+    assert where["torch"] == torch.__version__
+    assert where["device"] != "unknown"
 
 
 def test_a_planted_slowdown_shows(rows):
-    right, slow = rows["right", 1], rows["slow", 1]
+    right, slow = rows["right"], rows["slow"]
     assert right.good
     assert slow.good
     assert planted.NAP <= slow.p50_s - right.p50_s < 2 * planted.NAP
-    assert len(right.samples_s) > len(slow.samples_s) >= model.LEAST_ROUNDS
+    assert len(right.samples_s) > len(slow.samples_s) >= 5
     assert results.speedup([right, slow]) == pytest.approx(slow.p50_s / right.p50_s)
 
 
 def test_a_wrong_answer_shows_and_wins_nothing(rows):
-    wrong = rows["late", 1]
-    assert wrong.correct is False
-    assert wrong.error_before <= wrong.error_limit < wrong.error_after, "it was right before it was timed"
-    assert not wrong.good
-    assert results.best([rows["slow", 1], wrong], ours=False).alternative == "slow"
-    mine = dataclasses.replace(wrong, ours=True)
-    assert results.speedup([rows["slow", 1], mine, rows["right", 1]]) is None, "no speed-up on a red check"
+    assert rows["wrong"].correct is False
+    assert rows["wrong"].error_before > rows["wrong"].error_limit
+    late = rows["late"]
+    assert late.error_before <= late.error_limit < late.error_after, "it was right before it was timed"
+    assert late.correct is False
+    assert results.best([rows["slow"], late], ours=False).alternative == "slow"
+    mine = dataclasses.replace(late, ours=True)
+    assert results.speedup([rows["slow"], mine, rows["right"]]) is None, "no speed-up on a red check"
 
 
 def test_a_failure_says_why_in_one_line(rows):
-    assert rows["broken", 1].failure == "ValueError: no such thing"
+    assert rows["broken"].failure == "ValueError: no such thing"
+    assert rows["broken"].samples_s == []
+
+
+def test_what_was_measured_is_there_before_the_race_is_over(monkeypatch):
+    """Whoever stops after any of these rows has them, judged."""
+    monkeypatch.setattr(race, "Worker", planted.Inline)
+    with race.Race(
+        SPEC, [planted.alternative(planted.right, ours=True), planted.alternative(planted.slow)], print
+    ) as c:
+        c.line_up(1, time.monotonic() + 100)
+        first = next(c.measure(1, 100, time.monotonic() + 100))
+        assert [(row.alternative, row.good) for row in first] == [("right", True)]
+        late = [row for some in c.measure(1, 0, time.monotonic() - 1, (0, 0)) for row in some]
+    assert [row.failure for row in late] == ["no time left, a larger budget gives more"] * 2
+
+
+@pytest.mark.slow
+def test_processes_that_crash_start_again_and_remember():
+    chosen = [(planted.right, {}), (planted.late, {}), (planted.crash, {}), (planted.counts_starts, {"cold": True})]
+    rows, again = raced(*chosen, batches=(1, 2))
     assert rows["crash", 1].failure == "its process ended with code 7: about to crash"
     assert rows["crash", 2].failure == rows["crash", 1].failure, "it gets another process for another batch size"
-    assert rows["broken", 1].samples_s == []
-
-
-def test_cold_and_warm_starts(rows):
-    row = rows["counts_starts", 1]
-    assert row.first_call_cold_s > 0.5 > row.first_call_warm_s
-    assert rows["right", 1].first_call_warm_s is None, "nothing was kept that a second start could find"
-
-
-def test_peak_memory(rows):
+    assert rows["counts_starts", 1].first_call_cold_s > 0.5 > again["counts_starts"]
+    assert set(again) == {"counts_starts"}, "nothing else was kept that a second start could find"
     if rows["right", 1].peak_bytes is None:
         pytest.skip("this system does not tell")
     more = rows["late", 1].peak_bytes - rows["right", 1].peak_bytes
     assert 0.9 * planted.MEMORY < more < 1.5 * planted.MEMORY
 
 
-def test_each_row_says_where_it_was_measured(rows):
-    where = rows["right", 1].environment
-    assert where["torch"] == torch.__version__
-    assert where["device_kind"] == "cpu"
-    assert where["device"] != "unknown"
-
-
 @pytest.mark.slow
 def test_what_hangs_is_ended_with_all_it_started(tmp_path, monkeypatch):
     monkeypatch.setenv("PLANTED_PID", str(tmp_path / "pid"))
     chosen = [planted.alternative(planted.forks), planted.alternative(planted.hang, cold=True)]
-    with model.Race(SPEC, chosen) as race:
-        folder = race.folder
-        assert all(row.good for row in race.measure(1, 0, time.monotonic() + 200))
-        start = time.monotonic()
-        forks, hang = race.measure(2, 0, start + 12)
+    with race.Race(SPEC, chosen, print) as contest:
+        folder = contest.folder
+        for batch in (1, 2):
+            contest.line_up(batch, time.monotonic() + 200)
+            start = time.monotonic()
+            *_, (forks, hang) = contest.measure(batch, 0, start + 12)
         assert time.monotonic() - start < 60
         assert forks.good, "one that was ready in time is timed all the same"
         assert hang.failure.startswith("took more than")
@@ -106,6 +126,7 @@ def test_what_hangs_is_ended_with_all_it_started(tmp_path, monkeypatch):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_conductor_that_was_killed(tmp_path):
     script = """
         import sys, time
@@ -113,16 +134,16 @@ def test_workers_do_not_outlive_a_conductor_that_was_killed(tmp_path):
         import torch
         sys.path.insert(0, sys.argv[1])
         import planted_alternatives as planted
-        from resnet_triton.bench import model
+        from resnet_triton.bench import race
         from resnet_triton.bench.worker import Spec
         if __name__ == "__main__":
             folder, hang = Path(sys.argv[2]), planted.alternative(planted.hang)
-            process = model.Process(Spec(image=32, tiny=True), hang, folder)
-            process.ask("hello", 60)
+            worker = race.Worker(Spec(image=32, tiny=True), hang, folder)
+            worker.ask("hello", 60)
             torch.save({"images": torch.ones(2, 3, 32, 32), "expected": torch.ones(2, 16)}, folder / "data.pt")
-            process.send("prepare", batch=2, file=str(folder / "data.pt"))
+            worker.send("prepare", file=str(folder / "data.pt"))
             time.sleep(2)
-            print(process.process.pid, flush=True)
+            print(worker.child.process.pid, flush=True)
             time.sleep(600)
     """
     (tmp_path / "conduct.py").write_text(textwrap.dedent(script))
@@ -174,7 +195,7 @@ def test_alternatives_agree(small, name):
         assert relative_error(alternative.build(base, images)(images), expected) < 1e-6
 
 
-def test_cudnn_fused_computes_the_model(small, monkeypatch):
+def test_cudnn_computes_the_model(small, monkeypatch):
     base, images, expected = small
 
     def conv_relu(x, weight, bias, stride, padding, dilation, groups):
@@ -186,7 +207,7 @@ def test_cudnn_fused_computes_the_model(small, monkeypatch):
     monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
     with torch.inference_mode():
-        assert relative_error(alternatives.cudnn_fused(base, images)(images), expected) < 1e-6
+        assert relative_error(alternatives.cudnn_model(base, images)(images), expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "jax"])

@@ -1,0 +1,290 @@
+"""What a lent GPU checks beside the suites: runs that have to be exact, the tests, a tuned table, NVIDIA's own tools.
+
+`python -m benchmarks.gpu_phases LAYER DTYPE BATCH DEVICE IMAGE` runs one layer a few times, for a profiler to look at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import resnet_triton
+from resnet_triton import config
+from resnet_triton.bench import layers, race
+from resnet_triton.bench.alternatives import Alternative, Model, alternatives
+from resnet_triton.bench.cases import Case, cases
+from resnet_triton.bench.layers import Problem
+from resnet_triton.bench.runner import Found, OutOfTime, Run, Steps
+from resnet_triton.bench.worker import Spec
+from resnet_triton.config import ConvConfig, ConvShape, device, table
+from resnet_triton.kernels.launch import has_several_sides
+from resnet_triton.support.terminal import bar
+from resnet_triton.tools import tune as tuner
+from resnet_triton.tuner.precompile import Compilers
+from resnet_triton.tuner.trial import Trial
+
+ROOT = Path(__file__).parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+"""pytest-benchmark before 5.3 warns under xdist that it disables itself, and warnings are errors here."""
+
+
+def rehearsed(run: Run) -> bool:
+    """A rehearsal is on a CPU."""
+    return run.device.type == "cpu"
+
+
+def batches(run: Run, *sizes: int) -> list[int]:
+    """A rehearsal has but one image."""
+    return [1] if rehearsed(run) else list(sizes)
+
+
+def image(run: Run) -> int:
+    """Height and width of images."""
+    return 32 if rehearsed(run) else 224
+
+
+# --- exact, again and again ------------------------------------------------------------------------------------------
+
+_STRIDED = ConvShape(32, 64, 56, 56, 128, 3, 3, (2, 2), (1, 1))
+_SHORTCUT = ConvShape(32, 512, 7, 7, 512, 3, 3, padding=(1, 1),
+                      shortcut_c=256, shortcut_h=14, shortcut_w=14, shortcut_stride=(2, 2))  # fmt: skip
+_TILES: dict[str, tuple[ConvShape, list[tuple[Any, ...]]]] = {
+    "strided": (_STRIDED, [
+        (128, 128, 64, 4, 3, (1, 4, 32)), (128, 128, 64, 8, 4, (1, 4, 32)), (64, 128, 64, 4, 4, (1, 2, 32)),
+        (256, 128, 64, 8, 3, (1, 8, 32)), (128, 128, 64, 8, 3, (1, 4, 32)), (128, 128, 64, 4, 4, (1, 4, 32)),
+        (128, 128, 64, 8, 4, (1, 1, 128)),
+    ]),
+    "shortcut": (_SHORTCUT, [
+        (64, 64, 64, 4, 5, (1, 2, 32), 2), (64, 128, 64, 4, 4, (1, 2, 32), 2), (64, 64, 64, 4, 4, (1, 2, 32), 2),
+        (64, 64, 64, 4, 5, (1, 2, 32), 1),
+    ]),
+}  # fmt: skip
+SIBLINGS = {
+    f"sibling {name} {i}": (shape, ConvConfig(*tile, swap=has_several_sides(tile[5])))
+    for name, (shape, tiles) in _TILES.items()
+    for i, tile in enumerate(tiles)
+}
+"""The first tile of each shape was sometimes wrong on an H200 while its pixels were the rows of the product."""
+
+
+def exact(run: Run, *, dtypes: Sequence[str]) -> Steps:
+    """Siblings and every convolution of ResNet-18 as looked up, 300 times each; then its other operators."""
+    facts, sizes = device.facts(run.device), batches(run, 1, 8, 32, 128, 256)
+    found = cases(["resnet18"], sizes, dtypes, image(run))
+    if rehearsed(run):
+        found = [case for case in found if case.layer in ("conv1", "layer1.0.conv2", "fc")]
+    pairs = {} if rehearsed(run) else dict(SIBLINGS)
+    others = {}
+    for case in found:
+        name = f"{case.layer} {case.dtype} {case.batch}"
+        if case.call.operator == "conv_bn_relu":
+            pairs[name] = case.call.shape, config.lookup(case.call.shape, facts)
+        else:
+            others[name] = case
+    with contextlib.nullcontext() if rehearsed(run) else Compilers(facts, os.cpu_count() or 1) as compilers:
+        jobs = {name: compilers.submit(*pair) for name, pair in pairs.items()} if compilers else {}
+        for name, (shape, chosen) in pairs.items():
+            yield name, partial(_exact, shape, chosen, jobs.get(name), run)
+        for name, case in others.items():
+            yield name, partial(_repeatable, case, run)
+
+
+def _exact(shape: ConvShape, chosen: ConvConfig, job: Future[list[str]] | None, run: Run) -> Iterator[Found]:
+    runs = 1 if rehearsed(run) else 100
+    yield {"config": asdict(chosen), "faults": job.result() if job else []}
+    wrong = Trial(shape, run.device, 0).wrong_runs(chosen, runs)
+    yield {"runs": runs * len(wrong), "wrong": wrong}
+    if any(wrong.values()):
+        raise AssertionError(f"wrong in {wrong} of {runs} runs each")
+
+
+def _repeatable(case: Case, run: Run) -> Iterator[Found]:
+    """Right once and then the same bits: integers that are exact are for the tests."""
+    problem = Problem(case.call.ours, run.device, kernels="triton")
+    with torch.inference_mode():
+        call = problem.build("ours")[0]
+        error, expected = problem.error(call), call().clone()
+        others = sum(not torch.equal(call(), expected) for _ in range(1 if rehearsed(run) else 300))
+    yield {"error": error, "limit": problem.limit, "not repeated": others}
+    if others or not error <= problem.limit:
+        raise AssertionError(f"error {error}, limit {problem.limit}; {others} runs gave other bits")
+
+
+# --- the suites ------------------------------------------------------------------------------------------------------
+
+
+def models(
+    run: Run, *, names: Sequence[str], sizes: Sequence[int] = (1, 32, 256), dtype: str = "float16",
+    tuned: bool = False, label: str = "",
+) -> Steps:  # fmt: skip
+    """Whole models in turns, ours with the tables of this folder if they are to be tuned; the rest is in `label`."""
+    known, chosen = alternatives(run.device), []
+    if rehearsed(run):  # what a CPU has, and waits for
+        names = ["eager", *[name for name in names if name.startswith("ours")][-1:]]
+    for name in names:
+        if name.startswith("ours"):
+            tables = str(run.folder) if tuned else None
+            build = partial(ours, tables, "graph" in name and not rehearsed(run), "invariant" in name)
+            chosen.append(Alternative(name + label, build, ours=True, cold=True))
+        else:
+            chosen.append(known[name])
+    spec = Spec(dtype=dtype, device=str(run.device), image=image(run), tiny=rehearsed(run))
+    rounds = (0, 0) if rehearsed(run) else race.ROUNDS
+    return race.steps(spec, chosen, batches(run, *sizes), run, seconds=12, rounds=rounds)
+
+
+def ours(tables: str | None, graph: bool, invariant: bool, model: nn.Module, images: Tensor) -> Model:
+    """Our model on our kernels; in a rehearsal they are interpreted."""
+    if tables is not None:
+        table.FOLDER = Path(tables)
+    return resnet_triton.optimize(model, kernels="triton", cuda_graph=graph, batch_invariant=invariant)
+
+
+def layer_times(run: Run, *, alternatives: Sequence[str], dtype: str = "float16") -> Steps:
+    """Each layer, ours against PyTorch's ways to compute it."""
+    todo = cases(["resnet18"], batches(run, 1, 32, 256), [dtype], image(run))
+    todo = todo[1:4] if rehearsed(run) else todo
+    names = [name for name in alternatives if not (rehearsed(run) and name == "compile")]
+    return layers.steps(todo, run, alternatives=names, kernels="triton", seconds=0.1)
+
+
+def tune(run: Run) -> Steps:
+    """A table for this GPU, kept in the folder of the results; it goes on where it stopped."""
+    yield "resnet18", partial(_tune, run)
+
+
+def _tune(run: Run) -> Iterator[Found]:
+    path = run.folder / f"{table.slug(device.facts(run.device).name)}.json"
+    found = tuner.run(
+        budget=run.left() - 5, batches=[1, 32, 256], dtypes=["float16"], families=["resnet18"], out=path, again=False,
+        jobs=os.cpu_count() or 1, bar=bar,
+    )  # fmt: skip
+    yield {"table": path.name, "rows": found["rows"]}
+    if found["left"]:
+        raise OutOfTime(f"{found['left']} shapes are left")
+
+
+# --- other programs --------------------------------------------------------------------------------------------------
+
+
+def tests(run: Run, *, file: str, select: str, processes: int) -> Steps:
+    """A file of the test suite, counted as far as it got."""
+    yield file, partial(_tests, file, select, processes, run)
+
+
+def _tests(file: str, select: str, processes: int, run: Run) -> Iterator[Found]:
+    if rehearsed(run):
+        select, processes = "test_conv_epilogue and plain and float16", 0
+    command = [*PYTEST, "-v", file, "-k", select]
+    if processes and importlib.util.find_spec("xdist"):
+        command += ["-n", str(processes)]
+    code, output = _output(command, run)
+    (run.folder / f"{Path(file).stem}.txt").write_text(output)
+    progress, _, summary = output.partition("short test summary")
+    yield {name: len(re.findall(rf"\b{name}\b", progress)) for name in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    failures = re.findall(r"(?:FAILED|ERROR) (\S+::\S.*)", summary or progress)
+    yield {"failures": failures[:100]}
+    if code != 0:
+        how = "no time to finish" if code is None else f"exit code {code}"
+        raise AssertionError("; ".join([how, *failures[:3]]) if failures else f"{how}: {output[-300:]}")
+
+
+SELECTIONS = (
+    "test_conv_epilogue and float16", "test_max_pool and float16", "test_global_avg_pool and float16",
+    "test_add_relu and float16", "test_linear and float16", "test_avg_pool_linear and float16",
+)  # fmt: skip
+
+
+def sanitizer(run: Run) -> Steps:
+    """The tests on small shapes under memcheck; a rehearsal runs the first of them without."""
+    for select in SELECTIONS[:1] if rehearsed(run) else SELECTIONS:
+        yield select, partial(_sanitize, select, run)
+
+
+def _sanitize(select: str, run: Run) -> Iterator[Found]:
+    tool = [] if rehearsed(run) else [_find("compute-sanitizer"), "--tool", "memcheck", "--target-processes", "all"]
+    pytest = [*PYTEST, "-q", "-x", "tests/kernels/test_exact.py", "-k", select]
+    code, output = _output([*tool, *pytest], run, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    errors = max(map(int, re.findall(r"ERROR SUMMARY: (\d+) error", output)), default=None)
+    yield {"errors": errors}
+    if code != 0 or not (errors == 0 or rehearsed(run)):
+        raise AssertionError(f"exit code {code}, {errors} errors: {output[-300:]}")
+
+
+METRICS = (
+    "gpu__time_duration.sum", "dram__bytes.sum", "lts__t_bytes.sum", "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__warps_active.avg.pct_of_peak_sustained_active", "sm__inst_executed_pipe_tensor.sum",
+)  # fmt: skip
+
+
+def counters(run: Run) -> Steps:
+    """Hardware counters of the layers that take longest; a rehearsal runs one of them without a profiler."""
+    rows = [row for row in run.results.rows if row.suite == "kernel" and row.ours and row.p50_s]
+    rows.sort(key=lambda row: row.p50_s or 0.0, reverse=True)
+    for row in rows[: 1 if rehearsed(run) else 3]:
+        key = [str(row.layer), row.dtype, str(row.batch)]
+        yield " ".join(key), partial(_count, key, run)
+
+
+def _count(key: list[str], run: Run) -> Iterator[Found]:
+    options = ["--clock-control", "none", "--csv", "--metrics", ",".join(METRICS)]
+    options += ["--kernel-name", "regex:conv|stem|pack|sum", "--launch-skip", "2", "--launch-count", "2"]
+    profiler = [] if rehearsed(run) else [_find("ncu"), *options]
+    work = [sys.executable, "-m", "benchmarks.gpu_phases", *key, run.device.type, str(image(run))]
+    code, output = _output([*profiler, *work], run)
+    if code != 0:
+        raise RuntimeError(f"exit code {code}: {output[-300:]}")
+    lines = output.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    columns = ("Kernel Name", "Metric Name", "Metric Value", "Metric Unit")
+    yield {"metrics": [[row[name] for name in columns] for row in csv.DictReader(lines[start:])]}
+
+
+def _find(tool: str) -> str:
+    found = shutil.which(tool) or shutil.which(tool, path="/usr/local/cuda/bin")
+    if found is None:
+        raise RuntimeError(f"no {tool} here, expected one on the PATH or in /usr/local/cuda/bin")
+    return found
+
+
+def _output(command: list[str], run: Run, **environ: str) -> tuple[int | None, str]:
+    """Exit code and output of a program; code None if its time was up before."""
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    with subprocess.Popen(command, env={**os.environ, **environ}, **how) as process:
+        try:
+            output, _ = process.communicate(timeout=max(run.left() - 3, 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None, process.communicate()[0]
+    return process.returncode, output
+
+
+def main(layer: str, dtype: str, batch: str, where: str, size: str) -> None:
+    """Run a layer of ResNet-18 a few times."""
+    found = cases(["resnet18"], [int(batch)], [dtype], int(size))
+    call = next(case.call for case in found if case.layer == layer)
+    with torch.inference_mode():
+        (launch, *_) = Problem(call, torch.device(where), kernels="triton").build("ours")
+        for _ in range(1 if where == "cpu" else 5):
+            launch()
+    if where == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

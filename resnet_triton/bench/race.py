@@ -1,0 +1,250 @@
+"""Whole models: alternatives in processes of their own take turns, so that all meet the same state of the machine.
+
+Each is checked against fp64 before it is timed and after every turn, so whatever has been measured can be kept when
+time is up. What fails, hangs or answers wrongly costs itself alone and stays in the results, as a row that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..support.processes import undisturbed
+from .alternatives import Alternative
+from .check import allowed, relative_error
+from .child import Child
+from .environment import environment
+from .results import Measurement
+from .runner import Run, Steps
+from .worker import Spec, network, serve
+
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+ROUNDS = (5, 40)  # least and most
+TURN = 0.1  # seconds
+GRACE = 60  # seconds after which a call that was fast before is taken to hang
+FP64_CHUNK = 16  # images
+
+
+def steps(
+    spec: Spec, chosen: Sequence[Alternative], batches: Sequence[int], run: Run, *,
+    seconds: float = float("inf"), rounds: tuple[int, int] = ROUNDS, second_starts: bool = False,
+) -> Steps:  # fmt: skip
+    """A step for each batch size, with at most about `seconds` of timing, then one for starts with full caches."""
+    say = partial(_prefixed, run.say, spec.dtype)
+    with Race(spec, chosen, say) as race:
+
+        def measure(i: int, batch: int) -> Iterator[list[Measurement]]:
+            race.line_up(batch, run.deadline)
+            # Half a share is for the second starts; the first batch size, whose compilers start cold, gets two.
+            shares, mine = (len(batches) - i + 0.5, 1) if i else (len(batches) + 1.5, 2)
+            left = run.left() * mine / shares
+            yield from race.measure(batch, min(seconds, left), time.monotonic() + left, rounds)
+
+        def again() -> Iterator[list[Measurement]]:
+            for name, first in race.second_starts(batches[0], run.deadline):
+                key = ("model", spec.dtype, batches[0], name)
+                rows = [r for r in run.results.rows if (r.suite, r.dtype, r.batch, r.alternative) == key]
+                yield [replace(row, first_call_warm_s=first) for row in rows]
+
+        for i, batch in enumerate(batches):
+            yield f"{spec.dtype} {batch}", partial(measure, i, batch)
+        if second_starts:
+            yield f"{spec.dtype} {batches[0]}, second starts", again
+
+
+def _prefixed(say: Callable[[str], None], prefix: str, text: str) -> None:
+    say(f"{prefix}, {text}")
+
+
+class Lost(Exception):
+    """A worker died or took too long, and is no more."""
+
+
+class Worker:
+    """The process of an alternative, and the line to it."""
+
+    def __init__(self, spec: Spec, alternative: Alternative, folder: Path) -> None:
+        self.line, far = multiprocessing.get_context("spawn").Pipe()
+        caches = {name: str(folder / name.lower()) for name in CACHES}
+        self.child = Child(serve, (far, spec, alternative), folder / "log.txt", caches)
+        far.close()
+
+    def send(self, request: str, **arguments: Any) -> None:
+        with contextlib.suppress(OSError):  # `receive` will notice
+            self.line.send((request, arguments))
+
+    def receive(self, limit: float) -> Any:
+        """The answer. Lost if there is none within `limit` seconds; RuntimeError if the request failed."""
+        try:
+            if not self.line.poll(max(limit, 0)):
+                self.end()
+                raise Lost(f"took more than {limit:.0f} s")
+            answer = self.line.recv()
+        except (EOFError, OSError):
+            self.child.process.join(5)
+            code = self.child.process.exitcode
+            self.end()
+            raise Lost(f"its process ended with code {code}: {self.child.last_words()}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def ask(self, request: str, limit: float, **arguments: Any) -> Any:
+        self.send(request, **arguments)
+        return self.receive(limit)
+
+    def end(self) -> None:
+        self.line.close()
+        self.child.end()
+
+
+@dataclass
+class Contender:
+    """An alternative during a run: its process while it lives, and what is known so far of a batch size."""
+
+    alternative: Alternative
+    folder: Path
+    worker: Worker | None = None
+    samples: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+    def ask(self, request: str, limit: float, **arguments: Any) -> Any:
+        """The answer, or None and a failure."""
+        if self.worker is None or self.failure:
+            return None
+        try:
+            return self.worker.ask(request, limit, **arguments)
+        except (Lost, RuntimeError) as error:
+            self.failure = str(error)
+            if isinstance(error, Lost):
+                self.worker = None
+            return None
+
+    def turn(self) -> None:
+        """Time it for a moment and check its answer once more."""
+        samples, error = self.ask("turn", GRACE, seconds=TURN) or ({}, 0.0)
+        for key, some in samples.items():
+            self.samples.setdefault(key, []).extend(some)
+        if not error <= self.facts.get("after", 0.0):  # NaN, too
+            self.facts["after"] = error
+
+
+class Race:
+    """The alternatives of one model, dtype and device, over several batch sizes. Use it as a context manager."""
+
+    def __init__(self, spec: Spec, chosen: Sequence[Alternative], say: Callable[[str], None]) -> None:
+        self.spec, self.say = spec, say
+        self._temporary = tempfile.TemporaryDirectory(prefix="resnet-triton-bench-", ignore_cleanup_errors=True)
+        self.folder = Path(self._temporary.name)
+        self._limit = 0.0
+        self.contenders = [Contender(a, self.folder / str(i)) for i, a in enumerate(chosen)]
+
+    def __enter__(self) -> Race:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with undisturbed():  # a second Ctrl-C would leave processes that this one waits for at its end
+            for c in self.contenders:
+                if c.worker is not None:
+                    c.worker.end()
+            self._temporary.cleanup()
+
+    def line_up(self, batch: int, deadline: float) -> None:
+        """Start the processes that do not run, and compute what is right. RuntimeError if fp64 fails.
+
+        None is to blame for the time this takes, so only `deadline` (of time.monotonic()) ends one that does not start.
+        """
+        for c in self.contenders:
+            c.samples, c.facts, c.failure = {}, {}, None
+            c.worker = c.worker or Worker(self.spec, c.alternative, c.folder)
+        self.say(f"batch {batch}: fp64 reference")  # while the processes start
+        self._limit, here = self._reference(batch), environment(torch.device(self.spec.device))
+        for c in self.contenders:  # those still starting would disturb the first calls
+            c.facts["environment"] = c.ask("hello", deadline - time.monotonic()) or here
+
+    def measure(
+        self, batch: int, seconds: float, deadline: float, rounds: tuple[int, int] = ROUNDS
+    ) -> Iterator[list[Measurement]]:
+        """Rows of alternatives that are lined up, as soon as they are known; later ones replace earlier ones.
+
+        At most about `seconds` go into taking turns. `deadline` bounds all of it, compilers included: ours and the
+        quick ones start first, and what is not ready when a third of the time is left fails.
+        """
+        timing = min(seconds, (deadline - time.monotonic()) / 3)
+        for c in sorted(self.contenders, key=lambda c: c.alternative.cold and not c.alternative.ours):
+            left = deadline - timing - time.monotonic()
+            if left > 0:
+                self.say(f"batch {batch}: first call of {c.alternative.name}")
+                c.facts |= c.ask("prepare", left, file=self._file(batch)) or {}
+                c.turn()
+            else:
+                c.failure = c.failure or "no time left, a larger budget gives more"
+            yield self._rows(c, batch)
+        self.say(f"batch {batch}: taking turns")
+        end = time.monotonic() + min(seconds, deadline - time.monotonic())
+        least, most = rounds
+        for i in range(most):
+            if i >= least and time.monotonic() > end:
+                return
+            for c in self.contenders:
+                c.turn()
+            yield [row for c in self.contenders for row in self._rows(c, batch)]
+
+    def second_starts(self, batch: int, deadline: float) -> Iterator[tuple[str, float]]:
+        """Seconds of a first call in a second process that finds the first one's compiler caches, by alternative."""
+        for c in self.contenders:
+            if not c.alternative.cold or c.failure or time.monotonic() > deadline:
+                continue
+            self.say(f"batch {batch}: second start of {c.alternative.name}")
+            worker = Worker(self.spec, c.alternative, c.folder)
+            try:
+                worker.ask("hello", deadline - time.monotonic())
+                answer = worker.ask("prepare", deadline - time.monotonic(), file=self._file(batch))
+                yield c.alternative.name, answer["first_s"]
+            except (Lost, RuntimeError):
+                pass  # the first start's rows say what there is to say
+            finally:
+                worker.end()
+
+    def _file(self, batch: int) -> str:
+        return str(self.folder / f"batch-{batch}.pt")
+
+    @torch.inference_mode()
+    def _reference(self, batch: int) -> float:
+        """Write images and their fp64 logits to a file. Returns the error that is allowed."""
+        spec, dtype = self.spec, getattr(torch, self.spec.dtype)
+        fresh = torch.Generator().manual_seed(time.time_ns())
+        images = torch.randn(batch, 3, spec.image, spec.image, generator=fresh).to(spec.device, dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        base = network(spec)
+        eager, exact = base(images), copy.deepcopy(base).double()
+        expected = torch.cat([exact(some.double()) for some in images.split(FP64_CHUNK)])
+        torch.save({"images": images, "expected": expected}, self._file(batch))
+        del base, exact
+        if images.is_cuda:
+            torch.cuda.empty_cache()  # the memory is the others' now
+        return allowed(relative_error(eager, expected), dtype)
+
+    def _rows(self, c: Contender, batch: int) -> list[Measurement]:
+        spec, cuda = self.spec, self.spec.device.startswith("cuda")
+        row = Measurement(
+            suite="model", model=spec.model, layer=None, alternative=c.alternative.name, ours=c.alternative.ours,
+            batch=batch, image=spec.image, dtype=spec.dtype, clock="wall", l2="warm" if cuda else "uncontrolled",
+            environment=c.facts["environment"], first_call_cold_s=c.facts.get("first_s"),
+            peak_bytes=c.facts.get("peak_bytes"), failure=c.failure,
+        )  # fmt: skip
+        if c.failure:
+            return [replace(row, clock=clock, l2=l2) for clock, l2 in c.samples or [(row.clock, row.l2)]]
+        row = row.checked(c.facts["error"], c.facts.get("after", 0.0), self._limit)
+        return [replace(row, clock=clock, l2=l2).timed(samples) for (clock, l2), samples in c.samples.items()]

@@ -1,0 +1,221 @@
+"""The runner: what is found is kept at once and not repeated; a crash costs itself alone. And the phases of a GPU."""
+
+import json
+import tarfile
+import time
+from functools import partial
+
+import planted_alternatives as planted
+import pytest
+import torch
+from synthetic_results import row
+
+from resnet_triton.bench import results
+from resnet_triton.bench.results import Results
+from resnet_triton.bench.runner import OutOfTime, Phase, Run, run_apart, run_phase
+
+gpu = pytest.importorskip("benchmarks.gpu")
+from benchmarks import gpu_phases  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def phase(*steps):
+    def generate(run):
+        yield from steps
+
+    return Phase("phase", generate)
+
+
+def run(steps, folder, left=100.0):
+    """Run steps as one phase, on what the folder has already; what the folder has then."""
+    said = []
+    run_phase(phase(*steps), Run(CPU, folder, results.resume(folder), time.monotonic() + left, said.append))
+    return results.load(folder), said
+
+
+# --- in this process -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_found_is_written_before_the_step_is_over(tmp_path):
+    def work():
+        yield {"runs": 1}
+        yield [row()]
+        found = results.load(tmp_path)
+        assert (found.rows, found.running, found.complete) == ([row()], ["phase", "step"], [])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([("step", work)], tmp_path)
+    assert results.load(tmp_path).rows == [row()]
+
+
+def test_a_failure_is_a_part_of_the_results_and_others_go_on(tmp_path):
+    def fails():
+        yield [row()]
+        yield {"wrong": 3}
+        raise AssertionError("3 runs\nwrong")
+
+    found, _ = run([("fails", fails), ("works", lambda: [{"runs": 2}])], tmp_path)
+    assert [(s.name, s.failure, s.found) for s in found.steps] == [
+        ("fails", "AssertionError: 3 runs wrong", {"wrong": 3}), ("works", None, {"runs": 2}),
+    ]  # fmt: skip
+    assert (found.rows, found.complete, found.running) == ([row()], ["phase"], None)
+
+
+def test_a_second_run_goes_on_where_the_first_ran_out_of_time(tmp_path):
+    done = []
+
+    def late():
+        done.append("late")
+        if len(done) < 3:
+            yield [row()]
+            raise OutOfTime("come again")
+
+    steps = [("first", lambda: done.append("first") or []), ("late", late)]
+    found, said = run(steps, tmp_path)
+    assert (done, said) == (["first", "late"], ["phase: come again"])
+    assert ([s.name for s in found.steps], found.complete, found.rows) == (["first"], [], [row()])
+    found, said = run(steps, tmp_path, left=-1)
+    assert (done, said) == (["first", "late"], ["phase: no time left for late and what follows"])
+    found, _ = run(steps, tmp_path)
+    assert (done, found.complete) == (["first", "late", "late"], ["phase"])
+
+
+def test_what_a_phase_has_started_is_ended(tmp_path):
+    ended = []
+
+    def steps(run):
+        try:
+            yield "stop", interrupt
+        finally:
+            ended.append(True)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_phase(Phase("phase", steps), Run(CPU, tmp_path, Results(), time.monotonic() + 9, print))
+    assert ended
+
+
+# --- in processes of their own ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_step_that_crashes_or_hangs_costs_itself_alone(tmp_path):
+    def apart(steps, limit):
+        return run_apart(Phase(steps.__name__, steps, limit, step_limit=2), CPU, tmp_path, time.monotonic() + 300, {})
+
+    assert apart(planted.broken_phase, 100) == "crashed before its first step: ImportError: no such thing"
+    assert apart(planted.steps, 200) == "complete"
+    found = results.load(tmp_path)
+    ended = "ended the process or took more than 2 s: "
+    assert [(s.name, s.found, (s.failure or "")[: len(ended)]) for s in found.steps] == [
+        ("good", {"us": 1}, ""), ("crash", {}, ended), ("error", {}, "ZeroDivisionError: division by zero"),
+        ("hang", {}, ended), ("last", {"us": 2}, ""),
+    ]  # fmt: skip
+    assert "Timeout" in (tmp_path / "steps.log").read_text(), "the log says where it hung"
+    assert apart(planted.steps, 200) == "complete already"
+
+
+@pytest.mark.slow
+def test_a_phase_that_hangs_stops_at_its_limit(tmp_path):
+    start = time.monotonic()
+    endless = Phase("endless", planted.endless, limit=14, spare=1)
+    assert run_apart(endless, CPU, tmp_path, start + 100, {}) == "out of time"
+    assert time.monotonic() - start < 40
+    found = results.load(tmp_path)
+    assert [s.name for s in found.steps] == ["good"]
+    assert (found.complete, found.running) == ([], None), "the next run tries the step again"
+    assert run_apart(endless, CPU, tmp_path, time.monotonic() + 5, {}) == "no time left"
+
+
+# --- the programme for a lent GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path, capsys):
+    names = ["exact", "models", "layers", "sanitizer", "counters"]
+    arguments = ["--out", str(tmp_path), "--budget", "900", "--rehearse", "--phases", ",".join(names)]
+    assert gpu.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert [line.split(",")[0] for line in out.splitlines()[:5]] == [f"{name}: complete" for name in names]
+    assert "REHEARSAL, no measurement" in out
+    found = results.load(tmp_path)
+    assert found.complete == names
+    assert [step.failure for step in found.steps if step.failure] == []
+    assert {"layer1.0.conv2 float16 1", "conv1 bfloat16 1"} <= {s.name for s in found.steps if s.phase == "exact"}
+    rows = [(r.suite, r.alternative, r.good) for r in found.rows]
+    assert rows[:2] == [("model", "eager", True), ("model", "ours graph", True)]
+    assert len(rows) == 2 + 2 * 3
+    with tarfile.open(tmp_path / gpu.ARCHIVE) as tar:
+        assert {"results.json", "results.html", "exact.log"} <= set(tar.getnames())
+
+
+SANITIZER = """#!/bin/sh
+echo "========= ERROR SUMMARY: $PLANTED_ERRORS errors"
+"""
+PROFILER = """#!/bin/sh
+echo "==PROF== Connected"
+echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+echo '"0","conv_box_kernel","gpu__time_duration.sum","us","3.1"'
+"""
+
+
+def test_tools_are_read(tmp_path, monkeypatch):
+    for name, text in (("compute-sanitizer", SANITIZER), ("ncu", PROFILER)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    layer = row("ours", ours=True, suite="kernel", layer="layer1.0.conv1", dtype="float16")
+    cuda = Run(torch.device("cuda"), tmp_path, Results([layer]), time.monotonic() + 60, print)
+    monkeypatch.setenv("PLANTED_ERRORS", "0")
+    _, step = next(gpu_phases.sanitizer(cuda))
+    assert list(step()) == [{"errors": 0}]
+    monkeypatch.setenv("PLANTED_ERRORS", "3")
+    with pytest.raises(AssertionError, match=r"exit code 0, 3 errors: =+ ERROR SUMMARY"):
+        list(step())
+    ((name, step),) = gpu_phases.counters(cuda)
+    assert name == "layer1.0.conv1 float16 1"
+    assert list(step()) == [{"metrics": [["conv_box_kernel", "gpu__time_duration.sum", "3.1", "us"]]}]
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RuntimeError, match="no ncu here"):
+        list(step())
+
+
+@pytest.mark.parametrize(("code", "failure"), [(1, "exit code 1; tests/a.py::b - wrong"), (None, "no time to finish")])
+def test_tests_are_counted(tmp_path, monkeypatch, code, failure):
+    text = "a PASSED\nb FAILED\n" + "=== short test summary info\nFAILED tests/a.py::b - wrong\n" * (code is not None)
+    monkeypatch.setattr(gpu_phases, "_output", lambda command, run: (code, text))
+    cuda = Run(torch.device("cuda"), tmp_path, Results(), time.monotonic() + 60, print)
+    ((_, step),) = gpu_phases.tests(cuda, file="tests/a.py", select="b", processes=2)
+    found = []
+    with pytest.raises(AssertionError, match=failure):
+        found.extend(step())
+    assert (found[0]["PASSED"], found[0]["FAILED"]) == (1, 1)
+    assert (tmp_path / "a.txt").read_text() == text
+
+
+def test_the_files_that_phases_name_are_there():
+    files = [
+        p.steps.keywords["file"] for p in gpu.PHASES if isinstance(p.steps, partial) and "file" in p.steps.keywords
+    ]
+    assert len(files) >= 5
+    assert [file for file in files if not (gpu_phases.ROOT / file).exists()] == []
+
+
+def test_unknown_phases_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "new"), "--phases", "exact,nothing"])
+    assert "no phase 'nothing', expected some of exact, ceilings, models" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_phases_are_repeated_when_asked(tmp_path, monkeypatch):
+    steps = [results.Step(name, "step", 1.0, None, {}, None) for name in ("exact", "models")]
+    results.save(Results([row()], [], steps, ["exact", "models"]), tmp_path / results.FILE)
+    monkeypatch.setattr(gpu, "run", lambda *args, **more: None)
+    gpu.main(["--out", str(tmp_path), "--again", "exact"])
+    found = json.loads((tmp_path / results.FILE).read_text())
+    assert ([s["phase"] for s in found["steps"]], found["complete"], len(found["rows"])) == (["models"], ["models"], 1)
