@@ -18,7 +18,8 @@ from fake_cuda import captured, images, small
 
 from resnet_triton import functional, ops, optimize, refresh, revert
 from resnet_triton.graphs import runner
-from resnet_triton.ops import dispatch, interpreter, registry
+from resnet_triton.ops import AddRelu, GlobalAvgPool, dispatch, interpreter
+from resnet_triton.ops.dispatch import Modes
 from resnet_triton.support import vision
 
 torchvision = vision.torchvision()
@@ -212,8 +213,8 @@ def test_kernels_are_launched_under_the_guard_of_their_tensors_device(monkeypatc
     monkeypatch.setattr(Launch, "run", lambda launch: launched.append(current[-1]))
     with FakeTensorMode(), override(KNOWN[90]):
         x = torch.empty(2, 16, 7, 7, dtype=torch.float16, device="cuda:1", memory_format=torch.channels_last)
-        registry.OPERATORS["add_relu"].run(x, x, "triton")
-        registry.OPERATORS["global_avg_pool"].run(x, False, "triton")
+        AddRelu(x, x, Modes(kernels="triton")).compute()
+        GlobalAvgPool(x, Modes(kernels="triton")).compute()
     assert launched == [1, 1]
     assert current == [0]
 

@@ -32,8 +32,8 @@ def test_shapes(calls):
     assert (strided.n, strided.c, strided.h, strided.w, strided.k, strided.r, strided.s) == (16, 64, 56, 56, 128, 3, 3)
     assert (strided.stride, strided.padding, strided.p, strided.q) == ((2, 2), (1, 1), 28, 28)
     assert {shape.dtype for shape in shapes.values()} == {"float16"}
-    assert [tuple(t.shape) for t in calls[0].args[:2]] == [(16, 3, 224, 224), (64, 3, 7, 7)]
-    assert [tuple(t.shape) for t in calls[-1].args[:2]] == [(16, 512, 7, 7), (1000, 512)]
+    assert [tuple(t.shape) for t in (calls[0].ours.x, calls[0].ours.weight)] == [(16, 3, 224, 224), (64, 3, 7, 7)]
+    assert [tuple(t.shape) for t in (calls[-1].ours.x, calls[-1].ours.weight)] == [(16, 512, 7, 7), (1000, 512)]
     for stage, (channels, edge) in enumerate([(64, 56), (128, 28), (256, 14), (512, 7)], start=1):
         last = shapes[f"layer{stage}.1.conv2"]
         assert (last.n, last.c, last.k, last.p, last.q) == (16, channels, channels, edge, edge)
@@ -45,10 +45,10 @@ def test_shapes(calls):
 
 
 def test_arguments_are_meta_tensors_in_the_dtype_asked_for(calls):
-    tensors = [a for c in calls for a in c.args if isinstance(a, torch.Tensor)]
+    tensors = [t for c in calls for t in c.ours.schema.tensors(c.ours)]
     assert {t.device.type for t in tensors} == {"meta"}
     assert {t.dtype for t in tensors} == {torch.float16}
-    assert calls[1].args[1].is_contiguous(memory_format=torch.channels_last)  # strides are the model's
+    assert calls[1].ours.weight.is_contiguous(memory_format=torch.channels_last)  # strides are the model's
 
 
 def test_tracing_leaves_the_model_alone():
@@ -67,7 +67,7 @@ def test_dtype_defaults_to_that_of_the_model():
         model = resnet50().eval().bfloat16()
     calls = trace(model, (2, 3, 64, 64))
     assert len(calls) == 1 + 3 * 16 + 1
-    assert {c.args[0].dtype for c in calls} == {torch.bfloat16}
+    assert {c.ours.x.dtype for c in calls} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("arch", KNOWN)

@@ -49,8 +49,8 @@ def measured(name, **options):
 
 def plant(monkeypatch, operator, form):
     """Replace our model's CPU path of an operator by `form(right answer)`."""
-    real = OPERATORS[operator].torch_form
-    monkeypatch.setitem(OPERATORS, operator, OPERATORS[operator]._replace(torch_form=lambda *args: form(real(*args))))
+    real = OPERATORS[operator].reference
+    monkeypatch.setattr(OPERATORS[operator], "reference", lambda call: form(real(call)))
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_layers_of_resnet18():
         ("layer4.1.conv2", (512, 7, 512), (3, 3), (1, 1), True, 0),
     ]
     others = [case for case in found if case.call.operator != "conv_bn_relu"]
-    assert [(c.layer, c.call.operator, tuple(c.call.args[0].shape)) for c in others] == [
+    assert [(c.layer, c.call.operator, tuple(c.call.ours.x.shape)) for c in others] == [
         ("conv1", "stem", (2, 3, 224, 224)),
         ("fc", "avg_pool_linear", (2, 512, 7, 7)),
         ("conv1 max_pool2d", "max_pool2d", (2, 64, 112, 112)),
@@ -93,7 +93,7 @@ def test_layers_of_resnet18():
     ]
     assert {case.call.operator for case in found} == set(OPERATORS)
     assert {(case.batch, case.image, case.dtype) for case in found} == {(2, 224, "float16")}
-    assert {case.call.args[0].dtype for case in found} == {torch.float16}
+    assert {case.call.ours.x.dtype for case in found} == {torch.float16}
 
 
 def test_models_share_their_cases():
@@ -388,9 +388,9 @@ def test_a_slow_dtype_gets_small_matrices(monkeypatch):
 # --- pytest-benchmark ------------------------------------------------------------------------------------------------
 
 PLANTED = """
-from resnet_triton.ops import OPERATORS
-real = OPERATORS["linear"]
-OPERATORS["linear"] = real._replace(torch_form=lambda *args: real.torch_form(*args) + 1)
+from resnet_triton.ops import Linear
+real = Linear.reference
+Linear.reference = lambda call: real(call) + 1
 """
 
 
