@@ -19,8 +19,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_triton.kernels.launch import Launch
-from resnet_triton.kernels.tiles import sum_splits
-from resnet_triton.ops import interpreter
+from resnet_triton.kernels.tiles import sum_partials
+from resnet_triton.ops import AddRelu, MaxPool2d, interpreter
+from resnet_triton.ops.dispatch import Modes
 
 pytestmark = pytest.mark.skipif(not interpreter.active(), reason="kernels are compiled here")
 
@@ -89,7 +90,7 @@ def neighbour_kernel(y_ptr, FIRST: tl.constexpr, DISTANCE: tl.constexpr):
 @triton.jit
 def splits_kernel(partials_ptr, semaphores_ptr, y_ptr, SPLIT_K: tl.constexpr):
     acc = tl.full((4, 4), 1.0, tl.float32)
-    acc, last = sum_splits(acc, partials_ptr, semaphores_ptr, tl.program_id(0), tl.program_id(1), SPLIT_K, 4, 4)
+    acc, last = sum_partials(acc, partials_ptr, semaphores_ptr, tl.program_id(0), tl.program_id(1), SPLIT_K, 4, 4)
     tl.store(y_ptr + tl.program_id(0), tl.sum(acc), mask=last)
 
 
@@ -294,10 +295,10 @@ def test_operators_are_watched_wherever_they_are_called():
         planted("add_relu", "offs < NUMEL", "offs <= NUMEL"),
         fault("add_relu_kernel, program (0, 0, 0), loads outside"),
     ):
-        torch.ops.resnet_triton.add_relu(x, x, "triton")
+        AddRelu(x, x, Modes(kernels="triton")).run()
 
 
 def test_some_programs_of_a_launch_are_watched_by_their_own_numbers():
     x = integers(generator(torch.device("cpu"), 0), 3, 1, 64, 60, 60)
     with planted("max_pool", "(w0 + s < W)", "(w0 + s <= W)"), fault("program (112, 0, 0)"):
-        run("max_pool2d", x, [3, 3], [1, 1], [1, 1], "triton", programs=[3, 112])
+        run(MaxPool2d(x, (3, 3), (1, 1), (1, 1)), programs=[3, 112])
