@@ -6,9 +6,9 @@ of more kernels, in a process of its own; these are quick, and judge mutants.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import mmap
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,9 +21,9 @@ from torch import Tensor
 from resnet_triton.kernels import stem as stem_kernels
 from resnet_triton.kernels.add_relu import add_relu
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
-from resnet_triton.kernels.conv_bn_relu import BatchNorm, Shortcut, conv_bn_relu
+from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
-from resnet_triton.kernels.launch import Launch
+from resnet_triton.kernels.launch import BatchNorm, ConvConfig, Geometry, Launch, Shortcut
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.ops import interpreter
@@ -58,7 +58,7 @@ def run(launch: Launch, *programs: int) -> None:
     """These programs alone, counted from the end if negative."""
     ids = [p % launch.grid[0] for p in programs]
     with interpreter.ready(), only(ids):
-        dataclasses.replace(launch, grid=(len(ids), *launch.grid[1:])).run()
+        replace(launch, grid=(len(ids), *launch.grid[1:])).run()
 
 
 def test_add_relu() -> None:
@@ -120,18 +120,22 @@ def test_max_pool() -> None:
     assert_exact(out[:, :, 1:, -16:], F.max_pool2d(end, 3, 1, 1)[:, :, 1:, -16:])
 
 
+TILE, LONG = ConvConfig(16, 64, 64, 4, 2), ConvConfig(16, 16, 2048, 4, 2)
 IDENTITY = BatchNorm(torch.zeros(64), torch.ones(64), None, None, 0.0)
 
 
 def conv(out: Tensor, x: Tensor, weight: Tensor, **changes: Any) -> Launch:
     """A convolution whose batch norm changes nothing, through pointers in tiles of 16 pixels unless told otherwise."""
     default: dict[str, Any] = {
-        "batch_norm": IDENTITY, "residual": None, "shortcut": None, "stride": (1, 1), "padding": (1, 1),
-        "dilation": (1, 1), "relu": False, "precision": "ieee", "flat": False, "block_m": 16, "block_k": 64,
-        "block_c": 64, "box": None, "swap": False, "early_residual": False, "split_k": 1,
-        "workspace": None, "arrivals": None, "num_warps": 4, "num_stages": 2,
+        "batch_norm": IDENTITY, "geometry": Geometry(padding=(1, 1)), "residual": None, "shortcut": None, "relu": False,
+        "precision": "ieee", "config": TILE, "partials": None, "semaphores": None,
     }  # fmt: skip
     return conv_bn_relu(out=out, x=x, weight=weight, **default | changes)
+
+
+def flat(launch: Launch) -> Launch:
+    """The same reduced over one index of taps and channels, as with few channels."""
+    return replace(launch, arguments=launch.arguments | {"FLAT": True})
 
 
 def filters(k: int, c: int, size: int) -> Tensor:
@@ -145,7 +149,7 @@ def test_conv_pointer(how: str) -> None:
     expected = F.conv2d(end.double(), weight.double(), padding=1)
     options: dict[str, Any] = {}
     if how in ("plain", "flat"):
-        options = {"residual": x, "flat": how == "flat"}  # as large as the result
+        options = {"residual": x}  # as large as the result
         expected += end.double()
     if how == "shortcut":
         other, one = pixels(1, 64, 3, WIDE), filters(64, 64, 1)
@@ -153,20 +157,22 @@ def test_conv_pointer(how: str) -> None:
         options["shortcut"] = Shortcut(other, one, IDENTITY, (1, 1))
     if how == "shared":
         tiles = 3 * WIDE // 16
-        options |= {"split_k": 3, "workspace": sparse(3 * tiles * 16 * 64, dtype=torch.float32)}
-        options["arrivals"] = sparse(tiles, dtype=torch.int32)
-    run(conv(out, x, weight, **options), *wide_tiles())
+        options |= {"config": replace(TILE, split_k=3), "semaphores": sparse(tiles, dtype=torch.int32)}
+        options["partials"] = sparse(3 * tiles * 16 * 64, dtype=torch.float32)
+    launch = conv(out, x, weight, **options)
+    run(flat(launch) if how == "flat" else launch, *wide_tiles())
     assert_exact(out[:, :, 1:, -16:], expected[:, :, 1:, -16:].half())
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_filters_of_conv_pointer(flat: bool) -> None:
+@pytest.mark.parametrize("how", ["plain", "flat"])
+def test_filters_of_conv_pointer(how: str) -> None:
     k, c = 2**15 + 16, 2**13
     x, out, weight = pixels(1, c, 3, 5), pixels(1, k, 3, 5), sparse(k, 3, 3, c).permute(0, 3, 1, 2)
     filled(x, 1)
     filled(weight[-16:], 1)
     norm = BatchNorm(torch.zeros(k), torch.ones(k), None, None, 0.0)
-    run(conv(out, x, weight, batch_norm=norm, flat=flat, block_k=16, block_c=2048), -1)
+    launch = conv(out, x, weight, batch_norm=norm, config=LONG)
+    run(flat(launch) if how == "flat" else launch, -1)
     assert_exact(out[:, -16:], F.conv2d(x.double(), weight[-16:].double(), padding=1).half())
 
 
@@ -183,7 +189,7 @@ def test_filters_of_a_shortcut() -> None:
     filled(one[-16:], 1)
     norm = BatchNorm(torch.zeros(k), torch.ones(k), None, None, 0.0)
     shortcut = Shortcut(other, one[:, :, None, None], norm, (1, 1))
-    run(conv(out, x, weight, batch_norm=norm, padding=(0, 0), shortcut=shortcut, block_k=16, block_c=2048), -1)
+    run(conv(out, x, weight, batch_norm=norm, geometry=Geometry(), shortcut=shortcut, config=LONG), -1)
     assert_exact(out[:, -16:], F.conv2d(other.double(), one[-16:, :, None, None].double()).half())
 
 
@@ -193,7 +199,7 @@ def test_conv_box() -> None:
     x, out, weight = pixels(n, 64, 16, 16), pixels(n, 64, 16, 16), filters(64, 64, 3)
     end = filled(x[-16:])
     expected = F.conv2d(end.double(), weight.double(), padding=1) + end.double()
-    run(conv(out, x, weight, box=(1, 1, 16), residual=x, early_residual=True), -1)
+    run(conv(out, x, weight, config=TILE.on((1, 1, 16)), residual=x), -1)
     assert_exact(out[-16:, :, -1, -1], expected[:, :, -1, -1].half())
 
 

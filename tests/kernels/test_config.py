@@ -172,8 +172,8 @@ def test_launches_are_what_was_chosen(arch: int) -> None:
 def test_odd_image_sizes_take_the_pointer_path_where_columns_are_split() -> None:
     """At 200x200, layer3 and layer4 start from 25 and 13 columns: their convolutions and shortcuts at stride 2."""
     for call in calls("resnet18", 200):
-        split = call.args[0] if call.shape.stride == (2, 2) else call.args[12] if call.shape.shortcut_c else None
-        if split is not None and split.shape[3] % 2:
+        shape = call.shape
+        if (shape.w if shape.stride == (2, 2) else shape.shortcut_w) % 2:
             assert call.launches(KNOWN[90])[-1].kernel.__name__ == "conv_pointer_kernel", call.name
 
 

@@ -6,16 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_triton import resnet18, resnet50
 from resnet_triton.kernels import cost
-from resnet_triton.ops import ConvCall
 from resnet_triton.ops.trace import trace
-
-
-def conv_cost(call: ConvCall, itemsize: int = 2) -> cost.Cost:
-    s = call.shape
-    return cost.conv_bn_relu(
-        n=s.n, c=s.c, h=s.h, w=s.w, k=s.k, p=s.p, q=s.q, r=s.r, s=s.s, itemsize=itemsize, stride=s.stride,
-        residual=s.residual, shortcut_c=s.shortcut_c,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("build", [resnet18, resnet50])
@@ -25,11 +16,7 @@ def test_flops_are_those_pytorch_counts(build):
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.zeros(shape))
     c = model.fc.in_features
-    flops = cost.stem(n=2, c=3, h=64, w=64, k=64, p=16, q=16, itemsize=4).flops
-    flops += sum(
-        conv_cost(ConvCall(*call.args)).flops for call in trace(model, shape) if call.operator == "conv_bn_relu"
-    )
-    flops += cost.avg_pool_linear(n=2, c=c, h=2, w=2, k=1000, itemsize=4).flops
+    flops = sum(call.ours.cost().flops for call in trace(model, shape))
     assert flops - cost.global_avg_pool(n=2, c=c, h=2, w=2, itemsize=4).flops == counted.get_total_flops()
 
 

@@ -18,13 +18,13 @@ from unittest import mock
 import pytest
 import shadow
 import torch
-from exact import conv_call, generator, integers, run, run_conv
+from exact import conv_call, generator, integers, run, run_conv, stem_call
 from mapped import guarded, run_file
 from reliability.planting import planted
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from resnet_triton import config
+from resnet_triton import config, ops
 from resnet_triton.config import ConvConfig, ConvShape, StemConfig
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import interpreter
@@ -63,9 +63,8 @@ def split_boxes() -> None:
 
 
 def stem() -> None:
-    shape = ConvShape(2, 3, 9, 42, 40, 7, 7, (2, 2), (3, 3))
     with mock.patch.object(config, "stem_heuristic", return_value=StemConfig(16, 32, 2, 4, 2)):
-        run("stem", *conv_call(generator(CPU, 0), shape)[:7], None, None, False, "triton", kernel="stem_kernel")
+        run(stem_call(generator(CPU, 0), 2, 3, 9, 42, 40, torch.float16), kernel="stem_kernel")
 
 
 def images(*shape: int) -> Tensor:
@@ -73,23 +72,23 @@ def images(*shape: int) -> Tensor:
 
 
 def max_pool() -> None:
-    run("max_pool2d", images(2, 65, 7, 9), [3, 3], [2, 2], [1, 1], "triton")
+    run(ops.MaxPool2d(images(2, 65, 7, 9), (3, 3), (2, 2), (1, 1)))
 
 
 def avg_pool() -> None:
-    run("global_avg_pool", images(2, 65, 5, 7), False, "triton")
+    run(ops.GlobalAvgPool(images(2, 65, 5, 7)))
 
 
 def head() -> None:
-    run("avg_pool_linear", images(2, 65, 5, 7), images(10, 65), images(10), False, "triton")
+    run(ops.AvgPoolLinear(images(2, 65, 5, 7), images(10, 65), images(10)))
 
 
 def linear() -> None:
-    run("linear", images(17, 65), images(10, 65), images(10), False, "triton")
+    run(ops.Linear(images(17, 65), images(10, 65), images(10)))
 
 
 def add_relu() -> None:
-    run("add_relu", images(2, 65, 5, 7), images(2, 65, 5, 7), "triton")
+    run(ops.AddRelu(images(2, 65, 5, 7), images(2, 65, 5, 7)))
 
 
 CALLS = (

@@ -18,10 +18,11 @@ from exact import offset_by_one
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resnet_triton import config, models, optimize, report, resnet18, resnet50
+from resnet_triton import config, models, ops, optimize, report, resnet18, resnet50
 from resnet_triton import functional as F
 from resnet_triton.config.device import KNOWN, override
-from resnet_triton.ops import NO_SHORTCUT, OPERATORS, interpreter
+from resnet_triton.ops import interpreter
+from resnet_triton.ops.dispatch import Modes
 from resnet_triton.ops.trace import trace
 
 BATCHES = (1, 2, 3, 8, 31, 32, 100, 256)
@@ -325,26 +326,25 @@ def test_graphs(cuda: Any) -> None:
     assert not model._runner.holds()
 
 
-@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.batched])
+@pytest.mark.parametrize("name", [name for name, operator in ops.OPERATORS.items() if operator.per_image])
 def test_no_batch_is_so_large_that_pytorch_takes_it_over(name: str) -> None:
     with FakeTensorMode(), override(KNOWN[90]):
         one = torch.empty(1, 1, 1, 1, device="cuda")
         few, many = (one.expand(n, 1, 1, 1) for n in (5, 2**32))
-        norm = [torch.empty(1, device="cuda")] * 2
-        rest: tuple[Any, ...] = {
-            "conv_bn_relu": (one, *norm, None, None, 0.0, [1, 1], [0, 0], [1, 1], 1, None, *NO_SHORTCUT, True),
-            "stem": (torch.empty(1, 1, 7, 7, device="cuda"), *norm, None, None, 0.0, None, None),
-            "global_avg_pool": (),
-            "linear": (torch.empty(1, 1, device="cuda"), None),
-            "avg_pool_linear": (torch.empty(1, 1, device="cuda"), None),
+        norm = ops.BatchNorm(one[0, 0, 0], one[0, 0, 0], None, None, 0.0)
+        call: Any = {
+            "conv_bn_relu": ops.ConvBnRelu(few, one, norm, ops.Geometry()),
+            "stem": ops.Stem(few, torch.empty(1, 1, 7, 7, device="cuda"), norm),
+            "global_avg_pool": ops.GlobalAvgPool(few),
+            "linear": ops.Linear(few[:, :, 0, 0], one[0, 0]),
+            "avg_pool_linear": ops.AvgPoolLinear(few, one[0, 0]),
         }[name]
-        if name == "linear":
-            few, many = (torch.empty(n, 1, device="cuda") for n in (5, 2**32))
-        choose = OPERATORS[name].choose
-        assert [choose(x, *rest, False, "auto").backend for x in (few, many)] == ["triton", "torch"]
-        assert choose(few, *rest, True, "auto").backend == "triton"
+        large = replace(call, x=many[:, :, 0, 0] if name == "linear" else many)
+        assert [each.choose()[1].backend for each in (call, large)] == ["triton", "torch"]
+        call, large = (replace(each, modes=Modes(batch_invariant=True)) for each in (call, large))
+        assert call.choose()[1].backend == "triton"
         with pytest.raises(NotImplementedError, match="batch_invariant=True cannot run so large a batch"):
-            choose(many, *rest, True, "auto")
+            large.choose()
 
 
 def edit(name: str) -> Callable[[Any], Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from resnet_triton import config, ops
 from resnet_triton.config import ConvConfig, StemConfig
 from resnet_triton.kernels.launch import Launch
-from resnet_triton.ops import interpreter
+from resnet_triton.ops import Operation, interpreter
 
 LARGE = 2**31
 HALF = torch.float16
@@ -51,19 +52,20 @@ def images(n: int, c: int, h: int, w: int) -> Tensor:
     return x
 
 
-def run_last(name: str, *args: Any, images_of: int = 0, programs: int = 0) -> Tensor:
-    """The operator's output; of each launch only the last programs run: this many, or all for the last image."""
-    operator = ops.OPERATORS[name]
-    (n, *rest), dtype, memory = operator.result(*args)
+def run_last(call: Operation, *, images_of: int = 0, programs: int = 0) -> Tensor:
+    """The call's output; of each launch only the last programs run: this many, or all for the last image."""
+    (n, *rest), dtype, memory = call.result()
     channels_last = memory == torch.channels_last
     out = huge((n, *rest[1:], rest[0]) if channels_last else (n, *rest), dtype)
     out = out.permute(0, 3, 1, 2) if channels_last else out
 
-    def new_empty(self: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
-        return huge(shape, dtype)
+    empty = torch.empty
 
-    with mock.patch.object(torch.Tensor, "new_empty", new_empty):
-        launches = operator.plan(out, *args)
+    def huge_if_large(*shape: int, dtype: torch.dtype, **other: Any) -> Tensor:
+        return huge(shape, dtype) if math.prod(shape) > LARGE else empty(*shape, dtype=dtype, **other)
+
+    with mock.patch.object(torch, "empty", huge_if_large):
+        launches = call.plan(out)
     for launch in launches:
         run_part(launch, programs or launch.grid[0] // images_of)
     return out
@@ -75,7 +77,7 @@ def run_part(launch: Launch, programs: int) -> None:
         dataclasses.replace(launch, grid=(programs, *launch.grid[1:])).run()
 
 
-ONES = torch.ones(64)
+IDENTITY = ops.BatchNorm(torch.zeros(64), torch.ones(64), None, None, 0.0)
 TALL, WIDE, MANY = (1, 64, 2**22 + 2, 8), (1, 64, 2, 2**25 - 200), (2**19 + 2, 64, 8, 8)
 COLOURED = (LARGE // (3 * 8 * 8) + 1, 3, 8, 8)
 
@@ -84,10 +86,9 @@ def check_conv(chosen: ConvConfig, shape: Sequence[int], stride: int = 1, *, res
     x = images(*shape)
     weight = integers(generator(CPU, 1), 2, 64, shape[1], 3, 3, dtype=HALF)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    rest: list[Any] = [x if residual else None, *ops.conv.NO_SHORTCUT, True, False, "triton"]
-    call = (x, weight, 0 * ONES, ONES, None, None, 0.0, [stride] * 2, [1, 1], [1, 1], 1, *rest)
-    with mock.patch.object(config, "lookup", return_value=chosen):
-        out = run_last("conv_bn_relu", *call, programs=4)
+    geometry = ops.Geometry((stride, stride), (1, 1))
+    with config.pinned(chosen):
+        out = run_last(ops.ConvBnRelu(x, weight, IDENTITY, geometry, x if residual else None), programs=4)
     crop = x[-1:, :, -16:, -64:].double()
     expected = F.conv2d(crop, weight.double(), stride=stride, padding=1)
     expected = (expected + crop if residual else expected).relu().to(HALF)
@@ -96,13 +97,13 @@ def check_conv(chosen: ConvConfig, shape: Sequence[int], stride: int = 1, *, res
 
 def check_max_pool(shape: Sequence[int]) -> None:
     x = images(*shape)
-    out = run_last("max_pool2d", x, [3, 3], [1, 1], [1, 1], "triton", programs=8)
+    out = run_last(ops.MaxPool2d(x, (3, 3), (1, 1), (1, 1)), programs=8)
     assert_exact(out[-1:, :, -1:, -4:], F.max_pool2d(x[-1:, :, -16:, -64:], 3, 1, 1)[:, :, -1:, -4:])
 
 
 def check_avg_pool() -> None:
     x = images(2**21 + 1, 1024, 1, 1)
-    assert_exact(run_last("global_avg_pool", x, False, "triton", programs=16)[-1], x[-1])
+    assert_exact(run_last(ops.GlobalAvgPool(x), programs=16)[-1], x[-1])
 
 
 def check_stem() -> None:
@@ -120,7 +121,7 @@ def check_stem() -> None:
         mock.patch.object(config, "stem_heuristic", return_value=tile),
         mock.patch.object(ops.stem, "_scratch", scratch),
     ):
-        out = run_last("stem", x, weight, 0 * ONES, ONES, None, None, 0.0, None, None, False, "triton", images_of=n)
+        out = run_last(ops.Stem(x, weight, IDENTITY), images_of=n)
     expected = F.max_pool2d(F.conv2d(x[-1:].double(), weight.double(), stride=2, padding=3).relu(), 3, 2, 1)
     assert out.numel() > LARGE
     assert_exact(out[-1:], expected.to(HALF))
@@ -130,24 +131,23 @@ def check_linear() -> None:
     g = generator(CPU, 0)
     rows, weight = huge((2**25 + 1, 64), HALF), integers(g, 2, 64, 64, dtype=HALF)
     rows[-1] = integers(g, 3, 64)
-    out = run_last("linear", rows, weight, None, False, "triton", programs=4)
+    out = run_last(ops.Linear(rows, weight), programs=4)
     assert_exact(out[-1], (rows[-1].double() @ weight.double().T).to(HALF))
 
 
-def check_classes(name: str) -> None:
+def check_classes(operator: type[ops.Linear] | type[ops.AvgPoolLinear]) -> None:
     """More weights than 2^31."""
     g = generator(CPU, 0)
     weight, x = huge((2**21 + 1, 1024), HALF), integers(g, 3, 2, 1024, dtype=HALF)
     weight[-1] = integers(g, 2, 1024)
-    out = run_last(
-        name, x[:, :, None, None] if name == "avg_pool_linear" else x, weight, None, False, "triton", programs=1
-    )
+    features = x if operator is ops.Linear else x[:, :, None, None]
+    out = run_last(operator(features, weight), programs=1)
     assert_exact(out[1, -1], (x[1].double() @ weight[-1].double()).to(HALF))
 
 
 def check_add_relu() -> None:
     x = images(*MANY)
-    assert_exact(run_last("add_relu", x, x, "triton", programs=4)[-1], 2 * x[-1].relu())
+    assert_exact(run_last(ops.AddRelu(x, x), programs=4)[-1], 2 * x[-1].relu())
 
 
 def box(*sides: int, **options: Any) -> ConvConfig:
@@ -174,8 +174,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "max pool, a wide image": lambda: check_max_pool(WIDE),
     "average pool": check_avg_pool,
     "linear, many rows": check_linear,
-    "linear, many classes": lambda: check_classes("linear"),
-    "average pool and linear, many classes": lambda: check_classes("avg_pool_linear"),
+    "linear, many classes": lambda: check_classes(ops.Linear),
+    "average pool and linear, many classes": lambda: check_classes(ops.AvgPoolLinear),
     "add": check_add_relu,
 }
 POINTERS = ("conv_pointer.py", "conv_pointer_kernel")

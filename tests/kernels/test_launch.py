@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from resnet_triton.kernels.add_relu import add_relu
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
-from resnet_triton.kernels.conv_bn_relu import BatchNorm, conv_bn_relu
+from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
-from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2
+from resnet_triton.kernels.launch import BatchNorm, ConvConfig, Geometry, Launch, cdiv, next_power_of_2
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.stem import pack, packed_shape, stem
@@ -28,18 +29,14 @@ def images(*shape: int) -> Tensor:
 NORM = BatchNorm(torch.zeros(40), torch.ones(40), None, None, 0.0)
 X, Y = images(5, 24, 7, 12), images(5, 40, 7, 12)
 CONVOLUTION: dict[str, Any] = {
-    "out": Y, "x": X, "weight": images(40, 24, 3, 3), "batch_norm": NORM, "residual": None, "shortcut": None,
-    "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "relu": False, "precision": "ieee", "flat": False,
-    "workspace": None, "arrivals": None,
+    "out": Y, "x": X, "weight": images(40, 24, 3, 3), "batch_norm": NORM, "geometry": Geometry(padding=(1, 1)),
+    "residual": None, "shortcut": None, "relu": False, "precision": "ieee", "partials": None, "semaphores": None,
 }  # fmt: skip
+TILE = ConvConfig(block_m=64, block_k=32, block_c=16, num_warps=8, num_stages=3)
 
 
-def convolution(**changes: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    tiles = {
-        "block_m": 64, "block_k": 32, "block_c": 16, "box": None, "swap": False,
-        "early_residual": False, "split_k": 1, "num_warps": 8, "num_stages": 3,
-    }  # fmt: skip
-    return conv_bn_relu, CONVOLUTION, tiles | changes
+def _convolution(**tiles: Any) -> Launch:
+    return conv_bn_relu(**CONVOLUTION, config=ConvConfig(**tiles))
 
 
 def _pack(**tiles: Any) -> Launch:
@@ -80,8 +77,8 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
     ),
     "pack": (_pack, {}, {"block": 64, "num_warps": 8}, (35,)),
     "stem": (_stem, {}, {"block_q": 16, "block_k": 32, "strip": 3, "num_warps": 8, "num_stages": 3}, (60,)),
-    "conv through pointers": (*convolution(split_k=3), (14, 3)),
-    "conv in boxes": (*convolution(box=(2, 8, 4), swap=True, split_k=3), (32, 3)),
+    "conv through pointers": (_convolution, {}, asdict(replace(TILE, split_k=3)), (14, 3)),
+    "conv in boxes": (_convolution, {}, asdict(replace(TILE.on((2, 8, 4)), split_k=3)), (32, 3)),
 }  # fmt: skip
 
 
@@ -97,17 +94,19 @@ def test_a_launch_is_what_was_asked_for(launcher: Any, tensors: Any, told: dict[
 
 
 @pytest.mark.parametrize(("launcher", "tensors", "told", "grid"), LAUNCHERS.values(), ids=LAUNCHERS)
-def test_a_kernel_begins_with_begin(launcher: Any, tensors: Any, told: dict[str, Any], grid: Any) -> None:
+def test_a_kernel_begins_with_pdl_wait(launcher: Any, tensors: Any, told: dict[str, Any], grid: Any) -> None:
     """Only then may it be launched before the one ahead of it is done."""
     launch = launcher(**tensors, **told)
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(launch.kernel.fn))).body
-    assert ast.unparse(definition.body[0]) == "begin()"
+    assert ast.unparse(definition.body[0]) == "pdl_wait()"
 
 
-@pytest.mark.parametrize(("early", "where"), [(True, "res_ptr"), (False, "res_desc")])
-def test_a_residual_comes_once(early: bool, where: str) -> None:
-    launcher, tensors, tiles = convolution(box=(1, 1, 64), early_residual=early)
-    arguments = launcher(**tensors | {"residual": Y}, **tiles).arguments
+@pytest.mark.parametrize(("num_warps", "where"), [(8, "res_ptr"), (1, "res_desc")])
+def test_a_residual_comes_once(num_warps: int, where: str) -> None:
+    """Early where registers have room for it."""
+    tile = replace(TILE.on((1, 1, 64)), block_k=64, num_warps=num_warps)
+    assert tile.early_residual == (where == "res_ptr")
+    arguments = conv_bn_relu(**CONVOLUTION | {"residual": Y}, config=tile).arguments
     assert [name for name in ("res_ptr", "res_desc") if arguments[name] is not None] == [where]
 
 

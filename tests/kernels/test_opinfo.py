@@ -23,6 +23,7 @@ from exact import DTYPES, dtype_id
 from torch import Tensor
 
 from resnet_triton import functional as F
+from resnet_triton import ops
 
 PINNED = re.search(r"^torch==(\S+)$", Path(__file__).parents[2].joinpath("constraints.txt").read_text("utf-8"), re.M)
 
@@ -74,25 +75,26 @@ def global_avg_pool(x: Tensor, output_size: Any = None, **_: Any) -> Call:
     unless(wrong_size=output_size in ((), (-1, 0)))
     x = padded(x) if x.dim() > 2 or output_size is None else x
     theirs = partial(TF.adaptive_avg_pool2d, x, (1, 1))
-    return Call(partial(F.global_avg_pool, x), theirs, partial(sums.global_avg_pool, x))
+    return Call(partial(F.global_avg_pool, x), theirs, partial(sums.global_avg_pool, ops.GlobalAvgPool(x)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
-    return Call(*(partial(module.linear, x, weight, bias) for module in (F, TF, sums)))
+    ours, theirs = (partial(module.linear, x, weight, bias) for module in (F, TF))
+    return Call(ours, theirs, partial(sums.linear, ops.Linear(x, weight, bias)))
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int = 1, **how: Any) -> Call:
     """With a batch norm that is the identity, or adds the bias."""
     unless(padding_in_words=isinstance(how.get("padding"), str))
     x, one = padded(x), torch.ones_like(weight[:, 0, 0, 0])
-    args = x, weight, torch.zeros_like(one), one, None, bias, 0.0
+    norm = ops.BatchNorm(torch.zeros_like(one), one, None, bias, 0.0)
 
     def exact() -> sums.Sums:
-        geometry = [F.pair(how.get(name, usual)) for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1))]
-        return sums.conv(*args, *geometry, groups, *[None] * 7, 0.0, [1, 1], False, False, "triton")
+        geometry = ops.Geometry(**{name: F.pair(value) for name, value in how.items()}, groups=groups)
+        return sums.conv(ops.ConvBnRelu(x, weight, norm, geometry, relu=False))
 
-    theirs = partial(TF.conv2d, x, weight, bias, groups=groups, **how)
-    return Call(partial(F.conv_bn_relu, *args, groups=groups, relu=False, **how), theirs, exact, bias is not None)
+    ours = partial(F.conv_bn_relu, x, weight, *norm, groups=groups, relu=False, **how)
+    return Call(ours, partial(TF.conv2d, x, weight, bias, groups=groups, **how), exact, bias is not None)
 
 
 class Source(NamedTuple):

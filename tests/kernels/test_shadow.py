@@ -293,7 +293,7 @@ def test_operators_are_watched_wherever_they_are_called():
         planted("add_relu.py", "add_relu_kernel", "offs < NUMEL", "offs <= NUMEL"),
         fault("add_relu_kernel, program (0, 0, 0), loads outside"),
     ):
-        torch.ops.resnet_triton.add_relu(x, x, "triton")
+        AddRelu(x, x, Modes(kernels="triton")).run()
 
 
 def test_some_programs_of_a_launch_are_watched_by_their_own_numbers():

@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import shadow
@@ -12,10 +11,9 @@ import torch
 from compiling import run as run_compiled
 from exact import conv_call, conv_reference, generator
 
-from resnet_triton import config, ops
-from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal
+from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal, pinned
 from resnet_triton.config.device import KNOWN
-from resnet_triton.ops import interpreter
+from resnet_triton.ops import ConvBnRelu, interpreter
 
 TILE = ConvConfig(16, 32, 16, 4, 2)
 PATHS = {"pointer": TILE, "box": TILE.on((4, 4, 1)), "one row": TILE.on((1, 8, 2))}
@@ -27,11 +25,10 @@ def share(shape: ConvShape, split: int, path: str) -> ConvConfig:
     return chosen
 
 
-def launch(call: ops.ConvCall, chosen: ConvConfig) -> torch.Tensor:
-    operator = ops.OPERATORS["conv_bn_relu"]
-    out = operator.output(*call).fill_(float("nan"))
-    with mock.patch.object(config, "lookup", return_value=chosen):
-        (planned,) = operator.plan(out, *call)
+def launch(call: ConvBnRelu, chosen: ConvConfig) -> torch.Tensor:
+    out = call.output().fill_(float("nan"))
+    with pinned(chosen):
+        (planned,) = call.plan(out)
     planned.arguments["partials_ptr"].fill_(float("nan"))
     with torch.cuda.device(out.device) if out.is_cuda else interpreter.ready():
         planned.run()
@@ -60,12 +57,12 @@ def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
 def test_only_the_last_share_writes_the_output(device, path):
     """Here programs run in turns, and the last one's values would hide what others have written."""
     shape = ConvShape(1, 32, 10, 6, 40, 3, 3, padding=(1, 1), residual=True)
-    operator, call = ops.OPERATORS["conv_bn_relu"], conv_call(generator(device, 0), shape)
-    out = operator.output(*call).fill_(float("nan"))
-    with mock.patch.object(config, "lookup", return_value=share(shape, 3, path)):
-        (planned,) = operator.plan(out, *call)
-    arrivals = torch.zeros_like(planned.arguments["semaphores_ptr"])
-    arguments = planned.arguments | {"semaphores_ptr": arrivals}
+    call = conv_call(generator(device, 0), shape)
+    out = call.output().fill_(float("nan"))
+    with pinned(share(shape, 3, path)):
+        (planned,) = call.plan(out)
+    semaphores = torch.zeros_like(planned.arguments["semaphores_ptr"])
+    arguments = planned.arguments | {"semaphores_ptr": semaphores}
     with contextlib.ExitStack() as stack:
         if out.is_cuda:
             stack.enter_context(torch.cuda.device(device))
@@ -74,14 +71,14 @@ def test_only_the_last_share_writes_the_output(device, path):
             stack.enter_context(interpreter.ready())
         replace(planned, grid=(planned.grid[0], 2), arguments=arguments).run()
     assert out.isnan().all()
-    assert arrivals[: planned.grid[0]].eq(2).all()
+    assert semaphores[: planned.grid[0]].eq(2).all()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_shift_that_is_not_finite_is_added_once(device, value):
     shape = ConvShape(1, 32, 4, 4, 32, 3, 3, padding=(1, 1), residual=True)
     call = conv_call(generator(device, 0), shape)
-    call.beta[3] = value
+    call.batch_norm.bn_bias[3] = value
     y = launch(call, share(shape, 3, "pointer"))
     assert torch.equal(y.isnan(), conv_reference(call).isnan())
     assert torch.equal(y.isinf(), conv_reference(call).isinf())

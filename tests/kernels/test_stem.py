@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import with_tensors
 from exact import (
     DTYPES,
     LAYOUTS,
@@ -25,7 +27,7 @@ from resnet_triton import config, functional
 from resnet_triton.config import StemConfig, stem_heuristic
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.kernels import stem as kernels
-from resnet_triton.ops import OPERATORS, reference
+from resnet_triton.ops import interpreter, reference
 
 INF, NAN = float("inf"), float("nan")
 HALVES = pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
@@ -56,7 +58,7 @@ def tiled(block_q: int, strip: int, block_k: int = 64) -> Any:
 def test_stem(device, size, strip, block_q, dtype):
     call = stem_call(generator(device, 0), *size, dtype)
     with tiled(block_q, strip):
-        assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
+        assert_exact(run(call, kernel="stem_kernel"), stem_reference(call))
 
 
 def test_programs_write_their_own_part_alone(device):
@@ -65,16 +67,16 @@ def test_programs_write_their_own_part_alone(device):
         pytest.skip("the order of programs is the GPU's")
     call = stem_call(generator(device, 13), 1, 3, 14, 70, 24, torch.float16)
     with tiled(16, 3, block_k=16):
-        *_, launch = OPERATORS["stem"].plan(OPERATORS["stem"].output(*call), *call)
+        *_, launch = call.plan(call.output())
         backwards = list(reversed(range(launch.grid[0])))
-        assert_exact(run("stem", *call, programs=backwards, kernel="stem_kernel"), stem_reference(call))
+        assert_exact(run(call, programs=backwards, kernel="stem_kernel"), stem_reference(call))
 
 
 @HALVES
 def test_stem_without_affine_parameters_and_in_narrow_tiles(device, dtype):
     call = stem_call(generator(device, 1), 2, 3, 20, 20, 48, dtype, affine=False)
     with tiled(32, 2, block_k=16):
-        assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
+        assert_exact(run(call, kernel="stem_kernel"), stem_reference(call))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 32, 33, 64, 128, 129])
@@ -84,22 +86,22 @@ def test_stem_of_resnet18_at_the_chosen_tiles(device, batch):
     images = batch if device.type == "cuda" else 1
     call = stem_call(generator(device, batch), images, 3, 224, 224, 64, DTYPES[1 + batch % 2])
     with mock.patch.object(config, "stem_heuristic", return_value=chosen):
-        assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
+        assert_exact(run(call, kernel="stem_kernel"), stem_reference(call))
 
 
 @HALVES
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stem_reads_any_layout(device, layout, dtype):
     call = stem_call(generator(device, 2), 2, 3, 13, 15, 16, dtype)
-    call[:2] = [LAYOUTS[layout](t) for t in call[:2]]
-    assert_exact(run("stem", *call, kernel="stem_kernel"), stem_reference(call))
+    call = replace(call, x=LAYOUTS[layout](call.x), weight=LAYOUTS[layout](call.weight))
+    assert_exact(run(call, kernel="stem_kernel"), stem_reference(call))
 
 
 def test_stem_rounds_wider_images(device):
     call = stem_call(generator(device, 3), 2, 3, 13, 15, 16, torch.float16)
-    call[0] = call[0].float() * (1 + 2.0**-13)  # half of fp16's half unit in the last place
-    expected = stem_reference([call[0].half(), *call[1:]])
-    assert_exact(run("stem", *call, kernel="stem_kernel"), expected)
+    wider = call.x.float() * (1 + 2.0**-13)  # half of fp16's half unit in the last place
+    expected = stem_reference(replace(call, x=wider.half()))
+    assert_exact(run(replace(call, x=wider), kernel="stem_kernel"), expected)
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -110,13 +112,13 @@ def test_bytes_are_normalised_once_and_padded_with_zero(device, dtype):
     """Means and deviations for which every step is exact: x / 255 is 0 or 1."""
     call = stem_call(generator(device, 4), 2, 3, 14, 16, 16, dtype)
     pixels = torch.randint(0, 2, (2, 3, 14, 16), generator=generator(device, 5), device=device, dtype=torch.uint8) * 255
-    mean, std = [0.5, 0.0, -1.0], [0.25, 1.0, -1.0]
+    mean, std = (0.5, 0.0, -1.0), (0.25, 1.0, -1.0)
     m, s = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
-    expected = stem_reference([((pixels / 255 - m) / s).to(dtype), *call[1:]])
-    call[0], call[7], call[8] = pixels, mean, std
+    expected = stem_reference(replace(call, x=((pixels / 255 - m) / s).to(dtype)))
     for layout in (torch.contiguous_format, torch.channels_last):
-        call[0] = pixels.contiguous(memory_format=layout)
-        assert_exact(run("stem", *call, kernel="stem_kernel"), expected)
+        laid = pixels.contiguous(memory_format=layout)
+        of_bytes = replace(call, x=laid, pixel_mean=mean, pixel_std=std)
+        assert_exact(run(of_bytes, kernel="stem_kernel"), expected)
 
 
 def test_every_byte_is_normalised_as_torchvision_does(device):
@@ -129,14 +131,15 @@ def test_every_byte_is_normalised_as_torchvision_does(device):
 
 def test_bytes_need_their_statistics(device):
     call = stem_call(generator(device, 0), 1, 3, 8, 8, 8, torch.float16)
+    zeros, ones = (0.0,) * 3, (1.0,) * 3
     with pytest.raises(TypeError, match=r"x has dtype torch.float16, expected torch.uint8 with pixel_mean"):
-        functional.stem(*call[:7], pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
+        replace(call, pixel_mean=zeros, pixel_std=ones).run()
     with pytest.raises(TypeError, match=r"x has dtype torch.uint8, expected torch.uint8 with pixel_mean and pixel_std"):
-        functional.stem(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device), *call[1:7])
+        replace(call, x=call.x.byte()).run()
     with pytest.raises(ValueError, match=r"pixel_std has 2 values, expected 3 like x's channels"):
-        functional.stem(call[0].byte(), *call[1:7], pixel_mean=[0.0] * 3, pixel_std=[1.0] * 2)
+        replace(call, x=call.x.byte(), pixel_mean=zeros, pixel_std=ones[:2]).run()
     with pytest.raises(ValueError, match=r"expected \(K, C, 7, 7\)"):
-        functional.stem(call[0], call[1][:, :, :5, :5], *call[2:7])
+        replace(call, weight=call.weight[:, :, :5, :5]).run()
 
 
 # --- special values --------------------------------------------------------------------------------------------------
@@ -153,12 +156,12 @@ def same(y: Tensor, expected: Tensor) -> bool:
 def test_a_pixel_that_is_not_finite_reaches_only_its_windows(device, where, value, dtype):
     """A window of 4 x 4 blocks covers one row and one column more than the filter: 0 x infinity lurks there."""
     call = stem_call(generator(device, 6), 2, 3, 18, 36, 16, dtype)
-    call[0][1, 2, where[0], where[1]] = value
+    call.x[1, 2, where[0], where[1]] = value
     with tiled(16, 3):
-        y = run("stem", *call, kernel="stem_kernel")
-    expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).to(dtype)
+        y = run(call, kernel="stem_kernel")
+    expected = with_tensors(call, Tensor.double).reference().to(dtype)
     assert same(y, expected)
-    assert not torch.equal(y[1], stem_reference([call[0].nan_to_num(0.0, 0.0, 0.0), *call[1:]])[1])
+    assert not torch.equal(y[1], stem_reference(replace(call, x=call.x.nan_to_num(0.0, 0.0, 0.0)))[1])
     assert y[0].isfinite().all()
 
 
@@ -166,10 +169,10 @@ def test_a_pixel_that_is_not_finite_reaches_only_its_windows(device, where, valu
 def test_a_pixel_that_is_not_finite_in_a_tall_image(device):
     """It is marked beyond the first 128 rows of blocks, which are read at once."""
     call = stem_call(generator(device, 14), 1, 3, 300, 8, 16, torch.float16)
-    call[0][0, 1, 290:292, 3:5] = INF  # one of the four is in a block window, but not in the filter's
+    call.x[0, 1, 290:292, 3:5] = INF  # one of the four is in a block window, but not in the filter's
     with tiled(16, 100):
-        y = run("stem", *call, kernel="stem_kernel")
-    expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).half()
+        y = run(call, kernel="stem_kernel")
+    expected = with_tensors(call, Tensor.double).reference().half()
     assert same(y, expected)
     assert y[:, :, :70].isfinite().all()
 
@@ -178,28 +181,26 @@ def test_a_pixel_that_is_not_finite_in_a_tall_image(device):
 @SPECIAL_VALUES
 def test_no_filter_tap_is_skipped_in_the_padding(device, dtype):
     call = stem_call(generator(device, 7), 1, 3, 12, 12, 16, dtype)
-    call[1][5, 1, 0, 6] = NAN
-    call[1][6, 0, 6, 0] = INF
-    call[1][9, 0, 0, 0] = NAN  # next to the last tap of filter 8, whose packed pixel has a fourth channel: zero
-    expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).to(dtype)
+    call.weight[5, 1, 0, 6] = NAN
+    call.weight[6, 0, 6, 0] = INF
+    call.weight[9, 0, 0, 0] = NAN  # next to the last tap of filter 8, whose packed pixel has a fourth channel: zero
+    expected = with_tensors(call, Tensor.double).reference().to(dtype)
     assert expected[:, 5].isnan().all()
-    assert same(run("stem", *call, kernel="stem_kernel"), expected)
+    assert same(run(call, kernel="stem_kernel"), expected)
 
 
 @SPECIAL_VALUES
 def test_statistics_of_every_kind(device):
     call = stem_call(generator(device, 8), 1, 3, 12, 12, 16, torch.float16)
-    call[3][:4] = torch.tensor([0.0, -1.0, INF, NAN])
-    expected = reference.stem(*(t.double() if isinstance(t, Tensor) else t for t in call[:7])).half()
-    assert same(run("stem", *call, kernel="stem_kernel"), expected)
+    call.batch_norm.running_var[:4] = torch.tensor([0.0, -1.0, INF, NAN])
+    expected = with_tensors(call, Tensor.double).reference().half()
+    assert same(run(call, kernel="stem_kernel"), expected)
 
 
 # --- the packer ------------------------------------------------------------------------------------------------------
 
 
 def pack(x: Tensor, dtype: torch.dtype, mean: Any = None, std: Any = None) -> tuple[Tensor, Tensor]:
-    from resnet_triton.ops import interpreter
-
     n, _, h, w = x.shape
     packed = torch.full(kernels.packed_shape(n, h, w), NAN, dtype=dtype, device=x.device)
     marks = torch.full(packed.shape[:2], -1, dtype=torch.int32, device=x.device)
@@ -247,18 +248,17 @@ def test_marks_name_the_rows_that_are_not_finite(device):
 def test_elsewhere_convolution_and_pool_are_two_launches(device, arch, c, dtype):
     call = stem_call(generator(device, 10), 2, c, 12, 14, 16, dtype)
     with override(KNOWN[arch]):
-        out = OPERATORS["stem"].output(*call)
-        names = [launch.kernel.__name__ for launch in OPERATORS["stem"].plan(out, *call)]
+        names = [launch.kernel.__name__ for launch in call.plan(call.output())]
         assert names == ["conv_pointer_kernel", "max_pool_kernel"]
-        assert_exact(run("stem", *call), stem_reference(call))
+        assert_exact(run(call), stem_reference(call))
 
 
 def test_bytes_also_take_the_two_launches(device):
     call = stem_call(generator(device, 11), 1, 3, 12, 14, 16, torch.float16)
     pixels = integers(generator(device, 12), 1, 1, 3, 12, 14).abs().byte() * 255
-    call[0], call[7], call[8] = pixels, [0.0] * 3, [0.5] * 3
+    of_bytes = replace(call, x=pixels, pixel_mean=(0.0,) * 3, pixel_std=(0.5,) * 3)
     with override(KNOWN[80]):
-        assert_exact(run("stem", *call), stem_reference([(pixels / 127.5).half(), *call[1:]]))
+        assert_exact(run(of_bytes), stem_reference(replace(call, x=(pixels / 127.5).half())))
 
 
 def test_the_cpu_takes_a_few_images_at_a_time_and_gives_the_same_answer():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from resnet_triton import ops
 from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, pinned
 from resnet_triton.config.device import KNOWN
 from resnet_triton.machine_code import verdict
-from resnet_triton.ops import dispatch, registry
+from resnet_triton.ops import dispatch
 
 ROOT = Path(__file__).parents[2]
-WRONG = ROOT / "tests" / "machine_code" / "wrong_triton_3.7.1.sass"
+WRONG = Path(__file__).with_name("machine_code") / "wrong_triton_3.7.1.sass"
 
 # --- the pairs of compilers ------------------------------------------------------------------------------------------
 
@@ -64,8 +65,7 @@ def launch(**changes):
     call = trial.abstract_call(shape)
     tile = ConvConfig(64, 64, 64, 4, 2, **changes)
     with override(KNOWN[90]):
-        out = torch.empty(shape.n, shape.k, shape.p, shape.q, dtype=call.x.dtype, device="meta")
-        (planned,) = trial.plan(call, out, tile, "ieee")
+        (planned,) = trial.plan(call, call.output(), tile, "ieee")
     assert not planned.own
     return planned
 
@@ -74,7 +74,7 @@ def ask(planned):
     verdict._known.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        reason = verdict.obstacle(planned)
+        reason = verdict.unsafe_reason(planned)
     return [reason, [str(w.message) for w in caught], len(list(cache.glob("*/hazards-*.json")))]
 
 
@@ -163,18 +163,18 @@ def unsafe(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names of kernels that the verdict is against, on a GPU whose products are asynchronous."""
     names: set[str] = set()
 
-    def obstacle(launch: Any) -> str | None:
+    def unsafe_reason(launch: Any) -> str | None:
         return f"{launch.kernel.__name__} may give wrong answers" if launch.kernel.__name__ in names else None
 
-    monkeypatch.setattr(registry, "_asynchronous", lambda where: True)
-    monkeypatch.setattr(verdict, "obstacle", obstacle)
+    monkeypatch.setattr(ops.operation, "_asynchronous", lambda where: True)
+    monkeypatch.setattr(verdict, "unsafe_reason", unsafe_reason)
     dispatch.calls.clear()
     return names
 
 
-def convolve(device: torch.device, **changes: Any) -> torch.Tensor:
-    call = conv_call(generator(device, 0), SHAPE)._replace(**changes)
-    y = ops.OPERATORS["conv_bn_relu"].run(*call)
+def convolve(device: torch.device, **modes: Any) -> torch.Tensor:
+    call = conv_call(generator(device, 0), SHAPE)
+    y = replace(call, modes=call.modes._replace(**modes)).compute()
     assert_exact(y, rounded(conv_reference(call), torch.float16))
     return y
 
@@ -203,19 +203,18 @@ def test_where_no_kernel_is_safe_pytorch_answers(device: torch.device, unsafe: s
     with pytest.raises(NotImplementedError, match="batch_invariant=True cannot run here: conv_"):
         convolve(device, batch_invariant=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_device_obstacle", lambda where, forced: None)
+        patch.setattr(dispatch, "_fallback_reason", lambda where, forced: None)
         convolve(device, kernels="auto")
         x, weight = torch.ones(2, 8, device=device), torch.ones(3, 8, device=device)
-        assert torch.equal(ops.OPERATORS["linear"].run(x, weight, None, False, "auto"), torch.full((2, 3), 8.0))
+        assert torch.equal(ops.Linear(x, weight).compute(), torch.full((2, 3), 8.0))
     assert dispatch.calls == {("conv_bn_relu", "torch"): 1, ("linear", "torch"): 1}
 
 
 def test_only_the_projects_own_choice_is_trusted() -> None:
-    operator = ops.OPERATORS["conv_bn_relu"]
     call = conv_call(generator(torch.device("cpu"), 0), SHAPE)
 
     def own() -> bool:
-        return all(launch.own for launch in operator.plan(operator.output(*call), *call))
+        return all(launch.own for launch in call.plan(call.output()))
 
     assert own()
     with pinned(BOX):
