@@ -1,7 +1,8 @@
 """How each kernel is tiled: the configuration, what is legal, and where a configuration comes from.
 
-Lookup order: the GPU's table (`<gpu>.json` in this folder), its entry for a near batch size, then the heuristic. All
-are pure functions of shape and device facts; nothing searches or times anything at call time.
+Lookup order: the GPU's table (`<gpu>.json` in this folder), what was measured for the very shape
+(`<gpu>.measured.json`), the table's entry for a near batch size, then the cost model. All are pure functions of shape
+and device facts; nothing searches or times anything at call time.
 """
 
 from ..kernels.launch import ConvConfig

@@ -15,7 +15,7 @@ from typing import Any
 from ..kernels.launch import ConvConfig
 from .conv import ConvShape, is_legal, tiles
 from .device import DeviceFacts
-from .heuristic import conv_heuristic, estimate
+from .heuristic import best_estimated, conv_heuristic, estimate
 
 AXES: dict[str, tuple[Any, ...]] = {
     "block_m": (16, 32, 64, 128, 256),
@@ -94,10 +94,10 @@ def boxes(like: ConvConfig, block_m: int, shape: ConvShape, device: DeviceFacts)
 def adapt(
     config: ConvConfig, tuned: ConvShape, shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True
 ) -> ConvConfig | None:
-    """`config`, tuned for another batch size, fitted to `shape`; None if the heuristic's choice promises more.
+    """`config`, tuned for another batch size, fitted to `shape`; None if the cost model's own choice promises more.
 
     The box may be another one of the same size. The model may misjudge a tile, but it does so at both batch sizes
-    alike: the tile is refused if it stands worse against the heuristic's choice here than where it was measured.
+    alike: the tile is refused if it stands worse against the model's choice here than where it was measured.
     """
     if not is_legal(config, tuned, device):  # not even where it claims to have been measured
         return None
@@ -108,12 +108,12 @@ def adapt(
     if not legal or (config.box is not None and not descriptors):
         return None
 
-    def against_heuristic(c: ConvConfig, at: ConvShape) -> float:
-        own = conv_heuristic(at, device, descriptors=descriptors)
+    def against_model(c: ConvConfig, at: ConvShape) -> float:
+        own = best_estimated(at, device, descriptors=descriptors)
         return estimate(c, at, device) / estimate(own, at, device)
 
     best = min(legal, key=lambda c: estimate(c, shape, device))
-    return best if against_heuristic(best, shape) <= _SLACK * against_heuristic(config, tuned) else None
+    return best if against_model(best, shape) <= _SLACK * against_model(config, tuned) else None
 
 
 def _forms(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:

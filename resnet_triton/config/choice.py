@@ -1,4 +1,4 @@
-"""Which configuration a convolution gets: the table's, a neighbouring batch size's, or the heuristic's."""
+"""Which configuration a convolution gets: the table's, a measured one, a near batch size's, or the heuristic's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .candidates import adapt
 from .conv import ConvShape, is_legal
 from .device import DeviceFacts
 from .heuristic import conv_heuristic
+from .measured import best_measured
 
 _pinned: ContextVar[ConvConfig | None] = ContextVar("pinned", default=None)
 _forgotten = 0
@@ -28,8 +29,9 @@ def state() -> tuple[ConvConfig | None, int]:
 def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors).
 
-    The table's entry for the very shape, else its entry for the nearest batch size within a factor of two if that does
-    well here by the cost model, else the heuristic. Every launch asks, so answers are kept.
+    The table's entry for the very shape, else a form measured for it, else the table's entry for the nearest batch size
+    within a factor of two if that does well here by the cost model, else that model. Every launch asks, so answers are
+    kept.
     """
     return _pinned.get() or _choose(shape, device, descriptors)
 
@@ -58,6 +60,8 @@ def _choose(shape: ConvShape, device: DeviceFacts, descriptors: bool) -> ConvCon
     exact = known.entries.get(shape)
     if exact is not None and (descriptors or exact.config.box is None) and is_legal(exact.config, shape, device):
         return exact.config
+    if (timed := best_measured(shape, device, descriptors=descriptors)) is not None:
+        return timed
     for tuned in _nearest(known, shape):
         config = adapt(known.entries[tuned].config, tuned, shape, device, descriptors=descriptors)
         if config is not None:

@@ -1,7 +1,8 @@
 """Tile choices from shape and device facts alone: no timing, no state, the same answer everywhere.
 
-The estimate is the number of rounds the GPU needs (programs over SMs) times the work of one program, which is bound by
-its arithmetic or by what it loads, plus what sharing a tile costs. Nothing here has been fitted to a measurement yet.
+A form that was measured for the very shape comes first (`measured.py`); elsewhere a cost model chooses. Its estimate is
+the number of rounds the GPU needs (programs over SMs) times the work of one program, which is bound by its arithmetic
+or by what it loads, plus what sharing a tile costs. It has been fitted to no measurement.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import product
 from ..kernels.launch import ConvConfig, has_several_sides, is_flat
 from .conv import ConvShape, is_legal, may_have_rows, steps, supports_descriptors, tiles
 from .device import DeviceFacts
+from .measured import best_measured
 
 # (block_m, block_k, block_c of a 16-bit type, num_warps, num_stages), each seen to compile without spills.
 _BOX_TILES = (
@@ -41,13 +43,18 @@ _POINTERS = 1.4  # loads through pointers spend instructions on addresses and ma
 @functools.lru_cache(maxsize=4096)  # every launch asks, and weighing the candidates takes milliseconds
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
-    return min(
-        conv_candidates(shape, device, descriptors=descriptors), key=lambda config: estimate(config, shape, device)
-    )
+    measured = best_measured(shape, device, descriptors=descriptors)
+    return measured or best_estimated(shape, device, descriptors=descriptors)
+
+
+def best_estimated(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
+    """What the cost model alone would choose."""
+    found = conv_candidates(shape, device, descriptors=descriptors)
+    return min(found, key=lambda config: estimate(config, shape, device))
 
 
 def conv_candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> list[ConvConfig]:
-    """The legal configurations that the heuristic weighs, never none."""
+    """The legal configurations that the cost model weighs, never none."""
     ieee = shape.dtype == "float32" and shape.precision == "ieee"
     pointers: tuple[tuple[int, int, int, int, int], ...]
     if is_flat(shape.c):

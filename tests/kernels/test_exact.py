@@ -95,14 +95,14 @@ def resnet18_convolutions() -> list[tuple[str, ConvShape]]:
 
 
 def layers() -> list[Layer]:
-    """Every distinct (layer, configuration) at ten batch sizes, with descriptors (sm_90) and without (sm_80).
+    """Every distinct (layer, configuration) at eleven batch sizes, with descriptors (sm_90) and without (sm_80).
 
     Float16 and bfloat16 are tiled alike: the interpreter takes them in turns, a GPU both. fp32 is tested at four sizes.
     """
     halves = [("float16", "ieee"), ("bfloat16", "ieee")]
     found: dict[Any, Layer] = {}
     for arch in (90, 80):
-        for batch in (1, 8, 32, 128, 2, 3, 7, 33, 64, 129):
+        for batch in (1, 8, 32, 128, 256, 2, 3, 7, 33, 64, 129):
             for i, (name, shape) in enumerate(resnet18_convolutions()):
                 turn = (i + batch.bit_length()) % 2
                 numbers = halves if torch.cuda.is_available() else [halves[turn]]

@@ -239,7 +239,7 @@ from resnet_triton.tuner import precompile
 
 precompile.pretend(90)
 calls = [replace(call, backend="triton") for call in trace(resnet18().eval(), (1, 3, 224, 224), torch.float16)]
-some = [call for call in calls if call.name in ("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1")]
+some = [call for call in calls if call.name in ("layer1.0.conv2", "layer1.1.conv2", "layer2.0.conv1")]
 found = [doctor._machine_code(some, KNOWN[90]), doctor._machine_code(some, KNOWN[80])]
 verdict._known.clear()
 verdict._edition = lambda: "another"

@@ -196,7 +196,7 @@ def test_curves_show_the_medians_and_break_where_there_is_none():
     assert [y for y in latency.lines[1].get_ydata() if y == y] == pytest.approx([3, 9, 12])
 
 
-def test_roofline_has_every_layer_and_both_ceilings():
+def test_occupancy_has_every_layer_and_both_ceilings():
     tasks = only(report.views(gpu(), "kernel"))
     axes = page.roofline(tasks, report.roof(gpu(), "float16")).axes[0]
     work = [task for task in tasks if task[0].flops]
