@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .conv import ConvConfig, ConvShape, is_legal
+from ..kernels.launch import ConvConfig
+from .conv import ConvShape, is_legal
 from .device import DeviceFacts
 from .table import slug
 

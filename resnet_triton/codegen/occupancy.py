@@ -1,4 +1,4 @@
-"""How many programs of a launch a GPU holds at a time, and the least work that a call can do with."""
+"""How many programs of a launch a GPU holds at a time."""
 
 from __future__ import annotations
 
