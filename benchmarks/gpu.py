@@ -50,7 +50,7 @@ PHASES = (
     _models("models", *_PYTORCH, "ours", "ours graph", limit=150),
     Phase("layers", partial(gpu.layer_times, alternatives=["ours", "eager", "cudnn fused"]), 90, 30),
     _tests("test-exact", "tests/kernels/test_exact.py", _LAYERS, processes=12, limit=120),
-    _models("max-autotune", "compile max-autotune", "ours graph", limit=150),
+    _models("max-autotune", "compile max-autotune", "ours graph", sizes=(1, 256), limit=240),
     Phase("tune", gpu.tune, 400, 400, spare=45),
     _models("tuned", *_FAST, **_TUNED),
     _tests("test-gpu", "tests/model/test_gpu.py", "not every_run", processes=4, limit=120),
@@ -65,7 +65,7 @@ PHASES = (
     _models("invariant", "ours graph", "ours invariant graph", sizes=(1, 8, 32, 128, 256), **_TUNED),
     _models("dependent", "ours graph", **_DEPENDENT),
     _models("default", "compile default", "compile reduce-overhead freezing", "ours graph"),
-    _models("no-cudagraphs", "compile max-autotune-no-cudagraphs", "ours graph", limit=150),
+    _models("no-cudagraphs", "compile max-autotune-no-cudagraphs", "ours graph", sizes=(1, 256), limit=240),
 )
 
 

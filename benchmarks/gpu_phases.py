@@ -120,7 +120,7 @@ def _repeatable(case: Case, run: Run) -> Iterator[Found]:
         call = problem.build("ours")[0]
         error, expected = problem.error(call), call().clone()
         others = sum(not torch.equal(call(), expected) for _ in range(1 if rehearsed(run) else 300))
-    yield {"error": error, "limit": problem.limit, "not repeated": others}
+    yield {"error": f"{error:.3g}", "limit": f"{problem.limit:.3g}", "not repeated": others}  # JSON has no NaN
     if others or not error <= problem.limit:
         raise AssertionError(f"error {error}, limit {problem.limit}; {others} runs gave other bits")
 

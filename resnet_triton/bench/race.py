@@ -46,8 +46,8 @@ def steps(
         def measure(i: int, batch: int) -> Iterator[list[Measurement]]:
             race.line_up(batch, run.deadline)
             # Half a share is for the second starts; the first batch size, whose compilers start cold, gets two.
-            shares, mine = (len(batches) - i + 0.5, 1) if i else (len(batches) + 1.5, 2)
-            left = run.left() * mine / shares
+            mine = 1 if i else 2
+            left = run.left() * mine / (len(batches) - i - 1 + mine + 0.5 * second_starts)
             yield from race.measure(batch, min(seconds, left), time.monotonic() + left, rounds)
 
         def again() -> Iterator[list[Measurement]]:

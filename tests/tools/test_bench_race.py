@@ -24,28 +24,17 @@ def gone(pid):
     return not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def raced(*chosen, batches=(1,), seconds=0.0):
-    """What a race of planted alternatives leaves, and the seconds of second starts."""
-    rows = {}
-    with race.Race(SPEC, [planted.alternative(build, **more) for build, more in chosen], print) as contest:
-        for batch in batches:
-            contest.line_up(batch, time.monotonic() + 200)
-            for some in contest.measure(batch, seconds, time.monotonic() + 200, (5, 5)):
-                rows |= {(row.alternative, row.batch): row for row in some}
-        again = dict(contest.second_starts(batches[0], time.monotonic() + 200))
-    return rows, again
-
-
 @pytest.fixture(scope="module")
 def rows():
     """A race in this process: what it judges."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race, "Worker", planted.Inline)
         patch.setattr(race, "TURN", 0.05)
-        mine = (planted.right, {"ours": True})
-        others = [(build, {}) for build in (planted.slow, planted.wrong, planted.late, planted.broken)]
-        rows, _ = raced(mine, *others)
-    return {alternative: row for (alternative, _), row in rows.items()}
+        others = map(planted.alternative, (planted.slow, planted.wrong, planted.late, planted.broken))
+        with race.Race(SPEC, [planted.alternative(planted.right, ours=True), *others], print) as contest:
+            contest.line_up(1, time.monotonic() + 200)
+            *_, last = contest.measure(1, 0, time.monotonic() + 200, (5, 5))
+    return {row.alternative: row for row in last}
 
 
 def test_every_alternative_has_a_row_that_the_schema_accepts(rows, tmp_path):
@@ -96,34 +85,32 @@ def test_what_was_measured_is_there_before_the_race_is_over(monkeypatch):
 
 
 @pytest.mark.slow
-def test_processes_that_crash_start_again_and_remember():
-    chosen = [(planted.right, {}), (planted.late, {}), (planted.crash, {}), (planted.counts_starts, {"cold": True})]
-    rows, again = raced(*chosen, batches=(1, 2))
-    assert rows["crash", 1].failure == "its process ended with code 7: about to crash"
-    assert rows["crash", 2].failure == rows["crash", 1].failure, "it gets another process for another batch size"
-    assert rows["counts_starts", 1].first_call_cold_s > 0.5 > again["counts_starts"]
-    assert set(again) == {"counts_starts"}, "nothing else was kept that a second start could find"
-    if rows["right", 1].peak_bytes is None:
-        pytest.skip("this system does not tell")
-    more = rows["late", 1].peak_bytes - rows["right", 1].peak_bytes
-    assert 0.9 * planted.MEMORY < more < 1.5 * planted.MEMORY
-
-
-@pytest.mark.slow
-def test_what_hangs_is_ended_with_all_it_started(tmp_path, monkeypatch):
+def test_processes_crash_and_hang_alone_and_start_again(tmp_path, monkeypatch):
     monkeypatch.setenv("PLANTED_PID", str(tmp_path / "pid"))
-    chosen = [planted.alternative(planted.forks), planted.alternative(planted.hang, cold=True)]
+    once, cold = (planted.forks, planted.late, planted.crash), (planted.counts_starts, planted.hang)
+    chosen = [*map(planted.alternative, once), *(planted.alternative(build, cold=True) for build in cold)]
     with race.Race(SPEC, chosen, print) as contest:
-        folder = contest.folder
-        for batch in (1, 2):
+        folder, rows = contest.folder, {}
+        for batch, seconds in ((1, 200), (2, 12)):
             contest.line_up(batch, time.monotonic() + 200)
             start = time.monotonic()
-            *_, (forks, hang) = contest.measure(batch, 0, start + 12)
+            for some in contest.measure(batch, 0, start + seconds):
+                rows |= {(row.alternative, row.batch): row for row in some}
         assert time.monotonic() - start < 60
-        assert forks.good, "one that was ready in time is timed all the same"
-        assert hang.failure.startswith("took more than")
-    assert gone(int((tmp_path / "pid").read_text()))
+        again = dict(contest.second_starts(1, time.monotonic() + 200))
+    assert rows["crash", 1].failure == "its process ended with code 7: about to crash"
+    assert rows["crash", 2].failure == rows["crash", 1].failure, "it gets another process for another batch size"
+    assert rows["hang", 1].good
+    assert rows["hang", 2].failure.startswith("took more than")
+    assert rows["forks", 2].good, "one that was ready in time is timed all the same"
+    assert gone(int((tmp_path / "pid").read_text())), "what an alternative has started is ended with it"
     assert not folder.exists()
+    assert rows["counts_starts", 1].first_call_cold_s > 0.5 > again["counts_starts"]
+    assert set(again) == {"counts_starts"}, "nothing else was kept that a second start could find"
+    if rows["forks", 1].peak_bytes is None:
+        pytest.skip("this system does not tell")
+    more = rows["late", 1].peak_bytes - rows["forks", 1].peak_bytes
+    assert 0.9 * planted.MEMORY < more < 1.5 * planted.MEMORY
 
 
 @pytest.mark.slow

@@ -136,11 +136,11 @@ def test_a_phase_that_hangs_stops_at_its_limit(tmp_path):
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path, capsys):
-    names = ["exact", "models", "layers", "sanitizer", "counters"]
+    names = ["exact", "models", "layers"]
     arguments = ["--out", str(tmp_path), "--budget", "900", "--rehearse", "--phases", ",".join(names)]
     assert gpu.main(arguments) == 0
     out = capsys.readouterr().out
-    assert [line.split(",")[0] for line in out.splitlines()[:5]] == [f"{name}: complete" for name in names]
+    assert [line.split(",")[0] for line in out.splitlines()[:3]] == [f"{name}: complete" for name in names]
     assert "REHEARSAL, no measurement" in out
     found = results.load(tmp_path)
     assert found.complete == names
@@ -179,6 +179,7 @@ def test_tools_are_read(tmp_path, monkeypatch):
     ((name, step),) = gpu_phases.counters(cuda)
     assert name == "layer1.0.conv1 float16 1"
     assert list(step()) == [{"metrics": [["conv_box_kernel", "gpu__time_duration.sum", "3.1", "us"]]}]
+    gpu_phases.main("fc linear", "float32", "1", "cpu", "32")  # what is profiled
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RuntimeError, match="no ncu here"):
         list(step())
