@@ -187,6 +187,9 @@ def _shape(s: _Sizes) -> ConvShape:
     )  # fmt: skip
 
 
+_OWN = (config.conv_heuristic, config.best_measured)
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(
     lookup: Callable[..., ConvConfig], state: object, facts: DeviceFacts, descriptors: bool, invariant: bool, s: _Sizes
@@ -200,7 +203,7 @@ def _choose(
         chosen, own = config.invariant(shape, facts), True
     else:
         chosen = lookup(shape, facts, descriptors=descriptors)
-        own = chosen == config.conv_heuristic(shape, facts, descriptors=descriptors)
+        own = chosen in [pick(shape, facts, descriptors=descriptors) for pick in _OWN]
     return chosen, own, config.tiles(chosen, shape)
 
 
