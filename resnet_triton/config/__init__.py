@@ -10,13 +10,11 @@ from .choice import lookup, pinned, state
 from .conv import ConvShape, is_legal, supports_descriptors, tiles
 from .heuristic import StemConfig, conv_heuristic, linear_heuristic, stem_heuristic
 from .invariant import invariant, invariant_stem
-from .measured import best_measured
 
 __all__ = [
     "ConvConfig",
     "ConvShape",
     "StemConfig",
-    "best_measured",
     "conv_heuristic",
     "invariant",
     "invariant_stem",

@@ -187,9 +187,6 @@ def _shape(s: _Sizes) -> ConvShape:
     )  # fmt: skip
 
 
-_OWN = (config.conv_heuristic, config.best_measured)
-
-
 @functools.lru_cache(maxsize=4096)
 def _choose(
     lookup: Callable[..., ConvConfig], state: object, facts: DeviceFacts, descriptors: bool, invariant: bool, s: _Sizes
@@ -203,7 +200,7 @@ def _choose(
         chosen, own = config.invariant(shape, facts), True
     else:
         chosen = lookup(shape, facts, descriptors=descriptors)
-        own = chosen in [pick(shape, facts, descriptors=descriptors) for pick in _OWN]
+        own = chosen == config.conv_heuristic(shape, facts, descriptors=descriptors)
     return chosen, own, config.tiles(chosen, shape)
 
 

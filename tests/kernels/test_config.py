@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import re
+import threading
 import timeit
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from resnet_triton.config import (
     supports_descriptors,
     table,
 )
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.device import KNOWN, DeviceFacts, facts, override
 from resnet_triton.config.heuristic import best_estimated
 from resnet_triton.ops.trace import Call, trace
 
@@ -532,6 +534,21 @@ def test_a_pinned_configuration_is_the_answer_to_everything(folder: Path) -> Non
     with choice.pinned(TUNED), choice.pinned(CONFIG):
         assert lookup(SHAPE, GPU) is lookup(STRIDED, KNOWN[80]) is CONFIG
     assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+def test_threads_see_only_what_they_have_pinned_and_overridden() -> None:
+    together = threading.Barrier(2)
+
+    def inside(gpu: DeviceFacts, config: ConvConfig) -> tuple[DeviceFacts, ConvConfig]:
+        with override(gpu), choice.pinned(config):
+            together.wait(10)
+            seen = facts(torch.device("cpu")), lookup(SHAPE, gpu)
+            together.wait(10)  # neither leaves before both have looked
+        return seen
+
+    given = [(KNOWN[80], CONFIG), (KNOWN[100], TUNED)]
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(inside, *zip(*given, strict=True))] == given
 
 
 def test_a_lookup_is_cheap(folder: Path) -> None:

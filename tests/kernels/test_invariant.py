@@ -331,15 +331,16 @@ def test_no_batch_is_so_large_that_pytorch_takes_it_over(name: str) -> None:
     with FakeTensorMode(), override(KNOWN[90]):
         one = torch.empty(1, 1, 1, 1, device="cuda")
         few, many = (one.expand(n, 1, 1, 1) for n in (5, 2**32))
-        norm = ops.BatchNorm(one[0, 0, 0], one[0, 0, 0], None, None, 0.0)
+        vector, rows, weight = (torch.empty(*size, device="cuda") for size in ((1,), (5, 1), (1, 1)))
+        norm = ops.BatchNorm(vector, vector, None, None, 0.0)
         call: Any = {
             "conv_bn_relu": ops.ConvBnRelu(few, one, norm, ops.Geometry()),
             "stem": ops.Stem(few, torch.empty(1, 1, 7, 7, device="cuda"), norm),
             "global_avg_pool": ops.GlobalAvgPool(few),
-            "linear": ops.Linear(few[:, :, 0, 0], one[0, 0]),
-            "avg_pool_linear": ops.AvgPoolLinear(few, one[0, 0]),
+            "linear": ops.Linear(rows, weight),
+            "avg_pool_linear": ops.AvgPoolLinear(few, weight),
         }[name]
-        large = replace(call, x=many[:, :, 0, 0] if name == "linear" else many)
+        large = replace(call, x=torch.empty(2**32, 1, device="cuda") if name == "linear" else many)
         assert [each.choose()[1].backend for each in (call, large)] == ["triton", "torch"]
         call, large = (replace(each, modes=Modes(batch_invariant=True)) for each in (call, large))
         assert call.choose()[1].backend == "triton"

@@ -20,6 +20,7 @@ from exact import assert_exact, conv_call, conv_reference, generator, rounded
 from resnet_triton import ops
 from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, pinned
 from resnet_triton.config.device import KNOWN
+from resnet_triton.kernels.launch import Launch
 from resnet_triton.machine_code import verdict
 from resnet_triton.ops import dispatch
 
@@ -180,19 +181,23 @@ def convolve(device: torch.device, **modes: Any) -> torch.Tensor:
 
 
 def test_an_unsafe_box_takes_pointers(device: torch.device, unsafe: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-    real = choice.lookup
+    launched: list[str] = []
+    lookup, run = choice.lookup, Launch.run
 
-    def lookup(*args: Any, descriptors: bool = True) -> ConvConfig:
-        launched.append(descriptors)
-        return BOX if descriptors else real(*args, descriptors=False)
+    def in_boxes(*args: Any, descriptors: bool = True) -> ConvConfig:
+        return BOX if descriptors else lookup(*args, descriptors=False)
 
-    monkeypatch.setattr("resnet_triton.config.lookup", lookup)
+    def recorded(launch: Launch) -> None:
+        launched.append(launch.kernel.__name__)
+        run(launch)
+
+    monkeypatch.setattr("resnet_triton.config.lookup", in_boxes)
+    monkeypatch.setattr(Launch, "run", recorded)
     convolve(device)
-    assert launched == [True]
+    assert launched == ["conv_box_kernel"]
     unsafe.add("conv_box_kernel")
     convolve(device)
-    assert launched == [True, True, False]
+    assert launched == ["conv_box_kernel", "conv_pointer_kernel"]
     assert dispatch.calls == {("conv_bn_relu", "triton"): 2}
 
 

@@ -451,24 +451,24 @@ def test_every_run_of_what_was_wrong_once_is_exact():
     assert {key: counts for key, counts in wrong.items() if any(counts.values())} == {}
 
 
-def test_a_graph_lends_its_launches_counters_that_stay_at_zero(monkeypatch):
+def test_a_graph_lends_its_launches_semaphores_that_stay_at_zero(monkeypatch):
     model = build()
     lent = []
-    arrivals = conv._arrivals
+    take = conv._semaphores
 
     def recorded(where: torch.device, tiles: int) -> Tensor:
-        counters = arrivals(where, tiles)
-        lent.append((torch.cuda.is_current_stream_capturing(), counters.data_ptr()))
-        return counters
+        semaphores = take(where, tiles)
+        lent.append((torch.cuda.is_current_stream_capturing(), semaphores.data_ptr()))
+        return semaphores
 
-    monkeypatch.setattr(conv, "_arrivals", recorded)
+    monkeypatch.setattr(conv, "_semaphores", recorded)
     captured(model, images(1))
     (graph,) = model._runner._graphs.values()
-    assert (True, graph.counters.data_ptr()) in lent, "a layer of one image is shared"
-    assert all(pointer == graph.counters.data_ptr() for capturing, pointer in lent if capturing)
+    assert (True, graph.semaphores.data_ptr()) in lent, "a layer of one image is shared"
+    assert all(pointer == graph.semaphores.data_ptr() for capturing, pointer in lent if capturing)
     for seed in range(3):
         model(images(1, seed=seed))
-    assert not graph.counters.any()
+    assert not graph.semaphores.any()
 
 
 DEPENDENT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
 import importlib
 import io
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 import resnet_triton
 from resnet_triton import models
 from resnet_triton.config.device import KNOWN
-from resnet_triton.ops import dispatch
+from resnet_triton.kernels.launch import Launch
+from resnet_triton.ops import dispatch, interpreter
 from resnet_triton.ops.trace import trace
 from resnet_triton.support import vision
 
@@ -252,6 +254,29 @@ def test_bytes_where_the_stem_is_not_fused(pixels, change):
     model.normalize = NORMALIZE
     by_hand = copy.deepcopy(model)
     close(model(pixels.cpu()), by_hand(normalised_by_hand(pixels.cpu())))
+
+
+@torch.no_grad()
+def test_six_functions_lie_between_a_model_and_its_launches(device, monkeypatch):
+    """What an eager call costs on the host is what they do."""
+    package = Path(resnet_triton.__file__).resolve().parent
+    kernels = (package / "kernels").resolve()
+    depths: Counter[int] = Counter()
+
+    def counted(launch: Launch) -> None:
+        frames, ours = sys._getframe(1), 0
+        while frames is not None:
+            folders = Path(frames.f_code.co_filename).resolve().parents
+            ours += package in folders or kernels in folders
+            frames = frames.f_back
+        depths[ours] += 1
+
+    monkeypatch.setattr(Launch, "run", counted)
+    monkeypatch.setattr(interpreter, "ready", contextlib.nullcontext)  # nothing is launched for shadow memory to watch
+    model = resnet_triton.resnet18().eval().to(device)
+    resnet_triton.optimize(model, kernels="triton", cuda_graph=False)(torch.zeros(1, 3, 64, 64, device=device))
+    assert depths.total() >= 18
+    assert max(depths) <= 6, depths
 
 
 @torch.no_grad()
