@@ -93,12 +93,11 @@ reliability: $(STAMP) ## write docs/reliability.md again from the records of the
 package: $(STAMP) ## build, install and import the distributions
 	$(HERMETIC) $(PY) -m pytest -m packaging $(ARGS)
 
-codegen: $(STAMP) ## compile the kernels ahead of time and check the machine code; needs no GPU
-	$(HERMETIC) $(PY) -m resnet_triton codegen $(ARGS)
+codegen: $(STAMP) ## compile the kernels ahead of time, check the machine code and its budget; needs no GPU
+	$(HERMETIC) $(PY) -m resnet_triton codegen --budget benchmarks/results/codegen.json $(ARGS)
 
-codegen-all: $(STAMP) ## every target, batch size and dtype, written to benchmarks/results; takes long
-	$(HERMETIC) $(PY) -m resnet_triton codegen --arch 80 86 89 90 100 120 gfx942 --batch 1 8 32 128 \
-		--dtype float16 bfloat16 tf32 float32 --out benchmarks/results $(ARGS)
+codegen-all: $(STAMP) ## the same for every target, and write the budget in benchmarks/results anew
+	$(HERMETIC) $(PY) -m resnet_triton codegen --arch 80 86 89 90 100 120 gfx942 --out benchmarks/results $(ARGS)
 
 codegen-oldest: codegen-$(OLDEST_TRITON) ## the same with the oldest supported Triton
 

@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 
-from resnet_triton.codegen import Row
-from resnet_triton.codegen.roofline import Prediction
+from resnet_triton.codegen import CompiledLaunch
 from resnet_triton.machine_code import Code
 
 
@@ -22,8 +21,8 @@ CODE = Code(
     registers=99, spill_bytes=0, shared_memory=232448, instructions=1000, tensor_core="wgmma", tma=True, dots=1,
     wgmma=8, wgmma_waits=2, pendings=(1, 0),
 )  # fmt: skip
-ROW = Row(
+ROW = CompiledLaunch(
     arch="sm_90", layer="layer1.0.conv1", operator="conv_bn_relu", launch=0, kernel="k", batch=32, dtype="float16",
     path="descriptor", filter="3x3", channels=64, tile="1x1x128", split_k=1, num_warps=4, num_stages=3, programs=100,
-    programs_per_sm=1, occupancy=0.5, waves=0.758, code=CODE, predicted=Prediction(40.0, 30.0, 0.24, 1.3, 0.0),
+    programs_per_sm=1, occupancy=0.5, waves=0.758, code=CODE,
 )  # fmt: skip

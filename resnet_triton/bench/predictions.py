@@ -32,10 +32,10 @@ def predictions(
             work[batch, dtype, call.name or call.operator] = least(call)
     for row in rows(model, [arch], batches, dtypes, jobs=jobs, image=image):
         cost = work[row.batch, row.dtype, row.layer] if row.launch == 0 else Cost(0, 0)
-        floor = row.predicted.floor_us
+        flops, dram = where.ceilings.flops(row.dtype), where.ceilings.dram
         yield {
             "device": where.facts.name, "batch": row.batch, "dtype": row.dtype, "layer": row.layer,
             "kernel": row.kernel, "registers": row.code.registers, "shared_bytes": row.code.shared_memory,
             "spill_bytes": row.code.spill_bytes, "flops": cost and cost.flops, "bytes": cost and cost.bytes,
-            "floor_s": None if floor is None else floor / 1e6,
+            "floor_s": cost.floor(flops, dram) if cost and flops and dram else None,
         }  # fmt: skip

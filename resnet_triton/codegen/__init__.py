@@ -3,23 +3,23 @@
 Every call of a traced model is planned exactly as it would be launched on the target and compiled by Triton and ptxas
 (AMD: LLVM), all of which run on a CPU. A row then says whether the tensor cores and the bulk copy engine are used,
 whether registers spill, whether shared memory fits, whether ptxas serialised the asynchronous matrix instructions,
-whether memory is ordered on every path, whether NaN and IEEE rounding survive, how many programs a multiprocessor holds
-and, marked as predictions, where the time may go.
+whether memory is ordered on every path, whether NaN and IEEE rounding survive, and how many programs a multiprocessor
+holds.
 
-    targets -> compiler -> roofline (with traffic) -> rows -> budget -> report
+    targets -> compiler -> roofline -> rows -> budget -> report
 """
 
 from __future__ import annotations
 
 from .compiler import Specialisation, compile_for, specialise, triton_compile, vital_signs
-from .rows import DTYPES, HELD, Row, rows
+from .rows import DTYPES, HELD, CompiledLaunch, rows
 from .targets import TARGETS, target
 
 __all__ = [
     "DTYPES",
     "HELD",
     "TARGETS",
-    "Row",
+    "CompiledLaunch",
     "Specialisation",
     "compile_for",
     "rows",

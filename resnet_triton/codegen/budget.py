@@ -1,7 +1,8 @@
 """Faults, and rows that got worse than they were.
 
-The budget is an earlier report, committed: a row may not take clearly more registers or instructions than it did there,
-nor lose occupancy, nor wait more often. A change that is meant to is committed together with the report it makes.
+The budget is the summary of an earlier report, committed: a row may not take clearly more registers or instructions
+than it did there, nor lose occupancy, nor wait more often. A change that is meant to comes with the budget that
+`make codegen-all` writes anew.
 """
 
 from __future__ import annotations

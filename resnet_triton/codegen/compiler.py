@@ -58,13 +58,7 @@ def _type(value: Any) -> str:
 
 def compile_for(source: Specialisation, arch: int | str) -> Code:
     """Compile for an architecture (90 for sm_90, "gfx942") and read the vital signs. Raises what Triton raises."""
-    return compile_and_keep(source, arch)[0]
-
-
-def compile_and_keep(source: Specialisation, arch: int | str) -> tuple[Code, str]:
-    """The vital signs, and the TTIR they come from."""
-    compiled = triton_compile(source, arch)
-    return vital_signs(compiled), compiled.asm["ttir"]
+    return vital_signs(triton_compile(source, arch))
 
 
 def vital_signs(compiled: Any) -> Code:

@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..machine_code import Code
 from ..ops import OPERATORS
 from ..ops.precision import fp32_precision
 from ..ops.trace import trace
 from ..support.processes import Pool
-from .compiler import Specialisation, compile_and_keep, specialise
-from .roofline import Prediction, least, predict, programs_per_sm, waves
+from .compiler import Specialisation, compile_for, specialise
+from .roofline import programs_per_sm, waves
 from .targets import Target, target
 
 DTYPES = {
@@ -34,7 +33,7 @@ ALIGNED = 16
 
 
 @dataclass(frozen=True)
-class Row:
+class CompiledLaunch:
     """One launch of a layer at one batch size and dtype, compiled for one architecture.
 
     `launch` counts from 0 within the layer; `filter` is "3x3" and the like, "" for kernels without one; `programs` the
@@ -60,7 +59,6 @@ class Row:
     occupancy: float
     waves: float
     code: Code
-    predicted: Prediction
 
     def faults(self) -> list[str]:
         """What a shipped configuration must not show."""
@@ -93,12 +91,10 @@ class Row:
         return found
 
     def record(self) -> dict[str, Any]:
-        """The row as plain data, the code's vital signs beside the rest, predictions in an object of their own."""
-        code, predicted = asdict(self.code), asdict(self.predicted)
-        about = {name: value for name, value in vars(self).items() if name not in ("code", "predicted")}
+        """The launch as plain data, its code's vital signs beside the rest."""
+        about = {name: value for name, value in vars(self).items() if name != "code"}
         derived = {"wgmma_per_wait": self.code.wgmma_per_wait, "serialized": self.code.serialized}
-        rounded = {name: None if value is None else float(f"{value:.4g}") for name, value in predicted.items()}
-        return {**about, **code, **derived, "faults": self.faults(), "predicted": rounded}
+        return {**about, **asdict(self.code), **derived, "faults": self.faults()}
 
 
 class _Planned(NamedTuple):
@@ -110,7 +106,6 @@ class _Planned(NamedTuple):
     dtype: str
     place: int  # among the layer's launches
     launch: Launch
-    work: Cost | None
     target: Target
     source: Specialisation
 
@@ -123,7 +118,7 @@ def rows(
     *,
     jobs: int = 2,
     image: int = 224,
-) -> Iterator[Row]:
+) -> Iterator[CompiledLaunch]:
     """Compile every layer of `model` for every combination, each distinct kernel once, in `jobs` processes."""
     planned = [
         launch
@@ -134,9 +129,9 @@ def rows(
     ]
     with Pool(jobs) as pool:
         distinct = dict.fromkeys((p.source, p.target.compiler[1]) for p in planned)
-        compiled = {key: pool.submit(compile_and_keep, *key) for key in distinct}
+        compiled = {key: pool.submit(compile_for, *key) for key in distinct}
         for p in planned:
-            yield _row(p, *compiled[p.source, p.target.compiler[1]].result())
+            yield _compiled(p, compiled[p.source, p.target.compiler[1]].result())
 
 
 def _plan(model: nn.Module, where: Target, batch: int, dtype: str, image: int) -> Iterator[_Planned]:
@@ -147,16 +142,15 @@ def _plan(model: nn.Module, where: Target, batch: int, dtype: str, image: int) -
                 continue  # PyTorch's own
             layer = call.name or call.operator
             for i, launch in enumerate(call.launches(where.facts)):
-                work = least(call) if i == 0 else Cost(0, 0)
-                yield _Planned(layer, call.operator, batch, dtype, i, launch, work, where, specialise(launch))
+                yield _Planned(layer, call.operator, batch, dtype, i, launch, where, specialise(launch))
 
 
-def _row(p: _Planned, code: Code, ttir: str) -> Row:
+def _compiled(p: _Planned, code: Code) -> CompiledLaunch:
     launch, arguments, sm = p.launch, p.launch.arguments, p.target.sm
     resident = programs_per_sm(code, launch.num_warps, sm)
     descriptors = any(name.endswith("_desc") and value is not None for name, value in arguments.items())
     sizes = [name for name in launch.kernel.arg_names if name.startswith(("BOX", "BLOCK"))]
-    return Row(
+    return CompiledLaunch(
         arch=p.target.name,
         layer=p.layer,
         operator=p.operator,
@@ -176,5 +170,4 @@ def _row(p: _Planned, code: Code, ttir: str) -> Row:
         occupancy=round(resident * launch.num_warps / sm.warps, 3),
         waves=round(waves(launch, code, p.target), 3),
         code=code,
-        predicted=predict(p.work, launch, code, ttir, p.target, p.dtype),
     )

@@ -1,7 +1,7 @@
 """GPUs that need not be here: what the compiler calls them, what a multiprocessor holds, how fast they are.
 
-`device.py` has the facts that shape kernels; what is here only compiles for a GPU and predicts, so no launch depends on
-it. Rates are per second and dense; None stands where no figure with a source is known.
+`device.py` has the facts that shape kernels; what is here only compiles for a GPU, so no launch depends on it. Rates
+are per second and dense; None stands where no figure with a source is known.
 """
 
 from __future__ import annotations
@@ -29,17 +29,13 @@ class Multiprocessor:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a GPU can do at best: `half` (fp16 and bf16, accumulated in fp32), `tf32` and `single` in FLOP/s, `dram` and
-    `l2` in B/s, and `graph_gap`, the seconds between two nodes of a CUDA graph.
-    """
+    """What a GPU can do at best, in FLOP/s and, of `dram`, in B/s; `half` is fp16 and bf16, accumulated in fp32."""
 
     source: str
     half: float | None = None
     tf32: float | None = None
     single: float | None = None
     dram: float | None = None
-    l2: float | None = None
-    graph_gap: float | None = None
 
     def flops(self, dtype: str) -> float | None:
         """FLOP/s of matrix products in a dtype as `codegen` names it; "float32" means IEEE, without tensor cores."""
@@ -79,9 +75,8 @@ _CEILINGS = {
     86: Ceilings("data sheet", half=154.8e12, tf32=77.4e12, single=38.7e12, dram=0.768e12),
     89: Ceilings("white paper of the Ada architecture", half=165.2e12, tf32=82.6e12, single=82.6e12, dram=1.008e12),
     90: Ceilings(
-        "16-bit products and DRAM copy measured; tf32 and fp32 from the data sheet; L2 from RRZE's gpu-benches; "
-        "1.3 us between graph nodes as published",
-        half=790e12, tf32=494e12, single=67e12, dram=4.3e12, l2=9.7e12, graph_gap=1.3e-6,
+        "16-bit products and DRAM copy measured; tf32 and fp32 from the data sheet",
+        half=790e12, tf32=494e12, single=67e12, dram=4.3e12,
     ),
     100: Ceilings("data sheet", half=2250e12, dram=8.0e12),
     120: Ceilings(

@@ -403,14 +403,14 @@ def _parser() -> argparse.ArgumentParser:
         help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or gfx942; 90 means sm_90 (default: sm_80 sm_90 sm_100)",
     )  # fmt: skip
     c.add_argument(
-        "--batch", type=_positive, nargs="+", default=[1, 8, 32, 128], metavar="N",
-        help="images at a time (default: 1 8 32 128)",
+        "--batch", type=_positive, nargs="+", default=[1, 8, 32, 128, 256], metavar="N",
+        help="images at a time (default: 1 8 32 128 256)",
     )  # fmt: skip
     c.add_argument(
         "--dtype", nargs="+", default=["float16"], metavar="T",
         help="float16, bfloat16, tf32 or float32 (default: float16)",
     )  # fmt: skip
-    c.add_argument("--out", type=Path, metavar="DIR", help="write codegen.json and codegen.md there")
+    c.add_argument("--out", type=Path, metavar="DIR", help="write a summary there, codegen.json")
     c.add_argument("--budget", type=Path, metavar="FILE", help="fail if a row is worse than in this codegen.json")
     c.add_argument(
         "--jobs", type=_positive, default=os.cpu_count() or 1, metavar="N",

@@ -23,7 +23,7 @@ from resnet_triton.machine_code import verdict
 from resnet_triton.ops import dispatch, registry
 
 ROOT = Path(__file__).parents[2]
-WRONG = ROOT / "tests" / "machine_code" / "wrong_triton_3.7.1.sass"
+WRONG = ROOT / "tests" / "kernels" / "machine_code" / "wrong_triton_3.7.1.sass"
 
 # --- the pairs of compilers ------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ from resnet_triton.tuner import precompile
 
 precompile.pretend(90)
 calls = [replace(call, backend="triton") for call in trace(resnet18().eval(), (1, 3, 224, 224), torch.float16)]
-some = [call for call in calls if call.name in ("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1")]
+some = [call for call in calls if call.name in ("layer1.0.conv2", "layer1.1.conv2", "layer2.0.conv1")]
 found = [doctor._machine_code(some, KNOWN[90]), doctor._machine_code(some, KNOWN[80])]
 verdict._known.clear()
 verdict._edition = lambda: "another"

@@ -73,8 +73,8 @@ class Records:
             verdicts = Counter(mutant["verdict"] for mutant in mutants["mutants"])
             return known._replace(cases=verdicts.total(), mismatches=verdicts["survived"], seed=str(mutants["seed"]))
         if gate.name.startswith("codegen") and (compiled := self.json(f"{gate.name}/codegen.json")):
-            rows = compiled["rows"]
-            return known._replace(cases=len(rows), mismatches=sum(bool(row["faults"]) for row in rows))
+            cases, mismatches = (sum(t[key] for t in compiled["targets"]) for key in ("launches", "faulty"))
+            return known._replace(cases=cases, mismatches=mismatches)
         return known
 
 

@@ -15,7 +15,6 @@ from .records import Records
 HEADROOM = ROOT / "tests" / "headroom.json"
 RESULTS = ROOT / "benchmarks" / "results"
 VERDICTS = ("killed", "survived", "equivalent", "speed")
-CONFIGURATION = ("kernel", "tile", "split_k", "num_warps", "num_stages", "dtype")
 NOT_RUN = "Not run."
 
 
@@ -144,13 +143,11 @@ def compiled(records: Records) -> str:
     found = json.loads((RESULTS / "codegen.json").read_text(encoding="utf-8"))
     ran = runs(RESULTS)
     rows = []
-    for arch in dict.fromkeys(row["arch"] for row in found["rows"]):
-        launches = [row for row in found["rows"] if row["arch"] == arch]
-        name = target(arch).facts.name
-        configurations = {tuple(row[key] for key in CONFIGURATION) for row in launches}
-        spilled, faulty = (sum(bool(row[key]) for row in launches) for key in ("spill_bytes", "faults"))
+    for entry in found["targets"]:
+        name = target(entry["arch"]).facts.name
+        counts = (entry[key] for key in ("launches", "configurations", "spill", "faulty"))
         run = sum(count for device, count in ran.items() if name in device)
-        rows.append((f"{arch}, {name}", len(launches), len(configurations), spilled, faulty, run or "none"))
+        rows.append((f"{entry['arch']}, {name}", *counts, run or "none"))
     headings = ("for", "launches compiled", "configurations", "of the launches spill", "have faults", "runs recorded")
     gates = [gate.name for gate in GATES if gate.name.startswith("codegen")]
     versions = [("the table above", found["triton"])]

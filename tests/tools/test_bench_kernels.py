@@ -405,7 +405,7 @@ def test_predictions():
     document = {"format": results.FORMAT, "version": results.VERSION, "rows": [], "ceilings": []}
     assert results.check({**document, "predictions": found}) is None
     kernel = {record["kernel"]: record for record in found}
-    assert list(kernel)[:3] == ["pack_kernel", "stem_kernel", "conv_box_kernel"]
+    assert list(kernel)[:3] == ["pack_kernel", "stem_kernel", "conv_pointer_kernel"]
     assert {record["device"] for record in found} == {"NVIDIA H200"}
     conv = next(record for record in found if record["layer"] == "layer1.0.conv1")
     flops, moved = 2 * 56 * 56 * 64 * 576, 2 * (2 * 56 * 56 * 64 + 64 * 576)

@@ -110,10 +110,10 @@ def test_a_gate_without_its_record_has_no_numbers(tmp_path):
 
 
 def test_faults_that_fail_nothing_are_named(tmp_path):
-    spilled = {"arch": "sm_100", "faults": ["spills 8 bytes"]}
-    rows = [spilled, spilled, {"arch": "sm_90", "faults": ["spills 4 bytes"]}, {"arch": "sm_100", "faults": []}]
+    found = {"sm_100": {"spills 8 bytes": 2}, "sm_90": {"spills 4 bytes": 1}}
+    targets = [{"arch": arch, "faults": faults} for arch, faults in found.items()]
     (tmp_path / "codegen").mkdir()
-    (tmp_path / "codegen" / "codegen.json").write_text(json.dumps({"triton": "3.7.1", "rows": rows}))
+    (tmp_path / "codegen" / "codegen.json").write_text(json.dumps({"triton": "3.7.1", "targets": targets}))
     text = report.report(tmp_path)
     assert "Reported only, for sm_80 and sm_90 are" in text
     assert "* `make codegen`, sm_100: spills 8 bytes in 2 launches." in text
