@@ -205,7 +205,7 @@ def run(operation: Operation, *, programs: Sequence[int] | None = None, kernel: 
     out = buffer.as_strided(like.shape, like.stride(), margin)
     operation = dataclasses.replace(operation, modes=operation.modes._replace(kernels="triton"))
     operation.choose()  # NotImplementedError if the kernels cannot
-    *earlier, launch = operation.plan(out)
+    *earlier, launch = operation.launches(out)
     if kernel is not None:
         assert launch.kernel.__name__ == kernel
     before = [(t, _memory(t).clone()) for t in tensors]

@@ -40,7 +40,7 @@ class AddRelu(Operation):
     def fallback_reason(self, shape: Shape) -> str | None:
         return mixed_dtypes(self.x, self.other)
 
-    def plan(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor) -> tuple[Launch, ...]:
         launch = add_relu(out=out, x=channels_last(self.x), other=channels_last(self.other), block=1024, num_warps=4)
         return (launch,)
 

@@ -110,7 +110,7 @@ class ConvBnRelu(Operation):
         others = [t for t in (residual, *(shortcut[:2] if shortcut else ())) if t is not None]
         return mixed_dtypes(x, *others) or too_large(shape, x, padding[1])
 
-    def plan(self, out: Tensor, *, descriptors: bool = True) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor, *, descriptors: bool = True) -> tuple[Launch, ...]:
         dense = _aligned_channels_last if self.modes.batch_invariant else channels_last
         x, weight = dense(self.x), dense(self.weight)
         residual = None if self.residual is None else dense(self.residual)
@@ -135,8 +135,8 @@ class ConvBnRelu(Operation):
         )  # fmt: skip
         return (launch if own else replace(launch, own=False),)
 
-    def plan_again(self, out: Tensor) -> tuple[Launch, ...]:
-        return self.plan(out, descriptors=False)
+    def other_launches(self, out: Tensor) -> tuple[Launch, ...]:
+        return self.launches(out, descriptors=False)
 
     def reference(self) -> Tensor:
         residual = self.residual

@@ -53,7 +53,7 @@ class Linear(Operation):
             return f"{rows} rows exceed int32"
         return "no input features" if self.weight.shape[1] == 0 else None
 
-    def plan(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor) -> tuple[Launch, ...]:
         k, c = self.weight.shape
         rows = self.x.reshape(-1, c).contiguous()
         rows = at_aligned(rows) if self.modes.batch_invariant else rows
@@ -102,12 +102,12 @@ class AvgPoolLinear(Operation):
         check_same_dtype(self.x, weight=self.weight, bias=self.bias)
         return GlobalAvgPool(self.x).fallback_reason((shape[0], self.x.shape[1], 1, 1))
 
-    def plan(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor) -> tuple[Launch, ...]:
         x = self.x
         if x.shape[0] > FEW_IMAGES or self.modes.batch_invariant:
             pool = GlobalAvgPool(x, self.modes)
             pooled = pool.result().empty(x.device)
-            return *pool.plan(pooled), *Linear(pooled.flatten(1), self.weight, self.bias, self.modes).plan(out)
+            return *pool.launches(pooled), *Linear(pooled.flatten(1), self.weight, self.bias, self.modes).launches(out)
         launch = avg_pool_linear(
             out=out, x=channels_last(x), weight=self.weight.contiguous(), bias=contiguous(self.bias),
             block_p=min(next_power_of_2(x.shape[2] * x.shape[3]), 64), block_k=16,

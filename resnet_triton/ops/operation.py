@@ -74,11 +74,11 @@ class Operation:
         """Why our kernels cannot compute a result of this shape."""
         raise NotImplementedError
 
-    def plan(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor) -> tuple[Launch, ...]:
         """The launches that write `out`."""
         raise NotImplementedError
 
-    def plan_again(self, out: Tensor) -> tuple[Launch, ...]:
+    def other_launches(self, out: Tensor) -> tuple[Launch, ...]:
         """Other launches, for GPUs on which the machine code of the first ones may give wrong answers; or none."""
         return ()
 
@@ -137,16 +137,16 @@ class Operation:
         return result, choice
 
     def prepare(self, result: Result) -> Prepared:
-        """The output of a valid call and its launches, by the first plan that may be launched here."""
+        """The output of a valid call and its launches, those that may be launched here."""
         out = result.empty(self.x.device)
         if out.numel() == 0:
             return Prepared(out)
-        launches = self.plan(out)
+        launches = self.launches(out)
         if not _asynchronous(out.device) or (reason := _unsafe_reason(launches)) is None:
             return Prepared(out, launches)
         if self.modes.batch_invariant and self.per_image:  # at another batch size the kernel may be another
             raise NotImplementedError(f"batch_invariant=True cannot run here: {reason}")
-        again = self.plan_again(out)
+        again = self.other_launches(out)
         if again and (reason := _unsafe_reason(again)) is None:
             return Prepared(out, again)
         return Prepared(None, (), reason or "")

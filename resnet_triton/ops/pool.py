@@ -43,7 +43,7 @@ class MaxPool2d(Operation):
     def fallback_reason(self, shape: Shape) -> str | None:
         return too_large(shape, self.x, self.padding[1])
 
-    def plan(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor) -> tuple[Launch, ...]:
         block_c = min(next_power_of_2(self.x.shape[1]), 64)
         launch = max_pool(
             out=out, x=channels_last(self.x), kernel_size=self.kernel_size, stride=self.stride, padding=self.padding,
@@ -77,7 +77,7 @@ class GlobalAvgPool(Operation):
     def fallback_reason(self, shape: Shape) -> str | None:
         return too_large(shape, self.x, 0)
 
-    def plan(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor) -> tuple[Launch, ...]:
         x = channels_last(self.x)
         x = at_aligned(x) if self.modes.batch_invariant else x
         block_c = min(next_power_of_2(x.shape[1]), 64)

@@ -71,7 +71,7 @@ class Stem(Operation):
         p, q = ((edge - 1) // 2 + 1 for edge in self.x.shape[2:])
         return too_large((shape[0], shape[1], p, q), self.x, CONV.padding[1])
 
-    def plan(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor) -> tuple[Launch, ...]:
         x, weight = self.x, channels_last(self.weight)
         n, c, h, w = x.shape
         facts, shape = device.facts(x.device), out.shape
@@ -95,7 +95,7 @@ class Stem(Operation):
         """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""
         convolution = self.convolution(self._images())
         between = convolution.result().empty(out.device)
-        return *convolution.plan(between), *MaxPool2d(between, *POOL, self.modes).plan(out)
+        return *convolution.launches(between), *MaxPool2d(between, *POOL, self.modes).launches(out)
 
     def _images(self) -> Tensor:
         if self.pixel_mean is None or self.pixel_std is None:

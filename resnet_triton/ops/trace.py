@@ -57,7 +57,7 @@ class Call:
     def launches(self, facts: DeviceFacts) -> tuple[Launch, ...]:
         """The launches our kernels would make of this call on a device with these facts, in order."""
         with override(facts):
-            return self.ours.plan(self.ours.output())
+            return self.ours.launches(self.ours.output())
 
 
 def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: torch.dtype | None = None) -> list[Call]:

@@ -17,7 +17,7 @@ from ..codegen import vital_signs
 from ..config import ConvConfig, ConvShape
 from ..config.device import DeviceFacts, override
 from ..support.processes import Pool
-from .trial import UNSAFE, abstract_call, plan
+from .trial import UNSAFE, abstract_call, launches_of
 
 
 class Compilers:
@@ -80,7 +80,7 @@ def compile_launches(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -
     """Triton's compiled kernels for this configuration, where `pretend` has been called."""
     call = abstract_call(shape)
     with override(facts):
-        launches = plan(call, call.output(), chosen, shape.precision)
+        launches = launches_of(call, call.output(), chosen, shape.precision)
         return [launch.compile() for launch in launches]
 
 

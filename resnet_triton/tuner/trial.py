@@ -101,7 +101,7 @@ class Trial:
     def time(self, chosen: ConvConfig, *, replays: int, meter: Meter) -> Spread:
         """Seconds of one launch with the L2 cache cold."""
         sets = zip(self.calls, self.outputs, strict=True)
-        planned = [plan(call, out, chosen, self.shape.precision) for call, out in sets]
+        planned = [launches_of(call, out, chosen, self.shape.precision) for call, out in sets]
         with _running(self.device):
             return graph_seconds([partial(_run, launches) for launches in planned], replays=replays, meter=meter)
 
@@ -109,7 +109,7 @@ class Trial:
         """Whether the kernel gives exactly the reference's answer; its output is full of NaN before."""
         call, expected = self._exact()
         out = call.output().fill_(float("nan"))
-        launches = plan(call, out, chosen, self.shape.precision)
+        launches = launches_of(call, out, chosen, self.shape.precision)
         with _running(self.device):
             _run(launches)
         return torch.equal(out, expected)
@@ -122,7 +122,7 @@ class Trial:
         """
         call, expected = self._exact()
         out = call.output()
-        launches = plan(call, out, chosen, self.shape.precision)
+        launches = launches_of(call, out, chosen, self.shape.precision)
         names = [*MANNERS] if self.device.type == "cuda" else ["alone"]  # interpreted launches are all alike
         counts = torch.zeros(len(names), dtype=torch.int64, device=self.device)
 
@@ -195,10 +195,10 @@ def _other_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def plan(call: ConvBnRelu, out: Tensor, chosen: ConvConfig, precision: str) -> tuple[Launch, ...]:
+def launches_of(call: ConvBnRelu, out: Tensor, chosen: ConvConfig, precision: str) -> tuple[Launch, ...]:
     """The launches of a call under a given configuration; `precision` is how fp32 is multiplied."""
     with config.pinned(chosen), fp32_precision(precision):
-        return call.plan(out)
+        return call.launches(out)
 
 
 def _run(launches: tuple[Launch, ...]) -> None:

@@ -353,7 +353,7 @@ def test_many_images_take_two_launches(device: torch.device) -> None:
     g = generator(device, 21)
     x, weight = integers(g, 3, 17, 16, 2, 2), integers(g, 2, 5, 16)
     call = ops.AvgPoolLinear(x, weight)
-    launches = call.plan(call.output())
+    launches = call.launches(call.output())
     assert [launch.kernel.__name__ for launch in launches] == [
         "global_avg_pool_kernel",
         "linear_kernel",

@@ -65,7 +65,7 @@ def run_last(call: Operation, *, images_of: int = 0, programs: int = 0) -> Tenso
         return huge(shape, dtype) if math.prod(shape) > LARGE else empty(*shape, dtype=dtype, **other)
 
     with mock.patch.object(torch, "empty", huge_if_large):
-        launches = call.plan(out)
+        launches = call.launches(out)
     for launch in launches:
         run_part(launch, programs or launch.grid[0] // images_of)
     return out

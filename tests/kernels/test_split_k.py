@@ -28,7 +28,7 @@ def share(shape: ConvShape, split: int, path: str) -> ConvConfig:
 def launch(call: ConvBnRelu, chosen: ConvConfig) -> torch.Tensor:
     out = call.output().fill_(float("nan"))
     with pinned(chosen):
-        (planned,) = call.plan(out)
+        (planned,) = call.launches(out)
     planned.arguments["partials_ptr"].fill_(float("nan"))
     with torch.cuda.device(out.device) if out.is_cuda else interpreter.ready():
         planned.run()
@@ -60,7 +60,7 @@ def test_only_the_last_share_writes_the_output(device, path):
     call = conv_call(generator(device, 0), shape)
     out = call.output().fill_(float("nan"))
     with pinned(share(shape, 3, path)):
-        (planned,) = call.plan(out)
+        (planned,) = call.launches(out)
     semaphores = torch.zeros_like(planned.arguments["semaphores_ptr"])
     arguments = planned.arguments | {"semaphores_ptr": semaphores}
     with contextlib.ExitStack() as stack:

@@ -67,7 +67,7 @@ def test_programs_write_their_own_part_alone(device):
         pytest.skip("the order of programs is the GPU's")
     call = stem_call(generator(device, 13), 1, 3, 14, 70, 24, torch.float16)
     with tiled(16, 3, block_k=16):
-        *_, launch = call.plan(call.output())
+        *_, launch = call.launches(call.output())
         backwards = list(reversed(range(launch.grid[0])))
         assert_exact(run(call, programs=backwards, kernel="stem_kernel"), stem_reference(call))
 
@@ -248,7 +248,7 @@ def test_marks_name_the_rows_that_are_not_finite(device):
 def test_elsewhere_convolution_and_pool_are_two_launches(device, arch, c, dtype):
     call = stem_call(generator(device, 10), 2, c, 12, 14, 16, dtype)
     with override(KNOWN[arch]):
-        names = [launch.kernel.__name__ for launch in call.plan(call.output())]
+        names = [launch.kernel.__name__ for launch in call.launches(call.output())]
         assert names == ["conv_pointer_kernel", "max_pool_kernel"]
         assert_exact(run(call), stem_reference(call))
 

@@ -66,7 +66,7 @@ def launch(**changes):
     call = trial.abstract_call(shape)
     tile = ConvConfig(64, 64, 64, 4, 2, **changes)
     with override(KNOWN[90]):
-        (planned,) = trial.plan(call, call.output(), tile, "ieee")
+        (planned,) = trial.launches_of(call, call.output(), tile, "ieee")
     assert not planned.own
     return planned
 
@@ -219,7 +219,7 @@ def test_only_the_projects_own_choice_is_trusted() -> None:
     call = conv_call(generator(torch.device("cpu"), 0), SHAPE)
 
     def own() -> bool:
-        return all(launch.own for launch in call.plan(call.output()))
+        return all(launch.own for launch in call.launches(call.output()))
 
     assert own()
     with pinned(BOX):

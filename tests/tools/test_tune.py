@@ -219,7 +219,7 @@ def sabotaged(monkeypatch: pytest.MonkeyPatch) -> Callable[[ConvConfig, str], No
     monkeypatch.setattr(trial.Trial, "is_exact", IS_EXACT)
 
     def plant(victim: ConvConfig, how: str) -> None:
-        plan = trial.plan
+        plan = trial.launches_of
 
         def planted(call: Any, out: torch.Tensor, chosen: ConvConfig, precision: str) -> Any:
             launches = plan(call, out, chosen, precision)
@@ -227,7 +227,7 @@ def sabotaged(monkeypatch: pytest.MonkeyPatch) -> Callable[[ConvConfig, str], No
                 return launches
             return () if how == "unwritten" else (*launches, Sabotage(lambda: out[-1, -1, -1, -1].add_(1)))
 
-        monkeypatch.setattr(trial, "plan", planted)
+        monkeypatch.setattr(trial, "launches_of", planted)
 
     return plant
 
@@ -260,7 +260,7 @@ def test_nothing_is_written_for_a_shape_that_is_always_wrong(rig: Rig, monkeypat
 
 def test_what_the_output_held_before_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is reused: a kernel that writes nothing may find the right answer there."""
-    monkeypatch.setattr(trial, "plan", lambda *a: ())
+    monkeypatch.setattr(trial, "launches_of", lambda *a: ())
     monkeypatch.setattr(trial, "_output", trial.exact_answer)
     assert not trial.Trial(SMALL, CPU, 0).is_exact(ConvConfig(32, 32, 16, 4, 2))
 
@@ -275,13 +275,13 @@ def test_wrong_runs_are_counted(sabotaged: Any, how: str) -> None:
 
 def test_a_right_run_is_no_excuse_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it wrote is gone: here the first of three runs writes, and no other."""
-    plan = trial.plan
+    plan = trial.launches_of
 
     def once(*args: Any) -> Any:
         launches = [*plan(*args)]
         return (Sabotage(lambda: launches.pop().run() if launches else None),)
 
-    monkeypatch.setattr(trial, "plan", once)
+    monkeypatch.setattr(trial, "launches_of", once)
     assert trial.Trial(SMALL, CPU, 0).wrong_runs(ConvConfig(32, 32, 16, 4, 2), 3) == {"alone": 2}
 
 
@@ -554,7 +554,7 @@ def main():
     for shape, chosen in pairs:  # the launch itself, on tensors with memory, up to where the GPU would be needed
         call = trial.random_call(shape, torch.device("cpu"), 0)
         with override(KNOWN[90]):
-            launches = trial.plan(call, torch.empty(shape.n, shape.k, shape.p, shape.q, dtype=call.x.dtype,
+            launches = trial.launches_of(call, torch.empty(shape.n, shape.k, shape.p, shape.q, dtype=call.x.dtype,
                                   memory_format=torch.channels_last), chosen, shape.precision)
         for launch in launches:
             options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
