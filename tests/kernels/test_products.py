@@ -6,11 +6,13 @@ wrong answers on an H200; the right one is the same kernel by a later Triton.
 
 import json
 import re
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from compiling import faults, run
+from compiling import CODE as COMPILED
+from compiling import ROW, run
 
 from resnet_triton.machine_code.products import follow
 
@@ -136,7 +138,7 @@ def test_every_path_is_followed():
 
 
 def test_hazards_are_faults():
-    assert faults(hazards=("one", "another")) == ["one", "another"]
+    assert replace(ROW, code=replace(COMPILED, hazards=("one", "another"))).faults() == ["one", "another"]
     lost = ("no product to follow in the machine code, expected those of the PTX",)
     assert follow("", expected=True) == (0, lost)
     assert follow("", expected=False) == (0, ())

@@ -154,7 +154,7 @@ def test_a_call_that_fails_half_way_leaves_the_model_usable(cuda: Any, where: st
     model, x = small(freeze=where == "snapshot"), images(2, 8)
     raiser = mock.Mock(side_effect=failure)
     target: Any = {
-        "first call": lambda: mock.patch.object(ops, "call", raiser),
+        "first call": lambda: mock.patch.object(ops.Operation, "run", raiser),
         "capture": lambda: mock.patch.object(cuda, "capture", raiser),
         "copy to a graph": lambda: mock.patch.object(torch.Tensor, "copy_", raiser),
         "replay": lambda: mock.patch.object(type(cuda.graphs[0]), "replay", raiser),
