@@ -101,7 +101,8 @@ class Operation:
     def run(self) -> Tensor:
         """Compute the result on our kernels or on PyTorch, before torch's eyes where it looks."""
         if torch.compiler.is_compiling() or dispatch.is_watched(tensors := self.schema.tensors(self)):
-            if torch._C._is_tracing() and self.choose()[1].backend == "torch":
+            traced = not torch.compiler.is_compiling() and torch._C._is_tracing()
+            if traced and self.choose()[1].backend == "torch":
                 return self.run_torch()  # so that the trace runs where this package is not
             return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
         if dispatch.is_differentiated(tensors):

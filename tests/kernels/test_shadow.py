@@ -301,4 +301,4 @@ def test_some_programs_of_a_launch_are_watched_by_their_own_numbers():
     x = integers(generator(torch.device("cpu"), 0), 3, 1, 64, 60, 60)
     too_many = planted("max_pool.py", "max_pool_kernel", "w0 + s < W", "w0 + s <= W")
     with too_many, fault("program (112, 0, 0)"):
-        run("max_pool2d", x, [3, 3], [1, 1], [1, 1], "triton", programs=[3, 112])
+        run(MaxPool2d(x, (3, 3), (1, 1), (1, 1)), programs=[3, 112])
