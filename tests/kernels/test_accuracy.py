@@ -146,6 +146,7 @@ def test_measured_figures_notice(device: torch.device, fault: str) -> None:
 # --- an outside oracle -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torchvision_resnet18(device: torch.device) -> None:
     """The logits that torchvision expects of its own ResNet-18, computed by our kernels from end to end."""
     torch.manual_seed(0)
@@ -182,7 +183,8 @@ LARGE = ConvConfig(128, 128, 64, 8, 2)
     ("kernels", "dtype", "tiles"),
     [
         *(("torch", dtype, None) for dtype in DTYPES),
-        *(("triton", dtype, LARGE) for dtype in DTYPES),
+        ("triton", torch.float16, LARGE),
+        *(pytest.param("triton", dtype, LARGE, marks=pytest.mark.slow) for dtype in (torch.float32, torch.bfloat16)),
         pytest.param("triton", torch.float16, None, marks=pytest.mark.slow),
     ],
     ids=lambda value: "looked-up" if value is None else "large" if value is LARGE else str(value),

@@ -110,7 +110,8 @@ FAULTS = {
     "conv_pointer, a filter too many": Fault(pointer, True, (*POINTER, "mask_k = offs_k < K", "mask_k = offs_k <= K")),
     "conv_pointer, a column before the first": Fault(pointer, False, (
         *POINTER, "(h >= 0) & ... & (w >= 0) & ... & mask_m", "(h >= -1) & ... & (w >= -1) & ... & mask_m")),
-    "conv_box, an image too many": Fault(box, True, ("conv_box.py", "pixel_fields", "[h, w, n, c]", "[h, w, n + 1, c]")),
+    "conv_box, an image too many": Fault(box, True, (
+        "conv_box.py", "pixel_fields", "[h, w, n, c]", "[h, w, n + 1, c]")),
     "stem, a window too many": Fault(stem, True, (
         "stem.py", "stem", "[rows, n, q, WINDOW]", "[rows, n, q + 1, WINDOW]")),
     "max_pool, a column too many": Fault(max_pool, True, (*MAX_POOL, "w0 + s < W", "w0 + s <= W")),
@@ -166,6 +167,7 @@ def main() -> None:
         print(json.dumps({name: signal_of(fault) for name, fault in FAULTS.items()}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreter.active(), reason="kernels are compiled here")
 def test_no_kernel_touches_a_guard_page_until_a_fault_is_planted() -> None:
     assert json.loads(run_file(__file__)) == dict.fromkeys(FAULTS, "SIGSEGV")

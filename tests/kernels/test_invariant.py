@@ -264,6 +264,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "names"),
     [("float16", "conv1,layer2.0.conv1,layer3.1.conv2,layer4.1.conv2,fc"), ("tf32", "layer2.0.conv1,layer3.1.conv2")],

@@ -203,6 +203,7 @@ def main() -> None:
                 CHECKS[name]()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreter.active(), reason="kernels are compiled here")
 def test_tensors_with_more_than_int32_counts() -> None:
     """In a process of its own, which a wrong address may end."""

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.kernels.tiles import sum_partials
-from resnet_triton.ops import AddRelu, interpreter
+from resnet_triton.ops import AddRelu, MaxPool2d, interpreter
 from resnet_triton.ops.dispatch import Modes
 
 pytestmark = pytest.mark.skipif(not interpreter.active(), reason="kernels are compiled here")

@@ -156,6 +156,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", [True, False])
 def test_with_dependent_launch_every_kernel_waits_before_it_touches_memory(on, monkeypatch):
     if on:

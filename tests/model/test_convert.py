@@ -271,6 +271,7 @@ def test_revert_keeps_a_channels_last_model_channels_last():
 # --- what runs where -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_call_of_a_resnet18_runs_on_a_kernel(device):
     """18 calls: the stem, 16 convolutions (3 shortcuts inside their blocks' last one), the head."""

@@ -220,6 +220,7 @@ def test_bytes_give_the_answer_of_normalised_images(pixels):
     assert not torch.allclose(ours(pixels.float()), answer, rtol=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bytes_on_the_kernels(device, pixels):
     ours, theirs = (m.eval().to(device) for m in small_pair("BasicBlock", num_classes=10))

@@ -461,6 +461,7 @@ def test_doctor_launches_every_kernel_on_the_path_it_names(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plants a fault in the interpreter's process")
 def test_doctor_finds_a_broken_kernel(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that tests the kernels gets a copy of the package in which one load looks a pixel too far."""

@@ -104,6 +104,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_shared_memory_bound_holds_and_is_not_wild():
     found = json.loads(run(BOUND))
     assert len(found) >= 20
@@ -128,6 +129,7 @@ print(code.spill_bytes)
 """
 
 
+@pytest.mark.slow
 def test_a_tile_that_spills_is_seen_to_spill():
     assert int(run(FAULTS)) > 0
 
@@ -156,6 +158,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_divisions_and_square_roots_are_correctly_rounded():
     """The interpreter knows no other kind. Approximate ones flush denormal variances to zero."""
     found = json.loads(run(ROUNDED))

@@ -29,6 +29,7 @@ def run() -> dict[str, Any]:
     return demo.run(RECIPE, kernel_images=1, device="cpu", bar=terminal.bar)
 
 
+@pytest.mark.slow
 def test_demo(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = run()
     assert result["failures"] == []

@@ -598,6 +598,7 @@ def main():
 """
 
 
+@pytest.mark.slow
 def test_compilers_end_with_a_killed_parent(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(ORPHAN + "\n\nif __name__ == '__main__':\n    main()\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
