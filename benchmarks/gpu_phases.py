@@ -279,7 +279,7 @@ def main(layer: str, dtype: str, batch: str, where: str, size: str) -> None:
     found = cases(["resnet18"], [int(batch)], [dtype], int(size))
     call = next(case.call for case in found if case.layer == layer)
     with torch.inference_mode():
-        (launch, *_) = Problem(call, torch.device(where), kernels="triton").build("ours")
+        (launch, *_) = Problem(call.ours, torch.device(where), kernels="triton").build("ours")
         for _ in range(1 if where == "cpu" else 5):
             launch()
     if where == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import io
@@ -93,8 +94,9 @@ def _autocast(f: Function, args: Args, gradients: bool = True) -> Any:
 
 
 def _threads(f: Function, args: Args) -> Any:
-    with ThreadPoolExecutor(2) as pool:
-        return tuple(y for y in pool.map(lambda _: call(f, args), range(2)))
+    with ThreadPoolExecutor(2) as pool:  # in the context of this thread, where another GPU may be played
+        started = [pool.submit(contextvars.copy_context().run, call, f, args) for _ in range(2)]
+        return tuple(thread.result() for thread in started)
 
 
 def _trained(model: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ _BOXES = [
     "test_exact.py::test_shortcut_of_odd_width",
 ]
 
-_LAUNCH = ["test_launch.py::test_a_launch_is_what_was_asked_for", "test_launch.py::test_a_kernel_begins_with_begin"]
+_LAUNCH = ["test_launch.py::test_a_launch_is_what_was_asked_for", "test_launch.py::test_a_kernel_begins_with_pdl_wait"]
 
 INTERPRETED: dict[str, list[str]] = {
     "add_relu.py": [

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 pytest.importorskip("jsonschema")
 
 from resnet_triton.bench import baselines, ceilings, layers, results
-from resnet_triton.bench.cases import arguments, cases
+from resnet_triton.bench.cases import cases, filled
 from resnet_triton.bench.layers import Problem, applicable
 from resnet_triton.bench.runner import OutOfTime, Run
 from resnet_triton.kernels.launch import Launch
@@ -116,16 +116,16 @@ def test_what_is_unknown_is_refused():
 
 def test_data_as_in_a_trained_network():
     (case,) = small("layer2.0.conv2", batch=4)
-    args = arguments(case.call, CPU, seed=0, kernels="auto")
-    x, weight, _, var = args[:4]
-    assert args[-1] == "auto"
+    call = filled(case.call.ours, CPU, seed=0, kernels="auto")
+    x, weight, var = call.x, call.weight, call.batch_norm.running_var
+    assert call.modes.kernels == "auto"
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert weight.std().item() == pytest.approx((128 * 9) ** -0.5, rel=0.02)
     assert var.min() > 0.4
-    again, other = (arguments(case.call, CPU, seed=seed, kernels="auto") for seed in (0, 1))
-    assert torch.equal(x, again[0])
-    assert not torch.equal(x, other[0])
+    again, other = (filled(case.call.ours, CPU, seed=seed, kernels="auto") for seed in (0, 1))
+    assert torch.equal(x, again.x)
+    assert not torch.equal(x, other.x)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_ours_are_the_kernels(device, monkeypatch):
 
 def test_tiles_are_plain_data():
     (case,) = small("layer1.0.conv1", batch=32)
-    tiles = baselines.tiles(case.call.operator, arguments(case.call, CPU, seed=0, kernels="triton"))
+    tiles = baselines.tiles(filled(case.call.ours, CPU, seed=0, kernels="triton"))
     assert isinstance(tiles["box"], list)
     assert json.loads(json.dumps(tiles)) == tiles
 
@@ -332,9 +332,9 @@ def test_on_a_gpu_buffers_take_turns(monkeypatch):
         work()
         return [2.0 * sets] * replays
 
-    fill = layers.arguments
+    fill = layers.filled
     monkeypatch.setitem(baselines.EAGER, "conv_bn_relu", noted)
-    monkeypatch.setattr(layers, "arguments", lambda call, device, **options: fill(call, CPU, **options))
+    monkeypatch.setattr(layers, "filled", lambda call, device, **options: fill(call, CPU, **options))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda where: SimpleNamespace(L2_cache_size=1 << 20))
     monkeypatch.setattr(timing, "replay", replay)
     each = 4 * (2 * 8 * 8 * 64 + 64 * 576 + 4 * 64)

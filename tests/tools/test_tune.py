@@ -24,6 +24,7 @@ from exact import conv_reference
 from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, lookup, table
 from resnet_triton.config.candidates import candidates, neighbours
 from resnet_triton.config.device import KNOWN
+from resnet_triton.ops import ConvBnRelu
 from resnet_triton.support.terminal import bar
 from resnet_triton.support.timing import Spread
 from resnet_triton.tools import cli, tune
@@ -261,7 +262,7 @@ def test_nothing_is_written_for_a_shape_that_is_always_wrong(rig: Rig, monkeypat
 def test_what_the_output_held_before_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is reused: a kernel that writes nothing may find the right answer there."""
     monkeypatch.setattr(trial, "launches_of", lambda *a: ())
-    monkeypatch.setattr(trial, "_output", trial.exact_answer)
+    monkeypatch.setattr(ConvBnRelu, "output", trial.exact_answer)
     assert not trial.Trial(SMALL, CPU, 0).is_exact(ConvConfig(32, 32, 16, 4, 2))
 
 
@@ -302,7 +303,7 @@ def test_the_check_knows_the_answer(dtype: str, precision: str) -> None:
 
 def test_data_sets_exceed_the_cache_twice_and_are_random() -> None:
     subject = trial.Trial(SMALL, CPU, 100_000)
-    tensors = [t for call in subject.calls for t in call if isinstance(t, torch.Tensor)] + subject.outputs
+    tensors = [t for call in subject.calls for t in call.schema.tensors(call)] + subject.outputs
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
     assert 200_000 < sum(t.numel() * t.element_size() for t in tensors) < 220_000
     first, second = subject.calls[:2]
