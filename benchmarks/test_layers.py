@@ -34,7 +34,7 @@ def _problem(case: cases.Case) -> Problem:
     """The same data for every alternative of a case; the last case's is let go."""
     if id(case) not in _problems:
         _problems.clear()
-        _problems[id(case)] = Problem(case.call, DEVICE)
+        _problems[id(case)] = Problem(case.call.ours, DEVICE)
     return _problems[id(case)]
 
 

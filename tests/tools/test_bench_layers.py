@@ -271,7 +271,7 @@ def test_tiles_are_plain_data():
 
 def test_launches_are_planned_beforehand(device):
     (case,) = small("fc global_avg_pool")
-    problem = Problem(case.call, device, kernels="triton")
+    problem = Problem(case.call.ours, device, kernels="triton")
     before = dict(dispatch.calls)
     assert problem.error(problem.build("ours")[0]) <= problem.limit
     assert dict(dispatch.calls) == before, "the operator, which plans each time, was not called"
@@ -279,7 +279,7 @@ def test_launches_are_planned_beforehand(device):
 
 def test_a_kernel_that_writes_nothing_is_red(device, monkeypatch):
     (case,) = small("fc global_avg_pool")
-    problem = Problem(case.call, device, kernels="triton")
+    problem = Problem(case.call.ours, device, kernels="triton")
     call = problem.build("ours")[0]
     assert problem.error(call) <= problem.limit
     monkeypatch.setattr(Launch, "run", lambda self: None)
@@ -298,7 +298,7 @@ def test_batch_norm_is_folded_for_cudnn(monkeypatch, layer):
     monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
     (case,) = small(layer, batch=2)
-    problem = Problem(case.call, CPU)
+    problem = Problem(case.call.ours, CPU)
     (call,) = problem.build("cudnn fused")
     assert problem.error(call) < 1e-6
 
@@ -312,9 +312,9 @@ def test_which_alternatives_apply():
 
 def test_more_images_than_fp64_takes_at_a_time(monkeypatch):
     (case,) = small("layer2.0.conv2", batch=5)
-    whole = Problem(case.call, CPU).exact
+    whole = Problem(case.call.ours, CPU).exact
     monkeypatch.setattr(layers, "_CHUNK", 2)
-    torch.testing.assert_close(Problem(case.call, CPU).exact, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(Problem(case.call.ours, CPU).exact, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_on_a_gpu_buffers_take_turns(monkeypatch):
@@ -324,7 +324,7 @@ def test_on_a_gpu_buffers_take_turns(monkeypatch):
 
     def noted(*args):
         y = eager(*args)
-        places.append((args[0].data_ptr(), y.data_ptr()))
+        places.append((args[0].x.data_ptr(), y.data_ptr()))
         return y
 
     def replay(work, replays):
@@ -359,7 +359,7 @@ def test_on_a_gpu():
         assert all(row.good for row in rows), rows
         assert {(row.clock, row.l2) for row in rows} == {("gpu", "cold")}
         assert next(row for row in rows if row.ours).p50_s < 1e-3
-    problem = Problem(chosen[1].call, gpu)
+    problem = Problem(chosen[1].call.ours, gpu)
     held = sum(t.numel() * t.element_size() for args in problem.sets for t in args if isinstance(t, Tensor))
     assert held > torch.cuda.get_device_properties(gpu).L2_cache_size
     assert len({args[0].data_ptr() for args in problem.sets}) == len(problem.sets)
