@@ -42,15 +42,15 @@ def _tile(shape: ConvShape, device: DeviceFacts) -> ConvConfig:
 
 
 def cost(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
-    """`estimate`, which knows the shares of one round of programs, and the memory traffic of all shares.
+    """`estimate`, which knows the partial sums of one round of programs, and the memory traffic of all.
 
-    The heuristic splits where one round is enough. A split that holds for every batch size writes and reads shares of a
+    The heuristic splits where one round is enough. A split that holds for every batch size writes and reads those of a
     large batch, too: `split_k` fp32 copies of the output.
     """
     if config.split_k == 1:
         return estimate(config, shape, device)
-    shares = 4 * config.split_k * config.block_m * config.block_k * tiles(config, shape)
-    return estimate(config, shape, device) + 2 * shares / _DRAM_BYTES_PER_NS
+    partials = 4 * config.split_k * config.block_m * config.block_k * tiles(config, shape)
+    return estimate(config, shape, device) + 2 * partials / _DRAM_BYTES_PER_NS
 
 
 def _fit(tile: ConvConfig, shape: ConvShape) -> ConvConfig:
