@@ -304,17 +304,6 @@ def test_transparent_is_white_and_depth_without_range_is_refused(tmp_path: Path)
             predict.load_image(tmp_path / name)
 
 
-def test_orientation(tmp_path: Path) -> None:
-    image = PIL_Image.new("RGB", (40, 20))
-    image.paste((255, 255, 255), (0, 0, 20, 20))  # the left half; orientation 6 turns it to the top
-    exif = PIL_Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "lying.jpg", exif=exif, quality=95)
-    upright = predict.load_image(tmp_path / "lying.jpg")
-    assert upright.size == (20, 40)
-    assert upright.getpixel((10, 5))[0] > 250 > 5 > upright.getpixel((10, 35))[0]
-
-
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
