@@ -141,7 +141,10 @@ def tiles_written(written: Tensor, chosen: ConvConfig) -> int:
     return len(touched)
 
 
-@pytest.mark.parametrize("layer", layers(), ids=str)
+@pytest.mark.parametrize(
+    "layer",
+    [pytest.param(x, id=str(x), marks=() if x.shape.n in (1, 32, 256) else pytest.mark.slow) for x in layers()],
+)
 def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
     shape, chosen = layer.shape, layer.chosen
     whole = device.type == "cuda"

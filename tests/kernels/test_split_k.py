@@ -38,7 +38,15 @@ def launch(call: ConvBnRelu, chosen: ConvConfig) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("split", "dtype"), [(2, "float32"), (3, "bfloat16"), (6, "float16"), (9, "float16")])
+@pytest.mark.parametrize(
+    ("split", "dtype"),
+    [
+        (2, "float32"),
+        (3, "bfloat16"),
+        (6, "float16"),
+        pytest.param(9, "float16", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("extra", ["residual", "shortcut"])
 def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
     stride = (2, 2) if path == "one row" else (1, 1)

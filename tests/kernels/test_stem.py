@@ -39,7 +39,7 @@ def tiled(block_q: int, strip: int, block_k: int = 64) -> Any:
 
 
 @HALVES
-@pytest.mark.parametrize("block_q", [16, 32, 128])
+@pytest.mark.parametrize("block_q", [16, pytest.param(32, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize("strip", [1, 3, 100])
 @pytest.mark.parametrize(
     "size",
