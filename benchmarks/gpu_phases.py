@@ -32,7 +32,7 @@ from resnet_triton.bench.layers import Problem
 from resnet_triton.bench.runner import Found, OutOfTime, Run, Steps
 from resnet_triton.bench.worker import Spec
 from resnet_triton.config import ConvConfig, ConvShape, device, table
-from resnet_triton.kernels.launch import has_several_sides
+from resnet_triton.kernels.values import has_several_sides
 from resnet_triton.support.terminal import bar
 from resnet_triton.tools import tune as tuner
 from resnet_triton.tuner.precompile import Compilers

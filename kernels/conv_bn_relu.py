@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .conv_box import conv_box
 from .conv_pointer import conv_pointer
-from .launch import BatchNorm, ConvConfig, Geometry, Launch, Shortcut
+from .launch import Launch
+from .values import BatchNorm, ConvConfig, Geometry, Shortcut
 
 
 def conv_bn_relu(

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Launch, Shortcut, Size, cdiv
+from .launch import Launch, cdiv
 from .tiles import batch_norm_scale_shift, pdl_wait, relu, sum_partials
+from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size
 
 IMAGES, ROWS, ONE_IMAGE = 0, 1, 2
 """Views of NHWC memory. At stride 2, columns (and, of one image, rows) are split by parity, so that every second one is

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Launch, Shortcut, Size, cdiv, is_flat
+from .launch import Launch, cdiv
 from .tiles import batch_norm_scale_shift, pdl_wait, relu, sum_partials
+from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size, is_flat
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])

@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import BatchNorm, Launch, cdiv
+from .launch import Launch, cdiv
 from .tiles import batch_norm_scale_shift, maximum, pdl_wait, relu
+from .values import BatchNorm
 
 BLOCK_ELEMENTS = 16  # 2 rows x 2 columns x 4 channels
 WINDOW = 4 * BLOCK_ELEMENTS

@@ -35,7 +35,8 @@ from resnet_triton.config import ConvConfig, ConvShape, StemConfig, is_legal, su
 from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.conv import may_have_rows
 from resnet_triton.config.device import KNOWN, facts
-from resnet_triton.kernels.launch import cdiv, has_several_sides
+from resnet_triton.kernels.launch import cdiv
+from resnet_triton.kernels.values import has_several_sides
 from resnet_triton.ops import AddRelu, AvgPoolLinear, ConvBnRelu, GlobalAvgPool, Linear, MaxPool2d
 
 Check = Callable[[random.Random, torch.device, torch.dtype], None]

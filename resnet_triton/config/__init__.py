@@ -5,7 +5,7 @@ Lookup order: the GPU's table (`<gpu>.json` in this folder), what was measured f
 and device facts; nothing searches or times anything at call time.
 """
 
-from ..kernels.launch import ConvConfig
+from ..kernels.values import ConvConfig
 from .choice import lookup, pinned, state
 from .conv import ConvShape, is_legal, supports_descriptors, tiles
 from .heuristic import StemConfig, conv_heuristic, linear_heuristic, stem_heuristic

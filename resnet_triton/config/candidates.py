@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from ..kernels.launch import ConvConfig
+from ..kernels.values import ConvConfig
 from .conv import ConvShape, is_legal, tiles
 from .device import DeviceFacts
 from .heuristic import best_estimated, conv_heuristic, estimate

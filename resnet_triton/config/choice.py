@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 
-from ..kernels.launch import ConvConfig
+from ..kernels.values import ConvConfig
 from . import table
 from .candidates import adapt
 from .conv import ConvShape, is_legal

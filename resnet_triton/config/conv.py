@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from ..kernels.launch import ConvConfig, has_several_sides, is_flat
+from ..kernels.values import ConvConfig, has_several_sides, is_flat
 from .device import DeviceFacts
 
 

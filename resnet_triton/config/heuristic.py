@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..kernels.launch import ConvConfig, has_several_sides, is_flat
+from ..kernels.values import ConvConfig, has_several_sides, is_flat
 from .conv import ConvShape, is_legal, may_have_rows, steps, supports_descriptors, tiles
 from .device import DeviceFacts
 from .measured import best_measured

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from ..kernels.launch import ConvConfig
+from ..kernels.values import ConvConfig
 from .conv import ConvShape, tiles
 from .device import DeviceFacts
 from .heuristic import StemConfig, best_box, conv_candidates, estimate, stem_tiles, strip_turns

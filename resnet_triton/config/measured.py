@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..kernels.launch import ConvConfig
+from ..kernels.values import ConvConfig
 from .conv import ConvShape, is_legal
 from .device import DeviceFacts
 from .table import slug

@@ -20,7 +20,7 @@ from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..kernels.launch import ConvConfig
+from ..kernels.values import ConvConfig
 from ..support import files
 from .conv import ConvShape
 

@@ -4,7 +4,7 @@ Each is a class whose fields are its arguments: what it returns (here calls are 
 kernels, the launches that compute it, and its PyTorch form. `operation.py` makes an operator of that.
 """
 
-from ..kernels.launch import BatchNorm, Geometry, Shortcut
+from ..kernels.values import BatchNorm, Geometry, Shortcut
 from .add_relu import AddRelu
 from .conv import ConvBnRelu
 from .linear import AvgPoolLinear, Linear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.launch import BatchNorm, Geometry
+from ..kernels.values import BatchNorm, Geometry
 from .operation import Shape
 
 

@@ -17,7 +17,8 @@ from ..config import ConvConfig, ConvShape, device
 from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
-from ..kernels.launch import BatchNorm, Geometry, Launch, Shortcut
+from ..kernels.launch import Launch
+from ..kernels.values import BatchNorm, Geometry, Shortcut
 from . import reference
 from .checks import (
     aligned,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..kernels import cost
 from ..kernels.cost import Cost
-from ..kernels.launch import Geometry, Launch, next_power_of_2
+from ..kernels.launch import Launch, next_power_of_2
+from ..kernels.values import Geometry
 from . import reference
 from .checks import at_aligned, channels_last, check_rank, check_tensors, too_large, window
 from .dispatch import AUTO, HAS_TRITON, Modes

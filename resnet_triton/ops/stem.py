@@ -12,7 +12,8 @@ from .. import config
 from ..config import device
 from ..kernels import cost
 from ..kernels.cost import Cost
-from ..kernels.launch import BatchNorm, Geometry, Launch
+from ..kernels.launch import Launch
+from ..kernels.values import BatchNorm, Geometry
 from . import reference
 from .checks import channels_last, check_rank, too_large
 from .conv import ConvBnRelu

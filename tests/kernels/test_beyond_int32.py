@@ -23,9 +23,10 @@ from resnet_triton.kernels.add_relu import add_relu
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
-from resnet_triton.kernels.launch import BatchNorm, ConvConfig, Geometry, Launch, Shortcut
+from resnet_triton.kernels.launch import Launch
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
+from resnet_triton.kernels.values import BatchNorm, ConvConfig, Geometry, Shortcut
 from resnet_triton.ops import interpreter
 
 pytestmark = pytest.mark.skipif(not interpreter.active(), reason="a GPU's memory has no pages that do not exist")

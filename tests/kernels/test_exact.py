@@ -39,7 +39,8 @@ from resnet_triton import config, ops, resnet18
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, supports_descriptors
 from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.device import KNOWN, facts
-from resnet_triton.kernels.launch import cdiv, is_flat
+from resnet_triton.kernels.launch import cdiv
+from resnet_triton.kernels.values import is_flat
 from resnet_triton.ops import BatchNorm, ConvBnRelu, Geometry, dispatch
 from resnet_triton.ops.trace import trace
 

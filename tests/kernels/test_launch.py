@@ -16,10 +16,11 @@ from resnet_triton.kernels.add_relu import add_relu
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
-from resnet_triton.kernels.launch import BatchNorm, ConvConfig, Geometry, Launch, cdiv, next_power_of_2
+from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.stem import pack, packed_shape, stem
+from resnet_triton.kernels.values import BatchNorm, ConvConfig, Geometry, has_several_sides, is_flat
 
 
 def images(*shape: int) -> Tensor:
@@ -134,3 +135,33 @@ def test_what_a_kernel_is_launched_with(monkeypatch: pytest.MonkeyPatch, on: boo
     assert launch.compile() == "compiled"
     options = {"x": 1, "num_warps": 8, "num_stages": 5, "enable_fp_fusion": True}
     assert seen == [((2, 3), options | ({"launch_pdl": True} if on else {}))] * 2
+
+
+def test_values():
+    names = ("mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "eps")
+    wide = torch.arange(8.0).reshape(4, 2)
+    norm = BatchNorm(*wide.T[:1], *wide.T[1:], None, wide.T[0], 0.5)
+    assert norm.arguments("short_") == {f"short_{name}": value for name, value in zip(names, norm, strict=True)}
+    dense = norm.contiguous()
+    assert all(t is None or t.is_contiguous() for t in dense[:4])
+    assert [None if t is None else t.tolist() for t in dense[:4]] == [
+        None if t is None else t.tolist() for t in norm[:4]
+    ]
+    assert (dense.bn_weight, dense.eps) == (None, 0.5)
+    assert norm._replace(bn_weight=wide.T[1], bn_bias=None).contiguous().bn_weight.is_contiguous()
+    tile = ConvConfig(128, 64, 64, 4, 3)
+    assert (tile.path, tile.early_residual) == ("pointer", False)
+    several, one = tile.on((2, 4, 8)), tile.on((1, 1, 32))
+    assert (several.block_m, several.box, several.swap, several.path) == (64, (2, 4, 8), True, "descriptor")
+    assert (one.block_m, one.box, one.swap) == (32, (1, 1, 32), False)
+    assert replace(tile, swap=True).on((1, 1, 32)).swap
+    assert tile.on((1, 1, 128)).early_residual, "64 accumulators a thread"
+    assert not replace(tile, block_k=128).on((1, 1, 128)).early_residual
+    assert not replace(tile, split_k=2).on((1, 1, 128)).early_residual
+    assert [has_several_sides(box) for box in ((1, 1, 1), (1, 8, 1), (8, 1, 2), (2, 2, 1))] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert [is_flat(c) for c in (8, 15, 16, 17, 20, 24)] == [True, True, False, True, True, False]

@@ -62,6 +62,7 @@ INTERPRETED: dict[str, list[str]] = {
         "test_beyond_int32.py::test_global_avg_pool",
     ],
     "launch.py": ["test_launch.py"],
+    "values.py": ["test_launch.py"],
     "linear.py": [
         *_LAUNCH,
         "test_exact.py::test_linear",

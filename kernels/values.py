@@ -1,0 +1,115 @@
+"""The values that launchers take. Nothing here needs Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Size = tuple[int, ...]
+
+
+class BatchNorm(NamedTuple):
+    """Inference batch norm: (K,) tensors of any floating dtype; `bn_weight` and `bn_bias` may be None."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    eps: float
+
+    def arguments(self, prefix: str = "") -> dict[str, Any]:
+        """A kernel's arguments for it."""
+        mean, var, weight, bias, eps = self
+        return {
+            f"{prefix}mean_ptr": mean, f"{prefix}var_ptr": var,
+            f"{prefix}gamma_ptr": weight, f"{prefix}beta_ptr": bias, f"{prefix}eps": eps,
+        }  # fmt: skip
+
+    def contiguous(self) -> BatchNorm:
+        """The same with tensors as kernels read them."""
+        mean, var, weight, bias, eps = self
+        return BatchNorm(
+            mean.contiguous(),
+            var.contiguous(),
+            None if weight is None else weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            eps,
+        )
+
+
+NO_BATCH_NORM = BatchNorm(None, None, None, None, 0.0)  # type: ignore[arg-type]
+
+
+"""What a kernel is given where there is none."""
+
+
+class Geometry(NamedTuple):
+    """How a filter is laid over an image, in rows and columns, as in `torch.nn.Conv2d`."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+class Shortcut(NamedTuple):
+    """A 1x1 convolution without padding and its batch norm, added before the ReLU.
+
+    x (N, C', H', W'), weight (K, C', 1, 1).
+    """
+
+    x: Tensor
+    weight: Tensor
+    batch_norm: BatchNorm
+    stride: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tile sizes and compile options of one convolution launch.
+
+    `block_m` output pixels by `block_k` output channels, reduced `block_c` channels at a time. With `box` (rows,
+    columns, images; product `block_m`) the kernel loads through tensor descriptors and the tile is that box; without,
+    through pointers. `split_k` programs share a tile, each reducing over a part of the channels and taps. With `swap`
+    filters are the rows of the matrix product and pixels its columns, which boxes with several sides need.
+    """
+
+    block_m: int
+    block_k: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    box: tuple[int, int, int] | None = None
+    split_k: int = 1
+    swap: bool = False
+
+    def on(self, box: tuple[int, int, int]) -> ConvConfig:
+        """This tile with another box, whose sides may ask for a swap."""
+        return replace(self, block_m=prod(box), box=box, swap=self.swap or has_several_sides(box))
+
+    @property
+    def path(self) -> str:
+        """How this loads: through "descriptor" or "pointer"."""
+        return "pointer" if self.box is None else "descriptor"
+
+    @property
+    def early_residual(self) -> bool:
+        """Whether registers have room for the residual beside the accumulators during the main loop (sm_90)."""
+        return self.box is not None and self.split_k == 1 and self.block_m * self.block_k <= 2048 * self.num_warps
+
+
+def has_several_sides(box: tuple[int, int, int]) -> bool:
+    """Whether more than one side of a box is longer than 1, so that its pixels must not be the rows of a product.
+
+    As rows they would reach wgmma in registers, which Triton 3.6.0 to 3.8.0 overwrite while it reads them: wrong
+    answers on an H200. As columns they are read from shared memory, in fewer registers and instructions.
+    """
+    return sum(side > 1 for side in box) > 1
+
+
+def is_flat(c: int) -> bool:
+    """Whether the pointer path reduces over one (tap, channel) index: few channels, or rows too odd for wide loads."""
+    return c < 16 or c % 8 != 0
