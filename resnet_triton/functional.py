@@ -16,6 +16,7 @@ Wrong shapes and devices raise ValueError, wrong dtypes TypeError, both naming t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def conv_bn_relu(
     `torch.backends.cudnn.conv.fp32_precision` says so), fp16 and bf16 run on the kernels, accumulate in fp32 and round
     once. Batch norm's tensors may be of another floating dtype. Grouped convolutions run on PyTorch.
     """
-    statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
+    statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
     geometry = ops.Geometry(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
     modes = Modes(batch_invariant, kernels)
     return ops.ConvBnRelu(x, weight, statistics, geometry, residual, relu=relu, modes=modes).run()
@@ -77,8 +78,8 @@ def stem(
     for each channel, computed in fp32. On GPUs with tensor descriptors (9.0 and newer), fp16 and bf16 with up to four
     channels take one fused kernel and never hold the tensor between convolution and pool.
     """
-    statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
-    mean, std = (None if values is None else tuple(values) for values in (pixel_mean, pixel_std))
+    statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
+    mean, std = (None if values is None else tuple(map(float, values)) for values in (pixel_mean, pixel_std))
     return ops.Stem(x, weight, statistics, mean, std, Modes(batch_invariant, kernels)).run()
 
 
@@ -140,4 +141,4 @@ def pair(value: IntOrPair, name: str = "value") -> tuple[int, int]:
         raise TypeError(f"{name}={value!r}, expected an int or a pair of ints")
     if len(value) != 2:
         raise ValueError(f"{name}={value!r}, expected an int or a pair of ints")
-    return value[0], value[1]
+    return index(value[0]), index(value[1])

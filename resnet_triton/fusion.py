@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .functional import pair
 from .ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, dispatch
 from .ops.dispatch import Modes
 
@@ -21,9 +22,9 @@ def unfused_reason(conv: nn.Module, norm: nn.Module) -> str | None:
         return f"{type(conv).__name__} and {type(norm).__name__} instead of Conv2d and BatchNorm2d"
     if norm.training:
         return "training mode"
-    if norm._buffers["running_mean"] is None or norm._buffers["running_var"] is None:
+    if norm.running_mean is None or norm.running_var is None:
         return "batch norm without running statistics"
-    if conv._parameters["bias"] is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return "convolution with a bias or without zero padding in numbers"
     return "a hook or a forward of its own" if _hooked(conv) or watched(norm) else None
 
@@ -78,17 +79,18 @@ def conv_norm_act(
         identity = None
     elif downsample is not None:
         identity = by_module(downsample, identity, modes)
-    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-    y = ConvBnRelu(x, conv._parameters["weight"], batch_norm(norm), geometry, identity, shortcut, relu, modes).run()
+    y = ConvBnRelu(x, conv.weight, batch_norm(norm), _geometry(conv), identity, shortcut, relu, modes).run()
     return y if relu or act is None else by_module(act, y, modes)
 
 
 def batch_norm(norm: Any) -> BatchNorm:
     """The tensors of a `BatchNorm2d` as they are now."""
-    buffers, parameters = norm._buffers, norm._parameters  # where attribute access ends up, after a long way
-    return BatchNorm(
-        buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], norm.eps
-    )
+    return BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, float(norm.eps))
+
+
+def _geometry(conv: Any) -> Geometry:
+    """In whole numbers of Python's, whatever was set on the module."""
+    return Geometry(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
 
 
 def by_module(module: Any, x: Any, modes: Modes) -> Any:
@@ -121,4 +123,4 @@ def _shortcut(x: Tensor, downsample: nn.Module) -> Shortcut | None:
         return None
     if conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
         return None
-    return Shortcut(x, conv.weight, batch_norm(norm), conv.stride)
+    return Shortcut(x, conv.weight, batch_norm(norm), pair(conv.stride))

@@ -49,9 +49,9 @@ def pinned(config: ConvConfig) -> Iterator[None]:
 def forget() -> None:
     """Read the tables anew at the next lookup: one of them has been written."""
     global _forgotten
-    _forgotten += 1
     _choose.cache_clear()
     _table.cache_clear()
+    _forgotten += 1  # last: what another thread looks up meanwhile is kept under the state before
 
 
 @functools.lru_cache(maxsize=4096)

@@ -94,7 +94,7 @@ class ConvBnRelu(Operation):
         if self.residual is not None:
             raise ValueError("residual and shortcut_x are both given, expected at most one of them")
         x, weight, batch_norm, stride = shortcut
-        if x is None or weight is None or stride is None:  # which a schema's arguments may be
+        if x is None or weight is None or stride is None or batch_norm.eps is None:  # which a schema's arguments may be
             raise ValueError("shortcut_x, its weight, stride and statistics belong together, expected all or none")
         check_tensors(self.x, shortcut_x=x, shortcut_weight=weight)
         check_vectors(self.x, self.weight, batch_norm, "shortcut_")

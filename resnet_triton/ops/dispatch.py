@@ -128,7 +128,8 @@ def transformed() -> bool:
 
 def is_watched(tensors: list[Tensor]) -> bool:
     """Whether the dispatcher would do more with a call on these tensors than call its kernel."""
-    if transformed() or torch._C._len_torch_function_stack() > 0 or not _PLAIN.issuperset(map(type, tensors)):
+    looks = transformed() or torch._C._len_torch_function_stack() > 0 or torch._C._autograd._profiler_enabled()
+    if looks or not _PLAIN.issuperset(map(type, tensors)) or tensors[0].is_meta:
         return True
     return any(map(_is_neg, tensors)) or any(map(_is_zerotensor, tensors))
 

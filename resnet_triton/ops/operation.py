@@ -105,10 +105,10 @@ class Operation:
             if traced and self.choose()[1].backend == "torch":
                 return self.run_torch()  # so that the trace runs where this package is not
             return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
-        if dispatch.is_differentiated(tensors):
-            return self.refuse_kernels(_GRADIENT)
         if self.autocast and torch.is_autocast_enabled(self.x.device.type):
             return self.refuse_kernels(_AUTOCAST)
+        if dispatch.is_differentiated(tensors):
+            return self.refuse_kernels(_GRADIENT)
         return self.compute()
 
     def compute(self) -> Tensor:

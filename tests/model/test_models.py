@@ -708,3 +708,27 @@ def test_a_broken_torchvision_is_not_hidden(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", broken)
     with pytest.raises(ModuleNotFoundError, match="PIL"):
         vision.torchvision()
+
+
+def test_weights_that_are_no_parameters():
+    """As in the replicas of nn.DataParallel, and with strides as lists and an eps of another type."""
+    model = models.resnet18(num_classes=5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and not isinstance(module, torch.nn.Linear):
+                    delattr(module, name)
+                    setattr(module, name, parameter.detach())
+        model.layer1[0].conv1.stride, model.layer1[0].bn1.eps = [1, 1], torch.tensor(1e-5)
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_meta_tensors_and_profilers_see_operators():
+    model = models.resnet18(num_classes=5).eval()
+    with torch.no_grad(), torch.profiler.profile() as seen:
+        model(torch.randn(1, 3, 32, 32))
+    assert any(event.key.startswith("resnet_triton::") for event in seen.key_averages())
+    with torch.no_grad():
+        assert model.to("meta")(torch.zeros(3, 3, 32, 32, device="meta")).shape == (3, 5)
