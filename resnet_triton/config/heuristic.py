@@ -1,4 +1,4 @@
-"""Tile choices from shape and device facts alone: no timing, no state, the same answer everywhere.
+"""Tile choices from shape and device facts alone: nothing is timed at a call, no state, the same answer everywhere.
 
 A form that was measured for the very shape comes first (`measured.py`); elsewhere a cost model chooses. Its estimate is
 the number of rounds the GPU needs (programs over SMs) times the work of one program, which is bound by its arithmetic
