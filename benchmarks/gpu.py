@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from resnet_triton.bench import ceilings, report
+from resnet_triton.bench import ceilings, output, report
 from resnet_triton.bench.results import FILE, Results, resume, save
 from resnet_triton.bench.runner import Phase, run_apart
 
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     run(kept, a.out.resolve(), a.budget, rehearse=a.rehearse)
     results = resume(a.out)
     with contextlib.suppress(ImportError):  # of a plotting library; the archive has the data
-        report.write(results, a.out)
+        output.write(results, a.out)
     archive(a.out)
     print("\n".join(summary(results)))
     return 0

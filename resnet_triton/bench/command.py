@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..support import files
-from . import cases, ceilings, compare, layers, race, report
+from . import cases, ceilings, compare, layers, output, race
 from .alternatives import Alternative, alternatives, select
 from .results import Results
 from .runner import Phase, Run, Say, run_phase
@@ -82,7 +82,7 @@ def run(plan: Plan, say: Say, unwritten: Callable[[OSError], object]) -> Results
     finally:
         say("writing")
         try:
-            report.write(results, plan.out)
+            output.write(results, plan.out)
         except OSError as error:
             say(f"cannot write {error.filename}: {error.strerror}")
             unwritten(error)

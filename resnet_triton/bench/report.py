@@ -11,25 +11,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..support import files, terminal
-from .results import FIELDS, FILE, Measurement, Results, best, geometric_mean, save, speedup
+from ..support import terminal
+from .results import FIELDS, Measurement, Results, best, geometric_mean, speedup
 
 Task = list[Measurement]
 """All alternatives for one thing to do."""
-
-
-def write(results: Results, folder: Path) -> None:
-    """Write results.json, .md, .csv and .html; the data first, lest a chart cost a run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save(results, folder / FILE)
-    files.replace(folder / "results.md", as_markdown(results))
-    files.replace(folder / "results.csv", as_csv(results))
-    from .page import render  # needs matplotlib, which tables do not
-
-    files.replace(folder / "results.html", render(results))
 
 
 # --- which rows may stand beside each other --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 import pytest
 from synthetic_results import CPU, GPU, NASTY, ceilings, gpu, row, wrong
 
-from resnet_triton.bench import report
+from resnet_triton.bench import output, report
 from resnet_triton.bench.results import Results, Step, load, speedup
 from resnet_triton.support.terminal import printable
 
@@ -267,12 +267,13 @@ def test_names_in_any_script_need_no_font_here():
 
 
 def test_files_are_written_and_read_back(tmp_path):
-    report.write(gpu(), tmp_path / "new")
+    output.write(gpu(), tmp_path / "new")
     names = ["results.csv", "results.html", "results.json", "results.md"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     assert load(tmp_path / "new") == gpu()
 
 
 def test_tables_need_no_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; from resnet_triton.bench.report import show, write"
+    names = "from resnet_triton.bench.report import show; from resnet_triton.bench.output import write"
+    code = f"import sys; sys.modules['matplotlib'] = None; {names}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

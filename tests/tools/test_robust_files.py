@@ -19,7 +19,7 @@ import pytest
 from robustness import ROBUST
 from synthetic_results import row
 
-from resnet_triton.bench import command, report, results
+from resnet_triton.bench import command, output, results
 from resnet_triton.bench.runner import Phase, Run, Steps
 from resnet_triton.codegen import report as codegen
 from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, lookup, table
@@ -71,7 +71,7 @@ WRITERS: dict[str, Writer] = {
     "tuned table": save_table,
     "entry of a tuned table": add_to_table,
     "results": lambda folder, name: results.save(results.Results([row(name)]), folder / "results.json"),
-    "report": lambda folder, name: report.write(results.Results([row(name)]), folder),
+    "report": lambda folder, name: output.write(results.Results([row(name)]), folder),
     "codegen": write_codegen,
     "demo's weights": lambda folder, text: digits._keep(folder / "digits.pt", text.encode() * 100),
 }
@@ -190,7 +190,7 @@ from pathlib import Path
 import matplotlib, triton.knobs
 from resnet_triton.tools import cli, doctor
 from resnet_triton.config import choice, conv_heuristic, lookup, table
-from test_robust_files import GPU, SHAPE, command, report
+from test_robust_files import GPU, SHAPE, command, output
 
 if os.getuid() == 0:  # once all is imported: the Python of root may be closed to others
     os.setgid(65534)
@@ -299,15 +299,6 @@ def test_doctor_warns_of_a_cache_that_is_somebody_elses(
 
 
 # --- tuned tables ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in place of the one with the shipped tables."""
-    monkeypatch.setattr(table, "FOLDER", tmp_path)
-    choice.forget()
-    yield tmp_path
-    choice.forget()
 
 
 def loop(path: Path) -> None:
