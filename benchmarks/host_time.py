@@ -69,7 +69,7 @@ with torch.inference_mode():
             start = time.thread_time()
             model(x)
             times.append(time.thread_time() - start)
-        print(min(times), sorted(times)[len(times) // 2], flush=True)
+        print(sorted(times)[len(times) // 2], flush=True)
 """
 
 
@@ -102,7 +102,7 @@ class _Worker:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{forwards}\n")
         self.process.stdin.flush()
-        return float(self._line().split()[1])
+        return float(self._line())
 
 
 def measure(roots: dict[str, Path], rounds: int, forwards: int) -> dict[str, dict[str, float]]:
@@ -126,7 +126,10 @@ def main() -> None:
         if options.against:
             tree = Path(folder, "tree")
             subprocess.run(
-                ["git", "worktree", "add", "--detach", tree, options.against], cwd=ROOT, check=True, stdout=-3
+                ["git", "worktree", "add", "--detach", tree, options.against],
+                cwd=ROOT,
+                check=True,
+                stdout=subprocess.DEVNULL,
             )
             roots[options.against] = tree
         try:

@@ -141,4 +141,7 @@ def pair(value: IntOrPair, name: str = "value") -> tuple[int, int]:
         raise TypeError(f"{name}={value!r}, expected an int or a pair of ints")
     if len(value) != 2:
         raise ValueError(f"{name}={value!r}, expected an int or a pair of ints")
-    return index(value[0]), index(value[1])
+    try:
+        return index(value[0]), index(value[1])
+    except TypeError:
+        raise TypeError(f"{name}={value!r}, expected an int or a pair of ints") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,17 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     fake = FakeCuda()
     monkeypatch.setattr(runner, "cuda", fake)
     return fake
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in place of the one with the shipped tables."""
+    from resnet_triton.config import choice, table
+
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    choice.forget()
+    yield tmp_path
+    choice.forget()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,7 +32,7 @@ tracer: ContextVar[Callable[[str], None] | None] = ContextVar("tracer", default=
 
 
 class Modes(NamedTuple):
-    """How a call is to run: the last arguments of every operator whose answer could depend on the batch."""
+    """How a call is to run: the last arguments of every operator."""
 
     batch_invariant: bool = False
     kernels: Kernels = "auto"

@@ -8,7 +8,6 @@ import re
 import threading
 import timeit
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -234,15 +233,6 @@ def test_legality_follows_the_shared_memory() -> None:
 GPU = KNOWN[90]
 H100 = replace(GPU, name="NVIDIA H100 80GB HBM3")
 TUNED = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32), swap=True)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in place of the one with the shipped tables."""
-    monkeypatch.setattr(table, "FOLDER", tmp_path)
-    choice.forget()
-    yield tmp_path
-    choice.forget()
 
 
 def write(folder: Path, content: str | bytes) -> Path:

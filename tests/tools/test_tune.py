@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from compiling import run as run_compiled
 from exact import conv_reference
 
-from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, lookup, table
+from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, lookup, table
 from resnet_triton.config.candidates import candidates, neighbours
 from resnet_triton.config.device import KNOWN
 from resnet_triton.ops import ConvBnRelu
@@ -83,15 +83,6 @@ class Rig:
             "jobs": 1, "bar": bar, "bench": self.bench, **changes,
         }  # fmt: skip
         return tune.run(**options)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in place of the one with the shipped tables."""
-    monkeypatch.setattr(table, "FOLDER", tmp_path)
-    choice.forget()
-    yield tmp_path
-    choice.forget()
 
 
 @pytest.fixture
