@@ -16,14 +16,12 @@ Wrong shapes and devices raise ValueError, wrong dtypes TypeError, both naming t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 
 from torch import Tensor
 
 from . import ops
+from .ops.checks import IntOrPair, pair
 from .ops.dispatch import Kernels, Modes
-
-IntOrPair = int | tuple[int, int]
 
 
 def conv_bn_relu(
@@ -131,17 +129,3 @@ def avg_pool_linear(
     x (N, C, H, W), weight (K, C), bias (K,), result (N, K), all of one floating dtype; the mean is rounded to it.
     """
     return ops.AvgPoolLinear(x, weight, bias, Modes(batch_invariant, kernels)).run()
-
-
-def pair(value: IntOrPair, name: str = "value") -> tuple[int, int]:
-    """An int twice, or a pair as it is. TypeError or ValueError for anything else, naming it `name`."""
-    if isinstance(value, int):
-        return value, value
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{name}={value!r}, expected an int or a pair of ints")
-    if len(value) != 2:
-        raise ValueError(f"{name}={value!r}, expected an int or a pair of ints")
-    try:
-        return index(value[0]), index(value[1])
-    except TypeError:
-        raise TypeError(f"{name}={value!r}, expected an int or a pair of ints") from None

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .functional import pair
 from .ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, dispatch
+from .ops.checks import pair
 from .ops.dispatch import Modes
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import ops
-from .functional import pair
 from .fusion import batch_norm, by_module, conv_norm_act, plain, plain_pool, unfused_reason, watched
 from .graphs import runner
 from .graphs.runner import Graphed
 from .ops import reference
+from .ops.checks import pair
 from .ops.dispatch import Kernels, Modes
 from .ops.stem import POOL
 from .support import vision

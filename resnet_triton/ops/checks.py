@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from operator import index
+
 import torch
 from torch import Tensor
 
 from ..kernels.values import BatchNorm, Geometry
 from .operation import Shape
+
+IntOrPair = int | tuple[int, int]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -98,3 +102,17 @@ def too_large(shape: Shape, x: Tensor, padding: int) -> str | None:
     _, c, h, w = x.shape
     pixels, row = max(n * p * q, h * w), (w + 2 * padding) * c
     return f"{pixels} pixels, {row} elements a row exceed int32" if max(pixels, row) >= 2**31 - 2**10 else None
+
+
+def pair(value: IntOrPair, name: str = "value") -> tuple[int, int]:
+    """An int twice, or a pair as it is. TypeError or ValueError for anything else, naming it `name`."""
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name}={value!r}, expected an int or a pair of ints")
+    if len(value) != 2:
+        raise ValueError(f"{name}={value!r}, expected an int or a pair of ints")
+    try:
+        return index(value[0]), index(value[1])
+    except TypeError:
+        raise TypeError(f"{name}={value!r}, expected an int or a pair of ints") from None

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from resnet_triton import functional as F
 from resnet_triton import ops
+from resnet_triton.ops.checks import pair
 
 PINNED = re.search(r"^torch==(\S+)$", Path(__file__).parents[2].joinpath("constraints.txt").read_text("utf-8"), re.M)
 
@@ -90,7 +91,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int
     norm = ops.BatchNorm(torch.zeros_like(one), one, None, bias, 0.0)
 
     def exact() -> sums.Sums:
-        geometry = ops.Geometry(**{name: F.pair(value) for name, value in how.items()}, groups=groups)
+        geometry = ops.Geometry(**{name: pair(value) for name, value in how.items()}, groups=groups)
         return sums.conv(ops.ConvBnRelu(x, weight, norm, geometry, relu=False))
 
     ours = partial(F.conv_bn_relu, x, weight, *norm, groups=groups, relu=False, **how)
