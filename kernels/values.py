@@ -41,8 +41,6 @@ class BatchNorm(NamedTuple):
 
 
 NO_BATCH_NORM = BatchNorm(None, None, None, None, 0.0)  # type: ignore[arg-type]
-
-
 """What a kernel is given where there is none."""
 
 

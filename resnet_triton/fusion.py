@@ -6,7 +6,7 @@ torchvision would call it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -16,17 +16,38 @@ from .ops.checks import pair
 from .ops.dispatch import Modes
 
 
-def unfused_reason(conv: nn.Module, norm: nn.Module) -> str | None:
-    """Why `norm(conv(x))` cannot be one fused call; None if it can."""
-    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+class Fused(NamedTuple):
+    """What one fused call needs of a convolution and the batch norm behind it, as they are now."""
+
+    weight: Tensor
+    batch_norm: BatchNorm
+    geometry: Geometry
+
+
+def fuse(conv: Any, norm: Any) -> Fused | str:
+    """What `norm(conv(x))` needs to be one fused call, or why it cannot be one. Asked before each call."""
+    if (type(conv), type(norm)) != (nn.Conv2d, nn.BatchNorm2d):
         return f"{type(conv).__name__} and {type(norm).__name__} instead of Conv2d and BatchNorm2d"
     if norm.training:
         return "training mode"
-    if norm.running_mean is None or norm.running_var is None:
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return "convolution without zero padding in numbers"
+    if _hooked(conv) or watched(norm):
+        return "a hook or a forward of its own"
+    try:  # past Module.__getattr__, which costs more than all else here
+        filters, statistics, affine = conv._parameters, norm._buffers, norm._parameters
+        weight, conv_bias = filters["weight"], filters["bias"]
+        mean, var = statistics["running_mean"], statistics["running_var"]
+        scale, shift = affine["weight"], affine["bias"]
+    except KeyError:  # replicas, shards and pruned layers have tensors as plain attributes
+        weight, conv_bias, mean, var = conv.weight, conv.bias, norm.running_mean, norm.running_var
+        scale, shift = norm.weight, norm.bias
+    if mean is None or var is None:
         return "batch norm without running statistics"
-    if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return "convolution with a bias or without zero padding in numbers"
-    return "a hook or a forward of its own" if _hooked(conv) or watched(norm) else None
+    if conv_bias is not None:
+        return "convolution with a bias"
+    geometry = Geometry(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
+    return Fused(weight, BatchNorm(mean, var, scale, shift, float(norm.eps)), geometry)
 
 
 def watched(module: nn.Module) -> bool:
@@ -35,9 +56,8 @@ def watched(module: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    its = vars(module)
-    hooks = its["_forward_hooks"] or its["_forward_pre_hooks"] or its["_backward_hooks"] or its["_backward_pre_hooks"]
-    return bool(hooks) or "forward" in its
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -67,9 +87,9 @@ def conv_norm_act(
 ) -> Tensor:
     """`act(norm(conv(x)) + downsample(identity))` in one fused call if the modules allow it, else module by module."""
     relu = type(act) is nn.ReLU and not _hooked(act)
-    reason = unfused_reason(conv, norm)
-    if reason is not None:
-        y = _by_modules(x, conv, norm, modes, reason)
+    fused = fuse(conv, norm)
+    if isinstance(fused, str):
+        y = _by_modules(x, conv, norm, modes, fused)
         if identity is not None:
             y = y + (identity if downsample is None else downsample(identity))
         return y if act is None else act(y)
@@ -79,18 +99,8 @@ def conv_norm_act(
         identity = None
     elif downsample is not None:
         identity = by_module(downsample, identity, modes)
-    y = ConvBnRelu(x, conv.weight, batch_norm(norm), _geometry(conv), identity, shortcut, relu, modes).run()
+    y = ConvBnRelu(x, *fused, identity, shortcut, relu, modes).run()
     return y if relu or act is None else by_module(act, y, modes)
-
-
-def batch_norm(norm: Any) -> BatchNorm:
-    """The tensors of a `BatchNorm2d` as they are now."""
-    return BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, float(norm.eps))
-
-
-def _geometry(conv: Any) -> Geometry:
-    """In whole numbers of Python's, whatever was set on the module."""
-    return Geometry(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
 
 
 def by_module(module: Any, x: Any, modes: Modes) -> Any:
@@ -119,8 +129,10 @@ def _shortcut(x: Tensor, downsample: nn.Module) -> Shortcut | None:
         return None
     conv: Any
     conv, norm = downsample.children()
-    if unfused_reason(conv, norm) is not None:
+    fused = fuse(conv, norm)
+    if isinstance(fused, str) or conv.kernel_size != (1, 1):
         return None
-    if conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
+    weight, batch_norm, geometry = fused
+    if geometry.padding != (0, 0) or geometry.groups != 1:
         return None
-    return Shortcut(x, conv.weight, batch_norm(norm), pair(conv.stride))
+    return Shortcut(x, weight, batch_norm, geometry.stride)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import ops
-from .fusion import batch_norm, by_module, conv_norm_act, plain, plain_pool, unfused_reason, watched
+from .fusion import by_module, conv_norm_act, fuse, plain, plain_pool, watched
 from .graphs import runner
 from .graphs.runner import Graphed
 from .ops import reference
 from .ops.checks import pair
 from .ops.dispatch import Kernels, Modes
-from .ops.stem import POOL
+from .ops.stem import CONV, POOL
 from .support import vision
 
 NormLayer = Callable[[int], nn.Module]
@@ -69,8 +69,9 @@ class BasicBlock(_Modal):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.modes)
-        return conv_norm_act(y, self.conv2, self.bn2, self.relu, self.modes, identity=x, downsample=self.downsample)
+        own, modes = self._modules, self.modes  # for the way through Module.__getattr__ costs more
+        y = conv_norm_act(x, own["conv1"], own["bn1"], own["relu"], modes)
+        return conv_norm_act(y, own["conv2"], own["bn2"], own["relu"], modes, identity=x, downsample=self.downsample)
 
 
 class Bottleneck(_Modal):
@@ -96,9 +97,10 @@ class Bottleneck(_Modal):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(x, self.conv1, self.bn1, self.relu, self.modes)
-        y = conv_norm_act(y, self.conv2, self.bn2, self.relu, self.modes)
-        return conv_norm_act(y, self.conv3, self.bn3, self.relu, self.modes, identity=x, downsample=self.downsample)
+        own, modes = self._modules, self.modes  # for the way through Module.__getattr__ costs more
+        y = conv_norm_act(x, own["conv1"], own["bn1"], own["relu"], modes)
+        y = conv_norm_act(y, own["conv2"], own["bn2"], own["relu"], modes)
+        return conv_norm_act(y, own["conv3"], own["bn3"], own["relu"], modes, identity=x, downsample=self.downsample)
 
 
 class ResNet(_Modal, Graphed):
@@ -219,19 +221,19 @@ class ResNet(_Modal, Graphed):
 
     def _stem(self, x: Tensor) -> Tensor:
         conv, norm, pool = self.conv1, self.bn1, self.maxpool
+        fused = fuse(conv, norm)
         ordinary = (
             not isinstance(x, fx.Proxy)
-            and unfused_reason(conv, norm) is None
-            and (conv.kernel_size, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
-            and (conv.dilation, conv.groups) == ((1, 1), 1)
+            and conv.kernel_size == (7, 7)
             and plain(self.relu, nn.ReLU)
             and plain_pool(pool)
             and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == POOL
         )
-        pixels = self.normalize if ordinary and x.dtype == torch.uint8 else None
-        if ordinary and (x.dtype == conv.weight.dtype or pixels is not None):
-            mean, std = pixels or (None, None)
-            return ops.Stem(x, conv.weight, batch_norm(norm), mean, std, self.modes).run()
+        if ordinary and not isinstance(fused, str) and fused.geometry == CONV:
+            pixels = self.normalize if x.dtype == torch.uint8 else None
+            if x.dtype == fused.weight.dtype or pixels is not None:
+                mean, std = pixels or (None, None)
+                return ops.Stem(x, fused.weight, fused.batch_norm, mean, std, self.modes).run()
         if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8 and self.normalize is not None:
             x = reference.normalize(x, *self.normalize).to(conv.weight.dtype)
         return self._pool(conv_norm_act(x, conv, norm, self.relu, self.modes))

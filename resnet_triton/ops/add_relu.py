@@ -31,7 +31,7 @@ class AddRelu(Operation):
 
     def result(self) -> Result:
         x, other = self.x, self.other
-        check_rank("x", x, 4, "(N, C, H, W)")
+        check_rank("x", x.shape, 4, "(N, C, H, W)")
         check_tensors(x, other=other)
         if other.shape != x.shape:
             raise ValueError(f"other has shape {tuple(other.shape)}, expected x's {tuple(x.shape)}")

@@ -7,10 +7,11 @@ from operator import index
 import torch
 from torch import Tensor
 
-from ..kernels.values import BatchNorm, Geometry
+from ..kernels.values import BatchNorm, Geometry, Size
 from .operation import Shape
 
 IntOrPair = int | tuple[int, int]
+_INTS = [int, int]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -31,25 +32,21 @@ def aligned(*tensors: Tensor | None) -> bool:
     return not any(beside)
 
 
-def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
-    if x.dim() != rank:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {rank} dimensions {meaning}")
+def check_rank(name: str, size: Size, rank: int, meaning: str) -> None:
+    if len(size) != rank:
+        raise ValueError(f"{name} has shape {tuple(size)}, expected {rank} dimensions {meaning}")
 
 
 def check_tensors(x: Tensor, **others: Tensor | None) -> None:
     """That x and the others are of floating dtypes and on one device."""
     device = x.device
-    _check_floating("x", x)
-    for name, t in others.items():
-        if t is not None:
-            if t.device != device:
-                raise ValueError(f"{name} is on {t.device}, expected {device} like x")
-            _check_floating(name, t)
-
-
-def _check_floating(name: str, t: Tensor) -> None:
-    if not t.dtype.is_floating_point:
-        raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
+    for name, t in {"x": x, **others}.items():
+        if t is None:
+            continue
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}, expected {device} like x")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
 
 
 def check_vectors(x: Tensor, weight: Tensor, batch_norm: BatchNorm, prefix: str = "") -> None:
@@ -79,7 +76,7 @@ def check_same_dtype(x: Tensor, **others: Tensor | None) -> None:
             raise TypeError(f"{name} has dtype {t.dtype}, expected {x.dtype} like x")
 
 
-def window(name: str, x: Tensor, size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
+def window(name: str, x: Size, size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     """Output rows and columns of a sliding window; ValueError where it does not fit."""
     (r, s), ((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _) = size, geometry
     positive = r > 0 and s > 0 and stride_h > 0 and stride_w > 0 and dilation_h > 0 and dilation_w > 0
@@ -88,11 +85,11 @@ def window(name: str, x: Tensor, size: tuple[int, int], geometry: Geometry) -> t
             f"kernel_size is {size}, stride {geometry.stride}, padding {geometry.padding}, dilation "
             f"{geometry.dilation}; expected positive numbers (padding may be 0)"
         )
-    _, c, h, w = x.shape
+    _, c, h, w = x
     rows, columns = dilation_h * (r - 1) + 1, dilation_w * (s - 1) + 1
     spare_h, spare_w = h + 2 * pad_h - rows, w + 2 * pad_w - columns
     if spare_h < 0 or spare_w < 0 or c == 0 or h == 0 or w == 0:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected at least {(rows, columns)} pixels with padding")
+        raise ValueError(f"{name} has shape {tuple(x)}, expected at least {(rows, columns)} pixels with padding")
     return spare_h // stride_h + 1, spare_w // stride_w + 1
 
 
@@ -106,6 +103,8 @@ def too_large(shape: Shape, x: Tensor, padding: int) -> str | None:
 
 def pair(value: IntOrPair, name: str = "value") -> tuple[int, int]:
     """An int twice, or a pair as it is. TypeError or ValueError for anything else, naming it `name`."""
+    if isinstance(value, tuple) and list(map(type, value)) == _INTS:
+        return value  # quickly, for so nn.Conv2d has it
     if isinstance(value, int):
         return value, value
     if not isinstance(value, (tuple, list)):

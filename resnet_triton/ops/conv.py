@@ -18,7 +18,7 @@ from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
-from ..kernels.values import BatchNorm, Geometry, Shortcut
+from ..kernels.values import BatchNorm, Geometry, Shortcut, Size
 from . import reference
 from .checks import (
     aligned,
@@ -70,46 +70,32 @@ class ConvBnRelu(Operation):
         )  # fmt: skip
 
     def result(self) -> Result:
-        x, weight, shortcut = self.x, self.weight, self.shortcut
-        check_rank("x", x, 4, "(N, C, H, W)")
-        check_rank("weight", weight, 4, "(K, C, R, S)")
-        k, c, r, s = weight.shape
-        groups = self.geometry.groups
-        check_tensors(x, weight=weight, residual=self.residual)
-        if groups < 1 or k % groups or x.shape[1] != c * groups:
-            raise ValueError(
-                f"x has {x.shape[1]} channels, expected {c * groups} for weight {tuple(weight.shape)} "
-                f"and groups={groups}"
-            )
-        check_vectors(x, weight, self.batch_norm)
-        p, q = window("x", x, (r, s), self.geometry)
-        shape = (x.shape[0], k, p, q)
-        if self.residual is not None and self.residual.shape != shape:
-            raise ValueError(f"residual has shape {tuple(self.residual.shape)}, expected the output's {shape}")
-        if shortcut is not None:
-            self._check_shortcut(shortcut, shape)
-        return Result(shape, x.dtype)
-
-    def _check_shortcut(self, shortcut: Shortcut, shape: Shape) -> None:
-        if self.residual is not None:
+        x, weight, residual, shortcut = self.x, self.weight, self.residual, self.shortcut
+        if shortcut is None:
+            theirs = None
+        elif residual is not None:
             raise ValueError("residual and shortcut_x are both given, expected at most one of them")
-        x, weight, batch_norm, stride = shortcut
-        if x is None or weight is None or stride is None or batch_norm.eps is None:  # which a schema's arguments may be
+        elif None in (shortcut.stride, shortcut.batch_norm.eps) or any(t is None for t in shortcut[:2]):  # by a schema
             raise ValueError("shortcut_x, its weight, stride and statistics belong together, expected all or none")
-        check_tensors(self.x, shortcut_x=x, shortcut_weight=weight)
-        check_vectors(self.x, self.weight, batch_norm, "shortcut_")
-        rows, columns = window("shortcut_x", x, (1, 1), Geometry(stride))
-        given = (x.shape[0], weight.shape[0], rows, columns)
-        if given != shape or weight.shape[1:] != (x.shape[1], 1, 1):
-            raise ValueError(f"shortcut by weight {tuple(weight.shape)} gives {given}, expected {shape}")
+        else:
+            theirs = shortcut.x.shape, shortcut.weight.shape, shortcut.stride
+        # Once for sizes alike, except that those of a compiler's trace may be symbols.
+        sizes = _output_size if type(x) is Tensor else _output_size.__wrapped__
+        shape = sizes(x.shape, weight.shape, self.geometry, None if residual is None else residual.shape, theirs)
+        check_tensors(x, weight=weight, residual=residual)
+        check_vectors(x, weight, self.batch_norm)
+        if shortcut is not None:
+            check_tensors(x, shortcut_x=shortcut.x, shortcut_weight=shortcut.weight)
+            check_vectors(x, weight, shortcut.batch_norm, "shortcut_")
+        return Result(shape, x.dtype)
 
     def fallback_reason(self, shape: Shape) -> str | None:
         x, residual, shortcut, (_, padding, _, groups) = self.x, self.residual, self.shortcut, self.geometry
         check_same_dtype(x, weight=self.weight)
         if groups != 1:
             return "grouped convolution"
-        others = [t for t in (residual, *(shortcut[:2] if shortcut else ())) if t is not None]
-        return mixed_dtypes(x, *others) or too_large(shape, x, padding[1])
+        others = () if shortcut is None else shortcut[:2]
+        return mixed_dtypes(x, residual, *others) or too_large(shape, x, padding[1])
 
     def launches(self, out: Tensor, *, descriptors: bool = True) -> tuple[Launch, ...]:
         dense = _aligned_channels_last if self.modes.batch_invariant else channels_last
@@ -164,16 +150,43 @@ class ConvBnRelu(Operation):
         return replace(self, x=one_image(self.x, i), residual=residual, shortcut=shortcut)
 
 
+@functools.lru_cache(maxsize=4096)
+def _output_size(
+    x: Size,
+    weight: Size,
+    geometry: Geometry,
+    residual: Size | None,
+    shortcut: tuple[Size, Size, tuple[int, int]] | None,
+) -> Size:
+    """The result's sizes; ValueError where those of the arguments do not go together."""
+    check_rank("x", x, 4, "(N, C, H, W)")
+    check_rank("weight", weight, 4, "(K, C, R, S)")
+    k, c, r, s = weight
+    groups = geometry.groups
+    if groups < 1 or k % groups or x[1] != c * groups:
+        raise ValueError(f"x has {x[1]} channels, expected {c * groups} for weight {tuple(weight)} and groups={groups}")
+    size = (x[0], k, *window("x", x, (r, s), geometry))
+    if residual is not None and residual != size:
+        raise ValueError(f"residual has shape {tuple(residual)}, expected the output's {size}")
+    if shortcut is not None:
+        images, filters, stride = shortcut
+        check_rank("shortcut_x", images, 4, "(N, C, H, W)")
+        given = (images[0], filters[0], *window("shortcut_x", images, (1, 1), Geometry(stride)))
+        if given != size or filters[1:] != (images[1], 1, 1):
+            raise ValueError(f"shortcut by weight {tuple(filters)} gives {given}, expected {size}")
+    return size
+
+
 class _Sizes(NamedTuple):
     """All that a configuration may depend on, as cheap to take from a call as to hash."""
 
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
+    x: Size
+    weight: Size
     geometry: Geometry
     dtype: torch.dtype
     precision: str
     residual: bool
-    short_x: tuple[int, ...] | None
+    short_x: Size | None
     short_stride: tuple[int, int]
 
 

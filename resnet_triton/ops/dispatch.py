@@ -19,6 +19,7 @@ from ..config import device
 from . import interpreter
 
 Kernels = Literal["auto", "torch", "triton"]
+_KERNELS = get_args(Kernels)
 _is_neg, _is_zerotensor = torch._C.TensorBase.is_neg, torch._C.TensorBase._is_zerotensor
 _PLAIN = {Tensor, torch.nn.Parameter}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +59,9 @@ class Choice(NamedTuple):
     reason: str
 
 
+_ON_GPU, _INTERPRETED = Choice("triton", ""), Choice("triton", "interpreted on the CPU")
+
+
 def choose(kernels: str, where: torch.device, dtype: torch.dtype, reason: str | None = None) -> Choice:
     """Decide where a call with a result in `dtype` runs; `reason` is one against the kernels, found already.
 
@@ -70,7 +74,7 @@ def choose(kernels: str, where: torch.device, dtype: torch.dtype, reason: str | 
     if reason is None and dtype not in DTYPES:
         reason = f"dtype {dtype}"
     if reason is None:
-        return Choice("triton", "interpreted on the CPU" if where.type == "cpu" else "")
+        return _INTERPRETED if where.type == "cpu" else _ON_GPU
     if kernels == "triton":
         raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}')
     return Choice("torch", reason)
@@ -78,8 +82,8 @@ def choose(kernels: str, where: torch.device, dtype: torch.dtype, reason: str | 
 
 def check_mode(kernels: str) -> None:
     """ValueError unless `kernels` is one of `Kernels`."""
-    if kernels not in (known := get_args(Kernels)):
-        raise ValueError(f"kernels={kernels!r}, expected one of {', '.join(map(repr, known))}")
+    if kernels not in _KERNELS:
+        raise ValueError(f"kernels={kernels!r}, expected one of {', '.join(map(repr, _KERNELS))}")
 
 
 def count(operator: str, backend: str, reason: str = "") -> None:
@@ -139,7 +143,10 @@ def is_differentiated(tensors: Iterable[Tensor]) -> bool:
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
-def mixed_dtypes(x: Tensor, *others: Tensor) -> str | None:
+def mixed_dtypes(x: Tensor, *others: Tensor | None) -> str | None:
     """Why the kernels cannot take these tensors, if they do not share one dtype."""
-    dtypes = {x.dtype, *(t.dtype for t in others)} if others else ()
-    return f"mixed dtypes {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None
+    for t in others:
+        if t is not None and t.dtype != x.dtype:
+            dtypes = {str(t.dtype) for t in (x, *others) if t is not None}
+            return f"mixed dtypes {', '.join(sorted(dtypes))}"
+    return None

@@ -125,7 +125,7 @@ class AvgPoolLinear(Operation):
 
 def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     """Output and input features of `weight`, which goes with x and bias."""
-    check_rank("weight", weight, 2, "(out_features, in_features)")
+    check_rank("weight", weight.shape, 2, "(out_features, in_features)")
     check_tensors(x, weight=weight, bias=bias)
     k, c = weight.shape
     if bias is not None and bias.shape != (k,):

@@ -34,9 +34,9 @@ class MaxPool2d(Operation):
 
     def result(self) -> Result:
         x = self.x
-        check_rank("x", x, 4, "(N, C, H, W)")
+        check_rank("x", x.shape, 4, "(N, C, H, W)")
         check_tensors(x)
-        p, q = window("x", x, self.kernel_size, Geometry(self.stride, self.padding))
+        p, q = window("x", x.shape, self.kernel_size, Geometry(self.stride, self.padding))
         if any(2 * pad > edge for pad, edge in zip(self.padding, self.kernel_size, strict=True)):
             raise ValueError(f"padding is {self.padding}, expected at most half of kernel_size {self.kernel_size}")
         return Result((x.shape[0], x.shape[1], p, q), x.dtype)
@@ -69,7 +69,7 @@ class GlobalAvgPool(Operation):
 
     def result(self) -> Result:
         x = self.x
-        check_rank("x", x, 4, "(N, C, H, W)")
+        check_rank("x", x.shape, 4, "(N, C, H, W)")
         check_tensors(x)
         if 0 in x.shape[1:]:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected at least one channel and one pixel")

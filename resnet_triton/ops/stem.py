@@ -52,7 +52,7 @@ class Stem(Operation):
 
     def result(self) -> Result:
         x, weight = self.x, self.weight
-        check_rank("x", x, 4, "(N, C, H, W)")
+        check_rank("x", x.shape, 4, "(N, C, H, W)")
         given = (self.pixel_mean is not None, self.pixel_std is not None)
         if given != (x.dtype == torch.uint8,) * 2:
             raise TypeError(
