@@ -14,7 +14,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 
 from ..support.terminal import printable
-from .report import Roof, Table, Task, case, digits, headlines, obstacle, roof, tables, views
+from .report import Roof, Table, Task, case, digits, headlines, no_ratio_reason, roof, tables, views
 from .results import Results, best, speedup
 
 _CSS = """
@@ -115,7 +115,9 @@ def speedups(tasks: Sequence[Task], names: Sequence[str]) -> Figure:
     notes = []
     for task, ratio in zip(tasks, ratios, strict=True):
         other = best(task, ours=False)
-        notes.append(_name(obstacle(task) if ratio is None or other is None else f"{ratio:.2f}× {other.alternative}"))
+        notes.append(
+            _name(no_ratio_reason(task) if ratio is None or other is None else f"{ratio:.2f}× {other.alternative}")
+        )
     axes.bar_label(bars, notes, padding=3, fontsize=8)
     axes.set_yticks(range(len(tasks)), [_name(name) for name in names])
     axes.invert_yaxis()
@@ -159,7 +161,7 @@ def roofline(tasks: Sequence[Task], limits: Roof) -> Figure:
         points = []
         for task in tasks:
             row = best(task, ours=ours)
-            if row is not None and row.flops and row.bytes and row.p50_s and obstacle(task) != "ours is WRONG":
+            if row is not None and row.flops and row.bytes and row.p50_s and no_ratio_reason(task) != "ours is WRONG":
                 points.append((row.flops / row.bytes, row.flops / row.p50_s / 1e9, row.layer))
         xs += [x for x, *_ in points]
         axes.scatter([x for x, *_ in points], [y for _, y, _ in points], color=colour, marker=marker, label=label, s=16)

@@ -69,7 +69,7 @@ def case(task: Task) -> str:
     return f"{task[0].layer}, batch {task[0].batch}" if task[0].layer else f"batch {task[0].batch}"
 
 
-def obstacle(task: Task) -> str:
+def no_ratio_reason(task: Task) -> str:
     """Why a task has no speed-up."""
     if any(row.ours and row.correct is False for row in task):
         return "ours is WRONG"
@@ -124,7 +124,7 @@ def _headline(tasks: Sequence[Task]) -> str:
             known.append((ratio, f"{case(task)} ({ratio:.2f}× against {other.alternative})"))
     ratios = [ratio for ratio, _ in known]
     mean = geometric_mean(ratios)
-    missing = [f"{case(task)} ({obstacle(task)})" for task in tasks if speedup(task) is None]
+    missing = [f"{case(task)} ({no_ratio_reason(task)})" for task in tasks if speedup(task) is None]
     if mean is None:
         return f"no speed-up can be given: {_listed(missing)}."
     lost = [text for ratio, text in sorted(known) if ratio < 1]
@@ -220,7 +220,7 @@ def _summary(task: Task, limits: Roof) -> list[object]:
     return [
         task[0].layer, task[0].batch, mine.alternative if mine else "", digits(times[0], scale),
         other.alternative if other else "", digits(times[1], scale),
-        obstacle(task) if ratio is None else f"{ratio:.2f}×", digits(floor, scale),
+        no_ratio_reason(task) if ratio is None else f"{ratio:.2f}×", digits(floor, scale),
         f"{floor / times[0]:.0%}" if floor and times[0] else "", "; ".join(remarks),
     ]  # fmt: skip
 

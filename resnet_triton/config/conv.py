@@ -100,7 +100,7 @@ def tiles(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
-    """At most 16 equal shares, and of at most 64 KB: one program reads them all."""
+    """At most 16 equal parts, with partials of at most 64 KB: one program reads them all."""
     flat = config.box is None and is_flat(shape.c)
     small = config.block_m * config.block_k * 4 <= 64 * 1024
     return 2 <= config.split_k <= 16 and steps(config, shape) % config.split_k == 0 and small and not flat

@@ -33,7 +33,7 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 _FLOPS_PER_NS = 6000  # one SM: 790 TFLOP/s over 132
 _BYTES_PER_NS = 73  # one SM reading L2: 9.7 TB/s over 132
 _PROGRAM_NS = 500  # filling the pipeline, batch norm, the store: half of it hidden behind other programs
-_ARRIVAL_NS = 1500  # a store, a barrier, an atomic and the first load back, none of them overlapped
+_SPLIT_NS = 1500  # a store, a barrier, an atomic and the first load back, none of them overlapped
 _MATRIX_ROWS = 64  # of the smallest product that four warps do at a time (wgmma)
 _MATRIX = {16: 0.2, 32: 0.4, 64: 0.75}  # share of the matrix rate by columns: narrow products read more operands
 _MANY = 32  # images from which boxes waste little of any shape
@@ -146,7 +146,7 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float
     work = rounds * (max(flops / rate, loading) * (_POINTERS if config.box is None else 1.0) + _PROGRAM_NS)
     if config.split_k == 1:
         return work
-    return work + _ARRIVAL_NS + 4 * m * k * (config.split_k + 1) / _BYTES_PER_NS  # the last program reads every share
+    return work + _SPLIT_NS + 4 * m * k * (config.split_k + 1) / _BYTES_PER_NS  # the last program reads every partial
 
 
 def best_box(shape: ConvShape, block_m: int, *, several_sides: bool = True) -> tuple[int, int, int]:
