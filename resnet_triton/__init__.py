@@ -1,6 +1,7 @@
 """ResNet inference on hand-written Triton kernels, with torchvision's names, weights and answers."""
 
 from . import functional
+from .checkpoints import load_checkpoint
 from .convert import Report, optimize, refresh, report, revert
 from .models import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 
@@ -12,6 +13,7 @@ __all__ = [
     "Report",
     "ResNet",
     "functional",
+    "load_checkpoint",
     "optimize",
     "refresh",
     "report",

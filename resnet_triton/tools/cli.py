@@ -113,7 +113,7 @@ def _predict(args: argparse.Namespace) -> int:
     def work() -> Any:
         return predict.predict(
             args.images, args.weights, topk=args.topk, batch=args.batch, device=args.device, dtype=args.dtype,
-            kernels=args.kernels, bar=bar,
+            kernels=args.kernels, key=args.key, classes=args.classes, bar=bar,
         )  # fmt: skip
 
     _emit(args, work, predict.show)
@@ -324,9 +324,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--weights", default="DEFAULT", metavar="FILE|NAME",
-        help="a ResNet-18 checkpoint (.pt, .pth, .safetensors), or torchvision's IMAGENET1K_V1 or DEFAULT, which are "
-        "downloaded once, 45 MB (default: %(default)s)",
+        help="a ResNet's checkpoint, or torchvision's IMAGENET1K_V1 or DEFAULT for ResNet-18, which are downloaded "
+        "once, 45 MB (default: %(default)s)",
     )  # fmt: skip
+    p.add_argument("--key", metavar="NAME", help="which weights of a checkpoint with several, such as state_dict_ema")
+    p.add_argument(
+        "--classes",
+        metavar="FILE|imagenet",
+        help="class names, one a line (default: those that the weights bring along)",
+    )
     p.add_argument("--topk", type=_positive, default=5, metavar="N", help="classes to show (default: %(default)s)")
     p.add_argument("--batch", type=_positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
     device(p)

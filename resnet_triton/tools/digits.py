@@ -73,7 +73,7 @@ def trained(recipe: Recipe, digits: Digits, bar: Bar) -> tuple[dict[str, Tensor]
     determined_by = json.dumps([asdict(recipe), torch.__version__], sort_keys=True)
     path = cache_folder() / f"digits-{hashlib.sha256(determined_by.encode()).hexdigest()[:12]}.pt"
     try:
-        return read_checkpoint(path).state, path, ["The weights were trained by an earlier run."]
+        return read_checkpoint(path).model.state_dict(), path, ["The weights were trained by an earlier run."]
     except (ValueError, OSError):  # not there, or damaged: train again
         started = time.perf_counter()
         state = train(recipe, digits, bar)

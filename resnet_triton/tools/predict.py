@@ -13,23 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import models
+from .. import checkpoints, models
 from ..convert import optimize
 from ..ops import dispatch
 from ..ops.dispatch import Kernels
 from ..support import vision
-from ..support.terminal import Bar, table
+from ..support.terminal import Bar, printable, table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What is decoded at all. Pillow knows many more formats, some of them run other programs."""
-SUFFIXES = (".pt", ".pth", ".safetensors")
 MAX_ASPECT = 50  # resizing the short side to 256 pixels multiplies the long side
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint file holds: weights of a ResNet-18 and, optionally, class names and the image size it wants."""
+    """What a checkpoint file holds: a ResNet and, optionally, class names and the image size it wants."""
 
-    state: dict[str, Tensor]
+    model: models.ResNet
     categories: list[str] | None = None
     image_size: int | None = None
 
@@ -44,12 +43,13 @@ class Classifier(NamedTuple):
 
 def predict(
     paths: Sequence[str], weights: str = "DEFAULT", *, topk: int = 5, batch: int = 32, device: str = "auto",
-    dtype: str = "auto", kernels: Kernels = "auto", bar: Bar,
+    dtype: str = "auto", kernels: Kernels = "auto", key: str | None = None,
+    classes: str | None = None, bar: Bar,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Classify image files: for each `{"file", "top": [{"label", "index", "probability"}]}`, most probable first.
 
-    `weights` is a checkpoint file or the name of torchvision's weights, `topk` the number of classes (as many as there
-    are, at most). ValueError, in one line, for anything that is wrong with the input; no image is classified then.
+    `weights`, `key` and `classes` are as for `find_classifier`, `topk` is the number of classes (as many as there are,
+    at most). ValueError, in one line, for anything that is wrong with the input; no image is classified then.
     """
     where = find_device(device)
     on_gpu = where.type == "cuda"
@@ -58,7 +58,7 @@ def predict(
         dispatch.choose(kernels, where, precision)
     except NotImplementedError as error:
         raise ValueError(f"{error}; use a GPU of compute capability 8.0 or newer, or kernels=auto") from None
-    classifier = find_classifier(weights)
+    classifier = find_classifier(weights, key, classes)
     inputs = []
     with bar("reading", len(paths)) as step:
         for path in paths:
@@ -183,26 +183,47 @@ def _to_rgb(image: Any) -> Any:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def find_classifier(weights: str) -> Classifier:
-    """A ResNet-18 from a checkpoint file or the name of torchvision's weights. ValueError, in one line, if unusable.
+def find_classifier(weights: str, key: str | None = None, classes: str | None = None) -> Classifier:
+    """A ResNet from a checkpoint file, or a ResNet-18 from the name of torchvision's weights.
 
-    A checkpoint is read at once, torchvision's weights are downloaded when the model is built.
+    A checkpoint is read at once, torchvision's weights are downloaded when the model is built. `key` is as for
+    `load_checkpoint`, `classes` a text file with a name a line, or "imagenet". Classes that nobody names get numbers.
+    ValueError, in one line, if anything is unusable.
     """
     imagenet = vision.torchvision().models.ResNet18_Weights.IMAGENET1K_V1
-    if not weights.endswith(SUFFIXES) and not os.path.exists(weights):
+    if not os.path.exists(weights):
         chosen = _find_weights(weights)
-        return Classifier(lambda: _download(chosen), chosen.meta["categories"], chosen.transforms())
-    checkpoint = read_checkpoint(weights)
-    classes = len(checkpoint.state["fc.bias"])
-
-    def build() -> nn.Module:
-        model = models.resnet18(num_classes=classes)
-        model.load_state_dict(checkpoint.state)
-        return model
-
-    names = imagenet.meta["categories"] if classes == 1000 else [str(i) for i in range(classes)]
+        names = _class_names(classes, 1000) if classes else chosen.meta["categories"]
+        return Classifier(lambda: _download(chosen), names, chosen.transforms())
+    checkpoint = read_checkpoint(weights, key)
+    outputs = len(checkpoint.model.fc.weight)
+    if outputs == 1:  # it can be a score of yes or no, or a quantity, and no file says which
+        raise ValueError(
+            f"{weights}: has one output, and the probability of one class among one is always 100 %, expected two or "
+            "more; use resnet_triton.load_checkpoint, and torch.sigmoid if it was trained for yes or no"
+        )
+    names = _class_names(classes, outputs) if classes else checkpoint.categories
+    if names is None:
+        _note(f"{weights} does not name its classes, here are their numbers; --classes FILE (or imagenet) names them")
     size = {} if checkpoint.image_size is None else dict.fromkeys(("crop_size", "resize_size"), checkpoint.image_size)
-    return Classifier(build, checkpoint.categories or names, imagenet.transforms(**size))
+    return Classifier(lambda: checkpoint.model, names or [str(i) for i in range(outputs)], imagenet.transforms(**size))
+
+
+def _class_names(source: str, outputs: int) -> list[str]:
+    if source == "imagenet":
+        names = vision.torchvision().models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    else:
+        try:
+            names = Path(source).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{source}: no text in UTF-8, expected a class name a line") from None
+    if len(names) != outputs:
+        raise ValueError(f"{source}: {len(names)} class names, expected {outputs}, one for each output of the model")
+    return names
+
+
+def _note(text: str) -> None:
+    print(f"note: {printable(text)}", file=sys.stderr)
 
 
 def _download(chosen: Any) -> nn.Module:
@@ -228,75 +249,22 @@ def _find_weights(name: str) -> Any:
     try:
         return vision.find_weights("resnet18", name)
     except ValueError as error:
-        raise ValueError(f"{error}, or a file ending in {', '.join(SUFFIXES)}") from None
+        raise ValueError(f"{error}, or a checkpoint; no such file") from None
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read and check a ResNet-18 checkpoint; nothing in the file is executed.
+def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
+    """A ResNet as `load_checkpoint` reads it, and what stands beside its weights, at the top of the file.
 
-    A state_dict, or `{"state_dict" or "model": state_dict, "categories": list[str], "image_size": int}`, the last two
-    optional; "module." before every key, DataParallel's, is dropped. ValueError, in one line, if it is anything else.
+    These are `{"categories": list[str], "image_size": int}`, both optional. ValueError, in one line, if they are not.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file, expected a checkpoint ending in {', '.join(SUFFIXES)}")
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: expected a checkpoint ending in {', '.join(SUFFIXES)}")
-    data = _read(file)
-    state = next((data[key] for key in ("state_dict", "model") if isinstance(data.get(key), dict)), data)
-    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ValueError(f"{file}: holds no state_dict, expected names and tensors, as model.state_dict() gives")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    _check_state(file, state)
-    if state is data:
-        return Checkpoint(state)
-    categories, size, classes = data.get("categories"), data.get("image_size"), len(state["fc.bias"])
+    found = checkpoints.read(path, key)
+    if found.others and key is None:
+        _note(f"{path}: {checkpoints.which(found)}")
+    data, classes = found.data if isinstance(found.data, dict) else {}, len(found.model.fc.weight)
+    categories, size = data.get("categories"), data.get("image_size")
     named = isinstance(categories, list) and all(isinstance(c, str) for c in categories) and len(categories) == classes
     if categories is not None and not named:
-        raise ValueError(f'{file}: "categories" must be a list of {classes} names, one for each class')
-    if size is not None and not (isinstance(size, int) and 1 <= size <= 4096):
-        raise ValueError(f'{file}: "image_size" must be a number of pixels from 1 to 4096, got {size!r}')
-    return Checkpoint(state, categories, size)
-
-
-def _read(file: Path) -> dict[Any, Any]:
-    if file.suffix == ".safetensors":
-        import safetensors.torch
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if file.suffix == ".safetensors":
-                data = safetensors.torch.load_file(file)
-            else:
-                data = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of unknown origin can fail in any way, with pages of explanation
-        raise ValueError(
-            f"{file}: cannot be read safely as a checkpoint ({_brief(error)}); save a plain state_dict"
-        ) from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: holds a {type(data).__name__}, expected a state_dict")
-    return data
-
-
-def _check_state(file: Path, state: dict[str, Tensor]) -> None:
-    head = state.get("fc.weight")
-    classes = head.shape[0] if head is not None and head.dim() == 2 and head.shape[0] else 1000
-    with torch.device("meta"):
-        expected = models.resnet18(num_classes=classes).state_dict()
-    shared = [key for key in expected if key in state]
-    problems = {
-        "missing": [k for k in expected if k not in state and not k.endswith("num_batches_tracked")],
-        "unexpected": [k for k in state if k not in expected],
-        "of the wrong shape": [
-            f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"
-            for k in shared if state[k].shape != expected[k].shape or state[k].layout != torch.strided
-        ],
-    }  # fmt: skip
-    found = [
-        f"{len(keys)} {problem} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for problem, keys in problems.items()
-        if keys
-    ]
-    if found:
-        raise ValueError(f"{file}: expected the state_dict of a ResNet-18, but {'; '.join(found)}")
+        raise ValueError(f'{path}: "categories" must be a list of {classes} names, one for each class')
+    if size is not None and not (type(size) is int and 1 <= size <= 4096):
+        raise ValueError(f'{path}: "image_size" must be a number of pixels from 1 to 4096, got {size!r}')
+    return Checkpoint(found.model, categories, size)
