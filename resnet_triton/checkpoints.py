@@ -174,7 +174,7 @@ def _no_resnet(data: Any) -> ValueError:
         return ValueError(f"holds no ResNet with {_STEM} and {_BLOCK}, expected all layers of one")
     shape = tuple(names[other].shape)
     return ValueError(
-        f"holds another architecture: {other} {shape} is no layer of a ResNet, expected {_STEM}, {_BLOCK} ..."
+        f"holds another architecture: {other} {shape} is no layer of a ResNet, expected {_STEM}, {_BLOCK} and so on"
     )
 
 
@@ -211,14 +211,15 @@ def _build(network: _Network) -> ResNet:
         "unusable": [f"{name} {fault}" for name, fault in wrong.items()],
     }
     said = [
-        f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{len(names)} {problem} ({', '.join(names[:2])}{', ...' * (len(names) > 2)})"
         for problem, names in problems.items()
         if names
     ]
     if said:
         shape = "" if (groups, width) == (1, 64) else f" of {groups} groups of width {width}"
         depth = DEPTHS[block, tuple(layers)]
-        raise ValueError(f"expected the weights of a ResNet-{depth}{shape}, but {'; '.join(said)}")
+        hint = "; save the ResNet's own state_dict" if network.besides else ""
+        raise ValueError(f"expected the weights of a ResNet-{depth}{shape}, but {'; '.join(said)}{hint}")
     weights = {name: _weight(name, state.get(name)) for name in expected}
     model.load_state_dict(weights, assign=True)
     return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -17,24 +17,18 @@ from typing import Any, BinaryIO
 import torch
 
 _MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # near the start of what torch wrote before 1.6
-_KINDS = (
-    (rb"version https://git-lfs", "a Git LFS pointer in place of the file; git lfs pull fetches that"),
-    (
-        rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype html|html|head)",
-        "an HTML page; download the file that it leads to",
-    ),
-    (rb"\s*<\?xml", "an XML document, perhaps the answer to a failed download; download the file again"),
-    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", "a picture"),
-    (
-        rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!|.{257}ustar",
-        "compressed or an archive; unpack it first",
-    ),
-    (rb"\x89HDF", "an HDF5 file, such as Keras writes"),
-    (rb"\x93NUMPY", "a NumPy array"),
-    (rb"GGUF", "a GGUF file"),
-    (rb"\x08[\x03-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX model; use the checkpoint that it was made from"),
-    (rb"\x80[\x02-\x05]", "a pickle of another program than torch.save; save a state_dict with torch.save"),
-    (rb"\0{64}", "zeros at its start, as a broken download leaves; download it again"),
+_KINDS = (  # how a file begins, what it is then, what to do about it
+    (rb"version https://git-lfs", "a Git LFS pointer", "git lfs pull fetches the file itself"),
+    (rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype html|html|head)", "an HTML page", "download the file it leads to"),
+    (rb"(\xef\xbb\xbf)?\s*<\?xml", "XML, perhaps the answer to a failed download", "download the file again"),
+    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", "a picture", ""),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!|.{257}ustar", "compressed or an archive", "unpack it"),
+    (rb"\x89HDF", "an HDF5 file, such as Keras writes", ""),
+    (rb"\x93NUMPY", "a NumPy array", ""),
+    (rb"GGUF", "a GGUF file", ""),
+    (rb"\x08[\x03-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX model", "use what it was exported from"),
+    (rb"\x80[\x02-\x05]", "a pickle of another program", "save the state_dict with torch.save"),
+    (rb"\0{64}", "a file of zeros, such as a broken download leaves", "download it again"),
 )
 _reading = threading.Lock()  # torch keeps one list of the classes that it may load, for all threads
 
@@ -56,6 +50,8 @@ class Foreign:
 
 def _stand_in(module: str, name: str) -> tuple[Callable[..., Any], str]:
     """What torch is to call for a foreign class, and the class's name."""
+    if (module, name) == ("collections", "defaultdict"):
+        return lambda *_: {}, "collections.defaultdict"
     return type(name, (Foreign,), {"__module__": module}), f"{module}.{name}"
 
 
@@ -74,7 +70,7 @@ def read(file: BinaryIO) -> Any:
     if head.startswith(b"PK"):
         _check_archive(file)
     elif _MAGIC not in head[:32]:
-        raise ValueError(f"this is {_kind(head)}")
+        raise ValueError(_other_kind(head))
     try:
         stand_ins: list[Any] = [_stand_in(module, name) for module, name in _classes(file)]
         with warnings.catch_warnings(), _reading, torch.serialization.safe_globals(stand_ins):
@@ -139,20 +135,25 @@ def _classes(file: BinaryIO) -> set[tuple[str, str]]:
 
 def _globals(pickled: Any) -> Iterator[tuple[str, str]]:
     for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "PROTO" and argument != 2:
+            raise ValueError(f"pickle protocol {argument}, expected 2, which torch.save uses by itself")
         if opcode.name == "GLOBAL":
             module, name = str(argument).split(" ")
             yield module, name
             yield NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # Python 2's names
 
 
-def _kind(head: bytes) -> str:
-    for pattern, kind in _KINDS:
+def _other_kind(head: bytes) -> str:
+    """What a file is that begins so, and what to do."""
+    expected = "expected a file of torch.save or safetensors"
+    for pattern, kind, remedy in _KINDS:
         if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
-            return kind
+            return f"this is {kind}, {expected}{'; ' * bool(remedy)}{remedy}"
     text = head.decode("utf-8", "ignore").strip("\ufeff \t\r\n")
     if len(text.encode()) > len(head) // 2 and all(c.isprintable() or c.isspace() for c in text):
-        return f"{'JSON' if text[0] in '{[' else 'text'} that begins {text.splitlines()[0][:40]!r}"
-    return "of no known format"
+        kind = "JSON" if text[0] in "{[" else "text"
+        return f"this is {kind} that begins {text.splitlines()[0][:40]!r}, {expected}"
+    return f"this is of no known format, {expected}"
 
 
 def _reason(error: Exception) -> str:
