@@ -31,14 +31,16 @@ class Checkpoint(NamedTuple):
     model: models.ResNet
     categories: list[str] | None = None
     image_size: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Classifier(NamedTuple):
-    """How to build a model, its class names, and what turns a Pillow image into its input (3, H, W)."""
+    """How to build a model, its class names, what turns a Pillow image into its input (3, H, W), and what to know."""
 
     build: Callable[[], nn.Module]
     categories: list[str]
     transforms: Callable[[Any], Tensor]
+    notes: tuple[str, ...] = ()
 
 
 def predict(
@@ -73,6 +75,8 @@ def predict(
     scores = torch.cat(logits)
     if not scores.isfinite().all():
         raise ValueError(f"{weights} gives NaN or infinite scores in {precision}, expected numbers; try float32")
+    for note in classifier.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
     best = scores.softmax(1).topk(min(topk, scores.shape[1]))
     return [
         {
@@ -203,10 +207,14 @@ def find_classifier(weights: str, key: str | None = None, classes: str | None = 
             "more; use resnet_triton.load_checkpoint, and torch.sigmoid if it was trained for yes or no"
         )
     names = _class_names(classes, outputs) if classes else checkpoint.categories
+    notes = checkpoint.notes
     if names is None:
-        _note(f"{weights} does not name its classes, here are their numbers; --classes FILE (or imagenet) names them")
+        names = [str(i) for i in range(outputs)]
+        notes += (
+            f"{weights} does not name its classes, here are their numbers; --classes FILE (or imagenet) names them",
+        )
     size = {} if checkpoint.image_size is None else dict.fromkeys(("crop_size", "resize_size"), checkpoint.image_size)
-    return Classifier(lambda: checkpoint.model, names or [str(i) for i in range(outputs)], imagenet.transforms(**size))
+    return Classifier(lambda: checkpoint.model, names, imagenet.transforms(**size), notes)
 
 
 def _class_names(source: str, outputs: int) -> list[str]:
@@ -220,10 +228,6 @@ def _class_names(source: str, outputs: int) -> list[str]:
     if len(names) != outputs:
         raise ValueError(f"{source}: {len(names)} class names, expected {outputs}, one for each output of the model")
     return names
-
-
-def _note(text: str) -> None:
-    print(f"note: {printable(text)}", file=sys.stderr)
 
 
 def _download(chosen: Any) -> nn.Module:
@@ -258,8 +262,6 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     These are `{"categories": list[str], "image_size": int}`, both optional. ValueError, in one line, if they are not.
     """
     found = checkpoints.read(path, key)
-    if found.others and key is None:
-        _note(f"{path}: {checkpoints.which(found)}")
     data, classes = found.data if isinstance(found.data, dict) else {}, len(found.model.fc.weight)
     categories, size = data.get("categories"), data.get("image_size")
     named = isinstance(categories, list) and all(isinstance(c, str) for c in categories) and len(categories) == classes
@@ -267,4 +269,5 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         raise ValueError(f'{path}: "categories" must be a list of {classes} names, one for each class')
     if size is not None and not (type(size) is int and 1 <= size <= 4096):
         raise ValueError(f'{path}: "image_size" must be a number of pixels from 1 to 4096, got {size!r}')
-    return Checkpoint(found.model, categories, size)
+    chosen_by_us = found.others and key is None
+    return Checkpoint(found.model, categories, size, (f"{path}: {checkpoints.which(found)}",) if chosen_by_us else ())

@@ -15,7 +15,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
@@ -107,7 +107,7 @@ FORMS: dict[str, Callable[[State], Any]] = {
     "defaultdict": lambda s: {"model": s, "history": collections.defaultdict(list, loss=[0.5])},
     "before 1.6": lambda s: s,
     "wrapped, before 1.6": lambda s: {"net": named("module.", s)},
-    "foreign objects, before 1.6": lambda s: {"a": s, "args": argparse.Namespace(x=1), "b": numpy.float64(1), "c": print},
+    "foreign objects, before 1.6": lambda s: {"a": s, "b": argparse.Namespace(x=1), "c": numpy.float64(1), "d": id},
     "float16": lambda s: {k: v.half() for k, v in s.items()},
     "bfloat16, batch norms in float32": lambda s: {k: v.bfloat16() if v.dim() > 1 else v for k, v in s.items()},
     "float64": lambda s: {k: v.double() if v.is_floating_point() else v for k, v in s.items()},
@@ -345,20 +345,25 @@ def test_paths_without_a_file(tmp_path: Path) -> None:
         resnet_triton.load_checkpoint("/dev/zero")
 
 
-class Malicious:
-    def __init__(self, target: Path) -> None:
-        self.target = target
+class Malicious(NamedTuple):
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
 
     def __reduce__(self) -> Any:
-        return shutil.copyfile, (__file__, self.target)
+        return self.function, self.arguments
 
 
 @pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "before-1.6"])
 def test_no_code_runs_and_torchs_list_stays(tmp_path: Path, options: dict[str, bool]) -> None:
     before = torch.serialization.get_safe_globals()
-    content = {"state_dict": state_of(), "extra": Malicious(tmp_path / "was here"), "args": Configuration()}
-    assert holds(load(saved(content, **options)), state_of())
-    assert not (tmp_path / "was here").exists()
+    target = tmp_path / "was here"
+    inert = {"state_dict": state_of(), "extra": Malicious(shutil.copyfile, (__file__, str(target)))}
+    assert holds(load(saved(inert, **options)), state_of())
+    for function in (Path.touch, os.mkdir):
+        for content in (Malicious(function, (target,)), {"model": state_of(), "extra": Malicious(function, (target,))}):
+            refused(saved(content, **options), "cannot be read safely")
+    refused(pickle.dumps(Malicious(Path.touch, (target,))), "a pickle of another program")
+    assert not target.exists()
     assert set(torch.serialization.get_safe_globals()) == set(before)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 
@@ -158,7 +158,7 @@ def test_missing_packages(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, command: list[str], extra: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("w.safetensors").write_bytes(b"")
+    Path("w.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     monkeypatch.setitem(sys.modules, package, None)
     fails(run(*command), package.partition(".")[0], f"resnet-triton[{extra}]")
 
@@ -170,7 +170,8 @@ def test_predict_agrees_with_torchvision(run: Run, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = models.resnet18().eval()
     torch.save({"state_dict": model.state_dict()}, tmp_path / "random.pth")
-    outcome = run("predict", *PHOTOS, "--weights", tmp_path / "random.pth", "--topk", 3, "--json", "--device", "cpu")
+    options = ["--topk", 3, "--json", "--device", "cpu"]
+    outcome = run("predict", *PHOTOS, "--weights", tmp_path / "random.pth", "--classes", "imagenet", *options)
     assert outcome.code == 0
     answer = json.loads(outcome.out)
     weights = models.ResNet18_Weights.IMAGENET1K_V1
@@ -307,10 +308,11 @@ def test_transparent_is_white_and_depth_without_range_is_refused(tmp_path: Path)
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ("IMAGENET1K_V9", ["IMAGENET1K_V9", "expected one of IMAGENET1K_V1", ".safetensors"]),
+        ("IMAGENET1K_V9", ["IMAGENET1K_V9", "expected one of IMAGENET1K_V1", "or a checkpoint"]),
         ("ResNet50_Weights.IMAGENET1K_V1", ["ResNet50_Weights", "IMAGENET1K_V1"]),
         ("absent.pt", ["absent.pt", "no such file"]),
-        ("grey.png", ["grey.png", ".pt, .pth, .safetensors"]),
+        ("grey.png", ["grey.png", "a picture, expected"]),
+        (".", ["a folder, expected a checkpoint"]),
     ],
 )
 def test_unknown_weights(
@@ -334,30 +336,24 @@ def test_bad_image_is_found_before_a_download(run: Run, tmp_path: Path) -> None:
     fails(run("predict", tmp_path / "absent.png", "--weights", "DEFAULT"), "absent.png")
 
 
-class Malicious:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.target,)
-
-
 State = dict[str, Any]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: {k: v for k, v in s.items() if not k.startswith("layer1")}, ["20 missing", "layer1.0.conv1.weight"]),
-        (lambda s: {**s, "head.weight": s["fc.weight"]}, ["1 unexpected", "head.weight"]),
-        (lambda s: {**s, "fc.weight": s["fc.weight"].T}, ["fc.weight", "(512, 10)"]),
-        (lambda s: {**s, "conv1.weight": s["conv1.weight"][:, :1]}, ["conv1.weight", "(64, 1, 7, 7)", "(64, 3, 7, 7)"]),
-        (lambda s: {**s, "epoch": 3}, ["no state_dict"]),
-        (lambda s: {}, ["no state_dict"]),
-        (lambda s: list(s), ["a list"]),
+        (lambda s: {k: v for k, v in s.items() if k != "layer1.0.bn1.bias"}, ["1 missing", "layer1.0.bn1.bias"]),
         (lambda s: {"state_dict": s, "categories": ["one"]}, ["categories", "10"]),
-        (lambda s: {"state_dict": s, "image_size": "big"}, ["image_size"]),
-        (lambda s: {**s, "bn1.bias": s["bn1.bias"] * torch.nan}, ["NaN"]),
+        (lambda s: {"state_dict": s, "image_size": "big"}, ["image_size", "1 to 4096", "'big'"]),
+        (lambda s: {"state_dict": s, "image_size": True}, ["image_size", "1 to 4096", "True"]),
+        (lambda s: {"state_dict": s, "image_size": 32.0}, ["image_size", "1 to 4096", "32.0"]),
+        (lambda s: {"state_dict": s, "image_size": numpy.int64(32)}, ["image_size", "1 to 4096", "numpy"]),
+        (
+            lambda s: {**s, "fc.weight": s["fc.weight"][:1], "fc.bias": s["fc.bias"][:1]},
+            ["one output", "torch.sigmoid"],
+        ),
+        (lambda s: {"student": s, "teacher": {k: v + 1 for k, v in s.items()}}, ["'student' and 'teacher'", "key"]),
+        (lambda s: {**s, "bn1.running_var": s["bn1.running_var"] * -1}, ["NaN"]),
     ],
 )
 def test_bad_checkpoints(
@@ -367,38 +363,45 @@ def test_bad_checkpoints(
     fails(run("predict", picture, "--weights", tmp_path / "bad.pt", "--device", "cpu"), "bad.pt", *words)
 
 
-@pytest.mark.parametrize("name", ["text.pt", "empty.pt", "text.safetensors", "half.pt"])
-def test_no_checkpoints(run: Run, tmp_path: Path, picture: Path, checkpoint: Path, name: str) -> None:
-    content = {"text": b"dear diary", "empty": b"", "half": checkpoint.read_bytes()[:1000000]}[Path(name).stem]
-    (tmp_path / name).write_bytes(content)
-    fails(run("predict", picture, "--weights", tmp_path / name), name, "cannot be read safely")
+def test_a_checkpoint_of_another_depth_and_its_average(run: Run, tmp_path: Path, picture: Path) -> None:
+    torch.manual_seed(0)
+    plain, average = (models.resnet34(num_classes=3).eval() for _ in range(2))
+    for model, favourite in ((plain, 1), (average, 2)):
+        model.fc.bias.data[favourite] = 1e4
+    torch.save({"state_dict": plain.state_dict(), "state_dict_ema": average.state_dict()}, tmp_path / "timm.pth.tar")
+    options = ["--weights", tmp_path / "timm.pth.tar", "--device", "cpu", "--json", "--topk", 1]
+    for key, index, said in (([], 2, "took the average, 'state_dict_ema'"), (["--key", "state_dict"], 1, "")):
+        outcome = run("predict", picture, *options, *key)
+        assert [top["index"] for top in json.loads(outcome.out)[0]["top"]] == [index]
+        assert ("took" in outcome.err, said in outcome.err) == (bool(said), True)
 
 
-def test_nothing_in_a_checkpoint_is_executed(run: Run, tmp_path: Path, picture: Path) -> None:
-    target = tmp_path / "was here"
-    torch.save({"state_dict": Malicious(target)}, tmp_path / "zip.pt")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Malicious(target)))
-    for name in ("zip.pt", "pickle.pth"):
-        fails(run("predict", picture, "--weights", tmp_path / name), name, "cannot be read safely")
-    assert not target.exists()
+@pytest.mark.parametrize("outputs", [2, 10, 1000])
+def test_only_who_knows_the_classes_names_them(run: Run, tmp_path: Path, picture: Path, outputs: int) -> None:
+    """Many networks have 1000 classes."""
+    torch.manual_seed(0)
+    torch.save(models.resnet18(num_classes=outputs).state_dict(), tmp_path / "w.bin")
+    (tmp_path / "names.txt").write_text("\n".join(f"größe {i}" for i in range(outputs)) + "\n", encoding="utf-8")
+    options = ["--weights", tmp_path / "w.bin", "--device", "cpu", "--json", "--topk", 1]
 
+    def label(*more: object) -> tuple[str, int, str]:
+        outcome = run("predict", picture, *options, *more)
+        (top,) = json.loads(outcome.out)[0]["top"]
+        return top["label"], top["index"], outcome.err
 
-def test_forms_of_a_checkpoint(tmp_path: Path, state: State) -> None:
-    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}  # as before torch 0.4.1
-    forms: dict[str, Any] = {
-        "plain-and-old.pth": old,
-        "parallel.pt": {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
-        "half.pt": {"model": {k: v.half() if v.is_floating_point() else v for k, v in state.items()}},
-    }  # fmt: skip
-    for name, content in forms.items():
-        torch.save(content, tmp_path / name)
-    pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "tensors.safetensors")
-    for name in [*forms, "tensors.safetensors"]:
-        classifier = predict.find_classifier(str(tmp_path / name))
-        assert classifier.categories == [str(i) for i in range(10)]
-        loaded = classifier.build().state_dict()
-        wanted = state["fc.weight"].half().float() if name == "half.pt" else state["fc.weight"]
-        assert torch.equal(loaded["fc.weight"], wanted), name
+    name, index, said = label()
+    assert name == str(index)
+    assert "w.bin does not name its classes" in said
+    name, index, said = label("--classes", tmp_path / "names.txt")
+    assert name == f"größe {index}"
+    assert "note" not in said
+    if outputs == 1000:
+        name, index, _ = label("--classes", "imagenet")
+        assert name == models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"][index]
+    else:
+        fails(run("predict", picture, *options, "--classes", "imagenet"), "imagenet: 1000 class names", str(outputs))
+    fails(run("predict", picture, *options, "--classes", tmp_path / "absent.txt"), "absent.txt", "No such file")
+    fails(run("predict", picture, *options, "--classes", picture), "grey.png", "a class name a line")
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
