@@ -184,7 +184,7 @@ def _choose(keys: list[str], key: str | None) -> str:
         if key not in keys:
             raise ValueError(f"holds no ResNet with the key {key!r}, expected {known}")
         return key
-    averages = [name for name in keys if "ema" in re.split(r"[._]", name.lower())]
+    averages = [name for name in keys if "ema" in re.split(r"[^a-z]+", name.lower())]
     if len(keys) == 1 or (len(keys) == 2 and len(averages) == 1):
         return (averages or keys)[0]
     raise ValueError(f"holds {len(keys)} ResNets, {known}; choose one by its key")
