@@ -68,7 +68,11 @@ def test_every_example_is_tested() -> None:
     assert [path.name for path in (ROOT / "examples").iterdir() if f'run("{path.name}"' not in tests] == []
 
 
-def test_lines_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_the_readme_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(resnet_triton.resnet34(num_classes=3).state_dict(), "trained.ckpt")
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     lines = lines.replace('weights="IMAGENET1K_V1"', "")
     if not torch.cuda.is_available():
@@ -78,6 +82,7 @@ def test_lines_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
     exec(lines, names)
     assert names["logits"].shape == (2, 1000)
     assert isinstance(names["yours"], resnet_triton.ResNet)
+    assert len(names["trained"].layer3) == 6
     assert "layer4.1.conv2" in capsys.readouterr().out
     with torch.inference_mode():
         assert names["model"]((names["images"] * 255).byte()).isfinite().all()
