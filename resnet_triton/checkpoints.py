@@ -21,7 +21,7 @@ from .models import BasicBlock, Bottleneck, ResNet
 from .support import tensor_files
 from .support.tensor_files import Foreign
 
-DEPTHS: dict[tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]], int] = {
+_DEPTHS: dict[tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]], int] = {
     (BasicBlock, (2, 2, 2, 2)): 18, (BasicBlock, (3, 4, 6, 3)): 34, (Bottleneck, (3, 4, 6, 3)): 50,
     (Bottleneck, (3, 4, 23, 3)): 101, (Bottleneck, (3, 8, 36, 3)): 152,
 }  # fmt: skip
@@ -217,7 +217,7 @@ def _build(network: _Network) -> ResNet:
     ]
     if said:
         shape = "" if (groups, width) == (1, 64) else f" of {groups} groups of width {width}"
-        depth = DEPTHS[block, tuple(layers)]
+        depth = _DEPTHS[block, tuple(layers)]
         hint = "; save the ResNet's own state_dict" if network.besides else ""
         raise ValueError(f"expected the weights of a ResNet-{depth}{shape}, but {'; '.join(said)}{hint}")
     weights = {name: _weight(name, state.get(name)) for name in expected}
@@ -229,9 +229,9 @@ def _architecture(state: dict[str, Tensor]) -> tuple[type[BasicBlock] | type[Bot
     """Block, blocks in each stage, groups and width per group, from the names and one shape."""
     block = Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock
     layers = [len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in range(1, 5)]
-    if (block, tuple(layers)) not in DEPTHS:
+    if (block, tuple(layers)) not in _DEPTHS:
         depths = "; ".join(
-            f"{blocks} as in ResNet-{depth}" for (kind, blocks), depth in DEPTHS.items() if kind is block
+            f"{blocks} as in ResNet-{depth}" for (kind, blocks), depth in _DEPTHS.items() if kind is block
         )
         raise ValueError(f"holds {tuple(layers)} {block.__name__}s, expected {depths}")
     shape = state["layer1.0.conv2.weight"].shape if "layer1.0.conv2.weight" in state else ()
