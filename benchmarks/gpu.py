@@ -20,8 +20,11 @@ from typing import Any
 import torch
 
 from resnet_triton.bench import ceilings, output, report
-from resnet_triton.bench.results import FILE, Results, resume, save
+from resnet_triton.bench.results import Results, resume
 from resnet_triton.bench.runner import Phase, run_apart
+from resnet_triton.support import files
+from resnet_triton.tools import cli
+from resnet_triton.tools.ask import ask
 
 from . import gpu_phases as gpu
 
@@ -69,12 +72,15 @@ PHASES = (
 )
 
 
-def run(phases: Sequence[Phase], folder: Path, budget: float, *, rehearse: bool = False) -> None:
-    """Run what is not complete yet, in order, for about `budget` seconds."""
+def run(
+    phases: Sequence[Phase], folder: Path, budget: float, *, rehearse: bool = False, again: Sequence[str] = ()
+) -> None:
+    """Run what is not complete yet or asked for `again`, in order, for about `budget` seconds."""
     end, device = time.monotonic() + budget, torch.device("cpu" if rehearse else "cuda")
     for phase in phases:
         start = time.monotonic()
-        how = run_apart(phase, device, folder, end, REHEARSAL if rehearse else {})
+        environ = REHEARSAL if rehearse else {}
+        how = run_apart(phase, device, folder, end, environ, again=phase.name in again)
         steps = [step for step in resume(folder).steps if step.phase == phase.name]
         bad = sum(step.failure is not None for step in steps)
         print(f"{phase.name}: {how}, {len(steps)} steps, {bad} failed, {time.monotonic() - start:.0f} s", flush=True)
@@ -107,10 +113,10 @@ def summary(results: Results) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the phases and print a summary."""
+    """Run the phases and print a summary. Returns 0, 1 (nothing was measured), or what every command of ours does."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, kept between calls")
-    parser.add_argument("--budget", type=float, default=540, help="seconds in all")
+    parser.add_argument("--budget", type=cli.positive, default=540, help="seconds in all")
     parser.add_argument("--phases", help=f"of {','.join(p.name for p in PHASES)}; default: all")
     parser.add_argument("--again", default="", help="phases whose steps to repeat")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small; leaves out what has to be compiled")
@@ -120,19 +126,32 @@ def main(argv: list[str] | None = None) -> int:
     again = a.again.split(",") if a.again else []
     if unknown := [name for name in chosen + again if name not in names]:
         parser.error(f"no phase {unknown[0]!r}, expected some of {', '.join(names)}")
-    a.out.mkdir(parents=True, exist_ok=True)
-    results = resume(a.out)
-    results.steps = [step for step in results.steps if step.phase not in again]
-    results.complete = [name for name in results.complete if name not in again]
-    save(results, a.out / FILE)
     kept = [phase for phase in PHASES if phase.name in chosen and not (a.rehearse and phase.name == "tune")]
-    run(kept, a.out.resolve(), a.budget, rehearse=a.rehearse)
-    results = resume(a.out)
-    with contextlib.suppress(ImportError):  # of a plotting library; the archive has the data
-        output.write(results, a.out)
-    archive(a.out)
+    return cli.guarded(lambda: _measure(kept, again, a))
+
+
+def _measure(phases: Sequence[Phase], again: Sequence[str], a: argparse.Namespace) -> int:
+    ask("benchmarks.gpu --rehearse" if a.rehearse else "benchmarks.gpu", a)
+    before = resume(a.out)
+    kind = "cpu" if a.rehearse else "cuda"
+    if {step.environment["device_kind"] for step in before.steps if step.environment} - {kind}:
+        what = ("a GPU", "a rehearsal") if a.rehearse else ("a rehearsal", "a GPU")
+        raise ValueError(f"{a.out} holds results of {what[0]}, which {what[1]} cannot go on with; choose another --out")
+    files.prepare(a.out)
+    try:
+        run(phases, a.out.resolve(), a.budget, rehearse=a.rehearse, again=again)
+    finally:
+        results = resume(a.out)
+        if results != before:
+            with contextlib.suppress(ImportError):  # of a plotting library; the archive has the data
+                output.write(results, a.out)
+        archive(a.out)
     print("\n".join(summary(results)))
-    return 0
+    if any(step.failure is None for step in results.steps if step not in before.steps):
+        return 0
+    if all(phase.name in results.complete for phase in phases) and results.steps == before.steps:
+        return 0  # it was all there
+    return cli.fail([f"nothing was measured; {a.out} has what it had, and logs"])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from ..support import files
+from ..support.devices import find_device
 from . import cases, ceilings, compare, layers, output, race
 from .alternatives import Alternative, alternatives, select
-from .results import Results
+from .results import Results, resume
 from .runner import Phase, Run, Say, run_phase
 from .worker import Spec
 
@@ -48,7 +49,7 @@ def plan(
     image: int = 224,
 ) -> Plan:
     """A plan with defaults for the device: empty stands for all. ValueError names what is unknown."""
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = find_device(device)
     cuda = where.type == "cuda"
     for what, given, known in (("model", models, cases.MODELS), ("dtype", dtypes, DTYPES)):
         if unknown := [name for name in given if name not in known]:
@@ -70,22 +71,25 @@ def plan(
 def run(plan: Plan, say: Say, unwritten: Callable[[OSError], object]) -> Results:
     """Do what the plan says until its budget is spent; an interrupted run leaves what it has.
 
-    A folder that cannot be written to is an OSError at the start; at the end `unwritten` is told, and the caller still
+    Earlier results in the folder stay until something has been timed. A file of somebody else's there is a ValueError
+    at the start, a folder that cannot be written to an OSError; at the end `unwritten` is told, and the caller still
     gets the results.
     """
     results, end = Results(), time.monotonic() + plan.budget
+    resume(plan.out)
     files.prepare(plan.out)
     try:
         for phase in phases(plan):
             deadline = min(time.monotonic() + phase.limit, end)
-            run_phase(phase, Run(plan.device, plan.out, results, deadline, say))
+            run_phase(phase, Run(plan.device, plan.out, results, deadline, say, replaces=True))
     finally:
-        say("writing")
-        try:
-            output.write(results, plan.out)
-        except OSError as error:
-            say(f"cannot write {error.filename}: {error.strerror}")
-            unwritten(error)
+        if results.timed:
+            say("writing")
+            try:
+                output.write(results, plan.out)
+            except OSError as error:
+                say(f"cannot write {error.filename}: {error.strerror}")
+                unwritten(error)
     return results
 
 
@@ -103,10 +107,11 @@ def phases(plan: Plan) -> Iterator[Phase]:
 
 
 def faults(results: Results) -> list[str]:
-    """Rows of ours that are wrong or failed, and steps that failed."""
+    """That nothing was timed, rows of ours that are wrong or failed, and steps that failed."""
+    nothing = [] if results.timed else ["nothing was timed, and nothing written; a larger --budget gives more"]
     rows = [
         f"{compare.title(row)}: " + (f"failed: {row.failure}" if row.failure else "gives a wrong answer")
         for row in results.rows
         if row.ours and (row.failure or row.correct is False)
     ]
-    return rows + [f"{step.phase}, {step.name}: {step.failure}" for step in results.steps if step.failure]
+    return nothing + rows + [f"{step.phase}, {step.name}: {step.failure}" for step in results.steps if step.failure]

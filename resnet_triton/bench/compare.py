@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..support.terminal import table
+from .report import place, remark
 from .results import Measurement, Results, speedup
 
 METRICS: dict[str, Callable[[Measurement], float | None]] = {
@@ -41,13 +43,13 @@ class Limit:
         return cls(found[1], float(found[2]) / 100)
 
     def exceeded(self, change: float) -> bool:
-        """A positive limit is on growth, a negative one on loss."""
-        return change > self.change if self.change >= 0 else change < self.change
+        """A positive limit is on growth, a negative one on loss, and zero is either, by its sign."""
+        return change > self.change if math.copysign(1, self.change) > 0 else change < self.change
 
 
 @dataclass(frozen=True)
 class Change:
-    """One measurement in both files: `old` and `new` are of the metric asked for, `failures` what is worse."""
+    """One measurement: `old` and `new` are of the metric asked for, `failures` what is worse or cannot be compared."""
 
     row: Measurement
     old: float | None
@@ -57,46 +59,86 @@ class Change:
     @property
     def relative(self) -> float | None:
         """+0.05 is five per cent more."""
-        return None if not self.old or self.new is None else self.new / self.old - 1
+        return _relative(self.old, self.new)
 
 
 def compare(old: Results, new: Results, limits: Sequence[Limit], metric: str = "p50") -> list[Change]:
-    """Every row that both files have, in the new file's order, and what of it is worse than a limit allows.
+    """Every row of either file, in the new file's order, and what of it is worse than a limit allows.
 
-    Only rows of ours can fail: other people's releases are not this project's regressions. A row that became wrong,
-    failed or disappeared is a failure without any limit.
+    Only rows of ours can fail: other people's releases are not this project's regressions. A row that is wrong, failed
+    or disappeared is a failure without any limit; one that a limit is for and that cannot be compared is one, too.
     """
     before, after = {row.key: row for row in old.rows}, {row.key: row for row in new.rows}
     tasks = old.tasks(), new.tasks()
     found = []
-    for key, row in after.items():
-        if key not in before:
-            continue
-        was = before[key]
-        failures = list(_broken(was, row)) if row.ours else []
-        for limit in limits if row.ours else ():
-            change = _change(limit.metric, was, row, tasks).relative
-            if change is not None and limit.exceeded(change):
-                failures.append(f"{limit.metric} {change:+.1%}, allowed {limit.change:+.1%}")
-        found.append(replace(_change(metric, was, row, tasks), failures=tuple(failures)))
-    for key, was in before.items():
-        if was.ours and was.good and key not in after:
-            found.append(Change(was, _value(metric, was, tasks[0]), None, ("is missing in the new results",)))
+    for key in dict.fromkeys((*after, *before)):
+        was, row = before.get(key), after.get(key)
+        either = row or was
+        assert either is not None
+        failures = _failures(was, row, limits, tasks) if either.ours else ()
+        found.append(Change(either, _value(metric, was, tasks[0]), _value(metric, row, tasks[1]), tuple(failures)))
     return found
 
 
-def _broken(was: Measurement, row: Measurement) -> list[str]:
-    if was.good and row.failure:
-        return [f"failed: {row.failure}"]
-    return ["gives a wrong answer"] if row.correct is False else []
+def gaps(changes: Sequence[Change], limits: Sequence[Limit], metric: str = "p50") -> Iterator[str]:
+    """What was asked for and compared nothing, which is no reason to pass."""
+    ours = [c for c in changes if c.row.ours]
+    if not any(c.relative is not None for c in ours):
+        yield f"nothing was compared: no row of ours has {metric} in both results"
+    for limit in limits:
+        if ours and not any(_applies(limit.metric, c.row) for c in ours):
+            yield f"nothing was compared: no row of ours has {limit.metric}"
 
 
-def _change(metric: str, was: Measurement, row: Measurement, tasks: tuple[Tasks, Tasks]) -> Change:
-    return Change(row, _value(metric, was, tasks[0]), _value(metric, row, tasks[1]))
+def _failures(
+    was: Measurement | None, row: Measurement | None, limits: Sequence[Limit], tasks: tuple[Tasks, Tasks]
+) -> Iterator[str]:
+    if row is None:
+        yield "is missing in the new results"
+    elif not row.good:
+        yield "gives a wrong answer" if row.correct is False else remark(row)
+    elif asked := [limit for limit in limits if _applies(limit.metric, row)]:
+        if obstacle := _obstacle(was, row):
+            yield f"cannot be compared: {obstacle}"
+            return
+        for limit in asked:
+            values = _value(limit.metric, was, tasks[0]), _value(limit.metric, row, tasks[1])
+            change = _relative(*values)
+            if change is None:
+                before, now = (_cell(value) or "none" for value in values)
+                yield f"{limit.metric} cannot be compared: {before} before, {now} now"
+            elif limit.exceeded(change):
+                yield f"{limit.metric} {change:+.1%}, allowed {limit.change:+.1%}"
 
 
-def _value(metric: str, row: Measurement, tasks: Tasks) -> float | None:
-    return speedup(tasks[row.task]) if metric == SPEEDUP else METRICS[metric](row) if row.good else None
+def _obstacle(was: Measurement | None, row: Measurement) -> str | None:
+    """Why no time of `row`, a good one, says anything about a change."""
+    if was is None:
+        return "is missing in the old results"
+    if not was.good:
+        return f"{remark(was)}, before"
+    if was == row:
+        return "both are the same measurement"
+    if place(was) != place(row):
+        return f"measured on {place(was)} before, on {place(row)} now"
+    return None
+
+
+def _applies(metric: str, row: Measurement) -> bool:
+    """Single layers have neither a first call nor a peak of memory."""
+    return row.suite == "model" or metric not in ("first_call", "peak_memory")
+
+
+def _value(metric: str, row: Measurement | None, tasks: Tasks) -> float | None:
+    if row is None or not row.good:
+        return None
+    return speedup(tasks[row.task]) if metric == SPEEDUP else METRICS[metric](row)
+
+
+def _relative(old: float | None, new: float | None) -> float | None:
+    if old is None or new is None:
+        return None
+    return 0.0 if old == new else new / old - 1 if old else None
 
 
 def differences(old: Results, new: Results) -> list[str]:

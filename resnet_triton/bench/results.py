@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -117,12 +118,23 @@ class Results:
     complete: list[str] = field(default_factory=list)
     running: list[str] | None = None
 
+    @property
+    def timed(self) -> bool:
+        """Whether there is a row with a time."""
+        return any(row.p50_s is not None for row in self.rows)
+
     def add(self, items: Sequence[Measurement | Ceiling]) -> None:
         """Keep these; one that was there before is replaced."""
         for item in items:
             kept: list[Any] = self.rows if isinstance(item, Measurement) else self.ceilings
             place = next((i for i, other in enumerate(kept) if other.key == item.key), len(kept))
             kept[place : place + 1] = [item]
+
+    def note(self, step: Step) -> None:
+        """Keep a step that ran; one that was there before is replaced."""
+        names = [(s.phase, s.name) for s in self.steps]
+        place = names.index(name) if (name := (step.phase, step.name)) in names else len(names)
+        self.steps[place : place + 1] = [step]
 
     def tasks(self) -> dict[tuple[Any, ...], list[Measurement]]:
         """Rows by what was to be done, in the order they came."""
@@ -186,19 +198,44 @@ def load(path: Path) -> Results:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes")
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
-        raise ValueError(f"{path}: not JSON ({error}); is it truncated?") from None
+    data = _parse(content, path)
     if problem := check(data):
         raise ValueError(f"{path}: {problem}")
-    return _results(data)
+    results = _results(data)
+    count = Counter(row.key for row in results.rows)
+    if twice := next((key for key, times in count.items() if times > 1), None):
+        raise ValueError(f"{path}: {count[twice]} rows of {twice}, expected one")
+    return results
 
 
 def resume(folder: Path) -> Results:
-    """What an earlier run of ours left in a folder; a GPU may be lent with a machine that cannot check schemas."""
+    """What an earlier run of ours left in a folder; ValueError if the file there is none of ours.
+
+    A GPU may be lent with a machine that cannot check schemas, so this does not.
+    """
     path = folder / FILE
-    return _results(json.loads(path.read_text("utf-8"))) if path.exists() else Results()
+    if not path.exists():
+        return Results()
+    try:
+        data = _parse(path.read_bytes(), path)
+        if problem := _format(data):
+            raise ValueError(f"{path}: {problem}")
+        return _results(data)
+    except (KeyError, TypeError, ValueError) as error:
+        what = error if isinstance(error, ValueError) else f"{path}: damaged, {one_line(error)}"
+        raise ValueError(f"{what}; move it away, or choose another folder with --out") from None
+
+
+def _parse(content: bytes, path: Path) -> Any:
+    """JSON as the standard has it: Python's own reader takes NaN and Infinity, which no limit would catch."""
+    try:
+        return json.loads(content, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
+        raise ValueError(f"{path}: not JSON ({error}); is it truncated?") from None
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
 
 
 def _results(data: dict[str, Any]) -> Results:
@@ -210,13 +247,21 @@ def _results(data: dict[str, Any]) -> Results:
 
 def check(data: Any) -> str | None:
     """What is wrong with `data` as the content of a results file, in one line."""
-    if isinstance(data, dict) and data.get("format") == FORMAT and data.get("version") != VERSION:
-        return f"is of version {data.get('version')!r}, expected {VERSION}; run the benchmark again"
+    if problem := _format(data):
+        return problem
     error = next(iter(_validator().iter_errors(data)), None)
     if error is None:
         return None
     where = ".".join(map(str, error.absolute_path)) or "the file"
     return f"{where}: {' '.join(error.message.split())[:300]}"
+
+
+def _format(data: Any) -> str | None:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        return f'no results of bench, expected an object with "format": "{FORMAT}"'
+    if data.get("version") != VERSION:
+        return f"is of version {data.get('version')!r}, expected {VERSION}; run the benchmark again"
+    return None
 
 
 @functools.cache

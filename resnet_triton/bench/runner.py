@@ -38,13 +38,17 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a phase may know and use: its device, its time, and what was found before it."""
+    """What a phase may know and use: its device, its time, and what was found before it.
+
+    `replaces` says that the folder may hold what another run has found, which stays until this one has timed something.
+    """
 
     device: torch.device
     folder: Path
     results: Results
     deadline: float  # of time.monotonic(), which all processes share
     say: Say
+    replaces: bool = False
 
     def left(self) -> float:
         """Seconds."""
@@ -52,6 +56,8 @@ class Run:
 
     def keep(self) -> None:
         """Write what there is, for the case that this process is killed."""
+        if self.replaces and not self.results.timed:
+            return
         try:
             save(self.results, self.folder / FILE)
         except OSError as error:  # there may be room again when all is done
@@ -77,10 +83,14 @@ class Phase:
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
-def run_phase(phase: Phase, run: Run) -> None:
-    """Do the steps that the results do not know yet, until the deadline. A failure becomes part of the results."""
+def run_phase(phase: Phase, run: Run, again: Sequence[Step] = ()) -> None:
+    """Do the steps that the results do not know yet, until the deadline. A failure becomes part of the results.
+
+    Steps of `again` are done once more; what they found before stays until then.
+    """
     results = run.results
-    done = {step.name for step in results.steps if step.phase == phase.name}
+    done = {step.name for step in results.steps if step.phase == phase.name and step not in again}
+    results.complete = [name for name in results.complete if name != phase.name]
     try:
         with contextlib.closing(phase.steps(run)) as steps:  # whatever happens, what it has started is ended
             for name, action in steps:
@@ -117,24 +127,31 @@ def _step(phase: Phase, name: str, action: Action, run: Run) -> None:
     finally:
         faulthandler.cancel_dump_traceback_later()
     seconds = round(time.monotonic() - start, 3)
-    run.results.steps.append(Step(phase.name, name, seconds, failure, found, run.environment))
+    run.results.note(Step(phase.name, name, seconds, failure, found, run.environment))
     run.results.running = None
     run.keep()
     if phase.step_limit is not None and run.device.type == "cuda":
         torch.cuda.synchronize(run.device)  # raises if the failure spoilt the context
 
 
-def run_apart(phase: Phase, device: torch.device, folder: Path, end: float, environ: Mapping[str, str]) -> str:
-    """Run a phase in a process of its own, again behind a step that ended it; how that went, in words."""
+def run_apart(
+    phase: Phase, device: torch.device, folder: Path, end: float, environ: Mapping[str, str], *, again: bool = False
+) -> str:
+    """Run a phase in a process of its own, again behind a step that ended it; how that went, in words.
+
+    `again` repeats the steps that the folder has already.
+    """
     deadline = min(time.monotonic() + phase.limit, end - phase.spare)
-    if phase.name in resume(folder).complete:
+    known = resume(folder)
+    if phase.name in known.complete and not again:
         return "complete already"
+    stale = [step for step in known.steps if again and step.phase == phase.name]
     if deadline - time.monotonic() < LEAST:
         return "no time left"
     for _ in range(ATTEMPTS):
-        before = len(resume(folder).steps)
+        before = resume(folder).steps
         log, added = folder / f"{phase.name}.log", {**phase.environ, **environ}
-        child = Child(_alone, (phase, device, folder, deadline), log, added)
+        child = Child(_alone, (phase, stale, device, folder, deadline), log, added)
         try:
             child.process.join(max(deadline + 2 - time.monotonic(), 0))
             code = child.process.exitcode
@@ -144,16 +161,17 @@ def run_apart(phase: Phase, device: torch.device, folder: Path, end: float, envi
         running, results.running = results.running, None
         if running is not None and code is not None:  # else its phase's time was up, not its own
             failure = f"ended the process or took more than {phase.step_limit} s: {child.last_words()}"
-            results.steps.append(Step(running[0], running[1], 0.0, failure, {}, None))
+            results.note(Step(running[0], running[1], 0.0, failure, {}, None))
+            stale = [step for step in stale if step.name != running[1]]
         save(results, folder / FILE)
         if code == 0:
             return "complete" if phase.name in results.complete else "out of time"
         if code is None or deadline - time.monotonic() < LEAST:
             return "out of time"
-        if len(results.steps) == before:
+        if running is None and results.steps == before:
             return f"crashed before its first step: {child.last_words()}"
     return "crashed too often"
 
 
-def _alone(phase: Phase, device: torch.device, folder: Path, deadline: float) -> None:
-    run_phase(phase, Run(device, folder, resume(folder), deadline, functools.partial(print, flush=True)))
+def _alone(phase: Phase, stale: Sequence[Step], device: torch.device, folder: Path, deadline: float) -> None:
+    run_phase(phase, Run(device, folder, resume(folder), deadline, functools.partial(print, flush=True)), stale)

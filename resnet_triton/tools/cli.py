@@ -46,11 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors nobody foresaw keep their traceback; `--debug` or RESNET_TRITON_DEBUG=1 shows it for the others too.
     """
     args = argparse.Namespace(debug=os.environ.get("RESNET_TRITON_DEBUG", "0") not in ("", "0"))
+    return guarded(lambda: _run(argv, args), lambda: args.debug)
+
+
+def guarded(work: Callable[[], int], debug: Callable[[], bool] = lambda: False) -> int:
+    """The exit code of `work`, or of the way it ended, as `main` says."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a label or file name must not break the output
     try:
         with _ended_like_ctrl_c():
-            code = _run(argv, args)
+            code = work()
             sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as in `resnet-triton ... | head`
         _discard_stdout()
@@ -59,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except Exception as error:
         message = _explain(error)
-        if message is None or args.debug:
+        if message is None or debug():
             raise
         _discard_stdout()
         _complain(message)
@@ -95,6 +100,9 @@ def _run(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
         _parser().parse_args(argv, args)
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
+    from .ask import ask
+
+    ask(args.command, args)
     run: Callable[[argparse.Namespace], int] = args.run
     return run(args)
 
@@ -146,7 +154,7 @@ def _codegen(args: argparse.Namespace) -> int:
     else:
         report.show(result)
     failures = budget.faults(result) + ([] if allowed is None else list(budget.regressions(result, allowed)))
-    return _fail(failures)
+    return fail(failures)
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -159,12 +167,10 @@ def _tune(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     result = _emit(args, work, tune.show)
-    return 1 if any(row["wrong"] for row in result["rows"]) else 0
+    return fail(tune.faults(result))
 
 
 def _bench(args: argparse.Namespace) -> int:
-    import matplotlib  # noqa: F401  # that it is missing is better noticed before the work than after
-
     from ..bench import command, report, results
     from ..support.terminal import clock
 
@@ -183,8 +189,9 @@ def _bench(args: argparse.Namespace) -> int:
     found = _emit(args, work, report.show, results.as_text)
     if unwritten:  # what was measured has just been shown
         raise unwritten[0]
-    print(f"Written: {args.out}/results.html and, as data, .json, .csv and .md", file=sys.stderr)
-    return _fail(command.faults(found))
+    if found.timed:
+        print(f"Written: {args.out}/results.html and, as data, .json, .csv and .md", file=sys.stderr)
+    return fail(command.faults(found))
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -196,10 +203,11 @@ def _compare(args: argparse.Namespace) -> int:
     for line in compare.differences(old, new):
         print(f"note: {line}", file=sys.stderr)
     changes = _emit(args, lambda: compare.compare(old, new, limits, args.metric), compare.show, compare.as_text)
-    return _fail(f"{compare.title(c.row)}: {failure}" for c in changes for failure in c.failures)
+    failures = [f"{compare.title(c.row)}: {failure}" for c in changes for failure in c.failures]
+    return fail([*compare.gaps(changes, limits, args.metric), *failures])
 
 
-def _fail(failures: Iterable[str]) -> int:
+def fail(failures: Iterable[str]) -> int:
     """Complain of each; the exit code."""
     found = list(failures)
     for failure in found:
@@ -218,8 +226,6 @@ def _emit(
     as_json: Callable[[Any], str] = _as_json,
 ) -> Any:
     """Do the work, then print its result, as JSON or by `show`. Returns the result."""
-    if not args.json:
-        import rich  # noqa: F401  # that it is missing is better noticed before the work than after
     with contextlib.redirect_stdout(io.StringIO()):  # torch.hub says "Downloading ..." there
         result = work()
     if args.json:
@@ -262,7 +268,7 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
@@ -273,7 +279,7 @@ def _names(text: str) -> list[str]:
 
 
 def _positives(text: str) -> list[int]:
-    return [_positive(number) for number in _names(text)]
+    return [positive(number) for number in _names(text)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -297,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"Example: {example}",
             allow_abbrev=False, parents=[shared],
         )  # fmt: skip
-        added.set_defaults(run=run)
+        added.set_defaults(command=name, run=run)
         added.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
         return added
 
@@ -333,8 +339,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE|imagenet",
         help="class names, one a line (default: those that the weights bring along)",
     )
-    p.add_argument("--topk", type=_positive, default=5, metavar="N", help="classes to show (default: %(default)s)")
-    p.add_argument("--batch", type=_positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
+    p.add_argument("--topk", type=positive, default=5, metavar="N", help="classes to show (default: %(default)s)")
+    p.add_argument("--batch", type=positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
     device(p)
     p.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"],
@@ -371,13 +377,13 @@ def _parser() -> argparse.ArgumentParser:
         "--dtypes", type=_names, default=[], metavar="T,T", help="(default: float16 on a GPU, float32 on a CPU)"
     )
     b.add_argument(
-        "--image", type=_positive, default=224, metavar="N", help="height and width of images (default: %(default)s)"
+        "--image", type=positive, default=224, metavar="N", help="height and width of images (default: %(default)s)"
     )
     b.add_argument(
         "--baselines", type=_names, default=[], metavar="B,B", help="what to time the model against (default: all)"
     )
     b.add_argument(
-        "--budget", type=_positive, metavar="SECONDS", help="when to stop (default: 1800 on a GPU, 480 on a CPU)"
+        "--budget", type=positive, metavar="SECONDS", help="when to stop (default: 1800 on a GPU, 480 on a CPU)"
     )
     b.add_argument(
         "--out", type=Path, default=Path("resnet-triton-bench"), metavar="DIR",
@@ -409,7 +415,7 @@ def _parser() -> argparse.ArgumentParser:
         help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or gfx942; 90 means sm_90 (default: sm_80 sm_90 sm_100)",
     )  # fmt: skip
     c.add_argument(
-        "--batch", type=_positive, nargs="+", default=[1, 8, 32, 128, 256], metavar="N",
+        "--batch", type=positive, nargs="+", default=[1, 8, 32, 128, 256], metavar="N",
         help="images at a time (default: 1 8 32 128 256)",
     )  # fmt: skip
     c.add_argument(
@@ -419,7 +425,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--out", type=Path, metavar="DIR", help="write a summary there, codegen.json")
     c.add_argument("--budget", type=Path, metavar="FILE", help="fail if a row is worse than in this codegen.json")
     c.add_argument(
-        "--jobs", type=_positive, default=os.cpu_count() or 1, metavar="N",
+        "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N",
         help="compiler processes at a time (default: one for each core, here %(default)s)",
     )  # fmt: skip
 
@@ -428,7 +434,7 @@ def _parser() -> argparse.ArgumentParser:
         "stopped", "resnet-triton tune --budget 300 --batches 1,128",
     )  # fmt: skip
     t.add_argument(
-        "--budget", type=_positive, default=300, metavar="SECONDS", help="when to stop (default: %(default)s)"
+        "--budget", type=positive, default=300, metavar="SECONDS", help="when to stop (default: %(default)s)"
     )
     t.add_argument(
         "--batches", type=_positives, default=[1, 8, 32, 128, 256], metavar="N,N",
@@ -441,7 +447,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     t.add_argument("--again", action="store_true", help="tune shapes that the table has already")
     t.add_argument(
-        "--jobs", type=_positive, default=os.cpu_count() or 1, metavar="N",
+        "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N",
         help="compiler processes at a time (default: one for each core, here %(default)s)",
     )  # fmt: skip
     return parser

@@ -25,10 +25,10 @@ from ..convert import optimize
 from ..ops import dispatch
 from ..ops.precision import fp32_precision
 from ..support import vision
+from ..support.devices import find_device
 from ..support.terminal import Bar, table
 from .digits import Recipe, half_the_threads, load_digits, sample, trained
 from .doctor import in_interpreter, no_kernels, versions
-from .predict import find_device
 
 TOLERANCE = 1e-3
 """Largest difference between fp32 logits (about 20 in size) that passes; summation order alone gives about 1e-5."""
@@ -51,8 +51,6 @@ def run(recipe: Recipe | None = None, *, kernel_images: int = 8, device: str = "
 
     `kernel_images` is how many digits the interpreter gets where there is no GPU; a GPU gets all of them.
     """
-    if not dispatch.HAS_TRITON:
-        raise ValueError("Triton is not installed, expected it for this demo; install triton (Linux only)")
     where = find_device(device)
     obstacle = no_kernels(where)
     if obstacle:

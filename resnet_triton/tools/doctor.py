@@ -281,6 +281,27 @@ def _gpus() -> tuple[list[Json], str]:
     ], ""
 
 
+_CACHE_HINT = "; set TRITON_CACHE_DIR to a folder with free space that you, and only you, can write to"
+
+
+def unwritable_cache() -> str | None:
+    """Why no kernel can be compiled: Triton's cache folder takes none. Names the folder, and what changes it."""
+    _, existing = _cache_folder()
+    try:
+        files.probe(existing, 1 << 20)  # about a kernel in all its stages
+    except OSError as error:
+        return f"{existing}: {error.strerror}, so no kernel can be compiled{_CACHE_HINT}"
+    return None
+
+
+def _cache_folder() -> tuple[Path, Path]:
+    """Triton's cache folder, and what there is of its path."""
+    from triton import knobs
+
+    folder = Path(knobs.cache.dir).absolute()
+    return folder, next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+
+
 def _cache() -> Json:
     """Triton's cache folder, and a warning if it cannot be written to, or if others could put code there.
 
@@ -288,17 +309,15 @@ def _cache() -> Json:
     """
     if not dispatch.HAS_TRITON:
         return {"path": None, "warning": None}
-    from triton import knobs
-
-    folder = Path(knobs.cache.dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    try:
-        warning = _exposed(existing, folder)
-        files.probe(existing, 1 << 20)  # about a kernel in all its stages
-    except OSError as error:
-        warning = f"{existing}: {error.strerror}, so no kernel can be compiled"
-    hint = "; set TRITON_CACHE_DIR to a folder with free space that you, and only you, can write to"
-    return {"path": str(folder), "warning": warning and warning + hint}
+    folder, existing = _cache_folder()
+    warning = unwritable_cache()
+    if warning is None:
+        try:
+            threat = _exposed(existing, folder)
+        except OSError as error:  # it can be written to, and not be read
+            threat = f"{existing}: {error.strerror}, so who has put code there cannot be told"
+        warning = threat and threat + _CACHE_HINT
+    return {"path": str(folder), "warning": warning}
 
 
 def _exposed(existing: Path, cache: Path) -> str | None:

@@ -18,6 +18,7 @@ from ..convert import optimize
 from ..ops import dispatch
 from ..ops.dispatch import Kernels
 from ..support import vision
+from ..support.devices import find_device
 from ..support.terminal import Bar, printable, table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -98,21 +99,6 @@ def show(predictions: list[dict[str, Any]]) -> None:
         for rank, top in enumerate(p["top"])
     ]
     table("Predictions", ("file", "label", ">class", ">probability"), rows)
-
-
-def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}, expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported, expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"no device {name!r} here, torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
-    return device
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

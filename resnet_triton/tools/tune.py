@@ -25,7 +25,6 @@ from ..ops.trace import trace
 from ..support.terminal import Bar
 from ..support.terminal import table as print_table
 from ..tuner.search import Bench, Found, OutOfTime, Search, today
-from . import doctor
 
 MODELS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -91,14 +90,10 @@ def workload(families: list[str], batches: list[int], dtypes: list[str], image: 
 
 
 def gpu_bench(jobs: int) -> Bench:
-    """The current CUDA device. ValueError if there is none that our kernels run on."""
-    where = torch.device("cuda")
-    if not torch.cuda.is_available():
-        raise ValueError("no GPU found, expected one to tune for (resnet-triton doctor says why)")
-    if obstacle := doctor.no_kernels(where):
-        raise ValueError(f"cannot tune here: {obstacle}")
+    """The current CUDA device, on which our kernels have to run."""
     from ..tuner.precompile import Compilers
 
+    where = torch.device("cuda")
     facts = device.facts(where)
     l2_bytes = torch.cuda.get_device_properties(where).L2_cache_size
     return Bench(where, facts, _driver(), l2_bytes, lambda: Compilers(facts, jobs))
@@ -117,6 +112,14 @@ def show(result: dict[str, Any]) -> None:
     if cells:
         print_table(f"Convolutions on {result['gpu']}, L2-cold", columns, cells)
     print(f"{len(cells)} shapes tuned, {result['known_before']} known before, {result['left']} left: {result['path']}")
+
+
+def faults(result: dict[str, Any]) -> list[str]:
+    """Wrong answers, and that nothing was timed although something was left to tune."""
+    wrong = [f"{row['layer']}: a configuration gives a wrong answer" for row in result["rows"] if row["wrong"]]
+    if (result["rows"] or result["left"]) and not any(row["timing"] for row in result["rows"]):
+        wrong.append(f"no shape was tuned, and {result['path']} is as it was; a larger --budget gives more")
+    return wrong
 
 
 def _open(path: Path, bench: Bench) -> table.Table:
