@@ -194,11 +194,7 @@ def load(path: Path) -> Results:
     """Read and check a file, or the one in a folder. ValueError says in one line what is wrong with it."""
     if path.is_dir():
         path = path / FILE
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes")
-    data = _parse(content, path)
+    data = files.read_json(path, MAX_BYTES)
     if problem := check(data):
         raise ValueError(f"{path}: {problem}")
     results = _results(data)
@@ -217,25 +213,13 @@ def resume(folder: Path) -> Results:
     if not path.exists():
         return Results()
     try:
-        data = _parse(path.read_bytes(), path)
+        data = files.read_json(path)
         if problem := _format(data):
             raise ValueError(f"{path}: {problem}")
         return _results(data)
     except (KeyError, TypeError, ValueError) as error:
         what = error if isinstance(error, ValueError) else f"{path}: damaged, {one_line(error)}"
         raise ValueError(f"{what}; move it away, or choose another folder with --out") from None
-
-
-def _parse(content: bytes, path: Path) -> Any:
-    """JSON as the standard has it: Python's own reader takes NaN and Infinity, which no limit would catch."""
-    try:
-        return json.loads(content, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
-        raise ValueError(f"{path}: not JSON ({error}); is it truncated?") from None
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number")
 
 
 def _results(data: dict[str, Any]) -> Results:

@@ -1,4 +1,4 @@
-"""Writing files that others rely on: a file is replaced as a whole, or not at all.
+"""Files that others rely on: one is replaced as a whole, or not at all, and JSON is read with care.
 
 Whoever is interrupted, killed or out of disk space leaves the old file or the new one, and nothing half written.
 """
@@ -6,12 +6,14 @@ Whoever is interrupted, killed or out of disk space leaves the old file or the n
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -30,6 +32,25 @@ def replace(path: Path, content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def read_json(path: Path, most: int | None = None) -> Any:
+    """What a file of JSON holds. ValueError, in one line, if it is none or longer than `most` bytes.
+
+    JSON as the standard has it: Python's own reader takes NaN and Infinity, which no limit would catch.
+    """
+    with path.open("rb") as file:
+        content = file.read(-1 if most is None else most + 1)
+    if most is not None and len(content) > most:
+        raise ValueError(f"{path}: expected at most {most} bytes")
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(content, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
+        raise ValueError(f"{path}: not JSON ({error}); is it truncated?") from None
 
 
 def prepare(folder: Path) -> None:

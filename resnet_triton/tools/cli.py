@@ -141,9 +141,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _codegen(args: argparse.Namespace) -> int:
+    import triton
+
     from ..codegen import budget, report
 
-    allowed = budget.load(args.budget) if args.budget else None
+    allowed = budget.load(args.budget, triton.__version__) if args.budget else None
     if args.out:
         files.prepare(args.out)
     result = report.compile_all(args.arch, args.batch, args.dtype, args.jobs, bar)
@@ -246,6 +248,8 @@ def _explain(error: Exception) -> str | None:
         return "the GPU has too little free memory, expected room for one batch; use a smaller --batch or --device cpu"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: not enough memory" in str(error):
         return "this machine has too little free memory, expected room for one batch; use a smaller --batch"
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile's
+        return f"{error.strerror}; set TMPDIR to a folder that you can write to"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'output'}: {error.strerror}{_REMEDIES.get(error.errno or 0, '')}"
     return str(error) if isinstance(error, ValueError | OSError | NotImplementedError) else None

@@ -84,7 +84,8 @@ def trained(recipe: Recipe, digits: Digits, bar: Bar) -> tuple[dict[str, Tensor]
         torch.save(checkpoint, buffer)
         _keep(path, buffer.getvalue())
     except OSError as error:
-        return state, None, [*notes, f"The weights could not be kept: {path.parent}: {error.strerror}."]
+        why = f"{path.parent}: {error.strerror}; XDG_CACHE_HOME names another folder"
+        return state, None, [*notes, f"The weights could not be kept: {why}."]
     return state, path, notes
 
 
@@ -130,7 +131,10 @@ def half_the_threads() -> Iterator[int]:
 def cache_folder() -> Path:
     """Where results are kept: $XDG_CACHE_HOME/resnet-triton, by default ~/.cache/resnet-triton."""
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (configured if configured.is_absolute() else Path.home() / ".cache") / "resnet-triton"
+    try:
+        return (configured if configured.is_absolute() else Path.home() / ".cache") / "resnet-triton"
+    except RuntimeError:  # a user without a name, as in containers
+        raise ValueError("no home folder, expected one for a cache; set XDG_CACHE_HOME to a folder") from None
 
 
 def sample(digits: Digits, folder: Path) -> Path:

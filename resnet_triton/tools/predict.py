@@ -17,7 +17,7 @@ from .. import checkpoints, models
 from ..convert import optimize
 from ..ops import dispatch
 from ..ops.dispatch import Kernels
-from ..support import vision
+from ..support import files, vision
 from ..support.devices import find_device
 from ..support.terminal import Bar, printable, table
 
@@ -217,12 +217,18 @@ def _class_names(source: str, outputs: int) -> list[str]:
 
 
 def _download(chosen: Any) -> nn.Module:
+    kept = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(chosen.url))
+    try:
+        if not kept.exists():
+            files.prepare(kept.parent)
+    except OSError as error:
+        where = f"{error.filename}: {error.strerror}"
+        raise ValueError(f"{where}; {chosen} is kept there, set TORCH_HOME to a folder that takes it") from None
     try:
         return models.resnet18(weights=chosen, progress=sys.stderr.isatty())
     except MemoryError:
         raise
     except Exception as error:  # the network, a proxy, the disk, a wrong hash
-        kept = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(chosen.url))
         if kept.exists():  # torch checks what it downloads, not what it finds
             raise ValueError(f"{kept}: {chosen} cannot be read ({_brief(error)}); delete the file") from None
         raise ValueError(

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import synthetic_results as synthetic
-from synthetic_results import GPU
+from synthetic_results import CPU, GPU
 
 from resnet_triton.bench import compare, results
 from resnet_triton.bench.results import Ceiling, Measurement, Results, Step
@@ -58,7 +59,12 @@ DAMAGE = {
     "truncated": (lambda text: text[: len(text) // 2], "not JSON .* is it truncated?"),
     "empty": (lambda text: "", "not JSON"),
     "no UTF-8": (lambda text: b"\xff\xfe" + text.encode(), "not JSON"),
-    "a list": (lambda text: "[]", "the file: .* is not of type 'object'"),
+    "a list": (lambda text: "[]", 'no results of bench, expected an object with "format"'),
+    "another program's": (lambda text: '{"benchmarks": []}', 'no results of bench, expected an object with "format"'),
+    "NaN": (lambda text: re.sub('"p50_s": [^,]*', '"p50_s": NaN', text, count=1), "not JSON .NaN is no number"),
+    "infinity": (lambda text: re.sub('"p50_s": [^,]*', '"p50_s": 1e999', text, count=1), "rows.0.p50_s: .* maximum"),
+    "a huge number": (lambda text: re.sub('"p50_s": ', '"p50_s": ' + "1" * 400, text, count=1), "rows.0.p50_s: "),
+    "a row twice": (lambda text: re.sub(r"(\n\{.suite.*)", r"\1,\1", text, count=1), "2 rows of .*, expected one"),
     "another version": (lambda text: text.replace('"version": 2', '"version": 1'), "is of version 1, expected 2"),
     "a missing field": (lambda text: text.replace('"batch": 8, ', "", 1), "rows.0: 'batch' is a required property"),
     "an unknown field": (lambda text: text.replace('"batch"', '"size": 1, "batch"', 1), "rows.0: .*'size'"),
@@ -89,7 +95,7 @@ def test_a_missing_file_is_named(tmp_path, capsys):
 
 def test_an_error_that_is_no_number_is_wrong_and_can_be_written(tmp_path):
     nan = float("nan")
-    spoilt = [row().checked(nan, 0.0, 1.0), row().checked(0.0, float("inf"), 1.0)]
+    spoilt = [row().checked(nan, 0.0, 1.0), row(batch=9).checked(0.0, float("inf"), 1.0)]
     assert [r.correct for r in results.load(write(tmp_path / "r.json", *spoilt)).rows] == [False, False]
 
 
@@ -132,10 +138,78 @@ def test_other_metrics():
     assert found["ours"].failures == ("peak_memory +20.0%, allowed +10.0%", "speedup -10.0%, allowed -5.0%")
 
 
+def test_the_sign_of_zero_counts():
+    old, slower = [row(), row("eager", 200.0)], [row(us=101.0), row("eager", 200.0)]
+    assert changes(old, slower, "p50:+0%")["ours"].failures == ("p50 +1.0%, allowed +0.0%",)
+    assert changes(slower, old, "p50:+0%", "speedup:-0%")["ours"].failures == ()
+    assert changes(old, slower, "speedup:-0%")["ours"].failures == ("speedup -1.0%, allowed -0.0%",)
+
+
 @pytest.mark.parametrize("text", ["p50", "p50:5%", "p99:+5%", "p50:+5", "p50:+x%", ""])
 def test_limits_that_cannot_be_read(text):
     with pytest.raises(ValueError, match=r"cannot read limit .*, expected METRIC:\+N%"):
         compare.Limit.parse(text)
+
+
+def without(**more):
+    return row(p50_s=None, p20_s=None, p80_s=None, samples_s=[], correct=None, **more)
+
+
+LATER = {**GPU, "commit": "7654321", "date": "2026-02-03T04:05:06+00:00"}
+MISSING = "ours: is missing in the new results"
+LAYER = {"suite": "kernel", "layer": "fc"}
+NOTHING = {
+    "empty old": ([], [row()], ["p50:+5%"], "ours: cannot be compared: is missing in the old results"),
+    "empty new": ([row()], [], ["p50:+5%"], MISSING),
+    "both empty": ([], [], [], "nothing was compared: no row of ours has p50 in both results"),
+    "only others": ([row("eager")], [row("eager")], ["p50:+5%"], "nothing was compared: no row of ours has p50"),
+    "another dtype": ([row()], [row(dtype="bfloat16")], [], MISSING),
+    "another batch": ([row()], [row(batch=9)], ["p50:+5%"], "cannot be compared: is missing in the old results"),
+    "another image": ([row()], [row(image=32)], [], MISSING),
+    "another device": ([row()], [row(us=1.0, environment={**LATER, "device": "H100"})], ["p50:+5%"],
+                       "ours: cannot be compared: measured on Synthetic GPU before, on H100 now"),
+    "other threads": ([row(environment=CPU)], [row(us=1.0, environment={**CPU, "threads": 9})], ["p50:+5%"],
+                      "measured on Synthetic CPU 9000, 2 threads before, on Synthetic CPU 9000, 9 threads now"),
+    "the same run": ([row()], [row()], ["p50:+5%"], "ours: cannot be compared: both are the same measurement"),
+    "no such metric": ([row()], [row(us=99.0)], ["peak_memory:+5%"], "memory cannot be compared: none before, none"),
+    "a metric lost": ([row(peak_bytes=9)], [row(us=99.0)], ["peak_memory:+5%"], "peak_memory cannot be compared: 9"),
+    "nothing before": ([row(peak_bytes=0)], [row(peak_bytes=9)], ["peak_memory:+5%"], "compared: 0 before, 9 now"),
+    "a metric of models": ([row(**LAYER)], [row(us=99.0, **LAYER)], ["first_call:+5%"],
+                           "nothing was compared: no row of ours has first_call"),
+    "no alternative": ([row()], [row(us=99.0)], ["speedup:-5%"], "speedup cannot be compared: none before, none now"),
+    "alternatives lost": ([row(), row("eager", 300.0)], [row(us=99.0)], ["speedup:-5%"], "cannot be compared: 3"),
+    "all failed": ([without(failure="no")], [without(failure="no")], [], "ours: failed: no"),
+    "all failed before": ([without(failure="no")], [row()], ["p50:+5%"], "cannot be compared: failed: no, before"),
+    "wrong before": ([row(correct=False)], [row()], ["p50:+5%"], "ours: cannot be compared: WRONG: error"),
+    "not timed": ([without()], [without()], [], "ours: not timed"),
+    "not checked": ([row()], [row(us=99.0, correct=None)], [], "ours: not checked"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", NOTHING)
+def test_what_compares_nothing_does_not_pass(tmp_path, capsys, way):
+    old, new, limits, message = NOTHING[way]
+    files = [str(write(tmp_path / name, *rows)) for name, rows in (("old.json", old), ("new.json", new))]
+    assert cli.main(["compare", *files, *(f"--fail-if={limit}" for limit in limits)]) == 1
+    assert message in capsys.readouterr().err
+    assert cli.main(["compare", *files, "--json", *(f"--fail-if={limit}" for limit in limits)]) == 1
+    json.loads(capsys.readouterr().out)
+
+
+def test_a_row_that_cannot_be_compared_is_named_beside_those_that_can(tmp_path, capsys):
+    old = write(tmp_path / "old.json", row(), row(batch=16), row(batch=32))
+    new = write(tmp_path / "new.json", *(row(us=99.0, batch=b, environment=LATER) for b in (8, 16, 64)))
+    assert cli.main(["compare", str(old), str(new), "--fail-if", "p50:+5%"]) == 1
+    assert [line.partition("resnet18, ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "batch 64, float16, gpu clock, L2 warm: ours: cannot be compared: is missing in the old results",
+        "batch 32, float16, gpu clock, L2 warm: ours: is missing in the new results",
+    ]
+
+
+def test_another_commit_and_another_time_compare(tmp_path, capsys):
+    old, new = write(tmp_path / "old.json", row()), write(tmp_path / "new.json", row(environment=LATER))
+    assert cli.main(["compare", str(old), str(new), "--fail-if", "p50:+0%", "--fail-if", "p80:-0%"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_command(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The runner: what is found is kept at once and not repeated; a crash costs itself alone. And the phases of a GPU."""
 
-import json
 import tarfile
 import time
 from functools import partial
@@ -8,11 +7,13 @@ from functools import partial
 import planted_alternatives as planted
 import pytest
 import torch
+from synthetic_results import CPU as CPU_ENVIRONMENT
 from synthetic_results import row
 
 from resnet_triton.bench import results
 from resnet_triton.bench.results import Results
 from resnet_triton.bench.runner import OutOfTime, Phase, Run, run_apart, run_phase
+from resnet_triton.tools import ask
 
 gpu = pytest.importorskip("benchmarks.gpu")
 from benchmarks import gpu_phases  # noqa: E402
@@ -213,10 +214,107 @@ def test_unknown_phases_are_refused(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_phases_are_repeated_when_asked(tmp_path, monkeypatch):
-    steps = [results.Step(name, "step", 1.0, None, {}, None) for name in ("exact", "models")]
-    results.save(Results([row()], [], steps, ["exact", "models"]), tmp_path / results.FILE)
-    monkeypatch.setattr(gpu, "run", lambda *args, **more: None)
-    gpu.main(["--out", str(tmp_path), "--again", "exact"])
-    found = json.loads((tmp_path / results.FILE).read_text())
-    assert ([s["phase"] for s in found["steps"]], found["complete"], len(found["rows"])) == (["models"], ["models"], 1)
+STEPS = [results.Step(name, "step", 1.0, None, {}, None) for name in ("exact", "models")]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of the programme's with a row, two steps and two complete phases; no GPU is asked for."""
+    monkeypatch.setitem(ask.NEEDS, "benchmarks.gpu", ())
+    results.save(Results([row()], [], STEPS, ["exact", "models"]), tmp_path / results.FILE)
+    return tmp_path
+
+
+def programme(folder, monkeypatch, find, *arguments):
+    """The programme's exit code. In place of a process, `find(phase, results, again)` changes the results."""
+
+    def apart(phase, device, folder, end, environ, *, again):
+        known = results.resume(folder)
+        find(phase, known, again)
+        results.save(known, folder / results.FILE)
+        return "done"
+
+    monkeypatch.setattr(gpu, "run_apart", apart)
+    return gpu.main(["--out", str(folder), *arguments])
+
+
+def test_phases_are_repeated_when_asked(folder, monkeypatch):
+    asked = []
+    code = programme(folder, monkeypatch, lambda *args: asked.append((args[0].name, args[2])), "--again", "exact")
+    assert asked[:4] == [("exact", True), ("ceilings", False), ("models", False), ("layers", False)]
+    found = results.load(folder)
+    assert (code, found.steps, found.rows) == (1, STEPS, [row()]), "nothing is forgotten before it is done again"
+    again = results.Step("exact", "step", 2.0, None, {}, None)
+    assert programme(folder, monkeypatch, lambda phase, known, again_: again_ and known.note(again)) == 1
+    code = programme(folder, monkeypatch, lambda phase, known, a: a and known.note(again), "--again", "exact")
+    assert (code, results.load(folder).steps) == (0, [again, STEPS[1]])
+
+
+def test_a_phase_is_done_again_step_by_step(tmp_path):
+    def steps(*found):
+        return [(str(i), partial(list, [{"us": us}])) for i, us in enumerate(found)]
+
+    run(steps(1, 2), tmp_path)
+    old = results.load(tmp_path).steps
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    left = Run(CPU, tmp_path, results.resume(tmp_path), time.monotonic() + 9, print)
+    with pytest.raises(KeyboardInterrupt):
+        run_phase(phase(steps(3)[0], ("1", interrupted)), left, old)
+    assert [s.found["us"] for s in results.load(tmp_path).steps] == [3, 2]
+    left = Run(CPU, tmp_path, results.resume(tmp_path), time.monotonic() + 9, print)
+    run_phase(phase(*steps(4, 4)), left, old)
+    assert [s.found["us"] for s in results.load(tmp_path).steps] == [3, 4], "what is new is not done again"
+    assert results.load(tmp_path).complete == ["phase"]
+
+
+FAILED = results.Step("exact", "new", 1.0, "wrong", {}, None)
+GOOD = results.Step("exact", "new", 1.0, None, {"us": 1}, None)
+
+
+@pytest.mark.parametrize(
+    ("found", "phases", "code"),
+    [
+        (None, "exact,models", 0),  # complete already
+        (None, "ceilings", 1),
+        (FAILED, "exact,ceilings", 1),
+        (GOOD, "exact,ceilings", 0),
+        (KeyboardInterrupt, "ceilings", 130),
+    ],
+)
+def test_a_programme_that_finds_nothing_fails(folder, monkeypatch, capsys, found, phases, code):
+    before = (folder / results.FILE).read_bytes()
+
+    def find(phase, known, again):
+        if found is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        if found is not None:
+            known.note(found)
+
+    assert programme(folder, monkeypatch, find, "--phases", phases) == code
+    err = capsys.readouterr().err
+    assert err == f"resnet-triton: error: nothing was measured; {folder} has what it had, and logs\n" * (code == 1)
+    assert ((folder / results.FILE).read_bytes() == before) is (found not in (FAILED, GOOD))
+    with tarfile.open(folder / gpu.ARCHIVE) as tar:
+        assert results.FILE in tar.getnames()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_rehearsal_and_a_gpu_do_not_go_on_with_each_other(folder, monkeypatch, capsys, kind):
+    monkeypatch.setitem(ask.NEEDS, "benchmarks.gpu --rehearse", ())
+    step = results.Step("exact", "step", 1.0, None, {}, {**CPU_ENVIRONMENT, "device_kind": kind})
+    results.save(Results(steps=[step], complete=["exact"]), folder / results.FILE)
+    rehearse = ["--rehearse"] * (kind == "cuda")
+    assert programme(folder, monkeypatch, lambda *args: None, *rehearse) == 2
+    assert "cannot go on with; choose another --out\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"benchmarks": []}'])
+def test_results_of_another_program_are_left_alone(folder, monkeypatch, capsys, text):
+    (folder / results.FILE).write_text(text)
+    assert programme(folder, monkeypatch, lambda *args: None) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"resnet-triton: error: {folder}/results.json: ")
+    assert (err.count("\n"), (folder / results.FILE).read_text()) == (1, text)

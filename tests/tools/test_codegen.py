@@ -6,6 +6,7 @@ TRITON_INTERPRET.
 """
 
 import contextlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -27,6 +28,7 @@ from resnet_triton.machine_code import read_nvidia
 from resnet_triton.machine_code.ordering import NO_BARRIER_BEFORE_ATOMIC, WEAK_ATOMIC
 from resnet_triton.ops.trace import trace
 from resnet_triton.tools import cli
+from resnet_triton.tools.ask import NEEDS
 
 BUDGET = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen.json"
 
@@ -259,20 +261,34 @@ def test_a_summary_has_each_target_and_the_budget_of_those_that_are_held(tmp_pat
     rows = [launch, {**launch, "batch": 1}, {**launch, "num_warps": 8, "batch": 8}, {**launch, **spills}]
     report.write({**RESULT, "rows": rows}, tmp_path / "new")
     text = Path(tmp_path, "new", "codegen.json").read_text()
-    found = budget.load(Path(tmp_path, "new", "codegen.json"))
+    found = budget.load(Path(tmp_path, "new", "codegen.json"), "3.7.1")
     hopper = {"arch": "sm_90", "launches": 3, "faulty": 0, "configurations": 2, "spill": 0, "faults": {}}
     counts = {"launches": 1, "faulty": 1, "configurations": 1, "spill": 1}
     assert found["targets"] == [hopper, {"arch": "sm_100", **counts, "faults": {"spills 8 bytes": 1}}]
     assert [(row["arch"], row["batch"]) for row in found["rows"]] == [("sm_90", 32), ("sm_90", 1), ("sm_90", 8)]
     assert sum(line.startswith('{"arch"') for line in text.splitlines()) == 5, "one row a line"
     assert list(budget.regressions(RESULT, found)) == []
-    Path(tmp_path, "list.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected an object"):
-        budget.load(Path(tmp_path, "list.json"))
+
+
+FOREIGN = {
+    "[]": "expected an object",
+    "": "not JSON",
+    '{"triton": "3.7.1", "rows": NaN}': "not JSON .NaN is no number",
+    '{"triton": "3.7.1", "rows": {}}': "expected rows with arch, batch",
+    '{"triton": "3.7.1", "rows": [{"arch": "sm_90"}]}': "expected rows with arch, batch",
+    '{"triton": "4", "rows": []}': "was made with Triton 4, expected 3.7.1",
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_a_budget_that_is_none_is_refused_before_the_work(tmp_path, text):
+    Path(tmp_path, "budget.json").write_text(text)
+    with pytest.raises(ValueError, match=f"budget.json:? {FOREIGN[text]}"):
+        budget.load(Path(tmp_path, "budget.json"), "3.7.1")
 
 
 def test_the_committed_budget_holds_what_make_codegen_compiles():
-    allowed = budget.load(BUDGET)
+    allowed = budget.load(BUDGET, json.loads(BUDGET.read_text())["triton"])
     assert {(row["arch"], row["batch"]) for row in allowed["rows"]} == set(
         itertools.product(HELD, (1, 8, 32, 128, 256))
     )
@@ -292,14 +308,22 @@ def test_the_budget_catches_what_got_worse():
     assert worse(occupancy=0.25) == [f"{where}: occupancy 0.25, expected at least 0.5"]
     assert worse(wgmma_per_wait=None) == [f"{where}: wgmma_per_wait None, expected at least 4.0"]
     assert worse(layer="layer9") == ["sm_90 batch 32 float16 layer9 launch 0 (k): not in the budget"]
-    assert worse(batch=64) == worse(arch="sm_100", registers=255) == [], "not held"
-    with pytest.raises(ValueError, match=r"made with Triton 3.7.1, expected 4"):
-        list(budget.regressions({**RESULT, "triton": "4"}, RESULT))
+    rows = [ROW.record(), {**ROW.record(), "batch": 64}, {**ROW.record(), "arch": "sm_100", "registers": 255}]
+    assert list(budget.regressions({**RESULT, "rows": rows}, RESULT)) == [], "not held"
+
+
+@pytest.mark.parametrize("rows", [[], [{"batch": 64}], [{"arch": "sm_100"}], [{"dtype": "tf32"}]])
+def test_a_budget_that_compares_nothing_does_not_pass(rows):
+    found = {**RESULT, "rows": [{**ROW.record(), **changes} for changes in rows]}
+    (nothing,) = budget.regressions(found, RESULT)
+    assert nothing.startswith("nothing was compared: the budget holds none of these")
+    assert list(budget.regressions(RESULT, {**RESULT, "rows": found["rows"]})) == [nothing]
 
 
 def test_the_command_fails_on_a_fault_and_on_a_broken_budget(monkeypatch, tmp_path, capsys):
-    found = dict(RESULT)
+    found = {**RESULT, "triton": importlib.metadata.version("triton")}
     monkeypatch.setattr(report, "compile_all", lambda *_: found)
+    monkeypatch.setitem(NEEDS, "codegen", ())  # here kernels are interpreted
     assert cli.main(["codegen", "--out", str(tmp_path)]) == 0
     committed = str(tmp_path / "codegen.json")
     assert cli.main(["codegen", "--json", "--budget", committed]) == 0

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 from robustness import ROBUST
-from synthetic_results import row
+from synthetic_results import failed, row
 
 from resnet_triton.bench import command, output, results
-from resnet_triton.bench.runner import Phase, Run, Steps
+from resnet_triton.bench.results import Ceiling
+from resnet_triton.bench.runner import OutOfTime, Phase, Run, Steps
 from resnet_triton.codegen import report as codegen
 from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, lookup, table
 from resnet_triton.config.conv import is_legal
@@ -151,6 +152,72 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "phases", lambda plan: [Phase("models", steps)])
 
 
+def once(action: Callable[[], Any]) -> Callable[[Run], Steps]:
+    def steps(run: Run) -> Steps:
+        yield "step", action
+
+    return steps
+
+
+def late(run: Run) -> Steps:
+    raise OutOfTime("no time left")
+    yield
+
+
+def stopped() -> Any:
+    raise KeyboardInterrupt
+
+
+NOTHING: dict[str, tuple[int, list[Callable[[Run], Steps]]]] = {
+    "Ctrl-C at once": (130, [once(stopped)]),
+    "Ctrl-C after the ceilings": (130, [once(lambda: [[Ceiling("copy", bytes_per_s=1.0)]]), once(stopped)]),
+    "Ctrl-C after a failure": (130, [once(lambda: [[failed("ours", 1, "no memory")]]), once(stopped)]),
+    "no time": (1, [late]),
+    "ceilings, and no time": (1, [once(lambda: [[Ceiling("copy", bytes_per_s=1.0)]]), late]),
+    "every step fails": (1, [once(lambda: 1 / 0), once(lambda: 1 / 0)]),
+    "every alternative fails": (1, [once(lambda: [[failed("ours", 1, "no memory"), failed("eager", 1, "no memory")]])]),
+    "no phase": (1, []),
+}
+
+
+@pytest.mark.parametrize("way", NOTHING)
+def test_earlier_results_stay_until_something_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    code, steps = NOTHING[way]
+    bench = ["bench", "--device", "cpu", "--json", "--out"]
+    phases = [Phase(f"phase {i}", some) for i, some in enumerate(steps)]
+    monkeypatch.setattr(command, "phases", lambda plan: phases)
+    output.write(results.Results([row("earlier")]), tmp_path / "used")
+    before = content(tmp_path / "used")
+    for name in ("used", "new"):
+        assert cli.main([*bench, str(tmp_path / name)]) == code
+        nothing = "error: nothing was timed, and nothing written; a larger --budget gives more\n"
+        _, err = capsys.readouterr()
+        assert (nothing in err, "Written" in err, "Traceback" in err) == (code == 1, False, False)
+    assert (content(tmp_path / "used"), content(tmp_path / "new")) == (before, {})
+
+    phases.insert(0, Phase("timed", once(lambda: [[row("new")]])))
+    cli.main([*bench, str(tmp_path / "used")])
+    assert results.load(tmp_path / "used").rows[0].alternative == "new"
+    assert all(content(tmp_path / "used")[name] != before[name] for name in before)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"benchmarks": []}', '{"format": "resnet-triton-benchmark", "version": 1}',
+                                  '{"format": "resnet-triton-benchmark", "version": 2, "rows": 1}'])  # fmt: skip
+@pytest.mark.usefixtures("measured")
+def test_a_file_of_somebody_elses_is_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "results.json").write_text(text)
+    assert cli.main(["bench", "--device", "cpu", "--json", "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), content(tmp_path)) == ("", 1, {"results.json": text.encode()})
+    assert err.startswith(f"resnet-triton: error: {tmp_path}/results.json: ")
+    assert err.endswith("; move it away, or choose another folder with --out\n")
+
+
 @pytest.mark.usefixtures("measured")
 def test_a_disk_that_becomes_full_costs_no_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -187,11 +254,13 @@ def test_a_full_disk_under_the_output_is_one_line(
 UNPRIVILEGED = """
 import contextlib, io, json, os, sys, warnings
 from pathlib import Path
-import matplotlib, triton.knobs
-from resnet_triton.tools import cli, doctor
+import matplotlib, rich, triton.knobs
+from resnet_triton.support import vision
+from resnet_triton.tools import ask, cli, doctor
 from resnet_triton.config import choice, conv_heuristic, lookup, table
 from test_robust_files import GPU, SHAPE, command, output
 
+vision.torchvision()
 if os.getuid() == 0:  # once all is imported: the Python of root may be closed to others
     os.setgid(65534)
     os.setuid(65534)
@@ -225,13 +294,17 @@ def unprivileged() -> Iterator[dict[str, Any]]:
         folder.chmod(0o755)
         (folder / "closed").mkdir()
         (folder / "sealed").mkdir()
+        (folder / "open").mkdir()
+        (folder / "open").chmod(0o777)
         (folder / "nvidia-h200.json").write_text("{}")
         (folder / "nvidia-h200.json").chmod(0)
         (folder / "closed").chmod(0o555)
         (folder / "sealed").chmod(0)
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environ = {
-            **os.environ,
+            **inherited,
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent))),
+            "TRITON_CACHE_DIR": str(folder / "open"),
         }
         done = subprocess.run([sys.executable, "-c", UNPRIVILEGED, name], env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
