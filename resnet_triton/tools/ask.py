@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -84,22 +85,22 @@ def _cache(args: argparse.Namespace) -> None:
         raise ValueError(obstacle)
 
 
+def _temporary(args: argparse.Namespace) -> None:
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.strerror}; set TMPDIR to a folder that you can write to") from None
+
+
+_VISION = (package("PIL.Image"), package("torchvision"))  # the second does not say well that the first is missing
 NEEDS: dict[str, tuple[Question, ...]] = {
     "doctor": (_tables,),
-    "predict": (_tables, package("torchvision"), package("PIL.Image"), _device, _cache),
-    "demo": (
-        _tables,
-        _triton,
-        package("torchvision"),
-        package("PIL.Image"),
-        package("sklearn.datasets"),
-        _device,
-        _cache,
-    ),
-    "bench": (_tables, package("torchvision"), package("matplotlib"), _device, _kernels_on_a_gpu, _cache),
+    "predict": (_tables, *_VISION, _device, _cache),
+    "demo": (_tables, _triton, *_VISION, package("sklearn.datasets"), _device, _cache),
+    "bench": (_tables, *_VISION, package("matplotlib"), _device, _kernels_on_a_gpu, _cache, _temporary),
     "compare": (_tables, package("jsonschema")),
-    "codegen": (_compiler, _cache),
-    "tune": (_tables, _gpu, _kernels_on_a_gpu, _cache),
-    "benchmarks.gpu": (package("torchvision"), _gpu, _kernels_on_a_gpu, _cache),
-    "benchmarks.gpu --rehearse": (package("torchvision"), _triton),
+    "codegen": (_compiler, _cache, _temporary),
+    "tune": (_tables, _gpu, _kernels_on_a_gpu, _cache, _temporary),
+    "benchmarks.gpu": (*_VISION, _gpu, _kernels_on_a_gpu, _cache, _temporary),
+    "benchmarks.gpu --rehearse": (*_VISION, _triton, _temporary),
 }

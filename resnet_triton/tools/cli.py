@@ -248,8 +248,6 @@ def _explain(error: Exception) -> str | None:
         return "the GPU has too little free memory, expected room for one batch; use a smaller --batch or --device cpu"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: not enough memory" in str(error):
         return "this machine has too little free memory, expected room for one batch; use a smaller --batch"
-    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile's
-        return f"{error.strerror}; set TMPDIR to a folder that you can write to"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'output'}: {error.strerror}{_REMEDIES.get(error.errno or 0, '')}"
     return str(error) if isinstance(error, ValueError | OSError | NotImplementedError) else None

@@ -125,5 +125,16 @@ def test_a_cache_that_cannot_be_written(cache: Path) -> None:
     cache.write_text("in the way")
     state, path, notes = digits.trained(RECIPE, digits.load_digits(RECIPE), terminal.bar)
     assert path is None
-    assert "could not be kept" in notes[-1]
+    assert notes[-1].startswith(f"The weights could not be kept: {cache}: ")
+    assert notes[-1].endswith("; XDG_CACHE_HOME names another folder.")
     assert "fc.weight" in state
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(ValueError, match="no home folder, expected one for a cache; set XDG_CACHE_HOME to a folder"):
+        digits.cache_folder()

@@ -518,6 +518,36 @@ def test_the_command(
     assert len(result["rows"]) == len(table.load(path).entries) == 3
 
 
+def no_memory() -> None:
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("way", ["no time", "too little time", "no memory", "no safe code", "all known"])
+def test_a_run_that_tunes_nothing_fails(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, way: str
+) -> None:
+    monkeypatch.setattr(tune, "gpu_bench", lambda jobs: rig.bench)
+    monkeypatch.setitem(NEEDS, "tune", ())
+    path = folder / "mine.json"
+    table.save(table.Table(GPU.name, entries={replace(LARGE, n=9): table.Entry(ConvConfig(64, 64, 64, 4, 2))}), path)
+    if way == "all known":
+        rig.tune(out=path)
+    before = path.read_bytes()
+    if way == "no safe code":
+        monkeypatch.setattr(search, "candidates", lambda shape, *a: candidates(shape, *a)[:1])
+        monkeypatch.setattr(search, "neighbours", lambda *a: [])
+        rig.compiler.unsafe = {candidates(shape, GPU, 4)[0] for shape in LAYERS}
+    elif way == "no memory":
+        rig.before = no_memory
+    elif way == "no time":
+        monkeypatch.setattr(search.Search, "run", lambda *a: (_ for _ in ()).throw(search.OutOfTime))
+    code = cli.main(["tune", "--json", "--budget", "1", "--out", str(path)])
+    out, err = capsys.readouterr()
+    assert [row["timing"] for row in json.loads(out)["rows"] if row["timing"]] == []
+    assert (code, "error: no shape was tuned, and " in err) == ((0, False) if way == "all known" else (1, True))
+    assert path.read_bytes() == before
+
+
 # --- compiling ahead -------------------------------------------------------------------------------------------------
 
 AHEAD = """
