@@ -271,6 +271,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
+    """What an option takes that counts something."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
@@ -394,7 +395,8 @@ def _parser() -> argparse.ArgumentParser:
     device(b)
 
     r = command(
-        "compare", _compare, "compare two results of bench; exit code 1 if ours became wrong or worse than a limit",
+        "compare", _compare, "compare two results of bench; exit code 1 if ours became wrong or worse than a limit, or "
+        "cannot be compared",
         "resnet-triton compare old/results.json new/results.json --fail-if p50:+5%% --fail-if speedup:-3%%",
     )  # fmt: skip
     r.add_argument("old", type=Path, metavar="OLD", help="a results.json, or the folder it is in")
