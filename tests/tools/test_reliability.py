@@ -187,7 +187,8 @@ def test_runs_on_a_gpu_are_told_from_compilations(tmp_path, monkeypatch):
     (tmp_path / "codegen.json").write_text(compiled)
     assert "comes from: none.**" in report.report(tmp_path)
     on_gpu = {**GPU, "device": "NVIDIA H200 NVL"}
-    rows = [row(environment=on_gpu), row(environment=on_gpu, correct=False), row("eager", environment=on_gpu), row()]
+    rows = [row(environment=on_gpu), row(batch=2, environment=on_gpu, correct=False), row("eager", environment=on_gpu)]
+    rows.append(row(batch=3))
     results.save(results.Results(rows), tmp_path / "results.json")
     text = report.report(tmp_path)
     assert "comes from: NVIDIA H200 NVL (1 rows).**" in text
