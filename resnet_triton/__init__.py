@@ -2,7 +2,7 @@
 
 from . import functional
 from .checkpoints import load_checkpoint
-from .convert import Report, optimize, refresh, report, revert
+from .convert import Report, disabled, optimize, refresh, report, revert
 from .models import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 
 __version__ = "0.1.0"
@@ -12,6 +12,7 @@ __all__ = [
     "Bottleneck",
     "Report",
     "ResNet",
+    "disabled",
     "functional",
     "load_checkpoint",
     "optimize",

@@ -1,26 +1,24 @@
-"""Turn a torchvision ResNet into ours and back, and say what runs where."""
+"""Turn a torchvision ResNet into ours and back, run it as it was, and say what runs where."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from . import config, models
+from . import config, converted, copies, models
 from .config.device import facts
 from .graphs import runner
 from .graphs.runner import CudaGraph
-from .ops import dispatch
+from .ops import dispatch, original
 from .ops.dispatch import Kernels
 from .ops.trace import Call, trace
 
-_OURS: dict[str, type[nn.Module]] = {
-    "ResNet": models.ResNet, "BasicBlock": models.BasicBlock, "Bottleneck": models.Bottleneck,
-}  # fmt: skip
+_MODES = ("kernels", "batch_invariant", "cuda_graph", "frozen")
+_OURS = tuple(converted.OURS.values())
 
 
 def optimize(
@@ -30,14 +28,17 @@ def optimize(
     cuda_graph: CudaGraph = "auto",
     freeze: bool = False,
     batch_invariant: bool = False,
-    inplace: bool = False,
+    inplace: bool = True,
 ) -> nn.Module:
-    """Make a torchvision ResNet, or a model that contains one or its blocks, run on our kernels.
+    """Make a torchvision ResNet, or a model that contains one or its blocks, run on our kernels. Returns `model`.
 
-    Returns a new module tree that shares every parameter and buffer with `model` (`inplace=True`: `model` itself).
-    Instances get our class, so names, hooks and state_dict stay; classes are never patched. The shared convolution
-    weights move to channels_last memory in place; `revert` moves them back. Subclasses with code of their own are left
-    alone, but not their blocks. A model of ours only has its modes changed.
+    It stays the model that it is, as with `.half()`: same parameters, buffers, hooks and names, and still an instance
+    of torchvision's class. `revert(model)` undoes it, and within `with disabled(model):` it runs as before, so that
+    answers can be compared. What changes is the code of the ResNets and blocks in it, and the memory format of their
+    filters, which move to channels_last. Subclasses with code of their own are left alone, but not their blocks. Of a
+    model of ours only the modes change.
+
+    With `inplace=False` the result is a deep copy that shares nothing with `model`, which stays as it is.
 
     `cuda_graph="auto"` captures the inference of a whole ResNet on a GPU as a CUDA graph when an input shape comes the
     second time, and replays it afterwards; True captures at the first call and warns where that cannot be; False never
@@ -53,32 +54,44 @@ def optimize(
     NotImplementedError.
 
     Raises ValueError if a mode is unknown, there is nothing to optimize, or `cuda_graph=True`, `freeze=True` or
-    `batch_invariant=True` finds no whole ResNet.
+    `batch_invariant=True` finds no whole ResNet; TypeError if `model` is no module, or for `inplace=False` if it holds
+    something that cannot be copied.
     """
+    _check_module(model)
     dispatch.check_mode(kernels)
     runner.check_mode(cuda_graph)
-    kinds = {cls for m in model.modules() for cls in [_our_class(m)] if cls is not None}
-    if not kinds:
+    for name, value in (("freeze", freeze), ("batch_invariant", batch_invariant), ("inplace", inplace)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}, expected True or False")
+    ours = [m for m in model.modules() if isinstance(m, _OURS) or converted.is_torchvision(m)]
+    if not ours:
         raise ValueError(f"{type(model).__name__} contains no torchvision ResNet, BasicBlock or Bottleneck to optimize")
-    if models.ResNet not in kinds and (asked := _only_whole(cuda_graph, freeze, batch_invariant)):
+    whole = any(isinstance(m, models.ResNet) or type(m).__name__ == "ResNet" for m in ours)  # ours or torchvision's
+    if not whole and (asked := _only_whole(cuda_graph, freeze, batch_invariant)):
         raise ValueError(f"{type(model).__name__} contains no whole ResNet for {asked}")
     if not inplace:
-        shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
-        model = copy.deepcopy(model, shared)
+        model = copies.independent(model)
     for module in model.modules():
-        if _is_torchvision(module):
-            module._torchvision_class = type(module)  # type: ignore[assignment]
-            module.__class__ = _OURS[type(module).__name__]
-        if isinstance(module, tuple(_OURS.values())):
+        if converted.is_torchvision(module):
+            _convert(module)
+        if isinstance(module, _OURS):
             module.kernels, module.batch_invariant = kernels, batch_invariant  # type: ignore[assignment]
+            _move_filters(module)
         if isinstance(module, models.ResNet):
             module.cuda_graph, module.frozen = cuda_graph, freeze
             runner.forget(module)
-    already = {n for n, p in _filters(model) if p.is_contiguous(memory_format=torch.channels_last)}
-    vars(model).setdefault("_channels_last_before", already)
-    for _, parameter in _filters(model):
-        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def _convert(module: nn.Module) -> None:
+    taken = {name: vars(module).pop(name) for name in _MODES if name in vars(module)}  # names that were the user's
+    module.__class__ = getattr(converted, type(module).__name__)
+    vars(module)["_before"] = taken
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
 def _only_whole(cuda_graph: CudaGraph, freeze: bool, batch_invariant: bool) -> str:
@@ -93,17 +106,18 @@ def revert(model: nn.Module) -> nn.Module:
     The classes of its modules change, so no call may be under way in another thread. Raises ValueError for a model
     that `optimize` did not convert.
     """
-    converted = [m for m in model.modules() if "_torchvision_class" in vars(m)]
-    if not converted:
+    _check_module(model)
+    found = [(m, theirs) for m in model.modules() if (theirs := converted.origin(m)) is not None]
+    if not found:
         raise ValueError(f"{type(model).__name__} was not converted by optimize, so there is nothing to revert")
-    for module in converted:
-        module.__class__ = vars(module).pop("_torchvision_class")
-        for name in ("kernels", "batch_invariant", "cuda_graph", "frozen", "_runner"):
-            vars(module).pop(name, None)
-    already = vars(model).pop("_channels_last_before", set())
-    for name, parameter in _filters(model):
-        if name not in already:
-            parameter.data = parameter.data.contiguous()
+    for module, theirs in found:
+        _move_filters_back(module)
+        runner.forget(module)
+        its = vars(module)
+        for name in (*_MODES, "_normalize"):
+            its.pop(name, None)
+        its.update(its.pop("_before", {}))
+        module.__class__ = theirs
     return model
 
 
@@ -113,6 +127,7 @@ def refresh(model: nn.Module) -> nn.Module:
     Only a frozen model needs it; others see what was done to them by themselves. Raises ValueError if `model` contains
     no ResNet of ours.
     """
+    _check_module(model)
     ours = [m for m in model.modules() if isinstance(m, models.ResNet)]
     if not ours:
         raise ValueError(f"{type(model).__name__} contains no ResNet of ours, so there is nothing to refresh")
@@ -121,14 +136,31 @@ def refresh(model: nn.Module) -> nn.Module:
     return model
 
 
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
+    """In `with disabled(model):` calls of `model` run the code of torchvision and PyTorch, without kernels and graphs.
+
+    For comparisons: one model, so nothing has to be kept equal. `model` may also contain what was optimized, or be one
+    of ours. It nests, and other threads are not affected, except in code made by torch.compile, which cannot tell
+    threads apart. The filters stay in channels_last memory, so answers may differ by a rounding from those before
+    `optimize`. Raises ValueError if `model` contains nothing of ours.
+    """
+    _check_module(model)
+    ours = [m for m in model.modules() if isinstance(m, _OURS)]
+    if not ours:
+        raise ValueError(f"{type(model).__name__} contains nothing of ours to disable, expected what optimize returned")
+    return original.disable(ours)
+
+
 @dataclass(frozen=True)
 class Report:
     """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
-    a graph repeats is not made again); `graphs`, for each whole ResNet by name, what its graphs have done."""
+    a graph repeats is not made again); `graphs`, for each whole ResNet by name, what its graphs have done; `replaced`,
+    by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as they are."""
 
     calls: list[Call]
     counted: dict[tuple[str, str], int]
     graphs: dict[str, str]
+    replaced: dict[str, str]
 
     def __str__(self) -> str:
         rows = [("layer", "operator", "runs on", "why, or how")]
@@ -140,16 +172,36 @@ class Report:
         ]
         counts = ", ".join(f"{op} {n} on {backend}" for (op, backend), n in sorted(self.counted.items())) or "none"
         graphs = [f"{name + ': ' if name else ''}{line}" for name, line in self.graphs.items()]
-        return "\n".join([*lines, *graphs, f"calls so far in this process: {counts}"])
+        where: dict[str, list[str]] = {}
+        for name, why in self.replaced.items():
+            where.setdefault(why, []).append(name or "the model")
+        runs = [f"{why}, so what is there now runs: {_some(names)}" for why, names in where.items()]
+        return "\n".join([*lines, *graphs, *runs, f"calls so far in this process: {counts}"])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Report:
     """Which layer of `model` runs on what, and why, for an input of `shape`, as inference would run now.
 
-    Computes nothing: the model is traced on fake tensors.
+    Computes nothing: the model is traced on fake tensors. TypeError if `model` is no module.
     """
+    _check_module(model)
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
-    return Report(trace(model, shape), dict(dispatch.calls), graphs)
+    replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
+    calls = [_explained(call, replaced) for call in trace(model, shape)]
+    return Report(calls, dict(dispatch.calls), graphs, replaced)
+
+
+def _explained(call: Call, replaced: dict[str, str]) -> Call:
+    """A call inside a module whose code was replaced says so."""
+    inside = [name for name in replaced if f"{call.name}.".startswith(f"{name}." if name else "")]
+    if call.operation is not None or not call.name or not inside or call.reason != "called as a module":
+        return call
+    name = max(inside, key=len)
+    return replace(call, reason=f"{name or 'the model'}: {replaced[name]}")
 
 
 def _backend(call: Call) -> str:
@@ -166,18 +218,36 @@ def _detail(call: Call) -> str:
     return ", ".join(filter(None, how))
 
 
-def _our_class(module: nn.Module) -> type[nn.Module] | None:
-    """What `optimize` makes of a module: our class, or None if it leaves it alone."""
-    if _is_torchvision(module):
-        return _OURS[type(module).__name__]
-    return next((ours for ours in _OURS.values() if isinstance(module, ours)), None)
+def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The filters that a ResNet or a block reads itself, by name."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Sequential) and name == "downsample":
+            yield from ((f"{name}.{inner}", weight) for inner, weight in _filters(child))
+        elif type(child) is nn.Conv2d and (name.startswith("conv") or isinstance(module, nn.Sequential)):
+            weight = child._parameters["weight"]  # a parametrized or pruned one is computed
+            if weight is not None:
+                yield name, weight
 
 
-def _is_torchvision(module: nn.Module) -> bool:
-    """Exactly one of torchvision's own ResNet classes; a subclass may have overridden anything."""
-    cls = type(module)
-    return cls.__module__ == "torchvision.models.resnet" and cls.__name__ in _OURS
+def _move_filters(module: nn.Module) -> None:
+    """To channels_last memory, keeping which were not there already."""
+    moved = set(vars(module).get("_moved", ()))
+    for name, weight in _filters(module):
+        if not weight.is_contiguous(memory_format=torch.channels_last):
+            _lay_out(weight, torch.channels_last)
+            moved.add(name)
+    if moved:
+        vars(module)["_moved"] = moved
 
 
-def _filters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.dim() == 4)
+def _move_filters_back(module: nn.Module) -> None:
+    moved = vars(module).pop("_moved", ())
+    for name, weight in _filters(module):
+        if name in moved:
+            _lay_out(weight, torch.contiguous_format)
+
+
+def _lay_out(weight: nn.Parameter, memory_format: torch.memory_format) -> None:
+    """Under the mode that the weight was made in, not the caller's: inference mode would make it an inference tensor."""
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.data = weight.data.contiguous(memory_format=memory_format)

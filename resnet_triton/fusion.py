@@ -1,7 +1,7 @@
 """When a convolution, its batch norm, ReLU and residual or shortcut may be one fused call, and that call.
 
-A module that is not what it should be (training mode, a replaced norm layer, a forward hook) is simply called, as
-torchvision would call it.
+A module that is not what it should be (training mode, a replaced norm layer, a forward hook, a `forward` of somebody
+else's) is simply called, as torchvision would call it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from .ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, dispatch
 from .ops.checks import pair
 from .ops.dispatch import Modes
+from .ops.original import CONV_FORWARD, LAYERS, replaced
 
+Conv2d, BatchNorm2d, ReLU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
+_CONV, _NORM, _RELU = (LAYERS[cls] for cls in (Conv2d, BatchNorm2d, ReLU))
 
 class Fused(NamedTuple):
     """What one fused call needs of a convolution and the batch norm behind it, as they are now."""
@@ -26,7 +29,7 @@ class Fused(NamedTuple):
 
 def fuse(conv: Any, norm: Any) -> Fused | str:
     """What `norm(conv(x))` needs to be one fused call, or why it cannot be one. Asked before each call."""
-    if (type(conv), type(norm)) != (nn.Conv2d, nn.BatchNorm2d):
+    if type(conv) is not Conv2d or type(norm) is not BatchNorm2d:
         return f"{type(conv).__name__} and {type(norm).__name__} instead of Conv2d and BatchNorm2d"
     if norm.training:
         return "training mode"
@@ -34,6 +37,10 @@ def fuse(conv: Any, norm: Any) -> Fused | str:
         return "convolution without zero padding in numbers"
     if _hooked(conv) or watched(norm):
         return "a hook or a forward of its own"
+    if Conv2d.forward is not _CONV or BatchNorm2d.forward is not _NORM:
+        return f"{replaced(conv) or replaced(norm)}"
+    if Conv2d._conv_forward is not CONV_FORWARD or "_conv_forward" in conv.__dict__:
+        return f"{replaced(conv)}"
     try:  # past Module.__getattr__, which costs more than all else here
         filters, statistics, affine = conv._parameters, norm._buffers, norm._parameters
         weight, conv_bias = filters["weight"], filters["bias"]
@@ -61,8 +68,8 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is exactly of this kind and nothing watches it, so that a fused call may stand in for it."""
-    return type(module) is kind and not watched(module)
+    """Whether `module` is exactly of this kind, as written, and unwatched, so that a fused call may stand in for it."""
+    return type(module) is kind and kind.forward is LAYERS[kind] and not watched(module)
 
 
 def plain_pool(pool: nn.Module) -> bool:
@@ -86,7 +93,7 @@ def conv_norm_act(
     downsample: nn.Module | None = None,
 ) -> Tensor:
     """`act(norm(conv(x)) + downsample(identity))` in one fused call if the modules allow it, else module by module."""
-    relu = type(act) is nn.ReLU and not _hooked(act)
+    relu = type(act) is ReLU and ReLU.forward is _RELU and not _hooked(act)
     fused = fuse(conv, norm)
     if isinstance(fused, str):
         y = _by_modules(x, conv, norm, modes, fused)
@@ -108,6 +115,13 @@ def by_module(module: Any, x: Any, modes: Modes) -> Any:
     if not plain(module, nn.Identity):
         _refuse_batch_invariance(modes, f"{type(module).__name__} replaced, watched or traced")
     return module(x)
+
+
+def refuse_modules(modes: Modes, reason: str) -> None:
+    """NotImplementedError, naming the reason, if modules must not run as PyTorch runs them."""
+    _refuse_batch_invariance(modes, reason)
+    if modes.kernels == "triton":
+        raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}')
 
 
 def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, modes: Modes, reason: str) -> Tensor:

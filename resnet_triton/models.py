@@ -19,9 +19,11 @@ from . import ops
 from .fusion import by_module, conv_norm_act, fuse, plain, plain_pool, watched
 from .graphs import runner
 from .graphs.runner import Graphed
-from .ops import reference
-from .ops.checks import pair
+from .ops import original, reference
+from .ops.checks import check_pixels, pair
 from .ops.dispatch import Kernels, Modes
+from .ops.original import is_disabled, replaced
+from .ops.schema import check_tensor
 from .ops.stem import CONV, POOL
 from .support import vision
 
@@ -46,6 +48,16 @@ class _Modal(nn.Module):
     def modes(self) -> Modes:
         return Modes(self.batch_invariant, self.kernels)
 
+    def _floats(self, x: Any) -> Any:
+        """An input of ours as torchvision's code takes it."""
+        return x
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile a {type(self).__name__} of ours; use torch.jit.trace or torch.export, or "
+            "resnet_triton.revert a model that was optimized"
+        )
+
 
 class BasicBlock(_Modal):
     """Two 3x3 convolutions and a shortcut: ResNet-18 and 34."""
@@ -69,6 +81,9 @@ class BasicBlock(_Modal):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        if original.anywhere and is_disabled(self):
+            y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+            return self.relu(y + (x if self.downsample is None else self.downsample(x)))
         own, modes = self._modules, self.modes  # for the way through Module.__getattr__ costs more
         y = conv_norm_act(x, own["conv1"], own["bn1"], own["relu"], modes)
         return conv_norm_act(y, own["conv2"], own["bn2"], own["relu"], modes, identity=x, downsample=self.downsample)
@@ -97,6 +112,9 @@ class Bottleneck(_Modal):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        if original.anywhere and is_disabled(self):
+            y = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+            return self.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
         own, modes = self._modules, self.modes  # for the way through Module.__getattr__ costs more
         y = conv_norm_act(x, own["conv1"], own["bn1"], own["relu"], modes)
         y = conv_norm_act(y, own["conv2"], own["bn2"], own["relu"], modes)
@@ -183,9 +201,15 @@ class ResNet(_Modal, Graphed):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(x) is not Tensor or self.training or not runner.wanted(self, x):
             return self._forward_impl(x)
-        return runner.run(self, x)
+        return self._forward_impl(x) if original.anywhere and is_disabled(self) else runner.run(self, x)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        if type(x) is not Tensor:
+            check_tensor("x", x)
+        if original.anywhere and is_disabled(self):
+            x = self.maxpool(self.relu(self.bn1(self.conv1(self._floats(x)))))
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+            return self.fc(torch.flatten(self.avgpool(x), 1))
         x = self._stem(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             # Block by block, for calling the stage would keep its input, the largest tensor of all, until its end.
@@ -197,10 +221,12 @@ class ResNet(_Modal, Graphed):
     def uncaptured_reason(self) -> str | None:
         for name, module in self.named_modules():
             where = name or "the model"
-            if type(module) not in _STATELESS:
+            if type(module) not in STATELESS:
                 return f"{where} is a {type(module).__name__}, which may do more than compute"
+            if (code := replaced(module)) is not None:
+                return f"{where} is not as written, {code}"
             if watched(module):
-                return f"{where} has a hook or a forward of its own"
+                return f"{where} has a hook"
             if module.training and isinstance(module, nn.BatchNorm2d):
                 return f"{where} is in training mode"
         return None
@@ -209,15 +235,30 @@ class ResNet(_Modal, Graphed):
 
     @property
     def normalize(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and standard deviation of each channel, kept as numbers that cannot be changed in place."""
+        """Mean and standard deviation of each channel, or None: as numbers, which cannot be changed in place.
+
+        Setting it raises ValueError if there is not one of each for every channel that `conv1` takes, if a mean is not
+        finite, or a standard deviation not finite and positive.
+        """
         return self._normalize
 
     @normalize.setter
     def normalize(self, statistics: tuple[Sequence[float], Sequence[float]] | None) -> None:
         if statistics is not None:
-            mean, std = statistics
-            statistics = tuple(map(float, mean)), tuple(map(float, std))
+            try:
+                mean, std = (tuple(map(float, values)) for values in statistics)
+            except (TypeError, ValueError):
+                wanted = "a mean and a standard deviation for each channel, ((0.5, ...), (0.2, ...))"
+                raise ValueError(f"normalize={statistics!r}, expected None or {wanted}") from None
+            check_pixels(mean, std, getattr(self.conv1, "in_channels", len(mean)))
+            statistics = mean, std
         self._normalize = statistics
+
+    def _floats(self, x: Any) -> Any:
+        if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8 and self.normalize is not None:
+            check_pixels(*self.normalize, x.shape[1])
+            return reference.normalize(x, *self.normalize).to(self.conv1.weight.dtype)
+        return x
 
     def _stem(self, x: Tensor) -> Tensor:
         conv, norm, pool = self.conv1, self.bn1, self.maxpool
@@ -234,9 +275,7 @@ class ResNet(_Modal, Graphed):
             if x.dtype == fused.weight.dtype or pixels is not None:
                 mean, std = pixels or (None, None)
                 return ops.Stem(x, fused.weight, fused.batch_norm, mean, std, self.modes).run()
-        if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8 and self.normalize is not None:
-            x = reference.normalize(x, *self.normalize).to(conv.weight.dtype)
-        return self._pool(conv_norm_act(x, conv, norm, self.relu, self.modes))
+        return self._pool(conv_norm_act(self._floats(x), conv, norm, self.relu, self.modes))
 
     def _head(self, x: Tensor) -> Tensor:
         if not isinstance(x, fx.Proxy) and self._averages_everything() and plain(self.fc, nn.Linear):
@@ -266,14 +305,17 @@ class ResNet(_Modal, Graphed):
 
 def _keeps_apart(block: Any) -> bool:
     """Whether a block is ours, with nothing added, and computes each image of a batch as if it were alone."""
-    return type(block) in (BasicBlock, Bottleneck) and not watched(block) and block.batch_invariant
+    return type(block) in BLOCKS and not watched(block) and replaced(block) is None and block.batch_invariant
 
 
-# A call of these depends on its input, on tensors and on plain attributes, and changes nothing.
-_STATELESS = {
+BLOCKS: set[type] = {BasicBlock, Bottleneck}
+STATELESS: set[type] = {
     ResNet, BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.MaxPool2d,
     nn.AdaptiveAvgPool2d, nn.Linear, nn.Identity,
 }  # fmt: skip
+"""A call of these depends on its input, on tensors and on plain attributes, and changes nothing."""
+for _cls in (ResNet, BasicBlock, Bottleneck):
+    original.remember(_cls)
 
 
 def _resnet(

@@ -1,7 +1,8 @@
 """What a captured graph has fixed about its model, and whether it still holds.
 
 A graph reads parameters and buffers by address, so edits in place need nothing. What it would miss: a tensor replaced
-or moved, a module replaced, an attribute set (`eps`, `training`, `kernels`, a patched `forward`), a hook.
+or moved, a module replaced, an attribute set (`eps`, `training`, `kernels`, a patched `forward`), a hook, the code of a
+class replaced.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
+
+from ..ops import original
 
 _dtype = attrgetter("dtype")
 
@@ -31,6 +34,8 @@ class Fingerprint:
             for m in modules
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
+        self._classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__}
+        self._code = original.code(self._classes)
         self._values = _values(self._attributes)
         self._tensors = _values(self._owners)
         self._read = [t for t in self._tensors if t is not None and t.is_floating_point()]
@@ -41,7 +46,8 @@ class Fingerprint:
     def holds(self) -> bool:
         """Whether the model is still what it was."""
         try:
-            same = _values(self._attributes) == self._values  # by identity first, so nearly always without a call
+            same = original.code(self._classes) == self._code
+            same = same and _values(self._attributes) == self._values  # by identity, so nearly always without a call
         except Exception:  # an array or a tensor was set as an attribute: it has no truth value to compare by
             return False
         tensors = _values(self._owners)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import chain
 from typing import Any
 
@@ -17,12 +16,24 @@ def snapshot(model: Any) -> Any:
     does not. Its batch norms have mean 0, variance 1 and eps 0, the scale as weight and the shift as bias: a kernel
     computes from them exactly that scale and that shift.
     """
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    frozen = copy.deepcopy(model, shared)
+    frozen = _twin(model)
     for norm in frozen.modules():
         if type(norm) is nn.BatchNorm2d and norm.running_mean is not None and norm.running_var is not None:
             _freeze(norm)
     return frozen
+
+
+def _twin(module: Any) -> Any:
+    """Another module with the same attributes and weights. Not a deep copy: an attribute may be one that has none."""
+    twin = module.__new__(type(module))
+    vars(twin).update({k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items() if k != "_runner"})
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else _twin(child)
+    for name, p in module._parameters.items():
+        twin._parameters[name] = None if p is None else nn.Parameter(p.detach(), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        twin._buffers[name] = None if buffer is None else buffer.clone()
+    return twin
 
 
 def _freeze(norm: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from operator import index
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.values import BatchNorm, Geometry, Size
 from .operation import Shape
+from .schema import check_tensor
 
 IntOrPair = int | tuple[int, int]
 _INTS = [int, int]
@@ -68,6 +70,15 @@ def check_vectors(x: Tensor, weight: Tensor, batch_norm: BatchNorm, prefix: str 
             raise TypeError(
                 f"{prefix}{name} is None, expected {tuple(shape)}: inference normalises with running statistics"
             )
+
+
+def check_pixels(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
+    """That bytes of so many channels can be normalised with these: ValueError."""
+    for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+        if len(values) != channels:
+            raise ValueError(f"{name} has {len(values)} values, expected {channels}, one for each channel")
+    if not all(map(isfinite, (*mean, *std))) or min(std, default=1.0) <= 0:
+        raise ValueError(f"pixel_mean={mean}, pixel_std={std}, expected finite numbers and standard deviations above 0")
 
 
 def check_same_dtype(x: Tensor, **others: Tensor | None) -> None:

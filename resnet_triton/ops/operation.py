@@ -101,6 +101,8 @@ class Operation:
     def run(self) -> Tensor:
         """Compute the result on our kernels or on PyTorch, before torch's eyes where it looks."""
         if torch.compiler.is_compiling() or dispatch.is_watched(tensors := self.schema.tensors(self)):
+            if not torch.compiler.is_compiling():
+                self.schema.check(self)
             traced = not torch.compiler.is_compiling() and torch._C._is_tracing()
             if traced and self.choose()[1].backend == "torch":
                 return self.run_torch()  # so that the trace runs where this package is not

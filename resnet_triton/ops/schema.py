@@ -69,6 +69,12 @@ def arguments(cls: Any, path: str = "", prefix: str = "", optional: bool = False
             yield Argument(prefix + name, path + name, _TYPES[kind] + ("?" if may_be_none or optional else ""))
 
 
+def check_tensor(name: str, x: object) -> None:
+    """TypeError for what is neither a tensor nor stands for one, as a tracer's proxy does."""
+    if not isinstance(x, Tensor) and not hasattr(type(x), "__torch_function__"):
+        raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor")
+
+
 class Schema:
     """Of one operator's class: the text for `torch.library`, and the way there and back."""
 
@@ -97,6 +103,12 @@ class Schema:
         absent = self._absent and getattr(operation, self._absent) is None
         found = self._present_tensors(operation) if absent else self._tensors(operation)
         return [t for t in found if t is not None]
+
+    def check(self, operation: Any) -> None:
+        """TypeError, naming it, for an argument that should be a tensor and is none."""
+        for argument, value in zip(self.arguments, self.flatten(operation), strict=True):
+            if argument.type.startswith("Tensor") and value is not None:
+                check_tensor(argument.name, value)
 
     def build(self, values: Any) -> Any:
         """The operation with these arguments."""

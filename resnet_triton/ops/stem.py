@@ -15,7 +15,7 @@ from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..kernels.values import BatchNorm, Geometry
 from . import reference
-from .checks import channels_last, check_rank, too_large
+from .checks import channels_last, check_pixels, check_rank, too_large
 from .conv import ConvBnRelu
 from .dispatch import AUTO, HAS_TRITON, Modes
 from .operation import Operation, Result, Shape, register
@@ -58,9 +58,8 @@ class Stem(Operation):
             raise TypeError(
                 f"x has dtype {x.dtype}, expected torch.uint8 with pixel_mean and pixel_std, else floating point"
             )
-        for name, t in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
-            if t is not None and len(t) != x.shape[1]:
-                raise ValueError(f"{name} has {len(t)} values, expected {x.shape[1]} like x's channels")
+        if self.pixel_mean is not None and self.pixel_std is not None:
+            check_pixels(self.pixel_mean, self.pixel_std, x.shape[1])
         if weight.dim() == 4 and tuple(weight.shape[2:]) != (7, 7):
             raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (K, C, 7, 7)")
         if x.dtype == torch.uint8:
