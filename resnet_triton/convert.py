@@ -63,24 +63,30 @@ def optimize(
     for name, value in (("freeze", freeze), ("batch_invariant", batch_invariant), ("inplace", inplace)):
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}, expected True or False")
-    ours = [m for m in model.modules() if isinstance(m, _OURS) or converted.is_torchvision(m)]
-    if not ours:
+    chosen = _chosen(model)
+    if not chosen:
         raise ValueError(f"{type(model).__name__} contains no torchvision ResNet, BasicBlock or Bottleneck to optimize")
-    whole = any(isinstance(m, models.ResNet) or type(m).__name__ == "ResNet" for m in ours)  # ours or torchvision's
+    whole = any(isinstance(m, models.ResNet) or type(m).__name__ == "ResNet" for m in chosen)
     if not whole and (asked := _only_whole(cuda_graph, freeze, batch_invariant)):
         raise ValueError(f"{type(model).__name__} contains no whole ResNet for {asked}")
     if not inplace:
         model = copies.independent(model)
-    for module in model.modules():
+        chosen = _chosen(model)
+    for module in chosen:
+        _move_filters(module)  # before anything else, as memory may run out
+    for module in chosen:
         if converted.is_torchvision(module):
             _convert(module)
-        if isinstance(module, _OURS):
-            module.kernels, module.batch_invariant = kernels, batch_invariant  # type: ignore[assignment]
-            _move_filters(module)
+        module.kernels, module.batch_invariant = kernels, batch_invariant  # type: ignore[assignment]
         if isinstance(module, models.ResNet):
             module.cuda_graph, module.frozen = cuda_graph, freeze
             runner.forget(module)
     return model
+
+
+def _chosen(model: nn.Module) -> list[nn.Module]:
+    """Ours, and those of torchvision's that become ours."""
+    return [m for m in model.modules() if isinstance(m, _OURS) or converted.is_torchvision(m)]
 
 
 def _convert(module: nn.Module) -> None:
@@ -248,6 +254,6 @@ def _move_filters_back(module: nn.Module) -> None:
 
 
 def _lay_out(weight: nn.Parameter, memory_format: torch.memory_format) -> None:
-    """Under the mode that the weight was made in, not the caller's: inference mode would make it an inference tensor."""
+    """Under the mode that the weight was made in, for under inference mode it would become an inference tensor."""
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         weight.data = weight.data.contiguous(memory_format=memory_format)

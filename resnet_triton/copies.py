@@ -24,7 +24,7 @@ def independent(model: nn.Module) -> nn.Module:
     own = {id(part): part for part in chain(model.modules(), model.parameters(), model.buffers())}
     for path, value in _attributes(model):
         if _goes_back(value, own, set()):
-            raise TypeError(f"{path} is a function that refers to the model itself, so a copy would use both; {_WAY_OUT}")
+            raise TypeError(f"{path} refers to the model from a function, so a copy would use both; {_WAY_OUT}")
     try:
         with torch.inference_mode(False):  # or the copy could never be trained
             copied = copy.deepcopy(model)
@@ -67,7 +67,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _goes_back(value: Any, own: dict[int, Any], seen: set[tuple[int, bool]], kept: bool = False) -> bool:
-    """Whether a deep copy of `value` would still hold a part of the model: functions are not copied, but kept."""
+    """Whether a deep copy of `value` would still hold a part of the model: functions and weak references are kept."""
     if (id(value), kept) in seen:
         return False
     seen.add((id(value), kept))
@@ -90,7 +90,13 @@ def _culprit(model: nn.Module) -> tuple[str, Any, Exception] | None:
             copy.deepcopy(value, dict(copied))
         except Exception as error:
             copied[id(value)] = value
-            return next(filter(None, (look(path + suffix, part) for suffix, part in _parts(value))), (path, value, error))
+            inner = (look(path + suffix, part) for suffix, part in _parts(value))
+            return next(filter(None, inner), (path, value, error))
         return None
 
-    return next(filter(None, (look(*attribute) for attribute in _attributes(model))), None)
+    found = next(filter(None, (look(*attribute) for attribute in _attributes(model))), None)
+    for name, module in [] if found else list(model.named_modules())[::-1]:  # one with a __deepcopy__ of its own
+        del copied[id(module)]
+        found = found or look(name or "the model", module)
+        copied[id(module)] = module
+    return found

@@ -23,10 +23,12 @@ Answer = Callable[[], Tensor]
 
 
 def ours(call: Operation) -> Answer:
-    """What our model does: its launches, planned now, or its PyTorch path."""
+    """What our model does: its launches, planned now, or on a CPU its PyTorch path. RuntimeError for that on a GPU."""
     result, choice = call.choose()
-    out, launches, _ = call.prepare(result) if choice.backend == "triton" else (None, (), "")
+    out, launches, reason = call.prepare(result) if choice.backend == "triton" else (None, (), choice.reason)
     if out is None:
+        if call.x.is_cuda:
+            raise RuntimeError(f"no kernel of ours runs this: {reason}")
         return call.run
 
     def answer() -> Tensor:

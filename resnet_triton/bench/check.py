@@ -1,9 +1,13 @@
-"""What counts as a right answer: both suites judge by this, before they time anything and afterwards."""
+"""What counts as a right answer, and as a comparison: both suites judge by this, before they time and afterwards."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..ops import dispatch
 
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
@@ -14,3 +18,18 @@ def relative_error(y: Tensor, exact: Tensor) -> float:
 def allowed(eager: float, dtype: torch.dtype) -> float:
     """The error that is allowed where eager PyTorch's is `eager`: three times that, or at least three times eps."""
     return 3 * max(eager, torch.finfo(dtype).eps)
+
+
+def two_models(reference: nn.Module, subject: nn.Module) -> None:
+    """ValueError if what is to be compared is one model, or shares a weight."""
+    if reference is subject or {id(p) for p in reference.parameters()} & {id(p) for p in subject.parameters()}:
+        raise ValueError("reference and subject are one model, expected two; compare with a copy made before optimize")
+
+
+def right_code(ours: bool, where: torch.device, before: Counter[tuple[str, str]]) -> None:
+    """RuntimeError if, since `before` was taken of `dispatch.calls`, ours ran no kernel on a GPU, or others ran ours."""
+    made = Counter(dispatch.calls) - before
+    if ours and where.type == "cuda" and not any(backend == "triton" for _, backend in made):
+        raise RuntimeError("no kernel of ours ran, expected them in each layer; resnet-triton doctor says why")
+    if made and not ours:
+        raise RuntimeError("operators of ours ran, expected PyTorch alone: this would compare ours with ours")

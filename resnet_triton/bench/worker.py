@@ -7,6 +7,7 @@ that is nobody else's. Between requests it waits without taking time from the ot
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops import dispatch
 from ..support import vision
 from .alternatives import Alternative, Model
-from .check import relative_error
+from .check import relative_error, right_code
 from .environment import environment
 from .results import one_line
 
@@ -90,11 +92,12 @@ class Contest:
         self.expected, self.call = data["expected"], self.base
         self.images = self.alternative.images(data["images"])
         peak = Peak(self.device)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), Counter(dispatch.calls)
         self.call = self.alternative.build(self.base, self.images)
         self.call(self.images)
         self._synchronize()
         first = time.perf_counter() - start
+        right_code(self.alternative.ours, self.device, before)
         for _ in range(COMPILER_CALLS):
             self.call(self.images)
         self._synchronize()

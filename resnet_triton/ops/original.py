@@ -37,7 +37,7 @@ def written(cls: type, name: str = "forward") -> Any:
     return _written[cls][name]
 
 
-LAYERS = {
+LAYERS: dict[type[nn.Module], Any] = {
     cls: written(remember(cls))
     for cls in (
         nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear,

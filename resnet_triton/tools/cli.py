@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -118,6 +119,8 @@ def _predict(args: argparse.Namespace) -> int:
     from ..ops import dispatch
     from . import predict
 
+    before = Counter(dispatch.calls)
+
     def work() -> Any:
         return predict.predict(
             args.images, args.weights, topk=args.topk, batch=args.batch, device=args.device, dtype=args.dtype,
@@ -125,7 +128,8 @@ def _predict(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     _emit(args, work, predict.show)
-    ran = {backend: sum(n for (_, on), n in dispatch.calls.items() if on == backend) for backend in ("triton", "torch")}
+    calls = Counter(dispatch.calls) - before
+    ran = {backend: sum(n for (_, on), n in calls.items() if on == backend) for backend in ("triton", "torch")}
     print(f"{ran['triton']} layer calls ran on Triton kernels, {ran['torch']} on PyTorch", file=sys.stderr)
     return 0
 

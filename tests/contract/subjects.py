@@ -180,7 +180,7 @@ def _our_model(
     if own:
         state, model = model.state_dict(), tiny(models).to(x.device, x.dtype)
         model.load_state_dict(state)
-    fast = then(optimize(model, kernels=kernels))
+    fast = then(optimize(model, kernels=kernels, inplace=False))
     fast.normalize = normalize
     return fast(x)
 
