@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
+import io
 import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import models, optimize, report, revert
+from resnet_triton import converted, disabled, models, optimize, refresh, report, revert
 from resnet_triton.ops import dispatch
 from resnet_triton.support import vision
 
@@ -54,59 +62,190 @@ def image() -> Tensor:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @torch.no_grad()
-def test_shares_every_tensor_and_answers_equally(name):
-    original = randomised(getattr(torchvision.models, name)(num_classes=10))
-    expected = original(image())
-    state = {k: v.clone() for k, v in original.state_dict().items()}
-    fast = optimize(original)
-    assert type(fast) is models.ResNet
-    assert type(original) is tv.ResNet
-    assert {type(m).__module__ for m in original.modules()} <= {"torch.nn.modules." + n for n in (
-        "activation", "batchnorm", "container", "conv", "linear", "pooling")} | {tv.__name__}  # fmt: skip
-    mine, yours = tensors(fast), tensors(original)
-    assert list(mine) == list(yours)
-    assert all(mine[key] is yours[key] for key in yours)
-    assert list(fast.state_dict()) == list(state)
-    for key, value in fast.state_dict().items():
-        assert torch.equal(value, state[key]), key
-    close(fast(image()), expected)
-    close(original(image()), expected)
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in fast.parameters() if p.dim() == 4)
-
-
-@torch.no_grad()
-def test_edits_of_the_original_reach_the_optimized_model():
-    original = small()
-    fast = optimize(original)
-    original.layer1[0].conv1.weight.mul_(2)
-    original.bn1.running_var.mul_(3)
-    original.train()(torch.randn(4, 3, 64, 64))
-    original.eval()
-    close(fast(image()), original(image()))
-
-
-@torch.no_grad()
-def test_inplace():
-    model = small()
+def test_the_model_stays_what_it_is(name):
+    model = randomised(getattr(torchvision.models, name)(num_classes=10))
     expected = model(image())
-    assert optimize(model, inplace=True) is model
-    assert type(model) is models.ResNet
-    assert type(model.layer1[0]) is models.BasicBlock
-    assert tv.ResNet is not models.ResNet
-    assert type(small()) is tv.ResNet  # the class itself is as it was
+    before, state = tensors(model), {k: v.clone() for k, v in model.state_dict().items()}
+    assert optimize(model) is model
+    assert type(model) is converted.ResNet
+    assert isinstance(model, tv.ResNet)
+    assert isinstance(model, models.ResNet)
+    block = tv.BasicBlock if name == "resnet18" else tv.Bottleneck
+    assert all(isinstance(b, block) for i in range(1, 5) for b in model.get_submodule(f"layer{i}"))
+    assert list(tensors(model)) == list(before)
+    assert all(now is before[key] for key, now in tensors(model).items())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
     close(model(image()), expected)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4)
+    assert type(small()) is tv.ResNet  # the class itself is as it was
+
+
+@torch.no_grad()
+def test_a_copy_shares_nothing():
+    original = small()
+    original.moods = [torch.zeros(2)]
+    strides = {key: t.stride() for key, t in tensors(original).items()}
+    expected = original(image())
+    fast = optimize(original, inplace=False)
+    assert (type(original), type(fast)) == (tv.ResNet, converted.ResNet)
+    mine = {t.untyped_storage().data_ptr() for t in [*tensors(fast).values(), *fast.moods]}
+    yours = {t.untyped_storage().data_ptr() for t in [*tensors(original).values(), *original.moods]}
+    assert not mine & yours
+    assert {key: t.stride() for key, t in tensors(original).items()} == strides
+    for move in (lambda m: m.double(), lambda m: m.load_state_dict(small().double().state_dict()), lambda m: m.half()):
+        move(original)
+        for p in original.parameters():
+            p.mul_(2)
+        close(fast(image()), expected)
+    original.float().train()(torch.randn(4, 3, 64, 64))
+    close(fast(image()), expected)
+
+
+MOVES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "double": lambda m, x: m.double()(x.double()),
+    "half": lambda m, x: m.half()(x.half()).float(),
+    "load_state_dict": lambda m, x: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}) and m(x),
+    "train": lambda m, x: m.train()(x.repeat(2, 1, 1, 1)) is None or m.eval()(x),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@torch.no_grad()
+def test_what_is_done_to_either_name_is_done_to_the_model(move):
+    """Both are names of one model, so no half of it can stay behind."""
+    model, plain = small(), small()
+    fast = optimize(model)
+    expected = MOVES[move](plain, image())
+    MOVES[move](model, image())
+    y = fast(image().to(fast.conv1.weight.dtype)).to(expected.dtype)
+    tolerance = 5e-3 if fast.conv1.weight.dtype == torch.half else 1e-5
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+class Recorder:
+    """An object whose method is a hook."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __call__(self, *arguments: Any) -> None:
+        self.seen.append(arguments)
+
+    hook = __call__
+
+
+@pytest.mark.parametrize("kind", ["method", "object", "partial", "pre-hook"])
+@torch.no_grad()
+def test_hooks_are_the_same_objects(kind):
+    model, recorder = small(), Recorder()
+    made = {"method": recorder.hook, "object": recorder, "partial": functools.partial(recorder.hook, 1)}
+    if kind == "pre-hook":
+        handle = model.layer4.register_forward_pre_hook(recorder.hook)
+    else:
+        handle = model.layer4.register_forward_hook(made[kind])
+    optimize(model)(image())
+    assert len(recorder.seen) == 1
+    handle.remove()
+    model(image())
+    assert len(recorder.seen) == 1
+
+
+UNCOPIED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "lock": (lambda m: setattr(m, "lock", threading.Lock()), "lock, a lock, cannot be copied"),
+    "nested": (lambda m: setattr(m.layer2[0], "cache", {"a": [1, {"b": threading.RLock()}]}),
+               r"layer2.0.cache\['a'\]\[1\]\['b'\], a RLock, cannot"),
+    "file": (lambda m: setattr(m.fc, "log", sys.__stderr__), "fc.log, a TextIOWrapper, cannot be copied"),
+    "tensor": (lambda m: setattr(m.layer1, "seen", m.fc.weight * 2), "layer1.seen, a Tensor, cannot be copied"),
+    "generator": (lambda m: setattr(m, "steps", iter(i for i in ())), "steps, a generator, cannot"),
+    "hook": (lambda m: m.layer4.register_forward_hook(Locked(m).hook), r"layer4._forward_hooks\[\d+\].__self__.lock, a lock"),
+    "module": (lambda m: setattr(m, "fc", Uncopied(512, 10)), r"fc, a Uncopied, cannot be copied \(not me\)"),
+    "shared": (lambda m: setattr(m, "fc", Selfish(512, 10)), "fc.weight is shared by a deep copy"),
+    "patched": (lambda m: setattr(m, "forward", lambda x, f=m.forward: f(x)), "forward refers to the model from a function"),
+    "hook-closure": (lambda m: m.fc.register_forward_hook(lambda *_: m.conv1 and None), "fc._forward_hooks refers to the model"),
+    "weakref": (lambda m: setattr(m.fc, "owner", weakref.ref(m)), "fc.owner refers to the model"),
+}  # fmt: skip
+
+
+class Locked(Recorder):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.lock = model, threading.Lock()
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("not me\nand not now")
+
+
+class Selfish(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+@pytest.mark.parametrize("kind", UNCOPIED)
+def test_what_cannot_be_copied_is_named(kind):
+    change, named = UNCOPIED[kind]
+    model = small()
+    change(model)
+    with pytest.raises(TypeError, match=named + r".*; optimize\(model, inplace=True\)") as raised:
+        optimize(model, inplace=False)
+    assert "\n" not in str(raised.value)
+    assert type(model) is tv.ResNet
+    with torch.no_grad():
+        expected = model(image())
+        close(optimize(model)(image()), expected)  # in place it does not matter
+        close(optimize(model, freeze=kind != "shared")(image()), expected)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_weights_stay_parameters_under_the_callers_mode(inplace, made_inside):
+    with torch.inference_mode(made_inside):
+        original = small()
+    with torch.inference_mode():
+        model = optimize(original, inplace=inplace)
+    assert {p.is_inference() for p in tensors(model).values()} == {made_inside and inplace}
+    if not made_inside:
+        model.train()(image()).sum().backward()
+        assert model.layer1[0].conv1.weight.grad.any()
+    with torch.inference_mode():
+        revert(model)
+        model.eval()(image())
+    assert {p.is_inference() for p in tensors(model).values()} == {made_inside and inplace}
+
+
+def test_only_filters_of_the_resnet_change_their_memory_format():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = small("Bottleneck")
+            self.backbone.extra = nn.Conv2d(4, 4, 3)
+            self.head = nn.Conv2d(10, 4, 3)
+            self.table = nn.Parameter(torch.zeros(2, 3, 4, 5))
+
+    model = Net()
+    nn.utils.parametrizations.weight_norm(model.backbone.layer1[0].conv2)
+    before = {key: p.stride() for key, p in model.named_parameters()}
+    optimize(model)
+    changed = {key for key, p in model.named_parameters() if p.stride() != before[key]}
+    assert changed == {"backbone.conv1.weight", *(f"backbone.layer{i}.0.conv2.weight" for i in (2, 3, 4))}  # 1x1 has one
+    revert(model)
+    assert {key: p.stride() for key, p in model.named_parameters()} == before
 
 
 @torch.no_grad()
 def test_twice():
-    original = small()
-    once = optimize(original)
-    twice = optimize(once, kernels="torch")
-    assert twice is not once
+    model = small()
+    expected = model(image())
+    once = optimize(model)
+    twice = optimize(once, kernels="torch", inplace=False)
     assert (once.kernels, twice.kernels, twice.layer4[0].kernels) == ("auto", "torch", "torch")
-    assert all(a is b for a, b in zip(twice.parameters(), original.parameters(), strict=True))
-    close(twice(image()), original(image()))
-    assert type(revert(twice)) is tv.ResNet
+    assert optimize(once, kernels="torch").layer1[0].kernels == "torch"
+    for m in (once, twice):
+        close(m(image()), expected)
+        assert type(revert(m)) is tv.ResNet
+        assert not m.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch", "triton"])
@@ -118,16 +257,20 @@ def test_modes_reach_every_block(kernels):
 @torch.no_grad()
 def test_a_model_of_ours():
     original = randomised(resnet_triton.resnet18(num_classes=10))
-    changed = optimize(original, kernels="torch")
+    changed = optimize(original, kernels="torch", inplace=False)
     assert (original.kernels, original.layer1[0].kernels, changed.kernels) == ("auto", "auto", "torch")
-    assert changed.conv1.weight is original.conv1.weight
+    assert type(changed) is models.ResNet
     close(changed(image()), original(image()))
 
 
 def test_unknown_mode():
     model = small()
     with pytest.raises(ValueError, match="kernels='cuda', expected one of 'auto', 'torch', 'triton'"):
-        optimize(model, kernels="cuda", inplace=True)
+        optimize(model, kernels="cuda")
+    for name in ("freeze", "batch_invariant", "inplace"):
+        for value in ("yes", 1, None):
+            with pytest.raises(ValueError, match=f"{name}={value!r}, expected True or False"):
+                optimize(model, **{name: value})
     assert type(model) is tv.ResNet
 
 
@@ -138,6 +281,15 @@ def test_nothing_to_optimize():
         revert(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="ResNet was not converted"):
         revert(small())
+    with pytest.raises(ValueError, match="ResNet contains nothing of ours to disable"), disabled(small()):
+        pass
+
+
+@pytest.mark.parametrize("function", [optimize, revert, refresh, report, disabled])
+@pytest.mark.parametrize("model", ["resnet18", None, [small], small], ids=["str", "None", "list", "function"])
+def test_what_is_no_module(function, model):
+    with pytest.raises(TypeError, match=f"model is a {type(model).__name__}, expected a torch.nn.Module"):
+        function(model)
 
 
 @torch.no_grad()
@@ -147,7 +299,8 @@ def test_inside_another_model():
     expected = model(image())
     fast = optimize(model)
     assert type(fast) is nn.Sequential
-    assert [type(m) for m in (fast[0], fast[0].layer1[0], fast[2])] == [models.ResNet, models.BasicBlock, nn.Conv2d]
+    inner = [fast[0], fast[0].layer1[0], fast[2]]
+    assert [type(m) for m in inner] == [converted.ResNet, converted.BasicBlock, nn.Conv2d]
     assert fast[2].weight is head.weight
     close(fast(image()), expected)
 
@@ -161,7 +314,7 @@ def test_segmentation_backbone():
     expected = model(image())["out"]
     fast = optimize(model)
     kinds = Counter(type(m) for m in fast.modules())
-    assert kinds[models.Bottleneck] == 16
+    assert kinds[converted.Bottleneck] == 16
     assert kinds[tv.Bottleneck] == 0
     before = Counter(dispatch.calls)
     close(fast(image())["out"], expected)
@@ -184,7 +337,7 @@ def test_a_subclass_keeps_its_code():
     expected = model(image())
     fast = optimize(model)
     assert type(fast) is Doubled
-    assert {type(fast.get_submodule(f"layer{i}.0")) for i in range(1, 5)} == {models.BasicBlock}
+    assert {type(fast.get_submodule(f"layer{i}.0")) for i in range(1, 5)} == {converted.BasicBlock}
     close(fast(image()), expected)
     assert type(revert(fast).layer1[0]) is tv.BasicBlock
 
@@ -215,20 +368,33 @@ def doubled_output(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
     return output * 2
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
+    ids=["deepcopy", "copy", "pickle", "save"],
+)  # fmt: skip
 @torch.no_grad()
 def test_copies_of_an_optimized_model(copied):
-    original = small()
-    original.bn1.register_forward_hook(doubled_output)
-    fast = optimize(original, kernels="torch")
+    fast = small()
+    fast.bn1.register_forward_hook(doubled_output)
+    optimize(fast, kernels="torch")
     other = copied(fast)
-    assert type(other) is models.ResNet
+    assert type(other) is converted.ResNet
+    assert isinstance(other.layer1[0], tv.BasicBlock)
     assert other.layer1[0].kernels == "torch"
     close(other(image()), fast(image()))
+    if copied is copy.copy:  # which shares all modules and tensors, as ever
+        return
     other.conv1.weight.zero_()
-    assert original.conv1.weight.any()  # a copy shares nothing
+    assert fast.conv1.weight.any()  # a copy shares nothing
     assert type(revert(other)) is tv.ResNet
-    assert type(fast) is models.ResNet
+    assert type(fast) is converted.ResNet
 
 
 @torch.no_grad()
@@ -240,22 +406,78 @@ def test_compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("make", [small, lambda: resnet_triton.resnet18(), lambda: nn.Sequential(small())])
+def test_scripting_names_the_way_out(make):
+    model = optimize(make())
+    with pytest.raises(NotImplementedError, match=r"script cannot .* use torch.jit.trace or torch.export, or .*revert"):
+        torch.jit.script(model)
+    if make is small:
+        torch.jit.script(revert(model))
+
+
+def test_an_instance_can_be_made_as_torchvision_makes_it():
+    torch.manual_seed(0)
+    made = converted.ResNet(converted.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    assert not hasattr(converted, "VGG")
+    for name, value in small().state_dict().items():
+        if "running" not in name:
+            assert torch.equal(made.state_dict()[name], value), name
+
+
+@pytest.mark.slow
+def test_in_a_fresh_process(tmp_path):
+    """A pickle brings its classes along, and what was patched before the first `optimize` is as patched as ever."""
+    torch.save(optimize(small(), kernels="torch"), tmp_path / "model.pt")
+    program = """
+        import sys, torch, resnet_triton.converted
+        assert "torchvision" not in sys.modules
+        model = torch.load(sys.argv[1], weights_only=False)
+        from torchvision.models.resnet import BasicBlock, ResNet
+        print(isinstance(model, ResNet), isinstance(model.layer2[0], BasicBlock), model.layer2[0].kernels)
+        print(type(resnet_triton.revert(model)) is ResNet)
+    """
+    patched = """
+        import torch
+        written = torch.nn.MaxPool2d.forward
+        torch.nn.MaxPool2d.forward = lambda self, x: written(self, x) * 2
+        from resnet_triton import disabled, optimize
+        from resnet_triton.support.vision import torchvision
+        resnet = torchvision().models.resnet
+        block = resnet.BasicBlock.forward
+        resnet.BasicBlock.forward = lambda self, x: block(self, x) * 2
+        model, x = resnet.resnet18().eval(), torch.randn(1, 3, 32, 32)
+        with torch.no_grad():
+            expected = model(x)
+            torch.testing.assert_close(optimize(model)(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        print("True")
+    """
+    for text in (program, patched):
+        command = [sys.executable, "-c", textwrap.dedent(text), str(tmp_path / "model.pt")]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
+        assert set(printed.split()) <= {"True", "torch"}, printed
+
+
 # --- revert ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inplace", [False, True], ids=["shared", "inplace"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 @torch.no_grad()
 def test_revert(inplace):
     original = small("Bottleneck")
+    original.frozen, original.layer1[0].kernels = "the user's", 3  # names that are ours as well
     before = copy.deepcopy(original)
     fast = optimize(original, inplace=inplace)
+    fast.normalize = [0.5] * 3, [0.2] * 3
+    assert (fast.frozen, fast.layer1[0].kernels) == (False, "auto")
     assert revert(fast) is fast
+    assert (fast.frozen, fast.layer1[0].kernels) == ("the user's", 3)
     assert [type(m) for m in fast.modules()] == [type(m) for m in before.modules()]
     for a, b in zip(fast.modules(), before.modules(), strict=True):
         assert vars(a).keys() == vars(b).keys()
     for key, value in tensors(before).items():
         now = tensors(fast)[key]
-        assert now is tensors(original)[key]
+        assert (now is tensors(original)[key]) == inplace
         assert now.stride() == value.stride(), key
         assert torch.equal(now, value), key
     assert torch.equal(fast(image()), before(image()))
@@ -268,6 +490,159 @@ def test_revert_keeps_a_channels_last_model_channels_last():
     assert reverted.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@torch.no_grad()
+def test_revert_of_a_part():
+    model = nn.Sequential(small(), small())
+    before = copy.deepcopy(model)
+    optimize(model)
+    revert(model[0])
+    assert [type(m) for m in model] == [tv.ResNet, converted.ResNet]
+    optimize(model)
+    revert(model)
+    for (key, now), was in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert now.stride() == was.stride(), key
+
+
+@torch.no_grad()
+def test_bound_methods_survive_revert():
+    model = small()
+    expected = model(image())
+    optimize(model)
+    for module in (model, model.layer1[0]):
+        module.forward = lambda x, forward=module.forward: forward(x)
+    close(model(image()), expected)
+    close(revert(model)(image()), expected)
+
+
+# --- disabled --------------------------------------------------------------------------------------------------------
+
+
+def ours_called(model: Any, x: Tensor) -> int:
+    """How many operators of ours a call makes."""
+    before = Counter(dispatch.calls)
+    model(x)
+    return (Counter(dispatch.calls) - before).total()
+
+
+DISABLED: dict[str, Callable[[], nn.Module]] = {
+    "torchvision": lambda: optimize(small()),
+    "bottleneck": lambda: optimize(small("Bottleneck"), batch_invariant=True),
+    "ours": lambda: randomised(resnet_triton.resnet18(num_classes=10)),
+    "ours-bottleneck": lambda: randomised(models.ResNet(models.Bottleneck, [1, 1, 1, 1], num_classes=10)),
+    "nested": lambda: optimize(nn.Sequential(small(), nn.Flatten(), nn.Linear(10, 4))),
+    "subclass": lambda: optimize(randomised(Doubled(tv.BasicBlock, [1, 1, 1, 1]))),
+    "blocks": lambda: optimize(small().layer1),
+    "frozen": lambda: optimize(small(), freeze=True, kernels="torch"),
+}
+
+
+@pytest.mark.parametrize("kind", DISABLED)
+@torch.no_grad()
+def test_disabled(kind):
+    model = DISABLED[kind]()
+    x = image().repeat(1, 22, 1, 1)[:, :64] if kind == "blocks" else image()
+    calls = ours_called(model, x)
+    assert calls > 0
+    with disabled(model):
+        assert ours_called(model, x) == 0
+        expected = model(x)
+        with disabled(model):
+            assert ours_called(model, x) == 0
+        assert ours_called(model, x) == 0
+    assert ours_called(model, x) == calls
+    close(model(x), expected)
+    with pytest.raises(RuntimeError, match="inside"), disabled(model):
+        raise RuntimeError("inside")
+    assert ours_called(model, x) == calls
+    if kind != "ours" and kind != "ours-bottleneck":
+        assert torch.equal(revert(model).to(memory_format=torch.channels_last)(x), expected)
+
+
+@torch.no_grad()
+def test_disabled_is_torchvisions_own_code(monkeypatch):
+    model = optimize(small())
+    expected = model(image())
+    ran = []
+    for cls in (tv.ResNet, tv.BasicBlock):
+        code = cls.forward
+        monkeypatch.setattr(cls, "forward", lambda self, x, code=code: ran.append(type(self)) or code(self, x))
+    with disabled(model):
+        close(model(image()), expected)
+    assert Counter(ran) == {converted.ResNet: 1, converted.BasicBlock: 4}
+
+
+@torch.no_grad()
+def test_disabled_is_one_models_and_one_threads():
+    model, other = optimize(small()), optimize(small())
+    results = []
+    with disabled(model):
+        thread = threading.Thread(target=lambda: results.append(ours_called(model, image())))
+        thread.start()
+        thread.join()
+        assert ours_called(model, image()) == 0
+        assert results == [ours_called(other, image())]
+        with disabled(other):
+            assert ours_called(other, image()) == 0
+        assert ours_called(other, image()) > 0
+        with disabled(nn.Sequential(other, model)):
+            assert ours_called(other, image()) == ours_called(model, image()) == 0
+        assert ours_called(model, image()) == 0
+
+
+@torch.no_grad()
+def test_disabled_with_bytes_and_modes():
+    pixels = (image() * 50 + 120).clamp(0, 255).byte()
+    model = optimize(small(), batch_invariant=True)
+    model.normalize = [0.5] * 3, [0.2] * 3
+    with disabled(model):
+        expected = model(pixels)
+        assert torch.equal(model._forward_impl(pixels), expected)
+    close(model(pixels), expected)
+
+
+@torch.no_grad()
+def test_disabled_reaches_compiled_code():
+    torch._dynamo.reset()
+    model, x, seen = optimize(small()), image(), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append({node.target for node in graph.graph.nodes if "resnet_triton" in str(node.target)})
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled(x)
+    with disabled(model):
+        compiled(x)
+    compiled(x)
+    assert [bool(operators) for operators in seen] == [True, False]
+    torch._dynamo.reset()
+
+
+def test_disabled_with_gradients():
+    model = optimize(small())
+    grads = []
+    for context in (disabled(model), disabled(nn.Sequential(model)), torch.enable_grad()):
+        with context:
+            model.zero_grad()
+            model(image()).square().sum().backward()
+        grads.append(model.conv1.weight.grad.clone())
+    close(grads[0], grads[1])
+    torch.testing.assert_close(grads[0], grads[2], rtol=1e-3, atol=1e-3 * float(grads[0].abs().max()))
+
+
+@torch.no_grad()
+def test_disabled_is_outside_of_graphs(cuda):
+    model = optimize(small())
+    for _ in range(3):
+        model(image())
+    assert cuda.graphs[0].replays == 1
+    with disabled(model):
+        expected = model(image())
+        assert cuda.graphs[0].replays == 1
+    close(model(image()), expected)
+    assert cuda.graphs[0].replays == 2
+
+
 # --- what runs where -------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +651,7 @@ def test_revert_keeps_a_channels_last_model_channels_last():
 def test_every_call_of_a_resnet18_runs_on_a_kernel(device):
     """18 calls: the stem, 16 convolutions (3 shortcuts inside their blocks' last one), the head."""
     original = randomised(torchvision.models.resnet18(num_classes=10)).to(device)
-    fast = optimize(original, kernels="triton")
+    fast = optimize(original, kernels="triton", inplace=False)
     x = image()[:1, :, :32, :32].to(device)
     planned = Counter((c.operator, c.backend) for c in report(fast, tuple(x.shape)).calls)
     before = Counter(dispatch.calls)
