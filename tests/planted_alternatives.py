@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from resnet_triton import optimize
 from resnet_triton.bench.alternatives import Alternative
 from resnet_triton.bench.results import one_line
 from resnet_triton.bench.worker import Contest
@@ -39,6 +40,11 @@ def late(model, images):
         return model(x) + (len(calls) > 8)
 
     return call
+
+
+def ours_in_disguise(model, images):
+    """What it is compared with, optimized by mistake."""
+    return optimize(model)
 
 
 def crash(model, images):

@@ -27,7 +27,7 @@ def two_models(reference: nn.Module, subject: nn.Module) -> None:
 
 
 def right_code(ours: bool, where: torch.device, before: Counter[tuple[str, str]]) -> None:
-    """RuntimeError if, since `before` was taken of `dispatch.calls`, ours ran no kernel on a GPU, or others ran ours."""
+    """RuntimeError if since `before`, a copy of `dispatch.calls`, ours ran no kernel on a GPU, or another ran ours."""
     made = Counter(dispatch.calls) - before
     if ours and where.type == "cuda" and not any(backend == "triton" for _, backend in made):
         raise RuntimeError("no kernel of ours ran, expected them in each layer; resnet-triton doctor says why")

@@ -357,6 +357,7 @@ def edit(name: str) -> Callable[[Any], Any]:
         "a hook": lambda m: m.layer1[0].bn1.register_forward_hook(hook),
         "a hook on a block": lambda m: m.layer1[0].register_forward_hook(hook),
         "a hook on a stage": lambda m: m.layer2.register_forward_hook(hook),
+        "a patched block": lambda m: setattr(m.layer1[0], "forward", lambda x: x),
         "another block": lambda m: m.layer1.__setitem__(0, nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))),
         "a fresh block": lambda m: m.layer1.__setitem__(0, models.BasicBlock(64, 64).eval()),
         "another layer": lambda m: setattr(m.layer2[0], "bn2", nn.GroupNorm(4, 128)),
@@ -369,8 +370,8 @@ def edit(name: str) -> Callable[[Any], Any]:
 
 
 EDITS = (
-    "training", "a hook", "a hook on a block", "a hook on a stage", "another block", "a fresh block", "another layer",
-    "another shortcut", "another activation", "another pool", "another average", "another classifier",
+    "training", "a hook", "a hook on a block", "a hook on a stage", "a patched block", "another block", "a fresh block",
+    "another layer", "another shortcut", "another activation", "another pool", "another average", "another classifier",
 )  # fmt: skip
 
 

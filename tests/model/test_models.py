@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import models
+from resnet_triton import functional, models
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import dispatch, interpreter
@@ -281,15 +282,84 @@ def test_six_functions_lie_between_a_model_and_its_launches(device, monkeypatch)
 
 
 @torch.no_grad()
-def test_normalize_survives_copies_and_names_wrong_lengths(pixels):
+def test_normalize_survives_copies(pixels):
     model = resnet_triton.resnet18(num_classes=10).eval()
     model.normalize = NORMALIZE
     expected = model(pixels.cpu())
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(pixels.cpu()), expected)
-    model.normalize = (NORMALIZE[0][:2], NORMALIZE[1])
-    with pytest.raises(ValueError, match="pixel_mean has 2 values, expected 3"):
-        model(pixels.cpu())
+
+
+MEAN, STD = NORMALIZE
+NO_STATISTICS: dict[str, tuple[Any, str]] = {
+    "one-mean": (([0.5], [0.2]), "pixel_mean has 1 values, expected 3, one for each channel"),
+    "two-means": ((MEAN[:2], STD), "pixel_mean has 2 values, expected 3"),
+    "four-stds": ((MEAN, [*STD, 1]), "pixel_std has 4 values, expected 3"),
+    "zero": ((MEAN, [0.2, 0, 0.2]), "expected finite numbers and standard deviations above 0"),
+    "negative": ((MEAN, [-0.2, 0.2, 0.2]), "above 0"),
+    "nan": (([float("nan"), 0, 0], STD), "expected finite"),
+    "infinite": ((MEAN, [0.2, 0.2, float("inf")]), "expected finite"),
+    "no-pair": (MEAN, "normalize=.* expected None or a mean and a standard deviation for each channel"),
+    "number": (0.5, "normalize=0.5, expected None or"),
+    "text": ((["a", "b", "c"], STD), "normalize=.* expected None or"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_STATISTICS)
+@torch.no_grad()
+def test_what_cannot_normalise(pixels, kind):
+    """On the fused path, on PyTorch's, where modules are called, and for the operator itself."""
+    statistics, message = NO_STATISTICS[kind]
+    pixels, model = pixels.cpu(), resnet_triton.resnet18(num_classes=10).eval()
+    model.normalize = NORMALIZE
+    with pytest.raises(ValueError, match=message):
+        model.normalize = statistics
+    assert model.normalize == tuple(map(tuple, NORMALIZE)), "it stays as it was"
+    if not message.startswith("normalize"):
+        model._normalize = statistics  # as if it had been right for another conv1
+        for change in (lambda m: None, lambda m: m.train(), lambda m: setattr(m, "maxpool", nn.MaxPool2d(2))):
+            change(model)
+            with pytest.raises(ValueError, match=message):
+                model(pixels)
+        for kernels in ("torch", "triton"):
+            ones = torch.ones(64)
+            with pytest.raises(ValueError, match=message):
+                functional.stem(
+                    pixels, model.conv1.weight, ones, ones, pixel_mean=statistics[0], pixel_std=statistics[1],
+                    kernels=kernels,
+                )  # fmt: skip
+
+
+def test_normalize_follows_the_channels_of_conv1():
+    model = resnet_triton.resnet18(num_classes=10).eval()
+    model.conv1 = nn.Conv2d(4, 64, 7, 2, 3, bias=False)
+    with pytest.raises(ValueError, match="pixel_mean has 3 values, expected 4"):
+        model.normalize = NORMALIZE
+    model.normalize = [0.5] * 4, [0.2] * 4
+    assert model(torch.zeros(1, 4, 32, 32, dtype=torch.uint8)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("what", [[1.0], None, "cat.jpg", numpy.zeros((1, 3, 32, 32), numpy.float32)], ids=type)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_an_input_that_is_no_tensor(what, training):
+    model = resnet_triton.resnet18(num_classes=10).train(training)
+    weight = torch.zeros(8, 3, 3, 3)
+    calls = (
+        model,
+        model.layer1[0],
+        lambda x: functional.conv_bn_relu(x, weight, weight[:, 0, 0, 0], weight[:, 0, 0, 0]),
+    )
+    for call in calls[:1] if training else calls:
+        with (
+            pytest.raises(TypeError, match=f"^x is a {type(what).__name__}, expected a torch.Tensor$"),
+            torch.no_grad(),
+        ):
+            call(what)
+    with (
+        pytest.raises(TypeError, match=f"^weight is a {type(what).__name__}, expected a torch.Tensor$"),
+        torch.no_grad(),
+    ):
+        functional.linear(weight[:1, :, 0, 0], what)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------

@@ -1,20 +1,24 @@
 """Races: they time what they say, and what is slow, wrong, broken or stuck shows as that and harms no other."""
 
+import copy
 import dataclasses
 import os
 import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 
 import planted_alternatives as planted
 import pytest
 import torch
 
-from resnet_triton.bench import alternatives, engines, race, results
+from resnet_triton import functional, optimize
+from resnet_triton.bench import alternatives, check, engines, race, results, worker
 from resnet_triton.bench.check import relative_error
 from resnet_triton.bench.worker import Spec, network
+from resnet_triton.ops import dispatch
 
 SPEC = Spec(image=32, tiny=True)
 
@@ -30,7 +34,8 @@ def rows():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race, "Worker", planted.Inline)
         patch.setattr(race, "TURN", 0.05)
-        others = map(planted.alternative, (planted.slow, planted.wrong, planted.late, planted.broken))
+        faults = (planted.slow, planted.wrong, planted.late, planted.broken, planted.ours_in_disguise)
+        others = map(planted.alternative, faults)
         with race.Race(SPEC, [planted.alternative(planted.right, ours=True), *others], print) as contest:
             contest.line_up(1, time.monotonic() + 200)
             *_, last = contest.measure(1, 0, time.monotonic() + 200, (5, 5))
@@ -38,7 +43,7 @@ def rows():
 
 
 def test_every_alternative_has_a_row_that_the_schema_accepts(rows, tmp_path):
-    assert list(rows) == ["right", "slow", "wrong", "late", "broken"]
+    assert list(rows) == ["right", "slow", "wrong", "late", "broken", "ours_in_disguise"]
     results.save(results.Results(list(rows.values())), tmp_path / "results.json")
     assert results.load(tmp_path).rows == list(rows.values())
     where = rows["right"].environment
@@ -69,6 +74,34 @@ def test_a_wrong_answer_shows_and_wins_nothing(rows):
 def test_a_failure_says_why_in_one_line(rows):
     assert rows["broken"].failure == "ValueError: no such thing"
     assert rows["broken"].samples_s == []
+    assert "this would compare ours with ours" in rows["ours_in_disguise"].failure
+
+
+def test_ours_must_run_kernels_on_a_gpu(device, monkeypatch):
+    """Else PyTorch would be compared with PyTorch."""
+    gpu, before = torch.device("cuda"), Counter(dispatch.calls)
+    optimize(network(SPEC), kernels="torch")(torch.zeros(1, 3, 32, 32))
+    check.right_code(True, torch.device("cpu"), before)
+    with pytest.raises(RuntimeError, match="no kernel of ours ran"):
+        check.right_code(True, gpu, before)
+    functional.add_relu(*torch.zeros(2, 1, 4, 2, 2, device=device), kernels="triton")
+    check.right_code(True, gpu, before)
+    seen = []
+    monkeypatch.setattr(worker, "right_code", lambda *arguments: seen.append(arguments[:2]))
+    with race.Race(SPEC, [], print) as contest:
+        contest._reference(1)
+        worker.Contest(SPEC, planted.alternative(planted.right, ours=True)).prepare(contest._file(1))
+    assert seen == [(True, torch.device("cpu"))]
+
+
+def test_what_is_compared_is_two_models():
+    model = network(SPEC)
+    check.two_models(model, optimize(model, inplace=False))
+    check.two_models(model, copy.deepcopy(model))
+    shares = torch.nn.Sequential(torch.nn.Identity(), model.conv1)
+    for same in (model, optimize(model), torch.nn.Sequential(model), shares):
+        with pytest.raises(ValueError, match="reference and subject are one model, expected two"):
+            check.two_models(model, same)
 
 
 def test_what_was_measured_is_there_before_the_race_is_over(monkeypatch):
@@ -179,7 +212,7 @@ def test_alternatives_agree(small, name):
     images = alternative.images(images)
     assert images.is_contiguous(memory_format=torch.channels_last) is alternative.channels_last
     with torch.inference_mode():
-        assert relative_error(alternative.build(base, images)(images), expected) < 1e-6
+        assert relative_error(alternative.build(copy.deepcopy(base), images)(images), expected) < 1e-6
 
 
 def test_cudnn_computes_the_model(small, monkeypatch):

@@ -78,7 +78,8 @@ def test_lines_of_the_readme_run(
     if not torch.cuda.is_available():
         lines = lines.replace(".cuda()", "")
     names: dict[str, Any] = {"images": torch.rand(2, 3, 32, 32), "yours": vision.torchvision().models.resnet18().eval()}
-    names["images"] = names["images"].to("cuda" if torch.cuda.is_available() else "cpu", torch.float16)
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    names = {name: value.to(where, torch.float16) for name, value in names.items()}
     exec(lines, names)
     assert names["logits"].shape == (2, 1000)
     assert isinstance(names["yours"], resnet_triton.ResNet)
