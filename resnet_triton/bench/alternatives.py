@@ -1,8 +1,8 @@
 """ResNet as PyTorch's users run it today, in every way that might be faster than ours.
 
 An alternative takes a torchvision model in eval mode, already on its device and in its dtype, and images, and returns
-a function from images to logits. It may change the model it is given. Each is built in a process of its own (`worker.py`), so what one switches on, such as
-Inductor's freezing, never helps or harms another.
+a function from images to logits. It may change the model. Each is built in a process of its own (`worker.py`), so what
+one switches on, such as Inductor's freezing, never helps or harms another.
 """
 
 from __future__ import annotations
