@@ -19,6 +19,7 @@ from .ops.original import CONV_FORWARD, LAYERS, replaced
 Conv2d, BatchNorm2d, ReLU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 _CONV, _NORM, _RELU = (LAYERS[cls] for cls in (Conv2d, BatchNorm2d, ReLU))
 
+
 class Fused(NamedTuple):
     """What one fused call needs of a convolution and the batch norm behind it, as they are now."""
 
@@ -29,7 +30,7 @@ class Fused(NamedTuple):
 
 def fuse(conv: Any, norm: Any) -> Fused | str:
     """What `norm(conv(x))` needs to be one fused call, or why it cannot be one. Asked before each call."""
-    if type(conv) is not Conv2d or type(norm) is not BatchNorm2d:
+    if (type(conv), type(norm)) != (Conv2d, BatchNorm2d):
         return f"{type(conv).__name__} and {type(norm).__name__} instead of Conv2d and BatchNorm2d"
     if norm.training:
         return "training mode"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..kernels.values import BatchNorm, Geometry, Size
 from .operation import Shape
-from .schema import check_tensor
 
 IntOrPair = int | tuple[int, int]
 _INTS = [int, int]
