@@ -35,7 +35,7 @@ def optimize(
     It stays the model that it is, as with `.half()`: same parameters, buffers, hooks and names, and still an instance
     of torchvision's class. `revert(model)` undoes it, and within `with disabled(model):` it runs as before, so that
     answers can be compared. What changes is the code of the ResNets and blocks in it, and the memory format of their
-    filters, which move to channels_last. Subclasses with code of their own are left alone, but not their blocks. Of a
+    filters, which move to channels_last unless the memory they lie in is shared. Subclasses with code of their own are left alone, but not their blocks. Of a
     model of ours only the modes change.
 
     With `inplace=False` the result is a deep copy that shares nothing with `model`, which stays as it is.
@@ -147,8 +147,8 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 
     For comparisons: one model, so nothing has to be kept equal. `model` may also contain what was optimized, or be one
     of ours. It nests, and other threads are not affected, except in code made by torch.compile, which cannot tell
-    threads apart. The filters stay in channels_last memory, so answers may differ by a rounding from those before
-    `optimize`. Raises ValueError if `model` contains nothing of ours.
+    threads apart. Tracers see torchvision's code, too: a feature extractor made here finds all of its nodes. The filters
+    stay in channels_last memory, so answers may differ by a rounding from those before `optimize`. Raises ValueError if `model` contains nothing of ours.
     """
     _check_module(model)
     ours = [m for m in model.modules() if isinstance(m, _OURS)]
@@ -239,11 +239,17 @@ def _move_filters(module: nn.Module) -> None:
     """To channels_last memory, keeping which were not there already."""
     moved = set(vars(module).get("_moved", ()))
     for name, weight in _filters(module):
-        if not weight.is_contiguous(memory_format=torch.channels_last):
+        if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight):
             _lay_out(weight, torch.channels_last)
             moved.add(name)
     if moved:
         vars(module)["_moved"] = moved
+
+
+def _has_company(weight: nn.Parameter) -> bool:
+    """Whether its memory is meant for others too, who would lose it: a larger tensor, another process."""
+    larger = weight.untyped_storage().nbytes() > weight.nbytes
+    return larger or (weight.device.type == "cpu" and weight.is_shared())
 
 
 def _move_filters_back(module: nn.Module) -> None:

@@ -517,6 +517,20 @@ def test_bound_methods_survive_revert():
     close(revert(model)(image()), expected)
 
 
+@torch.no_grad()
+def test_filters_in_memory_that_others_use_stay_there():
+    shared, flat = small().share_memory(), small()
+    whole = nn.utils.parameters_to_vector(flat.parameters())
+    for p, part in zip(flat.parameters(), whole.split([p.numel() for p in flat.parameters()]), strict=True):
+        p.data = part.view_as(p)
+    expected = flat(image())
+    close(optimize(shared)(image()), expected)
+    close(optimize(flat)(image()), expected)
+    assert all(p.is_shared() for p in shared.parameters())
+    whole.zero_()  # as an optimizer writes it
+    assert not optimize(flat)(image()).any()
+
+
 # --- disabled --------------------------------------------------------------------------------------------------------
 
 
@@ -590,6 +604,18 @@ def test_disabled_is_one_models_and_one_threads():
         with disabled(nn.Sequential(other, model)):
             assert ours_called(other, image()) == ours_called(model, image()) == 0
         assert ours_called(model, image()) == 0
+
+
+@torch.no_grad()
+def test_disabled_has_the_nodes_of_torchvision():
+    extract = importlib.import_module("torchvision.models.feature_extraction").create_feature_extractor
+    model, nodes = optimize(small()), {"layer2.0.relu_1": "a", "fc": "b"}
+    with disabled(model):
+        extractor = extract(model, nodes)
+    found, wanted = extractor(image()), extract(small(), nodes)(image())
+    assert ours_called(extractor, image()) == 0
+    for name in "ab":
+        close(found[name], wanted[name])
 
 
 @torch.no_grad()
