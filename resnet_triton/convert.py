@@ -35,8 +35,8 @@ def optimize(
     It stays the model that it is, as with `.half()`: same parameters, buffers, hooks and names, and still an instance
     of torchvision's class. `revert(model)` undoes it, and within `with disabled(model):` it runs as before, so that
     answers can be compared. What changes is the code of the ResNets and blocks in it, and the memory format of their
-    filters, which move to channels_last unless the memory they lie in is shared. Subclasses with code of their own are left alone, but not their blocks. Of a
-    model of ours only the modes change.
+    filters, which move to channels_last unless they lie in memory that others use. Subclasses with code of their own
+    are left alone, but not their blocks. Of a model of ours only the modes change.
 
     With `inplace=False` the result is a deep copy that shares nothing with `model`, which stays as it is.
 
@@ -147,8 +147,10 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 
     For comparisons: one model, so nothing has to be kept equal. `model` may also contain what was optimized, or be one
     of ours. It nests, and other threads are not affected, except in code made by torch.compile, which cannot tell
-    threads apart. Tracers see torchvision's code, too: a feature extractor made here finds all of its nodes. The filters
-    stay in channels_last memory, so answers may differ by a rounding from those before `optimize`. Raises ValueError if `model` contains nothing of ours.
+    threads apart. Tracers see torchvision's code, too: a feature extractor made here finds all of its nodes. Filters
+    stay in channels_last memory, so answers may differ by a rounding from those before `optimize`.
+
+    Raises ValueError if `model` contains nothing of ours, TypeError if it is no module.
     """
     _check_module(model)
     ours = [m for m in model.modules() if isinstance(m, _OURS)]

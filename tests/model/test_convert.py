@@ -458,7 +458,8 @@ def test_in_a_fresh_process(tmp_path):
     for text in (program, patched):
         command = [sys.executable, "-c", textwrap.dedent(text), str(tmp_path / "model.pt")]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
-        assert set(printed.split()) <= {"True", "torch"}, printed
+        assert "True" in printed
+        assert "False" not in printed
 
 
 # --- revert ----------------------------------------------------------------------------------------------------------
