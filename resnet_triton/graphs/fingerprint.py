@@ -34,8 +34,8 @@ class Fingerprint:
             for m in modules
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
-        self._classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__}
-        self._code = original.code(self._classes)
+        self._places = original.places({cls for kind in set(map(type, modules)) for cls in kind.__mro__})
+        self._code = list(map(getattr, *self._places))
         self._values = _values(self._attributes)
         self._tensors = _values(self._owners)
         self._read = [t for t in self._tensors if t is not None and t.is_floating_point()]
@@ -46,7 +46,7 @@ class Fingerprint:
     def holds(self) -> bool:
         """Whether the model is still what it was."""
         try:
-            same = original.code(self._classes) == self._code
+            same = list(map(getattr, *self._places)) == self._code
             same = same and _values(self._attributes) == self._values  # by identity, so nearly always without a call
         except Exception:  # an array or a tensor was set as an attribute: it has no truth value to compare by
             return False

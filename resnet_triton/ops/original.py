@@ -48,9 +48,10 @@ LAYERS: dict[type[nn.Module], Any] = {
 CONV_FORWARD = written(nn.Conv2d, "_conv_forward")
 
 
-def code(classes: Iterable[type]) -> list[Any]:
-    """What is in the place of the code of those classes that were remembered."""
-    return [getattr(cls, name) for cls in classes for name in _written.get(cls, ())]
+def places(classes: Iterable[type]) -> tuple[list[type], list[str]]:
+    """Where the code of those classes is that were remembered: classes and, for each, a name."""
+    found = [(cls, name) for cls in classes for name in _written.get(cls, ())]
+    return [cls for cls, _ in found], [name for _, name in found]
 
 
 def replaced(module: nn.Module) -> str | None:
