@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Iterator
 from typing import Any, NoReturn
 from unittest import mock
@@ -296,20 +295,20 @@ def watch(*, whole: bool = True) -> Iterator[None]:
 def quick() -> Iterator[None]:
     """The interpreter without what takes half of its time.
 
-    At each call of a function in a kernel it searches all of `tl` for builtins, which it has replaced at the launch.
+    At each call of a function in a kernel it searches `tl` for what it replaces, which it has done at the launch.
     """
+    patch = upstream._patch_lang
 
     @functools.cache
-    def builtins(package: Any) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+    def languages(function: Any) -> list[Any]:
+        return [tl, *(value for value in function.__globals__.values() if value is tl.core)]
 
-    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-        names = builtins(package)
-        if names and tl.core.is_builtin(getattr(package, names[0])):  # then so are the others
-            for name in names:
-                upstream._patch_attr(package, name, getattr(package, name), builder, scope)
+    def patch_lang(function: Any) -> Any:
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):
+            return patch(function)
+        return upstream._LangPatchScope()
 
-    with mock.patch.object(upstream, "_patch_builtin", patch_builtin):
+    with mock.patch.object(upstream, "_patch_lang", patch_lang):
         yield
 
 
