@@ -65,8 +65,14 @@ def convolutions(dtype: str, precision: str) -> set[ConvShape]:
 
 
 @ALL_NUMBERS
-@ALL_DEVICES
-@pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize(
+    ("arch", "descriptors"),
+    [
+        pytest.param(arch, on, id=f"sm_{arch}-{'descriptors' if on else 'pointers'}")
+        for arch, device in KNOWN.items()
+        for on in ([True, False] if device.has_descriptors else [True])
+    ],
+)
 def test_every_choice_is_legal(arch: int, dtype: str, precision: str, descriptors: bool) -> None:
     device = KNOWN[arch]
     paths = set()
