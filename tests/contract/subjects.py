@@ -5,6 +5,7 @@ Integers, and batch norms that scale by powers of two, leave PyTorch nothing to 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,6 +97,11 @@ def _model(data: Data, n: int = 2, h: int = 8, w: int = 8) -> Args:
 
 def tiny(library: Any = None) -> Any:
     """A ResNet, torchvision's or ours, of four narrow convolutions: a plain and a strided block, then empty layers."""
+    return copy.deepcopy(_tiny(library))
+
+
+@functools.cache
+def _tiny(library: Any) -> Any:
     resnet = library or vision.torchvision().models.resnet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

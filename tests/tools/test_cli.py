@@ -233,8 +233,6 @@ def jpeg() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("notes.txt", b"a shopping list", ["not an image"]),
-        ("text.png", b"a shopping list", ["not an image"]),
         ("picture.ppm", b"P6 1 1 255 abc", ["not an image"]),  # an image, of a format that is not on the list
         ("empty.jpg", b"", ["empty"]),
         ("truncated.jpg", jpeg()[:20000], ["cannot be decoded", "truncated"]),
@@ -263,48 +261,6 @@ def test_decompression_bomb(
 def test_sliver(run: Run, tmp_path: Path, checkpoint: Path) -> None:
     PIL_Image.new("RGB", (1, 1000)).save(tmp_path / "sliver.png")
     fails(run("predict", tmp_path / "sliver.png", "--weights", checkpoint), "1x1000 pixels")
-
-
-def grey(mode: str, value: Any) -> Any:
-    return PIL_Image.new(mode, (4, 3), value)
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "options"),
-    [
-        ("rgb.webp", grey("RGB", GREY), {"lossless": True}),
-        ("rgb.bmp", grey("RGB", GREY), {}),
-        ("palette.png", grey("RGB", GREY).quantize(4), {}),
-        ("palette.gif", grey("RGB", GREY).quantize(4), {}),
-        ("luminance.png", grey("L", 200), {}),
-        ("16bit.png", grey("I;16", 200 * 257), {}),
-        ("16bit.tif", grey("I;16", 200 * 257), {}),
-        ("int.tif", grey("I", 200 * 257), {}),
-        ("alpha.png", grey("RGBA", (145, 145, 145, 128)), {}),  # half of 145, half of white
-        ("grey-alpha.png", grey("LA", (145, 128)), {}),
-        ("key.png", grey("RGB", GREY), {"transparency": (1, 2, 3)}),
-        ("cmyk.tif", grey("CMYK", (55, 55, 55, 0)), {}),
-        ("cmyk.jpg", grey("CMYK", (55, 55, 55, 0)), {"quality": 95}),
-        ("first.gif", grey("L", 200), {"save_all": True, "append_images": [grey("L", 0)]}),
-    ],
-)
-def test_every_mode_becomes_rgb(tmp_path: Path, name: str, image: Any, options: dict[str, Any]) -> None:
-    image.save(tmp_path / name, **options)
-    loaded = predict.load_image(tmp_path / name)
-    assert loaded.mode == "RGB"
-    assert loaded.size == (4, 3)
-    assert all(abs(low - 200) <= 1 and low == high for low, high in loaded.getextrema())
-
-
-def test_transparent_is_white_and_depth_without_range_is_refused(tmp_path: Path) -> None:
-    hidden = PIL_Image.new("P", (4, 3))
-    hidden.putpalette([10, 20, 30])
-    hidden.save(tmp_path / "hidden.png", transparency=0)
-    assert predict.load_image(tmp_path / "hidden.png").getpixel((0, 0)) == (255, 255, 255)
-    for name, image in {"float.tif": grey("F", 0.5), "deep.tif": grey("I", 1 << 20)}.items():
-        image.save(tmp_path / name)
-        with pytest.raises(ValueError, match=r"expected 8 or 16 bits"):
-            predict.load_image(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from resnet_triton.bench import command, output, results
 from resnet_triton.bench.results import Ceiling
 from resnet_triton.bench.runner import OutOfTime, Phase, Run, Steps
 from resnet_triton.codegen import report as codegen
-from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, lookup, table
+from resnet_triton.config import ConvConfig, ConvShape, choice, lookup, table
 from resnet_triton.config.conv import is_legal
 from resnet_triton.config.device import KNOWN
 from resnet_triton.support import files
@@ -257,7 +257,7 @@ from pathlib import Path
 import matplotlib, rich, triton.knobs
 from resnet_triton.support import vision
 from resnet_triton.tools import ask, cli, doctor
-from resnet_triton.config import choice, conv_heuristic, lookup, table
+from resnet_triton.config import conv_heuristic, lookup, table
 from test_robust_files import GPU, SHAPE, command, output
 
 vision.torchvision()
@@ -372,42 +372,6 @@ def test_doctor_warns_of_a_cache_that_is_somebody_elses(
 
 
 # --- tuned tables ----------------------------------------------------------------------------------------------------
-
-
-def loop(path: Path) -> None:
-    path.symlink_to(path)
-
-
-def entry(**changes: Any) -> str:
-    shape = {"n": 32, "c": 64, "h": 56, "w": 56, "k": 64, "r": 3, "s": 3}
-    config = {"block_m": 64, "block_k": 64, "block_c": 64, "num_warps": 4, "num_stages": 2}
-    return json.dumps({"schema": 1, "gpu": GPU.name, "entries": [{"shape": {**shape, **changes}, "config": config}]})
-
-
-@pytest.mark.parametrize(
-    ("damage", "fault"),
-    [
-        (loop, "symbolic link"),
-        (lambda path: path.write_bytes(bytes(range(256)) * 100), "not JSON"),
-        (lambda path: path.write_text(entry()[:-9]), "not JSON"),
-        (lambda path: path.write_text(entry(dtype="x" * 1_000_000) + "]"), "not JSON"),
-        (lambda path: path.write_text(entry(dtype=["x" * 1_000_000])), "ConvShape.dtype must be str"),
-        (lambda path: path.write_text(entry(**{"x" * 1_000_000: 1})), "unknown key"),
-    ],
-    ids=["symlink loop", "binary", "truncated", "a bracket too many", "a long value", "a long key"],
-)
-def test_a_damaged_table_is_one_short_warning_that_says_what_to_do(
-    folder: Path, damage: Callable[[Path], object], fault: str
-) -> None:
-    path = folder / "nvidia-h200.json"
-    damage(path)
-    with pytest.warns(UserWarning, match=fault) as caught:
-        assert lookup(SHAPE, GPU) == lookup(replace(SHAPE), GPU) == conv_heuristic(SHAPE, GPU)
-    (warning,) = (str(w.message) for w in caught)
-    assert str(path) in warning
-    assert "; delete it, or mend what it says" in warning
-    assert "\n" not in warning
-    assert len(warning) < 500
 
 
 def test_numbers_of_a_table_never_break_a_lookup(folder: Path) -> None:

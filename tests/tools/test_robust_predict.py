@@ -105,12 +105,23 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     [
         ("sixteen.png", png(4, 3, (b"\0" + struct.pack(">4H", *[200 * 257] * 4)) * 3, depth=16)),
         ("sixteen-rgb.png", png(4, 3, (b"\0" + struct.pack(">12H", *[200 * 257] * 12)) * 3, depth=16, colour=2)),
+        ("sixteen.tif", saved(grey("I;16", 200 * 257), "TIFF")),
         ("big-endian.tif", saved(grey("I;16B", 200 * 257), "TIFF")),
         ("animated.gif", frames("GIF")),
         ("animated.webp", frames("WEBP", lossless=True)),
         ("animated.png", frames("PNG")),
         ("pages.tif", frames("TIFF")),
-        ("palette.png", saved(grey("RGBA", (145, 145, 145, 128)).quantize(4), "PNG")),
+        ("rgb.webp", saved(grey("RGB", GREY), "WEBP", lossless=True)),
+        ("rgb.bmp", saved(grey("RGB", GREY), "BMP")),
+        ("luminance.png", saved(grey("L", 200), "PNG")),
+        ("int.tif", saved(grey("I", 200 * 257), "TIFF")),
+        ("alpha.png", saved(grey("RGBA", (145, 145, 145, 128)), "PNG")),  # half of 145, half of white
+        ("grey-alpha.png", saved(grey("LA", (145, 128)), "PNG")),
+        ("key.png", saved(grey("RGB", GREY), "PNG", transparency=(1, 2, 3))),
+        ("palette.gif", saved(grey("RGB", GREY).quantize(4), "GIF")),
+        ("palette-alpha.png", saved(grey("RGBA", (145, 145, 145, 128)).quantize(4), "PNG")),
+        ("cmyk.tif", saved(grey("CMYK", (55, 55, 55, 0)), "TIFF")),
+        ("cmyk.jpg", saved(grey("CMYK", (55, 55, 55, 0)), "JPEG", quality=95)),
         ("ycbcr.tif", saved(grey("YCbCr", (200, 128, 128)), "TIFF")),
         ("not a PNG.png", saved(grey("L", 200), "BMP")),
     ],
@@ -119,8 +130,20 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
 def test_unusual_images_come_out_as_they_look(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     loaded = predict.load_image(tmp_path / name)
-    assert loaded.mode == "RGB"
-    assert all(abs(low - 200) <= 2 and abs(high - 200) <= 2 for low, high in loaded.getextrema())
+    with PIL_Image.open(tmp_path / name) as stored:
+        assert (loaded.mode, loaded.size) == ("RGB", stored.size)
+    assert all(abs(low - 200) <= 1 and low == high for low, high in loaded.getextrema())
+
+
+def test_transparent_is_white_and_depth_without_range_is_refused(tmp_path: Path) -> None:
+    hidden = PIL_Image.new("P", (4, 3))
+    hidden.putpalette([10, 20, 30])
+    hidden.save(tmp_path / "hidden.png", transparency=0)
+    assert predict.load_image(tmp_path / "hidden.png").getpixel((0, 0)) == (255, 255, 255)
+    for name, image in {"float.tif": grey("F", 0.5), "deep.tif": grey("I", 1 << 20)}.items():
+        image.save(tmp_path / name)
+        with pytest.raises(ValueError, match=r"expected 8 or 16 bits"):
+            predict.load_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
