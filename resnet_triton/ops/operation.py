@@ -100,18 +100,22 @@ class Operation:
 
     def run(self) -> Tensor:
         """Compute the result on our kernels or on PyTorch, before torch's eyes where it looks."""
-        if torch.compiler.is_compiling() or dispatch.is_watched(tensors := self.schema.tensors(self)):
-            if not torch.compiler.is_compiling():
-                self.schema.check(self)
-            traced = not torch.compiler.is_compiling() and torch._C._is_tracing()
-            if traced and self.choose()[1].backend == "torch":
-                return self.run_torch()  # so that the trace runs where this package is not
+        if torch.compiler.is_compiling():
             return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
-        if self.autocast and torch.is_autocast_enabled(self.x.device.type):
-            return self.refuse_kernels(_AUTOCAST)
-        if dispatch.is_differentiated(tensors):
-            return self.refuse_kernels(_GRADIENT)
-        return self.compute()
+        try:
+            if dispatch.is_watched(tensors := self.schema.tensors(self)):
+                self.schema.check(self)
+                if torch._C._is_tracing() and self.choose()[1].backend == "torch":
+                    return self.run_torch()  # so that the trace runs where this package is not
+                return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
+            if self.autocast and torch.is_autocast_enabled(self.x.device.type):
+                return self.refuse_kernels(_AUTOCAST)
+            if dispatch.is_differentiated(tensors):
+                return self.refuse_kernels(_GRADIENT)
+            return self.compute()
+        except (AttributeError, IndexError):  # of what is no tensor, most likely; asking first would cost each call
+            self.schema.check(self)
+            raise
 
     def compute(self) -> Tensor:
         """The same where nothing looks: here the dispatcher comes in."""

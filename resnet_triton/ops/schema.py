@@ -102,12 +102,12 @@ class Schema:
         """Those of the arguments that are tensors. Asked before each launch, so in C."""
         absent = self._absent and getattr(operation, self._absent) is None
         found = self._present_tensors(operation) if absent else self._tensors(operation)
-        return [t for t in found if t is not None] if found[0] is not None else list(found)  # x, which may not be None
+        return [t for t in found if t is not None]
 
     def check(self, operation: Any) -> None:
         """TypeError, naming it, for an argument that should be a tensor and is none."""
         for argument, value in zip(self.arguments, self.flatten(operation), strict=True):
-            if argument.type.startswith("Tensor") and (value is not None or argument.name == "x"):
+            if argument.type == "Tensor" or (argument.type == "Tensor?" and value is not None):
                 check_tensor(argument.name, value)
 
     def build(self, values: Any) -> Any:

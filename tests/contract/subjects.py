@@ -22,7 +22,7 @@ from resnet_triton.support import vision
 
 from .term import Args
 
-PIXELS = {"pixel_mean": (0.0, 0.5, 1.0), "pixel_std": (0.25, 0.5, -1.0)}
+PIXELS = {"pixel_mean": (0.0, 0.5, 1.0), "pixel_std": (0.25, 0.5, 1.0)}
 """Of bytes that are 0 or 255: every step of normalising is exact."""
 
 
@@ -186,7 +186,7 @@ def _our_model(
     if own:
         state, model = model.state_dict(), tiny(models).to(x.device, x.dtype)
         model.load_state_dict(state)
-    fast = then(optimize(model, kernels=kernels, inplace=False))
+    fast = then(optimize(model, kernels=kernels))
     fast.normalize = normalize
     return fast(x)
 

@@ -112,7 +112,7 @@ def test_bytes_are_normalised_once_and_padded_with_zero(device, dtype):
     """Means and deviations for which every step is exact: x / 255 is 0 or 1."""
     call = stem_call(generator(device, 4), 2, 3, 14, 16, 16, dtype)
     pixels = torch.randint(0, 2, (2, 3, 14, 16), generator=generator(device, 5), device=device, dtype=torch.uint8) * 255
-    mean, std = (0.5, 0.0, -1.0), (0.25, 1.0, -1.0)
+    mean, std = (0.5, 0.0, -1.0), (0.25, 1.0, 1.0)
     m, s = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
     expected = stem_reference(replace(call, x=((pixels / 255 - m) / s).to(dtype)))
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -136,7 +136,7 @@ def test_bytes_need_their_statistics(device):
         replace(call, pixel_mean=zeros, pixel_std=ones).run()
     with pytest.raises(TypeError, match=r"x has dtype torch.uint8, expected torch.uint8 with pixel_mean and pixel_std"):
         replace(call, x=call.x.byte()).run()
-    with pytest.raises(ValueError, match=r"pixel_std has 2 values, expected 3 like x's channels"):
+    with pytest.raises(ValueError, match=r"pixel_std has 2 values, expected 3, one for each channel"):
         replace(call, x=call.x.byte(), pixel_mean=zeros, pixel_std=ones[:2]).run()
     with pytest.raises(ValueError, match=r"expected \(K, C, 7, 7\)"):
         replace(call, weight=call.weight[:, :, :5, :5]).run()

@@ -360,7 +360,7 @@ def test_optimize_again_changes_the_modes(cuda):
     optimize(model, cuda_graph=False, inplace=True)
     model(x)
     assert cuda.graphs[0].replays == 0
-    assert optimize(model, freeze=True).frozen
+    assert optimize(model, freeze=True, inplace=False).frozen
     assert not model.frozen
 
 
