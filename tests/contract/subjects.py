@@ -194,6 +194,7 @@ def _our_model(
 def _torch_model(
     model: Any, x: Tensor, then: Callable[[Any], Any] = _same, normalize: Any = None, own: bool = False
 ) -> Tensor:
+    assert not isinstance(model, models.ResNet), "ours would be compared with ours"
     model = then(model)
     return model(x if normalize is None else _normalized(x, *normalize).to(model.fc.weight.dtype))
 
