@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from ..support.terminal import Bar, printable, table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What is decoded at all. Pillow knows many more formats, some of them run other programs."""
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF,
+UNSIGNED, WHITE_IS_ZERO = 1, 0  # and two of their values
 MAX_ASPECT = 50  # resizing the short side to 256 pixels multiplies the long side
 
 
@@ -104,44 +107,66 @@ def show(predictions: list[dict[str, Any]]) -> None:
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def load_image(path: str | os.PathLike[str]) -> Any:
+def load_image(path: str | os.PathLike[str], file: BinaryIO | None = None) -> Any:
     """An RGB Pillow image: the first, of several, turned upright as its EXIF data say.
 
-    16 bits are scaled to 8, where Pillow's own conversion would clip nearly all of them to white; transparent is white;
-    numbers of 32 bits and floating-point ones are refused, because nobody knows their range. ValueError, naming the
-    file, if there is no image to be had.
+    It is read from `file`, if that is given, and `path` is only its name. 9 to 16 bits are scaled to 8, where Pillow's
+    own conversion would clip nearly all of them to white; transparent is white; signed and floating-point samples and
+    those of more bits are refused, because nobody knows their range. ValueError, naming the file, if there is no image
+    to be had.
     """
     from PIL import Image, UnidentifiedImageError
 
     wanted = f"expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {wanted}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path}: not a regular file; {wanted}")
-    if status.st_size == 0:
-        raise ValueError(f"{path}: the file is empty; {wanted}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    if file is None:  # Pillow is given no path: it would map some TIFF files into memory, and turn those wrongly
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                image.load()
-                upright = _to_rgb(_upright(image))
-        except PermissionError as error:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise ValueError(f"{path}: not a regular file; {wanted}")
+            file = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; {wanted}") from None
-        except UnidentifiedImageError:
-            raise ValueError(f"{path}: not an image this program reads; {wanted}") from None
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise ValueError(f"{path}: over {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
-        except Exception as error:  # decoders raise anything from SyntaxError to struct.error over damaged files
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{path}: the image cannot be decoded ({reason}); {wanted}") from None
+        with file:
+            return load_image(path, file)
+    if file.seek(0, os.SEEK_END) == 0:
+        raise ValueError(f"{path}: the file is empty; {wanted}")
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            largest, inverted = _read_tags(image)
+            image.load()
+            upright = _to_rgb(_upright(image), largest, inverted)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image this program reads; {wanted}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"{path}: over {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error over damaged files
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: the image cannot be decoded ({reason}); {wanted}") from None
     if max(upright.size) > MAX_ASPECT * min(upright.size):
         width, height = upright.size
         raise ValueError(f"{path}: {width}x{height} pixels, expected sides within {MAX_ASPECT}:1; crop it first")
     return upright
+
+
+def _read_tags(image: Any) -> tuple[int, bool]:
+    """The largest value of a sample, and whether it means black, of an image that is open and not yet loaded.
+
+    The file's tags say so, decoded values do not. Puts right the transparent value of a PNG, which is in units of its
+    samples, while Pillow scales those of less than 8 bits.
+    """
+    tags = getattr(image, "tag_v2", {})  # TIFF's
+    bits = max(tags.get(BITS_PER_SAMPLE, (1,))) if tags else 16
+    kinds = {UNSIGNED: "", 2: "signed ", 3: "floating-point "}
+    kind = kinds.get(max(tags.get(SAMPLE_FORMAT, (UNSIGNED,))), "unknown ")
+    if kind or bits > 16:
+        raise ValueError(f"{bits}-bit {kind}samples, expected unsigned ones of up to 16 bits")
+    if image.format == "PNG" and "transparency" in image.info:
+        stored = image.tile[0][3]
+        if stored == "RGB;16B":
+            raise ValueError("a transparent colour of 16 bits, expected 8 bits or an alpha channel")
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(stored, 1)
+    return 2**bits - 1, bool(tags) and tags.get(PHOTOMETRIC, WHITE_IS_ZERO) == WHITE_IS_ZERO
 
 
 def _upright(image: Any) -> Any:
@@ -153,21 +178,30 @@ def _upright(image: Any) -> Any:
         return image
 
 
-def _to_rgb(image: Any) -> Any:
-    """Any mode to RGB: 16 bits scaled to 8 rather than clipped, transparency over white rather than dropped."""
+def _to_rgb(image: Any, largest: int, inverted: bool) -> Any:
+    """Any mode to RGB: transparency over white rather than dropped."""
     from PIL import Image
 
     if image.mode.startswith("I"):
-        deep = image.convert("I")
-        if not 0 <= deep.getextrema()[0] <= deep.getextrema()[1] <= 0xFFFF:
-            raise ValueError("32-bit pixels, expected 8 or 16 bits")
-        image = deep.point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, expected 8 or 16 bits")
+        image = _to_8_bits(image, largest, inverted)
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return image.convert("RGB")
+
+
+def _to_8_bits(image: Any, largest: int, inverted: bool) -> Any:
+    """Grey samples, which Pillow leaves as they are stored, to mode L, or LA if one value is transparent."""
+    import numpy
+    from PIL import Image
+
+    stored = numpy.asarray(image)
+    grey = ((stored.astype(numpy.uint32) * 255 + largest // 2) // largest).astype(numpy.uint8)
+    scaled = Image.fromarray(255 - grey if inverted else grey)
+    if "transparency" not in image.info:
+        return scaled
+    opaque = stored != image.info["transparency"]
+    return Image.merge("LA", (scaled, Image.fromarray(opaque.astype(numpy.uint8) * 255)))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
