@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import math
 import os
 import stat
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,10 +24,12 @@ from ..ops import dispatch
 from ..ops.dispatch import Kernels
 from ..support import files, vision
 from ..support.devices import find_device
-from ..support.terminal import Bar, printable, table
+from ..support.terminal import printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What is decoded at all. Pillow knows many more formats, some of them run other programs."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Which files of a folder are taken for images."""
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF,
 UNSIGNED, WHITE_IS_ZERO = 1, 0  # and two of their values
 MAX_ASPECT = 50  # resizing the short side to 256 pixels multiplies the long side
@@ -39,72 +45,148 @@ class Checkpoint(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """How to build a model, its class names, what turns a Pillow image into its input (3, H, W), and what to know."""
+    """How to build a model, its class names, torchvision's transforms from an image to its input, and what to know."""
 
     build: Callable[[], nn.Module]
     categories: list[str]
-    transforms: Callable[[Any], Tensor]
+    transforms: Any
     notes: tuple[str, ...] = ()
 
 
-def predict(
-    paths: Sequence[str], weights: str = "DEFAULT", *, topk: int = 5, batch: int = 32, device: str = "auto",
-    dtype: str = "auto", kernels: Kernels = "auto", key: str | None = None,
-    classes: str | None = None, bar: Bar,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Classify image files: for each `{"file", "top": [{"label", "index", "probability"}]}`, most probable first.
+class Predictor:
+    """What `predict` does with a picture and with a batch. The model is built, or downloaded, for the first batch.
 
     `weights`, `key` and `classes` are as for `find_classifier`, `topk` is the number of classes (as many as there are,
-    at most). ValueError, in one line, for anything that is wrong with the input; no image is classified then.
+    at most). ValueError, in one line, for anything that is wrong with the arguments.
     """
-    where = find_device(device)
-    on_gpu = where.type == "cuda"
-    precision = getattr(torch, dtype) if dtype != "auto" else torch.float16 if on_gpu else torch.float32
+
+    def __init__(
+        self, weights: str = "DEFAULT", *, topk: int = 5, device: str = "auto", dtype: str = "auto",
+        kernels: Kernels = "auto", key: str | None = None, classes: str | None = None,
+    ) -> None:  # fmt: skip
+        self.weights, self.topk, self.kernels = weights, topk, kernels
+        self.device = find_device(device)
+        on_gpu = self.device.type == "cuda"
+        self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.float16 if on_gpu else torch.float32
+        try:
+            dispatch.choose(kernels, self.device, self.dtype)
+        except NotImplementedError as error:
+            raise ValueError(f"{error}; use a GPU of compute capability 8.0 or newer, or kernels=auto") from None
+        self.classifier = find_classifier(weights, key, classes)
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """Takes bytes, torch.uint8 (N, 3, H, W), on its device. ValueError if its weights cannot be downloaded."""
+        with contextlib.redirect_stdout(io.StringIO()):  # torch.hub says "Downloading ..." there
+            built = self.classifier.build()
+        model: Any = optimize(built.eval().to(self.device, self.dtype), kernels=self.kernels)
+        model.normalize = self.classifier.transforms.mean, self.classifier.transforms.std
+        return model
+
+    def read(self, path: str | os.PathLike[str], file: BinaryIO | None = None) -> Tensor:
+        """An image's pixels, torch.uint8 (3, H, W), scaled and cropped as torchvision does; else as `load_image`."""
+        wanted, functional = self.classifier.transforms, vision.torchvision().transforms.functional
+        image = functional.resize(
+            load_image(path, file), wanted.resize_size, interpolation=wanted.interpolation, antialias=wanted.antialias
+        )
+        return functional.pil_to_tensor(functional.center_crop(image, wanted.crop_size))
+
+    def classify(self, pixels: Tensor) -> list[dict[str, Any]]:
+        """What `predict` says of each of a batch, "top" or "error": torch.uint8 (N, 3, H, W), stacked from `read`."""
+        with torch.inference_mode():
+            scores = self.model(pixels.to(self.device)).float().cpu()
+        best = scores.softmax(1).topk(min(self.topk, scores.shape[1]))
+        said: list[dict[str, Any]] = []
+        for good, *pairs in zip(scores.isfinite().all(1).tolist(), *(t.tolist() for t in best), strict=True):
+            if good:
+                names = self.classifier.categories
+                top = [{"label": names[i], "index": i, "probability": p} for p, i in zip(*pairs, strict=True)]
+                said.append({"top": top})
+            else:
+                said.append({"error": f"{self.weights} gives NaN or infinite scores in {self.dtype}; try float32"})
+        return said
+
+
+def predict(paths: Iterable[str], predictor: Predictor, batch: int = 32) -> Generator[dict[str, Any], None, None]:
+    """Classify image files as a stream, in their order; a folder stands for the images in it, as `find_images` says.
+
+    For each `{"file", "top": [{"label", "index", "probability"}]}`, most probable first, or `{"file", "error"}`, in one
+    line, if it cannot be classified. Threads read the next batch while the model classifies one, so memory does not
+    grow with the number of files.
+    """
+    waiting: list[tuple[str, Tensor | str]] = []
+    good = 0
+    for path, pixels in _read_ahead(predictor, find_images(paths), batch):
+        waiting.append((path, pixels))
+        good += isinstance(pixels, Tensor)
+        if good in (0, batch):  # a broken image takes no place in a batch, and does not wait for one
+            yield from _classify(predictor, waiting)
+            waiting, good = [], 0
+    yield from _classify(predictor, waiting)
+
+
+def _classify(predictor: Predictor, waiting: list[tuple[str, Tensor | str]]) -> Iterator[dict[str, Any]]:
+    images = [pixels for _, pixels in waiting if isinstance(pixels, Tensor)]
+    said = iter(predictor.classify(torch.stack(images)) if images else ())
+    for path, pixels in waiting:
+        yield {"file": path, **({"error": pixels} if isinstance(pixels, str) else next(said))}
+
+
+def _read_ahead(
+    predictor: Predictor, found: Iterable[tuple[str, str]], ahead: int
+) -> Iterator[tuple[str, Tensor | str]]:
+    """Paths with their pixels or what is wrong, in order; threads read at most `ahead` before they are asked for."""
+
+    def read(path: str, problem: str) -> tuple[str, Tensor | str]:
+        try:
+            return path, problem or predictor.read(path)
+        except ValueError as error:
+            return path, str(error).removeprefix(f"{path}: ")
+
+    pool = ThreadPoolExecutor()
+    begun: deque[Future[tuple[str, Tensor | str]]] = deque()
     try:
-        dispatch.choose(kernels, where, precision)
-    except NotImplementedError as error:
-        raise ValueError(f"{error}; use a GPU of compute capability 8.0 or newer, or kernels=auto") from None
-    classifier = find_classifier(weights, key, classes)
-    inputs = []
-    with bar("reading", len(paths)) as step:
-        for path in paths:
-            inputs.append(classifier.transforms(load_image(path)))
-            step()
-    model = optimize(classifier.build().eval().to(where, precision), kernels=kernels)
-    logits = []
-    with bar("classifying", -(-len(inputs) // batch)) as step, torch.inference_mode():
-        for start in range(0, len(inputs), batch):
-            logits.append(model(torch.stack(inputs[start : start + batch]).to(where, precision)).float().cpu())
-            step()
-    scores = torch.cat(logits)
-    if not scores.isfinite().all():
-        raise ValueError(f"{weights} gives NaN or infinite scores in {precision}, expected numbers; try float32")
-    for note in classifier.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
-    best = scores.softmax(1).topk(min(topk, scores.shape[1]))
-    return [
-        {
-            "file": os.fspath(path),
-            "top": [
-                {"label": classifier.categories[i], "index": i, "probability": p}
-                for p, i in zip(probabilities, indices, strict=True)
-            ],
-        }
-        for path, probabilities, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
+        for path, problem in found:
+            begun.append(pool.submit(read, path, problem))
+            if len(begun) > ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:  # of an interrupted stream, too
+        pool.shutdown(cancel_futures=True)
 
 
-def show(predictions: list[dict[str, Any]]) -> None:
-    """Print what `predict` returned."""
-    rows = [
-        (p["file"] if rank == 0 else "", top["label"], top["index"], f"{top['probability']:.2%}")
-        for p in predictions
-        for rank, top in enumerate(p["top"])
-    ]
-    table("Predictions", ("file", "label", ">class", ">probability"), rows)
+def show(prediction: dict[str, Any]) -> None:
+    """Print one of what `predict` yields, errors excepted: the file, then a class a line."""
+    print(printable(prediction["file"]))
+    for top in prediction["top"]:
+        print(f"  {top['probability']:7.2%}  {top['index']:4}  {printable(top['label'])}")
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
+
+
+def find_images(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each path with "" for its problem; in place of a folder, the files below it that are named like images.
+
+    They are sorted, a folder's own before those of its folders, and read from the disk one folder at a time. Hidden
+    ones (".name") and links to folders are left out. A folder that cannot be read or holds none comes with the problem.
+    """
+    for path in paths:
+        if not os.path.isdir(path):
+            yield path, ""
+            continue
+        empty = True
+        unread: list[OSError] = []
+        for folder, folders, names in os.walk(path, onerror=unread.append):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                    empty = False
+                    yield os.path.join(folder, name), ""
+        yield from ((str(error.filename), f"{error.strerror}; expected a folder to read") for error in unread)
+        if empty and not unread:
+            yield path, f"no images in this folder, expected files ending in {', '.join(SUFFIXES)}"
 
 
 def load_image(path: str | os.PathLike[str], file: BinaryIO | None = None) -> Any:
