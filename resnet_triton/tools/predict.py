@@ -54,7 +54,7 @@ class Classifier(NamedTuple):
 
 
 class Predictor:
-    """What `predict` does with a picture and with a batch. The model is built, or downloaded, for the first batch.
+    """What `predict` does with a batch. The model is built, or downloaded, for the first one.
 
     `weights`, `key` and `classes` are as for `find_classifier`, `topk` is the number of classes (as many as there are,
     at most). ValueError, in one line, for anything that is wrong with the arguments.
@@ -83,16 +83,8 @@ class Predictor:
         model.normalize = self.classifier.transforms.mean, self.classifier.transforms.std
         return model
 
-    def read(self, path: str | os.PathLike[str], file: BinaryIO | None = None) -> Tensor:
-        """An image's pixels, torch.uint8 (3, H, W), scaled and cropped as torchvision does; else as `load_image`."""
-        wanted, functional = self.classifier.transforms, vision.torchvision().transforms.functional
-        image = functional.resize(
-            load_image(path, file), wanted.resize_size, interpolation=wanted.interpolation, antialias=wanted.antialias
-        )
-        return functional.pil_to_tensor(functional.center_crop(image, wanted.crop_size))
-
     def classify(self, pixels: Tensor) -> list[dict[str, Any]]:
-        """What `predict` says of each of a batch, "top" or "error": torch.uint8 (N, 3, H, W), stacked from `read`."""
+        """What `predict` says of each of a batch, "top" or "error". `pixels` are torch.uint8 (N, 3, H, W)."""
         with torch.inference_mode():
             scores = self.model(pixels.to(self.device)).float().cpu()
         best = scores.softmax(1).topk(min(self.topk, scores.shape[1]))
@@ -139,7 +131,7 @@ def _read_ahead(
 
     def read(path: str, problem: str) -> tuple[str, Tensor | str]:
         try:
-            return path, problem or predictor.read(path)
+            return path, problem or read_pixels(path, predictor.classifier.transforms)
         except ValueError as error:
             return path, str(error).removeprefix(f"{path}: ")
 
@@ -187,6 +179,18 @@ def find_images(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
         yield from ((str(error.filename), f"{error.strerror}; expected a folder to read") for error in unread)
         if empty and not unread:
             yield path, f"no images in this folder, expected files ending in {', '.join(SUFFIXES)}"
+
+
+def read_pixels(path: str | os.PathLike[str], transforms: Any, file: BinaryIO | None = None) -> Tensor:
+    """An image's pixels, torch.uint8 (3, H, W), scaled and cropped as torchvision's `transforms` say.
+
+    `path`, `file` and errors are as for `load_image`.
+    """
+    functional = vision.torchvision().transforms.functional
+    image = functional.resize(
+        load_image(path, file), transforms.resize_size, transforms.interpolation, antialias=transforms.antialias
+    )
+    return functional.pil_to_tensor(functional.center_crop(image, transforms.crop_size))
 
 
 def load_image(path: str | os.PathLike[str], file: BinaryIO | None = None) -> Any:
