@@ -69,7 +69,7 @@ test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the
 $(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
 	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow' $(INTERPRETED) $(ARGS)
 
-slow: $(RAY) ## run the tests that take long by themselves
+slow: $(STAMP) $(RAY) ## run the tests that take long by themselves
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow $(ARGS)
 
 fuzz: $(STAMP) ## 20,000 random calls of the operators, bit for bit against fp64; FUZZ_CASES=N for another number

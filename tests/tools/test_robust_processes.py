@@ -179,7 +179,7 @@ def album(folder: Path, images: int, size: int) -> list[str]:
     sklearn = pytest.importorskip("sklearn.datasets")
     torch.manual_seed(0)
     state = resnet_triton.resnet18(num_classes=10).state_dict()
-    torch.save({"state_dict": state, "image_size": size}, folder / "ten.pt")
+    torch.save({"state_dict": state, "image_size": size, "categories": list("abcdefghij")}, folder / "ten.pt")
     (folder / "album").mkdir()
     for i in range(images):
         (folder / "album" / f"{i:04}.jpg").symlink_to(Path(sklearn.__file__).parent / "images" / "china.jpg")
