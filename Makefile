@@ -4,6 +4,7 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+RAY := $(VENV)/.ray
 OLDEST_TRITON := 3.6.0
 NEWER_TRITONS := 3.8.0 3.9.0
 OTHER_TRITONS := $(OLDEST_TRITON) $(NEWER_TRITONS)
@@ -43,6 +44,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[dev]' >&2
 	touch $@
 
+# Half a minute and half a gigabyte that only one slow test needs.
+$(RAY): $(STAMP)
+	$(PIP) -c constraints.txt -e '.[ray]' >&2
+	touch $@
+
 $(OTHER_TRITONS:%=$(VENV)/triton-%/.installed): $(VENV)/triton-%/.installed: $(STAMP)
 	rm -rf $(@D)
 	$(PIP) --no-deps --target $(@D) triton==$* >&2
@@ -63,7 +69,7 @@ test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the
 $(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
 	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow' $(INTERPRETED) $(ARGS)
 
-slow: $(STAMP) ## run the tests that take long by themselves
+slow: $(STAMP) $(RAY) ## run the tests that take long by themselves
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow $(ARGS)
 
 fuzz: $(STAMP) ## 20,000 random calls of the operators, bit for bit against fp64; FUZZ_CASES=N for another number

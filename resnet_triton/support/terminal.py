@@ -47,7 +47,9 @@ def bar(description: str, total: int | None = None) -> Iterator[Callable[[], Non
         progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
         progress.TaskProgressColumn(), progress.TimeElapsedColumn(),
     )  # fmt: skip
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as display:
+    console = Console(stderr=True)
+    # What is printed on stdout stays there; rich would move it to its console.
+    with progress.Progress(*columns, console=console, transient=True, redirect_stdout=False) as display:
         task = display.add_task(description, total=total)
         yield lambda: display.advance(task)
 

@@ -95,7 +95,7 @@ def _temporary(args: argparse.Namespace) -> None:
 _VISION = (package("PIL.Image"), package("torchvision"))  # the second does not say well that the first is missing
 NEEDS: dict[str, tuple[Question, ...]] = {
     "doctor": (_tables,),
-    "predict": (_tables, *_VISION, _device, _cache),
+    "predict": (*_VISION, _device, _cache),
     "demo": (_tables, _triton, *_VISION, package("sklearn.datasets"), _device, _cache),
     "bench": (_tables, *_VISION, package("matplotlib"), _device, _kernels_on_a_gpu, _cache, _temporary),
     "compare": (_tables, package("jsonschema")),

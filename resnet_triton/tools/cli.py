@@ -1,7 +1,8 @@
 """The command `resnet-triton`: reads arguments, runs one command, prints what it returns.
 
 Results go to stdout; progress, notes and errors to stderr. Every mistake a user can make ends in one line and exit code
-2; a check that fails, in exit code 1. All that is heavy is imported by the command that needs it.
+2 (`predict` gives each broken image such a line, and goes on); a check that fails, in exit code 1. All that is heavy is
+imported by the command that needs it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -119,19 +121,38 @@ def _predict(args: argparse.Namespace) -> int:
     from ..ops import dispatch
     from . import predict
 
+    predictor = predict.Predictor(
+        args.weights, topk=args.topk, device=args.device, dtype=args.dtype, kernels=args.kernels, key=args.key,
+        classes=args.classes,
+    )  # fmt: skip
     before = Counter(dispatch.calls)
-
-    def work() -> Any:
-        return predict.predict(
-            args.images, args.weights, topk=args.topk, batch=args.batch, device=args.device, dtype=args.dtype,
-            kernels=args.kernels, key=args.key, classes=args.classes, bar=bar,
-        )  # fmt: skip
-
-    _emit(args, work, predict.show)
-    calls = Counter(dispatch.calls) - before
-    ran = {backend: sum(n for (_, on), n in calls.items() if on == backend) for backend in ("triton", "torch")}
-    print(f"{ran['triton']} layer calls ran on Triton kernels, {ran['torch']} on PyTorch", file=sys.stderr)
-    return 0
+    rows = predict.predict(args.images, predictor, args.batch)
+    total = None if any(map(os.path.isdir, args.images)) else len(args.images)
+    shown: contextlib.AbstractContextManager[Callable[[], None]] = bar("classifying", total)
+    if sys.stdout.isatty():  # rows show by themselves how far it is
+        shown = contextlib.nullcontext(lambda: None)
+    classified, code = False, 0
+    with warnings.catch_warnings(), contextlib.closing(rows), shown as step:
+        warnings.filterwarnings("ignore", module="PIL")  # of metadata that do not matter here
+        for row in rows:
+            if "error" in row:
+                code = 2
+                _complain(f"{row['file']}: {row['error']}")
+            elif not classified:
+                classified = True
+                for note in predictor.classifier.notes:
+                    print(f"note: {printable(note)}", file=sys.stderr)
+            if args.json:
+                print(json.dumps(row, allow_nan=False))
+            elif "top" in row:
+                predict.show(row)
+            sys.stdout.flush()
+            step()
+    if classified:
+        calls = Counter(dispatch.calls) - before
+        ran = {backend: sum(n for (_, on), n in calls.items() if on == backend) for backend in ("triton", "torch")}
+        print(f"{ran['triton']} layer calls ran on Triton kernels, {ran['torch']} on PyTorch", file=sys.stderr)
+    return code
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -304,14 +325,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        text: str,
+        example: str,
+        as_json: str = "print JSON, and nothing else, on stdout",
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=f"Example: {example}",
             allow_abbrev=False, parents=[shared],
         )  # fmt: skip
         added.set_defaults(command=name, run=run)
-        added.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+        added.add_argument("--json", action="store_true", help=as_json)
         return added
 
     def device(added: argparse.ArgumentParser) -> None:
@@ -325,15 +350,17 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     p = command(
-        "predict", _predict, "classify image files",
-        "resnet-triton predict cat.jpg dog.png --topk 3 --weights my-resnet18.pt",
+        "predict", _predict, "classify image files; one that cannot be read is named on stderr, the others go on, and "
+        "the exit code is 2",
+        "resnet-triton predict cat.jpg photos/ --topk 3 --weights my-resnet18.pt",
+        'print a JSON object a line for each image, in order, with "file" and either "top" or "error"',
     )  # fmt: skip
     p.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="a JPEG, PNG, WebP, BMP, GIF or TIFF file; of several frames the first; turned upright as EXIF "
-        "says, 16 bits scaled to 8, transparent made white",
+        help="a JPEG, PNG, WebP, BMP, GIF or TIFF file, or a folder to search with all below it; of several frames the "
+        "first; turned upright as EXIF says, 16 bits scaled to 8, transparent made white",
     )
     p.add_argument(
         "--weights", default="DEFAULT", metavar="FILE|NAME",

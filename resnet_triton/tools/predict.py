@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import math
 import os
 import stat
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +24,14 @@ from ..ops import dispatch
 from ..ops.dispatch import Kernels
 from ..support import files, vision
 from ..support.devices import find_device
-from ..support.terminal import Bar, printable, table
+from ..support.terminal import printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What is decoded at all. Pillow knows many more formats, some of them run other programs."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Which files of a folder are taken for images."""
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF,
+UNSIGNED, WHITE_IS_ZERO = 1, 0  # and two of their values
 MAX_ASPECT = 50  # resizing the short side to 256 pixels multiplies the long side
 
 
@@ -36,112 +45,214 @@ class Checkpoint(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """How to build a model, its class names, what turns a Pillow image into its input (3, H, W), and what to know."""
+    """How to build a model, its class names, torchvision's transforms from an image to its input, and what to know."""
 
     build: Callable[[], nn.Module]
     categories: list[str]
-    transforms: Callable[[Any], Tensor]
+    transforms: Any
     notes: tuple[str, ...] = ()
 
 
-def predict(
-    paths: Sequence[str], weights: str = "DEFAULT", *, topk: int = 5, batch: int = 32, device: str = "auto",
-    dtype: str = "auto", kernels: Kernels = "auto", key: str | None = None,
-    classes: str | None = None, bar: Bar,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Classify image files: for each `{"file", "top": [{"label", "index", "probability"}]}`, most probable first.
+class Predictor:
+    """What `predict` does with a batch. The model is built, or downloaded, for the first one.
 
     `weights`, `key` and `classes` are as for `find_classifier`, `topk` is the number of classes (as many as there are,
-    at most). ValueError, in one line, for anything that is wrong with the input; no image is classified then.
+    at most). ValueError, in one line, for anything that is wrong with the arguments.
     """
-    where = find_device(device)
-    on_gpu = where.type == "cuda"
-    precision = getattr(torch, dtype) if dtype != "auto" else torch.float16 if on_gpu else torch.float32
+
+    def __init__(
+        self, weights: str = "DEFAULT", *, topk: int = 5, device: str = "auto", dtype: str = "auto",
+        kernels: Kernels = "auto", key: str | None = None, classes: str | None = None,
+    ) -> None:  # fmt: skip
+        self.weights, self.topk, self.kernels = weights, topk, kernels
+        self.device = find_device(device)
+        on_gpu = self.device.type == "cuda"
+        self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.float16 if on_gpu else torch.float32
+        try:
+            dispatch.choose(kernels, self.device, self.dtype)
+        except NotImplementedError as error:
+            raise ValueError(f"{error}; use a GPU of compute capability 8.0 or newer, or kernels=auto") from None
+        self.classifier = find_classifier(weights, key, classes)
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """Takes bytes, torch.uint8 (N, 3, H, W), on its device. ValueError if its weights cannot be downloaded."""
+        with contextlib.redirect_stdout(io.StringIO()):  # torch.hub says "Downloading ..." there
+            built = self.classifier.build()
+        model: Any = optimize(built.eval().to(self.device, self.dtype), kernels=self.kernels)
+        model.normalize = self.classifier.transforms.mean, self.classifier.transforms.std
+        return model
+
+    def classify(self, pixels: Tensor) -> list[dict[str, Any]]:
+        """What `predict` says of each of a batch, "top" or "error". `pixels` are torch.uint8 (N, 3, H, W)."""
+        with torch.inference_mode():
+            scores = self.model(pixels.to(self.device)).float().cpu()
+        best = scores.softmax(1).topk(min(self.topk, scores.shape[1]))
+        said: list[dict[str, Any]] = []
+        for good, *pairs in zip(scores.isfinite().all(1).tolist(), *(t.tolist() for t in best), strict=True):
+            if good:
+                names = self.classifier.categories
+                top = [{"label": names[i], "index": i, "probability": p} for p, i in zip(*pairs, strict=True)]
+                said.append({"top": top})
+            else:
+                said.append({"error": f"{self.weights} gives NaN or infinite scores in {self.dtype}; try float32"})
+        return said
+
+
+def predict(paths: Iterable[str], predictor: Predictor, batch: int = 32) -> Generator[dict[str, Any], None, None]:
+    """Classify image files as a stream, in their order; a folder stands for the images in it, as `find_images` says.
+
+    For each `{"file", "top": [{"label", "index", "probability"}]}`, most probable first, or `{"file", "error"}`, in one
+    line, if it cannot be classified. Threads read the next batch while the model classifies one, so memory does not
+    grow with the number of files.
+    """
+    waiting: list[tuple[str, Tensor | str]] = []
+    good = 0
+    for path, pixels in _read_ahead(predictor, find_images(paths), batch):
+        waiting.append((path, pixels))
+        good += isinstance(pixels, Tensor)
+        if good in (0, batch):  # a broken image takes no place in a batch, and does not wait for one
+            yield from _classify(predictor, waiting)
+            waiting, good = [], 0
+    yield from _classify(predictor, waiting)
+
+
+def _classify(predictor: Predictor, waiting: list[tuple[str, Tensor | str]]) -> Iterator[dict[str, Any]]:
+    images = [pixels for _, pixels in waiting if isinstance(pixels, Tensor)]
+    said = iter(predictor.classify(torch.stack(images)) if images else ())
+    for path, pixels in waiting:
+        yield {"file": path, **({"error": pixels} if isinstance(pixels, str) else next(said))}
+
+
+def _read_ahead(
+    predictor: Predictor, found: Iterable[tuple[str, str]], ahead: int
+) -> Iterator[tuple[str, Tensor | str]]:
+    """Paths with their pixels or what is wrong, in order; threads read at most `ahead` before they are asked for."""
+
+    def read(path: str, problem: str) -> tuple[str, Tensor | str]:
+        try:
+            return path, problem or read_pixels(path, predictor.classifier.transforms)
+        except ValueError as error:
+            return path, str(error).removeprefix(f"{path}: ")
+
+    pool = ThreadPoolExecutor()
+    begun: deque[Future[tuple[str, Tensor | str]]] = deque()
     try:
-        dispatch.choose(kernels, where, precision)
-    except NotImplementedError as error:
-        raise ValueError(f"{error}; use a GPU of compute capability 8.0 or newer, or kernels=auto") from None
-    classifier = find_classifier(weights, key, classes)
-    inputs = []
-    with bar("reading", len(paths)) as step:
-        for path in paths:
-            inputs.append(classifier.transforms(load_image(path)))
-            step()
-    model = optimize(classifier.build().eval().to(where, precision), kernels=kernels)
-    logits = []
-    with bar("classifying", -(-len(inputs) // batch)) as step, torch.inference_mode():
-        for start in range(0, len(inputs), batch):
-            logits.append(model(torch.stack(inputs[start : start + batch]).to(where, precision)).float().cpu())
-            step()
-    scores = torch.cat(logits)
-    if not scores.isfinite().all():
-        raise ValueError(f"{weights} gives NaN or infinite scores in {precision}, expected numbers; try float32")
-    for note in classifier.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
-    best = scores.softmax(1).topk(min(topk, scores.shape[1]))
-    return [
-        {
-            "file": os.fspath(path),
-            "top": [
-                {"label": classifier.categories[i], "index": i, "probability": p}
-                for p, i in zip(probabilities, indices, strict=True)
-            ],
-        }
-        for path, probabilities, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
+        for path, problem in found:
+            begun.append(pool.submit(read, path, problem))
+            if len(begun) > ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:  # of an interrupted stream, too
+        pool.shutdown(cancel_futures=True)
 
 
-def show(predictions: list[dict[str, Any]]) -> None:
-    """Print what `predict` returned."""
-    rows = [
-        (p["file"] if rank == 0 else "", top["label"], top["index"], f"{top['probability']:.2%}")
-        for p in predictions
-        for rank, top in enumerate(p["top"])
-    ]
-    table("Predictions", ("file", "label", ">class", ">probability"), rows)
+def show(prediction: dict[str, Any]) -> None:
+    """Print one of what `predict` yields, errors excepted: the file, then a class a line."""
+    print(printable(prediction["file"]))
+    for top in prediction["top"]:
+        print(f"  {top['probability']:7.2%}  {top['index']:4}  {printable(top['label'])}")
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def load_image(path: str | os.PathLike[str]) -> Any:
+def find_images(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each path with "" for its problem; in place of a folder, the files below it that are named like images.
+
+    They are sorted, a folder's own before those of its folders, and read from the disk one folder at a time. Hidden
+    ones (".name") and links to folders are left out. A folder that cannot be read or holds none comes with the problem.
+    """
+    for path in paths:
+        if not os.path.isdir(path):
+            yield path, ""
+            continue
+        empty = True
+        unread: list[OSError] = []
+        for folder, folders, names in os.walk(path, onerror=unread.append):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                    empty = False
+                    yield os.path.join(folder, name), ""
+        yield from ((str(error.filename), f"{error.strerror}; expected a folder to read") for error in unread)
+        if empty and not unread:
+            yield path, f"no images in this folder, expected files ending in {', '.join(SUFFIXES)}"
+
+
+def read_pixels(path: str | os.PathLike[str], transforms: Any, file: BinaryIO | None = None) -> Tensor:
+    """An image's pixels, torch.uint8 (3, H, W), scaled and cropped as torchvision's `transforms` say.
+
+    `path`, `file` and errors are as for `load_image`.
+    """
+    functional = vision.torchvision().transforms.functional
+    image = functional.resize(
+        load_image(path, file), transforms.resize_size, transforms.interpolation, antialias=transforms.antialias
+    )
+    return functional.pil_to_tensor(functional.center_crop(image, transforms.crop_size))
+
+
+def load_image(path: str | os.PathLike[str], file: BinaryIO | None = None) -> Any:
     """An RGB Pillow image: the first, of several, turned upright as its EXIF data say.
 
-    16 bits are scaled to 8, where Pillow's own conversion would clip nearly all of them to white; transparent is white;
-    numbers of 32 bits and floating-point ones are refused, because nobody knows their range. ValueError, naming the
-    file, if there is no image to be had.
+    It is read from `file`, if that is given, and `path` is only its name. 9 to 16 bits are scaled to 8, where Pillow's
+    own conversion would clip nearly all of them to white; transparent is white; signed and floating-point samples and
+    those of more bits are refused, because nobody knows their range. ValueError, naming the file, if there is no image
+    to be had.
     """
     from PIL import Image, UnidentifiedImageError
 
     wanted = f"expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {wanted}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path}: not a regular file; {wanted}")
-    if status.st_size == 0:
-        raise ValueError(f"{path}: the file is empty; {wanted}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    if file is None:  # Pillow is given no path: it would map some TIFF files into memory, and turn those wrongly
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                image.load()
-                upright = _to_rgb(_upright(image))
-        except PermissionError as error:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise ValueError(f"{path}: not a regular file; {wanted}")
+            file = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; {wanted}") from None
-        except UnidentifiedImageError:
-            raise ValueError(f"{path}: not an image this program reads; {wanted}") from None
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise ValueError(f"{path}: over {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
-        except Exception as error:  # decoders raise anything from SyntaxError to struct.error over damaged files
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{path}: the image cannot be decoded ({reason}); {wanted}") from None
+        with file:
+            return load_image(path, file)
+    if file.seek(0, os.SEEK_END) == 0:
+        raise ValueError(f"{path}: the file is empty; {wanted}")
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            largest, inverted = _read_tags(image)
+            image.load()
+            upright = _to_rgb(_upright(image), largest, inverted)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image this program reads; {wanted}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"{path}: over {Image.MAX_IMAGE_PIXELS} pixels; scale it down first") from None
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error over damaged files
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: the image cannot be decoded ({reason}); {wanted}") from None
     if max(upright.size) > MAX_ASPECT * min(upright.size):
         width, height = upright.size
         raise ValueError(f"{path}: {width}x{height} pixels, expected sides within {MAX_ASPECT}:1; crop it first")
     return upright
+
+
+def _read_tags(image: Any) -> tuple[int, bool]:
+    """The largest value of a sample, and whether it means black, of an image that is open and not yet loaded.
+
+    The file's tags say so, decoded values do not. Puts right the transparent value of a PNG, which is in units of its
+    samples, while Pillow scales those of less than 8 bits.
+    """
+    tags = getattr(image, "tag_v2", {})  # TIFF's
+    bits = max(tags.get(BITS_PER_SAMPLE, (1,))) if tags else 16
+    kinds = {UNSIGNED: "", 2: "signed ", 3: "floating-point "}
+    kind = kinds.get(max(tags.get(SAMPLE_FORMAT, (UNSIGNED,))), "unknown ")
+    if kind or bits > 16:
+        raise ValueError(f"{bits}-bit {kind}samples, expected unsigned ones of up to 16 bits")
+    if image.format == "PNG" and "transparency" in image.info:
+        stored = image.tile[0][3]
+        if stored == "RGB;16B":
+            raise ValueError("a transparent colour of 16 bits, expected 8 bits or an alpha channel")
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(stored, 1)
+    return 2**bits - 1, bool(tags) and tags.get(PHOTOMETRIC, WHITE_IS_ZERO) == WHITE_IS_ZERO
 
 
 def _upright(image: Any) -> Any:
@@ -153,21 +264,30 @@ def _upright(image: Any) -> Any:
         return image
 
 
-def _to_rgb(image: Any) -> Any:
-    """Any mode to RGB: 16 bits scaled to 8 rather than clipped, transparency over white rather than dropped."""
+def _to_rgb(image: Any, largest: int, inverted: bool) -> Any:
+    """Any mode to RGB: transparency over white rather than dropped."""
     from PIL import Image
 
     if image.mode.startswith("I"):
-        deep = image.convert("I")
-        if not 0 <= deep.getextrema()[0] <= deep.getextrema()[1] <= 0xFFFF:
-            raise ValueError("32-bit pixels, expected 8 or 16 bits")
-        image = deep.point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, expected 8 or 16 bits")
+        image = _to_8_bits(image, largest, inverted)
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return image.convert("RGB")
+
+
+def _to_8_bits(image: Any, largest: int, inverted: bool) -> Any:
+    """Grey samples, which Pillow leaves as they are stored, to mode L, or LA if one value is transparent."""
+    import numpy
+    from PIL import Image
+
+    stored = numpy.asarray(image)
+    grey = ((stored.astype(numpy.uint32) * 255 + largest // 2) // largest).astype(numpy.uint8)
+    scaled = Image.fromarray(255 - grey if inverted else grey)
+    if "transparency" not in image.info:
+        return scaled
+    opaque = stored != image.info["transparency"]
+    return Image.merge("LA", (scaled, Image.fromarray(opaque.astype(numpy.uint8) * 255)))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -58,6 +58,11 @@ def fails(outcome: Outcome, *words: str, code: int = 2) -> None:
         assert word in outcome.err
 
 
+def rows(outcome: Outcome) -> list[dict[str, Any]]:
+    """What `predict --json` printed: an object a line."""
+    return [json.loads(line) for line in outcome.out.splitlines()]
+
+
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
     """Random weights of torchvision's ResNet-18 with ten classes."""
@@ -101,6 +106,18 @@ def test_module_survives_a_closed_pipe() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_a_progress_bar_leaves_stdout_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with cli.bar("working", 1) as step:
+        print("a row")
+        step()
+    out, err = capsys.readouterr()
+    assert out == "a row\n"
+    assert "working" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -119,12 +136,13 @@ def test_wrong_arguments(run: Run, arguments: list[str], word: str) -> None:
 
 
 def test_debug_shows_the_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments in (["--debug", "predict", "absent.png", "--device", "cpu"], ["predict", "absent.png", "--debug"]):
-        with pytest.raises(ValueError, match="No such file"):
+    wrong = ["predict", "a.png", "--device", "toaster"]
+    for arguments in (["--debug", *wrong], [*wrong, "--debug"]):
+        with pytest.raises(ValueError, match="toaster"):
             run(*arguments)
     monkeypatch.setenv("RESNET_TRITON_DEBUG", "1")
-    with pytest.raises(ValueError, match="No such file"):
-        run("predict", "absent.png")
+    with pytest.raises(ValueError, match="toaster"):
+        run(*wrong)
 
 
 def test_ctrl_c(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +165,7 @@ def test_bugs_keep_their_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("package", "command", "extra"),
     [
-        ("rich", ["predict", "a.png"], "cli"),
+        ("rich", ["doctor"], "cli"),
         ("torchvision", ["predict", "a.png"], "vision"),
         ("PIL", ["predict", "a.png"], "vision"),
         ("safetensors.torch", ["predict", "a.png", "--weights", "w.safetensors"], "vision"),
@@ -175,7 +193,7 @@ def test_predict_agrees_with_torchvision(run: Run, tmp_path: Path) -> None:
     options = ["--topk", 3, "--json", "--device", "cpu"]
     outcome = run("predict", *PHOTOS, "--weights", tmp_path / "random.pth", "--classes", "imagenet", *options)
     assert outcome.code == 0
-    answer = json.loads(outcome.out)
+    answer = rows(outcome)
     weights = models.ResNet18_Weights.IMAGENET1K_V1
     for photo, got in zip(PHOTOS, answer, strict=True):
         with PIL_Image.open(photo) as image, torch.inference_mode():
@@ -187,7 +205,7 @@ def test_predict_agrees_with_torchvision(run: Run, tmp_path: Path) -> None:
     assert re.fullmatch(r"\d+ layer calls ran on Triton kernels, \d+ on PyTorch\n", outcome.err)
 
 
-def test_predict_in_batches_on_a_table(run: Run, checkpoint: Path, picture: Path) -> None:
+def test_predict_in_batches_and_in_words(run: Run, checkpoint: Path, picture: Path) -> None:
     odd = picture.with_name("[red]\x1b[2J.png")
     shutil.copy(picture, odd)
     outcome = run(
@@ -198,13 +216,45 @@ def test_predict_in_batches_on_a_table(run: Run, checkpoint: Path, picture: Path
     assert outcome.out.count("%") == 40
 
 
+def test_folders(run: Run, tmp_path: Path, checkpoint: Path, picture: Path) -> None:
+    for name in ("b/2.JPG", "b/1.png", "b/.hidden.png", ".cache/3.png", "a/4.tiff", "notes.txt", "z.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(picture, tmp_path / name)
+    (tmp_path / "a" / "empty").mkdir()
+    classify = "--weights", checkpoint, "--device", "cpu", "--json"
+    outcome = run("predict", tmp_path, picture, tmp_path / "a" / "empty", *classify)
+    assert outcome.code == 2
+    found = [Path(row["file"]).relative_to(tmp_path).as_posix() for row in rows(outcome)]
+    assert found == ["grey.png", "z.gif", "a/4.tiff", "b/1.png", "b/2.JPG", "grey.png", "a/empty"]
+    assert rows(outcome)[-1]["error"].startswith("no images in this folder, expected files ending in .jpg, ")
+
+
+def test_a_folder_that_may_not_be_read(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path, picture: Path
+) -> None:
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def denied(path: str) -> Any:  # a mode would not stop root
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    outcome = run("predict", tmp_path, "--weights", checkpoint, "--device", "cpu", "--json")
+    assert outcome.code == 2
+    good, bad = rows(outcome)
+    assert (good["file"], bad["file"]) == (str(picture), str(tmp_path / "closed"))
+    assert bad["error"] == "Permission denied; expected a folder to read"
+
+
 def test_a_checkpoint_names_its_classes_and_image_size(
     run: Run, tmp_path: Path, state: dict[str, torch.Tensor], picture: Path
 ) -> None:
     torch.save({"state_dict": state, "image_size": 32, "categories": list("abcdefghij")}, tmp_path / "small.pt")
     assert predict.find_classifier(str(tmp_path / "small.pt")).transforms(PIL_Image.open(picture)).shape == (3, 32, 32)
     outcome = run("predict", picture, "--weights", tmp_path / "small.pt", "--json", "--kernels", "torch", "--topk", 1)
-    ((top,),) = (answer["top"] for answer in json.loads(outcome.out))
+    ((top,),) = (answer["top"] for answer in rows(outcome))
     assert top["label"] == "abcdefghij"[top["index"]]
 
 
@@ -214,7 +264,7 @@ def test_predict_on_the_kernels(run: Run, picture: Path, checkpoint: Path) -> No
     for kernels in ("torch", "triton"):
         outcome = run("predict", picture, "--weights", checkpoint, "--json", "--topk", 10, "--kernels", kernels)
         assert outcome.code == 0
-        answers.append({top["label"]: top["probability"] for top in json.loads(outcome.out)[0]["top"]})
+        answers.append({top["label"]: top["probability"] for top in rows(outcome)[0]["top"]})
     assert answers[0] == pytest.approx(answers[1], abs=1e-2)
 
 
@@ -236,18 +286,22 @@ def jpeg() -> bytes:
         ("picture.ppm", b"P6 1 1 255 abc", ["not an image"]),  # an image, of a format that is not on the list
         ("empty.jpg", b"", ["empty"]),
         ("truncated.jpg", jpeg()[:20000], ["cannot be decoded", "truncated"]),
-        ("folder.jpg", None, ["not a regular file"]),
+        ("absent.jpg", None, ["No such file"]),
     ],
 )
-def test_bad_images(
+def test_a_bad_image_is_named_and_the_others_go_on(
     run: Run, tmp_path: Path, checkpoint: Path, picture: Path, name: str, content: bytes | None, words: list[str]
 ) -> None:
     path = tmp_path / name
-    if content is None:
-        path.mkdir()
-    else:
+    if content is not None:
         path.write_bytes(content)
-    fails(run("predict", picture, path, "--weights", checkpoint, "--device", "cpu"), str(path), "JPEG", *words)
+    fails(run("predict", path, "--weights", checkpoint, "--device", "cpu"), str(path), "JPEG", *words)
+    outcome = run("predict", picture, path, picture, "--weights", checkpoint, "--device", "cpu", "--json", "--batch", 2)
+    first, bad, last = rows(outcome)
+    assert outcome.code == 2
+    assert (bad["file"], first["top"]) == (str(path), last["top"])
+    assert f"resnet-triton: error: {path}: {bad['error']}\n" in outcome.err
+    assert outcome.err.endswith("\n0 layer calls ran on Triton kernels, 18 on PyTorch\n"), "one batch of two"
 
 
 @pytest.mark.parametrize("limit", [1000, 500])  # at half the pixels Pillow warns, at a quarter it raises
@@ -330,7 +384,7 @@ def test_a_checkpoint_of_another_depth_and_its_average(run: Run, tmp_path: Path,
     options = ["--weights", tmp_path / "timm.pth.tar", "--device", "cpu", "--json", "--topk", 1]
     for key, index, said in (([], 2, "took the average, 'state_dict_ema'"), (["--key", "state_dict"], 1, "")):
         outcome = run("predict", picture, *options, *key)
-        assert [top["index"] for top in json.loads(outcome.out)[0]["top"]] == [index]
+        assert [top["index"] for top in rows(outcome)[0]["top"]] == [index]
         assert ("took" in outcome.err, said in outcome.err) == (bool(said), True)
 
 
@@ -344,7 +398,7 @@ def test_only_who_knows_the_classes_names_them(run: Run, tmp_path: Path, picture
 
     def label(*more: object) -> tuple[str, int, str]:
         outcome = run("predict", picture, *options, *more)
-        (top,) = json.loads(outcome.out)[0]["top"]
+        (top,) = rows(outcome)[0]["top"]
         return top["label"], top["index"], outcome.err
 
     name, index, said = label()

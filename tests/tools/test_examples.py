@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import resnet_triton
 from resnet_triton.support import vision
+from resnet_triton.tools import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -61,6 +63,45 @@ def test_compare_with_compile(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(errors) == 3
     assert max(errors) < (1e-2 if torch.cuda.is_available() else 1e-5)
     assert sum("images/s" in line for line in lines) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes on this machine, each with two CPUs and, as Ray believes, a GPU for a model."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="`make slow` installs Ray")
+    import ray
+    from PIL import Image
+
+    for i in range(8):
+        Image.effect_noise((60 + i, 50), 30 * i).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "1.png").read_bytes()[:500])
+    torch.manual_seed(0)
+    torch.save(resnet_triton.resnet18(num_classes=10).state_dict(), tmp_path / "ten.pt")
+    arguments = [str(tmp_path), "--weights", str(tmp_path / "ten.pt"), "--batch", "2"]
+    assert cli.main(["predict", *arguments, "--json"]) == 2
+    wanted = capsys.readouterr().out
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a token would be written to the home folder
+    node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 100 << 20}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(**node)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        run("ray_data.py", *arguments, "--workers", "2")
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    rows = [
+        {row["file"]: row for row in map(json.loads, out.splitlines())} for out in (capsys.readouterr().out, wanted)
+    ]
+    assert len(rows[0]) == 9
+    for file, row in rows[1].items():
+        assert rows[0][file].keys() == row.keys()
+        assert rows[0][file].get("error") == row.get("error")
+        pairs = zip(rows[0][file].get("top", []), row.get("top", []), strict=True)
+        assert all(ours == {**top, "probability": pytest.approx(top["probability"], abs=1e-3)} for ours, top in pairs)
 
 
 def test_every_example_is_tested() -> None:

@@ -42,6 +42,23 @@ def png(width: int, height: int, pixels: bytes, *chunks: bytes, depth: int = 8, 
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+def tiff(samples: bytes, bits: int, white: int, *, kind: int = 1, order: str = "<", turned: int = 1) -> bytes:
+    """Grey, 4x3, samples of `bits`; `white` is 0 where 0 means white, else 1; `kind` 1 unsigned, 2 signed, 3 float."""
+    tags = {
+        256: 4, 257: 3, 258: bits, 259: 1, 262: white, 273: 8, 274: turned, 278: 3, 279: len(samples), 339: kind,
+    }  # fmt: skip
+    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    head = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(samples))
+    return head + samples + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+def deep_png(value: int, transparent: int | None = None, *, channels: int = 1) -> bytes:
+    """4x3 pixels of 16 bits, grey or coloured; one value may be transparent."""
+    key = [] if transparent is None else [chunk(b"tRNS", struct.pack(">H", transparent) * channels)]
+    row = b"\0" + struct.pack(">H", value) * (4 * channels)
+    return png(4, 3, row * 3, *key, depth=16, colour=0 if channels == 1 else 2)
+
+
 def saved(image: Any, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -72,6 +89,12 @@ HOSTILE = {
     "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "text.jpg": (b"a shopping list", "not an image"),
     "zeros.png": (bytes(10_000), "not an image"),
+    "unsigned-32.tif": (tiff(struct.pack("<12I", *[200 * 257] * 12), 32, 1), "32-bit samples"),
+    "signed-32.tif": (tiff(struct.pack("<12i", *[200 * 257] * 12), 32, 1, kind=2), "32-bit signed samples"),
+    "signed-16.tif": (tiff(struct.pack(">12h", *[20_000] * 12), 16, 1, kind=2, order=">"), "16-bit signed samples"),
+    "signed-8.tif": (tiff(bytes([100] * 12), 8, 1, kind=2), "8-bit signed samples"),
+    "float.tif": (tiff(struct.pack("<12f", *[0.8] * 12), 32, 0, kind=3), "32-bit floating-point samples"),
+    "key-16-rgb.png": (deep_png(200 * 257, 200, channels=3), "a transparent colour of 16 bits"),
 }
 
 
@@ -103,10 +126,14 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("sixteen.png", png(4, 3, (b"\0" + struct.pack(">4H", *[200 * 257] * 4)) * 3, depth=16)),
-        ("sixteen-rgb.png", png(4, 3, (b"\0" + struct.pack(">12H", *[200 * 257] * 12)) * 3, depth=16, colour=2)),
+        ("sixteen.png", deep_png(200 * 257)),
+        ("sixteen-rgb.png", deep_png(200 * 257, channels=3)),
+        ("sixteen-key.png", deep_png(200 * 257, 200)),
         ("sixteen.tif", saved(grey("I;16", 200 * 257), "TIFF")),
         ("big-endian.tif", saved(grey("I;16B", 200 * 257), "TIFF")),
+        ("inverted-16.tif", tiff(struct.pack("<12H", *[55 * 257] * 12), 16, 0)),
+        ("inverted-8.tif", tiff(bytes([55] * 12), 8, 0)),
+        ("twelve.tif", tiff(bytes.fromhex("c8cc8c" * 6), 12, 1)),
         ("animated.gif", frames("GIF")),
         ("animated.webp", frames("WEBP", lossless=True)),
         ("animated.png", frames("PNG")),
@@ -114,7 +141,6 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
         ("rgb.webp", saved(grey("RGB", GREY), "WEBP", lossless=True)),
         ("rgb.bmp", saved(grey("RGB", GREY), "BMP")),
         ("luminance.png", saved(grey("L", 200), "PNG")),
-        ("int.tif", saved(grey("I", 200 * 257), "TIFF")),
         ("alpha.png", saved(grey("RGBA", (145, 145, 145, 128)), "PNG")),  # half of 145, half of white
         ("grey-alpha.png", saved(grey("LA", (145, 128)), "PNG")),
         ("key.png", saved(grey("RGB", GREY), "PNG", transparency=(1, 2, 3))),
@@ -135,30 +161,42 @@ def test_unusual_images_come_out_as_they_look(tmp_path: Path, name: str, content
     assert all(abs(low - 200) <= 1 and low == high for low, high in loaded.getextrema())
 
 
-def test_transparent_is_white_and_depth_without_range_is_refused(tmp_path: Path) -> None:
-    hidden = PIL_Image.new("P", (4, 3))
-    hidden.putpalette([10, 20, 30])
-    hidden.save(tmp_path / "hidden.png", transparency=0)
-    assert predict.load_image(tmp_path / "hidden.png").getpixel((0, 0)) == (255, 255, 255)
-    for name, image in {"float.tif": grey("F", 0.5), "deep.tif": grey("I", 1 << 20)}.items():
-        image.save(tmp_path / name)
-        with pytest.raises(ValueError, match=r"expected 8 or 16 bits"):
-            predict.load_image(tmp_path / name)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("1.tif", tiff(bytes([0b00000000] * 3), 1, 0)),
+        ("1.png", png(4, 3, b"\0\0" * 3, chunk(b"tRNS", b"\0\0"), depth=1)),
+        ("2.png", png(4, 3, b"\0\x55" * 3, chunk(b"tRNS", b"\0\x01"), depth=2)),
+        ("4.png", png(4, 3, b"\0\x55\x55" * 3, chunk(b"tRNS", b"\0\x05"), depth=4)),
+        ("8.png", png(4, 3, b"\0\x55\x55\x55\x55" * 3, chunk(b"tRNS", b"\0\x55"))),
+        ("16.png", deep_png(100 * 257 + 3, 100 * 257 + 3)),
+        ("palette.png", png(4, 3, bytes(15), chunk(b"PLTE", b"\x0a\x14\x1e"), chunk(b"tRNS", b"\0"), colour=3)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_white_and_transparent_values_are_white_at_every_depth(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert predict.load_image(tmp_path / name).getextrema() == ((255, 255),) * 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_is_pillows(tmp_path: Path, orientation: int) -> None:
     from PIL import ImageOps
 
-    image = PIL_Image.effect_noise((40, 20), 60).convert("RGB")
     exif = PIL_Image.Exif()
     exif[0x0112] = orientation
-    image.save(tmp_path / "lying.jpg", exif=exif, quality=95)
+    PIL_Image.effect_noise((40, 20), 60).convert("RGB").save(tmp_path / "lying.jpg", exif=exif, quality=95)
+    grid = bytes(range(0, 240, 20))
+    (tmp_path / "lying.tif").write_bytes(tiff(grid, 8, 1, turned=orientation))
     with PIL_Image.open(tmp_path / "lying.jpg") as stored:
-        expected = ImageOps.exif_transpose(stored)
-    loaded = predict.load_image(tmp_path / "lying.jpg")
-    assert loaded.size == ((40, 20) if orientation < 5 else (20, 40))
-    assert loaded.tobytes() == expected.tobytes()
+        expected = {"lying.jpg": ImageOps.exif_transpose(stored)}
+    scan = PIL_Image.frombytes("L", (4, 3), grid)
+    scan.getexif().update(exif)
+    expected["lying.tif"] = ImageOps.exif_transpose(scan).convert("RGB")
+    for name, picture in expected.items():
+        loaded = predict.load_image(tmp_path / name)
+        assert (loaded.width > loaded.height) == (orientation < 5)
+        assert (loaded.size, loaded.tobytes()) == (picture.size, picture.tobytes()), name
 
 
 def test_help_says_what_becomes_of_images(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
+import resnet_triton
 from resnet_triton.bench import results
 from resnet_triton.support.processes import Pool, undisturbed
 
@@ -165,3 +169,49 @@ def test_a_compiler_that_dies_is_replaced(tmp_path: Path) -> None:
     command = [sys.executable, tmp_path / "script.py"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
     assert done.stdout == "[]\n", done.stderr[-2000:]
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+def album(folder: Path, images: int, size: int) -> list[str]:
+    """`predict` for that many photographs, by random weights that want images of `size`."""
+    sklearn = pytest.importorskip("sklearn.datasets")
+    torch.manual_seed(0)
+    state = resnet_triton.resnet18(num_classes=10).state_dict()
+    torch.save({"state_dict": state, "image_size": size, "categories": list("abcdefghij")}, folder / "ten.pt")
+    (folder / "album").mkdir()
+    for i in range(images):
+        (folder / "album" / f"{i:04}.jpg").symlink_to(Path(sklearn.__file__).parent / "images" / "china.jpg")
+    return ["predict", str(folder / "album"), "--weights", str(folder / "ten.pt"), "--device", "cpu", "--json"]
+
+
+@pytest.mark.parametrize("how", ["nobody reads", "ctrl-c"])
+def test_predictions_come_as_a_stream_that_can_be_stopped(tmp_path: Path, how: str) -> None:
+    predict = start(*album(tmp_path, 2000, 32))
+    assert predict.stdout
+    assert predict.stderr
+    for i in range(40):
+        assert json.loads(predict.stdout.readline())["file"].endswith(f"{i:04}.jpg")
+    assert predict.poll() is None
+    if how != "nobody reads":
+        assert stop(predict, how) == ""
+        return
+    with predict:
+        predict.stdout.close()
+        assert (predict.wait(60), predict.stderr.read()) == (141, "")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    """The peak is the kernel's of the process by itself; `ru_maxrss` starts with that of the process it came from."""
+    script = "import sys; from resnet_triton.tools import cli; code = cli.main(sys.argv[1:]); " \
+             "print(open('/proc/self/status').read(), file=sys.stderr); sys.exit(code)"  # fmt: skip
+    peaks = []
+    for images in (32, 1000):
+        (tmp_path / str(images)).mkdir()
+        command = [sys.executable, "-c", script, *album(tmp_path / str(images), images, 128)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        assert done.stdout.count('"top"') == images
+        peaks.append(int(re.findall(r"VmHWM:\s+(\d+) kB", done.stderr)[0]) / 1024)
+    assert peaks[1] - peaks[0] < 100, f"MiB: {peaks}"
