@@ -32,7 +32,6 @@ from resnet_triton.ops import interpreter, reference
 
 INF, NAN = float("inf"), float("nan")
 HALVES = pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
-SLOW = pytest.mark.slow
 SPECIAL_VALUES = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -48,11 +47,11 @@ SIZES = [
 
 def in_turn(*axes: Any, slow: Any = None) -> list[Any]:
     """Every combination, in one of the halves or the other: which values are tried does not depend on the dtype."""
-    cases = zip(itertools.product(*axes), itertools.cycle(DTYPES[1:]), strict=False)
-    return [
-        pytest.param(*values, dtype, id="-".join(map(str, (*values, dtype_id(dtype)))), marks=SLOW if slow in values else ())
-        for values, dtype in cases
-    ]
+    cases = []
+    for values, dtype in zip(itertools.product(*axes), itertools.cycle(DTYPES[1:]), strict=False):
+        name = "-".join(map(str, (*values, dtype_id(dtype))))
+        cases.append(pytest.param(*values, dtype, id=name, marks=pytest.mark.slow if slow in values else ()))
+    return cases
 
 
 @pytest.mark.parametrize(("size", "strip", "block_q", "dtype"), in_turn(SIZES, (1, 3, 100), (16, 32, 128), slow=32))
