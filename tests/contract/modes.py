@@ -94,9 +94,10 @@ def _autocast(f: Function, args: Args, gradients: bool = True) -> Any:
 
 
 def _threads(f: Function, args: Args) -> Any:
+    first = call(f, args)  # alone: `optimize` gives filters other memory, which nobody may be reading meanwhile
     with ThreadPoolExecutor(2) as pool:  # in the context of this thread, where another GPU may be played
         started = [pool.submit(contextvars.copy_context().run, call, f, args) for _ in range(2)]
-        return tuple(thread.result() for thread in started)
+        return (first, *(thread.result() for thread in started))
 
 
 def _trained(model: nn.Module) -> nn.Module:

@@ -661,7 +661,8 @@ def test_a_measured_form_stands_between_the_table_s_entries(folder: Path) -> Non
 @ALL_DEVICES
 def test_candidates_are_legal_distinct_and_start_with_the_heuristic(arch: int, dtype: str, precision: str) -> None:
     device = KNOWN[arch]
-    for shape in sorted(convolutions(dtype, precision), key=repr)[:: 40 if dtype == "float16" else 150]:
+    first = 13 * list(KNOWN).index(arch)  # of each GPU others
+    for shape in sorted(convolutions(dtype, precision), key=repr)[first :: 80 if dtype == "float16" else 150]:
         tried = candidates.candidates(shape, device, 12)
         assert tried[0] == conv_heuristic(shape, device)
         assert len(set(tried)) == len(tried) >= 10

@@ -33,7 +33,7 @@ from resnet_triton.ops import (
     dispatch,
 )
 
-BACKENDS = ("torch", "triton", "auto")
+BACKENDS = ("torch", "triton")
 EVERY_CALL = pytest.mark.parametrize("name", CALLS)
 EVERY_OPERATOR = pytest.mark.parametrize("name", OPERATORS)
 # torch's own forward-mode derivatives still use torch.jit.script
@@ -293,7 +293,7 @@ def chain(tensors: list[Tensor], kernels: str) -> Tensor:
     return F.linear(pooled + y, tensors[4][None, :], kernels=kernels)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @torch.no_grad()
 def test_compiled_functions(device, recompiles, layout, kernels):
@@ -363,7 +363,7 @@ def test_make_fx(device, name, tracing_mode):
     torch.testing.assert_close(graph(*tensors(call)), theirs(call), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", BACKENDS)
 @EVERY_CALL
 def test_vmap(device, name, kernels):
     """vmap has no rule for these and runs them one by one: slow, yet right."""

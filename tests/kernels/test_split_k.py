@@ -56,9 +56,8 @@ def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
     )  # fmt: skip
     call = conv_call(generator(device, split), shape)
     expected = conv_reference(call).to(getattr(torch, dtype))
-    first = launch(call, share(shape, split, path))
-    assert torch.equal(first, expected)
-    assert torch.equal(first, launch(call, share(shape, split, path)))
+    for _ in range(2 if device.type == "cuda" else 1):  # the interpreter's programs come in one order
+        assert torch.equal(launch(call, share(shape, split, path)), expected)
 
 
 @pytest.mark.parametrize("path", PATHS)
