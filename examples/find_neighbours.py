@@ -19,7 +19,7 @@ from PIL import ImageOps
 from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton.tools.predict import load_image
+from resnet_triton.support.images import load_image
 
 SIZE = 128  # pixels a side: enough to compare, and any size runs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

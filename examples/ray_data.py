@@ -20,8 +20,9 @@ from typing import Any
 import ray
 import torch
 
+from resnet_triton.support.images import find_images, read_pixels
 from resnet_triton.support.vision import torchvision
-from resnet_triton.tools.predict import Predictor, find_classifier, find_images, read_pixels
+from resnet_triton.tools.predict import Predictor, find_classifier
 
 
 def decode(row: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:

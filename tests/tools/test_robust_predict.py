@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_triton.support import vision
+from resnet_triton.support import images, vision
 from resnet_triton.tools import cli, predict
 
 PIL_Image = pytest.importorskip("PIL.Image")
@@ -101,7 +101,7 @@ HOSTILE = {
 def refused(path: Path, words: str) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match=words) as raised:
-        predict.load_image(path)
+        images.load_image(path)
     assert str(raised.value).startswith(f"{path}: ")
     assert "\n" not in str(raised.value)
     assert time.monotonic() - start < 5, "refused before it is decoded"
@@ -155,7 +155,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
 )
 def test_unusual_images_come_out_as_they_look(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    loaded = predict.load_image(tmp_path / name)
+    loaded = images.load_image(tmp_path / name)
     with PIL_Image.open(tmp_path / name) as stored:
         assert (loaded.mode, loaded.size) == ("RGB", stored.size)
     assert all(abs(low - 200) <= 1 and low == high for low, high in loaded.getextrema())
@@ -176,7 +176,7 @@ def test_unusual_images_come_out_as_they_look(tmp_path: Path, name: str, content
 )
 def test_white_and_transparent_values_are_white_at_every_depth(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert predict.load_image(tmp_path / name).getextrema() == ((255, 255),) * 3
+    assert images.load_image(tmp_path / name).getextrema() == ((255, 255),) * 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -194,7 +194,7 @@ def test_every_orientation_is_pillows(tmp_path: Path, orientation: int) -> None:
     scan.getexif().update(exif)
     expected["lying.tif"] = ImageOps.exif_transpose(scan).convert("RGB")
     for name, picture in expected.items():
-        loaded = predict.load_image(tmp_path / name)
+        loaded = images.load_image(tmp_path / name)
         assert (loaded.width > loaded.height) == (orientation < 5)
         assert (loaded.size, loaded.tobytes()) == (picture.size, picture.tobytes()), name
 
