@@ -648,6 +648,20 @@ def test_disabled_reaches_compiled_code():
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_disabled_exports_operators_of_pytorch():
+    """As torch.onnx.export needs them."""
+    model = optimize(small())
+
+    def ours() -> list[str]:
+        program = torch.export.export(model, (image(),))
+        return [name for node in program.graph.nodes if "resnet_triton" in (name := str(node.target))]
+
+    assert ours()
+    with disabled(model):
+        assert not ours()
+
+
 def test_disabled_with_gradients():
     model = optimize(small())
     grads = []
