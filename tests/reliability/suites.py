@@ -119,7 +119,6 @@ EVERY = {
     "test_exact.py::test_one_image_at_stride_2": 5,
     "test_exact.py::test_random_conv": 5,
     "test_split_k.py::test_any_number_of_shares_is_exact": 7,
-    "test_stem.py::test_a_pixel_that_is_not_finite_reaches_only_its_windows": 2,
     "test_stem.py::test_stem": 5,
     "test_stem.py::test_stem_of_resnet18_at_the_chosen_tiles": 11,
     "test_stem.py::test_stem_reads_any_layout": 5,
