@@ -1,7 +1,7 @@
 """Calls on real-valued data of several kinds, in the shapes and tiles of a ResNet-18, from a seed.
 
 A convolution is one tile of the output as the lookup would tile the layer at full size: few pixels and filters, but
-sums at their full length, in the steps and shares that a GPU would take.
+sums at their full length, in the steps and parts that a GPU would take.
 """
 
 from __future__ import annotations

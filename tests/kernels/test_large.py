@@ -155,19 +155,19 @@ def box(*sides: int, **options: Any) -> ConvConfig:
 
 
 POINTER = ConvConfig(16, 32, 16, 4, 2)
-SHARES = dataclasses.replace(POINTER, split_k=3)
+PARTIALS = dataclasses.replace(POINTER, split_k=3)
 CHECKS: dict[str, Callable[[], None]] = {
     "pointers, many images": lambda: check_conv(POINTER, MANY, residual=True),
     "pointers, a tall image": lambda: check_conv(POINTER, TALL, 2),
     "pointers, a wide image": lambda: check_conv(POINTER, WIDE),
     "pointers, few channels": lambda: check_conv(POINTER, COLOURED),
-    "pointers, shares": lambda: check_conv(SHARES, MANY),
+    "pointers, partials": lambda: check_conv(PARTIALS, MANY),
     "boxes of images": lambda: check_conv(box(1, 1, 16), MANY, residual=True),
     "boxes of images, stride 2": lambda: check_conv(box(1, 2, 8), MANY, 2),
     "boxes of rows": lambda: check_conv(box(4, 4, 1), MANY),
     "boxes of rows, stride 2": lambda: check_conv(box(1, 16, 1), MANY, 2),
     "boxes of one image, stride 2": lambda: check_conv(box(4, 4, 1), TALL, 2),
-    "boxes, shares": lambda: check_conv(box(1, 1, 16, split_k=3), MANY),
+    "boxes, partials": lambda: check_conv(box(1, 1, 16, split_k=3), MANY),
     "stem": check_stem,
     "max pool, many images": lambda: check_max_pool(MANY),
     "max pool, a tall image": lambda: check_max_pool(TALL),
@@ -182,7 +182,7 @@ POINTERS = ("conv_pointer.py", "conv_pointer_kernel")
 NARROW = [
     ("pointers, many images", *POINTERS, "offs_m.to(tl.int64)", "offs_m"),
     ("pointers, a tall image", *POINTERS, "row = W.to(tl.int64) * C", "n, row = (n.to(tl.int32), W * C)"),
-    ("pointers, shares", "tiles.py", "sum_partials", "tile.to(tl.int64)", "tile"),
+    ("pointers, partials", "tiles.py", "sum_partials", "tile.to(tl.int64)", "tile"),
     ("boxes of images", "conv_box.py", "box_offsets", "n.to(tl.int64)", "n"),
     ("stem", "stem.py", "pack_kernel", "(tl.program_id(0) // ROWS).to(tl.int64)", "tl.program_id(0) // ROWS"),
     ("stem", "stem.py", "_strip", "n.to(tl.int64)", "n"),

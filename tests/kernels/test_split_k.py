@@ -19,7 +19,7 @@ TILE = ConvConfig(16, 32, 16, 4, 2)
 PATHS = {"pointer": TILE, "box": TILE.on((4, 4, 1)), "one row": TILE.on((1, 8, 2))}
 
 
-def share(shape: ConvShape, split: int, path: str) -> ConvConfig:
+def split_config(shape: ConvShape, split: int, path: str) -> ConvConfig:
     chosen = replace(PATHS[path], split_k=split)
     assert is_legal(chosen, shape, KNOWN[90])
     return chosen
@@ -48,7 +48,7 @@ def launch(call: ConvBnRelu, chosen: ConvConfig) -> torch.Tensor:
     ],
 )
 @pytest.mark.parametrize("extra", ["residual", "shortcut"])
-def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
+def test_any_number_of_partials_is_exact(device, path, split, extra, dtype):
     stride = (2, 2) if path == "one row" else (1, 1)
     shape = ConvShape(
         1, 32, 10, 6, 40, 3, 3, stride, (1, 1), dtype=dtype, residual=extra == "residual",
@@ -57,7 +57,7 @@ def test_any_number_of_shares_is_exact(device, path, split, extra, dtype):
     call = conv_call(generator(device, split), shape)
     expected = conv_reference(call).to(getattr(torch, dtype))
     for _ in range(2 if device.type == "cuda" else 1):  # the interpreter's programs come in one order
-        assert torch.equal(launch(call, share(shape, split, path)), expected)
+        assert torch.equal(launch(call, split_config(shape, split, path)), expected)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -66,7 +66,7 @@ def test_only_the_last_share_writes_the_output(device, path):
     shape = ConvShape(1, 32, 10, 6, 40, 3, 3, padding=(1, 1), residual=True)
     call = conv_call(generator(device, 0), shape)
     out = call.output().fill_(float("nan"))
-    with pinned(share(shape, 3, path)):
+    with pinned(split_config(shape, 3, path)):
         (planned,) = call.launches(out)
     semaphores = torch.zeros_like(planned.arguments["semaphores_ptr"])
     arguments = planned.arguments | {"semaphores_ptr": semaphores}
@@ -86,7 +86,7 @@ def test_a_shift_that_is_not_finite_is_added_once(device, value):
     shape = ConvShape(1, 32, 4, 4, 32, 3, 3, padding=(1, 1), residual=True)
     call = conv_call(generator(device, 0), shape)
     call.batch_norm.bn_bias[3] = value
-    y = launch(call, share(shape, 3, "pointer"))
+    y = launch(call, split_config(shape, 3, "pointer"))
     assert torch.equal(y.isnan(), conv_reference(call).isnan())
     assert torch.equal(y.isinf(), conv_reference(call).isinf())
 
@@ -96,8 +96,10 @@ def test_shares_are_equal_small_and_few():
     legal = [
         s for s in range(1, 40) if is_legal(ConvConfig(64, 64, 64, 4, 3, (8, 8, 1), s, swap=True), shape, KNOWN[90])
     ]
-    assert legal == [1, 2, 3, 4, 6, 9, 12]  # 36 steps; at most 16 shares
-    assert not is_legal(ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, swap=True), shape, KNOWN[90]), "a share of 128 KB"
+    assert legal == [1, 2, 3, 4, 6, 9, 12]  # 36 steps; at most 16 partials
+    assert not is_legal(ConvConfig(256, 128, 64, 8, 3, (8, 32, 1), 2, swap=True), shape, KNOWN[90]), (
+        "a partial of 128 KB"
+    )
     stem = ConvShape(1, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3))
     assert not is_legal(ConvConfig(64, 64, 32, 4, 2, None, 5), stem, KNOWN[90]), "the flat reduction is not split"
 
@@ -132,16 +134,16 @@ print(json.dumps(found))
 
 def test_a_barrier_stands_between_the_share_and_its_announcement():
     """Nothing in the interpreter shows this order: it runs one program at a time."""
-    for shares, ptx in json.loads(run_compiled(ASSEMBLY)):
+    for partials, ptx in json.loads(run_compiled(ASSEMBLY)):
         lines = ptx.splitlines()
         arrival = next(i for i, line in enumerate(lines) if re.search(r"\batom\..*\.add", line))
         assert "acq_rel" in lines[arrival]
         assert ".gpu" in lines[arrival]
         stores = [i for i, line in enumerate(lines[:arrival]) if "st.global" in line]
-        assert stores, "the share is stored before it is announced"
-        # The loop over the other shares is unrolled by some compilers (all but Triton 3.9's for sm_100).
-        loads, of_each = ptx.count("ld.global.cg"), (shares * len(stores), 2 * len(stores))
-        assert loads in of_each, "shares come from where they are, not from a stale L1"
+        assert stores, "the partial is stored before it is announced"
+        # The loop over the other partials is unrolled by some compilers (all but Triton 3.9's for sm_100).
+        loads, of_each = ptx.count("ld.global.cg"), (partials * len(stores), 2 * len(stores))
+        assert loads in of_each, "partials come from where they are, not from a stale L1"
         assert any("bar.sync" in line for line in lines[stores[-1] : arrival])
         assert not re.search(r"\b(atom|red)\b.*\.f(16|32)", ptx), "floating-point atomics are not repeatable"
 

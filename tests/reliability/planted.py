@@ -37,7 +37,7 @@ POINTER, BOX = ("conv_pointer.py", "conv_pointer_kernel"), ("conv_box.py", "conv
 ADD, MAX_POOL = ("add_relu.py", "add_relu_kernel"), ("max_pool.py", "max_pool_kernel")
 AVERAGE, HEAD = ("global_avg_pool.py", "global_avg_pool_kernel"), ("avg_pool_linear.py", "avg_pool_linear_kernel")
 LINEAR, STRIP = ("linear.py", "linear_kernel"), ("stem.py", "_strip")
-BATCH_NORM, SHARES = ("tiles.py", "batch_norm_scale_shift"), ("tiles.py", "sum_partials")
+BATCH_NORM, PARTIALS = ("tiles.py", "batch_norm_scale_shift"), ("tiles.py", "sum_partials")
 CONFIG = "resnet_triton/config/conv.py"
 RACE = "no barrier and arrival in between"
 
@@ -110,24 +110,24 @@ FAULTS = [
     Fault("an int32 row", *POINTER, "W.to(tl.int64)", "W",
           INT32 + "test_conv_pointer", "differ, first"),
     # Programs that do not wait for each other.
-    Fault("a race between shares", *SHARES, "tl.atomic_add(..., 1, sem=..., scope=...) == SPLIT_K - 1",
+    Fault("a race between partials", *PARTIALS, "tl.atomic_add(..., 1, sem=..., scope=...) == SPLIT_K - 1",
           "split == SPLIT_K - 1",
-          SPLIT + "test_any_number_of_shares_is_exact", f"loads partials_ptr.*, which program .* stored: {RACE}"),
-    Fault("no barrier before the arrival", *SHARES, "tl.debug_barrier()", "pass",
-          SPLIT + "test_any_number_of_shares_is_exact", f"loads partials_ptr.*, which program .* stored: {RACE}"),
-    Fault("a relaxed arrival", *SHARES, "'acq_rel'", "'relaxed'",
-          SPLIT + "test_any_number_of_shares_is_exact", f"loads partials_ptr.*, which program .* stored: {RACE}"),
-    Fault("shares from a stale cache", *SHARES, "acc += tl.load(..., cache_modifier='.cg')", "acc += tl.load(...)",
+          SPLIT + "test_any_number_of_partials_is_exact", f"loads partials_ptr.*, which program .* stored: {RACE}"),
+    Fault("no barrier before the arrival", *PARTIALS, "tl.debug_barrier()", "pass",
+          SPLIT + "test_any_number_of_partials_is_exact", f"loads partials_ptr.*, which program .* stored: {RACE}"),
+    Fault("a relaxed arrival", *PARTIALS, "'acq_rel'", "'relaxed'",
+          SPLIT + "test_any_number_of_partials_is_exact", f"loads partials_ptr.*, which program .* stored: {RACE}"),
+    Fault("partials from a stale cache", *PARTIALS, "acc += tl.load(..., cache_modifier='.cg')", "acc += tl.load(...)",
           SPLIT + "test_a_barrier_stands_between_the_share_and_its_announcement", "assert loads in of_each",
           compiled=True),
-    Fault("the first share from a stale cache", *SHARES,
+    Fault("the first partial from a stale cache", *PARTIALS,
           "acc = tl.load(..., cache_modifier='.cg')", "acc = tl.load(..., cache_modifier='')",
           SPLIT + "test_a_barrier_stands_between_the_share_and_its_announcement", "assert loads in of_each",
           compiled=True),
-    Fault("shares on top of each other", *SHARES, "split * (BLOCK_M * BLOCK_K)", "0",
-          SPLIT + "test_any_number_of_shares_is_exact", f"stores partials_ptr.*, which program .* stored: {RACE}"),
+    Fault("partials on top of each other", *PARTIALS, "split * (BLOCK_M * BLOCK_K)", "0",
+          SPLIT + "test_any_number_of_partials_is_exact", f"stores partials_ptr.*, which program .* stored: {RACE}"),
     Fault("the first writes, too", *BOX, "if not last: return", "pass",
-          SPLIT + "test_any_number_of_shares_is_exact", f"stores y_desc.*, which program .* stored: {RACE}"),
+          SPLIT + "test_any_number_of_partials_is_exact", f"stores y_desc.*, which program .* stored: {RACE}"),
     Fault("tiles of the stem overlap", *STRIP, "offs_j < HALF - 1", "offs_j < HALF",
           STEM, f"stores y_ptr.*, which program .* stored: {RACE}"),
     # Memory that nobody writes, or that is another's.

@@ -16,7 +16,7 @@ _CONVOLUTION = [
     "test_exact.py::test_batch_norm_of_special_statistics",
     "test_exact.py::test_sums_that_leave_the_range_and_come_back",
     "test_split_k.py::test_only_the_last_share_writes_the_output",
-    "test_split_k.py::test_any_number_of_shares_is_exact",
+    "test_split_k.py::test_any_number_of_partials_is_exact",
     "test_split_k.py::test_a_shift_that_is_not_finite_is_added_once",
     "test_exact.py::test_random_conv",
 ]
@@ -118,7 +118,7 @@ EVERY = {
     "test_exact.py::test_max_pool": 5,
     "test_exact.py::test_one_image_at_stride_2": 5,
     "test_exact.py::test_random_conv": 5,
-    "test_split_k.py::test_any_number_of_shares_is_exact": 7,
+    "test_split_k.py::test_any_number_of_partials_is_exact": 7,
     "test_stem.py::test_stem": 5,
     "test_stem.py::test_stem_of_resnet18_at_the_chosen_tiles": 11,
     "test_stem.py::test_stem_reads_any_layout": 5,
