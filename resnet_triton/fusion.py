@@ -121,8 +121,7 @@ def by_module(module: Any, x: Any, modes: Modes) -> Any:
 def refuse_modules(modes: Modes, reason: str) -> None:
     """NotImplementedError, naming the reason, if modules must not run as PyTorch runs them."""
     _refuse_batch_invariance(modes, reason)
-    if modes.kernels == "triton":
-        raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}')
+    dispatch.refuse(modes.kernels, reason)
 
 
 def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, modes: Modes, reason: str) -> Tensor:

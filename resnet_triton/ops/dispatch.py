@@ -75,9 +75,14 @@ def choose(kernels: str, where: torch.device, dtype: torch.dtype, reason: str | 
         reason = f"dtype {dtype}"
     if reason is None:
         return _INTERPRETED if where.type == "cpu" else _ON_GPU
+    refuse(kernels, reason)
+    return Choice("torch", reason)
+
+
+def refuse(kernels: str, reason: str) -> None:
+    """NotImplementedError if the kernels were asked for, which cannot run a call for this reason."""
     if kernels == "triton":
         raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}')
-    return Choice("torch", reason)
 
 
 def check_mode(kernels: str) -> None:
