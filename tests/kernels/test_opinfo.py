@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -106,10 +107,12 @@ class Source(NamedTuple):
     samples: int
     on_kernels: int
     errors: int = 0
+    every: int = 1
+    """1 for all samples, 3 for every third: of the max pool's, neighbours differ in little."""
 
 
 SOURCES = {
-    "nn.functional.max_pool2d": Source(max_pool2d, 180, 180, errors=7),
+    "nn.functional.max_pool2d": Source(max_pool2d, 60, 60, errors=7, every=3),
     "add": Source(add_relu, 49, 49),
     "nn.functional.adaptive_avg_pool2d": Source(global_avg_pool, 10, 10, errors=1),
     "mean": Source(global_avg_pool, 20, 20),
@@ -147,7 +150,8 @@ def calls(name: str, samples: Any, reasons: Counter[str]) -> list[Call]:
 @pytest.mark.parametrize("name", SOURCES)
 def test_samples(device: torch.device, name: str, dtype: torch.dtype, record_property: Callable[..., None]) -> None:
     reasons, on_kernels, limit = Counter[str](), 0, sums.LAM if device.type == "cpu" else 4 * sums.LAM
-    made = calls(name, opinfos()[name].reference_inputs(device.type, dtype), reasons)
+    samples = itertools.islice(opinfos()[name].reference_inputs(device.type, dtype), 0, None, SOURCES[name].every)
+    made = calls(name, samples, reasons)
     record_property("not expressed", dict(reasons))
     for call in made:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

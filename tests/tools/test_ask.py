@@ -138,7 +138,7 @@ CONDITIONS = {
         CODEGEN: BEGINS,
     }),
     "TRITON_INTERPRET": Condition("", {"TRITON_INTERPRET": "1"}, {
-        "doctor --json": WORKS, PREDICT: WORKS,
+        "doctor --json": WORKS,
         "demo": BEGINS, BENCH: BEGINS, "compare old new": WORKS, CODEGEN: INTERPRETED, "tune": NO_GPU, GPU: NO_GPU,
     }),
     # Whoever runs this may be root, who can write everywhere but into a file.

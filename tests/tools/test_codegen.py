@@ -377,6 +377,7 @@ print(json.dumps([shared, found]))
 """
 
 
+@pytest.mark.slow
 def test_a_new_batch_size_compiles_nothing_that_its_neighbours_did():
     shared, found = json.loads(run(NEIGHBOURS))
     assert found == []

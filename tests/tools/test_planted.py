@@ -21,6 +21,7 @@ Plant = Callable[[Fault], tuple[str, str]]
 def plant() -> Iterator[Plant]:
     """A process that has the tests collected, and plants whatever fault it is asked to: see `reliability/plant.py`."""
     env = {**os.environ, "PYTHONPATH": "tests", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    env["OMP_NUM_THREADS"] = "1"  # its children are forks, which hang in threads that only their parent has
     command = [sys.executable, "-m", "reliability.plant"]
     with subprocess.Popen(
         command, env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

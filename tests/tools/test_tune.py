@@ -600,6 +600,7 @@ def as_file(tmp_path: Path, script: str) -> str:
     return f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); import script; script.main()"
 
 
+@pytest.mark.slow
 def test_a_launch_finds_what_another_process_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     (*sound, spills, nonsense), hits, initialised = json.loads(run_compiled(as_file(tmp_path, AHEAD)))
