@@ -53,7 +53,8 @@ def _type(value: Any) -> str:
     if isinstance(value, int):
         return "i32" if value < 2**31 else "i64"
     block = ",".join(map(str, value.block_shape))
-    return f"tensordesc<{_POINTER[value.base.dtype][1:]}[{block}]>"
+    layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's
+    return f"tensordesc<{_POINTER[value.base.dtype][1:]}[{block}]{layout}>"
 
 
 def compile_for(source: Specialisation, arch: int | str) -> Code:
@@ -69,7 +70,7 @@ def vital_signs(compiled: Any) -> Code:
     ptx = texts["ptx"]
     log, sass = _assemble(ptx, compiled.metadata.target.arch)
     return read_nvidia(
-        ttir=texts["ttir"], ttgir=texts["ttgir"], ptx=ptx, sass=sass, log=log, shared_memory=shared_memory
+        ttir=texts.get("ttir", ""), ttgir=texts["ttgir"], ptx=ptx, sass=sass, log=log, shared_memory=shared_memory
     )
 
 
@@ -78,13 +79,15 @@ def triton_compile(source: Specialisation, arch: int | str) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = getattr(importlib.import_module(source.module), source.kernel)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
     signature = dict(source.signature)
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") and source.aligned]
     attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
     return triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=dict(source.constants), attrs=attrs),
+        language(fn=kernel, signature=signature, constexprs=dict(source.constants), attrs=attrs),
         target=GPUTarget(*target(arch).compiler),
         options={"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True},
     )

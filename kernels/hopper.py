@@ -1,0 +1,84 @@
+"""What the warp-specialised kernels share (compute capability 9.0), and all that differs between versions of Gluon.
+
+Such a kernel is persistent: each program takes tiles in turn. One warp asks for data (TMA) and keeps a ring of slots
+filled; groups of four warps multiply what has come, and while one of them stores its results, another multiplies. A
+slot is handed over by two barriers: `full` when its bytes are there, `empty` when every group has done with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9.0 renames them
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+group_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # 3.7.0 renames it
+"""Waits for the threads of the group that calls it."""
+
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+"""Rows of at least 64 elements of 16 bits, as TMA stores them and wgmma reads them."""
+
+
+@functools.lru_cache(maxsize=4096)
+def descriptor_fields(
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> dict[str, Any]:
+    """A descriptor without its memory, checked once for a layout. Rows of a block are swizzled as wgmma reads them."""
+    row = min(block[-1] * dtype.itemsize, 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=row, element_bitwidth=8 * dtype.itemsize, rank=len(block))
+    base = torch.empty(0, dtype=dtype, device="meta")
+    return vars(TensorDescriptor(base, list(shape), list(strides), list(block), layout))
+
+
+def on(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    """The descriptor with these fields on `base`, which is aligned to 16 bytes."""
+    desc = TensorDescriptor.__new__(TensorDescriptor)
+    vars(desc).update(fields, base=base)
+    return desc
+
+
+@gluon.jit
+def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k):
+    """As in `tiles.py`, fp32 in the layout of `offs_k`."""
+    mean = gl.load(mean_ptr + offs_k, mask=mask_k, other=0.0).to(gl.float32)
+    var = gl.load(var_ptr + offs_k, mask=mask_k, other=1.0).to(gl.float32)
+    scale = gl.div_rn(1.0, gl.sqrt_rn(var + eps))
+    if weight_ptr is not None:
+        scale *= gl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(gl.float32)
+    shift = 0.0 - mean * scale
+    if bias_ptr is not None:
+        shift = gl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(gl.float32) - mean * scale
+    return scale, shift
+
+
+@gluon.jit
+def sum_partials(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: gl.constexpr):
+    """As in `tiles.py`, for the group that calls it: a tile is what one group computes."""
+    M: gl.constexpr = acc.shape[0]
+    N: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = acc.type.layout
+    offs_m = gl.arange(0, M, layout=gl.SliceLayout(1, layout))
+    offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, layout))
+    offs = gl.expand_dims(offs_m, 1) * N + gl.expand_dims(offs_n, 0)
+    partials = partials_ptr + tile.to(gl.int64) * (SPLIT_K * M * N)
+    gl.store(partials + split * (M * N) + offs, acc)
+    group_barrier()
+    last = gl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    if last:
+        acc = gl.load(partials + offs, cache_modifier=".cg")
+        for i in range(1, SPLIT_K):
+            acc += gl.load(partials + i * (M * N) + offs, cache_modifier=".cg")
+        gl.store(semaphores_ptr + tile, 0)
+    return acc, last
+
+
+@gluon.jit
+def relu(x):
+    return gl.where(x < 0, 0.0, x)  # a maximum would drop NaN

@@ -1,0 +1,405 @@
+"""Convolution for Hopper (compute capability 9.0): warp-specialised and persistent, in Gluon.
+
+A tile is a box of output rows x columns x images by BLOCK_K filters. One warp loads (TMA): for each step, a slab of
+64 channels under one filter tap, the input box shifted by the tap and the filters. Two groups of four warps multiply,
+each one half of the box, so that while one is in its epilogue the other keeps the tensor cores busy. Both operands are
+read from shared memory whatever the form of the box: no product has pixels in registers.
+
+A residual comes through the buffer that the result leaves by. Each group has two, so the next tile's residual is loaded
+while this tile's result is stored. A shortcut's convolution is a second reduction into accumulators of its own, through
+the same ring. With SPLIT_K programs a tile, each reduces an equal share of the steps; see `tiles.sum_partials`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper import (
+    SWIZZLED,
+    async_load,
+    async_store,
+    batch_norm_scale_shift,
+    descriptor_fields,
+    on,
+    relu,
+    sum_partials,
+)
+from .launch import Launch, cdiv
+from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size
+
+IMAGES, ROWS = 0, 1
+"""Views of NHWC memory. At stride 2 columns are split by parity, so that every second one is again a box, and a box of
+several rows is loaded row by row:
+
+* IMAGES, boxes of several images: (H, W, N, C), at stride 2 (H, W/2, 2, N, C);
+* ROWS, boxes within an image: (N, H, W, C), at stride 2 (N, H, 2, W/2, C).
+"""
+
+
+@functools.lru_cache(maxsize=4096)
+def pixel_fields(size: Size, dtype: torch.dtype, stride: int, box: Any, block_c: int) -> tuple[dict[str, Any], int]:
+    """A descriptor of images (N, C, H, W) that loads `box` (at stride 2: one row of it), and its view."""
+    n, c, h, w = size
+    box_h, box_w, box_n = box
+    row, image = w * c, h * w * c
+    if stride == 1 and box_n > 1:
+        shape, strides, block = (h, w, n, c), (row, c, image, 1), (box_h, box_w, box_n, block_c)
+    elif stride == 1:
+        shape, strides, block = (n, h, w, c), (image, row, c, 1), (1, box_h, box_w, block_c)
+    elif box_n > 1:
+        shape, strides, block = (h, w // 2, 2, n, c), (row, 2 * c, c, image, 1), (1, box_w, 1, box_n, block_c)
+    else:
+        shape, strides, block = (n, h, 2, w // 2, c), (image, row, c, 2 * c, 1), (1, 1, 1, box_w, block_c)
+    return descriptor_fields(dtype, shape, strides, block), IMAGES if box_n > 1 else ROWS
+
+
+def filter_fields(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> dict[str, Any]:
+    """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
+    k, c, r, s = size
+    return descriptor_fields(dtype, (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c))
+
+
+def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
+    """One group's part of a box: half of its first side that is longer than 1."""
+    h, w, n = box
+    if h > 1:
+        return h // 2, w, n
+    return (h, w // 2, n) if w > 1 else (h, w, n // 2)
+
+
+@gluon.jit
+def place(item, P, Q, TILES_K: gl.constexpr, SPLIT_K: gl.constexpr,
+          BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr):  # fmt: skip
+    """A program's piece of work: share of a tile, tile, its first filter, row, column and image."""
+    split = item % SPLIT_K
+    tile = item // SPLIT_K
+    k = tile % TILES_K * BLOCK_K
+    rest = tile // TILES_K
+    tiles_q = (Q + BOX_W - 1) // BOX_W
+    tiles_p = (P + BOX_H - 1) // BOX_H
+    q = rest % tiles_q * BOX_W
+    p = rest // tiles_q % tiles_p * BOX_H
+    n = rest // (tiles_q * tiles_p) * BOX_N
+    return split, tile, k, p, q, n
+
+
+@gluon.jit
+def load_pixels(desc, full, ring, slot, p, q, n, r, s, c,
+                STRIDE: gl.constexpr, VIEW: gl.constexpr, LOADS: gl.constexpr):  # fmt: skip
+    """Ask for the input box under output box (p, q, n), shifted by r rows and s columns, in LOADS parts."""
+    if STRIDE == 1:
+        if VIEW == 0:
+            async_load(desc, [p + r, q + s, n, c], full, ring.index(slot))
+        else:
+            async_load(desc, [n, p + r, q + s, c], full, ring.index(slot))
+    else:  # column 2q + s is number q + floor(s / 2) among those of its parity; s is -1, 0 or 1
+        column = q + (s + 2) // 2 - 1
+        parity = (s + 2) % 2
+        for row in gl.static_range(LOADS):
+            part = ring.index(slot * LOADS + row)
+            if VIEW == 0:
+                async_load(desc, [(p + row) * 2 + r, column, parity, n, c], full, part)
+            else:
+                async_load(desc, [n, (p + row) * 2 + r, parity, column, c], full, part)
+
+
+@gluon.jit
+def load_result(desc, full, part, p, q, n, k, VIEW: gl.constexpr):
+    if VIEW == 0:
+        async_load(desc, [p, q, n, k], full, part)
+    else:
+        async_load(desc, [n, p, q, k], full, part)
+
+
+@gluon.jit
+def store_result(desc, part, p, q, n, k, VIEW: gl.constexpr):
+    if VIEW == 0:
+        async_store(desc, [p, q, n, k], part)
+    else:
+        async_store(desc, [n, p, q, k], part)
+
+
+@gluon.jit
+def loader(
+    x_desc, w_desc, res_desc, short_x_desc, short_w_desc, x_ring, short_ring, w_ring, out, full, empty, added, free,
+    items, P, Q,
+    R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
+    SHORT_STEPS: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr, SPLIT_K: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, TILES_K: gl.constexpr,
+    BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
+):  # fmt: skip
+    """The warp that keeps the ring filled, and loads a tile's residual while its products are under way."""
+    BYTES: gl.constexpr = (BOX_H * BOX_W * BOX_N + BLOCK_K) * BLOCK_C * 2
+    i = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        split, _, k, p, q, n = place(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
+        for j in range(STEPS):
+            slot = i % STAGES
+            mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(slot), BYTES)
+            step = split * STEPS + j  # channel slabs outside, taps inside: a slab's shifted reads stay close in time
+            tap = step % (R * S)
+            c = step // (R * S) * BLOCK_C
+            load_pixels(x_desc, full.index(slot), x_ring, slot, p, q, n, tap // S - R // 2, tap % S - S // 2, c,
+                        STRIDE, VIEW, BOX_H)  # fmt: skip
+            async_load(w_desc, [tap, k, c], full.index(slot), w_ring.index(slot))
+            if res_desc is not None:
+                if j == STEPS - 1:  # by now both groups have left the tile before, so the buffers are free, or soon
+                    for group in gl.static_range(2):
+                        place_of = turn % 2 * 2 + group
+                        h, w, m = half_offset(group, BOX_H, BOX_W, BOX_N)
+                        mbarrier.wait(free.index(place_of), (turn // 2 & 1) ^ 1)
+                        mbarrier.expect(added.index(place_of), BOX_H * BOX_W * BOX_N * BLOCK_K)
+                        load_result(
+                            res_desc, added.index(place_of), out.index(place_of), p + h, q + w, n + m, k, Y_VIEW
+                        )
+            i += 1
+        if short_x_desc is not None:
+            if split == SPLIT_K - 1:
+                for j in range(SHORT_STEPS):
+                    slot = i % STAGES
+                    mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
+                    mbarrier.expect(full.index(slot), BYTES)
+                    load_pixels(short_x_desc, full.index(slot), short_ring, slot, p, q, n, 0, 0, j * BLOCK_C,
+                                SHORT_STRIDE, SHORT_VIEW, BOX_H)  # fmt: skip
+                    async_load(short_w_desc, [0, k, j * BLOCK_C], full.index(slot), w_ring.index(slot))
+                    i += 1
+        turn += 1
+
+
+@gluon.jit
+def half_offset(group: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr):
+    """Where a group's half of the box begins: row, column, image."""
+    if BOX_H > 1:
+        offset = (group * (BOX_H // 2), 0, 0)
+    elif BOX_W > 1:
+        offset = (0, group * (BOX_W // 2), 0)
+    else:
+        offset = (0, 0, group * (BOX_N // 2))
+    return offset
+
+
+@gluon.jit
+def reduce(group: gl.constexpr, pixels, filters, full, empty, i, STEPS: gl.constexpr, STAGES: gl.constexpr,
+           HALF: gl.constexpr, BLOCK_K: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+    """This group's products of the next STEPS slots; a slot is given back when the product after its own is issued."""
+    acc = gl.zeros((HALF, BLOCK_K), gl.float32, mma)
+    for j in range(STEPS):
+        slot = i % STAGES
+        mbarrier.wait(full.index(slot), i // STAGES & 1)
+        a = pixels.index(slot * 2 + group)
+        b = filters.index(slot).permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
+        i += 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+    return acc, i
+
+
+@gluon.jit
+def normalised(acc, scale, shift, mma: gl.constexpr):
+    """Batch norm of an accumulator; `scale` and `shift` are spread over the threads anew."""
+    columns: gl.constexpr = gl.SliceLayout(0, mma)
+    scale = gl.expand_dims(gl.convert_layout(scale, columns), 0)
+    return acc * scale + gl.expand_dims(gl.convert_layout(shift, columns), 0)
+
+
+@gluon.jit
+def multiplier(
+    group: gl.constexpr, y_desc, pixels, filters, out, full, empty, added, free,
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+    short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
+    items, P, Q,
+    K: gl.constexpr, Y_VIEW: gl.constexpr, RESIDUAL: gl.constexpr, RELU: gl.constexpr,
+    SHORT_STEPS: gl.constexpr, SPLIT_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TILES_K: gl.constexpr,
+    BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """One of the two groups that multiply."""
+    HALF: gl.constexpr = BOX_H * BOX_W * BOX_N // 2
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    h, w, m = half_offset(group, BOX_H, BOX_W, BOX_N)
+    i = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        split, tile, k, p, q, n = place(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
+        offs_k = k + gl.arange(0, BLOCK_K, layout=flat)
+        scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < K)
+        if SPLIT_K > 1:
+            shift = gl.where(split == 0, shift, 0.0)
+        acc, i = reduce(group, pixels, filters, full, empty, i, STEPS, STAGES, HALF, BLOCK_K, mma)
+        y = normalised(acc, scale, shift, mma)
+        if SHORT_STEPS > 0:
+            if split == SPLIT_K - 1:
+                acc, i = reduce(group, pixels, filters, full, empty, i, SHORT_STEPS, STAGES, HALF, BLOCK_K, mma)
+                scale, shift = batch_norm_scale_shift(
+                    short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, offs_k < K
+                )
+                y += normalised(acc, scale, shift, mma)
+        last = True
+        if SPLIT_K > 1:
+            y, last = sum_partials(y, partials_ptr, semaphores_ptr, tile * 2 + group, split, SPLIT_K)
+        place_of = (turn % 2 * 2 if RESIDUAL else 0) + group
+        part = out.index(place_of)
+        tma.store_wait(0)  # the tile before has left its buffer
+        if RESIDUAL:
+            mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
+            mbarrier.wait(added.index(place_of), turn // 2 & 1)
+        if last:
+            result = part._reinterpret(y_desc.dtype, [HALF, BLOCK_K], SWIZZLED)
+            if RESIDUAL:
+                y += result.load(mma).to(gl.float32)
+            if RELU:
+                y = relu(y)
+            result.store(y.to(y_desc.dtype))
+            fence_async_shared()
+            store_result(y_desc, part, p + h, q + w, n + m, k, Y_VIEW)
+        turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["items", "P", "Q"])
+def hopper_conv_kernel(
+    x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
+    partials_ptr, semaphores_ptr, items, P, Q,
+    C: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
+    STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
+    SHORT_C: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr,
+    RELU: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
+    BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
+):  # fmt: skip
+    RESIDUAL: gl.constexpr = res_desc is not None
+    TILES_K: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    STEPS: gl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C) // SPLIT_K
+    SHORT_STEPS: gl.constexpr = (SHORT_C + BLOCK_C - 1) // BLOCK_C
+    BUFFERS: gl.constexpr = 4 if RESIDUAL else 2
+    LOADS: gl.constexpr = 1 if STRIDE == 1 else BOX_H
+    PIXELS: gl.constexpr = BOX_H * BOX_W * BOX_N
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * LOADS] + x_desc.block_shape, x_desc.layout)
+    w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_shape, w_desc.layout)
+    out = gl.allocate_shared_memory(y_desc.dtype, [BUFFERS] + y_desc.block_shape, y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    added = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(4):
+        mbarrier.init(added.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    fence_async_shared()
+    pixels = x_ring._reinterpret(x_desc.dtype, [STAGES * 2, PIXELS // 2, BLOCK_C], SWIZZLED)
+    filters = w_ring._reinterpret(x_desc.dtype, [STAGES, BLOCK_K, BLOCK_C], SWIZZLED)
+    short_ring = x_ring
+    if short_x_desc is not None:
+        SHORT_LOADS: gl.constexpr = 1 if SHORT_STRIDE == 1 else BOX_H
+        short_ring = x_ring._reinterpret(
+            x_desc.dtype, [STAGES * SHORT_LOADS] + short_x_desc.block_shape, short_x_desc.layout
+        )
+    gl.warp_specialize([
+        (multiplier, (
+            0, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
+            items, P, Q, K, Y_VIEW, RESIDUAL, RELU, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TILES_K,
+            BOX_H, BOX_W, BOX_N, BLOCK_K,
+        )),
+        (multiplier, (
+            1, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
+            items, P, Q, K, Y_VIEW, RESIDUAL, RELU, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TILES_K,
+            BOX_H, BOX_W, BOX_N, BLOCK_K,
+        )),
+        (loader, (
+            x_desc, w_desc, res_desc, short_x_desc, short_w_desc, x_ring, short_ring, w_ring, out, full, empty,
+            added, free, items, P, Q, R, S, STRIDE, VIEW, Y_VIEW, SHORT_STEPS, SHORT_STRIDE, SHORT_VIEW, SPLIT_K,
+            STEPS, STAGES, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
+        )),
+    ], [4, 1], [232, 40])  # fmt: skip
+
+
+def hopper_conv(
+    *,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    batch_norm: BatchNorm,
+    geometry: Geometry,
+    residual: Tensor | None,
+    shortcut: Shortcut | None,
+    relu: bool,
+    config: ConvConfig,
+    programs: int,
+    partials: Tensor | None,
+    semaphores: Tensor | None,
+) -> Launch:
+    """The launch of at most `programs` programs: see `conv_bn_relu.py`.
+
+    It asks for fp16 or bf16, filters 1x1 or 3x3, padding R // 2, stride 1 or 2 (at 2 an even input width), 16-byte
+    aligned pointers and channel rows. If `config` splits the reduction, a tile takes two of `semaphores`.
+    """
+    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, relu, config)
+    x_fields, w_fields, y_fields = views
+    arguments = {
+        "x_desc": on(x, x_fields), "w_desc": on(weight, w_fields), "y_desc": on(out, y_fields),
+        "res_desc": None if residual is None else on(residual, y_fields),
+        **batch_norm.arguments(), **_shortcut_arguments(shortcut, config),
+        "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
+    }  # fmt: skip
+    return Launch(hopper_conv_kernel, (min(programs, items),), arguments, num_warps=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(
+    x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, relu: bool, config: ConvConfig
+) -> tuple[dict[str, object], list[dict[str, Any]], int]:
+    """Of a launch, what depends on sizes alone: constants, descriptors of x, weight and out, pieces of work."""
+    (n, _, p, q), (k, c, r, s) = out, weight
+    box, stride, block_k, block_c = config.box, geometry.stride[0], config.block_k, config.block_c
+    if box is None:
+        raise ValueError(f"{config} has no box, expected one")
+    box_h, box_w, box_n = box
+    x_fields, view = pixel_fields(x, dtype, stride, box, block_c)
+    y_fields, y_view = pixel_fields(out, dtype, 1, half(box), block_k)
+    items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
+    constants: dict[str, object] = {
+        "items": items, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view,
+        "RELU": relu, "SPLIT_K": config.split_k, "STAGES": config.num_stages,
+        "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
+    }  # fmt: skip
+    return constants, [x_fields, filter_fields(weight, dtype, block_k, block_c), y_fields], items
+
+
+def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[str, object]:
+    if shortcut is None:
+        return _NO_SHORTCUT
+    x, weight, batch_norm, (stride, _) = shortcut
+    fields, view = pixel_fields(x.shape, x.dtype, stride, config.box, config.block_c)
+    return {
+        "short_x_desc": on(x, fields),
+        "short_w_desc": on(weight, filter_fields(weight.shape, weight.dtype, config.block_k, config.block_c)),
+        **batch_norm.arguments("short_"), "SHORT_C": x.shape[1], "SHORT_STRIDE": stride, "SHORT_VIEW": view,
+    }  # fmt: skip
+
+
+_NO_SHORTCUT: dict[str, object] = {
+    "short_x_desc": None, "short_w_desc": None, **NO_BATCH_NORM.arguments("short_"),
+    "SHORT_C": 0, "SHORT_STRIDE": 1, "SHORT_VIEW": 0,
+}  # fmt: skip
