@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9.0 renames them
@@ -82,3 +82,14 @@ def sum_partials(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: gl.con
 @gluon.jit
 def relu(x):
     return gl.where(x < 0, 0.0, x)  # a maximum would drop NaN
+
+
+@gluon.jit
+def put(y, result, RESIDUAL: gl.constexpr, RELU: gl.constexpr):
+    """Put a result into the shared memory that it is stored from, where its residual, if any, lies."""
+    if RESIDUAL:
+        y += result.load(y.type.layout).to(gl.float32)
+    if RELU:
+        y = relu(y)
+    result.store(y.to(result.dtype))
+    fence_async_shared()

@@ -34,7 +34,7 @@ from .hopper import (
     batch_norm_scale_shift,
     descriptor_fields,
     on,
-    relu,
+    put,
     sum_partials,
 )
 from .launch import Launch, cdiv
@@ -262,13 +262,7 @@ def multiplier(
             mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
             mbarrier.wait(added.index(place_of), turn // 2 & 1)
         if last:
-            result = part._reinterpret(y_desc.dtype, [HALF, BLOCK_K], SWIZZLED)
-            if RESIDUAL:
-                y += result.load(mma).to(gl.float32)
-            if RELU:
-                y = relu(y)
-            result.store(y.to(y_desc.dtype))
-            fence_async_shared()
+            put(y, part._reinterpret(y_desc.dtype, [HALF, BLOCK_K], SWIZZLED), RESIDUAL, RELU)
             store_result(y_desc, part, p + h, q + w, n + m, k, Y_VIEW)
         turn += 1
     tma.store_wait(0)

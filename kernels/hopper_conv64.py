@@ -1,0 +1,228 @@
+"""3x3 convolution of 64 channels for Hopper (compute capability 9.0): warp-specialised and persistent, in Gluon.
+
+A tile is 2 x 2 output pixels of BOX_N images and all 64 filters, which stay in shared memory: 4 x 4 input pixels feed
+36 products. One warp loads (TMA) the input pixels in turn, a slot each; two groups of four warps multiply, one output
+column each, two accumulators. Filters are the rows of a product and pixels its columns, so that it reads 64 rows and
+BOX_N columns from shared memory: at 128 images three quarters of what pixels as rows would read.
+
+A residual comes through the buffer that the result leaves by, one buffer a pixel: filters, buffers and five slots of
+128 images take 216 of 227 KiB, and two buffers a pixel would leave one slot. One is enough. Its last result has left
+by the end of the first row of four slots, when a group asks (`free`) without waiting; the loader, which is at most
+STAGES slots ahead of the groups, comes back for it STAGES slots later, without waiting either, and the residual has
+the rest of the tile to arrive.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper import SWIZZLED, async_load, async_store, batch_norm_scale_shift, on, put
+from .hopper_conv import filter_fields, pixel_fields
+from .launch import Launch, cdiv
+from .values import BatchNorm, ConvConfig, Geometry, Shortcut, Size
+
+
+@gluon.jit
+def place(item, tiles_p, tiles_q, BOX_N: gl.constexpr):
+    """A tile's first output row, column and image."""
+    return item // tiles_q % tiles_p * 2, item % tiles_q * 2, item // (tiles_q * tiles_p) * BOX_N
+
+
+@gluon.jit
+def loader(
+    x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, free, items, tiles_p, tiles_q,
+    BOX_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp that loads the filters once, keeps the ring filled, and loads a tile's residual in between."""
+    BYTES: gl.constexpr = BOX_N * 64 * 2
+    RESIDUAL_AT: gl.constexpr = 4 + STAGES if STAGES < 12 else 15  # the groups have given back the first row by then
+    mbarrier.expect(ready.index(0), 9 * 64 * 64 * 2)
+    for tap in range(9):
+        async_load(w_desc, [tap, 0, 0], ready.index(0), filters.index(tap))
+    i = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        p, q, n = place(item, tiles_p, tiles_q, BOX_N)
+        for j in range(16):
+            slot = i % STAGES
+            mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(slot), BYTES)
+            async_load(x_desc, [p + j // 4 - 1, q + j % 4 - 1, n, 0], full.index(slot), ring.index(slot))
+            if res_desc is not None:
+                if j == RESIDUAL_AT:
+                    for group in range(2):
+                        mbarrier.wait(free.index(group), turn & 1)
+                        mbarrier.expect(added.index(group), 2 * BYTES)
+                        for row in range(2):
+                            part = out.index(2 * group + row)
+                            async_load(res_desc, [p + row, q + group, n, 0], added.index(group), part)
+            i += 1
+        turn += 1
+
+
+@gluon.jit
+def pass_by(full, empty, i, STAGES: gl.constexpr):
+    """Give back a slot whose pixels are not under this group's column."""
+    mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
+    mbarrier.arrive(empty.index(i % STAGES), count=1)
+    return i + 1
+
+
+@gluon.jit
+def multiply_row(group: gl.constexpr, pixels, filters, full, empty, i, lo, hi, row,
+                 LO: gl.constexpr, HI: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The products of one row of four slots: with row `row` of the filters for the upper, the one above for the lower."""
+    if group == 1:
+        i = pass_by(full, empty, i, STAGES)
+    for s in range(3):
+        slot = i % STAGES
+        mbarrier.wait(full.index(slot), i // STAGES & 1)
+        b = pixels.index(slot).permute((1, 0))
+        if LO:
+            lo = warpgroup_mma(filters.index(row * 3 + s), b, lo, is_async=True)
+        if HI:
+            hi = warpgroup_mma(filters.index(row * 3 + s - 3), b, hi, is_async=True)
+        lo, hi = warpgroup_mma_wait(0, deps=(lo, hi))  # the other group keeps the tensor cores busy
+        mbarrier.arrive(empty.index(slot), count=1)
+        i += 1
+    if group == 0:
+        i = pass_by(full, empty, i, STAGES)
+    return lo, hi, i
+
+
+@gluon.jit
+def multiplier(
+    group: gl.constexpr, y_desc, pixels, filters, out, full, empty, ready, added, free,
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, items, tiles_p, tiles_q,
+    RESIDUAL: gl.constexpr, RELU: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One of the two groups that multiply: a column of two output pixels."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BOX_N, 16])
+    offs_k = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < 64)
+    scale, shift = gl.expand_dims(scale, 1), gl.expand_dims(shift, 1)
+    results = out._reinterpret(y_desc.dtype, [4, BOX_N, 64], SWIZZLED)
+    mbarrier.wait(ready.index(0), 0)
+    i = 0
+    turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        p, q, n = place(item, tiles_p, tiles_q, BOX_N)
+        lo = gl.zeros((64, BOX_N), gl.float32, mma)
+        hi = gl.zeros((64, BOX_N), gl.float32, mma)
+        lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, 0, True, False, STAGES)
+        tma.store_wait(0)  # the tile before has left the buffers
+        if RESIDUAL:
+            mbarrier.arrive(free.index(group), count=1)
+        for row in range(1, 3):
+            lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, row, True, True, STAGES)
+        lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, 3, False, True, STAGES)
+        if RESIDUAL:
+            mbarrier.wait(added.index(group), turn & 1)
+        put(lo * scale + shift, results.index(2 * group).permute((1, 0)), RESIDUAL, RELU)
+        async_store(y_desc, [p, q + group, n, 0], out.index(2 * group))
+        put(hi * scale + shift, results.index(2 * group + 1).permute((1, 0)), RESIDUAL, RELU)
+        async_store(y_desc, [p + 1, q + group, n, 0], out.index(2 * group + 1))
+        turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["items", "P", "Q"])
+def hopper_conv64_kernel(
+    x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, items, P, Q,
+    RELU: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    RESIDUAL: gl.constexpr = res_desc is not None
+    tiles_p = (P + 1) // 2
+    tiles_q = (Q + 1) // 2
+    ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, x_desc.layout)
+    filters = gl.allocate_shared_memory(w_desc.dtype, [9] + w_desc.block_shape, w_desc.layout)
+    out = gl.allocate_shared_memory(y_desc.dtype, [4] + y_desc.block_shape, y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    added = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready.index(0), count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
+    for group in gl.static_range(2):
+        mbarrier.init(added.index(group), count=1)
+        mbarrier.init(free.index(group), count=1)
+    fence_async_shared()
+    pixels = ring._reinterpret(x_desc.dtype, [STAGES, BOX_N, 64], SWIZZLED)
+    weights = filters._reinterpret(x_desc.dtype, [9, 64, 64], SWIZZLED)
+    gl.warp_specialize([
+        (multiplier, (
+            0, y_desc, pixels, weights, out, full, empty, ready, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+            eps, items, tiles_p, tiles_q, RESIDUAL, RELU, BOX_N, STAGES,
+        )),
+        (multiplier, (
+            1, y_desc, pixels, weights, out, full, empty, ready, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+            eps, items, tiles_p, tiles_q, RESIDUAL, RELU, BOX_N, STAGES,
+        )),
+        (loader, (
+            x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, free, items, tiles_p, tiles_q,
+            BOX_N, STAGES,
+        )),
+    ], [4, 1], [232, 40])  # fmt: skip
+
+
+def hopper_conv64(
+    *,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    batch_norm: BatchNorm,
+    geometry: Geometry,
+    residual: Tensor | None,
+    shortcut: Shortcut | None,
+    relu: bool,
+    config: ConvConfig,
+    programs: int,
+    partials: Tensor | None,
+    semaphores: Tensor | None,
+) -> Launch:
+    """The launch of at most `programs` programs: see `conv_bn_relu.py`.
+
+    It asks for fp16 or bf16, 64 channels and 64 filters of 3x3, stride 1, padding 1, no shortcut, 16-byte aligned
+    pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images that does not split the reduction.
+    """
+    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, relu, config)
+    x_fields, w_fields, y_fields = views
+    arguments = {
+        "x_desc": on(x, x_fields), "w_desc": on(weight, w_fields), "y_desc": on(out, y_fields),
+        "res_desc": None if residual is None else on(residual, y_fields), **batch_norm.arguments(), **constants,
+    }  # fmt: skip
+    return Launch(hopper_conv64_kernel, (min(programs, items),), arguments, num_warps=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(
+    x: Size, weight: Size, out: Size, dtype: torch.dtype, relu: bool, config: ConvConfig
+) -> tuple[dict[str, object], list[dict[str, Any]], int]:
+    """Of a launch, what depends on sizes alone: constants, descriptors of x, weight and out, tiles."""
+    n, _, p, q = out
+    if config.box is None:
+        raise ValueError(f"{config} has no box, expected one")
+    box_n = config.box[2]
+    x_fields, _ = pixel_fields(x, dtype, 1, (1, 1, box_n), 64)
+    y_fields, _ = pixel_fields(out, dtype, 1, (1, 1, box_n), 64)
+    items = cdiv(p, 2) * cdiv(q, 2) * cdiv(n, box_n)
+    constants: dict[str, object] = {
+        "items": items, "P": p, "Q": q, "RELU": relu, "BOX_N": box_n, "STAGES": config.num_stages,
+    }  # fmt: skip
+    return constants, [x_fields, filter_fields(weight, dtype, 64, 64), y_fields], items
