@@ -35,6 +35,7 @@ from .hopper import (
     descriptor_fields,
     on,
     put,
+    reinterpret,
     sum_partials,
 )
 from .launch import Launch, cdiv
@@ -262,7 +263,7 @@ def multiplier(
             mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
             mbarrier.wait(added.index(place_of), turn // 2 & 1)
         if last:
-            put(y, part._reinterpret(y_desc.dtype, [HALF, BLOCK_K], SWIZZLED), RESIDUAL, RELU)
+            put(y, reinterpret(part, y_desc.dtype, [HALF, BLOCK_K], SWIZZLED), RESIDUAL, RELU)
             store_result(y_desc, part, p + h, q + w, n + m, k, Y_VIEW)
         turn += 1
     tma.store_wait(0)
@@ -300,13 +301,13 @@ def hopper_conv_kernel(
         mbarrier.init(added.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
     fence_async_shared()
-    pixels = x_ring._reinterpret(x_desc.dtype, [STAGES * 2, PIXELS // 2, BLOCK_C], SWIZZLED)
-    filters = w_ring._reinterpret(x_desc.dtype, [STAGES, BLOCK_K, BLOCK_C], SWIZZLED)
+    pixels = reinterpret(x_ring, x_desc.dtype, [STAGES * 2, PIXELS // 2, BLOCK_C], SWIZZLED)
+    filters = reinterpret(w_ring, x_desc.dtype, [STAGES, BLOCK_K, BLOCK_C], SWIZZLED)
     short_ring = x_ring
     if short_x_desc is not None:
         SHORT_LOADS: gl.constexpr = 1 if SHORT_STRIDE == 1 else BOX_H
-        short_ring = x_ring._reinterpret(
-            x_desc.dtype, [STAGES * SHORT_LOADS] + short_x_desc.block_shape, short_x_desc.layout
+        short_ring = reinterpret(
+            x_ring, x_desc.dtype, [STAGES * SHORT_LOADS] + short_x_desc.block_shape, short_x_desc.layout
         )
     gl.warp_specialize([
         (multiplier, (

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import SWIZZLED, async_load, async_store, batch_norm_scale_shift, on, put
+from .hopper import SWIZZLED, async_load, async_store, batch_norm_scale_shift, on, put, reinterpret
 from .hopper_conv import filter_fields, pixel_fields
 from .launch import Launch, cdiv
 from .values import BatchNorm, ConvConfig, Geometry, Shortcut, Size
@@ -114,7 +114,7 @@ def multiplier(
     offs_k = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < 64)
     scale, shift = gl.expand_dims(scale, 1), gl.expand_dims(shift, 1)
-    results = out._reinterpret(y_desc.dtype, [4, BOX_N, 64], SWIZZLED)
+    results = reinterpret(out, y_desc.dtype, [4, BOX_N, 64], SWIZZLED)
     mbarrier.wait(ready.index(0), 0)
     i = 0
     turn = 0
@@ -163,8 +163,8 @@ def hopper_conv64_kernel(
         mbarrier.init(added.index(group), count=1)
         mbarrier.init(free.index(group), count=1)
     fence_async_shared()
-    pixels = ring._reinterpret(x_desc.dtype, [STAGES, BOX_N, 64], SWIZZLED)
-    weights = filters._reinterpret(x_desc.dtype, [9, 64, 64], SWIZZLED)
+    pixels = reinterpret(ring, x_desc.dtype, [STAGES, BOX_N, 64], SWIZZLED)
+    weights = reinterpret(filters, x_desc.dtype, [9, 64, 64], SWIZZLED)
     gl.warp_specialize([
         (multiplier, (
             0, y_desc, pixels, weights, out, full, empty, ready, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
