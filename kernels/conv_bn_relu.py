@@ -1,9 +1,11 @@
 """Convolution + batch norm [+ residual | + 1x1 shortcut convolution and its batch norm] [+ ReLU], in one kernel.
 
 Implicit GEMM over channels-last memory: M = N*P*Q output pixels, K output channels, reduction over R*S*C. Batch norm is
-applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. Two
-kernels differ only in how they load:
+applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. The
+kernels differ in how they load and in who does what:
 
+* `hopper_conv.py`, and for 64 channels `hopper_conv64.py` (sm_90): warp-specialised, one warp loads, two groups
+  multiply; 16 bits, filters 1x1 and 3x3;
 * `conv_box.py` (sm_90 and newer): tensor descriptors; the M tile is a box of output rows x columns x images;
 * `conv_pointer.py` (everywhere): masked pointers over consecutive output pixels, for any geometry.
 
@@ -37,6 +39,7 @@ def conv_bn_relu(
     relu: bool,
     precision: str,
     config: ConvConfig,
+    programs: int,
     partials: Tensor | None,
     semaphores: Tensor | None,
 ) -> Launch:
@@ -45,8 +48,18 @@ def conv_bn_relu(
     All 4-D tensors are NCHW-shaped, dense in channels_last memory and of one dtype (fp32, fp16 or bf16). `precision`
     is "ieee" or "tf32" and matters for fp32 alone. `config` is legal for this call: `resnet_triton.config.is_legal`
     says what each kernel asks for. If it splits the reduction, `partials` is fp32 with `split_k * block_m * block_k`
-    elements a tile, and `semaphores` int32 with one zero a tile, which the launch leaves at zero.
+    elements a tile, and `semaphores` int32 with two zeros a tile, which the launch leaves at zero. `programs` run at a
+    time, one a multiprocessor: a warp-specialised launch has no more.
     """
+    if config.kernel:
+        from .hopper_conv import hopper_conv  # not above: Gluon takes a while to import, and most never need it
+        from .hopper_conv64 import hopper_conv64
+
+        specialised = hopper_conv64 if config.kernel == "hopper_conv64" else hopper_conv
+        return specialised(
+            out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,
+            relu=relu, config=config, programs=programs, partials=partials, semaphores=semaphores,
+        )  # fmt: skip
     conv = conv_pointer if config.box is None else conv_box
     return conv(
         out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,

@@ -25,6 +25,11 @@ class Launch:
     own: bool = True
     """Whether its tile is this project's own choice, and not one of a table or of a caller."""
 
+    @property
+    def specialised(self) -> bool:
+        """Whether this is a warp-specialised kernel, in Gluon."""
+        return getattr(self.kernel, "is_gluon", bool)()
+
     def run(self) -> None:
         """Launch on the current device and stream. Does not wait."""
         self.kernel[self.grid](**self.arguments, **self._options())

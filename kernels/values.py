@@ -73,6 +73,8 @@ class ConvConfig:
     columns, images; product `block_m`) the kernel loads through tensor descriptors and the tile is that box; without,
     through pointers. `split_k` programs share a tile, each reducing over a part of the channels and taps. With `swap`
     filters are the rows of the matrix product and pixels its columns, which boxes with several sides need.
+
+    `kernel` names a warp-specialised one, "hopper_conv" or "hopper_conv64", whose `num_warps` are those of a group.
     """
 
     block_m: int
@@ -83,15 +85,17 @@ class ConvConfig:
     box: tuple[int, int, int] | None = None
     split_k: int = 1
     swap: bool = False
+    kernel: str = ""
 
     def on(self, box: tuple[int, int, int]) -> ConvConfig:
         """This tile with another box, whose sides may ask for a swap."""
-        return replace(self, block_m=prod(box), box=box, swap=self.swap or has_several_sides(box))
+        swap = not self.kernel and (self.swap or has_several_sides(box))
+        return replace(self, block_m=prod(box), box=box, swap=swap)
 
     @property
     def path(self) -> str:
-        """How this loads: through "descriptor" or "pointer"."""
-        return "pointer" if self.box is None else "descriptor"
+        """How this loads: through "descriptor" or "pointer", or the name of a warp-specialised kernel."""
+        return self.kernel or ("pointer" if self.box is None else "descriptor")
 
     @property
     def early_residual(self) -> bool:

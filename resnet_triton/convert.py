@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from . import config, converted, copies, models
-from .config.device import facts
 from .graphs import runner
 from .graphs.runner import CudaGraph
-from .ops import dispatch, original
+from .ops import dispatch, original, specialised
 from .ops.dispatch import Kernels
 from .ops.trace import Call, trace
 
@@ -219,7 +218,7 @@ def _backend(call: Call) -> str:
 def _detail(call: Call) -> str:
     if call.backend != "triton" or call.operator != "conv_bn_relu":
         return call.reason
-    here = facts(call.device)
+    here = specialised.facts(call.device)
     chosen = config.invariant(call.shape, here) if call.ours.modes.batch_invariant else config.lookup(call.shape, here)
     shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
     how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason]

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from ..kernels.values import ConvConfig
+from . import hopper
 from .conv import ConvShape, is_legal, tiles
 from .device import DeviceFacts
 from .heuristic import best_estimated, conv_heuristic, estimate
@@ -61,7 +62,9 @@ def neighbours(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> lis
         line = [c for c in (replace(config, **{field: v}) for v in values) if c == config or _fits(c, shape, device)]
         at = line.index(config) if config in line else 0
         near += line[max(at - 1, 0) : at + 2]
-    if config.box is None:
+    if config.kernel:
+        near += [replace(config, box=box) for box in hopper.boxes(config.block_m)]
+    elif config.box is None:
         near += [config.on(box) for box in boxes(config, config.block_m, shape, device)[:1]]
     else:
         near += [config.on(box) for box in _box_steps(config.box)]
@@ -129,10 +132,13 @@ def _forms(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
             if deepest is not None:
                 forms = [replace(deepest, split_k=split) for split in AXES["split_k"]]
                 yield from (c for c in forms if _fits(c, shape, device))
+    yield from hopper.candidates(shape, device)
 
 
 def _fits(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     """Legal, and not sure to spill: what spills takes the compiler minutes and is never fastest."""
+    if config.kernel:
+        return is_legal(config, shape, device)
     area = config.block_m * config.block_k
     ieee = shape.dtype == "float32" and shape.precision == "ieee"  # multiply-adds unroll over the whole tile
     accumulators = area // (32 * config.num_warps)

@@ -60,8 +60,8 @@ def _choose(shape: ConvShape, device: DeviceFacts, descriptors: bool) -> ConvCon
     exact = known.entries.get(shape)
     if exact is not None and (descriptors or exact.config.box is None) and is_legal(exact.config, shape, device):
         return exact.config
-    if (timed := best_measured(shape, device, descriptors=descriptors)) is not None:
-        return timed
+    if best_measured(shape, device, descriptors=descriptors) is not None:
+        return conv_heuristic(shape, device, descriptors=descriptors)
     for tuned in _nearest(known, shape):
         config = adapt(known.entries[tuned].config, tuned, shape, device, descriptors=descriptors)
         if config is not None:

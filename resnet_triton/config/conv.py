@@ -8,6 +8,12 @@ from math import prod
 from ..kernels.values import ConvConfig, has_several_sides, is_flat
 from .device import DeviceFacts
 
+CONV, CONV64 = "hopper_conv", "hopper_conv64"
+"""The warp-specialised kernels of `ConvConfig.kernel`."""
+
+_LINES = 8  # pixels in one pattern of swizzled shared memory, the least that a load may bring
+_MOST = 128 * 128  # pixels x filters of a tile that also reads a residual, or sums a shortcut's products
+
 
 @dataclass(frozen=True)
 class ConvShape:
@@ -76,10 +82,20 @@ def _fits_stride(stride: tuple[int, int], width: int) -> bool:
 
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     """Upper bound on a launch's shared memory, in bytes; `test_codegen.py` holds it against the compiler."""
+    if config.kernel:
+        return _specialised_shared_memory(config, shape)
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
     if config.box is None:
         return max(tiles, config.block_m * config.block_k * 4) + 1024
     return max(tiles, config.block_m * config.block_k * shape.itemsize * (2 if shape.residual else 1)) + 2048
+
+
+def _specialised_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
+    """A ring of slots, buffers that results leave by, and barriers."""
+    if config.kernel == CONV64:  # filters stay, a slot is one pixel of all images
+        return 9 * 64 * 64 * 2 + (config.num_stages + 4) * config.block_m // 4 * 64 * 2 + 2048
+    slots = config.num_stages * (config.block_m + config.block_k) * config.block_c * 2
+    return slots + config.block_m * config.block_k * 2 * (2 if shape.residual else 1) + 2048
 
 
 def steps(config: ConvConfig, shape: ConvShape) -> int:
@@ -99,7 +115,7 @@ def tiles(config: ConvConfig, shape: ConvShape) -> int:
     return pixels * -(-shape.k // config.block_k)
 
 
-def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
+def may_split(config: ConvConfig, shape: ConvShape) -> bool:
     """At most 16 equal parts, with partials of at most 64 KB: one program reads them all."""
     flat = config.box is None and is_flat(shape.c)
     small = config.block_m * config.block_k * 4 <= 64 * 1024
@@ -120,12 +136,14 @@ def may_have_rows(shape: ConvShape, images: int) -> bool:
 
 def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     """Whether `config` may be used for `shape` on `device`. Tuner, tables, heuristic and tests all ask here."""
+    if config.kernel:
+        return _is_legal_specialised(config, shape, device)
     sizes = (config.block_m, config.block_k, config.block_c, config.num_warps)
     if any(size <= 0 or size & (size - 1) for size in sizes) or not 1 <= config.num_stages <= 8:
         return False
     if min(config.block_m, config.block_k, config.block_c) < 16 or max(config.block_m, config.block_k) > 256:
         return False
-    if config.split_k != 1 and not _may_split(config, shape):
+    if config.split_k != 1 and not may_split(config, shape):
         return False
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False
@@ -143,3 +161,33 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
         if config.box[0] != 1 and not may_have_rows(shape, config.box[2]):
             return False
     return shared_memory(config, shape) <= device.shared_memory
+
+
+def _is_legal_specialised(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
+    """The same of a warp-specialised kernel."""
+    box = config.box
+    if not device.has_specialised or shape.itemsize != 2 or not supports_descriptors(shape):
+        return False
+    if box is None or config.swap or prod(box) != config.block_m or any(side & (side - 1) for side in box):
+        return False
+    if (config.block_c, config.num_warps) != (64, 4) or not 2 <= config.num_stages <= 16:
+        return False
+    if shared_memory(config, shape) > device.shared_memory:
+        return False
+    if config.kernel == CONV64:
+        return _is_legal64(config, shape, box)
+    if config.kernel != CONV or config.block_m not in (128, 256) or config.block_k not in (64, 128, 256):
+        return False
+    most = _MOST if shape.residual or shape.shortcut_c else 2 * _MOST
+    if config.block_m * config.block_k > most:
+        return False
+    strided = (2, 2) in ((shape.stride, shape.shortcut_stride) if shape.shortcut_c else (shape.stride,))
+    if box[0] > 1 and strided and box[1] * box[2] < _LINES:
+        return False
+    return config.split_k == 1 or may_split(config, shape)
+
+
+def _is_legal64(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int]) -> bool:
+    if (shape.c, shape.k, shape.r, shape.stride, shape.shortcut_c) != (64, 64, 3, (1, 1), 0):
+        return False
+    return box[:2] == (2, 2) and box[2] in (32, 64, 128) and (config.block_k, config.split_k) == (64, 1)

@@ -1,8 +1,7 @@
 """Tile choices from shape and device facts alone: nothing is timed at a call, no state, the same answer everywhere.
 
-A form that was measured for the very shape comes first (`measured.py`); elsewhere a cost model chooses. Its estimate is
-the number of rounds the GPU needs (programs over SMs) times the work of one program, which is bound by its arithmetic
-or by what it loads, plus what sharing a tile costs. It has been fitted to no measurement.
+A cost model chooses (`estimate`), fitted to what was timed on an H200. Where a form was timed for the very shape
+(`measured.py`), its time stands for it.
 """
 
 from __future__ import annotations
@@ -10,9 +9,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 from ..kernels.values import ConvConfig, has_several_sides, is_flat
-from .conv import ConvShape, is_legal, may_have_rows, steps, supports_descriptors, tiles
+from . import hopper
+from .conv import CONV64, ConvShape, is_legal, may_have_rows, shared_memory, steps, supports_descriptors, tiles
 from .device import DeviceFacts
 from .measured import best_measured
 
@@ -30,21 +31,40 @@ _IEEE_TILES = ((64, 64, 16, 4, 3), (32, 32, 16, 4, 3))  # fp32 multiply-adds: la
 _IEEE_FLAT_TILES = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
 _SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
-_FLOPS_PER_NS = 6000  # one SM: 790 TFLOP/s over 132
-_BYTES_PER_NS = 73  # one SM reading L2: 9.7 TB/s over 132
-_PROGRAM_NS = 500  # filling the pipeline, batch norm, the store: half of it hidden behind other programs
-_SPLIT_NS = 1500  # a store, a barrier, an atomic and the first load back, none of them overlapped
 _MATRIX_ROWS = 64  # of the smallest product that four warps do at a time (wgmma)
-_MATRIX = {16: 0.2, 32: 0.4, 64: 0.75}  # share of the matrix rate by columns: narrow products read more operands
+_MATRIX = {16: 0.2, 32: 0.4, 64: 0.8}  # share of the matrix rate by columns: narrow products read more operands
 _MANY = 32  # images from which boxes waste little of any shape
-_POINTERS = 1.4  # loads through pointers spend instructions on addresses and masks, beside the products
+
+
+class Rates(NamedTuple):
+    """What an SM does, in nanoseconds and in what is done in one, fitted by `python -m benchmarks.fit_estimate`."""
+
+    flops: float = 6240
+    bytes: float = 86  # from L2
+    launch: float = 1660
+    program: float = 590  # batch norm's loads and the first tile's arrival
+    turn: float = 150  # at least, of a main loop, of 64 channels
+    pointer_turn: float = 219
+    pointers: float = 2.08  # loads through pointers spend instructions on addresses and masks, beside the products
+    element: float = 0.138  # of the result
+    split: float = 840  # a store, a barrier, an atomic
+    specialised_flops: float = 7510
+    specialised_turn: float = 49  # besides its products: barriers
+    hidden: float = 0.72  # of a result's time, where an accumulator has 4,096 elements
+    residual: float = 1.35  # times as much for a result with one
+
+
+RATES = Rates()
 
 
 @functools.lru_cache(maxsize=4096)  # every launch asks, and weighing the candidates takes milliseconds
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
-    measured = best_measured(shape, device, descriptors=descriptors)
-    return measured or best_estimated(shape, device, descriptors=descriptors)
+    chosen = best_estimated(shape, device, descriptors=descriptors)
+    timed = best_measured(shape, device, descriptors=descriptors)
+    if timed is None or (chosen.kernel and estimate(chosen, shape, device) < 1000 * timed.us):
+        return chosen
+    return timed.config
 
 
 def best_estimated(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
@@ -71,6 +91,8 @@ def conv_candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool 
             for m, k, c, warps, stages in pointers
             for split in _SPLITS
         ]
+    if boxes and device.has_specialised:
+        found += hopper.candidates(shape, device)
     if boxes:
         for m, k, c, warps, stages in _BOX_TILES:
             tile = ConvConfig(m, k, min(c, widest), warps, stages).on(best_box(shape, m))
@@ -133,20 +155,42 @@ def strip_turns(tile: StemConfig, n: int, k: int, p: int, q: int, device: Device
     return -(-programs // device.sm_count) * (tile.strip + 1)
 
 
-def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
-    """Nanoseconds the launch might take; only the order of the candidates matters. The ceilings are an H200's."""
+def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates = RATES) -> float:
+    """Nanoseconds that a launch might take, with what an H200's SM does.
+
+    A program's products and loads keep an SM busy, several programs side by side all the more; but however few there
+    are, each is a chain: what comes before its loop, turn after turn, its result.
+    """
     m, k = config.block_m, config.block_k
-    turns = -(-steps(config, shape) // config.split_k)
-    flops = 2 * m * k * config.block_c * turns
-    rate = _FLOPS_PER_NS * _MATRIX.get(m if config.swap else k, 1.0)
-    if shape.itemsize == 4:
-        rate /= 2
-    loading = (m + k) * turns * config.block_c * shape.itemsize / _BYTES_PER_NS
-    rounds = -(-tiles(config, shape) * config.split_k // device.sm_count)
-    work = rounds * (max(flops / rate, loading) * (_POINTERS if config.box is None else 1.0) + _PROGRAM_NS)
+    turns = -(-steps(config, shape) // config.split_k) + -(-shape.shortcut_c // config.block_c)
+    flops = 2 * m * k * config.block_c * (1 if shape.itemsize == 2 else 2)
+    result = rates.element * m * k * (rates.residual if shape.residual else 1)
+    programs = -(-tiles(config, shape) * config.split_k // device.sm_count)  # of the busiest SM
+    if config.kernel:  # one program an SM takes them in turn
+        turn = flops / rates.specialised_flops + rates.specialised_turn
+        accumulator = m * k // (8 if config.kernel == CONV64 else 2)
+        result *= rates.hidden * (accumulator / 4096) ** 0.3  # the larger, the less of it other products hide
+        work = rates.program + programs * (turns * turn + result)
+    else:
+        loads = (m + k) * config.block_c * shape.itemsize
+        turn = max(flops / (rates.flops * _MATRIX.get(m if config.swap else k, 1.0)), loads / rates.bytes)
+        least = rates.turn
+        if config.box is None:
+            turn, least = turn * rates.pointers, rates.pointer_turn
+        beside = min(_programs_per_sm(config, shape, device), programs)
+        chain = rates.program + turns * max(turn, least * config.block_c / 64) + result
+        work = max(programs * (turns * turn + result), -(-programs // beside) * chain)
     if config.split_k == 1:
-        return work
-    return work + _SPLIT_NS + 4 * m * k * (config.split_k + 1) / _BYTES_PER_NS  # the last program reads every partial
+        return rates.launch + work
+    # The last program reads every partial.
+    return rates.launch + work + rates.split + 6 * m * k * (config.split_k + 1) / rates.bytes
+
+
+def _programs_per_sm(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> int:
+    """By shared memory, and by registers: accumulators and some 56 others a thread."""
+    accumulators = config.block_m * config.block_k // (32 * config.num_warps) * (2 if shape.shortcut_c else 1)
+    registers = 32 * config.num_warps * max(64, accumulators + 56)
+    return max(1, min(device.shared_memory // shared_memory(config, shape), 65536 // registers))
 
 
 def best_box(shape: ConvShape, block_m: int, *, several_sides: bool = True) -> tuple[int, int, int]:

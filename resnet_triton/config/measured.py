@@ -31,7 +31,7 @@ class Form(NamedTuple):
     config: ConvConfig
 
 
-def best_measured(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig | None:
+def best_measured(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> Form | None:
     """The fastest form that was timed for this very shape on this GPU and may be used; None if there is none."""
     usable = [
         form
@@ -39,7 +39,7 @@ def best_measured(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = 
         if form.exact and form.safe and not form.spill_bytes and is_legal(form.config, shape, device)
         if descriptors or form.config.box is None
     ]
-    return min(usable, key=lambda form: form.us).config if usable else None
+    return min(usable, key=lambda form: form.us, default=None)
 
 
 @functools.cache

@@ -13,13 +13,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import config
-from ..config import ConvConfig, ConvShape, device
+from ..config import ConvConfig, ConvShape
 from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..kernels.values import BatchNorm, Geometry, Shortcut, Size
-from . import reference
+from . import reference, specialised
 from .checks import (
     aligned,
     at_aligned,
@@ -106,7 +106,7 @@ class ConvBnRelu(Operation):
             images, filters, norm, stride = self.shortcut
             shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
         descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
-        sizes, facts = self._sizes(), device.facts(x.device)
+        sizes, facts = self._sizes(), specialised.facts(x.device)
         chosen, own, tiles = _choose(
             config.lookup, config.state(), facts, descriptors, self.modes.batch_invariant, sizes
         )
@@ -114,11 +114,11 @@ class ConvBnRelu(Operation):
         if chosen.split_k > 1:
             elements = tiles * chosen.split_k * chosen.block_m * chosen.block_k
             partials = torch.empty(elements, dtype=torch.float32, device=x.device)
-            semaphores = _semaphores(x.device, tiles)
+            semaphores = _semaphores(x.device, 2 * tiles)  # a warp-specialised tile has two halves
         launch = conv_bn_relu(
             out=out, x=x, weight=weight, batch_norm=self.batch_norm.contiguous(), geometry=self.geometry,
             residual=residual, shortcut=shortcut, relu=self.relu, precision=sizes.precision,
-            config=chosen, partials=partials, semaphores=semaphores,
+            config=chosen, programs=facts.sm_count, partials=partials, semaphores=semaphores,
         )  # fmt: skip
         return (launch if own else replace(launch, own=False),)
 

@@ -114,13 +114,13 @@ def _fallback_reason(where: torch.device, *, forced: bool) -> str | None:
     if torch.version.hip is not None:
         return "AMD GPU, not verified"
     arch = device.facts(where).arch
-    if arch < 90 and _dependent_launch():
+    if arch < 90 and dependent_launch():
         return f"compute capability {arch / 10}, and RESNET_TRITON_PDL=1 needs 9.0"
     return f"compute capability {arch / 10}, below 8.0" if arch < 80 else None
 
 
 @functools.cache
-def _dependent_launch() -> bool:
+def dependent_launch() -> bool:
     from ..kernels.tiles import PDL
 
     return bool(PDL)

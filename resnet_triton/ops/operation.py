@@ -21,7 +21,7 @@ from typing_extensions import Self
 from ..config import device
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
-from . import dispatch, interpreter
+from . import dispatch, interpreter, specialised
 from .dispatch import Choice, Modes, choose, count
 from .schema import Schema
 
@@ -124,8 +124,15 @@ class Operation:
             return self.run_torch()
         with _on(self.x.device):
             out, launches, reason = self.prepare(result)
-            for launch in launches:
-                launch.run()
+            try:
+                for launch in launches:
+                    launch.run()
+            except Exception as error:
+                if not specialised.refuse(launches, error):
+                    raise
+                out, launches, reason = self.prepare(result)
+                for launch in launches:
+                    launch.run()
         if out is None:
             return self.refuse_kernels(reason)
         if launches:

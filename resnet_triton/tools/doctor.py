@@ -22,7 +22,7 @@ from .. import __version__, config, models
 from .. import functional as F
 from ..config.device import DeviceFacts, facts, override
 from ..convert import report
-from ..ops import dispatch, interpreter, reference
+from ..ops import dispatch, interpreter, reference, specialised
 from ..ops.trace import Call
 from ..support import files, vision
 from ..support.terminal import Bar, table
@@ -338,7 +338,7 @@ def _exposed(existing: Path, cache: Path) -> str | None:
 def _detail(call: Any) -> str:
     if call.backend != "triton" or call.operator != "conv_bn_relu":
         return str(call.reason)
-    return f"{config.lookup(call.shape, facts(call.device)).path} path"
+    return f"{config.lookup(call.shape, specialised.facts(call.device)).path} path"
 
 
 def _version(load: Callable[[], Any]) -> str | None:

@@ -1,0 +1,118 @@
+"""Fit the rates of `config/heuristic.py` to what was timed on an H200: `python -m benchmarks.fit_estimate`.
+
+Rows are the exact, safe forms of `nvidia-h200.measured.json` that do not spill, and prototypes of the warp-specialised
+kernels, timed on the same day and GPU. Printed are the rates, and for each layer at each batch size, with rates that
+are fitted to all other layers, the error of its times (root mean square of the logarithm) and the form that is chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from resnet_triton.config import ConvConfig, ConvShape
+from resnet_triton.config.device import KNOWN
+from resnet_triton.config.heuristic import RATES, Rates, estimate
+from resnet_triton.config.measured import measured
+
+H200 = KNOWN[90]
+
+
+class Row(NamedTuple):
+    """One timed form of one layer."""
+
+    layer: str
+    shape: ConvShape
+    config: ConvConfig
+    us: float
+
+    def error(self, rates: Rates) -> float:
+        """Logarithm of estimated by measured."""
+        return math.log(estimate(self.config, self.shape, H200, rates) / 1000 / self.us)
+
+
+def _prototypes() -> list[Row]:
+    """Batch 256, fp16: microseconds without and with a residual (H200, driver 580.159.04, Triton 3.6.0, 2026-11-27)."""
+    layers = {
+        "layer1": ConvShape(256, 64, 56, 56, 64, 3, 3, padding=(1, 1)),
+        "layer2.0": ConvShape(256, 64, 56, 56, 128, 3, 3, (2, 2), (1, 1)),
+        "layer2": ConvShape(256, 128, 28, 28, 128, 3, 3, padding=(1, 1)),
+        "layer3.0": ConvShape(256, 128, 28, 28, 256, 3, 3, (2, 2), (1, 1)),
+        "layer3": ConvShape(256, 256, 14, 14, 256, 3, 3, padding=(1, 1)),
+        "layer4.0": ConvShape(256, 256, 14, 14, 512, 3, 3, (2, 2), (1, 1)),
+        "layer4": ConvShape(256, 512, 7, 7, 512, 3, 3, padding=(1, 1)),
+    }
+    columns, small, large = (
+        ConvConfig(512, 64, 64, 4, 5, (2, 2, 128), kernel="hopper_conv64"),
+        ConvConfig(128, 128, 64, 4, 5, (1, 1, 128), kernel="hopper_conv"),
+        ConvConfig(256, 128, 64, 4, 3, (1, 1, 256), kernel="hopper_conv"),
+    )
+    narrow, few = replace(large, block_k=64, num_stages=4), replace(small, block_k=64, num_stages=6)
+    wide = replace(small, block_k=256, num_stages=3)
+    times: dict[str, dict[ConvConfig, tuple[float, ...]]] = {
+        "layer1": {columns: (106.8, 114.9), narrow: (128.1, 145.6), few: (128.8, 150.9)},
+        "layer2.0": {large: (64.7,), small: (57.6,)},
+        "layer2": {large: (96.0, 103.0), small: (92.7, 102.2)},
+        "layer3.0": {large: (51.0,), wide: (49.2,), small: (48.5,)},
+        "layer3": {large: (84.6, 89.5), wide: (82.1, 91.9), small: (83.9, 89.6)},
+        "layer4.0": {large: (56.7,), wide: (53.1,), small: (43.1,)},
+        "layer4": {large: (100.6, 103.5), wide: (96.3, 103.9), small: (79.0, 90.0)},
+    }
+    return [
+        Row(layer, replace(layers[layer], residual=bool(i)), config, us)
+        for layer, forms in times.items()
+        for config, both in forms.items()
+        for i, us in enumerate(both)
+    ]
+
+
+def rows() -> list[Row]:
+    """All that is fitted to."""
+    found = [
+        Row(f"{shape.c} to {shape.k}, {shape.h}x{shape.w}", shape, form.config, form.us)
+        for shape, forms in measured(H200.name).items()
+        for form in forms
+        if form.exact and form.safe and not form.spill_bytes
+    ]
+    return found + [row._replace(layer=f"{row.layer}, specialised") for row in _prototypes()]
+
+
+def fit(found: list[Row], start: Rates = RATES) -> Rates:
+    """The rates with the least error; large errors of single rows count less than squared."""
+    from scipy.optimize import minimize
+
+    def loss(logarithms: np.ndarray) -> float:
+        rates = Rates(*(np.array(start) * np.exp(logarithms)))
+        # Rates that no row depends on stay where they are.
+        return float(np.mean([abs(row.error(rates)) ** 1.5 for row in found]) + 1e-3 * np.sum(logarithms**2))
+
+    best = np.zeros(len(start))
+    for _ in range(3):
+        best = minimize(loss, best, method="Nelder-Mead", options={"maxfev": 1500, "xatol": 1e-3, "fatol": 1e-6}).x
+    return Rates(*(float(rate) for rate in np.array(start) * np.exp(best)))
+
+
+def main() -> None:
+    """Print the rates and the errors."""
+    found = rows()
+    rates = fit(found)
+    print({name: float(f"{rate:.3g}") for name, rate in rates._asdict().items()})
+    print(
+        "| layer left out | batch | forms | error | fastest, us | chosen, us |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for layer in dict.fromkeys(row.layer for row in found):
+        others = fit([row for row in found if row.layer != layer], rates)
+        for shape in dict.fromkeys(row.shape for row in found if row.layer == layer):
+            forms = [row for row in found if (row.layer, row.shape) == (layer, shape)]
+            error = math.sqrt(float(np.mean([row.error(others) ** 2 for row in forms])))
+            fastest = min(row.us for row in forms)
+            chosen = min(forms, key=lambda row: estimate(row.config, row.shape, H200, others)).us
+            name = layer + ", residual" * shape.residual + ", shortcut" * bool(shape.shortcut_c)
+            print(f"| {name} | {shape.n} | {len(forms)} | {error:.2f} | {fastest:.1f} | {chosen:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
