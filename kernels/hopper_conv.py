@@ -376,7 +376,8 @@ def _constants(
     items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
     constants: dict[str, object] = {
         "items": items, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
-        "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view, "RELU": relu, "SPLIT_K": config.split_k, "STAGES": config.num_stages,
+        "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view, "RELU": relu,
+        "SPLIT_K": config.split_k, "STAGES": config.num_stages,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     return constants, [x_fields, filter_fields(weight, dtype, block_k, block_c), y_fields], items

@@ -63,7 +63,9 @@ def neighbours(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> lis
         at = line.index(config) if config in line else 0
         near += line[max(at - 1, 0) : at + 2]
     if config.kernel:
+        near += [replace(config, num_stages=config.num_stages + step) for step in (-1, 1)]
         near += [replace(config, box=box) for box in hopper.boxes(config.block_m)]
+        near += hopper.candidates(shape, device)
     elif config.box is None:
         near += [config.on(box) for box in boxes(config, config.block_m, shape, device)[:1]]
     else:

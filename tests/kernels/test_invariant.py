@@ -65,7 +65,7 @@ OPERATIONS: dict[str, tuple[Operation, tuple[int, int, int]]] = {
     "3x3 with a residual": (conv(64, 64, residual=True), (64, 9, 11)),
     "3x3 at stride 2": (conv(64, 96, stride=2), (64, 8, 10)),
     "1x1": (conv(72, 48, size=1), (72, 5, 7)),
-    "split": (conv(256, 32), (256, 7, 7)),
+    "split": (conv(256, 32), (256, 3, 3)),
     "odd channels": (conv(21, 19), (21, 6, 7)),
     "stem": (stem, (3, 23, 30)),
     "global_avg_pool": (F.global_avg_pool, (70, 7, 9)),

@@ -31,7 +31,8 @@ NORM = BatchNorm(torch.zeros(40), torch.ones(40), None, None, 0.0)
 X, Y = images(5, 24, 7, 12), images(5, 40, 7, 12)
 CONVOLUTION: dict[str, Any] = {
     "out": Y, "x": X, "weight": images(40, 24, 3, 3), "batch_norm": NORM, "geometry": Geometry(padding=(1, 1)),
-    "residual": None, "shortcut": None, "relu": False, "precision": "ieee", "partials": None, "semaphores": None,
+    "residual": None, "shortcut": None, "relu": False, "precision": "ieee", "programs": 132, "partials": None,
+    "semaphores": None,
 }  # fmt: skip
 TILE = ConvConfig(block_m=64, block_k=32, block_c=16, num_warps=8, num_stages=3)
 
