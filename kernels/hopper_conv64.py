@@ -84,7 +84,7 @@ def pass_by(full, empty, i, STAGES: gl.constexpr):
 @gluon.jit
 def multiply_row(group: gl.constexpr, pixels, filters, full, empty, i, lo, hi, row,
                  LO: gl.constexpr, HI: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """The products of one row of four slots: with row `row` of the filters for the upper, the one above for the lower."""
+    """One row of slots: its products with filter row `row` for the upper output pixel, `row - 1` for the lower."""
     if group == 1:
         i = pass_by(full, empty, i, STAGES)
     for s in range(3):
