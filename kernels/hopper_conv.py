@@ -245,6 +245,7 @@ def multiplier(
         if SPLIT_K > 1:
             shift = gl.where(split == 0, shift, 0.0)
         acc, i = reduce(group, pixels, filters, full, empty, i, STEPS, STAGES, HALF, BLOCK_K, mma)
+        tma.store_wait(0)  # the tile before has left its buffer
         y = normalised(acc, scale, shift, mma)
         if SHORT_STEPS > 0:
             if split == SPLIT_K - 1:
@@ -258,7 +259,6 @@ def multiplier(
             y, last = sum_partials(y, partials_ptr, semaphores_ptr, tile * 2 + group, split, SPLIT_K)
         place_of = (turn % 2 * 2 if RESIDUAL else 0) + group
         part = out.index(place_of)
-        tma.store_wait(0)  # the tile before has left its buffer
         if RESIDUAL:
             mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
             mbarrier.wait(added.index(place_of), turn // 2 & 1)

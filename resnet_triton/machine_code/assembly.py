@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from . import flow as flows
+from . import groups
 from .access import accesses, loads
 from .ordering import AMD_RULES, NVIDIA_RULES, broken
 from .products import follow
@@ -73,7 +74,7 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
     waits = re.findall(r"warp_group_dot_wait[^\n]*?pendings = (\d+)", ttgir)
     said = [line for line in log.splitlines() if re.match(r"ptxas.*(?:\(C\d+\)|serializ|warning)", line)]
-    flow, followed = flows.ptx(ptx), follow(sass, expected="wgmma.mma_async" in ptx)
+    flow, followed = groups.ptx(ptx), follow(sass, expected="wgmma.mma_async" in ptx)
     return Code(
         registers=int(registers[1]),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),

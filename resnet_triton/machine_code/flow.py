@@ -10,9 +10,9 @@ _LABEL = re.compile(r"\s*([\w$.]+):(?!:)")
 
 
 def ptx(text: str) -> Flow:
-    """That of NVIDIA's intermediate assembly."""
-    jump = r"(?P<maybe>@\S+\s+)?\bbra(?:\.uni)?\s+(?P<label>[\w$]+)"
-    return Flow(text, comment="//", jump=jump, leave=r"^\s*(?:ret|exit)\b")
+    """That of NVIDIA's intermediate assembly. A switch (brx.idx) leads to every label of its table."""
+    jump = r"(?P<maybe>@\S+\s+)?\b(?:bra(?:\.uni)?|brx\.idx(?:\.uni)?\s+%\w+,)\s+(?P<label>[\w$]+)"
+    return Flow(text, comment="//", jump=jump, leave=r"^\s*(?:ret|exit)\b", table=r"\.branchtargets\b(?P<labels>[^;]*);")
 
 
 def amd(text: str) -> Flow:
@@ -31,12 +31,15 @@ class Flow:
     """The lines of an assembly text, comments removed, and the jumps between them.
 
     `jump` matches a jump and names its groups: "label", and "maybe" where control may fall through instead. `leave`
-    matches what ends the program.
+    matches what ends the program, `table` what stands behind the label of a switch: its "labels".
     """
 
-    def __init__(self, text: str, *, comment: str, jump: str, leave: str) -> None:
+    def __init__(self, text: str, *, comment: str, jump: str, leave: str, table: str = r"(?!)") -> None:
         self.lines = [line.partition(comment)[0] for line in text.splitlines()]
-        places = defaultdict(list)
+        tables = re.finditer(rf"([\w$.]+):\s*{table}", "\n".join(self.lines))
+        self.switches = {found[1]: re.findall(r"[\w$.]+", found["labels"]) for found in tables}
+        """By the label of its table, the labels that a switch leads to."""
+        places: dict[str, list[int]] = defaultdict(list)
         for i, line in enumerate(self.lines):
             if label := _LABEL.match(line):
                 places[label[1]].append(i)
@@ -47,14 +50,15 @@ class Flow:
             if re.search(leave, line):
                 self.next[i] = ()
             elif found := re.search(jump, line):
-                # Inline PTX has labels of its own, the same at every use: a jump means the nearest above, else below.
-                where = places[found["label"]]
-                if not where:
-                    raise ValueError(f"a jump to {found['label']}, which is not there")
-                to = max((place for place in where if place <= i), default=where[0])
-                self.next[i] = (to, i + 1) if found["maybe"] else (to,)
-                if to <= i:
-                    self._loops.append(range(to, i + 1))
+                targets = []
+                for label in self.switches.get(found["label"], [found["label"]]):
+                    # Inline PTX has labels of its own, the same at every use: a jump means the nearest above, else below.
+                    where = places[label]
+                    if not where:
+                        raise ValueError(f"a jump to {label}, which is not there")
+                    targets.append(max((place for place in where if place <= i), default=where[0]))
+                self.next[i] = (*targets, i + 1) if found["maybe"] else tuple(targets)
+                self._loops += [range(to, i + 1) for to in targets if to <= i]
 
     def meets(self, start: str, end: str, guard: str) -> bool:
         """Whether some path leads from a line that matches `start` to one that matches `end`, past no `guard`.

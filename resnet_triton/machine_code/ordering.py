@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from .flow import Flow
+from .groups import TOGETHER
 
 
 class Rule(NamedTuple):
@@ -28,6 +30,7 @@ UNFINISHED_COPY = "no wait between a copy to shared memory and the load after it
 NO_BARRIER_AFTER_COPY = "no barrier between the wait for a copy to shared memory and the load after it"
 NO_BARRIER_BEFORE_COPY = "no barrier between a load of shared memory and the copy after it"
 NO_BARRIER_AFTER_PRODUCT = "no barrier between the wait for a matrix product and the copy to shared memory after it"
+NO_BARRIER_BEFORE_HANDOVER = "no barrier between the wait for what reads shared memory and the arrival after it"
 NO_RELEASE = "no write-back between a store and the atomic after it"
 NO_ACQUIRE = "no invalidation between an atomic and the load after it"
 
@@ -37,13 +40,15 @@ _ATOMIC = r"(?<![\w.])(?:atom|red)\.(?![\w.:]*shared)"
 # PTX's defaults are relaxed order and the scope of the GPU.
 _WEAK_ATOMIC = rf"{_ATOMIC}(?:(?![\w.:]*acq_rel)|(?=[\w.:]*\.(?:cta|cluster)\b))"
 _ANYWHERE, _NEVER = "", r"(?!)"
-_BARRIER = r"\s*bar(?:rier)?\.(?:cta\.)?sync(?:\.aligned)?\s+0\s*;"  # 0: of all the program's threads
+_BARRIER = rf"\s*{re.escape(TOGETHER)}"
 _SHARED_STORE = r"\bst\.[\w.:]*shared|\bstmatrix\."
 _BULK_STORE = r"\bcp\.(?:reduce\.)?async\.bulk\.[\w.:]*global\.shared"
 _COPY = r"\bcp\.async\.c[ag]\."
 _BULK_LOAD = r"\bcp\.async\.bulk\.tensor\.[\w.:]*shared::\w+\.global"
+_ARRIVAL = r"\bmbarrier\.arrive\."
 _SHARED_LOAD = r"\bldmatrix\.|\bwgmma\.mma_async\."
 _COPIED = r"\s*cp\.async\.wait_(?:group|all)\b"
+_READER = r"\bwgmma\.wait_group\.|\bcp\.async\.bulk\.wait_group|\bld\.[\w.:]*shared|\bldmatrix\."
 _LEAVE = r"^\s*(?:@\S+\s+)?(?:ret|exit)\b"
 # Of `.read`, the buffer may be used again, but what was stored need not be there yet.
 _WRITTEN = r"\s*cp\.async\.bulk\.wait_group\s+0\b"
@@ -53,7 +58,8 @@ NVIDIA_RULES = (
     Rule(WEAK_ATOMIC, _ANYWHERE, _WEAK_ATOMIC, _NEVER),
     Rule(NO_BARRIER_BEFORE_ATOMIC, _STORE, _ATOMIC, _BARRIER),
     Rule(NO_BARRIER_AFTER_ATOMIC, _ATOMIC, _LOAD, _BARRIER),
-    Rule(UNFINISHED_BULK_STORE, _BULK_STORE, _ATOMIC, _WRITTEN),
+    # An atomic says that what was stored last is there: if that went through pointers, not what the bulk store wrote.
+    Rule(UNFINISHED_BULK_STORE, _BULK_STORE, _ATOMIC, rf"{_WRITTEN}|\s*{_STORE}"),
     Rule(UNFENCED_BULK_STORE, _SHARED_STORE, _BULK_STORE, r"\s*fence\.proxy\.async"),
     Rule(NO_BARRIER_BEFORE_BULK_STORE, _SHARED_STORE, _BULK_STORE, _BARRIER),
     Rule(UNREAD_BULK_STORE, _BULK_STORE, rf"{_SHARED_STORE}|{_LEAVE}", _READ),
@@ -63,6 +69,8 @@ NVIDIA_RULES = (
     Rule(NO_BARRIER_AFTER_COPY, _COPIED, _SHARED_LOAD, _BARRIER),
     Rule(NO_BARRIER_BEFORE_COPY, r"\bldmatrix\.", _COPY, _BARRIER),
     Rule(NO_BARRIER_AFTER_PRODUCT, r"\bwgmma\.wait_group\.", rf"{_BULK_LOAD}|{_COPY}", _BARRIER),
+    # One thread arrives for its group, which gives shared memory back to others.
+    Rule(NO_BARRIER_BEFORE_HANDOVER, _READER, _ARRIVAL, _BARRIER),
 )
 
 _AMD_STORE, _AMD_LOAD = r"\b(?:global|buffer|flat)_store", r"\b(?:global|buffer|flat)_load"
