@@ -86,7 +86,7 @@ class Asynchronous:
             raise self.unknown(i)
         a_row = 0 if from_registers else self.operand(a, "u64")[1]
         b_row, use_row = self.operand(b, "u64")[1], self.operand(use, "pred")[1]
-        of_sums, of_operands = frozenset(d), frozenset(a_rows)
+        of_sums, of_factors = frozenset(d), frozenset(a_rows)
         rows, columns = fragment(n)
         registers = slice(d[0], d[-1] + 1) if d == list(range(d[0], d[0] + len(d))) else np.array(d)
         a_places = self.places(a_rows, k)
@@ -94,7 +94,7 @@ class Asynchronous:
         def run(s: Strand) -> None:
             if s.first % 4 or s.warps % 4:
                 raise self.unknown(i, "of warps that have parted is unknown")
-            self.judge_registers(s, of_sums, of_operands, i.op)
+            self.judge_registers(s, of_sums, of_factors, i.op)
             work = []
             for first in range(0, s.warps, 4):
                 lanes = slice(32 * first, 32 * first + 128)
@@ -125,8 +125,9 @@ class Asynchronous:
                         total += v["f32"][registers]
                     v["f32"][registers] = total
 
-            product = Product(of_sums, of_operands, i.op, multiply)
-            s.busy.update(dict.fromkeys(of_sums | of_operands, product))
+            product = Product(of_sums, of_factors, i.op, multiply)
+            s.sums |= of_sums
+            s.factors |= of_factors
             if self.machine.rng is None:
                 multiply()
                 product = product._replace(multiply=lambda: None)
@@ -143,18 +144,15 @@ class Asynchronous:
         lane = row // 16 * 32 + row % 8 * 4 + column % 8 // 2
         return row // 8 % 2 + column // 8 * 2, lane, column % 2 + 0 * row
 
-    def judge_registers(self, s: Strand, sums: frozenset[int], operands: frozenset[int], shape: str) -> None:
+    def judge_registers(self, s: Strand, sums: frozenset[int], factors: frozenset[int], shape: str) -> None:
         judge = self.machine.judge
-        for register in operands:
-            running = s.busy.get(register)
-            if running is not None and register in running.sums:
-                judge.report("registers", s.place, "multiplies sums of a product that may still run")
-        for register in sums:
-            running = s.busy.get(register)
-            if running is not None and (running.sums, running.shape) != (sums, shape):
+        if not s.sums.isdisjoint(factors):
+            judge.report("registers", s.place, "multiplies sums of a product that may still run")
+        for other in s.running():
+            alike = other.sums is sums or (other.sums, other.shape) == (sums, shape)
+            if not (alike or other.sums.isdisjoint(sums)) or not other.factors.isdisjoint(sums):
                 judge.report("registers", s.place, "adds to registers of a product that may still run")
-                break
-        if not s.unfenced.isdisjoint(sums | operands):
+        if not (s.unfenced.isdisjoint(sums) and s.unfenced.isdisjoint(factors)):
             judge.report("fence", s.place, "multiplies registers that were written since the last wgmma.fence")
 
     def judge_operand(self, s: Strand, first: int, at: Array) -> None:

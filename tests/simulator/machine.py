@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ class Product(NamedTuple):
     """A wgmma that may still run."""
 
     sums: frozenset[int]
-    operands: frozenset[int]
+    factors: frozenset[int]
     shape: str
     multiply: Callable[[], None]
 
@@ -65,8 +65,9 @@ class Strand:
         self.open_products: list[Product] = []
         self.groups: list[list[Product]] = []
         self.committed = 0
-        self.busy: dict[int, Product] = {}
-        """Registers of products that may still run."""
+        self.sums: set[int] = set()
+        """Registers of products that may still run, and those they read as their first operand."""
+        self.factors: set[int] = set()
         self.unfenced: set[int] = set()
         self.late: dict[str, list[list[Callable[[], None]]]] = {"bulk": [[]], "copy": [[]]}
         """What of the groups is left to do; the last of them is not closed."""
@@ -109,11 +110,9 @@ class Strand:
 
     def touch(self, step: Step) -> None:
         """Registers of products, used by something else."""
-        for register in step.reads:
-            product = self.busy.get(register)
-            if product is not None and register in product.sums:
-                self.machine.judge.report("registers", self.place, "reads sums of a product that may still run")
-        if not self.busy.keys().isdisjoint(step.writes):
+        if not self.sums.isdisjoint(step.reads):
+            self.machine.judge.report("registers", self.place, "reads sums of a product that may still run")
+        if not (self.sums.isdisjoint(step.writes) and self.factors.isdisjoint(step.writes)):
             self.machine.judge.report("registers", self.place, "writes a register of a product that may still run")
         self.unfenced |= step.writes
 
@@ -123,8 +122,11 @@ class Strand:
             for product in self.groups.pop(0):
                 product.multiply()
         self.clock[:, :, self.own("product")] = self.committed - len(self.groups)
-        running = [product for group in [*self.groups, self.open_products] for product in group]
-        self.busy = {register: product for product in running for register in product.sums | product.operands}
+        self.sums = set().union(*(product.sums for product in self.running()))
+        self.factors = set().union(*(product.factors for product in self.running()))
+
+    def running(self) -> Iterator[Product]:
+        return (product for group in [*self.groups, self.open_products] for product in group)
 
     def issue(self, kind: str, work: Callable[[], None]) -> None:
         """Part of a group of copies or bulk stores: now, or when it is waited for."""
@@ -203,7 +205,7 @@ class Program:
         while not strand.done:
             step = steps[strand.pc]
             strand.pc += 1
-            if step.writes or (step.reads and strand.busy):
+            if step.writes or (step.reads and strand.sums):
                 strand.touch(step)
             if step.run(strand):
                 strand.pc -= 1
