@@ -1,0 +1,113 @@
+"""`kernels/hopper_conv.py`, executed from its PTX: bit for bit like fp64, nothing left unordered."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import permutations, product
+from math import prod
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from exact import assert_exact, conv_call, conv_reference, generator, rounded
+from simulator import simulate
+from specialised import ptx
+
+from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
+from resnet_triton.config.device import KNOWN
+from resnet_triton.kernels.launch import Launch
+
+
+class Case(NamedTuple):
+    """A convolution and how it is tiled; `programs` take its tiles in turn."""
+
+    size: tuple[int, int, int, int]  # n, c, h, w
+    k: int
+    box: tuple[int, int, int]
+    block_k: int
+    stages: int
+    filter: int = 3
+    stride: int = 1
+    residual: bool = False
+    shortcut: int = 0
+    split: int = 1
+    programs: int = 2
+    dtype: str = "float16"
+    relu: bool = True
+    affine: bool = True
+
+    @property
+    def shape(self) -> ConvShape:
+        r, strides = self.filter, (self.stride, self.stride)
+        short = (self.shortcut, *(2 * side for side in self.out), (2, 2)) if self.shortcut else ()
+        return ConvShape(
+            *self.size, self.k, r, r, strides, (r // 2, r // 2), (1, 1), self.dtype, "ieee", self.residual, *short
+        )
+
+    @property
+    def out(self) -> tuple[int, int]:
+        return tuple((side - 1) // self.stride + 1 for side in self.size[2:])
+
+    @property
+    def config(self) -> ConvConfig:
+        return ConvConfig(prod(self.box), self.block_k, 64, 4, self.stages, self.box, self.split, kernel="hopper_conv")
+
+
+CASES = {
+    # every tile form, with tails of images, rows, columns, channels and filters
+    "2x64 by 64": Case((9, 72, 5, 6), 72, (1, 16, 8), 64, 6),
+    "2x64 by 128": Case((5, 64, 6, 7), 136, (2, 8, 8), 128, 5, programs=1),
+    "2x64 by 256": Case((3, 40, 5, 5), 264, (4, 8, 4), 256, 3, filter=1, programs=3),
+    "2x128 by 64": Case((7, 24, 6, 9), 64, (4, 8, 8), 64, 4, programs=3),
+    "2x128 by 128": Case((130, 64, 2, 2), 128, (1, 1, 256), 128, 3, filter=1),
+    "images alone": Case((130, 128, 2, 3), 64, (1, 1, 128), 64, 6, programs=3),
+    "one image": Case((1, 64, 11, 13), 64, (8, 16, 1), 64, 6),
+    # residuals: one tile, two and many by a program
+    "residual": Case((9, 64, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, programs=1),
+    "residual, wide": Case((5, 64, 6, 7), 136, (2, 8, 8), 128, 5, residual=True, programs=3),
+    "residual, 2x128": Case((3, 64, 6, 9), 64, (4, 8, 8), 64, 4, residual=True, relu=False),
+    # stride 2
+    "stride 2": Case((9, 64, 8, 12), 64, (1, 8, 16), 64, 6, stride=2),
+    "stride 2, rows": Case((5, 64, 9, 12), 64, (4, 4, 8), 64, 6, stride=2, programs=1),
+    "stride 2, one image": Case((2, 40, 11, 18), 64, (4, 32, 1), 64, 6, stride=2),
+    "stride 2, 1x1": Case((9, 64, 8, 12), 128, (2, 8, 8), 128, 5, filter=1, stride=2),
+    # shortcuts
+    "shortcut": Case((9, 64, 5, 6), 72, (1, 16, 8), 64, 6, shortcut=72, programs=1),
+    "shortcut, rows": Case((5, 64, 6, 7), 136, (2, 8, 8), 128, 5, shortcut=32, affine=False),
+    # shares of the reduction
+    "split": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, programs=2),
+    "split, residual": Case((2, 192, 5, 6), 64, (4, 8, 4), 64, 6, split=3, residual=True, programs=3),
+    "split, shortcut": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, shortcut=64, programs=1),
+    # the other type
+    "bfloat16": Case((9, 72, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, dtype="bfloat16"),
+}
+
+
+def launch(case: Case) -> tuple[Launch, torch.Tensor, torch.Tensor]:
+    """The launch, the output that it fills, and what is right."""
+    call = conv_call(generator(torch.device("cpu"), 0), case.shape, relu=case.relu, affine=case.affine)
+    out = torch.full_like(call.output(), float("nan"))
+    with pinned(case.config):
+        (found,) = call.launches(out)
+    found.grid = (min(case.programs, found.arguments["items"]),)
+    return found, out, rounded(conv_reference(call), out.dtype)
+
+
+@cache
+def compiled() -> dict[str, str]:
+    return ptx({name: launch(case)[0] for name, case in CASES.items()})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact(name: str) -> None:
+    case = CASES[name]
+    assert is_legal(case.config, case.shape, KNOWN[90])
+    found, out, expected = launch(case)
+    result = simulate(found, compiled()[name])
+    assert_exact(out, expected)
+    assert not result.faults
+    if case.split > 1:
+        assert not found.arguments["semaphores_ptr"].any()
