@@ -57,16 +57,19 @@ def install(mutant: Mutant) -> Callable[[], None]:
         vars(old).update(other)
 
     become(vars(new))
+    _forget()
     return lambda: become(state)
 
 
 def _forget() -> None:
-    """Empty the caches of functions that compute a launch."""
+    """Empty the caches of functions that compute a launch, and the hashes of sources that are compiled."""
     for name, module in list(sys.modules.items()):
         if name.startswith(("resnet_triton.kernels.", "resnet_triton.config.", "resnet_triton.ops.conv")):
             for value in vars(module).values():
                 if isinstance(value, functools._lru_cache_wrapper):
                     value.cache_clear()
+                if hasattr(value, "is_gluon"):
+                    value.hash = None
 
 
 def _module(path: str) -> str:

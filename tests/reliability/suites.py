@@ -61,6 +61,9 @@ INTERPRETED: dict[str, list[str]] = {
         "test_functional.py::test_global_avg_pool",
         "test_beyond_int32.py::test_global_avg_pool",
     ],
+    "hopper.py": ["test_hopper_conv.py"],
+    "hopper_conv.py": ["test_hopper_conv.py"],
+    "hopper_conv64.py": ["test_hopper_conv.py"],
     "launch.py": ["test_launch.py"],
     "values.py": ["test_launch.py"],
     "linear.py": [
