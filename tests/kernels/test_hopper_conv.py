@@ -68,6 +68,7 @@ CASES = {
     "residual": Case((9, 64, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, programs=1),
     "residual, wide": Case((5, 64, 6, 7), 136, (2, 8, 8), 128, 5, residual=True, programs=3),
     "residual, 2x128": Case((3, 64, 6, 9), 64, (4, 8, 8), 64, 4, residual=True, relu=False),
+    "residual, one image": Case((3, 64, 9, 13), 64, (8, 16, 1), 64, 6, residual=True),
     # stride 2
     "stride 2": Case((9, 64, 8, 12), 64, (1, 8, 16), 64, 6, stride=2),
     "stride 2, rows": Case((5, 64, 9, 12), 64, (4, 4, 8), 64, 6, stride=2, programs=1),
