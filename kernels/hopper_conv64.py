@@ -6,10 +6,9 @@ column each, two accumulators. Filters are the rows of a product and pixels its 
 BOX_N columns from shared memory: at 128 images three quarters of what pixels as rows would read.
 
 A residual comes through the buffer that the result leaves by, one buffer a pixel: filters, buffers and five slots of
-128 images take 216 of 227 KiB, and two buffers a pixel would leave one slot. One is enough. Its last result has left
-by the end of the first row of four slots, when a group asks (`free`) without waiting; the loader, which is at most
-STAGES slots ahead of the groups, comes back for it STAGES slots later, without waiting either, and the residual has
-the rest of the tile to arrive.
+128 images take 216 of 227 KiB, and two buffers a pixel would leave one slot. One is enough, and needs no barrier of its
+own: a group waits until its last results have left before it gives back slots of a tile's second row. So when the
+loader has the first of these back, STAGES slots later, it asks for the residual, which then has eleven slots' time.
 """
 
 from __future__ import annotations
@@ -43,17 +42,15 @@ def place(item, tiles_p, tiles_q, BOX_N: gl.constexpr):
 
 @gluon.jit
 def loader(
-    x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, free, items, tiles_p, tiles_q,
+    x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, items, tiles_p, tiles_q,
     BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads the filters once, keeps the ring filled, and loads a tile's residual in between."""
     BYTES: gl.constexpr = BOX_N * 64 * 2
-    RESIDUAL_AT: gl.constexpr = 4 + STAGES if STAGES < 12 else 15  # the groups have given back the first row by then
     mbarrier.expect(ready.index(0), 9 * 64 * 64 * 2)
     for tap in range(9):
         async_load(w_desc, [tap, 0, 0], ready.index(0), filters.index(tap))
     i = 0
-    turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         p, q, n = place(item, tiles_p, tiles_q, BOX_N)
         for j in range(16):
@@ -62,15 +59,13 @@ def loader(
             mbarrier.expect(full.index(slot), BYTES)
             async_load(x_desc, [p + j // 4 - 1, q + j % 4 - 1, n, 0], full.index(slot), ring.index(slot))
             if res_desc is not None:
-                if j == RESIDUAL_AT:
+                if j == 4 + STAGES:
                     for group in range(2):
-                        mbarrier.wait(free.index(group), turn & 1)
                         mbarrier.expect(added.index(group), 2 * BYTES)
                         for row in range(2):
                             part = out.index(2 * group + row)
                             async_load(res_desc, [p + row, q + group, n, 0], added.index(group), part)
             i += 1
-        turn += 1
 
 
 @gluon.jit
@@ -105,7 +100,7 @@ def multiply_row(group: gl.constexpr, pixels, filters, full, empty, i, lo, hi, r
 
 @gluon.jit
 def multiplier(
-    group: gl.constexpr, y_desc, pixels, filters, out, full, empty, ready, added, free,
+    group: gl.constexpr, y_desc, pixels, filters, out, full, empty, ready, added,
     mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, items, tiles_p, tiles_q,
     RESIDUAL: gl.constexpr, RELU: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -124,8 +119,6 @@ def multiplier(
         hi = gl.zeros((64, BOX_N), gl.float32, mma)
         lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, 0, True, False, STAGES)
         tma.store_wait(0)  # the tile before has left the buffers
-        if RESIDUAL:
-            mbarrier.arrive(free.index(group), count=1)
         for row in range(1, 3):
             lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, row, True, True, STAGES)
         lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, 3, False, True, STAGES)
@@ -145,6 +138,7 @@ def hopper_conv64_kernel(
     RELU: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     RESIDUAL: gl.constexpr = res_desc is not None
+    gl.static_assert(STAGES <= 11, "a residual is loaded behind slot 4 + STAGES of 16")
     tiles_p = (P + 1) // 2
     tiles_q = (Q + 1) // 2
     ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, x_desc.layout)
@@ -154,28 +148,26 @@ def hopper_conv64_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     added = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready.index(0), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
     for group in gl.static_range(2):
         mbarrier.init(added.index(group), count=1)
-        mbarrier.init(free.index(group), count=1)
     fence_async_shared()
     pixels = reinterpret(ring, x_desc.dtype, [STAGES, BOX_N, 64], SWIZZLED)
     weights = reinterpret(filters, x_desc.dtype, [9, 64, 64], SWIZZLED)
     gl.warp_specialize([
         (multiplier, (
-            0, y_desc, pixels, weights, out, full, empty, ready, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+            0, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
             eps, items, tiles_p, tiles_q, RESIDUAL, RELU, BOX_N, STAGES,
         )),
         (multiplier, (
-            1, y_desc, pixels, weights, out, full, empty, ready, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+            1, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
             eps, items, tiles_p, tiles_q, RESIDUAL, RELU, BOX_N, STAGES,
         )),
         (loader, (
-            x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, free, items, tiles_p, tiles_q,
+            x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, items, tiles_p, tiles_q,
             BOX_N, STAGES,
         )),
     ], [4, 1], [232, 40])  # fmt: skip
@@ -199,7 +191,7 @@ def hopper_conv64(
     """The launch of at most `programs` programs: see `conv_bn_relu.py`.
 
     It asks for fp16 or bf16, 64 channels and 64 filters of 3x3, stride 1, padding 1, no shortcut, 16-byte aligned
-    pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images that does not split the reduction.
+    pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images and at most 11 stages that does not split the reduction.
     """
     constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, relu, config)
     x_fields, w_fields, y_fields = views

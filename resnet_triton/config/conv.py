@@ -190,4 +190,6 @@ def _is_legal_specialised(config: ConvConfig, shape: ConvShape, device: DeviceFa
 def _is_legal64(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int]) -> bool:
     if (shape.c, shape.k, shape.r, shape.stride, shape.shortcut_c) != (64, 64, 3, (1, 1), 0):
         return False
-    return box[:2] == (2, 2) and box[2] in (32, 64, 128) and (config.block_k, config.split_k) == (64, 1)
+    if (config.block_k, config.split_k) != (64, 1) or config.num_stages > 11:
+        return False
+    return box[:2] == (2, 2) and box[2] in (32, 64, 128)

@@ -12,7 +12,7 @@ from .device import DeviceFacts
 
 # (block_m, block_k, num_stages): pixels are two groups', and an accumulator has to fit a group's registers.
 _TILES = ((128, 64, 6), (128, 128, 5), (128, 256, 3), (256, 64, 4), (256, 128, 3))
-_TILES64 = ((128, 5), (64, 12), (32, 12))  # (images, num_stages)
+_TILES64 = ((128, 5), (64, 11), (32, 11))  # (images, num_stages)
 _SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 
 

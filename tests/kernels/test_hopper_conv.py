@@ -1,4 +1,4 @@
-"""`kernels/hopper_conv.py`, executed from its PTX: bit for bit like fp64, nothing left unordered."""
+"""`hopper_conv.py` and `hopper_conv64.py`, executed from their PTX: bit for bit like fp64, nothing left unordered."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Case(NamedTuple):
     dtype: str = "float16"
     relu: bool = True
     affine: bool = True
+    kernel: str = "hopper_conv"
 
     @property
     def shape(self) -> ConvShape:
@@ -52,7 +53,18 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> ConvConfig:
-        return ConvConfig(prod(self.box), self.block_k, 64, 4, self.stages, self.box, self.split, kernel="hopper_conv")
+        return ConvConfig(prod(self.box), self.block_k, 64, 4, self.stages, self.box, self.split, kernel=self.kernel)
+
+
+def case64(
+    n: int, h: int, w: int, images: int, stages: int, programs: int, *, dtype: str = "float16", residual: bool = False,
+    relu: bool = True, affine: bool = True,
+) -> Case:  # fmt: skip
+    """One of 64 channels by 64 filters, two rows and columns of `images` a tile."""
+    return Case(
+        (n, 64, h, w), 64, (2, 2, images), 64, stages, residual=residual, programs=programs, dtype=dtype, relu=relu,
+        affine=affine, kernel="hopper_conv64",
+    )  # fmt: skip
 
 
 CASES = {
@@ -83,6 +95,14 @@ CASES = {
     "split, shortcut": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, shortcut=64, programs=1),
     # the other type
     "bfloat16": Case((9, 72, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, dtype="bfloat16"),
+    # 64 channels: odd and even sides, tails of images, one tile and many by a program
+    "64, one pixel": case64(1, 1, 1, 32, 11, 3, residual=True),
+    "64, 32 images": case64(40, 3, 5, 32, 11, 2, dtype="bfloat16"),
+    "64, 32 images, residual": case64(40, 3, 5, 32, 5, 3, residual=True, relu=False, affine=False),
+    "64, 64 images": case64(60, 4, 3, 64, 11, 1, relu=False),
+    "64, 64 images, residual": case64(70, 4, 3, 64, 9, 2, residual=True),
+    "64, 128 images": case64(130, 2, 3, 128, 5, 1, affine=False),
+    "64, 128 images, residual": case64(128, 3, 4, 128, 5, 1, residual=True, dtype="bfloat16"),
 }
 
 

@@ -16,7 +16,7 @@ from .memory import SHARED
 from .ptx import Instruction, Kernel, Unknown
 
 Run = Callable[[Strand], "bool | None"]
-MAPS = 1 << 62
+MAPS = 1 << 30
 """Address of the first parameter; the others follow."""
 _NO_RESULT = {"st", "stmatrix", "cp", "mbarrier", "bar", "barrier", "bra", "brx", "ret", "fence", "setmaxnreg", "trap",
               "wgmma", "griddepcontrol"}  # fmt: skip
