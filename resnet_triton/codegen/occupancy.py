@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
-
-from ..kernels.launch import Launch
 from ..machine_code import Code
 from .targets import Multiprocessor, Target
 
@@ -22,10 +19,9 @@ def programs_per_sm(code: Code, num_warps: int, sm: Multiprocessor) -> int:
     return min(by_registers, by_memory, sm.warps // num_warps, sm.programs)
 
 
-def waves(launch: Launch, code: Code, target: Target) -> float:
-    """How often the GPU has to be filled to run every program of a launch."""
-    resident = programs_per_sm(code, launch.num_warps, target.sm)
-    return prod(launch.grid) / (max(resident, 1) * target.facts.sm_count)
+def waves(programs: int, resident: int, target: Target) -> float:
+    """How often the GPU has to be filled to run every program of a launch, `resident` a multiprocessor at a time."""
+    return programs / (max(resident, 1) * target.facts.sm_count)
 
 
 def _round_up(value: int, step: int) -> int:

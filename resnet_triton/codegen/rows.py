@@ -29,6 +29,10 @@ HELD = ("sm_80", "sm_90")
 """Where a fault is a failure; on other targets it is reported."""
 ALIGNED = 16
 """Bytes: the most that Triton knows of a pointer, and the most that a thread loads at a time."""
+FILTERS_IN_REGISTERS = ("hopper_stem_kernel",)
+"""Warp-specialised kernels whose products read filters from registers, which nothing writes to again."""
+NONE_PENDING = ("hopper_conv64_kernel",)
+"""Warp-specialised kernels in which no product runs while the next is asked for: the other group's does."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class CompiledLaunch:
             found.append("no tensor-core instruction")
         if ieee and code.tensor_core not in ("none", "mfma-fp32"):
             found.append(f"IEEE fp32 on tensor cores ({code.tensor_core})")
-        if code.dots and self.arch == "sm_90" and self.batch >= 32 and self.filter in ("1x1", "3x3") and not ieee:
+        large = self.arch == "sm_90" and self.batch >= 32 and self.filter in ("1x1", "3x3") and not ieee
+        if code.dots and (large or code.specialised):
             found += [f"no {name}" for name, used in (("wgmma", code.wgmma), ("TMA", code.tma)) if not used]
         if code.float_atomics:
             found.append(f"{code.float_atomics} floating-point atomics")
@@ -83,11 +88,22 @@ class CompiledLaunch:
         if code.approximations:
             found.append(f"{code.approximations} approximate or flushing operations")
         whole = self.channels * DTYPES[self.dtype][0].itemsize % ALIGNED == 0
-        if self.channels and whole and 0 < code.narrowest_load < ALIGNED:
+        if self.channels and whole and not code.specialised and 0 < code.narrowest_load < ALIGNED:
             found.append(f"loads {code.narrowest_load} bytes at a time in a loop, expected {ALIGNED}")
         if code.widest_access > ALIGNED:
             found.append(f"accesses {code.widest_access} bytes at a time, pointers are aligned to {ALIGNED}")
-        return found
+        return found + (self._specialised_faults() if code.specialised else [])
+
+    def _specialised_faults(self) -> list[str]:
+        """What a kernel must not show whose warps have different parts."""
+        code, found = self.code, []
+        if not code.setmaxnreg:
+            found.append("no setmaxnreg: its groups of warps have equal numbers of registers")
+        if code.wgmma_registers and self.kernel not in FILTERS_IN_REGISTERS:
+            found.append(f"{code.wgmma_registers} wgmma read their first operand from registers")
+        if code.wgmma and not any(code.pendings) and self.kernel not in NONE_PENDING:
+            found.append("every wait for wgmma leaves none running")
+        return found + [message for message in code.messages if "(C75" in message and not code.serialized]
 
     def record(self) -> dict[str, Any]:
         """The launch as plain data, its code's vital signs beside the rest."""
@@ -146,7 +162,8 @@ def _plan(model: nn.Module, where: Target, batch: int, dtype: str, image: int) -
 
 def _compiled(p: _Planned, code: Code) -> CompiledLaunch:
     launch, arguments, sm = p.launch, p.launch.arguments, p.target.sm
-    resident = programs_per_sm(code, launch.num_warps, sm)
+    num_warps = code.warps or launch.num_warps
+    resident = programs_per_sm(code, num_warps, sm)
     descriptors = any(name.endswith("_desc") and value is not None for name, value in arguments.items())
     sizes = [name for name in launch.kernel.arg_names if name.startswith(("BOX", "BLOCK"))]
     return CompiledLaunch(
@@ -162,11 +179,11 @@ def _compiled(p: _Planned, code: Code) -> CompiledLaunch:
         channels=arguments.get("C", 0),
         tile="x".join(str(arguments[name]) for name in sizes),
         split_k=arguments.get("SPLIT_K", 1),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        num_warps=num_warps,
+        num_stages=arguments.get("STAGES", launch.num_stages),
         programs=prod(launch.grid),
         programs_per_sm=resident,
-        occupancy=round(resident * launch.num_warps / sm.warps, 3),
-        waves=round(waves(launch, code, p.target), 3),
+        occupancy=round(resident * num_warps / sm.warps, 3),
+        waves=round(waves(prod(launch.grid), resident, p.target), 3),
         code=code,
     )

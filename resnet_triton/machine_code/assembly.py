@@ -29,8 +29,11 @@ class Code:
     """Vital signs of one compiled kernel. Sizes in bytes; `spill_bytes` per thread, stores and loads together.
 
     Instructions, wgmma and waits are counted in the text, so once for a loop. `pendings` holds how many wgmma each wait
-    leaves running: a pipelined loop waits with at least one pending. `messages` are ptxas's own words. Each wgmma was
-    followed until it is waited for; `hazards` says what happens to its registers before (`products.py`).
+    leaves running: a pipelined loop waits with at least one pending. `wgmma_registers` of them read their first operand
+    from registers. `messages` are ptxas's own words. Each wgmma was followed until it is waited for; `hazards` says what
+    happens to its registers before (`products.py`).
+
+    A warp-specialised kernel has more warps than it is launched with, `warps` in all (0: not known).
 
     Of a thread's accesses to global memory through pointers, `narrowest_load` is the least in a loop (0: none there),
     `widest_access` the most anywhere.
@@ -45,6 +48,7 @@ class Code:
     dots: int = 0
     wgmma: int = 0
     wgmma_waits: int = 0
+    wgmma_registers: int = 0
     pendings: tuple[int, ...] = ()
     messages: tuple[str, ...] = ()
     hazards: tuple[str, ...] = ()
@@ -54,6 +58,9 @@ class Code:
     approximations: int = 0  # square roots, divisions and the like that IEEE would round otherwise, or that flush
     narrowest_load: int = 0
     widest_access: int = 0
+    warps: int = 0
+    specialised: bool = False  # its warps run different parts of it
+    setmaxnreg: bool = False  # and hand registers to each other
 
     @property
     def serialized(self) -> bool:
@@ -82,9 +89,10 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         instructions=sum(name != "NOP" for name in instructions),  # NOPs pad the end
         tensor_core=next((name for text, name in _TENSOR_CORE.items() if text in ptx), "none"),
         tma="cp.async.bulk.tensor" in ptx,
-        dots=_dots(ttir),
+        dots=_dots(ttir) if ttir else len(re.findall(r"\bttng\.warp_group_dot\b(?!_)", ttgir)),
         wgmma=followed.products,
         wgmma_waits=sum(name.startswith("WARPGROUP.DEPBAR") for name in instructions),
+        wgmma_registers=len(re.findall(r"\b[A-Z]GMMA\S* R\d+, R\d+, gdesc", sass)),
         pendings=tuple(map(int, waits)),
         messages=tuple(dict.fromkeys(line.partition(": ")[2] for line in said)),
         hazards=followed.hazards,
@@ -94,6 +102,9 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         approximations=len(_APPROXIMATE.findall(ptx)),
         narrowest_load=min(loads(flow.looped()), default=0),
         widest_access=max(accesses(flow.lines), default=0),
+        warps=groups.threads(ptx) // 32,
+        specialised="ttg.warp_specialize" in ttgir,
+        setmaxnreg="setmaxnreg." in ptx,
     )
 
 

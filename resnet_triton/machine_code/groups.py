@@ -22,22 +22,27 @@ _SWITCH = re.compile(r"\bbrx\.idx")
 _BYTES = re.compile(r"\s*st\.shared\.(?:v\d\.)?b(\d+)\s+\[global_smem[^]]*\],\s*\{?((?:\s*-?\d+,?)+)\s*\}?;")
 
 
+def threads(text: str) -> int:
+    """Those of a program, as PTX says; 0 if it does not."""
+    found = re.search(r"^\s*\.reqntid\s+(\d+)\s*(?:,\s*1\s*)*$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
 def ptx(text: str) -> Flow:
     """The flow of PTX, with every barrier that all warps of the group that runs it wait at written as TOGETHER.
 
     A barrier of fewer or more warps, and one whose number another group uses as well, stays as it was.
     """
     flow = flows.ptx(text)
-    found = re.search(r"^\s*\.reqntid\s+(\d+)\s*(?:,\s*1\s*)*$", "\n".join(flow.lines), re.MULTILINE)
-    threads = int(found[1]) if found else 0
-    sizes, runs = _groups(flow, threads)
+    total = threads(text)
+    sizes, runs = _groups(flow, total)
     users: dict[str, set[int]] = {}
     partial: list[tuple[int, str, str]] = []
     for i, line in enumerate(flow.lines):
         if not (barrier := _BARRIER.match(line)):
             if _ALONE.match(line) and _size(i, sizes, runs) == _WARP:
                 flow.lines[i] = TOGETHER
-        elif barrier[2] is None or barrier[2] == str(threads):
+        elif barrier[2] is None or barrier[2] == str(total):
             flow.lines[i] = TOGETHER
         else:
             partial.append((i, barrier[1], barrier[2]))
@@ -54,11 +59,11 @@ def _size(line: int, sizes: dict[int, int], runs: dict[int, set[int]]) -> int:
     return sizes[there[0]] if len(there) == 1 else 0
 
 
-def _groups(flow: Flow, threads: int) -> tuple[dict[int, int], dict[int, set[int]]]:
+def _groups(flow: Flow, total: int) -> tuple[dict[int, int], dict[int, set[int]]]:
     """By its first line, each group's threads (0: not known) and the lines that it runs."""
     switches = [flow.next[i] for i, line in enumerate(flow.lines) if _SWITCH.search(line)]
     tables = _tables(flow) if switches else []
-    sizes = {0: threads - _WARP * len(tables[0]) if tables else 0 if switches else threads}
+    sizes = {0: total - _WARP * len(tables[0]) if tables else 0 if switches else total}
     for places in switches:
         for to in places:
             counts = {sum(places[value] == to for value in table if value < len(places)) for table in tables} - {0}

@@ -8,6 +8,9 @@ the machine code, by itself: a wait that leaves n groups running covers it once 
 Only the first register of a vector is looked at. A vector is aligned to its length, and a product's registers start at
 a multiple of four and are multiples of four, so nothing that a product has a part of starts outside it.
 
+A call is followed into the subroutine and past it, if it says that it returns to the instruction after it. Threads that
+part and meet again (BSSY, BSYNC) are followed if they meet at the instruction after.
+
 Not seen here: shared memory that is overwritten while a product reads it, and a product that starts too early.
 `ordering.py` asks that a wait stands on every path between the two, not that it is for the right slot.
 """
@@ -22,12 +25,12 @@ from .flow import Flow, sass
 
 # In these, the first operand that is no predicate is the result, if it is a register.
 _WRITE = {
-    "CS2R", "F2FP", "FADD", "FFMA", "FMUL", "FSEL", "HADD2", "HFMA2", "IABS", "IADD3", "IMAD", "LDC", "LDG", "LDS",
+    "CS2R", "F2FP", "F2I", "FADD", "FFMA", "FMUL", "FSEL", "HADD2", "HFMA2", "I2F", "IABS", "IADD3", "IMAD", "LDC", "LDG", "LDS",
     "LDSM", "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL", "SGXT", "SHF", "SHFL", "SYNCS", "VIADD",
 }  # fmt: skip
 # In these, no register is a result.
 _READ = {
-    "BAR", "BRA", "BSSY", "DEPBAR", "ELECT", "EXIT", "FENCE", "FSETP", "ISETP", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP",
+    "BAR", "BRA", "BSSY", "DEPBAR", "ELECT", "EXIT", "FCHK", "FENCE", "FSETP", "ISETP", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP",
     "PLOP3", "R2UR", "S2UR", "STG", "STS", "STSM", "VOTEU", "WARPGROUP",
 }  # fmt: skip
 _MOST = 7  # groups that a wait can leave running
@@ -56,8 +59,12 @@ class _Instruction(NamedTuple):
         return self.name.partition(".")[0]
 
     def known(self) -> bool:
-        """Whether it is known what this writes. U... works on registers that are a warp's, not a thread's."""
-        return self.base in _WRITE or self.base in _READ or self.base.startswith("U")
+        """Whether it is known what this writes. U... works on registers that are a warp's, not a thread's.
+
+        USETMAXREG gives a thread's registers away.
+        """
+        warps = self.base.startswith("U") and self.base != "USETMAXREG"
+        return self.base in _WRITE or self.base in _READ or warps
 
     def writes(self) -> int | None:
         """The first register of the result."""
@@ -83,16 +90,25 @@ def follow(text: str, *, expected: bool) -> Followed:
     flow = sass(text)
     code = [_instruction(line) for line in flow.lines]
     products = {i: _product(found) for i, found in enumerate(code) if found and _PRODUCT.match(found.name)}
-    hazards = [line for i in products for line in _hazards(i, flow, code, products)]
+    onward = {*_calls(code), *_meetings(flow, code)}
+    hazards = [line for i in products for line in _hazards(i, flow, code, products, onward)]
     if expected and not products:
         hazards = ["no product to follow in the machine code, expected those of the PTX"]
     return Followed(len(products), tuple(dict.fromkeys(hazards)))
 
 
 def _hazards(
-    start: int, flow: Flow, code: Sequence[_Instruction | None], products: dict[int, _Product | None]
+    start: int,
+    flow: Flow,
+    code: Sequence[_Instruction | None],
+    products: dict[int, _Product | None],
+    onward: set[int],
 ) -> Iterator[str]:
-    """What may go wrong with one product, on any path from it to a wait that covers it."""
+    """What may go wrong with one product, on any path from it to a wait that covers it.
+
+    `onward` has the calls and meetings after which it goes on at the next line. What comes after a call is followed
+    from there, so a return ends a path, if there was one.
+    """
     own, ours = code[start], products[start]
     assert own is not None
     if ours is None:
@@ -100,15 +116,15 @@ def _hazards(
         return
     what = f"{own.name} at {own.address}"
     # By line, the fewest groups closed since, -1 with its own still open: whatever covers it then covers it with more.
-    fewest: dict[int, int] = {}
-    todo = [(to, 0 if ours.closes else -1) for to in flow.next[start]]
+    fewest: dict[tuple[int, bool], int] = {}
+    todo = [(to, 0 if ours.closes else -1, False) for to in flow.next[start]]
     while todo:
-        i, closed = todo.pop()
-        if i == len(code) or fewest.get(i, _MOST + 1) <= closed:
+        i, closed, called = todo.pop()
+        if i == len(code) or fewest.get((i, called), _MOST + 1) <= closed:
             continue
-        fewest[i] = closed
+        fewest[i, called] = closed
         found, other = code[i], products.get(i)
-        if found is None:
+        if found is None or i in onward or (found.base == "RET" and called):
             pass
         elif found.name == _WAIT:
             if not found.maybe and closed >= int(found.operands[-1], 16):
@@ -126,7 +142,45 @@ def _hazards(
             yield f"{found.name} at {found.address} overwrites R{found.writes()} of {what}, which is not waited for"
         elif any(register in ours.sums for register in found.touches()):
             yield f"{found.name} at {found.address} touches the sums of {what}, which is not waited for"
-        todo += [(to, closed) for to in flow.next[i]]
+        entered = called or (found is not None and found.base == "CALL")
+        todo += [(to, closed, called if to == i + 1 else entered) for to in flow.next[i]]
+
+
+def _calls(code: Sequence[_Instruction | None]) -> Iterator[int]:
+    """The calls that the line before tells to return to the instruction after."""
+    for i, (before, call) in enumerate(zip(code, code[1:], strict=False), start=1):
+        if call and call.base == "CALL" and before and before.name == "MOV" and not before.maybe:
+            after = code[_following(code, i)] if _following(code, i) < len(code) else None
+            if after and before.operands[-1] == f"0x{int(after.address, 16):x}":
+                yield i
+
+
+def _meetings(flow: Flow, code: Sequence[_Instruction | None]) -> set[int]:
+    """Where threads meet (BSYNC) and go on at the next instruction, as they were told where they parted (BSSY)."""
+    met, elsewhere = set(), set()
+    for start, parted in enumerate(code):
+        if parted is None or parted.base != "BSSY":
+            continue
+        barrier, label = parted.operands[0], parted.operands[1].strip("`()")
+        todo, seen = list(flow.next[start]), set()
+        while todo:
+            i = todo.pop()
+            if i in seen or i == len(code):
+                continue
+            seen.add(i)
+            found = code[i]
+            if found is None or found.base not in ("BSSY", "BSYNC") or found.operands[0] != barrier:
+                todo += flow.next[i]
+            elif found.base == "BSYNC":
+                met.add(i)
+                if f"{label}:" not in map(str.strip, flow.lines[i + 1 : _following(code, i)]):
+                    elsewhere.add(i)
+    return met - elsewhere
+
+
+def _following(code: Sequence[_Instruction | None], i: int) -> int:
+    """The line of the next instruction."""
+    return next((n for n in range(i + 1, len(code)) if code[n]), len(code))
 
 
 def _instruction(line: str) -> _Instruction | None:
