@@ -167,7 +167,11 @@ class Asynchronous:
     def _mma(self, i: Instruction) -> Run:
         self.plain(i)
         match = re.fullmatch(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(\w+)\.(\w+)\.f32", i.op)
-        if match is None or match[2] != match[3] or (match[1], match[2]) not in (("16", "f16"), ("16", "bf16"), ("8", "tf32")):
+        if (
+            match is None
+            or match[2] != match[3]
+            or (match[1], match[2]) not in (("16", "f16"), ("16", "bf16"), ("8", "tf32"))
+        ):
             raise self.unknown(i)
         k, kind = int(match[1]), match[2]
         d, a, b, c = (self.listed(text, "b32") for text in i.operands)
@@ -177,7 +181,12 @@ class Asynchronous:
         def matrix(v: Array, rows: list[int], turned: bool) -> Array:
             """[warps, 8 or 16, k] of fragments: registers alternate rows 0 and 8 of A, then columns."""
             words = v[rows].reshape(len(rows), -1, 32)
-            values = numbers(np.ascontiguousarray(words[..., None]) if k == 8 else np.ascontiguousarray(words).view(np.uint16).reshape(*words.shape, 2)[..., None], kind)
+            values = numbers(
+                np.ascontiguousarray(words[..., None])
+                if k == 8
+                else np.ascontiguousarray(words).view(np.uint16).reshape(*words.shape, 2)[..., None],
+                kind,
+            )
             values = values[..., None] if values.ndim == 3 else values
             out = np.zeros((words.shape[1], 8 if turned else 16, k), np.float32)
             each = values.shape[-1]
@@ -253,11 +262,19 @@ class Asynchronous:
             return lambda s: s.close(kind)
         if what in ("bulk.wait_group", "bulk.wait_group.read", "wait_group", "wait_all"):
             left = self.number(i.operands[0]) if i.operands else 0
-            parts = ("copy",) if kind == "copy" else ("bulk read",) if what.endswith("read") else ("bulk read", "bulk store")
+            parts = (
+                ("copy",)
+                if kind == "copy"
+                else ("bulk read",)
+                if what.endswith("read")
+                else ("bulk read", "bulk store")
+            )
             return lambda s: s.end(kind, left, parts)
         raise self.unknown(i)
 
-    def tensor(self, i: Instruction, text: str, rank: int) -> Callable[[Strand, int], tuple[TensorMap, tuple[int, ...]]]:
+    def tensor(
+        self, i: Instruction, text: str, rank: int
+    ) -> Callable[[Strand, int], tuple[TensorMap, tuple[int, ...]]]:
         """Of "[map, {x, y, ...}]", the map and the coordinates, outermost first, that a lane asks for."""
         match = re.fullmatch(r"\[\s*(%\w+)\s*,\s*(\{[^}]*\})\s*\]", text)
         if match is None:
@@ -406,5 +423,3 @@ class Asynchronous:
             s.issue("copy", arrive)
 
         return run
-
-

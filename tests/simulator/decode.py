@@ -487,7 +487,9 @@ class Decoder(Asynchronous):
     def within_shared(self, s: Strand, at: Array, size: int) -> bool:
         fits = at.min() >= SHARED and at.max() + size <= len(s.program.memory)
         if not fits or (at % size).any():
-            text = f"{size} bytes at {int(at.min()) - SHARED:+d} of shared memory: outside, or not a multiple of the size"
+            text = (
+                f"{size} bytes at {int(at.min()) - SHARED:+d} of shared memory: outside, or not a multiple of the size"
+            )
             self.machine.judge.report("bounds", s.place, text)
             return False
         return True
@@ -528,7 +530,11 @@ class Decoder(Asynchronous):
         if space != "global" or rest not in (["add", "u32"], ["add", "s32"]) or len(semantics) != 1 or len(scope) != 1:
             raise self.unknown(i)
         (order,), wide = semantics, bool(scope & {"gpu", "sys"})
-        (_, into), where, (_, by) = self.operand(i.operands[0], "u32"), self.address(i.operands[1], "u64"), None or self.operand(i.operands[2], "u32")
+        (_, into), where, (_, by) = (
+            self.operand(i.operands[0], "u32"),
+            self.address(i.operands[1], "u64"),
+            None or self.operand(i.operands[2], "u32"),
+        )
         mask = self.mask(i)
 
         def run(s: Strand) -> None:
@@ -642,7 +648,9 @@ class Decoder(Asynchronous):
             targets = [barrier.target(clock, int(parities[0])) for clock in s.clock]
             if not all(map(barrier.passed, targets)):
                 phase = barrier.phase
-                s.waiting = f"phase {max(targets)} of {barrier.name}: phase {barrier.current} lacks {phase.pending} arrivals"
+                s.waiting = (
+                    f"phase {max(targets)} of {barrier.name}: phase {barrier.current} lacks {phase.pending} arrivals"
+                )
                 s.waiting += f" and {phase.expected - phase.landed} bytes"
                 return True
             for clock, component, target in zip(s.clock, s.own(), targets, strict=True):

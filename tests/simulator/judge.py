@@ -86,7 +86,9 @@ class Shadow:
         self.updated: Array | None = None
         """Whether the last write was an atomic update, where there are any."""
 
-    def after_writes(self, at: slice | Array, seen: Array, warp: Array | int, place: str, verb: str, plain: Array) -> None:
+    def after_writes(
+        self, at: slice | Array, seen: Array, warp: Array | int, place: str, verb: str, plain: Array
+    ) -> None:
         """Whoever wrote there did so before; `plain` is what is known without regard to proxies."""
         writer, written = self.writer[at], self.written[at]
         late = seen[warp, writer] < written

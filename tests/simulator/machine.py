@@ -38,7 +38,9 @@ class Product(NamedTuple):
 class Machine:
     """What the programs of a launch share."""
 
-    def __init__(self, judge: Judge, memory: Global, shared: int, seed: int | None, threads: int, barriers: int) -> None:
+    def __init__(
+        self, judge: Judge, memory: Global, shared: int, seed: int | None, threads: int, barriers: int
+    ) -> None:
         self.judge, self.memory, self.shared = judge, memory, shared
         self.warps, self.barriers = threads // 32, barriers
         self.rng = None if seed is None else np.random.default_rng(seed)
@@ -145,7 +147,9 @@ class Strand:
         while len(late) > left + 1:
             for work in late.pop(0):
                 work()
-        rows = slice(0, 1) if kind == "copy" else slice(0, 2)  # a copy writes like a store, a bulk store reads and is gone
+        rows = (
+            slice(0, 1) if kind == "copy" else slice(0, 2)
+        )  # a copy writes like a store, a bulk store reads and is gone
         for component in components:
             for i, own in enumerate(self.own(component)):
                 known = self.clock[i, rows, own]
@@ -161,7 +165,9 @@ class Program:
         judge = machine.judge
         self.components = {}
         for kind in KINDS:
-            names = [f"{'' if kind == 'warp' else f'a {kind} of '}warp {w} of {self.name}" for w in range(machine.warps)]
+            names = [
+                f"{'' if kind == 'warp' else f'a {kind} of '}warp {w} of {self.name}" for w in range(machine.warps)
+            ]
             self.components[kind] = np.array([judge.component(kind, name) for name in names])
         self.spare = [judge.component("load", f"a load of {self.name}") for _ in range(machine.barriers)]
         self.clocks = np.zeros((machine.warps, 2, judge.capacity), np.int32)

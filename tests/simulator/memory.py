@@ -118,7 +118,13 @@ SWIZZLES = (0, 128, 64, 32)
 def operand(descriptor: int, rows: int, size: int, mn_major: bool) -> Array:
     """Shared addresses of a wgmma operand's elements, [rows of M or N, 32 bytes of K], by its descriptor."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    if descriptor >> 49 & 7 or descriptor >> 52 & 0x3FF or descriptor >> 14 & 3 or descriptor >> 30 & 3 or descriptor >> 46 & 7:
+    if (
+        descriptor >> 49 & 7
+        or descriptor >> 52 & 0x3FF
+        or descriptor >> 14 & 3
+        or descriptor >> 30 & 3
+        or descriptor >> 46 & 7
+    ):
         raise Unknown(f"wgmma descriptor {descriptor:#x} has a base offset or bits that mean nothing")
     width = SWIZZLES[descriptor >> 62]
     m, k = np.arange(rows)[:, None], np.arange(32 // size)[None, :]
