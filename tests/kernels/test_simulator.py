@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -186,8 +187,6 @@ def raced() -> Case:
     return conv(ConvShape(1, 128, 8, 16, 64, **PADDED), config, legal=False)
 
 
-
-
 def fact(name: str, arguments: dict[str, Any], constants: dict[str, Any], out: torch.Tensor, expected: Any) -> Case:
     """A launch of one of FACTS, whose kernels exist only where they are compiled."""
     parameters = [SimpleNamespace(name=key, is_constexpr=key in constants) for key in (*arguments, *constants)]
@@ -229,7 +228,10 @@ WIDTHS = (128, 64, 32)
 def compiled() -> dict[str, list[str]]:
     """The PTX of every case's launches, and of the facts'."""
     moves = {f"move {width}": functools.partial(move, width, 0, 0) for width in WIDTHS}
-    made = {name: make().launches for name, make in {**CASES, RACE: raced, **PRODUCTS, **moves}.items()}
+    made = {
+        name: make().launches
+        for name, make in {**CASES, RACE: raced, "planted in": planted_in, **PRODUCTS, **moves}.items()
+    }
     sources = pickle.dumps([specialise(launch) for launches in made.values() for launch in launches])
     with TemporaryDirectory() as folder:
         Path(folder, "facts.py").write_text(FACTS)
@@ -299,3 +301,175 @@ def test_a_box_is_padded_on_its_way_in_and_clipped_on_its_way_out(width, row, co
     case = move(width, row, column)
     assert simulated(f"move {width}", case) == []
     assert torch.equal(case.out, case.expected)
+
+
+def planted_in() -> Case:
+    """Four tiles of one program, so that slots and both buffers of a residual come round again."""
+    return conv(ConvShape(1, 192, 8, 64, 64, residual=True), specialised(128, 64, 3, (8, 16, 1)), 1)
+
+
+Edit = Callable[[list[str]], None]
+
+
+def find(lines: list[str], pattern: str, number: int = 0) -> int:
+    return [i for i, line in enumerate(lines) if re.search(pattern, line)][number]
+
+
+def change(pattern: str, old: str, new: str, number: int = 0) -> Edit:
+    def edit(lines: list[str]) -> None:
+        i = find(lines, pattern, number)
+        assert old in lines[i], lines[i]
+        lines[i] = lines[i].replace(old, new)
+
+    return edit
+
+
+def remove(pattern: str, number: int = 0, *, behind: str = "", lines_: int = 1) -> Edit:
+    """Lines, the first of them the first with a pattern, behind another's first."""
+
+    def edit(lines: list[str]) -> None:
+        start = find(lines, behind) if behind else 0
+        i = start + find(lines[start:], pattern, number)
+        lines[i : i + lines_] = []
+
+    return edit
+
+
+def insert(pattern: str, new: str, number: int = 0, after: bool = True) -> Edit:
+    def edit(lines: list[str]) -> None:
+        i = find(lines, pattern, number)
+        groups = re.findall(r"%r\d+", lines[i])
+        lines.insert(i + after, new.format(*groups))
+
+    return edit
+
+
+WAIT = r"mbarrier\.try_wait"
+
+
+def block(lines: list[str], number: int) -> slice:
+    """The lines of a wait: it has a block with a label of its own."""
+    i = find(lines, WAIT, number)
+    start = next(k for k in range(i, 0, -1) if lines[k].strip() == "{")
+    return slice(start, next(k for k in range(i, len(lines)) if lines[k].strip() == "}") + 1)
+
+
+def wait_again(lines: list[str]) -> None:
+    """For the phase of a slot that has been given back."""
+    wait, i = lines[block(lines, 0)], find(lines, r"mbarrier\.arrive\.shared", 1)
+    lines[i + 1 : i + 1] = wait
+
+
+def wait_behind(lines: list[str]) -> None:
+    """The wait for a residual, behind its use."""
+    wait, i = lines[block(lines, 1)], find(lines, "stmatrix") - 1
+    lines[i:i] = wait
+    del lines[block(lines, 1)]
+
+
+def elsewhere(lines: list[str]) -> None:
+    """A read of what no kernel writes."""
+    i = find(lines, r"ld\.shared\.v4")
+    lines[i] = re.sub(r"\+\d+", "+200000", lines[i])
+
+
+def no_wait(lines: list[str]) -> None:
+    del lines[block(lines, 0)]
+
+
+def other_parity(lines: list[str]) -> None:
+    where, parity = re.search(r"\], (%r\d+)", lines[find(lines, WAIT)]), block(lines, 0).start
+    lines.insert(parity, f"xor.b32 {where[1]}, {where[1]}, 1;")
+
+
+def other_barrier(lines: list[str]) -> None:
+    """The second group meets at the first one's."""
+    lines[:] = [re.sub(r"bar\.sync\s+2,", "bar.sync 0,", line) for line in lines]
+
+
+def read_sums(lines: list[str]) -> None:
+    sums = re.search(r"\{(%r\d+)", lines[find(lines, "mma_async")])
+    lines.insert(find(lines, "wgmma.commit_group") + 1, f"mov.b32 %r1, {sums[1]};")
+
+
+PLANTED: dict[str, tuple[str, Edit]] = {
+    "a residual used before its wait": ("arrival", wait_behind),
+    "a slot given back a product early": ("release", change(r"wgmma\.wait_group", "aligned 1", "aligned 2")),
+    "a buffer reused before its store has read it": ("store", remove(r"bulk\.wait_group")),
+    "a store without a barrier": ("race", remove(r"bar\.sync", behind="stmatrix")),
+    "a read of nothing": ("uninitialised", elsewhere),
+    "a store without a fence": ("proxy", remove(r"fence\.proxy", behind="stmatrix")),
+    "sums read while they are summed": ("registers", read_sums),
+    "a product without a fence": ("fence", remove(r"wgmma\.fence")),
+    "two groups at one barrier": ("count", other_barrier),
+    "more bytes than expected": ("bytes", change(r"expect_tx.*24576", "24576", "24560")),
+    "a wait for what has passed": ("phase", wait_again),
+    "fewer bytes than expected": ("deadlock", change(r"expect_tx.*24576", "24576", "24592")),
+    "a residual of the launch before, not waited for": ("dependent", insert(WAIT, "griddepcontrol.wait;", after=False)),
+    "a load outside": ("bounds", change(r"ld\.global", "+ 0", "+ 65536")),
+}
+"""What only one check finds, and one for each."""
+WORSE: dict[str, tuple[str, Edit]] = {
+    "a slot used before its bytes are there": ("arrival", no_wait),
+    "a wait for the phase before": ("phase", other_parity),
+    "two groups at a barrier that counts one": ("count", change(r"mbarrier\.init.*, 2;", ", 2;", ", 1;")),
+    "a slot never given back": ("deadlock", remove(r"mbarrier\.arrive\.shared")),
+}
+"""What has more than one consequence."""
+
+
+def plant(name: str) -> str:
+    lines = compiled()["planted in"][0].splitlines()
+    {**PLANTED, **WORSE}[name][1](lines)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_each_fault_is_found_by_its_own_check_alone(name):
+    check, (launch,) = PLANTED[name][0], planted_in().launches
+    found = simulate(launch, plant(name)).faults
+    assert found
+    assert {fault.partition(":")[0] for fault in found} == {check}
+    assert simulate(launch, plant(name), checks=set(CHECKS) - {check}).faults == []
+
+
+def test_every_check_has_its_fault():
+    assert {check for check, _ in PLANTED.values()} | {"global"} == set(CHECKS)
+
+
+@pytest.mark.parametrize("name", WORSE)
+def test_other_faults_are_found(name):
+    (launch,) = planted_in().launches
+    assert any(fault.startswith(WORSE[name][0]) for fault in simulate(launch, plant(name)).faults)
+
+
+def test_two_programs_at_one_tile():
+    (launch,), (text,) = planted_in().launches, compiled()["planted in"]
+    twice = [(0, 0, 0), (0, 0, 0)]
+    assert simulate(launch, text).faults == []
+    assert {fault.partition(":")[0] for fault in simulate(launch, text, programs=twice).faults} == {"global"}
+    assert simulate(launch, text, programs=twice, checks=set(CHECKS) - {"global"}).faults == []
+
+
+def test_a_deadlock_names_who_waits_for_what():
+    (launch,) = planted_in().launches
+    faults = simulate(launch, plant("a slot never given back")).faults
+    (loader,) = [fault for fault in faults if "warp 10" in fault]
+    assert re.search(r"waits for phase 0 of the barrier at \+\d+ .* lacks 1 arrivals and 0 bytes", loader)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("frob.b32 %r1, %r2;", "frob.b32"),
+        ("add.sat.s32 %r1, %r2, 1;", "add.sat.s32"),
+        ("mov.u32 %r1, %clock;", "%clock"),
+        ("ld.volatile.shared.b32 %r1, [%r2];", "ld.volatile"),
+        (".local .b8 depot[8];", ".local"),
+    ],
+)
+def test_what_is_not_known_is_an_error(line, what):
+    (launch,), lines = planted_in().launches, compiled()["planted in"][0].splitlines()
+    lines.insert(find(lines, "mbarrier"), line)
+    with pytest.raises(Unknown, match=re.escape(what)):
+        simulate(launch, "\n".join(lines))
