@@ -312,7 +312,7 @@ class Asynchronous:
                     continue
                 places, inside = map_.place(coordinates)
                 clock, shadow = s.clock[w : w + 1], s.program.shadow
-                barrier = self.at_barrier(s, int(s.v["u32"][barrier_at[1]][lane]) + barrier_at[2], w, "loads", row=1)
+                barrier = self.at_barrier(s, int(s.v["u32"][barrier_at[1]][lane]) + barrier_at[2], w, "loads")
                 shadow.after_writes(at, clock[:, 1], 0, s.place, "loads into", clock[:, 0])
                 shadow.after_reads(at, clock[:, 0], 0, s.place, "loads into")
                 number = barrier.issue(s.clock[w], map_.bytes, s.place)

@@ -212,14 +212,34 @@ class Decoder(Asynchronous):
                 s.v[wide][row] = parts[low].astype(TYPES[wide]) | parts[high].astype(TYPES[wide]) << size
 
             return join
-        (low, high), (_, row) = self.listed(into.replace("_", f"%unused_{half}"), half), self.operand(source, wide)
+        names = [name.strip() for name in into.strip("{} ").split(",")]
+        targets = [None if name == "_" else self.operand(name, half)[1] for name in names]
+        _, row = self.operand(source, wide)
 
         def part(s: Strand) -> None:
             word = s.v[wide][row].copy()
-            s.v[half][low] = word
-            s.v[half][high] = word >> size
+            for number, target in enumerate(targets):
+                if target is not None:
+                    s.v[half][target] = word >> TYPES[wide](number) * size
 
         return part
+
+    def _setp(self, i: Instruction) -> Run | None:
+        """Of two halves, into two predicates; else it is in the table."""
+        if not i.op.endswith(".f16x2"):
+            return None
+        self.plain(i)
+        operation = TABLE.get(i.op.removesuffix("x2"))
+        if operation is None or "|" not in i.operands[0]:
+            raise self.unknown(i)
+        (_, low), (_, high) = (self.operand(name, "pred") for name in i.operands[0].split("|"))
+        (_, a), (_, b) = (self.operand(text, "b32") for text in i.operands[1:])
+
+        def run(s: Strand) -> None:
+            halves = [s.v["u32"][row].copy().view(np.float16).reshape(-1, 2) for row in (a, b)]
+            s.v["pred"][low], s.v["pred"][high] = operation.compute(*halves).T
+
+        return run
 
     def _elect(self, i: Instruction) -> Run:
         self.plain(i)
@@ -358,9 +378,7 @@ class Decoder(Asynchronous):
                     meeting.arrive(clock, component, threads, s.place)
             meeting, turn = s.turn
             if meeting.turn == turn:
-                come = ", ".join(sorted({str(c) for _, c, _ in meeting.arrived}))
                 s.waiting = f"{meeting.name}: {32 * len(meeting.arrived)} of {meeting.threads} threads have come"
-                del come
                 return True
             s.turn = None
             return False
@@ -406,9 +424,12 @@ class Decoder(Asynchronous):
         self.plain(i)
         width, row = self.row(i.operands[0])
         name = i.operands[1].strip("[] ")
-        if name not in self.parameters or f"b{bits(t)}" != width:
+        if name not in self.parameters or bits(t) > bits(width):
             raise self.unknown(i)
-        constant = self.constant(width, self.values[self.parameters[name]])
+        value = self.values[self.parameters[name]] & (1 << bits(t)) - 1
+        if t[0] == "s" and value >> bits(t) - 1:
+            value -= 1 << bits(t)
+        constant = self.constant(width, value)
 
         def run(s: Strand) -> None:
             s.v[width][row] = s.v[width][constant]
@@ -588,14 +609,14 @@ class Decoder(Asynchronous):
 
         return run
 
-    def at_barrier(self, s: Strand, address: int, warp: int, verb: str, row: int = 0) -> Barrier:
-        """The barrier at an address, made before this warp comes to it."""
+    def at_barrier(self, s: Strand, address: int, warp: int, verb: str) -> Barrier:
+        """The barrier at an address, made before this warp comes to it. No proxy fence is asked for: Triton has none."""
         barrier = s.program.barriers.get(address)
         if barrier is None:
             raise Unknown(f"{s.place}: {verb} at {address - SHARED:+d}, where there is no barrier")
         granules = np.arange(address // GRANULE, address // GRANULE + 4)
         clock = s.clock[warp : warp + 1]
-        s.program.shadow.after_writes(granules, clock[:, row], 0, s.place, verb, clock[:, 0])
+        s.program.shadow.after_writes(granules, clock[:, 0], 0, s.place, verb, clock[:, 0])
         return barrier
 
     def arrival(self, i: Instruction, what: str) -> Run:
