@@ -19,6 +19,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9.0 renames them
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_memory = gl.shared_memory_descriptor
+reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret  # 3.9.0 makes it public
 group_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # 3.7.0 renames it
 """Waits for the threads of the group that calls it."""
 
