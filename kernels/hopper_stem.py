@@ -249,29 +249,24 @@ def store_rest(pooled, y_row, tile, POOL_Q):
 
 
 @gluon.jit
-def fetch(x, stride_c, stride_h, stride_w, column, y, H, W, C: gl.constexpr, FORM: gl.constexpr):
-    """What a thread needs for its eight pairs of image rows y and y + 1: 2 x 4 x C words or twice as many values.
+def fetch(x, stride_c, column, here, W, C: gl.constexpr, PLANES: gl.constexpr, PAIRED: gl.constexpr):
+    """What a thread needs for its four pairs of an image row: 4 x C words, or twice as many values.
 
-    The pairs of a row begin at `column`, `column` + 8, ...; outside the image all is zero.
+    The pairs begin at `column`, where `x` points to, `column` + 8, ...; outside the image all is zero.
     """
     words = ()
-    for row in gl.static_range(2):
-        here = (y + row >= 0) & (y + row < H)
-        for r in gl.static_range(4):
-            first = column + 8 * r
-            inside = here & (first >= 0) & (first < W)
-            for c in gl.static_range(C):
-                if FORM == 0:
-                    at = x + row * stride_h + c * stride_c + (column // 2 + 4 * r)
-                    words = words + (gl.load(at, mask=inside, other=0),)
-                elif FORM == 1:
-                    at = x + row * stride_h + (column // 2 * C + (4 * r * C + c))
-                    words = words + (gl.load(at, mask=inside, other=0),)
-                else:
-                    at = x + row * stride_h + c * stride_c
-                    second = here & (first >= -1) & (first < W - 1)
-                    words = words + (gl.load(at + first * stride_w, mask=inside, other=0),)
-                    words = words + (gl.load(at + (first + 1) * stride_w, mask=second, other=0),)
+    for r in gl.static_range(4):
+        first = column + 8 * r
+        inside = here & (first >= 0) & (first < W)
+        for c in gl.static_range(C):
+            if PAIRED:
+                at = x + c * stride_c + 4 * r if PLANES else x + (4 * r * C + c)
+                words = words + (gl.load(at, mask=inside, other=0),)
+            else:
+                at = x + c * stride_c + 8 * r if PLANES else x + (8 * r * C + c)
+                second = here & (first >= -1) & (first < W - 1)
+                words = words + (gl.load(at, mask=inside, other=0),)
+                words = words + (gl.load(at + (1 if PLANES else C), mask=second, other=0),)
     return words
 
 
@@ -289,15 +284,15 @@ def part(word, i: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def value(words, pair: gl.constexpr, pixel: gl.constexpr, c: gl.constexpr, C: gl.constexpr, FORM: gl.constexpr,
-          dtype: gl.constexpr):  # fmt: skip
+def value(words, r: gl.constexpr, pixel: gl.constexpr, c: gl.constexpr, C: gl.constexpr, PLANES: gl.constexpr,
+          PAIRED: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
     """Channel c of a pair's first or second pixel, as the image has it."""
-    if FORM == 0:
-        v = part(words[pair * C + c], pixel, dtype)
-    elif FORM == 1:
-        v = part(words[pair * C + (pixel * C + c) // 2], (pixel * C + c) % 2, dtype)
+    if not PAIRED:
+        v = words[(r * C + c) * 2 + pixel]
+    elif PLANES:
+        v = part(words[r * C + c], pixel, dtype)
     else:
-        v = words[(pair * C + c) * 2 + pixel]
+        v = part(words[r * C + (pixel * C + c) // 2], (pixel * C + c) % 2, dtype)
     return v
 
 
@@ -329,13 +324,13 @@ def joined(low, high, dtype: gl.constexpr):
 
 
 @gluon.jit
-def pixel_words(words, pair: gl.constexpr, pixel: gl.constexpr, normal, keep, C: gl.constexpr, FORM: gl.constexpr,
-                x_dtype: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
+def pixel_words(words, r: gl.constexpr, pixel: gl.constexpr, normal, keep, C: gl.constexpr, PLANES: gl.constexpr,
+                PAIRED: gl.constexpr, x_dtype: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
     """A pixel's four channels as two words, zero where not `keep`."""
     v = ()
     for c in gl.static_range(4):
         if c < C:
-            one = value(words, pair, pixel, c, C, FORM, x_dtype)
+            one = value(words, r, pixel, c, C, PLANES, PAIRED, x_dtype)
             if len(normal) > 0:
                 one = quotient(one.to(gl.float32), 255.0, 1.0 / 255.0) - normal[c]
                 one = quotient(one, normal[4 + c], normal[8 + c])
@@ -346,36 +341,28 @@ def pixel_words(words, pair: gl.constexpr, pixel: gl.constexpr, normal, keep, C:
 
 
 @gluon.jit
-def deposit(words, normal, weighted, column, y, H, W, ring, full, empty, slot, C: gl.constexpr, FORM: gl.constexpr,
-            STAGES: gl.constexpr, x_dtype: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
-    """Put two image rows' windows [256, 16 words] into the ring."""
+def windows(words, normal, weighted, column, here, W, C: gl.constexpr, PLANES: gl.constexpr,
+            PAIRED: gl.constexpr, x_dtype: gl.constexpr,            dtype: gl.constexpr):  # fmt: skip
+    """An image row's windows, [128, 16 words]."""
     slices = ()
-    for row in gl.static_range(2):
-        for r in gl.static_range(4):
-            keep_first = weighted
-            keep_second = weighted | True
-            if len(normal) > 0:  # the padding is zero after normalising
-                here = (y + row >= 0) & (y + row < H)
-                first = column + 8 * r
-                keep_first = weighted & here & (first >= 0) & (first < W)
-                keep_second = here & (first >= -1) & (first < W - 1)
-            a, b = pixel_words(words, row * 4 + r, 0, normal, keep_first, C, FORM, x_dtype, dtype)
-            c, d = pixel_words(words, row * 4 + r, 1, normal, keep_second, C, FORM, x_dtype, dtype)
-            slices = slices + (gl.join(gl.join(a, c), gl.join(b, d)).reshape((32, 16)),)
-    first_row = gl.join(gl.join(slices[0], slices[1]), gl.join(slices[2], slices[3]))  # [32, 16, r // 4 % 2, r // 8]
-    second_row = gl.join(gl.join(slices[4], slices[5]), gl.join(slices[6], slices[7]))
-    windows = gl.join(first_row, second_row).permute((4, 3, 2, 0, 1)).reshape((256, 16))
-    mbarrier.wait(empty.index(slot % STAGES), (slot // STAGES & 1) ^ 1)
-    ring.index(slot % STAGES).store(windows)
-    fence_async_shared()
-    group_barrier()
-    mbarrier.arrive(full.index(slot % STAGES), count=1)
+    for r in gl.static_range(4):
+        keep_first = weighted
+        keep_second = weighted | True
+        if len(normal) > 0:  # the padding is zero after normalising
+            first = column + 8 * r
+            keep_first = weighted & here & (first >= 0) & (first < W)
+            keep_second = here & (first >= -1) & (first < W - 1)
+        a, b = pixel_words(words, r, 0, normal, keep_first, C, PLANES, PAIRED, x_dtype, dtype)
+        c, d = pixel_words(words, r, 1, normal, keep_second, C, PLANES, PAIRED, x_dtype, dtype)
+        slices = slices + (gl.join(gl.join(a, c), gl.join(b, d)).reshape((32, 16)),)
+    joined = gl.join(gl.join(slices[0], slices[1]), gl.join(slices[2], slices[3]))  # [32, 16, r // 4 % 2, r // 8]
+    return joined.permute((3, 2, 0, 1)).reshape((128, 16))
 
 
 @gluon.jit
 def packer(
-    group: gl.constexpr, x, stride_n, stride_c, stride_h, stride_w, normal, ring, full, empty, items, H, W, STRIP,
-    C: gl.constexpr, FORM: gl.constexpr, STAGES: gl.constexpr, x_dtype: gl.constexpr, dtype: gl.constexpr,
+    group: gl.constexpr, x, stride_n, stride_c, stride_h, normal, ring, full, empty, items, H, W, STRIP,
+    C: gl.constexpr, PLANES: gl.constexpr, PAIRED: gl.constexpr, STAGES: gl.constexpr, x_dtype: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """The group that fills the ring of one of the two that multiply.
 
@@ -387,26 +374,43 @@ def packer(
     first = (place_of % 8 * 14 - 1 + place_of // 8 + pair) * 2 - 4
     weighted = (pair > 0) & (place_of >= 0)
     _, _, _, _, tiles, strips = sizes(H, W, STRIP)
+    step: gl.constexpr = 1 if PLANES else C
     slot = 0
     for first_item in range(gl.program_id(0) * 2, items, gl.num_programs(0) * 2):
         tile, i0, n = place(gl.minimum(first_item + group, items - 1), tiles, strips, STRIP)
         y = 4 * i0 - 5  # the window of row 2 i0 - 1 begins here
         column = first + tile * 224
-        rows = x + n.to(gl.int64) * stride_n + y * stride_h
+        x_row = x + n.to(gl.int64) * stride_n + y * stride_h + (column // 2 * step if PAIRED else column * step)
         for _ in range(2 * STRIP + 4):
-            words = fetch(rows, stride_c, stride_h, stride_w, column, y, H, W, C, FORM)
-            deposit(words, normal, weighted, column, y, H, W, ring, full, empty, slot, C, FORM, STAGES, x_dtype, dtype)
-            rows += 2 * stride_h
+            here = (y >= 0) & (y < H)
+            next_here = (y >= -1) & (y < H - 1)
+            words = fetch(x_row, stride_c, column, here, W, C, PLANES, PAIRED)
+            if PAIRED:  # else there are too few registers for two rows at once
+                next_words = fetch(x_row + stride_h, stride_c, column, next_here, W, C, PLANES, PAIRED)
+            windows_of = ring.index(slot % STAGES)
+            mbarrier.wait(empty.index(slot % STAGES), (slot // STAGES & 1) ^ 1)
+            windows_of.slice(0, 128, 0).store(
+                windows(words, normal, weighted, column, here, W, C, PLANES, PAIRED, x_dtype, dtype)
+            )
+            if not PAIRED:
+                next_words = fetch(x_row + stride_h, stride_c, column, next_here, W, C, PLANES, PAIRED)
+            windows_of.slice(128, 128, 0).store(
+                windows(next_words, normal, weighted, column, next_here, W, C, PLANES, PAIRED, x_dtype, dtype)
+            )
+            fence_async_shared()
+            group_barrier()
+            mbarrier.arrive(full.index(slot % STAGES), count=1)
+            x_row += 2 * stride_h
             y += 2
             slot += 1
 
 
-@gluon.jit(do_not_specialize=["stride_n", "stride_c", "stride_h", "stride_w", "items", "H", "W", "STRIP"])
+@gluon.jit(do_not_specialize=["stride_n", "stride_c", "stride_h", "items", "H", "W", "STRIP"])
 def hopper_stem_kernel(
     x_ptr, w_ptr, y_ptr, y_desc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-    stride_n, stride_c, stride_h, stride_w, items, H, W, STRIP,
+    stride_n, stride_c, stride_h, items, H, W, STRIP,
     mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3,
-    C: gl.constexpr, FORM: gl.constexpr, NORMALIZE: gl.constexpr, ODD_P: gl.constexpr, ODD_Q: gl.constexpr,
+    C: gl.constexpr, PLANES: gl.constexpr, PAIRED: gl.constexpr, NORMALIZE: gl.constexpr, ODD_P: gl.constexpr, ODD_Q: gl.constexpr,
     REST: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, PACKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -438,7 +442,7 @@ def hopper_stem_kernel(
             mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3,
             gl.div_rn(1.0, std_0), gl.div_rn(1.0, std_1), gl.div_rn(1.0, std_2), gl.div_rn(1.0, std_3),
         )  # fmt: skip
-    if FORM == 2:
+    if not PAIRED:
         x = x_ptr
     elif x_dtype.primitive_bitwidth == 8:
         x = x_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
@@ -456,12 +460,12 @@ def hopper_stem_kernel(
             empty_1, turns, items, H, W, STRIP, C, ODD_P, ODD_Q, REST, STAGES,
         )),
         (packer, (
-            0, x, stride_n, stride_c, stride_h, stride_w, normal, words_0, full_0, empty_0, items, H, W, STRIP,
-            C, FORM, STAGES, x_dtype, dtype,
+            0, x, stride_n, stride_c, stride_h, normal, words_0, full_0, empty_0, items, H, W, STRIP,
+            C, PLANES, PAIRED, STAGES, x_dtype, dtype,
         )),
         (packer, (
-            1, x, stride_n, stride_c, stride_h, stride_w, normal, words_1, full_1, empty_1, items, H, W, STRIP,
-            C, FORM, STAGES, x_dtype, dtype,
+            1, x, stride_n, stride_c, stride_h, normal, words_1, full_1, empty_1, items, H, W, STRIP,
+            C, PLANES, PAIRED, STAGES, x_dtype, dtype,
         )),
     ], [4, 4, 4], [REGISTERS, PACKER_REGISTERS, PACKER_REGISTERS])  # fmt: skip
 
@@ -482,29 +486,23 @@ def hopper_stem(
     row, image = pool_q * k, pool_p * pool_q * k
     fields = descriptor_fields(out.dtype, (n, pool_p, *columns, k), (image, row, k, 7 * k, 1), (1, 1, 8, 8, k))
     means, stds = ([*(values or ()), *[1.0] * 4][:4] for values in (mean, std))
-    form, strides = read_form(x)
+    step = 2 if is_paired(x) else 1
     items = n * cdiv(pool_p, strip) * cdiv(pool_q, 56)
     arguments = {
         "x_ptr": x, "w_ptr": weight, "y_ptr": out, "y_desc": on(out, fields), **batch_norm.arguments(),
-        **{f"stride_{side}": stride for side, stride in zip("nchw", strides, strict=True)},
+        "stride_n": x.stride(0) // step, "stride_c": x.stride(1) // step, "stride_h": x.stride(2) // step,
         "items": items, "H": h, "W": w, "STRIP": strip,
         **{f"mean_{i}": value for i, value in enumerate(means)},
         **{f"std_{i}": value for i, value in enumerate(stds)},
-        "C": c, "FORM": form, "NORMALIZE": mean is not None,
+        "C": c, "PLANES": x.stride(3) == 1, "PAIRED": is_paired(x), "NORMALIZE": mean is not None,
         "ODD_P": (h + 1) // 2 % 2 == 1, "ODD_Q": (w + 1) // 2 % 2 == 1, "REST": pool_q > 7 and pool_q % 7 > 0, "STAGES": STAGES,
         "REGISTERS": 192, "PACKER_REGISTERS": 64,
     }  # fmt: skip
     return Launch(hopper_stem_kernel, (min(programs, cdiv(items, 2)),), arguments, num_warps=4)
 
 
-def read_form(x: Tensor) -> tuple[int, tuple[int, ...]]:
-    """How the kernel reads `x`, and the strides (of words, where it reads words) that it asks for."""
-    c, w = x.shape[1], x.shape[3]
-    n_stride, c_stride, h_stride, w_stride = x.stride()
-    even = not (w % 2 or h_stride % 2 or n_stride % 2 or x.data_ptr() % (2 * x.itemsize)) and x.itemsize <= 4
-    halved = (n_stride // 2, c_stride // 2, h_stride // 2, 1)
-    if even and w_stride == 1 and (c == 1 or c_stride % 2 == 0):
-        return PLANES, halved
-    if even and w_stride == c and c_stride == 1:
-        return PIXELS, halved
-    return SINGLE, x.stride()
+def is_paired(x: Tensor) -> bool:
+    """Whether all pairs of pixels of `x` lie where words of two values can be read."""
+    n, c, h, w = x.stride()
+    planes = w == 1 and (x.shape[1] == 1 or c % 2 == 0)
+    return (planes or w > 1) and x.shape[3] % 2 == n % 2 == h % 2 == 0 and x.data_ptr() % (2 * x.itemsize) == 0
