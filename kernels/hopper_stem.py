@@ -335,7 +335,7 @@ def pixel_words(words, r: gl.constexpr, pixel: gl.constexpr, normal, keep, C: gl
                 one = quotient(one.to(gl.float32), 255.0, 1.0 / 255.0) - normal[c]
                 one = quotient(one, normal[4 + c], normal[8 + c])
         else:
-            one = (v[0] * 0)
+            one = v[0] * 0
         v = v + (one,)
     return gl.where(keep, joined(v[0], v[1], dtype), 0), gl.where(keep, joined(v[2], v[3], dtype), 0)
 

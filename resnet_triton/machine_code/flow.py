@@ -12,7 +12,9 @@ _LABEL = re.compile(r"\s*([\w$.]+):(?!:)")
 def ptx(text: str) -> Flow:
     """That of NVIDIA's intermediate assembly. A switch (brx.idx) leads to every label of its table."""
     jump = r"(?P<maybe>@\S+\s+)?\b(?:bra(?:\.uni)?|brx\.idx(?:\.uni)?\s+%\w+,)\s+(?P<label>[\w$]+)"
-    return Flow(text, comment="//", jump=jump, leave=r"^\s*(?:ret|exit)\b", table=r"\.branchtargets\b(?P<labels>[^;]*);")
+    return Flow(
+        text, comment="//", jump=jump, leave=r"^\s*(?:ret|exit)\b", table=r"\.branchtargets\b(?P<labels>[^;]*);"
+    )
 
 
 def amd(text: str) -> Flow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from math import prod
 from typing import NamedTuple
@@ -11,13 +12,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from exact import assert_exact, conv_call, conv_reference, generator, rounded
+from exact import assert_exact, channels_last, conv_call, conv_reference, generator, offset_by_one, rounded
 from simulator import simulate
 from specialised import ptx
 
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
+from resnet_triton.ops import specialised
 
 
 class Case(NamedTuple):
@@ -134,3 +136,65 @@ def test_any_share_may_be_the_last(order: tuple[int, ...]) -> None:
     found, out, expected = launch(CASES["split, residual"])
     assert not simulate(found, ptx(found), programs=[(i, 0, 0) for i in order]).faults
     assert_exact(out, expected)
+
+
+# --- where it cannot run ---------------------------------------------------------------------------------------------
+
+
+MANY = ConvShape(1024, 8, 4, 4, 64, 3, 3, padding=(1, 1))
+"""Few multiplications, yet enough pixels for a warp-specialised kernel to be chosen."""
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU of compute capability 9.0 whose driver refuses Gluon's kernels and interprets the others: what was tried."""
+    tried, run = [], Launch.run
+
+    def driver(launch: Launch) -> None:
+        tried.append(launch.kernel.__name__)
+        if launch.specialised:
+            raise RuntimeError("Triton Error [CUDA]: invalid argument\nmore")
+        run(launch)
+
+    monkeypatch.setattr(specialised.interpreter, "active", lambda: False)
+    monkeypatch.setattr(specialised, "_refused", False)
+    monkeypatch.setattr(Launch, "run", driver)
+    monkeypatch.setattr("resnet_triton.ops.operation._asynchronous", lambda where: False)
+    monkeypatch.setattr("resnet_triton.ops.dispatch._fallback_reason", lambda where, forced: None)
+    return tried
+
+
+def test_a_driver_that_refuses_leads_to_the_next_kernel(fails: list[str]) -> None:
+    call = conv_call(generator(torch.device("cpu"), 0), MANY)
+    expected = rounded(conv_reference(call), torch.float16)
+    with pytest.warns(UserWarning) as warned:
+        assert_exact(call.compute(), expected)
+    (warning,) = warned
+    assert str(warning.message) == (
+        "hopper_conv_kernel cannot run here (RuntimeError: Triton Error [CUDA]: invalid argument); other kernels run in "
+        "place of the warp-specialised ones, slower"
+    )
+    assert_exact(call.compute(), expected)  # and no warning
+    assert [name for name in fails if name.startswith("hopper")] == ["hopper_conv_kernel"], "tried once"
+
+
+def test_errors_of_other_kernels_stay_errors(fails: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Launch, "specialised", False)
+
+    def broken(launch: Launch) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Launch, "run", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        conv_call(generator(torch.device("cpu"), 0), MANY).compute()
+
+
+@pytest.mark.parametrize("modes", [{"batch_invariant": True}, {"dependent": True}, {"unaligned": True}, {}], ids=str)
+def test_other_kernels_by_name(fails: list[str], monkeypatch: pytest.MonkeyPatch, modes: dict[str, bool]) -> None:
+    """Batch-invariant calls, dependent launches and unaligned tensors have kernels of their own."""
+    monkeypatch.setattr(specialised.dispatch, "dependent_launch", lambda: modes.get("dependent", False))
+    layout = offset_by_one if "unaligned" in modes else channels_last
+    call = conv_call(generator(torch.device("cpu"), 0), MANY, layout=layout)
+    call = replace(call, modes=call.modes._replace(batch_invariant="batch_invariant" in modes))
+    (found,) = call.launches(call.output())
+    assert (found.kernel.__name__ == "hopper_conv_kernel") == (not modes)
