@@ -40,19 +40,19 @@ _MANY = 32  # images from which boxes waste little of any shape
 class Rates(NamedTuple):
     """What an SM does, in nanoseconds and in what is done in one, fitted by `python -m benchmarks.fit_estimate`."""
 
-    flops: float = 6240
+    flops: float = 6230
     bytes: float = 86  # from L2
     launch: float = 1660
-    program: float = 590  # batch norm's loads and the first tile's arrival
+    program: float = 600  # batch norm's loads and the first tile's arrival
     turn: float = 150  # at least, of a main loop, of 64 channels
     pointer_turn: float = 219
     pointers: float = 2.08  # loads through pointers spend instructions on addresses and masks, beside the products
     element: float = 0.138  # of the result
     split: float = 840  # a store, a barrier, an atomic
-    specialised_flops: float = 7510
-    specialised_turn: float = 49  # besides its products: barriers
-    hidden: float = 0.72  # of a result's time, where an accumulator has 4,096 elements
-    residual: float = 1.35  # times as much for a result with one
+    specialised_flops: float = 7260
+    specialised_turn: float = 44  # besides its products: barriers
+    hidden: float = 0.65  # of a result's time, where an accumulator has 4,096 elements
+    residual: float = 1.32  # times as much for a result with one
 
 
 RATES = Rates()
@@ -168,7 +168,8 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: R
     result = rates.element * m * k * (rates.residual if shape.residual else 1)
     programs = -(-tiles(config, shape) * config.split_k // device.sm_count)  # of the busiest SM
     if config.kernel:  # one program an SM takes them in turn
-        turn = flops / rates.specialised_flops + rates.specialised_turn
+        columns = m // 4 if config.kernel == CONV64 else k
+        turn = flops / (rates.specialised_flops * _MATRIX.get(columns, 1.0)) + rates.specialised_turn
         accumulator = m * k // (8 if config.kernel == CONV64 else 2)
         result *= rates.hidden * (accumulator / 4096) ** 0.3  # the larger, the less of it other products hide
         work = rates.program + programs * (turns * turn + result)
