@@ -87,6 +87,13 @@ def test_every_choice_is_legal(arch: int, dtype: str, precision: str, descriptor
     assert paths == ({"pointer", "descriptor", *specialised} if modern else {"pointer"})
 
 
+@pytest.mark.parametrize("n", [32, 256])
+def test_hopper_takes_its_own_kernels_for_many_images(n: int) -> None:
+    shapes = {replace(call.shape, n=n) for model in ("resnet18", "resnet50") for call in calls(model)}
+    assert {conv_heuristic(shape, KNOWN[90]).kernel for shape in shapes} <= {"hopper_conv", "hopper_conv64"}
+    assert not any(conv_heuristic(shape, KNOWN[100]).kernel for shape in shapes)
+
+
 @ALL_DEVICES
 def test_choices_for_odd_shapes_are_legal(arch: int) -> None:
     for dtype, precision in NUMBERS:
