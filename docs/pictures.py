@@ -187,7 +187,7 @@ def time_line() -> Picture:
         art.box(x0 + start, y, length, 28, fill, edge)
         art.text(x0 + start + length / 2, y + 18, words, 11, colour, "middle")
 
-    art.text(28, 34, "Today: all warps load, multiply and store in turn", 15, bold=True)
+    art.text(28, 34, "Plain: all warps load, multiply and store in turn", 15, bold=True)
     row(50, "Eight warps")
     row(90, "Tensor cores")
     for tile in range(2):
@@ -199,7 +199,7 @@ def time_line() -> Picture:
         span(90, start + 60, 205, "busy", BLUE, BLUE, PAPER)
         art.text(x0 + start + 315, 108, "idle", 11, SOFT, "middle")
 
-    art.text(28, 168, "Planned, for Hopper: one warp loads, two groups of four warps multiply", 15, bold=True)
+    art.text(28, 168, "For Hopper: one warp loads, two groups of four warps multiply", 15, bold=True)
     row(188, "TMA warp", "a ring of 5 slots")
     row(246, "Group 1", "half of each tile")
     row(318, "Group 2", "the other half")

@@ -15,7 +15,7 @@ OPERATORS: dict[type[ast.AST], list[type[Any]]] = {
     ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is],
     ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Add], ast.Div: [ast.Mult], ast.FloorDiv: [ast.Mod],
     ast.Mod: [ast.FloorDiv], ast.BitAnd: [ast.BitOr], ast.BitOr: [ast.BitAnd], ast.LShift: [ast.RShift],
-    ast.And: [ast.Or], ast.Or: [ast.And], ast.BitXor: [ast.BitOr], ast.Pow: [ast.Mult],
+    ast.And: [ast.Or], ast.Or: [ast.And], ast.BitXor: [ast.BitOr], ast.Pow: [ast.Mult], ast.RShift: [ast.LShift],
 }  # fmt: skip
 STRINGS = {"inf": "0", "-inf": "0", "acq_rel": "relaxed", "gpu": "cta", ".cg": ""}
 OTHER_CALL = {
