@@ -721,7 +721,7 @@ def test_neighbours_are_one_step_away() -> None:
     near = candidates.neighbours(specialised, SHAPE, GPU)
     for expected in (
         replace(specialised, num_stages=5), specialised.on((1, 8, 16)),
-        specialised.on((2, 4, 32)), replace(specialised, box=(8, 4, 4)),
+        replace(specialised, box=(8, 4, 4)),
     ):  # fmt: skip
         assert expected in near, expected
     assert {c.kernel for c in near} == {"hopper_conv"}
