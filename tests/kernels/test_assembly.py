@@ -23,7 +23,7 @@ from compiling import ROW, run
 
 from resnet_triton import resnet18
 from resnet_triton.config.device import KNOWN
-from resnet_triton.machine_code import Code, flow, ordering
+from resnet_triton.machine_code import Code, flow, groups, ordering
 from resnet_triton.machine_code.access import accesses, loads
 from resnet_triton.ops import OPERATORS
 from resnet_triton.ops.precision import fp32_precision
@@ -91,6 +91,8 @@ import torch
 from dataclasses import asdict
 from resnet_triton import codegen, resnet18
 from resnet_triton.config.device import KNOWN
+from resnet_triton.kernels.hopper_conv import hopper_conv
+from resnet_triton.kernels.values import BatchNorm, ConvConfig, Geometry
 from resnet_triton.ops.trace import trace
 
 folder, planted = sys.argv[1], json.loads(sys.argv[2])
@@ -112,7 +114,19 @@ for batch in (1, 32):
 calls = trace(resnet18().eval(), (2, 3, 224, 224), torch.float16)
 (launch,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(KNOWN[90])
 (older,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(KNOWN[80])
-places = ((launch, 90), (older, 80))
+
+def images(channels, size=7, **options):
+    x = torch.empty(32, channels, size, size, dtype=torch.float16, **options)
+    return x.to(memory_format=torch.channels_last)
+
+v, tile = torch.ones(128), ConvConfig(128, 128, 64, 4, 4, (1, 4, 32), 2)
+specialised = hopper_conv(
+    out=images(128), x=images(128), weight=images(128, 3)[:1].expand(128, -1, -1, -1).contiguous(
+        memory_format=torch.channels_last), batch_norm=BatchNorm(v, v, v, v, 1e-5),
+    geometry=Geometry((1, 1), (1, 1)), residual=images(128), shortcut=None, relu=True, config=tile, programs=132,
+    partials=torch.empty(1), semaphores=torch.empty(1, dtype=torch.int32),
+)
+places = ((launch, 90), (older, 80), (specialised, 90))
 texts = [codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"] for launch, arch in places]
 print(json.dumps([found, widths, *texts]))
 """
@@ -156,7 +170,8 @@ ON_AMD = (
 @cache
 def compiled() -> Any:
     """Vital signs of all that is planted; the widest access of each of our kernels when it knows of no alignment; the
-    PTX of a convolution that shares its tiles and loads and stores them in bulk, and of one that copies its operands.
+    PTX of a convolution that shares its tiles and loads and stores them in bulk, of one that copies its operands, and
+    of one whose warps have different parts.
     """
     places = [(80, name) for name in SOURCES] + [("gfx942", name) for name in ON_AMD]
     wanted = {f"{name}, {arch}": (arch, *SOURCES[name], name not in UNALIGNED) for arch, name in places}
@@ -215,15 +230,15 @@ def after(text: str, near: str, new: str) -> str:
 
 
 def test_every_rule_guards_a_real_kernel():
-    _, _, sound, _ = compiled()
+    _, _, sound, *_ = compiled()
 
     def broken(text: str) -> tuple[str, ...]:
         assert text != sound
-        return ordering.broken(flow.ptx(text), ordering.NVIDIA_RULES)
+        return ordering.broken(groups.ptx(text), ordering.NVIDIA_RULES)
 
     store, wait, fence = "bulk_group [", "cp.async.bulk.wait_group", "fence.proxy.async"
     arrival, write = "atom.global.gpu.acq_rel.add.u32 %r1, [%rd1], 1;", "st.shared.b32 [%r1], %r2;"
-    assert ordering.broken(flow.ptx(sound), ordering.NVIDIA_RULES) == ()
+    assert ordering.broken(groups.ptx(sound), ordering.NVIDIA_RULES) == ()
     barriers = 1 + ADDS_BARRIERS  # ours, and the compiler's
     assert broken(without(sound, "bar.sync", "atom.", count=barriers)) == (ordering.NO_BARRIER_BEFORE_ATOMIC,)
     unguarded = without(sound, "bar.sync", "atom.", after=True, count=barriers)
@@ -241,13 +256,13 @@ def test_every_rule_guards_a_real_kernel():
 
 
 def test_rules_of_operands_in_shared_memory():
-    _, _, bulk, copied = compiled()
+    _, _, bulk, copied, _ = compiled()
     for sound in (bulk, copied):
-        assert ordering.broken(flow.ptx(sound), ordering.NVIDIA_RULES) == ()
+        assert ordering.broken(groups.ptx(sound), ordering.NVIDIA_RULES) == ()
 
     def broken(text: str) -> set[str]:
         assert text not in (bulk, copied)
-        return set(ordering.broken(flow.ptx(text), ordering.NVIDIA_RULES))
+        return set(ordering.broken(groups.ptx(text), ordering.NVIDIA_RULES))
 
     # Barriers behind the wait in the loop: for pixels, for filters and, by some Tritons, for the wait itself.
     barrier, wait, load, copy = "bar.sync", "cp.async.wait_group", "ldmatrix.", "cp.async.cg."
@@ -260,6 +275,49 @@ def test_rules_of_operands_in_shared_memory():
     assert broken(without(copied, wait, load, count=99)) == {ordering.UNFINISHED_COPY}
     assert ordering.NO_BARRIER_AFTER_COPY in broken(without(copied, barrier, load, count=99))
     assert ordering.NO_BARRIER_BEFORE_COPY in broken(without(copied, barrier, copy, count=99))
+
+
+def parts(text: str) -> tuple[str, str, str]:
+    """A warp-specialised kernel's text before, in and after the second group that multiplies."""
+    lines = text.splitlines(keepends=True)
+    own = [i for i, line in enumerate(lines) if re.match(r"\s*bar\.sync\s+2, 128;", line)]
+    return "".join(lines[: own[0]]), "".join(lines[own[0] : own[-1] + 1]), "".join(lines[own[-1] + 1 :])
+
+
+def test_rules_of_a_kernel_whose_warps_have_different_parts():
+    sound = compiled()[-1]
+    head, group, tail = parts(sound)
+    barrier, wait = "bar.sync", "cp.async.bulk.wait_group"
+    assert ordering.broken(groups.ptx(sound), ordering.NVIDIA_RULES) == ()
+
+    def broken(changed: str, before: str = head, after: str = tail) -> set[str]:
+        assert before + changed + after != sound
+        return set(ordering.broken(groups.ptx(before + changed + after), ordering.NVIDIA_RULES))
+
+    everything = {
+        ordering.NO_BARRIER_BEFORE_ATOMIC, ordering.NO_BARRIER_AFTER_ATOMIC, ordering.NO_BARRIER_BEFORE_BULK_STORE,
+        ordering.NO_BARRIER_AFTER_WAIT, ordering.NO_BARRIER_BEFORE_HANDOVER,
+    }  # fmt: skip
+    for other in ("0, 128", "2, 64", "2, 256"):
+        assert broken(re.sub(r"bar\.sync\s+2, 128", f"bar.sync {other}", group)) == everything, other
+    assert broken(re.sub(r"bar\.sync\s+2, 128", "bar.warp.sync -1", group)) == everything
+    assert broken(re.sub(r"bar\.sync\s+2, 128", "bar.sync 3, 128", group)) == set(), "a number of its own"
+    table = re.search(r"st\.shared\.v2\.b32\s+\[global_smem\+\d+\], \{0, \d+\};\n", sound)[0]
+    for wrong in (table.replace("{0,", "{1,"), table.replace("v2.", "").replace("{0, ", "").replace("}", ""), ""):
+        assert broken(group, before=head.replace(table, wrong), after=tail.replace(table, wrong)) == everything, wrong
+
+    lines = group.splitlines(keepends=True)
+    barriers = [i for i, line in enumerate(lines) if barrier in line]
+    single = [broken("".join(lines[:i] + lines[i + 1 :])) for i in barriers]
+    for rule in everything:
+        assert ADDS_BARRIERS or {rule} in single, rule
+    write, announce = "st.shared.b32 [%r1], %r2;", "atom.global.gpu.acq_rel.add.u32 %r1, [%rd1], 1;"
+    assert broken(without(group, barrier, "bulk_group [")) == {ordering.NO_BARRIER_BEFORE_BULK_STORE}
+    assert broken(without(group, "fence.proxy.async", "bulk_group [")) == {ordering.UNFENCED_BULK_STORE}
+    assert broken(re.sub(rf"{wait}\.read\s+0", f"{wait}.read 1", group)) == {ordering.UNREAD_BULK_STORE}
+    assert broken(after(group, "bulk_group [", write)) == {ordering.UNREAD_BULK_STORE}
+    announced = after(group, "cp.async.bulk.commit_group", f"bar.sync 2, 128;\n{announce}\nbar.sync 2, 128;")
+    assert broken(announced) == {ordering.UNFINISHED_BULK_STORE}, "what the bulk store itself wrote"
 
 
 @pytest.mark.parametrize("arch", [80, "gfx942"])
@@ -345,6 +403,19 @@ waitLoop:
 """
 
 
+SWITCH = """
+    start;
+    $L_brx_0: .branchtargets
+        $ONE,
+        $OTHER;
+    brx.idx %r1, $L_brx_0;
+$ONE:
+    guard;
+$OTHER:
+    end;
+"""
+
+
 def test_every_path_counts():
     def meets(text: str) -> bool:
         return flow.ptx(text).meets("start", "end;", r"\s*guard")
@@ -357,6 +428,10 @@ def test_every_path_counts():
     assert meets(
         PATHS.replace("inner;", "start;").replace("@!complete bra.uni waitLoop;\n    }\n    ret", "@%p bra $END")
     )
+    assert meets(SWITCH), "a switch leads to all its labels"
+    assert not meets(SWITCH.replace("$OTHER;", "$ONE;"))
+    with pytest.raises(ValueError, match=r"a jump to \$NONE, which is not there"):
+        meets(SWITCH.replace("$OTHER;", "$NONE;"))
     looped = [line.strip() for line in flow.ptx(PATHS).looped()]
     assert looped == [
         "waitLoop:",
