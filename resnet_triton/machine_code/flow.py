@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _LABEL = re.compile(r"\s*([\w$.]+):(?!:)")
 
@@ -62,23 +62,36 @@ class Flow:
                 self.next[i] = (*targets, i + 1) if found["maybe"] else tuple(targets)
                 self._loops += [range(to, i + 1) for to in targets if to <= i]
 
-    def meets(self, start: str, end: str, guard: str) -> bool:
+    def meets(self, start: str, end: str, guard: str, own: bool = False) -> bool:
         """Whether some path leads from a line that matches `start` to one that matches `end`, past no `guard`.
 
         A guard that only some threads execute ("@%p1 bar.sync") guards nothing, so let `guard` match no predicate.
+        With `own`, an end from which the next start is always another one does not count.
         """
-        ends, guards = re.compile(end), re.compile(guard)
-        waiting = [to for i, line in enumerate(self.lines) if re.search(start, line) for to in self.next[i]]
-        seen = set()
+        starts, ends = self._matching(re.compile(start).search), self._matching(re.compile(end).search)
+        guards = self._matching(re.compile(guard).match)
+        if not own:
+            return bool(self.after(starts, guards) & ends - guards)
+        for i in starts:
+            for met in self.after({i}, guards) & ends - guards:
+                if i in (self.after({met}, starts) & starts or {i}):
+                    return True
+        return False
+
+    def _matching(self, pattern: Callable[[str], object]) -> set[int]:
+        return {i for i, line in enumerate(self.lines) if pattern(line)}
+
+    def after(self, starts: set[int], stops: set[int]) -> set[int]:
+        """The lines that may come after any of `starts`, with no stop in between."""
+        waiting = [to for i in starts for to in self.next[i]]
+        seen: set[int] = set()
         while waiting:
             i = waiting.pop()
-            if i in seen or i == len(self.lines) or guards.match(self.lines[i]):
-                continue
-            if ends.search(self.lines[i]):
-                return True
-            seen.add(i)
-            waiting += self.next[i]
-        return False
+            if i not in seen and i < len(self.lines):
+                seen.add(i)
+                if i not in stops:
+                    waiting += self.next[i]
+        return seen
 
     def looped(self) -> Iterator[str]:
         """The lines inside loops."""

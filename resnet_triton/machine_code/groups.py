@@ -61,7 +61,8 @@ def _size(line: int, sizes: dict[int, int], runs: dict[int, set[int]]) -> int:
 
 def _groups(flow: Flow, total: int) -> tuple[dict[int, int], dict[int, set[int]]]:
     """By its first line, each group's threads (0: not known) and the lines that it runs."""
-    switches = [flow.next[i] for i, line in enumerate(flow.lines) if _SWITCH.search(line)]
+    at = {i for i, line in enumerate(flow.lines) if _SWITCH.search(line)}
+    switches = [flow.next[i] for i in at]
     tables = _tables(flow) if switches else []
     sizes = {0: total - _WARP * len(tables[0]) if tables else 0 if switches else total}
     for places in switches:
@@ -70,7 +71,7 @@ def _groups(flow: Flow, total: int) -> tuple[dict[int, int], dict[int, set[int]]
             sizes[to] = _WARP * counts.pop() if len(counts) == 1 else 0
     if len(set(map(len, tables))) > 1:
         sizes = dict.fromkeys(sizes, 0)
-    return sizes, {start: _run(flow, start) for start in sizes}
+    return sizes, {start: {start} | flow.after({start}, at) for start in sizes}
 
 
 def _tables(flow: Flow) -> list[bytes]:
@@ -86,17 +87,3 @@ def _tables(flow: Flow) -> list[bytes]:
                     table += (int(value) % (1 << size)).to_bytes(size // 8, "little")
             tables.append(table)
     return tables
-
-
-def _run(flow: Flow, start: int) -> set[int]:
-    """The lines that may follow without a switch."""
-    seen: set[int] = set()
-    waiting = [start]
-    while waiting:
-        i = waiting.pop()
-        if i in seen or i == len(flow.lines):
-            continue
-        seen.add(i)
-        if not _SWITCH.search(flow.lines[i]):
-            waiting += flow.next[i]
-    return seen

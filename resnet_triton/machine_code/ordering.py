@@ -10,12 +10,16 @@ from .groups import TOGETHER
 
 
 class Rule(NamedTuple):
-    """Every path from a `start` to an `end` must pass a `guard`: regular expressions, each for a line of assembly."""
+    """Every path from a `start` to an `end` must pass a `guard`: regular expressions, each for a line of assembly.
+
+    With `own`, an end from which all paths lead to another start first is that one's, and none of this one.
+    """
 
     broken: str
     start: str
     end: str
     guard: str
+    own: bool = False
 
 
 NO_BARRIER_BEFORE_ATOMIC = "no barrier between a store and the atomic after it"
@@ -30,7 +34,7 @@ UNFINISHED_COPY = "no wait between a copy to shared memory and the load after it
 NO_BARRIER_AFTER_COPY = "no barrier between the wait for a copy to shared memory and the load after it"
 NO_BARRIER_BEFORE_COPY = "no barrier between a load of shared memory and the copy after it"
 NO_BARRIER_AFTER_PRODUCT = "no barrier between the wait for a matrix product and the copy to shared memory after it"
-NO_BARRIER_BEFORE_HANDOVER = "no barrier between the wait for what reads shared memory and the arrival after it"
+NO_BARRIER_BEFORE_HANDOVER = "no barrier between a use of shared memory and the arrival after it"
 NO_RELEASE = "no write-back between a store and the atomic after it"
 NO_ACQUIRE = "no invalidation between an atomic and the load after it"
 
@@ -48,7 +52,7 @@ _BULK_LOAD = r"\bcp\.async\.bulk\.tensor\.[\w.:]*shared::\w+\.global"
 _ARRIVAL = r"\bmbarrier\.arrive\.(?!expect_tx)"  # that one announces a load
 _SHARED_LOAD = r"\bldmatrix\.|\bwgmma\.mma_async\."
 _COPIED = r"\s*cp\.async\.wait_(?:group|all)\b"
-_READER = r"\bwgmma\.wait_group\.|\bcp\.async\.bulk\.wait_group|\bld\.[\w.:]*shared|\bldmatrix\."
+_USE = rf"\bwgmma\.wait_group\.|\bcp\.async\.bulk\.wait_group|\bld\.[\w.:]*shared|\bldmatrix\.|{_SHARED_STORE}"
 _LEAVE = r"^\s*(?:@\S+\s+)?(?:ret|exit)\b"
 # Of `.read`, the buffer may be used again, but what was stored need not be there yet.
 _WRITTEN = r"\s*cp\.async\.bulk\.wait_group\s+0\b"
@@ -62,15 +66,16 @@ NVIDIA_RULES = (
     Rule(UNFINISHED_BULK_STORE, _BULK_STORE, _ATOMIC, rf"{_WRITTEN}|\s*{_STORE}"),
     Rule(UNFENCED_BULK_STORE, _SHARED_STORE, _BULK_STORE, r"\s*fence\.proxy\.async"),
     Rule(NO_BARRIER_BEFORE_BULK_STORE, _SHARED_STORE, _BULK_STORE, _BARRIER),
-    Rule(UNREAD_BULK_STORE, _BULK_STORE, rf"{_SHARED_STORE}|{_LEAVE}", _READ),
+    # What is stored before another bulk store is for that one: whether it really goes elsewhere is not seen.
+    Rule(UNREAD_BULK_STORE, _BULK_STORE, rf"{_SHARED_STORE}|{_LEAVE}", _READ, own=True),
     Rule(NO_BARRIER_AFTER_WAIT, _READ, _SHARED_STORE, _BARRIER),
     # Which slot of a ring is loaded is not followed: whether the wait or the barrier is for this one is not seen.
     Rule(UNFINISHED_COPY, _COPY, _SHARED_LOAD, _COPIED),
     Rule(NO_BARRIER_AFTER_COPY, _COPIED, _SHARED_LOAD, _BARRIER),
     Rule(NO_BARRIER_BEFORE_COPY, r"\bldmatrix\.", _COPY, _BARRIER),
     Rule(NO_BARRIER_AFTER_PRODUCT, r"\bwgmma\.wait_group\.", rf"{_BULK_LOAD}|{_COPY}", _BARRIER),
-    # One thread arrives for its group, which gives shared memory back to others.
-    Rule(NO_BARRIER_BEFORE_HANDOVER, _READER, _ARRIVAL, _BARRIER),
+    # One thread arrives for its group, which hands shared memory over to others.
+    Rule(NO_BARRIER_BEFORE_HANDOVER, _USE, _ARRIVAL, _BARRIER),
 )
 
 _AMD_STORE, _AMD_LOAD = r"\b(?:global|buffer|flat)_store", r"\b(?:global|buffer|flat)_load"
@@ -85,4 +90,4 @@ AMD_RULES = (
 
 def broken(flow: Flow, rules: tuple[Rule, ...]) -> tuple[str, ...]:
     """What the rules say of those that some path breaks."""
-    return tuple(rule.broken for rule in rules if flow.meets(rule.start, rule.end, rule.guard))
+    return tuple(rule.broken for rule in rules if flow.meets(*rule[1:]))

@@ -25,13 +25,13 @@ from .flow import Flow, sass
 
 # In these, the first operand that is no predicate is the result, if it is a register.
 _WRITE = {
-    "CS2R", "F2FP", "F2I", "FADD", "FFMA", "FMUL", "FSEL", "HADD2", "HFMA2", "I2F", "IABS", "IADD3", "IMAD", "LDC", "LDG", "LDS",
+    "CS2R", "F2FP", "F2I", "FADD", "FFMA", "FMNMX", "FMUL", "FSEL", "HADD2", "HFMA2", "I2F", "IABS", "IADD3", "IMAD", "LDC", "LDG", "LDL", "LDS",
     "LDSM", "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL", "SGXT", "SHF", "SHFL", "SYNCS", "VIADD",
 }  # fmt: skip
 # In these, no register is a result.
 _READ = {
     "BAR", "BRA", "BSSY", "DEPBAR", "ELECT", "EXIT", "FCHK", "FENCE", "FSETP", "ISETP", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP",
-    "PLOP3", "R2UR", "S2UR", "STG", "STS", "STSM", "VOTEU", "WARPGROUP",
+    "PLOP3", "R2UR", "S2UR", "STG", "STL", "STS", "STSM", "VOTEU", "WARPGROUP",
 }  # fmt: skip
 _MOST = 7  # groups that a wait can leave running
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -149,7 +149,7 @@ def _hazards(
 def _calls(code: Sequence[_Instruction | None]) -> Iterator[int]:
     """The calls that the line before tells to return to the instruction after."""
     for i, (before, call) in enumerate(zip(code, code[1:], strict=False), start=1):
-        if call and call.base == "CALL" and before and before.name == "MOV" and not before.maybe:
+        if call and call.name == "CALL.REL.NOINC" and before and before.name == "MOV" and not before.maybe:
             after = code[_following(code, i)] if _following(code, i) < len(code) else None
             if after and before.operands[-1] == f"0x{int(after.address, 16):x}":
                 yield i

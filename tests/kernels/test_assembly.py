@@ -403,6 +403,32 @@ waitLoop:
 """
 
 
+TWO = """
+top:
+    st.shared.b32 [%r1], %r2;
+    cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r1, %r2}], [%r1];
+    st.shared.b32 [%r3], %r2;
+    cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r1, %r2}], [%r3];
+    cp.async.bulk.wait_group.read 0;
+    @%p1 bra top;
+"""
+
+
+def test_each_bulk_store_has_stores_of_its_own():
+    def unread(text: str) -> bool:
+        return ordering.UNREAD_BULK_STORE in ordering.broken(groups.ptx(text), ordering.NVIDIA_RULES)
+
+    assert not unread(TWO), "two buffers, each stored to and then stored from"
+    wait = "    cp.async.bulk.wait_group.read 0;\n"
+    assert unread(TWO.replace(wait, "")), "the next turn stores to both again"
+    assert unread(TWO.replace(wait, "    st.shared.b32 [%r3], %r2;\n" + wait)), "for the first of the next turn"
+    assert unread(
+        TWO.replace("    cp", "    @%p2 bra over;\n    cp", 1).replace(
+            "    st.shared.b32 [%r3]", "over:\n@%p3 bra top;\n    st.shared.b32 [%r3]"
+        )
+    ), "a turn without the second"
+
+
 SWITCH = """
     start;
     $L_brx_0: .branchtargets

@@ -137,6 +137,69 @@ def test_every_path_is_followed():
         follow(changed("`(.L_x_5)", "`(.L_nowhere)"), expected=True)
 
 
+WAIT = "        /*21e0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;\n"
+
+
+def before_the_wait(*lines: str, behind: str = "") -> tuple[str, ...]:
+    """Hazards of the right loop with instructions between products and a wait, and others behind its end."""
+    assert RIGHT.count(WAIT) == 1, "the address of the loop's first wait"
+    code = "".join(
+        line if line.startswith(".L") else f"        /*{0x9000 + 16 * i:x}*/                   {line} ;\n"
+        for i, line in enumerate(lines)
+    )
+    return follow(RIGHT.replace(WAIT, code + WAIT) + behind, expected=True).hazards
+
+
+def names(hazards: tuple[str, ...]) -> set[str]:
+    assert all("is unknown, and HGMMA" in line for line in hazards)
+    return {line.split()[0] for line in hazards}
+
+
+CALL = "CALL.REL.NOINC `($root)"
+ROOT = """$root:
+        /*a000*/                   MOV R5, R4 ;
+        /*a010*/                   RET.REL.NODEC R2 `(kernel) ;
+"""
+
+
+def test_calls_are_followed_if_they_return_to_where_they_stand():
+    call = ("MOV R2, 0x9020", CALL, "NOP")
+    assert before_the_wait(*call, behind=ROOT) == ()
+    written = before_the_wait(*call, behind=ROOT.replace("R5, R4", "R164, R4"))
+    assert any("MOV at a000 overwrites R164 of HGMMA" in line for line in written), "in the subroutine"
+    written = before_the_wait(*call[:2], "MOV R164, R4", behind=ROOT)
+    assert any("MOV at 9020 overwrites R164 of HGMMA" in line for line in written), "behind it"
+    for wrong in (
+        ("MOV R2, 0x9030", CALL, "NOP"),
+        ("@P0 MOV R2, 0x9020", CALL, "NOP"),
+        ("IMAD R2, R2, R2, R2", CALL, "NOP"),
+        ("MOV R2, 0x9030", ".L_other:\n", CALL, "NOP"),
+        ("MOV R2, 0x9020", CALL.replace("CALL.REL.NOINC", "CALL.ABS"), "NOP"),
+    ):
+        assert "CALL" in {name[:4] for name in names(before_the_wait(*wrong, behind=ROOT))}, wrong
+    assert names(before_the_wait("RET.REL.NODEC R2 `(kernel)")) == {"RET.REL.NODEC"}, "nobody called"
+
+
+def test_threads_that_part_are_followed_if_they_meet_at_the_next_instruction():
+    part, meet, there = "BSSY B0, `(.L_there)", "BSYNC B0", ".L_there:\n"
+    assert before_the_wait(part, "MOV R2, R3", meet, there) == ()
+    for wrong in (
+        (meet,),
+        (part, meet, "NOP", there),
+        (part.replace("B0", "B1"), meet, there),
+        (part, "@P0 BRA `(.L_past)", part.replace("there", "past"), ".L_past:\n", meet, there),
+    ):
+        assert names(before_the_wait(*wrong)) == {"BSYNC"}, wrong
+
+
+def test_a_product_beside_what_a_batch_norm_does():
+    """Conversions write registers; setmaxnreg gives them away."""
+    assert before_the_wait("I2F.RP R5, R4", "F2I.U32 R5, R4", "FCHK P0, R5, R4", "FMNMX R5, R4, R3, PT") == ()
+    for name in ("I2F.RP", "F2I.U32", "FMNMX", "LDL"):
+        assert any(f"{name} at 9000 overwrites R164" in line for line in before_the_wait(f"{name} R164, R4")), name
+    assert names(before_the_wait("USETMAXREG.DEALLOC.CTAPOOL 0x28")) == {"USETMAXREG.DEALLOC.CTAPOOL"}
+
+
 def test_hazards_are_faults():
     assert replace(ROW, code=replace(COMPILED, hazards=("one", "another"))).faults() == ["one", "another"]
     lost = ("no product to follow in the machine code, expected those of the PTX",)

@@ -153,6 +153,43 @@ def test_a_kernel_is_judged_once_and_not_launched_if_it_is_unsafe(
     assert files == 3
 
 
+GLUON = """
+import json, sys, warnings
+from pathlib import Path
+import torch
+from resnet_triton.kernels.hopper_conv import hopper_conv
+from resnet_triton.kernels.values import BatchNorm, ConvConfig, Geometry
+from resnet_triton.machine_code import verdict
+from resnet_triton.tuner import precompile
+
+precompile.pretend(90)
+warnings.simplefilter("ignore")
+
+def nhwc(*size):
+    return torch.empty(size, dtype=torch.float16).to(memory_format=torch.channels_last)
+
+v = torch.ones(64)
+launch = hopper_conv(
+    out=nhwc(128, 64, 2, 2), x=nhwc(128, 64, 2, 2), weight=nhwc(64, 64, 3, 3), batch_norm=BatchNorm(v, v, v, v, 1e-5),
+    geometry=Geometry((1, 1), (1, 1)), residual=None, shortcut=None, relu=True, programs=4, partials=None,
+    config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), semaphores=None,
+)
+object.__setattr__(launch, "own", False)
+found = [verdict.unsafe_reason(launch)]
+verdict._known.clear()
+verdict._edition = lambda: "another"
+verdict.disassemble = lambda cubin: Path(sys.argv[1]).read_text()
+print(json.dumps([*found, verdict.unsafe_reason(launch)]))
+"""
+
+
+def test_a_kernel_whose_warps_have_different_parts_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sound, wrong = json.loads(run(GLUON, str(WRONG)))
+    assert sound is None
+    assert wrong.startswith("hopper_conv_kernel may give wrong answers: LDSM.16.M88.4 at 1b90 overwrites R168 of HGMMA")
+
+
 # --- where a call goes then ------------------------------------------------------------------------------------------
 
 SHAPE = ConvShape(3, 16, 6, 6, 32, 3, 3, padding=(1, 1))

@@ -201,6 +201,53 @@ def test_each_fault_is_named():
     assert faults(replace(ROW, dtype="float32"), tensor_core="none", wgmma=0, tma=False) == []
 
 
+def test_each_fault_of_a_kernel_whose_warps_have_different_parts_is_named():
+    own = {"specialised": True, "setmaxnreg": True, "warps": 12, "narrowest_load": 4}
+    assert faults(**own) == []
+    assert faults(**{**own, "setmaxnreg": False}) == [
+        "no setmaxnreg: its groups of warps have equal numbers of registers"
+    ]
+    assert faults(**own, wgmma_registers=8) == ["8 wgmma read their first operand from registers"]
+    assert faults(replace(ROW, kernel="hopper_stem_kernel"), **own, wgmma_registers=8) == []
+    assert faults(**own, pendings=(0, 0)) == ["every wait for wgmma leaves none running"]
+    assert faults(replace(ROW, kernel="hopper_conv64_kernel"), **own, pendings=(0, 0)) == []
+    assert faults(**own, messages=("(C7506) ... setmaxnreg ignored",)) == ["(C7506) ... setmaxnreg ignored"]
+    assert faults(**own, messages=("(C7513) ... are serialized",)) == ["ptxas serialised wgmma"]
+    assert faults(replace(ROW, batch=1), **own, wgmma=0, tma=False) == ["no wgmma", "no TMA"]
+
+
+SPECIALISED = """
+import json
+import torch
+from resnet_triton.codegen import compile_for, specialise, target
+from resnet_triton.codegen.rows import _compiled, _Planned
+from resnet_triton.kernels.hopper_conv import hopper_conv
+from resnet_triton.kernels.values import BatchNorm, ConvConfig, Geometry
+
+def nhwc(*size):
+    return torch.empty(size, dtype=torch.float16).to(memory_format=torch.channels_last)
+
+v = torch.ones(64)
+launch = hopper_conv(
+    out=nhwc(128, 64, 28, 28), x=nhwc(128, 64, 28, 28), weight=nhwc(64, 64, 3, 3), residual=None, shortcut=None,
+    batch_norm=BatchNorm(v, v, v, v, 1e-5), geometry=Geometry((1, 1), (1, 1)), relu=True, programs=132,
+    config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), partials=None, semaphores=None,
+)
+planned = _Planned("layer", "conv_bn_relu", 128, "float16", 0, launch, target(90), specialise(launch))
+print(json.dumps(_compiled(planned, compile_for(planned.source, 90)).record()))
+"""
+
+
+def test_a_kernel_whose_warps_have_different_parts_is_read():
+    row = json.loads(run(SPECIALISED))
+    assert row["faults"] == []
+    assert (row["num_warps"], row["num_stages"], row["programs_per_sm"], row["occupancy"]) == (12, 6, 1, 0.188)
+    assert (row["waves"], row["dots"], row["wgmma"], row["wgmma_registers"]) == (1.0, 2, 8, 0)
+    assert row["pendings"] == [1, 0, 1, 0]
+    assert row["specialised"]
+    assert row["setmaxnreg"]
+
+
 LOG = """ptxas info    : 0 bytes gmem
 ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...
 ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...
@@ -242,6 +289,28 @@ def test_machine_code_is_read():
     assert code.serialized
     with pytest.raises(ValueError, match="no 'Used N registers' in ptxas's report"):
         read_nvidia(ttir="", ttgir="", ptx="", sass="", log="ptxas fatal", shared_memory=0)
+
+
+def test_what_gluon_leaves_behind_is_read():
+    ttgir = """
+    ttg.warp_specialize(%a, %b) attributes {requestedRegisters = array<i32: 232, 40>}
+    %c = ttng.warp_group_dot %a, %b, %c {isAsync = true}
+    %d = ttng.warp_group_dot_wait %c {pendings = 1 : i32}
+    """
+    ptx = f".reqntid 384\n{PTX}    setmaxnreg.dec.sync.aligned.u32 40;\n"
+    sass = SASS.replace("R24, gdesc[UR8], R24", "R24, R64, gdesc[UR8], R24", 1)
+    code = read_nvidia(ttir="", ttgir=ttgir, ptx=ptx, sass=sass, log=LOG, shared_memory=0)
+    assert (code.dots, code.pendings, code.warps, code.wgmma, code.wgmma_registers) == (1, (1,), 12, 3, 1)
+    assert code.specialised
+    assert code.setmaxnreg
+    plain = read_nvidia(ttir="%a = tt.dot", ttgir="", ptx=PTX, sass=SASS, log=LOG, shared_memory=0)
+    assert (plain.dots, plain.warps, plain.wgmma_registers, plain.specialised, plain.setmaxnreg) == (
+        1,
+        0,
+        0,
+        False,
+        False,
+    )
 
 
 RESULT = {"triton": "3.7.1", "ptxas": {"sm_90": "12.8"}, "rows": [ROW.record()]}
