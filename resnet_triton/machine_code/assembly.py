@@ -29,11 +29,11 @@ class Code:
     """Vital signs of one compiled kernel. Sizes in bytes; `spill_bytes` per thread, stores and loads together.
 
     Instructions, wgmma and waits are counted in the text, so once for a loop. `pendings` holds how many wgmma each wait
-    leaves running: a pipelined loop waits with at least one pending. `wgmma_registers` of them read their first operand
-    from registers. `messages` are ptxas's own words. Each wgmma was followed until it is waited for; `hazards` says what
-    happens to its registers before (`products.py`).
+    leaves running: a pipelined loop waits with at least one pending. `wgmma_registers` of the wgmma read their first
+    operand from registers. `messages` are ptxas's own words. Each wgmma was followed until it is waited for; `hazards`
+    says what happens to its registers before (`products.py`).
 
-    A warp-specialised kernel has more warps than it is launched with, `warps` in all (0: not known).
+    `warps` are those of a program (0: not known): a warp-specialised kernel has more than its launch asks for.
 
     Of a thread's accesses to global memory through pointers, `narrowest_load` is the least in a loop (0: none there),
     `widest_access` the most anywhere.

@@ -54,7 +54,7 @@ class Flow:
             elif found := re.search(jump, line):
                 targets = []
                 for label in self.switches.get(found["label"], [found["label"]]):
-                    # Inline PTX has labels of its own, the same at every use: a jump means the nearest above, else below.
+                    # Inline PTX has labels of its own, the same at every use: the nearest above is meant, else below.
                     where = places[label]
                     if not where:
                         raise ValueError(f"a jump to {label}, which is not there")

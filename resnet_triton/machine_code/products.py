@@ -19,19 +19,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from .flow import Flow, sass
 
 # In these, the first operand that is no predicate is the result, if it is a register.
 _WRITE = {
-    "CS2R", "F2FP", "F2I", "FADD", "FFMA", "FMNMX", "FMUL", "FSEL", "HADD2", "HFMA2", "I2F", "IABS", "IADD3", "IMAD", "LDC", "LDG", "LDL", "LDS",
-    "LDSM", "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL", "SGXT", "SHF", "SHFL", "SYNCS", "VIADD",
+    "CS2R", "F2FP", "F2I", "FADD", "FFMA", "FMNMX", "FMUL", "FSEL", "HADD2", "HFMA2", "I2F", "IABS", "IADD3", "IMAD",
+    "LDC", "LDG", "LDL", "LDS", "LDSM", "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL", "SGXT",
+    "SHF", "SHFL", "SYNCS", "VIADD",
 }  # fmt: skip
 # In these, no register is a result.
 _READ = {
-    "BAR", "BRA", "BSSY", "DEPBAR", "ELECT", "EXIT", "FCHK", "FENCE", "FSETP", "ISETP", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP",
-    "PLOP3", "R2UR", "S2UR", "STG", "STL", "STS", "STSM", "VOTEU", "WARPGROUP",
+    "BAR", "BRA", "BSSY", "DEPBAR", "ELECT", "EXIT", "FCHK", "FENCE", "FSETP", "ISETP", "LDGDEPBAR", "LDGSTS",
+    "MEMBAR", "NOP", "PLOP3", "R2UR", "S2UR", "STG", "STL", "STS", "STSM", "VOTEU", "WARPGROUP",
 }  # fmt: skip
 _MOST = 7  # groups that a wait can leave running
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -148,7 +150,7 @@ def _hazards(
 
 def _calls(code: Sequence[_Instruction | None]) -> Iterator[int]:
     """The calls that the line before tells to return to the instruction after."""
-    for i, (before, call) in enumerate(zip(code, code[1:], strict=False), start=1):
+    for i, (before, call) in enumerate(pairwise(code), start=1):
         if call and call.name == "CALL.REL.NOINC" and before and before.name == "MOV" and not before.maybe:
             after = code[_following(code, i)] if _following(code, i) < len(code) else None
             if after and before.operands[-1] == f"0x{int(after.address, 16):x}":
