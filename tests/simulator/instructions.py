@@ -209,7 +209,7 @@ def wait_for_launch(s: Strand, i: Decoded) -> None:
     s.clock[:, :, GRID] = 1
 
 
-@does(r"fence\.proxy\.async(\.shared::cta|\.global)?")
+@does(r"fence\.proxy\.async(\.shared|\.global)?")
 def fence(s: Strand, i: Decoded) -> None:
     np.maximum(s.clock[:, 0], s.clock[:, 1], out=s.clock[:, 1])
 
@@ -305,7 +305,7 @@ def add_atomically(s: Strand, i: Decoded, scope: str, order: str) -> None:
         word += s.get(by, "u32")[lane]
 
 
-@does(r"(?P<way>ld|st)matrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<turned>\.trans)?\.shared(::cta)?\.b16")
+@does(r"(?P<way>ld|st)matrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<turned>\.trans)?\.shared\.b16")
 def move_matrices(s: Strand, i: Decoded, way: str, count: str, turned: str | None) -> None:
     """8x8 matrices of 16-bit values: lane 8j + r has the address of row r of matrix j, and two values of each."""
     address, rows = i.args if way == "st" else reversed(i.args)
@@ -370,7 +370,7 @@ def barrier_at(s: Strand, address: int, w: int, verb: str) -> Any:
     return s.program.barriers[address]
 
 
-@does(r"mbarrier\.init\.shared::cta\.b64", guarded=True)
+@does(r"mbarrier\.init\.shared\.b64", guarded=True)
 def make_barrier(s: Strand, i: Decoded) -> None:
     for lane in np.flatnonzero(i.mask(s)):
         memory, at = locate(s, i.args[0], np.array([lane]), "shared")
@@ -380,7 +380,7 @@ def make_barrier(s: Strand, i: Decoded) -> None:
             s.program.barrier(int(at[0]), f"the barrier at {at[0] - SHARED:+d}", int(s.get(i.args[1], "u32")[lane]))
 
 
-@does(r"mbarrier\.inval\.shared::cta\.b64", guarded=True)
+@does(r"mbarrier\.inval\.shared\.b64", guarded=True)
 def end_barrier(s: Strand, i: Decoded) -> None:
     for lane in np.flatnonzero(i.mask(s)):
         memory, at = locate(s, i.args[0], np.array([lane]), "shared")
@@ -388,7 +388,7 @@ def end_barrier(s: Strand, i: Decoded) -> None:
         del s.program.barriers[int(at[0])]
 
 
-@does(r"mbarrier\.arrive(?P<expect>\.expect_tx)?\.shared::cta\.b64", guarded=True)
+@does(r"mbarrier\.arrive(?P<expect>\.expect_tx)?\.shared\.b64", guarded=True)
 def arrive(s: Strand, i: Decoded, expect: str | None) -> None:
     for lane in np.flatnonzero(i.mask(s)):
         value = int(s.get(i.args[2], "u32")[lane]) if len(i.args) > 2 else 1
@@ -398,7 +398,7 @@ def arrive(s: Strand, i: Decoded, expect: str | None) -> None:
         barrier.arrive(s.clock[lane // 32], int(s.own()[lane // 32]), s.place, expected, count)
 
 
-@does(r"mbarrier\.try_wait\.parity\.shared::cta\.b64")
+@does(r"mbarrier\.try_wait\.parity\.shared\.b64")
 def wait(s: Strand, i: Decoded) -> bool:
     barrier = barrier_at(s, s.uniform(i.args[1].base, "u32") + i.args[1].offset, 0, "waits")
     parity = s.uniform(i.args[2], "u32")
@@ -429,7 +429,7 @@ def box(s: Strand, tensor: Address, shared: Address, lane: int, rank: str) -> tu
     return found, start, *found.place(coordinates)
 
 
-@does(_TENSOR + r"shared::(cta|cluster)\.global(\.tile)?\.mbarrier::complete_tx::bytes", guarded=True)
+@does(_TENSOR + r"shared(::cluster)?\.global(\.tile)?\.mbarrier::complete_tx::bytes", guarded=True)
 def load_box(s: Strand, i: Decoded, rank: str) -> None:
     for lane in np.flatnonzero(i.mask(s)):
         w, shared = lane // 32, s.program.shared
@@ -452,7 +452,7 @@ def load_box(s: Strand, i: Decoded, rank: str) -> None:
             s.program.loads.append(land)
 
 
-@does(_TENSOR + r"global\.shared::cta(\.tile)?\.bulk_group", guarded=True)
+@does(_TENSOR + r"global\.shared(\.tile)?\.bulk_group", guarded=True)
 def store_box(s: Strand, i: Decoded, rank: str) -> None:
     for lane in np.flatnonzero(i.mask(s)):
         w, shared = lane // 32, s.program.shared

@@ -67,13 +67,14 @@ def parse(text: str) -> Kernel:
 
 def _read_body(kernel: Kernel, text: str, position: int) -> None:
     """Statements until the brace that closes the function. Names declared in an inner block are its own."""
-    scopes, opened, label = [""], 0, ""
+    scopes, opened, label, line = [""], 0, "", text.count("\n", 0, position) + 1
     names: dict[str, set[str]] = {"": set()}
     found: list[tuple[tuple[str, ...], int, str]] = []  # not yet read: a block's labels may stand behind their use
     while scopes:
         match = _STATEMENT.match(text, position)
         if match is None:
             raise Unknown(f"{kernel.name}: no statement: {text[position : position + 60].strip()!r}")
+        line += text.count("\n", position, match.end())
         position = match.end()
         brace, name, statement = match.groups()
         if brace == "{":
@@ -99,7 +100,7 @@ def _read_body(kernel: Kernel, text: str, position: int) -> None:
             elif directive.startswith(".") and directive != ".pragma":
                 raise Unknown(f"{kernel.name}: directive {statement.strip()!r}")
             elif directive != ".pragma":
-                found.append((tuple(scopes), text.count("\n", 0, position) + 1, statement.strip()))
+                found.append((tuple(scopes), line, statement.strip()))
     for scope, line, statement in found:
 
         def inner(match: re.Match[str], scope: tuple[str, ...] = scope) -> str:
@@ -107,4 +108,4 @@ def _read_body(kernel: Kernel, text: str, position: int) -> None:
 
         negated, guard, op, operands = _GUARDED.fullmatch(_NAME.sub(inner, statement)).groups()
         split = tuple(operand.strip() for operand in _OPERAND.findall(operands))
-        kernel.code.append(Instruction(line, bool(negated), guard, op, split))
+        kernel.code.append(Instruction(line, bool(negated), guard, op.replace("shared::cta", "shared"), split))
