@@ -1,4 +1,4 @@
-"""What instructions do to a strand. Each function takes the opcodes that its pattern matches, and the pattern's groups."""
+"""What instructions do to a strand. A function takes the opcodes that its pattern matches, and the pattern's groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .machine import Machine, Product, Row, Step, Strand, region
 from .memory import SHARED, TensorMap, numbers, operand, words_of
 from .ptx import Instruction, Kernel, Unknown
 
-MAPS = 1 << 62
+MAPS = 1 << 20
 """Address of the first parameter, which a tensor map is known by; the others follow."""
 _SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
 _NO_RESULT = ("st", "cp", "mbarrier", "bar", "barrier", "bra", "brx", "ret", "fence", "wgmma", "setmaxnreg", "stmatrix")

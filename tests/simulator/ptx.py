@@ -50,7 +50,7 @@ _OPERAND = re.compile(r"\s*((?:\[[^\]]*\]|\{[^}]*\}|[^,{\[])+)\s*(?:,|$)")
 
 
 def parse(text: str) -> Kernel:
-    """The entry function of a PTX text. Raises Unknown if there is not exactly one, or where it makes no sense of it."""
+    """The entry function of a PTX text. Raises Unknown if there is not exactly one, or where it makes no sense."""
     text = re.sub(r"//[^\n]*", "", text)
     entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(([^)]*)\)[^{]*\.reqntid\s+([\d, ]+)[^{]*\{", text))
     shared = re.findall(r"\.extern\s+\.shared\s[^;]*?([$\w]+)\[\]\s*;", text)
