@@ -1,4 +1,4 @@
-"""The kernels' compiled PTX, executed on a CPU and judged (`tests/simulator/`), and faults that the judge has to find."""
+"""The kernels' compiled PTX, executed on a CPU and judged (`tests/simulator/`), and faults that it has to find."""
 
 import base64
 import functools

@@ -167,7 +167,7 @@ class Strand:
             self.late[kind][-1].append(work)
 
     def end(self, kind: str, left: int, components: Iterable[str]) -> None:
-        """All but the last few closed groups are done with. A copy writes as its warp would, a bulk store for itself."""
+        """All but the last few closed groups are done. A copy writes as its warp would, a bulk store for itself."""
         while len(self.late[kind]) > left + 1:
             for work in self.late[kind].pop(0):
                 work()
