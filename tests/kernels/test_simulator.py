@@ -160,7 +160,7 @@ CASES = {
         ConvShape(1, 64, 8, 16, 128, 1, 1, dtype="bfloat16"), specialised(128, 128, 3, (8, 16, 1))
     ),
     "hopper_conv64": lambda: conv(ConvShape(3, 64, 4, 4, 64, **PADDED), of_64(32, 5)),
-    "hopper_conv64, residual": lambda: conv(ConvShape(33, 64, 3, 4, 64, **PADDED, residual=True), of_64(32, 12)),
+    "hopper_conv64, residual": lambda: conv(ConvShape(33, 64, 3, 4, 64, **PADDED, residual=True), of_64(32, 5)),
     "conv_box": lambda: conv(
         ConvShape(1, 32, 10, 6, 40, **PADDED, residual=True), ConvConfig(16, 32, 16, 4, 2).on((4, 4, 1))
     ),
@@ -452,6 +452,13 @@ def test_each_fault_is_found_by_its_own_check_alone(name):
     assert found
     assert {fault.partition(":")[0] for fault in found} == {check}
     assert simulate(launch, plant(name), checks=set(CHECKS) - {check}).faults == []
+
+
+def test_what_an_earlier_launch_did_not_write_may_be_used_early():
+    (launch,) = planted_in().launches
+    text, names = plant("a residual of the launch before, not waited for"), set(launch.arguments)
+    assert simulate(launch, text, early=names).faults == []
+    assert simulate(launch, text, early=names - {"res_desc", "w_desc"}).faults != []
 
 
 def test_every_check_has_its_fault():
