@@ -201,7 +201,7 @@ def leave(s: Strand, i: Decoded) -> None:
 
 @does(r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32|griddepcontrol\.launch_dependents|bar\.warp\.sync")
 def nothing(s: Strand, i: Decoded) -> None:
-    """Lanes of a warp are in lockstep."""
+    """Lanes of a warp are in lockstep, and of registers there are enough."""
 
 
 @does(r"griddepcontrol\.wait")
@@ -217,6 +217,8 @@ def fence(s: Strand, i: Decoded) -> None:
 @does(r"(bar|barrier)\.sync")
 def meet(s: Strand, i: Decoded) -> bool:
     number, threads = (*i.args, 32 * s.machine.warps)[:2]
+    if not isinstance(number, int) or not isinstance(threads, int) or threads % 32:
+        raise Unknown(f"{s.place}: a barrier or a count that is not in the text")
     barrier = s.program.barriers.get(number) or s.program.barrier(number, f"barrier {number}", threads // 32)
     if s.target is None:
         s.target = barrier.current
@@ -245,34 +247,29 @@ def locate(s: Strand, address: Address, lanes: Array, space: str) -> tuple[Any, 
     memory = region(s.machine, int(at[0]))
     if memory is None:
         s.judge.report("bounds", s.place, "an address in no tensor")
-        return None, at
-    return memory, at - memory.base
+    return memory, at - (memory.base if memory else 0)
 
 
-@does(rf"ld\.(?P<space>shared|global){_HINTS}(?:\.v(?P<vector>[248]))?{_HINTS}\.(?P<t>[busf]\d+)", guarded=True)
-def load(s: Strand, i: Decoded, space: str, vector: str | None, t: str) -> None:
+def shared_at(s: Strand, address: Address, lane: int) -> int:
+    return int(s.get(address.base, "u32")[lane]) + address.offset
+
+
+@does(rf"(?P<way>ld|st)\.(?P<space>shared|global){_HINTS}(\.v[248])?{_HINTS}\.(?P<t>[busf]\d+)", guarded=True)
+def move(s: Strand, i: Decoded, way: str, space: str, t: str) -> None:
     lanes = np.flatnonzero(i.mask(s))
-    into = i.args[0] if isinstance(i.args[0], list) else [i.args[0]]
-    memory, at = locate(s, i.args[1], lanes, space) if len(lanes) else (None, None)
+    address, values = i.args if way == "st" else reversed(i.args)
+    rows = values if isinstance(values, list) else [values]
+    memory, at = locate(s, address, lanes, space) if len(lanes) else (None, lanes)
     if memory is None:
         return
-    size = np.dtype(TYPES[t]).itemsize * len(into)
-    inside = memory.access(s.agent(lanes), at, size, "reads")
-    data = memory.bytes[at[inside, None] + np.arange(size)].view(TYPES[t])
-    for number, row in enumerate(into):
-        s.put(row, t, data[:, number], lanes[inside])
-
-
-@does(rf"st\.(?P<space>shared|global){_HINTS}(?:\.v(?P<vector>[248]))?{_HINTS}\.(?P<t>[busf]\d+)", guarded=True)
-def store(s: Strand, i: Decoded, space: str, vector: str | None, t: str) -> None:
-    lanes = np.flatnonzero(i.mask(s))
-    source = i.args[1] if isinstance(i.args[1], list) else [i.args[1]]
-    memory, at = locate(s, i.args[0], lanes, space) if len(lanes) else (None, None)
-    if memory is None:
-        return
-    data = np.stack([s.get(row, t) for row in source], 1).view(np.uint8)
-    inside = memory.access(s.agent(lanes), at, data.shape[1], "writes")
-    memory.bytes[at[inside, None] + np.arange(data.shape[1])] = data[lanes[inside]]
+    size = np.dtype(TYPES[t]).itemsize * len(rows)
+    inside = memory.access(s.agent(lanes), at, size, "writes" if way == "st" else "reads")
+    places, lanes = at[inside, None] + np.arange(size), lanes[inside]
+    if way == "st":
+        memory.bytes[places] = np.stack([s.get(row, t) for row in rows], 1).view(np.uint8)[lanes]
+    else:
+        for row, column in zip(rows, memory.bytes[places].view(TYPES[t]).T, strict=True):
+            s.put(row, t, column, lanes)
 
 
 @does(r"ld\.param\.(?P<t>[busf]\d+)")
@@ -370,31 +367,25 @@ def barrier_at(s: Strand, address: int, w: int, verb: str) -> Any:
     return s.program.barriers[address]
 
 
-@does(r"mbarrier\.init\.shared\.b64", guarded=True)
-def make_barrier(s: Strand, i: Decoded) -> None:
+@does(r"mbarrier\.(?P<what>init|inval)\.shared\.b64", guarded=True)
+def make_or_end_barrier(s: Strand, i: Decoded, what: str) -> None:
     for lane in np.flatnonzero(i.mask(s)):
-        memory, at = locate(s, i.args[0], np.array([lane]), "shared")
-        if int(at[0]) in s.program.barriers:
-            s.judge.report("count", s.place, f"makes the barrier at {at[0] - SHARED:+d} again")
-        if memory.access(s.agent(np.array([lane])), at, 8, "writes").all():
-            s.program.barrier(int(at[0]), f"the barrier at {at[0] - SHARED:+d}", int(s.get(i.args[1], "u32")[lane]))
-
-
-@does(r"mbarrier\.inval\.shared\.b64", guarded=True)
-def end_barrier(s: Strand, i: Decoded) -> None:
-    for lane in np.flatnonzero(i.mask(s)):
-        memory, at = locate(s, i.args[0], np.array([lane]), "shared")
-        memory.access(s.agent(np.array([lane])), at, 8, "writes")
-        del s.program.barriers[int(at[0])]
+        at, barriers = shared_at(s, i.args[0], lane), s.program.barriers
+        if (at in barriers) == (what == "init"):
+            raise Unknown(f"{s.place}: at {at - SHARED:+d} there is {'a' if at in barriers else 'no'} barrier")
+        s.program.shared.access(s.agent(np.array([lane])), np.array([at]), 8, "writes")
+        if what == "init":
+            s.program.barrier(at, f"the barrier at {at - SHARED:+d}", int(s.get(i.args[1], "u32")[lane]))
+        else:
+            del barriers[at]
 
 
 @does(r"mbarrier\.arrive(?P<expect>\.expect_tx)?\.shared\.b64", guarded=True)
 def arrive(s: Strand, i: Decoded, expect: str | None) -> None:
     for lane in np.flatnonzero(i.mask(s)):
         value = int(s.get(i.args[2], "u32")[lane]) if len(i.args) > 2 else 1
-        at = int(locate(s, i.args[1], np.array([lane]), "shared")[1][0])
         expected, count = (value, 1) if expect else (0, value)
-        barrier = barrier_at(s, at, lane // 32, "arrives")
+        barrier = barrier_at(s, shared_at(s, i.args[1], lane), lane // 32, "arrives")
         barrier.arrive(s.clock[lane // 32], int(s.own()[lane // 32]), s.place, expected, count)
 
 
@@ -421,11 +412,9 @@ def box(s: Strand, tensor: Address, shared: Address, lane: int, rank: str) -> tu
     coordinates = [int(s.get(x, "s32")[lane]) for x in reversed(tensor.coordinates)]
     if found is None or not len(found.box) == len(coordinates) == int(rank):
         raise Unknown(f"{s.place}: no tensor map of rank {rank}")
-    start = int(locate(s, shared, np.array([lane]), "shared")[1][0])
-    if start % 128 or start + found.bytes > len(s.program.shared.bytes):
-        raise Unknown(
-            f"{s.place}: a box of {found.bytes} bytes at {start - SHARED:+d}, expected a multiple of 128 within"
-        )
+    start = shared_at(s, shared, lane)
+    if start % 128:
+        raise Unknown(f"{s.place}: a box at {start - SHARED:+d}, expected a multiple of 128")
     return found, start, *found.place(coordinates)
 
 
@@ -434,11 +423,12 @@ def load_box(s: Strand, i: Decoded, rank: str) -> None:
     for lane in np.flatnonzero(i.mask(s)):
         w, shared = lane // 32, s.program.shared
         map_, start, places, inside = box(s, i.args[1], i.args[0], lane, rank)
-        barrier = barrier_at(s, int(locate(s, i.args[2], np.array([lane]), "shared")[1][0]), w, "loads")
+        barrier = barrier_at(s, shared_at(s, i.args[2], lane), w, "loads")
         number = barrier.issue(s.clock[w], map_.bytes, s.place)
         epoch = (barrier.loads,), barrier.base + number + 1
         agent = Agent(s.clock[w : w + 1], [epoch], s.place, proxy=1)
-        shared.access(agent, np.arange(start, start + map_.bytes, 16), 16, "loads into")
+        if not shared.access(agent, np.arange(start, start + map_.bytes, 16), 16, "loads into").all():
+            continue
         if inside.any():
             map_.memory.access(agent, places[inside], map_.size, "loads")
 
@@ -462,7 +452,8 @@ def store_box(s: Strand, i: Decoded, rank: str) -> None:
             Agent(s.clock[w : w + 1], [((int(s.own(kind)[w]),), group)], s.place, proxy=1)
             for kind in ("bulk read", "bulk store")
         )
-        shared.access(reads, np.arange(start, start + map_.bytes, 16), 16, "stores")
+        if not shared.access(reads, np.arange(start, start + map_.bytes, 16), 16, "stores").all():
+            continue
         if inside.any():
             map_.memory.access(writes, places[inside], map_.size, "stores into")
         s.issue("bulk", functools.partial(map_.store, shared.bytes, start, places, inside))
