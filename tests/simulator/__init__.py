@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .decode import MAPS, Decoder
-from .judge import CHECKS, GRID, KINDS, Judge, Shadow
+from .instructions import MAPS, Decoder
+from .judge import CHECKS, GRID, KINDS, Judge, Memory
 from .machine import Machine, Program
-from .memory import Global, TensorMap
-from .ptx import Kernel, Unknown, parse
+from .memory import REGION_BITS, TensorMap
+from .ptx import Unknown, parse
 
 __all__ = ["CHECKS", "Result", "Unknown", "simulate"]
 
@@ -48,53 +48,66 @@ def simulate(
 
     `programs` names them in the order in which they arrive. `schedule` is the seed of another order of warps. `checks`
     are those of `CHECKS` to make, all by default. `early` are the arguments that a dependent launch may use before it
-    waits for the launch before: it did not write them. `shared` is a program's shared memory in bytes.
+    waits for the launch before: that did not write them. `shared` is a program's shared memory in bytes.
 
     Raises Unknown for PTX that it has no meaning for.
     """
     kernel = parse(ptx)
     grid = (*launch.grid, 1, 1)[:3]
-    order = list(itertools.product(*map(range, reversed(grid)))) if programs is None else None
-    places = [place[::-1] for place in order] if order is not None else list(programs or ())
-    barriers = sum("mbarrier.init" in i.op for i in kernel.code)
+    places = (
+        [place[::-1] for place in itertools.product(*map(range, grid[::-1]))] if programs is None else list(programs)
+    )
+    barriers = 16 + sum("mbarrier.init" in i.op for i in kernel.code)
     judge = Judge(checks, len(places) * (kernel.threads // 32 * len(KINDS) + barriers))
-    memory = Global()
-    machine = Machine(judge, memory, shared, schedule, kernel.threads, barriers)
-    values = _values(launch, kernel, machine)
-    waits = any(i.op == "griddepcontrol.wait" for i in kernel.code)
-    early = set(early)
-    for region in memory.regions:
-        shadow = Shadow(judge, region.name, len(region.bytes) // region.unit, region.unit, GRID)
-        shadow.written[:] = waits and not early.issuperset(region.names)
-        machine.shadows.append(shadow)
-    Decoder(kernel, machine, values, grid)
+    machine = Machine(judge, grid, kernel.threads // 32, shared, schedule)
+    _place(launch, machine)
+    scratch = len(kernel.parameters) - len(machine.values)  # of Triton's own, which no kernel here uses
+    if not 0 <= scratch <= 2 or set(list(kernel.parameters.values())[len(machine.values) :]) - {8}:
+        raise Unknown(f"{kernel.name} takes {len(kernel.parameters)} parameters, the launch has {len(machine.values)}")
+    machine.values += [0] * scratch
+    if any(i.op == "griddepcontrol.wait" for i in kernel.code):
+        for memory in machine.regions:
+            memory.written[:] = not set(early).issuperset(memory.name.split(" = "))
+    Decoder(kernel, machine)
     with np.errstate(all="ignore"):
         for place in places:
             Program(machine, place).run()
-    return Result(judge.faults)
+    return Result(list(judge.found.values()))
 
 
-def _values(launch: Any, kernel: Kernel, machine: Machine) -> list[int]:
-    """The bits of the kernel's parameters, in the order of the launch's arguments; tensors and maps get addresses."""
-    values: list[int] = []
+def _place(launch: Any, machine: Machine) -> None:
+    """Give the tensors of a launch addresses, and the machine its parameters, in the order of the arguments."""
+    regions: dict[int, Memory] = {}
+
+    def address(name: str, tensor: torch.Tensor) -> int:
+        storage, size = tensor.untyped_storage(), tensor.element_size()
+        if storage.data_ptr() not in regions:
+            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            base, nothing = len(regions) + 1 << REGION_BITS, np.zeros(len(data), bool)
+            regions[storage.data_ptr()] = Memory(machine.judge, name, data, base, size, nothing, GRID)
+        memory = regions[storage.data_ptr()]
+        if memory.unit != size:
+            raise Unknown(f"{name} and {memory.name} share memory with elements of other sizes")
+        memory.name = name if memory.name == name else f"{memory.name} = {name}"
+        elements = torch.zeros(len(memory.bytes) // size, dtype=torch.bool)
+        elements.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+        memory.covered[: len(elements) * size] |= elements.numpy().repeat(size)
+        return memory.base + tensor.storage_offset() * size
+
+    values = machine.values
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             continue
         if isinstance(value, torch.Tensor):
-            values.append(machine.memory.address(parameter.name, value))
+            values.append(address(parameter.name, value))
         elif isinstance(value, float):
             values.append(int(np.float32(value).view(np.uint32)))
         elif isinstance(value, int):
             values.append(value)
         else:
-            start = machine.memory.address(parameter.name, value.base)
-            found = machine.memory.region(np.array([start], np.uint64))
-            assert found is not None
-            machine.maps[MAPS + len(values)] = TensorMap(found[0], int(found[1][0]), value)
+            start = address(parameter.name, value.base)
+            memory = regions[value.base.untyped_storage().data_ptr()]
+            machine.maps[MAPS + len(values)] = TensorMap(memory, start - memory.base, value)
             values += [MAPS + len(values), *value.shape, *value.strides]
-    sizes = [size for _, size in kernel.parameters]
-    scratch = len(sizes) - len(values)  # of Triton's own, which no kernel here uses
-    if not 0 <= scratch <= 2 or set(sizes[len(values) :]) - {8}:
-        raise Unknown(f"{kernel.name} takes {len(sizes)} parameters, and the launch has {len(values)}")
-    return values + [0] * scratch
+    machine.regions += regions.values()

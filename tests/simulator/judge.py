@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,14 +34,13 @@ CHECKS = (
     "bounds",  # an access outside
     "global",  # programs or warps use global memory without an order
 )
-
 NEVER, GRID = 0, 1
 """Components that every launch has: of what is not written, and of griddepcontrol.wait."""
-_WRITES = ("writes", "loads into", "copies into", "stores into")
 KINDS = ("warp", "product", "bulk read", "bulk store", "copy")
 """Components that every warp has."""
-_CHECK_OF = {"never": "uninitialised", "grid": "dependent", "warp": "race", "copy": "race", "product": "release",
-             "bulk read": "store", "bulk store": "global", "load": "arrival"}  # fmt: skip
+WRITES = ("writes", "updates", "loads into", "copies into", "stores into")
+_CHECK = {"warp": "race", "copy": "race", "product": "release", "bulk read": "store", "load": "arrival"}
+_TEXT = {"never": ("uninitialised", ", which nobody wrote"), "grid": ("dependent", " before griddepcontrol.wait")}
 
 
 class Judge:
@@ -48,101 +48,110 @@ class Judge:
 
     def __init__(self, checks: Iterable[str] | None, components: int) -> None:
         self.checks = frozenset(CHECKS if checks is None else checks)
-        if unknown := self.checks - set(CHECKS):
-            raise ValueError(f"no checks: {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
-        self.found: dict[tuple[str, str], str] = {}
-        self.capacity = components + 2
+        if unknown := sorted(self.checks - set(CHECKS)):
+            raise ValueError(f"no checks: {', '.join(unknown)}; there are {', '.join(CHECKS)}")
+        self.size = components + 2
         self.kinds, self.names = ["never", "grid"], ["nobody", "an earlier launch"]
+        self.found: dict[tuple[str, str], str] = {}
 
     def component(self, kind: str, name: str) -> int:
         self.kinds.append(kind)
         self.names.append(name)
-        if len(self.kinds) > self.capacity:
-            raise AssertionError(f"more than {self.capacity} components: a program makes more barriers than its PTX")
         return len(self.kinds) - 1
 
     def report(self, check: str, place: str, text: str) -> None:
         if check in self.checks:
             self.found.setdefault((check, place), f"{check}: {place}: {text}")
 
-    @property
-    def faults(self) -> list[str]:
-        return list(self.found.values())
+
+class Agent(NamedTuple):
+    """Who accesses memory: for each row of `clock`, [rows, 2, components], the components and value of its epoch."""
+
+    clock: Array
+    epochs: list[tuple[tuple[int, ...], int]]
+    """Of several components (a product's warps), all have to have reached the value."""
+    place: str
+    row: Array | int = 0
+    """Of each lane."""
+    proxy: int = 0
+    """1: what it reads or overwrites has to be known to the async proxy."""
 
 
-class Shadow:
-    """Of each granule of a memory, the epoch of its last write, and of its last read by each agent.
+class Memory:
+    """Bytes, and of each unit of them the epochs of its last write and of its last read by each agent."""
 
-    `at` is a slice of granules, or an array [lanes, granules] with `warp`, each lane's row of `seen`, [lanes, 1]. A
-    read by several components at once (a product's four warps) has ended when all of them say so.
-    """
-
-    def __init__(self, judge: Judge, name: str, granules: int, unit: int, first: int) -> None:
-        self.judge, self.name, self.unit = judge, name, unit
-        self.writer = np.full(granules, first, np.int32)
-        self.written = np.full(granules, first == NEVER, np.int32)
+    def __init__(self, judge: Judge, name: str, data: Array, base: int, unit: int, covered: Array, writer: int) -> None:
+        self.judge, self.name, self.bytes, self.base, self.unit, self.covered = judge, name, data, base, unit, covered
+        self.writer = np.full(len(data) // unit + 1, writer, np.int32)
+        self.written = np.full(len(data) // unit + 1, writer == NEVER, np.int32)
+        self.updated = np.zeros(len(data) // unit + 1, bool)
+        """Whether the last write was an atomic update."""
         self.reads: dict[tuple[int, ...], Array] = {}
         self.newest: dict[tuple[int, ...], int] = {}
-        self.updated: Array | None = None
-        """Whether the last write was an atomic update, where there are any."""
 
-    def after_writes(
-        self, at: slice | Array, seen: Array, warp: Array | int, place: str, verb: str, plain: Array
-    ) -> None:
-        """Whoever wrote there did so before; `plain` is what is known without regard to proxies."""
-        writer, written = self.writer[at], self.written[at]
-        late = seen[warp, writer] < written
-        if late.any() and verb in _WRITES:
+    def access(self, agent: Agent, at: Array, size: int, verb: str) -> Array:
+        """Judge an access of some bytes at each of some places, and say which are within this memory."""
+        inside = (at >= 0) & (at + size <= len(self.bytes)) & ((self.base + at) % size == 0)
+        last = np.clip(at, 0, len(self.bytes) - size) + size - 1
+        inside &= self.covered[last] & self.covered[last - size + 1]
+        if not inside.all():
+            where = int(at[np.argmin(inside)])
+            self.judge.report("bounds", agent.place, f"{verb} {size} bytes outside {self.name}, at its byte {where}")
+            at = at[inside]
+            agent = agent._replace(row=agent.row if isinstance(agent.row, int) else agent.row[inside])
+        units = at[:, None] // self.unit + np.arange(max(size // self.unit, 1))
+        row = agent.row if isinstance(agent.row, int) else agent.row[:, None]
+        self._after_writes(agent, units, row, verb)
+        if verb in WRITES:
+            self._after_reads(agent, units, row, verb)
+            own, values = (
+                np.array(column) for column in zip(*((c[0], value) for c, value in agent.epochs), strict=True)
+            )
+            self.writer[units], self.written[units] = own[row], values[row]
+            self.updated[units] = verb == "updates"
+        else:
+            for i, (components, value) in enumerate(agent.epochs):
+                if components not in self.reads:
+                    self.reads[components] = np.full(len(self.writer), -1, np.int32)
+                self.reads[components][units if isinstance(row, int) else units[agent.row == i]] = value
+                self.newest[components] = value
+        return inside
+
+    def _after_writes(self, agent: Agent, units: Array, row: Array | int, verb: str) -> None:
+        """Whoever wrote there did so before."""
+        writer, written = self.writer[units], self.written[units]
+        late = agent.clock[row, agent.proxy, writer] < written
+        if late.any() and verb in WRITES:
             late &= writer != NEVER
-        if late.any():
-            first = np.unravel_index(np.argmax(late), late.shape)
-            row = warp[first[0], 0] if isinstance(warp, np.ndarray) else warp
-            component = int(writer[first])
-            kind = self.judge.kinds[component]
-            check = _CHECK_OF[kind]
-            if plain[row, component] >= written[first]:
-                check, how = "proxy", "without fence.proxy.async in between"
-            elif kind == "never":
-                how = "which is not initialised"
-            elif kind == "grid":
-                how = "before griddepcontrol.wait"
-            elif kind == "load":
-                how = "before it has waited for them"
-            else:
-                how = "with nothing in between that orders the two"
-            by = "" if kind in ("never", "grid") else f", written by {self.judge.names[component]},"
-            if self.name and check in ("race", "arrival"):
-                check = "global"
-            self.judge.report(check, place, f"{verb} {self._where(at, first)}{by} {how}")
+            if verb == "updates":
+                late &= ~self.updated[units]
+        if not late.any():
+            return
+        first = np.unravel_index(np.argmax(late), late.shape)
+        component = int(writer[first])
+        kind = self.judge.kinds[component]
+        known = agent.clock[row if isinstance(row, int) else row[first[0], 0], 0, component] >= written[first]
+        check, text = _TEXT.get(
+            kind, (_CHECK.get(kind, "global"), ", not after the write by " + self.judge.names[component])
+        )
+        if known:
+            check, text = "proxy", text.replace("not after", "no fence.proxy.async after")
+        elif self.base and check in ("race", "arrival"):
+            check = "global"
+        self.judge.report(check, agent.place, f"{verb} {self.name} at byte {units[first] * self.unit}{text}")
 
-    def after_reads(self, at: slice | Array, seen: Array, warp: Array | int, place: str, verb: str) -> None:
+    def _after_reads(self, agent: Agent, units: Array, row: Array | int, verb: str) -> None:
         """Whoever read there has done with it."""
-        for components, row in self.reads.items():
-            known = seen[:, components].min(1)
+        for components, read in self.reads.items():
+            known = agent.clock[:, 0, components].min(1)
             if self.newest[components] <= known.min():
                 continue
-            late = row[at] > known[warp]
+            late = read[units] > known[row]
             if late.any():
                 first = np.unravel_index(np.argmax(late), late.shape)
-                kind = self.judge.kinds[components[0]]
-                by = " and ".join(self.judge.names[c] for c in (components[0], components[-1])[: len(components)])
-                text = f"{verb} {self._where(at, first)}, which {by} may still read"
-                self.judge.report("global" if self.name else _CHECK_OF[kind], place, text)
-
-    def read(self, at: slice | Array, components: tuple[int, ...], value: int) -> None:
-        row = self.reads.get(components)
-        if row is None:
-            row = self.reads[components] = np.full(len(self.writer), -1, np.int32)
-        row[at] = self.newest[components] = value
-
-    def write(self, at: slice | Array, component: Array | int, value: Array | int) -> None:
-        self.writer[at], self.written[at] = component, value
-        if self.updated is not None:
-            self.updated[at] = False
-
-    def _where(self, at: slice | Array, first: tuple[int, ...]) -> str:
-        granule = at.start + int(first[0]) if isinstance(at, slice) else int(at[first])
-        return f"{self.name or 'shared memory'} at byte {granule * self.unit}"
+                check = "global" if self.base else _CHECK[self.judge.kinds[components[0]]]
+                text = f"at byte {units[first] * self.unit}, which {self.judge.names[components[0]]} may still read"
+                self.judge.report(check, agent.place, f"{verb} {self.name} {text}")
 
 
 @dataclass
@@ -159,57 +168,51 @@ class Phase:
     waits: list[tuple[int, int, str]] = field(default_factory=list)
     """(component, value, place) of who has waited for the phase before."""
 
-    @property
-    def full(self) -> bool:
-        return self.pending <= 0 and self.landed >= self.expected
-
 
 class Barrier:
-    """An mbarrier. Its phases are numbered; the loads of phase i are component `loads` from `base + i + 1` on."""
+    """An mbarrier, or one of bar.sync. Phase i is known to be complete when component `loads` is at `base` + i + 1."""
 
     def __init__(self, judge: Judge, name: str, count: int, loads: int, base: int) -> None:
         self.judge, self.name, self.count, self.loads, self.base = judge, name, count, loads, base
-        self.phases = [Phase(count, self._blank())]
+        self.phases: list[Phase] = []
+        self._begin()
 
-    def _blank(self) -> Array:
-        return np.zeros((2, self.judge.capacity), np.int32)
-
-    @property
-    def phase(self) -> Phase:
-        return self.phases[-1]
+    def _begin(self) -> None:
+        self.phases.append(Phase(self.count, np.zeros((2, self.judge.size), np.int32)))
 
     @property
     def current(self) -> int:
         return len(self.phases) - 1
 
-    def known(self, clock: Array) -> int:
+    def _known(self, clock: Array) -> int:
         """How many phases a warp with this clock knows to be complete."""
         return max(int(clock[0, self.loads]) - self.base, 0)
 
     def _sure(self, clock: Array, place: str, verb: str) -> None:
-        """An arrival counts for the current phase in every order: the one before is known to be complete."""
-        if self.current and self.known(clock) < self.current:
+        """What is done now counts for the current phase in every order: the one before is known to be complete."""
+        if self._known(clock) < self.current:
             before = self.phases[-2]
             if before.expected or any(clock[0, component] < value for component, value in before.arrivals):
-                text = f"{verb} at {self.name}, maybe still in the phase before, which takes {self.count} arrivals"
-                self.judge.report("count", place, text)
+                self.judge.report(
+                    "count", place, f"{verb} at {self.name} of count {self.count}, maybe in the phase before"
+                )
 
-    def arrive(self, clock: Array, component: int, place: str, expected: int = 0, count: int = 1) -> None:
+    def arrive(self, clock: Array, component: int, place: str, expected: int, count: int) -> None:
         self._sure(clock, place, "arrives")
-        phase = self.phase
+        phase = self.phases[-1]
         phase.expected += expected
         phase.pending -= count
         phase.arrivals.append((component, int(clock[0, component])))
         np.maximum(phase.clock, clock, out=phase.clock)
+        clock[0, component] += 1
         if phase.pending < 0:
             self.judge.report("count", place, f"arrives at {self.name} beyond its count of {self.count}")
-        clock[0, component] += 1
-        self.settle()
+        self._settle()
 
     def issue(self, clock: Array, size: int, place: str) -> int:
         """A load will complete here: the phase it counts for."""
         self._sure(clock, place, "loads")
-        phase = self.phase
+        phase = self.phases[-1]
         phase.issued += size
         if phase.issued > phase.expected:
             text = f"loads {phase.issued} bytes in a phase of {self.name} that expects {phase.expected}"
@@ -218,28 +221,25 @@ class Barrier:
 
     def land(self, number: int, size: int) -> None:
         self.phases[number].landed += size
-        self.settle()
+        self._settle()
 
-    def settle(self) -> None:
-        while self.phase.full:
-            number, clock = self.current, self.phase.clock
-            clock[:, self.loads] = self.base + number + 1
-            for component, value, place in self.phase.waits:
-                if clock[0, component] < value:
-                    self._passed(place, number - 1)
-            self.phases.append(Phase(self.count, self._blank()))
+    def _settle(self) -> None:
+        while self.phases[-1].pending <= 0 and self.phases[-1].landed >= self.phases[-1].expected:
+            phase = self.phases[-1]
+            phase.clock[:, self.loads] = self.base + len(self.phases)
+            for component, value, place in phase.waits:
+                if phase.clock[0, component] < value:
+                    self._passed(place, self.current - 1)
+            self._begin()
 
     def _passed(self, place: str, number: int) -> None:
         text = f"waits for phase {number} of {self.name}, but phase {number + 1} may complete before it looks"
         self.judge.report("phase", place, text)
 
     def target(self, clock: Array, parity: int) -> int:
-        """The phase that a wait with this parity ends at, for a warp with this clock; -1: none, it goes on at once."""
-        known = self.known(clock)
-        return known if known & 1 == parity & 1 else known - 1
-
-    def passed(self, target: int) -> bool:
-        return target < self.current
+        """The phase that a wait with this parity ends at, for a warp with this clock; -1: it goes on at once."""
+        known = self._known(clock)
+        return known if known % 2 == parity & 1 else known - 1
 
     def wait(self, clock: Array, component: int, target: int, place: str) -> None:
         """A warp goes on because phase `target` is complete, and learns what was known there."""
@@ -250,31 +250,6 @@ class Barrier:
         self.phases[target + 1].waits.append((component, int(clock[0, component]), place))
         clock[0, component] += 1
 
-
-class Rendezvous:
-    """One of the sixteen numbered barriers of bar.sync."""
-
-    def __init__(self, judge: Judge, name: str) -> None:
-        self.judge, self.name = judge, name
-        self.threads = self.turn = 0
-        self.arrived: list[tuple[Array, int, int]] = []
-        """Clock, component and its value of each warp that has come."""
-
-        self.before: list[tuple[int, int]] = []
-
-    def arrive(self, clock: Array, component: int, threads: int, place: str) -> None:
-        if any(clock[0, c] < value for c, value in self.before):
-            self.judge.report("count", place, f"arrives at {self.name}, maybe still in the turn before")
-        if self.arrived and threads != self.threads:
-            text = f"arrives at {self.name} for {threads} threads, where others came for {self.threads}"
-            self.judge.report("count", place, text)
-        self.threads = threads
-        self.arrived.append((clock, component, int(clock[0, component])))
-        if 32 * len(self.arrived) >= threads:
-            together = np.maximum.reduce([clock for clock, _, _ in self.arrived])
-            for clock, component, _ in self.arrived:
-                clock[:] = together
-                clock[0, component] += 1
-            self.before = [(component, value) for _, component, value in self.arrived]
-            self.arrived = []
-            self.turn += 1
+    def lack(self) -> str:
+        phase = self.phases[-1]
+        return f"phase {self.current} lacks {phase.pending} arrivals and {phase.expected - phase.landed} bytes"

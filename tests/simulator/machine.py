@@ -1,19 +1,17 @@
-"""Programs at work: strands of warps in lockstep, their registers and shared memory, in an order of the machine's choice."""
+"""Programs at work: strands of warps in lockstep, registers and shared memory, in an order of the machine's choice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arithmetic import TYPES, Array
-from .judge import KINDS, NEVER, Barrier, Judge, Rendezvous, Shadow
-from .memory import SHARED, Global, TensorMap
+from .arithmetic import TYPES, Array, bits
+from .judge import KINDS, NEVER, Agent, Barrier, Judge, Memory
+from .memory import REGION_BITS, SHARED, TensorMap
 from .ptx import Instruction, Unknown
-
-GRANULE = 2
-"""Bytes of shared memory that are judged together."""
 
 
 class Step(NamedTuple):
@@ -26,11 +24,19 @@ class Step(NamedTuple):
     writes: frozenset[int]
 
 
+class Row(NamedTuple):
+    """A register: its width in bits, and its number among those of this width."""
+
+    width: int
+    number: int
+
+
 class Product(NamedTuple):
     """A wgmma that may still run."""
 
     sums: frozenset[int]
     factors: frozenset[int]
+    """Registers of its first operand."""
     shape: str
     multiply: Callable[[], None]
 
@@ -38,97 +44,120 @@ class Product(NamedTuple):
 class Machine:
     """What the programs of a launch share."""
 
-    def __init__(
-        self, judge: Judge, memory: Global, shared: int, seed: int | None, threads: int, barriers: int
-    ) -> None:
-        self.judge, self.memory, self.shared = judge, memory, shared
-        self.warps, self.barriers = threads // 32, barriers
+    def __init__(self, judge: Judge, grid: tuple[int, ...], warps: int, shared: int, seed: int | None) -> None:
+        self.judge, self.grid, self.warps, self.shared = judge, grid, warps, shared
         self.rng = None if seed is None else np.random.default_rng(seed)
         """None: everything asynchronous is done at once, and strands take turns. Else all as late as it may be."""
         self.noise = np.random.default_rng(0)
         self.steps: list[Step] = []
+        self.registers: dict[int, int] = {}
+        """How many of each width."""
+        self.values: list[int] = []
+        """Bits of the parameters."""
+        self.regions: list[Memory] = []
         self.maps: dict[int, TensorMap] = {}
         """By the address of the parameter."""
-        self.shadows: list[Shadow] = []
-        """Of the regions of global memory."""
         self.updates: dict[int, Array] = {}
         """What was known at the atomic updates of an address."""
-        self.registers: Callable[[tuple[int, int, int]], dict[str, Array]] = lambda index: {}
 
 
 class Strand:
     """Warps `first` to `last` - 1 of a program, with one program counter."""
 
     def __init__(self, program: Program, first: int, last: int, pc: int) -> None:
-        self.program, self.machine, self.pc = program, program.machine, pc
-        self.done = False
-        self.waiting = ""
-        self.turn: tuple[Rendezvous, int] | None = None
-        self.open_products: list[Product] = []
-        self.groups: list[list[Product]] = []
-        self.committed = 0
+        self.program, self.machine, self.judge, self.pc = program, program.machine, program.machine.judge, pc
+        self.done, self.waiting = False, ""
+        self.target: int | None = None
+        """The turn that it waits for at a barrier of bar.sync."""
+        self.groups: list[list[Product]] = [[]]
+        """Those that may still run; the last is not committed."""
         self.sums: set[int] = set()
-        """Registers of products that may still run, and those they read as their first operand."""
         self.factors: set[int] = set()
         self.unfenced: set[int] = set()
+        """Registers of products that were written since the last wgmma.fence."""
         self.late: dict[str, list[list[Callable[[], None]]]] = {"bulk": [[]], "copy": [[]]}
-        """What of the groups is left to do; the last of them is not closed."""
-        self.closed = {"bulk": 0, "copy": 0}
+        """What is left to do of groups; the last is not closed."""
+        self.closed = {"product": 0, "bulk": 0, "copy": 0}
         self.unread = 0
         """The last group of bulk stores that holds one."""
         self.take(first, last)
 
     def take(self, first: int, last: int) -> None:
         self.first, self.last, self.warps = first, last, last - first
-        self.lanes = slice(32 * first, 32 * last)
-        self.v = {t: view[:, self.lanes] for t, view in self.program.views.items()}
+        lanes = slice(32 * first, 32 * last)
+        self.v = {t: view[:, lanes] for t, view in self.program.views.items()}
         self.clock = self.program.clocks[first:last]
-        self.warp = np.arange(32 * self.warps)[:, None] // 32
         self.all = np.ones(32 * self.warps, bool)
 
-    def split(self, warps: int) -> Strand:
-        """Leave all but the first few warps to another strand."""
-        if self.groups or self.open_products or self.unread > int(self.clock[0, 0, self.own("bulk read")[0]]):
-            raise Unknown(f"{self.place}: warps part while a product or store of theirs runs")
-        other = Strand(self.program, self.first + warps, self.last, self.pc)
-        other.committed, other.unfenced, other.closed = self.committed, set(self.unfenced), dict(self.closed)
-        self.take(self.first, self.first + warps)
-        self.program.strands.append(other)
-        return other
+    def part(self, targets: Array) -> None:
+        """Each warp [warps, 32 lanes] goes to its target."""
+        if (targets != targets[:, :1]).any():
+            raise Unknown(f"{self.place}: takes the lanes of a warp apart")
+        same = int(np.argmax(np.append(targets[:, 0], -1) != targets[0, 0]))
+        if same < self.warps:
+            if len(self.groups) > 1 or self.groups[0] or (self.clock[0, 0, self.own("bulk read")] < self.unread).any():
+                raise Unknown(f"{self.place}: warps part while a product or store of theirs runs")
+            other = Strand(self.program, self.first + same, self.last, self.pc)
+            other.unfenced, other.closed = set(self.unfenced), dict(self.closed)
+            self.program.strands.append(other)
+            self.take(self.first, self.first + same)
+            other.part(targets[same:])
+        self.pc = int(targets[0, 0])
+
+    def get(self, operand: Any, t: str) -> Array:
+        """An operand's values, a lane each. Of a wider register, its lower bits."""
+        if isinstance(operand, int):
+            return constant(operand, t, 32 * self.warps)
+        if operand.width == bits(t) and t not in ("b8", "u8", "s8"):
+            return self.v[t][operand.number]
+        return self.v[f"b{operand.width}"][operand.number].astype(TYPES[t])
+
+    def put(self, operand: Row, t: str, values: Array, lanes: Any = slice(None)) -> None:
+        """Into a wider register, extended."""
+        self.v[t if operand.width == bits(t) and t[1:] != "8" else f"b{operand.width}"][operand.number][lanes] = values
+
+    def uniform(self, operand: Any, t: str, lanes: slice = slice(None)) -> int:
+        values = self.get(operand, t)[lanes]
+        if (values != values[0]).any():
+            raise Unknown(f"{self.place}: lanes of a group differ in an operand")
+        return int(values[0])
 
     def own(self, kind: str = "warp") -> Array:
         """The component of each of its warps."""
         return self.program.components[kind][self.first : self.last]
 
+    def agent(self, lanes: Array, epochs: list[tuple[tuple[int, ...], int]] | None = None) -> Agent:
+        """These lanes' warps; `epochs` if they do not access memory themselves."""
+        own = self.own()
+        epochs = epochs or [((int(c),), int(self.clock[w, 0, c])) for w, c in enumerate(own)]
+        return Agent(self.clock, epochs, self.place, lanes // 32)
+
     @property
     def place(self) -> str:
         key = self.pc, self.first, self.last
-        found = self.program.places.get(key)
-        if found is None:
-            text = self.machine.steps[max(self.pc - 1, 0)].text
+        if key not in self.program.places:
+            text = self.machine.steps[self.pc - 1].text
             warps = f"warp {self.first}" if self.warps == 1 else f"warps {self.first}-{self.last - 1}"
-            found = self.program.places[key] = f"{self.program.name}, {warps}, line {text.line}, {text}"
-        return found
+            self.program.places[key] = f"{self.program.name}, {warps}, line {text.line}, {text}"
+        return self.program.places[key]
 
     def touch(self, step: Step) -> None:
         """Registers of products, used by something else."""
         if not self.sums.isdisjoint(step.reads):
-            self.machine.judge.report("registers", self.place, "reads sums of a product that may still run")
+            self.judge.report("registers", self.place, "reads sums of a product that may still run")
         if not (self.sums.isdisjoint(step.writes) and self.factors.isdisjoint(step.writes)):
-            self.machine.judge.report("registers", self.place, "writes a register of a product that may still run")
+            self.judge.report("registers", self.place, "writes a register of a product that may still run")
         self.unfenced |= step.writes
 
     def retire(self, left: int) -> None:
         """Of all groups of products, only the last few may still run."""
-        while len(self.groups) > left:
+        while len(self.groups) > left + 1:
             for product in self.groups.pop(0):
                 product.multiply()
-        self.clock[:, :, self.own("product")] = self.committed - len(self.groups)
-        self.sums = set().union(*(product.sums for product in self.running()))
-        self.factors = set().union(*(product.factors for product in self.running()))
-
-    def running(self) -> Iterator[Product]:
-        return (product for group in [*self.groups, self.open_products] for product in group)
+        self.clock[:, :, self.own("product")] = self.closed["product"] + 1 - len(self.groups)
+        running = [product for group in self.groups for product in group]
+        self.sums = set().union(*(product.sums for product in running))
+        self.factors = set().union(*(product.factors for product in running))
 
     def issue(self, kind: str, work: Callable[[], None]) -> None:
         """Part of a group of copies or bulk stores: now, or when it is waited for."""
@@ -137,53 +166,54 @@ class Strand:
         else:
             self.late[kind][-1].append(work)
 
-    def close(self, kind: str) -> None:
-        self.late[kind].append([])
-        self.closed[kind] += 1
-
-    def end(self, kind: str, left: int, components: tuple[str, ...]) -> None:
-        """All but the last few closed groups are done with."""
-        late = self.late[kind]
-        while len(late) > left + 1:
-            for work in late.pop(0):
+    def end(self, kind: str, left: int, components: Iterable[str]) -> None:
+        """All but the last few closed groups are done. A copy writes as its warp would, a bulk store for itself."""
+        while len(self.late[kind]) > left + 1:
+            for work in self.late[kind].pop(0):
                 work()
-        rows = (
-            slice(0, 1) if kind == "copy" else slice(0, 2)
-        )  # a copy writes like a store, a bulk store reads and is gone
+        rows = np.arange(1 if kind == "copy" else 2)[:, None]
         for component in components:
-            for i, own in enumerate(self.own(component)):
-                known = self.clock[i, rows, own]
-                self.clock[i, rows, own] = np.maximum(known, self.closed[kind] - left)
+            for clock, own in zip(self.clock, self.own(component), strict=True):
+                clock[rows, own] = np.maximum(clock[rows, own], self.closed[kind] - left)
 
 
 class Program:
     """One program of the grid."""
 
-    def __init__(self, machine: Machine, index: tuple[int, int, int]) -> None:
-        self.machine = machine
-        self.name = f"program {index}"
-        judge = machine.judge
-        self.components = {}
-        for kind in KINDS:
-            names = [
-                f"{'' if kind == 'warp' else f'a {kind} of '}warp {w} of {self.name}" for w in range(machine.warps)
-            ]
-            self.components[kind] = np.array([judge.component(kind, name) for name in names])
-        self.spare = [judge.component("load", f"a load of {self.name}") for _ in range(machine.barriers)]
-        self.clocks = np.zeros((machine.warps, 2, judge.capacity), np.int32)
+    def __init__(self, machine: Machine, index: tuple[int, ...]) -> None:
+        self.machine, self.index, self.name, judge = machine, index, f"program {index}", machine.judge
+        names = [f"warp {w} of {self.name}" for w in range(machine.warps)]
+        self.components = {
+            kind: np.array([judge.component(kind, name if kind == "warp" else f"a {kind} of {name}") for name in names])
+            for kind in KINDS
+        }
+        self.clocks = np.zeros((machine.warps, 2, judge.size), np.int32)
         self.clocks[np.arange(machine.warps), 0, self.components["warp"]] = 1
-        self.views = machine.registers(index)
-        self.memory = machine.noise.integers(0, 256, SHARED + machine.shared, np.uint8)
-        self.shadow = Shadow(judge, "", len(self.memory) // GRANULE, GRANULE, NEVER)
+        self.views = {"pred": np.zeros((machine.registers.get(1, 0), 32 * machine.warps), bool)}
+        for width in (16, 32, 64):
+            file = np.zeros((machine.registers.get(width, 0), 32 * machine.warps), TYPES[f"b{width}"])
+            self.views |= {t: file.view(TYPES[t]) for t in TYPES if np.dtype(TYPES[t]).itemsize == width // 8}
+        first = [np.arange(32 * machine.warps), *index, *machine.grid]  # the special registers are the first rows
+        self.views["u32"][: len(first)] = np.stack(np.broadcast_arrays(*first))
+        data = machine.noise.integers(0, 256, SHARED + machine.shared, np.uint8)
+        self.shared = Memory(judge, "shared memory", data, 0, 2, np.arange(len(data)) >= SHARED, NEVER)
         self.barriers: dict[int, Barrier] = {}
-        self.rendezvous: dict[int, Rendezvous] = {}
+        """mbarriers by address, and those of bar.sync by number."""
+        self.retired: dict[int, Barrier] = {}
         self.loads: list[Callable[[], None]] = []
         """Those that have not landed."""
         self.places: dict[Any, str] = {}
-        self.retired: dict[int, Barrier] = {}
-        """Barriers that were, by address."""
         self.strands: list[Strand] = []
         self.strands.append(Strand(self, 0, machine.warps, 0))
+
+    def barrier(self, key: int, name: str, count: int) -> Barrier:
+        """A new one, where one may have been before."""
+        old, judge = self.retired.get(key), self.machine.judge
+        loads, base = (
+            (old.loads, old.base + old.current + 1) if old else (judge.component("load", f"a load at {name}"), 0)
+        )
+        self.barriers[key] = self.retired[key] = Barrier(judge, f"{name} of {self.name}", count, loads, base)
+        return self.barriers[key]
 
     def run(self) -> None:
         rng = self.machine.rng
@@ -193,11 +223,11 @@ class Program:
                 continue
             moved = False
             for strand in alive:
-                moved = self.advance(strand) or moved
+                moved = self._advance(strand) or moved
                 if moved and rng is not None:
                     break  # the first goes as far ahead as it may, the last comes when nobody else can
             if not moved and self.loads:
-                self.loads.pop(int(rng.integers(len(self.loads))) if rng is not None else 0)()
+                self.loads.pop(int(rng.integers(len(self.loads))))()
             elif not moved:
                 for strand in alive:
                     strand.pc += 1  # to what it waits at
@@ -205,7 +235,7 @@ class Program:
                     self.machine.judge.report("deadlock", strand.place, text)
                 return
 
-    def advance(self, strand: Strand) -> bool:
+    def _advance(self, strand: Strand) -> bool:
         """Run until it has to wait; whether it came any further."""
         steps, moved = self.machine.steps, False
         while not strand.done:
@@ -220,12 +250,15 @@ class Program:
         return moved
 
 
-def views(counts: dict[str, int], threads: int) -> dict[str, Array]:
-    """A register file: of each type, all registers of its width as [register, lane]."""
-    files = {width: np.zeros((counts.get(width, 0), threads), TYPES[width]) for width in ("pred", "b16", "b32", "b64")}
-    found = {"pred": files["pred"]}
-    for name, dtype in TYPES.items():
-        width = f"b{8 * np.dtype(dtype).itemsize}"
-        if name != "pred" and width in files:
-            found[name] = files[width].view(dtype)
+@functools.lru_cache(maxsize=4096)
+def constant(value: int, t: str, lanes: int) -> Array:
+    """A number's lower bits, in each lane."""
+    size = 8 * np.dtype(TYPES[t]).itemsize
+    found = np.full(lanes, value != 0 if t == "pred" else value & (1 << size) - 1, f"u{size // 8}").view(TYPES[t])
+    found.flags.writeable = False
     return found
+
+
+def region(machine: Machine, address: int) -> Memory | None:
+    index = (address >> REGION_BITS) - 1
+    return machine.regions[index] if 0 <= index < len(machine.regions) else None

@@ -1,14 +1,15 @@
-"""Where bytes lie: tensors in global memory, boxes of tensor maps, operands of wgmma in shared memory."""
+"""Where bytes lie: boxes of tensor maps in memory, swizzles, and the operands of wgmma in shared memory."""
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
-import torch
 
 from .arithmetic import Array, from_bf16
+from .judge import Memory
 from .ptx import Unknown
 
 SHARED = 1024
@@ -17,136 +18,74 @@ REGION_BITS = 40
 """Each tensor's storage has 2^40 global addresses to itself, so what runs out of one is in no other."""
 
 
-class Region:
-    """The storage of one or more of a launch's tensors, as bytes; where none of them has an element, it has a gap."""
-
-    def __init__(self, storage: torch.UntypedStorage, index: int) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        self.base = (index + 1) << REGION_BITS
-        self.covered = np.zeros(len(self.bytes), bool)
-        self.names: list[str] = []
-        self.unit = 8
-        """Bytes of the narrowest element: what races are judged by."""
-
-    def cover(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.element_size()
-        self.names.append(name)
-        self.unit = min(self.unit, size)
-        elements = torch.zeros(len(self.bytes) // size, dtype=torch.bool)
-        elements.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
-        self.covered[: len(elements) * size] |= elements.numpy().repeat(size)
-
-    @property
-    def name(self) -> str:
-        return " = ".join(self.names)
-
-
-class Global:
-    """The tensors of a launch by address."""
-
-    def __init__(self) -> None:
-        self.regions: list[Region] = []
-        self._of: dict[int, int] = {}
-
-    def address(self, name: str, tensor: torch.Tensor) -> int:
-        """Of a tensor's first element; its region is made if it is the first in its storage."""
-        storage = tensor.untyped_storage()
-        index = self._of.setdefault(storage.data_ptr(), len(self.regions))
-        if index == len(self.regions):
-            self.regions.append(Region(storage, index))
-        self.regions[index].cover(name, tensor)
-        return self.regions[index].base + tensor.storage_offset() * tensor.element_size()
-
-    def region(self, addresses: Array) -> tuple[Region, Array] | None:
-        """The one region of some addresses, and their places in it (which may be outside); None if there is none."""
-        index = int(addresses[0] >> np.uint64(REGION_BITS)) - 1
-        if not 0 <= index < len(self.regions):
-            return None
-        region = self.regions[index]
-        return region, addresses.astype(np.int64) - region.base
-
-
 class TensorMap:
-    """A TMA descriptor as Triton's launcher makes it of a TensorDescriptor: the box's rows are no wider than a swizzle."""
+    """A TMA descriptor as Triton's launcher makes it of a TensorDescriptor: a box is no wider than its swizzle."""
 
-    def __init__(self, region: Region, start: int, descriptor: Any) -> None:
-        self.region, self.start = region, start
-        self.size = descriptor.base.element_size()
-        self.shape, self.strides = list(descriptor.shape), list(descriptor.strides)
-        block = list(descriptor.block_shape)
-        layout = getattr(descriptor, "layout", None)
-        row = block[-1] * self.size
-        if layout is not None:
-            self.swizzle = layout.swizzle_byte_width
-        else:  # as Triton lays out a block that nothing else decides on
-            fits = [width for width in (128, 64, 32) if row % width == 0 and int(np.prod(block[:-1])) >= 8]
-            self.swizzle = fits[0] if fits else 0
+    def __init__(self, memory: Memory, start: int, descriptor: Any) -> None:
+        self.memory, self.start, self.size = memory, start, descriptor.base.element_size()
+        self.shape, self.strides, block = descriptor.shape, descriptor.strides, list(descriptor.block_shape)
+        if hasattr(descriptor, "layout"):
+            self.swizzle = descriptor.layout.swizzle_byte_width
+        else:  # as Triton lays out a block on which nothing else decides
+            wide = [width for width in (128, 64, 32) if block[-1] * self.size % width == 0]
+            self.swizzle = wide[0] if wide and math.prod(block[:-1]) >= 8 else 0
         self.box = [*block[:-1], min(block[-1], (self.swizzle or 128) // self.size)]
-        if getattr(descriptor, "padding", "zero") != "zero":
-            raise Unknown(f"a tensor map with padding {descriptor.padding}")
+        self.bytes = math.prod(self.box) * self.size
+        self.chunk = min(16, self.box[-1] * self.size)
+        if getattr(descriptor, "padding", "zero") != "zero" or getattr(descriptor, "round_f32_to_tf32", False):
+            raise Unknown("a tensor map that pads with NaN or rounds to TF32")
 
-    @property
-    def bytes(self) -> int:
-        return int(np.prod(self.box)) * self.size
-
-    def place(self, coordinates: tuple[int, ...]) -> tuple[Array, Array]:
-        """The first byte in the region of each element of the box, flat, and whether the tensor has it."""
+    def place(self, coordinates: list[int]) -> tuple[Array, Array]:
+        """The first byte in memory of each element of the box, and whether the tensor has it."""
         where, inside = np.zeros(1, np.int64), np.ones(1, bool)
         for at, extent, size, stride in zip(coordinates, self.box, self.shape, self.strides, strict=True):
             index = np.arange(at, at + extent)
             where = (where[:, None] + index * stride).reshape(-1)
-            inside = (inside[:, None] & ((index >= 0) & (index < size))).reshape(-1)
+            inside = (inside[:, None] & (index >= 0) & (index < size)).reshape(-1)
         return self.start + where * self.size, inside
 
-    @functools.cached_property
-    def chunks(self) -> Array:
-        """Of each 16 bytes of the box (or less, if its rows are shorter) their place in shared memory, unswizzled."""
-        return np.arange(0, self.bytes, min(16, self.box[-1] * self.size))
+    def load(self, shared: Array, start: int, places: Array, inside: Array) -> None:
+        """Copy a box into shared memory, zeros for what the tensor does not have."""
+        data = np.zeros((len(places), self.size), np.uint8)
+        data[inside] = self.memory.bytes[places[inside, None] + np.arange(self.size)]
+        shared[self._chunks(start)] = data.reshape(-1, self.chunk)
+
+    def store(self, shared: Array, start: int, places: Array, inside: Array) -> None:
+        data = shared[self._chunks(start)].reshape(-1, self.size)
+        self.memory.bytes[places[inside, None] + np.arange(self.size)] = data[inside]
+
+    def _chunks(self, start: int) -> Array:
+        """Shared addresses of the box's bytes, in its order."""
+        return swizzled(start + np.arange(0, self.bytes, self.chunk), self.swizzle)[:, None] + np.arange(self.chunk)
 
 
 def swizzled(addresses: Array, width: int) -> Array:
     """Shared addresses as a swizzle of 128, 64 or 32 bytes (0: none) permutes them."""
-    mask = {128: 7, 64: 3, 32: 1, 0: 0}[width]
-    return addresses ^ (addresses >> 7 & mask) << 4
-
-
-SWIZZLES = (0, 128, 64, 32)
-"""By the upper two bits of a wgmma descriptor."""
+    return addresses ^ (addresses >> 7 & {128: 7, 64: 3, 32: 1, 0: 0}[width]) << 4
 
 
 @functools.lru_cache(maxsize=4096)
 def operand(descriptor: int, rows: int, size: int, mn_major: bool) -> Array:
     """Shared addresses of a wgmma operand's elements, [rows of M or N, 32 bytes of K], by its descriptor."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-    if (
-        descriptor >> 49 & 7
-        or descriptor >> 52 & 0x3FF
-        or descriptor >> 14 & 3
-        or descriptor >> 30 & 3
-        or descriptor >> 46 & 7
-    ):
-        raise Unknown(f"wgmma descriptor {descriptor:#x} has a base offset or bits that mean nothing")
-    width = SWIZZLES[descriptor >> 62]
-    m, k = np.arange(rows)[:, None], np.arange(32 // size)[None, :]
-    if not mn_major and width:
-        at = m // 8 * stride + m % 8 * width + k * size
-    elif not mn_major:
-        at = m // 8 * stride + m % 8 * 16 + k * size // 16 * leading + k * size % 16
-    elif size != 2:
-        raise Unknown(f"an operand of {size}-byte elements that is not K-major")
-    elif width:
+    width = (0, 128, 64, 32)[descriptor >> 62]
+    if descriptor & ~(3 << 62 | 0x3FFF3FFF3FFF) or not width or (mn_major and size != 2):
+        raise Unknown(f"wgmma descriptor {descriptor:#x} of {size}-byte elements: a base offset, or no swizzle")
+    m, k = np.arange(rows)[:, None], np.arange(32 // size)
+    if mn_major:
         at = m // (width // 2) * leading + m % (width // 2) * 2 + k // 8 * stride + k % 8 * width
     else:
-        at = m // 8 * stride + m % 8 * 2 + k // 8 * leading + k % 8 * 16
+        at = m // 8 * stride + m % 8 * width + k * size
     return swizzled(start + at, width)
 
 
-def numbers(raw: Array, kind: str) -> Array:
-    """Values in fp32 of bytes [..., size]."""
-    if kind == "f16":
-        return raw.view(np.float16)[..., 0].astype(np.float32)
-    if kind == "bf16":
-        return from_bf16(raw.view(np.uint16)[..., 0])
+def numbers(words: Array, kind: str) -> Array:
+    """fp32 values of words that hold one each."""
     if kind == "tf32":
-        return (raw.view(np.uint32)[..., 0] & np.uint32(0xFFFFE000)).view(np.float32)
-    raise Unknown(f"products of {kind}")
+        return (words & np.uint32(0xFFFFE000)).view(np.float32)
+    return from_bf16(words) if kind == "bf16" else words.view(np.float16).astype(np.float32)
+
+
+def words_of(kind: str) -> tuple[int, Any]:
+    """Size and dtype of the words that hold values of a kind."""
+    return (4, np.uint32) if kind == "tf32" else (2, np.uint16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,13 +15,13 @@ class Unknown(Exception):
 class Instruction(NamedTuple):
     line: int
     """In the PTX text, from 1."""
-    guard: str | None
     negated: bool
+    guard: str | None
     op: str
     operands: tuple[str, ...]
 
     def __str__(self) -> str:
-        guard = "" if self.guard is None else f"@{'!' * self.negated}{self.guard} "
+        guard = f"@{'!' * self.negated}{self.guard} " if self.guard else ""
         text = f"{guard}{self.op} {', '.join(self.operands)}"
         return text if len(text) <= 90 else text[:87] + "..."
 
@@ -30,63 +31,50 @@ class Kernel:
     """One entry function."""
 
     name: str
-    parameters: list[tuple[str, int]] = field(default_factory=list)
-    """Names, and sizes in bytes."""
-    threads: int = 0
-    shared: list[str] = field(default_factory=list)
+    threads: int
+    shared: str
+    """What its shared memory is called."""
+    parameters: dict[str, int]
+    """Sizes in bytes."""
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)
     registers: dict[str, str] = field(default_factory=dict)
-    """The type of each declared name, a `<n>` left off: {"%r": "b32"}."""
-
-    def type_of(self, register: str) -> str:
-        name = register if register in self.registers else register.rstrip("0123456789")
-        if name not in self.registers:
-            raise Unknown(f"{self.name} declares no register {register}")
-        return self.registers[name]
+    """Types of declared names, a `<n>` left off: {"%r": "b32"}."""
 
 
-_SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4}
-_SIZES |= {"b64": 8, "u64": 8, "s64": 8, "f64": 8}
 _STATEMENT = re.compile(r"\s*(?:\.(?:loc|file)\b[^\n]*|([{}])|([$\w]+):(?!:)|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)")
 _GUARDED = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([\w.:]+)\s*(.*)", re.S)
 _NAME = re.compile(r"[%$\w]+")
+_OPERAND = re.compile(r"\s*((?:\[[^\]]*\]|\{[^}]*\}|[^,{\[])+)\s*(?:,|$)")
 
 
 def parse(text: str) -> Kernel:
-    """The entry function of a PTX text. Raises Unknown if there is not exactly one, or if it reads no sense in it."""
-    text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), re.sub(r"//[^\n]*", "", text), flags=re.S)
-    entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(([^)]*)\)([^{]*)\{", text))
-    if len(entries) != 1:
-        raise Unknown(f"{len(entries)} entry functions, expected one")
+    """The entry function of a PTX text. Raises Unknown if there is not exactly one, or where it makes no sense."""
+    text = re.sub(r"//[^\n]*", "", text)
+    entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(([^)]*)\)[^{]*\.reqntid\s+([\d, ]+)[^{]*\{", text))
+    shared = re.findall(r"\.extern\s+\.shared\s[^;]*?([$\w]+)\[\]\s*;", text)
+    if len(entries) != 1 or len(shared) > 1:
+        raise Unknown(f"{len(entries)} entry functions with .reqntid and {len(shared)} shared memories, expected one")
     (entry,) = entries
-    kernel = Kernel(entry[1])
+    kernel = Kernel(entry[1], math.prod(map(int, entry[3].split(","))), "".join(shared), {})
     for parameter in filter(str.strip, entry[2].split(",")):
-        words = parameter.split()
-        name, _, count = words[-1].partition("[")
-        size = next(_SIZES[word[1:]] for word in words if word[1:] in _SIZES)
-        kernel.parameters.append((name, size * int(count.rstrip("]") or 1)))
-    threads = re.search(r"\.reqntid\s+(\d+(?:\s*,\s*\d+)*)", entry[3])
-    if threads is None:
-        raise Unknown(f"{kernel.name} has no .reqntid, which says how many threads a program has")
-    kernel.threads = 1
-    for side in threads[1].split(","):
-        kernel.threads *= int(side)
-    kernel.shared = re.findall(r"\.extern\s+\.shared\s[^;]*?([$\w]+)\[\]\s*;", text)
-    _body(kernel, text, entry.end())
+        bits, name, count = re.search(r"\.[busf](\d+)\s.*?([$\w]+)(?:\[(\d+)\])?\s*$", parameter.strip()).groups()
+        kernel.parameters[name] = int(bits) // 8 * int(count or 1)
+    _read_body(kernel, text, entry.end())
     return kernel
 
 
-def _body(kernel: Kernel, text: str, position: int) -> None:
+def _read_body(kernel: Kernel, text: str, position: int) -> None:
     """Statements until the brace that closes the function. Names declared in an inner block are its own."""
-    scopes, opened, label = [""], 0, ""
-    pending: list[tuple[tuple[str, ...], int, str]] = []  # statements, for a block's labels may stand behind their use
+    scopes, opened, label, line = [""], 0, "", text.count("\n", 0, position) + 1
     names: dict[str, set[str]] = {"": set()}
+    found: list[tuple[tuple[str, ...], int, str]] = []  # not yet read: a block's labels may stand behind their use
     while scopes:
         match = _STATEMENT.match(text, position)
         if match is None:
             raise Unknown(f"{kernel.name}: no statement: {text[position : position + 60].strip()!r}")
+        line += text.count("\n", position, match.end())
         position = match.end()
         brace, name, statement = match.groups()
         if brace == "{":
@@ -98,42 +86,26 @@ def _body(kernel: Kernel, text: str, position: int) -> None:
         elif name is not None:
             names[scopes[-1]].add(name)
             label = name + scopes[-1]
-            kernel.labels[label] = len(pending)
+            kernel.labels[label] = len(found)
         elif statement is not None:
-            words = statement.split(None, 2)
-            if words[0] == ".reg":
-                for register in words[2].split(","):
+            directive = statement.split()[0]
+            if directive == ".reg":
+                _, type_, registers = statement.split(None, 2)
+                for register in registers.split(","):
                     register = register.strip().partition("<")[0]
                     names[scopes[-1]].add(register)
-                    kernel.registers[register + scopes[-1]] = words[1][1:]
-            elif words[0] == ".branchtargets":
-                kernel.tables[label] = _NAME.findall(statement.partition(words[0])[2])
-            elif words[0] == ".pragma":
-                continue
-            elif words[0].startswith("."):
+                    kernel.registers[register + scopes[-1]] = type_[1:]
+            elif directive == ".branchtargets":
+                kernel.tables[label] = _NAME.findall(statement.partition(directive)[2])
+            elif directive.startswith(".") and directive != ".pragma":
                 raise Unknown(f"{kernel.name}: directive {statement.strip()!r}")
-            else:
-                pending.append((tuple(scopes), text.count("\n", 0, position) + 1, statement.strip()))
-    for scope, line, statement in pending:
-        inner = scope[1:]
+            elif directive != ".pragma":
+                found.append((tuple(scopes), line, statement.strip()))
+    for scope, line, statement in found:
 
-        def own(match: re.Match[str], inner: tuple[str, ...] = inner) -> str:
-            return match[0] + next((s for s in reversed(inner) if match[0] in names[s]), "")
+        def inner(match: re.Match[str], scope: tuple[str, ...] = scope) -> str:
+            return match[0] + next(s for s in reversed(scope) if s == "" or match[0] in names[s])
 
-        match = _GUARDED.fullmatch(_NAME.sub(own, statement) if inner else statement)
-        if match is None:
-            raise Unknown(f"{kernel.name}, line {line}: {statement!r}")
-        negated, guard, op, operands = match.groups()
-        kernel.code.append(Instruction(line, guard, bool(negated), op, tuple(_split(operands))))
-
-
-def _split(operands: str) -> list[str]:
-    """Operands, with commas within braces and brackets left alone."""
-    parts, depth, start = [], 0, 0
-    for i, character in enumerate(operands):
-        depth += (character in "{[") - (character in "}]")
-        if character == "," and depth == 0:
-            parts.append(operands[start:i].strip())
-            start = i + 1
-    last = operands[start:].strip()
-    return [*parts, last] if last else parts
+        negated, guard, op, operands = _GUARDED.fullmatch(_NAME.sub(inner, statement)).groups()
+        split = tuple(operand.strip() for operand in _OPERAND.findall(operands))
+        kernel.code.append(Instruction(line, bool(negated), guard, op.replace("shared::cta", "shared"), split))
