@@ -28,7 +28,7 @@ from .flow import Flow, sass
 _WRITE = {
     "CS2R", "F2FP", "F2I", "FADD", "FFMA", "FMNMX", "FMUL", "FSEL", "HADD2", "HFMA2", "I2F", "IABS", "IADD3", "IMAD",
     "LDC", "LDG", "LDL", "LDS", "LDSM", "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL", "SGXT",
-    "SHF", "SHFL", "SYNCS", "VIADD",
+    "SHF", "SHFL", "SYNCS", "VIADD", "VIMNMX",
 }  # fmt: skip
 # In these, no register is a result.
 _READ = {
