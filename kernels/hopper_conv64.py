@@ -125,9 +125,9 @@ def multiplier(
         if RESIDUAL:
             mbarrier.wait(added.index(group), turn & 1)
         put(lo * scale + shift, results.index(2 * group).permute((1, 0)), RESIDUAL, RELU)
-        async_store(y_desc, [p, q + group, n, 0], out.index(2 * group))
         put(hi * scale + shift, results.index(2 * group + 1).permute((1, 0)), RESIDUAL, RELU)
-        async_store(y_desc, [p + 1, q + group, n, 0], out.index(2 * group + 1))
+        async_store(y_desc, [p + 1, q + group, n, 0], out.index(2 * group + 1))  # last put, first out: one barrier
+        async_store(y_desc, [p, q + group, n, 0], out.index(2 * group))
         turn += 1
     tma.store_wait(0)
 
