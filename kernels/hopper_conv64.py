@@ -190,9 +190,9 @@ def hopper_conv64(
 ) -> Launch:
     """The launch of at most `programs` programs: see `conv_bn_relu.py`.
 
-    It asks for fp16 or bf16, 64 channels and 64 filters of 3x3, stride 1, padding 1, no shortcut, 16-byte aligned
-    pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images and at most 11 stages that does not split
-    the reduction.
+    It asks for fp16 or bf16, 64 channels and 64 filters of 3x3, stride 1, padding 1, no shortcut (None), 16-byte
+    aligned pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images and at most 11 stages, which
+    does not split the reduction: `partials` and `semaphores` are None.
     """
     constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, relu, config)
     x_fields, w_fields, y_fields = views
