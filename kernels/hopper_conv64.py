@@ -125,9 +125,9 @@ def multiplier(
         if RESIDUAL:
             mbarrier.wait(added.index(group), turn & 1)
         put(lo * scale + shift, results.index(2 * group).permute((1, 0)), RESIDUAL, RELU)
-        async_store(y_desc, [p, q + group, n, 0], out.index(2 * group))
         put(hi * scale + shift, results.index(2 * group + 1).permute((1, 0)), RESIDUAL, RELU)
-        async_store(y_desc, [p + 1, q + group, n, 0], out.index(2 * group + 1))
+        async_store(y_desc, [p + 1, q + group, n, 0], out.index(2 * group + 1))  # last put, first out: one barrier
+        async_store(y_desc, [p, q + group, n, 0], out.index(2 * group))
         turn += 1
     tma.store_wait(0)
 
@@ -190,9 +190,9 @@ def hopper_conv64(
 ) -> Launch:
     """The launch of at most `programs` programs: see `conv_bn_relu.py`.
 
-    It asks for fp16 or bf16, 64 channels and 64 filters of 3x3, stride 1, padding 1, no shortcut, 16-byte aligned
-    pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images and at most 11 stages that does not split
-    the reduction.
+    It asks for fp16 or bf16, 64 channels and 64 filters of 3x3, stride 1, padding 1, no shortcut (None), 16-byte
+    aligned pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images and at most 11 stages, which
+    does not split the reduction: `partials` and `semaphores` are None.
     """
     constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, relu, config)
     x_fields, w_fields, y_fields = views

@@ -115,6 +115,7 @@ def launch(case: Case) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     out = torch.full_like(call.output(), float("nan"))
     with pinned(case.config):
         (found,) = call.launches(out)
+    assert found.grid[0] <= found.arguments["items"]
     found.grid = (min(case.programs, found.arguments["items"]),)
     return found, out, rounded(conv_reference(call), out.dtype)
 
