@@ -129,10 +129,13 @@ for t in ("u64", "u32"):
 _add("bfe.u32", _field, "u32", "u32", "u32", "u32")
 _add("bfe.s32", _field, "s32", "s32", "u32", "u32")
 _add("prmt.b32", _permute, "b32", "b32", "b32", "b32")
+_add("shf.l.wrap.b32", lambda a, b, n: (b.astype(np.uint64) << 32 | a) << (n & 31).astype(np.uint64) >> 32,
+     "b32", "b32", "b32", "u32")  # fmt: skip
 
 for rounding in ("", ".rn"):
     for name, compute in {"add": np.add, "sub": np.subtract, "mul": np.multiply}.items():
-        _add(f"{name}{rounding}.f32", compute, "f32", "f32", "f32")
+        for t in ("f16", "f32"):
+            _add(f"{name}{rounding}.{t}", compute, t, t, t)
 _add("fma.rn.f32", lambda a, b, c: a.astype(np.float64) * b + c, "f32", "f32", "f32", "f32")
 _add("div.rn.f32", np.divide, "f32", "f32", "f32")
 _add("sqrt.rn.f32", np.sqrt, "f32", "f32")
