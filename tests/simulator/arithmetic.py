@@ -33,9 +33,8 @@ def _add(name: str, compute: Callable[..., Array], result: str, *sources: str) -
     TABLE[name] = Operation(compute, result, sources)
 
 
-def bits(t: str) -> int:
-    """The width of the register that holds a type."""
-    return 1 if t == "pred" else max(8 * np.dtype(TYPES[t]).itemsize, 16)
+BITS = {t: 1 if t == "pred" else max(8 * np.dtype(dtype).itemsize, 16) for t, dtype in TYPES.items()}
+"""The width of the register that holds a type."""
 
 
 def from_bf16(a: Array) -> Array:
