@@ -505,6 +505,14 @@ def test_a_deadlock_names_who_waits_for_what():
     assert re.search(r"waits for phase 0 of the barrier at \+\d+ .* lacks 1 arrivals and 0 bytes", loader)
 
 
+def test_a_program_that_ends_while_a_load_is_under_way():
+    (launch,), lines = move(128, 0, 0).launches, compiled()["move 128"][0].splitlines()
+    del lines[block(lines, 0)]
+    del lines[find(lines, r"global\.shared")]
+    (fault,) = simulate(launch, "\n".join(lines)).faults
+    assert re.match(r"arrival: program \(0, 0, 0\): ends while a load at the barrier at \+\d+", fault)
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [

@@ -234,6 +234,10 @@ class Program:
                     text = f"waits for {strand.waiting}, and nobody is left to end it"
                     self.machine.judge.report("deadlock", strand.place, text)
                 return
+        for barrier in self.retired.values():
+            last = max((number for number, phase in enumerate(barrier.phases) if phase.issued), default=-1)
+            if self.clocks[:, 0, barrier.loads].max() <= barrier.base + last:
+                self.machine.judge.report("arrival", self.name, f"ends while a load at {barrier.name} may be under way")
 
     def _advance(self, strand: Strand) -> bool:
         """Run until it has to wait; whether it came any further."""
