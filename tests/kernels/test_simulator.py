@@ -24,7 +24,17 @@ import torch
 pytest.importorskip("triton")
 
 from compiling import run
-from exact import KERNELS, channels_last, conv_call, conv_reference, generator, integers, rounded, stem_call
+from exact import (
+    KERNELS,
+    channels_last,
+    conv_call,
+    conv_reference,
+    generator,
+    integers,
+    rounded,
+    stem_call,
+    stem_reference,
+)
 from simulator import CHECKS, Unknown, simulate
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -35,6 +45,7 @@ from resnet_triton.codegen import specialise
 from resnet_triton.config import ConvConfig, ConvShape, is_legal
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
+from resnet_triton.kernels.hopper_stem import hopper_stem
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops.stem import POOL
 
@@ -127,6 +138,13 @@ def conv(shape: ConvShape, config: ConvConfig, programs: int = 2, legal: bool = 
     return Case([launch], out, rounded(conv_reference(call), out.dtype))
 
 
+def specialised_stem(n: int, h: int, w: int, strip: int) -> Case:
+    made = stem_call(generator(CPU, 0), n, 3, h, w, 64, torch.float16)
+    out, inputs = made.output().fill_(float("nan")), {"x": made.x, "weight": made.weight, "batch_norm": made.batch_norm}
+    launch = hopper_stem(out=out, **inputs, mean=None, std=None, strip=strip, programs=2)
+    return Case([launch], out, stem_reference(made))
+
+
 def call(made: ops.Operation) -> Case:
     out = made.output().fill_(float("nan"))
     return Case(list(made.launches(out)), out, made.reference())
@@ -161,6 +179,7 @@ CASES = {
     ),
     "hopper_conv64": lambda: conv(ConvShape(3, 64, 4, 4, 64, **PADDED), of_64(32, 5)),
     "hopper_conv64, residual": lambda: conv(ConvShape(33, 64, 3, 4, 64, **PADDED, residual=True), of_64(32, 5)),
+    "hopper_stem": lambda: specialised_stem(2, 16, 28, 2),
     "conv_box": lambda: conv(
         ConvShape(1, 32, 10, 6, 40, **PADDED, residual=True), ConvConfig(16, 32, 16, 4, 2).on((4, 4, 1))
     ),
@@ -305,7 +324,7 @@ def test_the_oldest_triton():
         command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "8 passed" in done.stdout
+    assert "9 passed" in done.stdout
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -484,6 +503,14 @@ def test_a_deadlock_names_who_waits_for_what():
     faults = simulate(launch, plant("a slot never given back")).faults
     (loader,) = [fault for fault in faults if "warp 10" in fault]
     assert re.search(r"waits for phase 0 of the barrier at \+\d+ .* lacks 1 arrivals and 0 bytes", loader)
+
+
+def test_a_program_that_ends_while_a_load_is_under_way():
+    (launch,), lines = move(128, 0, 0).launches, compiled()["move 128"][0].splitlines()
+    del lines[block(lines, 0)]
+    del lines[find(lines, r"global\.shared")]
+    (fault,) = simulate(launch, "\n".join(lines)).faults
+    assert re.match(r"arrival: program \(0, 0, 0\): ends while a load at the barrier at \+\d+", fault)
 
 
 @pytest.mark.parametrize(

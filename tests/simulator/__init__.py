@@ -5,8 +5,9 @@ for is an error, never skipped. Values are exact on integers. The order of event
 (`judge.py`), from one execution; a schedule executes another order, with everything asynchronous as late as its waits
 allow, and has to give the same values.
 
-Not seen: time; lanes of one warp against each other; the registers that ptxas gives a product. That a load overwrites
-what a running product reads is no fault of PTX if ptxas is to copy it: `machine_code/products.py` reads SASS for it.
+Not seen: time; lanes of one warp against each other; what ptxas makes of registers. The race of triton-lang/triton#9433
+is in the PTX of Triton 3.6.0 and 3.7.1, so it is found here; 3.8.0's is made by ptxas, and `machine_code/products.py`
+finds it in machine code.
 """
 
 from __future__ import annotations

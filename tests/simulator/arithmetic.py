@@ -33,9 +33,8 @@ def _add(name: str, compute: Callable[..., Array], result: str, *sources: str) -
     TABLE[name] = Operation(compute, result, sources)
 
 
-def bits(t: str) -> int:
-    """The width of the register that holds a type."""
-    return 1 if t == "pred" else max(8 * np.dtype(TYPES[t]).itemsize, 16)
+BITS = {t: 1 if t == "pred" else max(8 * np.dtype(dtype).itemsize, 16) for t, dtype in TYPES.items()}
+"""The width of the register that holds a type."""
 
 
 def from_bf16(a: Array) -> Array:
@@ -129,10 +128,13 @@ for t in ("u64", "u32"):
 _add("bfe.u32", _field, "u32", "u32", "u32", "u32")
 _add("bfe.s32", _field, "s32", "s32", "u32", "u32")
 _add("prmt.b32", _permute, "b32", "b32", "b32", "b32")
+_add("shf.l.wrap.b32", lambda a, b, n: (b.astype(np.uint64) << 32 | a) << (n & 31).astype(np.uint64) >> 32,
+     "b32", "b32", "b32", "u32")  # fmt: skip
 
 for rounding in ("", ".rn"):
     for name, compute in {"add": np.add, "sub": np.subtract, "mul": np.multiply}.items():
-        _add(f"{name}{rounding}.f32", compute, "f32", "f32", "f32")
+        for t in ("f16", "f32"):
+            _add(f"{name}{rounding}.{t}", compute, t, t, t)
 _add("fma.rn.f32", lambda a, b, c: a.astype(np.float64) * b + c, "f32", "f32", "f32", "f32")
 _add("div.rn.f32", np.divide, "f32", "f32", "f32")
 _add("sqrt.rn.f32", np.sqrt, "f32", "f32")

@@ -18,7 +18,7 @@ import numpy as np
 from .arithmetic import Array
 
 CHECKS = (
-    "arrival",  # shared memory is used before the load that fills it has arrived
+    "arrival",  # shared memory is used, or the program ends, before the load that fills it has arrived
     "release",  # it is overwritten while a product may still read it
     "store",  # it is overwritten, or the program ends, while a bulk store may still read it
     "race",  # warps use it without a barrier in between

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arithmetic import TYPES, Array, bits
+from .arithmetic import BITS, TYPES, Array
 from .judge import KINDS, NEVER, Agent, Barrier, Judge, Memory
 from .memory import REGION_BITS, SHARED, TensorMap
 from .ptx import Instruction, Unknown
@@ -108,13 +108,13 @@ class Strand:
         """An operand's values, a lane each. Of a wider register, its lower bits."""
         if isinstance(operand, int):
             return constant(operand, t, 32 * self.warps)
-        if operand.width == bits(t) and t not in ("b8", "u8", "s8"):
+        if operand.width == BITS[t] and t not in ("b8", "u8", "s8"):
             return self.v[t][operand.number]
         return self.v[f"b{operand.width}"][operand.number].astype(TYPES[t])
 
     def put(self, operand: Row, t: str, values: Array, lanes: Any = slice(None)) -> None:
         """Into a wider register, extended."""
-        self.v[t if operand.width == bits(t) and t[1:] != "8" else f"b{operand.width}"][operand.number][lanes] = values
+        self.v[t if operand.width == BITS[t] and t[1:] != "8" else f"b{operand.width}"][operand.number][lanes] = values
 
     def uniform(self, operand: Any, t: str, lanes: slice = slice(None)) -> int:
         values = self.get(operand, t)[lanes]
@@ -234,6 +234,10 @@ class Program:
                     text = f"waits for {strand.waiting}, and nobody is left to end it"
                     self.machine.judge.report("deadlock", strand.place, text)
                 return
+        for barrier in self.retired.values():
+            last = max((number for number, phase in enumerate(barrier.phases) if phase.issued), default=-1)
+            if self.clocks[:, 0, barrier.loads].max() <= barrier.base + last:
+                self.machine.judge.report("arrival", self.name, f"ends while a load at {barrier.name} may be under way")
 
     def _advance(self, strand: Strand) -> bool:
         """Run until it has to wait; whether it came any further."""

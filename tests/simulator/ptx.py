@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ _NAME = re.compile(r"[%$\w]+")
 _OPERAND = re.compile(r"\s*((?:\[[^\]]*\]|\{[^}]*\}|[^,{\[])+)\s*(?:,|$)")
 
 
+@functools.lru_cache(maxsize=8)
 def parse(text: str) -> Kernel:
     """The entry function of a PTX text. Raises Unknown if there is not exactly one, or where it makes no sense."""
     text = re.sub(r"//[^\n]*", "", text)
