@@ -179,7 +179,7 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: R
         least = rates.turn
         if config.box is None:
             turn, least = turn * rates.pointers, rates.pointer_turn
-        beside = min(_programs_per_sm(config, shape, device), programs)
+        beside = max(min(_programs_per_sm(config, shape, device), programs), 1)
         chain = rates.program + turns * max(turn, least * config.block_c / 64) + result
         work = max(programs * (turns * turn + result), -(-programs // beside) * chain)
     if config.split_k == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,14 @@ def _interpreted_self_test() -> list[Json]:
 def _attempt(kernel: str, path: str, compute: Callable[..., tuple[Tensor, Tensor]], *, device: str) -> Json:
     result: Json = {"kernel": kernel, "path": path, "ok": None, "detail": ""}
     here = facts(torch.device(device))
+    if path.startswith("hopper") and not specialised.facts(torch.device(device)).has_specialised:
+        return {**result, "detail": "needs compute capability 9.0, and a compiler: none interprets it"}
     if path == "descriptor" and not here.has_descriptors:
         return {**result, "detail": f"needs compute capability 9.0, this GPU has {here.arch / 10}"}
     # A device below 9.0 has no descriptors, so its configurations take the pointer path on any GPU.
-    pretended = override(replace(here, arch=80)) if path == "pointer" else nullcontext()
+    pretended: AbstractContextManager[object] = nullcontext()
+    if path in ("descriptor", "pointer"):
+        pretended = override(replace(here, specialised=False, arch=80 if path == "pointer" else here.arch))
     torch.manual_seed(0)
     try:
         with torch.inference_mode(), pretended:
@@ -197,10 +202,10 @@ def _integers(device: str, *shape: int) -> tuple[Tensor, Tensor]:
     return values.to(device, torch.float16), values
 
 
-def _conv(device: str, images: int, edge: int, stride: int, residual: bool) -> tuple[Tensor, Tensor]:
-    """A 3x3 convolution of 16 channels."""
-    result = (images, 16, edge // stride, edge // stride)
-    shapes = [(images, 16, edge, edge), (16, 16, 3, 3), (16,), (16,), (16,), result]
+def _conv(device: str, images: int, edge: int, stride: int, residual: bool, c: int = 16) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution of `c` channels."""
+    result = (images, c, edge // stride, edge // stride)
+    shapes = [(images, c, edge, edge), (c, c, 3, 3), (c,), (c,), (c,), result]
     ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
     x, weight, mean, gamma, beta, add = ours
     got = F.conv_bn_relu(
@@ -251,10 +256,22 @@ def _avg_pool_linear(device: str) -> tuple[Tensor, Tensor]:
     return F.avg_pool_linear(*ours, kernels="triton"), reference.linear(pooled, weight, bias)
 
 
+def _specialised(device: str, tile: config.ConvConfig) -> tuple[Tensor, Tensor]:
+    with config.pinned(tile):
+        return _conv(device, 32, 8, 1, True, 64)
+
+
+_TILES = [
+    config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_conv"),
+    config.ConvConfig(128, 64, 64, 4, 11, (2, 2, 32), kernel="hopper_conv64"),
+]
+
+
 # From 32 images on, whatever can be loaded through descriptors is.
 _CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
     ("stem", "descriptor", _stem),
     ("stem", "pointer", _stem),
+    *(("conv_bn_relu, 3x3 + residual", tile.kernel, functools.partial(_specialised, tile=tile)) for tile in _TILES),
     ("conv_bn_relu, 3x3 + residual", "descriptor", lambda device: _conv(device, 32, 8, 1, True)),
     ("conv_bn_relu, 3x3/2", "descriptor", lambda device: _conv(device, 32, 8, 2, False)),
     ("conv_bn_relu, 3x3 + residual", "pointer", lambda device: _conv(device, 2, 8, 1, True)),

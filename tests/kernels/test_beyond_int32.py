@@ -129,7 +129,7 @@ def conv(out: Tensor, x: Tensor, weight: Tensor, **changes: Any) -> Launch:
     """A convolution whose batch norm changes nothing, through pointers in tiles of 16 pixels unless told otherwise."""
     default: dict[str, Any] = {
         "batch_norm": IDENTITY, "geometry": Geometry(padding=(1, 1)), "residual": None, "shortcut": None, "relu": False,
-        "precision": "ieee", "config": TILE, "partials": None, "semaphores": None,
+        "precision": "ieee", "config": TILE, "programs": 132, "partials": None, "semaphores": None,
     }  # fmt: skip
     return conv_bn_relu(out=out, x=x, weight=weight, **default | changes)
 

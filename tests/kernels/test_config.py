@@ -724,7 +724,7 @@ def test_neighbours_are_one_step_away() -> None:
         replace(specialised, box=(8, 4, 4)),
     ):  # fmt: skip
         assert expected in near, expected
-    assert {c.kernel for c in near} == {"hopper_conv"}
+    assert {c.kernel for c in near} == {"hopper_conv", "hopper_conv64"}
     pointers = candidates.neighbours(replace(BOX, box=None, swap=False), SHAPE, GPU)
     assert any(c.box for c in pointers)
     assert {c.block_m for c in pointers if c.box is None} == {64, 128}
