@@ -156,6 +156,21 @@ def strip_turns(tile: StemConfig, n: int, k: int, p: int, q: int, device: Device
     return -(-programs // device.sm_count) * (tile.strip + 1)
 
 
+_LONE = 1.5  # what a row takes a group that has nobody beside it to multiply while it stores, to one of two that share
+
+
+@functools.lru_cache(maxsize=4096)
+def hopper_strip(n: int, p: int, q: int, device: DeviceFacts) -> int:
+    """Rows of a strip of `hopper_stem` for results of (n, 64, p, q): the longest of those that take the least time."""
+    return min(range(1, p + 1), key=lambda strip: (hopper_turns(strip, n, p, q, device), -strip))
+
+
+def hopper_turns(strip: int, n: int, p: int, q: int, device: DeviceFacts) -> float:
+    """Rows of the convolution that the busiest SM computes one after another: two for a pooled row, one for a strip."""
+    items = -(-n * -(-q // 56) * -(-p // strip) // device.sm_count)
+    return (2 * strip + 1) * (items // 2 * 2 + items % 2 * _LONE)
+
+
 def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates = RATES) -> float:
     """Nanoseconds that a launch might take, with what an H200's SM does.
 

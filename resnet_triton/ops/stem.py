@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from .. import config
-from ..config import device
+from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..kernels.values import BatchNorm, Geometry
-from . import reference
-from .checks import channels_last, check_pixels, check_rank, too_large
+from . import reference, specialised
+from .checks import aligned, channels_last, check_pixels, check_rank, too_large
 from .conv import ConvBnRelu
 from .dispatch import AUTO, HAS_TRITON, Modes
 from .operation import Operation, Result, Shape, register
 from .pool import MaxPool2d
 
 if HAS_TRITON:
+    from ..kernels.hopper_stem import hopper_stem, supports
     from ..kernels.stem import pack, packed_shape, stem
 
 CONV = Geometry(stride=(2, 2), padding=(3, 3))
@@ -74,7 +75,14 @@ class Stem(Operation):
     def launches(self, out: Tensor) -> tuple[Launch, ...]:
         x, weight = self.x, channels_last(self.weight)
         n, c, h, w = x.shape
-        facts, shape = device.facts(x.device), out.shape
+        facts, shape = specialised.facts(x.device), out.shape
+        if self._has_one_launch(facts) and aligned(out):
+            return (
+                hopper_stem(
+                    out=out, x=x, weight=weight, batch_norm=self.batch_norm.contiguous(), mean=self.pixel_mean,
+                    std=self.pixel_std, strip=config.hopper_strip(n, *shape[2:], facts), programs=facts.sm_count,
+                ),
+            )  # fmt: skip
         if self.modes.batch_invariant:
             tile = config.invariant_stem(*shape[1:], facts)
         else:
@@ -90,6 +98,10 @@ class Stem(Operation):
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             ),
         )  # fmt: skip
+
+    def _has_one_launch(self, facts: DeviceFacts) -> bool:
+        """Whether the warp-specialised kernel takes this: it adds in one order whatever the batch or the strip."""
+        return facts.has_specialised and supports(self.x, self.weight, self.pixel_mean, self.pixel_std)
 
     def _two_layers(self, out: Tensor) -> tuple[Launch, ...]:
         """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""

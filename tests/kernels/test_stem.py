@@ -25,9 +25,10 @@ from exact import (
 from torch import Tensor
 
 from resnet_triton import config, functional
-from resnet_triton.config import StemConfig, stem_heuristic
+from resnet_triton.config import StemConfig, hopper_strip, stem_heuristic
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.kernels import stem as kernels
+from resnet_triton.kernels.hopper_stem import normalises_exactly
 from resnet_triton.ops import interpreter, reference
 
 INF, NAN = float("inf"), float("nan")
@@ -254,6 +255,33 @@ def test_elsewhere_convolution_and_pool_are_two_launches(device, arch, c, dtype)
         assert_exact(run(call), stem_reference(call))
 
 
+@pytest.mark.parametrize(
+    ("change", "one"),
+    [
+        ({}, True), ({"k": 32}, False), ({"c": 5}, False), ({"arch": 100}, False), ({"every": 2}, False),
+        ({"dtype": torch.float32}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hopper_takes_one_launch(device, change, one):
+    sizes = {"k": 64, "c": 3, "arch": 90, "every": 1, "dtype": torch.bfloat16, **change}
+    call = stem_call(generator(device, 15), 2, sizes["c"], 12, 28, sizes["k"], sizes["dtype"])
+    call = replace(call, x=call.x[..., :: sizes["every"]])
+    with mock.patch.object(interpreter, "active", return_value=False), override(KNOWN[sizes["arch"]]):
+        names = [launch.kernel.__name__ for launch in call.launches(call.output())]
+    assert (names == ["hopper_stem_kernel"]) == one, names
+
+
+def test_bytes_that_reciprocals_do_not_normalise_exactly_take_other_launches(device):
+    assert normalises_exactly((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "as torchvision normalises"
+    assert not normalises_exactly((0.5, 0.5), (0.5, 1e-45)), "its reciprocal is infinite"
+    call = stem_call(generator(device, 15), 2, 3, 12, 28, 64, torch.float16)
+    call = replace(call, x=call.x.byte(), pixel_mean=(0.5,) * 3, pixel_std=(0.5, 0.5, 1e-45))
+    with mock.patch.object(interpreter, "active", return_value=False):
+        assert len(call.launches(call.output())) == 2
+        assert len(replace(call, pixel_std=(0.5,) * 3).launches(call.output())) == 1
+
+
 def test_bytes_also_take_the_two_launches(device):
     call = stem_call(generator(device, 11), 1, 3, 12, 14, 16, torch.float16)
     pixels = integers(generator(device, 12), 1, 1, 3, 12, 14).abs().byte() * 255
@@ -294,3 +322,12 @@ def test_heuristic_fills_the_gpu_and_covers_the_image():
     assert stem_heuristic(128, 64, 56, 56, KNOWN[90]).strip > 10, "long strips recompute less"
     assert stem_heuristic(128, 64, 56, 56, KNOWN[100]).block_q == 64
     assert stem_heuristic(128, 64, 56, 56, KNOWN[120]) is stem_heuristic(128, 64, 56, 56, KNOWN[80]) is None
+
+
+def test_strips_on_hopper_keep_every_group_busy():
+    for batch in (8, 16, 32, 64, 128, 132, 256, 1000):
+        strip = hopper_strip(batch, 56, 56, KNOWN[90])
+        items = batch * -(-56 // strip)
+        assert items / (-(-items // 264) * 264) > 0.8, (batch, strip)
+    assert hopper_strip(1, 56, 56, KNOWN[90]) == 1, "an image is divided among all"
+    assert hopper_strip(256, 56, 56, KNOWN[90]) == 56, "long strips recompute less"
