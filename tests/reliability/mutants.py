@@ -80,9 +80,9 @@ def _with(node: ast.AST, **fields: Any) -> ast.AST:
 def _faults(node: ast.AST) -> Iterator[Fault]:
     match node:
         case ast.Compare(ops=[op]):
-            yield from (("operator", node, _with(node, ops=[other()])) for other in OPERATORS[type(op)])
+            yield from (("operator", node, _with(node, ops=[other()])) for other in OPERATORS.get(type(op), ()))
         case ast.BinOp(left=left, op=op, right=right):
-            yield from (("operator", node, _with(node, op=other())) for other in OPERATORS[type(op)])
+            yield from (("operator", node, _with(node, op=other())) for other in OPERATORS.get(type(op), ()))
             if isinstance(op, ast.BitAnd | ast.BitOr):
                 yield from (("drop side", node, side) for side in (left, right))
         case ast.BoolOp(op=op, values=values):
@@ -100,7 +100,7 @@ def _faults(node: ast.AST) -> Iterator[Fault]:
         case ast.Constant(value=str(value)) if value in STRINGS:
             yield "string", node, ast.Constant(STRINGS[value])
         case ast.AugAssign(op=op):
-            yield from (("operator", node, _with(node, op=other())) for other in OPERATORS[type(op)])
+            yield from (("operator", node, _with(node, op=other())) for other in OPERATORS.get(type(op), ()))
             yield "drop statement", node, ast.Pass()
         case ast.Expr(value=ast.Call()) | ast.Return(value=None):
             yield "drop statement", node, ast.Pass()
