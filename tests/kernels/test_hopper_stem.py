@@ -1,0 +1,104 @@
+"""`kernels/hopper_stem.py`, executed from its PTX: bit for bit like fp64, nothing left unordered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from exact import batch_norm, channels_last, generator, integers
+from simulator import simulate
+from specialised import ptx
+
+from resnet_triton.kernels.hopper_stem import hopper_stem, supports
+from resnet_triton.kernels.values import BatchNorm
+from resnet_triton.ops import reference
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NAN, INF = float("nan"), float("inf")
+
+
+def beside_another(x: Tensor) -> Tensor:
+    """Rows that lie apart."""
+    return torch.cat([x, x.flip(3)], 3)[..., : x.shape[3]]
+
+
+class Case(NamedTuple):
+    """Images, and how they lie in memory; `strip` pooled rows an item, `programs` of two groups."""
+
+    size: tuple[int, int, int, int]  # n, c, h, w
+    dtype: torch.dtype = torch.float16
+    layout: Callable[[Tensor], Tensor] = Tensor.contiguous
+    weight: torch.dtype = torch.float16
+    special: bool = False
+    affine: bool = True
+    strip: int = 2
+    programs: int = 2
+
+
+CASES = {
+    "columns of several tiles": Case((1, 3, 16, 228), programs=3),
+    "pixels": Case((3, 3, 14, 28), layout=channels_last, strip=1),
+    "floats": Case((2, 3, 13, 62), torch.float32, special=True),
+    "odd": Case((2, 1, 9, 19), strip=3, affine=False, programs=1),
+    "bytes": Case((2, 3, 12, 30), torch.uint8, layout=channels_last),
+}
+SLOW = {
+    "bfloat16": Case((2, 4, 12, 30), torch.bfloat16, weight=torch.bfloat16, special=True),
+    "float pixels": Case((1, 3, 17, 222), torch.float32, channels_last, special=True),
+    "rows apart": Case((2, 2, 18, 62), layout=beside_another, special=True, programs=1),
+    "planes of bytes": Case((2, 3, 13, 33), torch.uint8),
+}
+
+
+def images(case: Case, g: torch.Generator) -> tuple[Tensor, Tensor, BatchNorm]:
+    """Images, filters and batch norm for which fp64 leaves nothing to round before the output."""
+    n, c, h, w = case.size
+    if case.dtype == torch.uint8:  # filters of one weight, for what a byte becomes is no integer
+        filters = torch.zeros(64, c, 7, 7)
+        k = torch.arange(64)
+        filters[k, k % c, k // c % 7, k // 2 % 7] = 1.0 - 2.0 * (k % 2)
+        ones = torch.ones(64)
+        x = torch.randint(0, 256, case.size, generator=g, dtype=torch.uint8)
+        return x, filters.to(case.weight), BatchNorm(0 * ones, ones, None, None, 0.0)
+    x, filters = integers(g, 3, *case.size, dtype=case.dtype), integers(g, 2, 64, c, 7, 7)
+    if case.special:
+        filters[filters == 0] = 1.0  # PyTorch's products may skip a zero, and with it NaN
+        x[0, 0, 0, 0], x[n - 1, c - 1, h - 1, w - 1], x[0, 0, h // 2, w // 2] = INF, -INF, NAN
+    return x, filters.to(case.weight), batch_norm(g, 64, affine=case.affine)
+
+
+def expected(x: Tensor, filters: Tensor, norm: BatchNorm, dtype: torch.dtype) -> Tensor:
+    y = F.conv2d(x.double(), filters.double(), stride=2, padding=3)
+    mean, var, gamma, beta = (None if t is None else t.double()[:, None, None] for t in norm[:4])
+    y = (y - mean) / var.sqrt()
+    y = y if gamma is None else y * gamma
+    y = y if beta is None else y + beta
+    return F.max_pool2d(torch.where(y < 0, 0.0, y), 3, 2, 1).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name) for name, case in CASES.items()]
+    + [pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()],
+)
+def test_exact(case: Case) -> None:
+    x, filters, norm = images(case, generator(torch.device("cpu"), 0))
+    mean, std = (MEAN, STD) if case.dtype == torch.uint8 else (None, None)
+    real = reference.normalize(x, MEAN, STD) if case.dtype == torch.uint8 else x
+    right = expected(real.to(case.weight), filters, norm, case.weight)
+    out = channels_last(torch.full_like(right, NAN if not case.special else 777.0))
+    x, filters = case.layout(x), channels_last(filters)
+    assert supports(x, filters, mean, std)
+    launch = hopper_stem(
+        out=out, x=x, weight=filters, batch_norm=norm, mean=mean, std=std, strip=case.strip, programs=case.programs
+    )
+    assert not simulate(launch, ptx(launch)).faults
+    torch.testing.assert_close(out, right, rtol=0, atol=0, equal_nan=True)
+    assert right.isnan().any() == case.special
