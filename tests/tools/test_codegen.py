@@ -64,7 +64,8 @@ def test_float16_is_sound(arch, batches):
     products = [r for r in found if r["dots"] and r["operator"] in ("stem", "conv_bn_relu")]
     many = [r for r in products if r["batch"] >= 32]  # fewer images may do better through pointers, in small tiles
     assert {r["tensor_core"] for r in many} == {matrix}
-    assert {(r["path"], r["tma"]) for r in many} == {("pointer", False) if arch == 80 else ("descriptor", True)}
+    path = {80: "pointer", 90: "specialised", 100: "descriptor"}[arch]
+    assert {(r["path"], r["tma"]) for r in many} == {(path, arch > 80)}
     assert all(r["tensor_core"] != "none" for r in products)
     if arch == 80:
         assert {r["narrowest_load"] for r in products if r["channels"] % 8 == 0} == {16}
