@@ -33,6 +33,7 @@ from resnet_triton.bench.runner import Found, OutOfTime, Run, Steps
 from resnet_triton.bench.worker import Spec
 from resnet_triton.config import ConvConfig, ConvShape, device, table
 from resnet_triton.kernels.values import has_several_sides
+from resnet_triton.ops import specialised
 from resnet_triton.support.terminal import bar
 from resnet_triton.tools import tune as tuner
 from resnet_triton.tuner.precompile import Compilers
@@ -84,7 +85,7 @@ SIBLINGS = {
 
 def exact(run: Run, *, dtypes: Sequence[str]) -> Steps:
     """Siblings and every convolution of ResNet-18 as looked up, 300 times each; then its other operators."""
-    facts, sizes = device.facts(run.device), batches(run, 1, 8, 32, 128, 256)
+    facts, sizes = specialised.facts(run.device), batches(run, 1, 8, 32, 128, 256)
     found = cases(["resnet18"], sizes, dtypes, image(run))
     if rehearsed(run):
         found = [case for case in found if case.layer in ("conv1", "layer1.0.conv2", "fc")]
