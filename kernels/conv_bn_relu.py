@@ -23,6 +23,8 @@ from torch import Tensor
 
 from .conv_box import conv_box
 from .conv_pointer import conv_pointer
+from .hopper_conv import hopper_conv
+from .hopper_conv64 import hopper_conv64
 from .launch import Launch
 from .values import BatchNorm, ConvConfig, Geometry, Shortcut
 
@@ -52,9 +54,6 @@ def conv_bn_relu(
     time, one a multiprocessor: a warp-specialised launch has no more.
     """
     if config.kernel:
-        from .hopper_conv import hopper_conv  # not above: Gluon takes a while to import, and most never need it
-        from .hopper_conv64 import hopper_conv64
-
         specialised = hopper_conv64 if config.kernel == "hopper_conv64" else hopper_conv
         return specialised(
             out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,

@@ -28,7 +28,8 @@ class Launch:
     @property
     def specialised(self) -> bool:
         """Whether this is a warp-specialised kernel, in Gluon."""
-        return getattr(self.kernel, "is_gluon", bool)()
+        is_gluon = getattr(self.kernel, "is_gluon", None)  # an interpreted function has no such method
+        return is_gluon is not None and is_gluon()
 
     def run(self) -> None:
         """Launch on the current device and stream. Does not wait."""

@@ -44,7 +44,7 @@ INTERPRETED: dict[str, list[str]] = {
         "test_functional.py::test_avg_pool_linear",
         "test_beyond_int32.py::test_avg_pool_linear",
     ],
-    "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", *_BOXES],
+    "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", *_BOXES, "test_hopper_conv.py"],
     "conv_box.py": [*_LAUNCH, *_BOXES],
     "conv_pointer.py": [
         *_LAUNCH,
@@ -65,7 +65,7 @@ INTERPRETED: dict[str, list[str]] = {
     "hopper_conv.py": ["test_hopper_conv.py"],
     "hopper_conv64.py": ["test_hopper_conv.py"],
     "hopper_stem.py": ["test_hopper_stem.py"],
-    "launch.py": ["test_launch.py"],
+    "launch.py": ["test_launch.py", "test_hopper_conv.py"],
     "values.py": ["test_launch.py"],
     "linear.py": [
         *_LAUNCH,
@@ -97,7 +97,7 @@ INTERPRETED: dict[str, list[str]] = {
         "test_beyond_int32.py::test_conv_pointer",
     ],
 }
-"""Run in Triton's interpreter, each in a process forked for one mutant."""
+"""Each in a process forked for one mutant: in Triton's interpreter, or compiled and simulated where that has none."""
 
 _ROUNDED = "test_codegen.py::test_divisions_and_square_roots_are_correctly_rounded"
 _BARRIER = "test_split_k.py::test_a_barrier_stands_between_the_share_and_its_announcement"
