@@ -14,7 +14,7 @@ from typing import Any
 
 from ..kernels.values import ConvConfig
 from . import hopper
-from .conv import ConvShape, is_legal, tiles
+from .conv import ConvShape, boxes_of, is_legal, tiles
 from .device import DeviceFacts
 from .heuristic import best_estimated, conv_heuristic, estimate
 
@@ -64,7 +64,7 @@ def neighbours(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> lis
         near += line[max(at - 1, 0) : at + 2]
     if config.kernel:
         near += [replace(config, num_stages=config.num_stages + step) for step in (-1, 1)]
-        near += [replace(config, box=box) for box in hopper.boxes(config.block_m)]
+        near += [replace(config, box=box) for box in boxes_of(config.block_m)]
         near += hopper.candidates(shape, device)
     elif config.box is None:
         near += [config.on(box) for box in boxes(config, config.block_m, shape, device)[:1]]
@@ -85,10 +85,8 @@ def _box_steps(box: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
 
 def boxes(like: ConvConfig, block_m: int, shape: ConvShape, device: DeviceFacts) -> list[tuple[int, int, int]]:
     """Boxes of `block_m` pixels that are legal in `like` and cover the output without much waste, least waste first."""
-    sides = [1 << i for i in range(block_m.bit_length())]
-    forms = [(h, w, block_m // (h * w)) for h, w in product(sides, sides) if h * w <= block_m]
     covered = {}
-    for box in forms:
+    for box in boxes_of(block_m):
         config = like.on(box)
         if is_legal(config, shape, device):
             covered[box] = tiles(config, shape)

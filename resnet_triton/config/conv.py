@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 from ..kernels.values import ConvConfig, has_several_sides, is_flat
@@ -11,6 +12,8 @@ from .device import DeviceFacts
 CONV, CONV64 = "hopper_conv", "hopper_conv64"
 """The warp-specialised kernels of `ConvConfig.kernel`."""
 
+SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
+"""How many programs may share a tile, as far as it is worth weighing."""
 _LINES = 8  # pixels in one pattern of swizzled shared memory, the least that a load may bring
 _MOST = 128 * 128  # pixels x filters of a tile that also reads a residual, or sums a shortcut's products
 
@@ -98,6 +101,18 @@ def _specialised_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     return slots + config.block_m * config.block_k * 2 * (2 if shape.residual else 1) + 2048
 
 
+def boxes_of(pixels: int) -> list[tuple[int, int, int]]:
+    """Every box of so many pixels, a power of two, whose sides are powers of two."""
+    sides = [1 << i for i in range(pixels.bit_length())]
+    return [(h, w, pixels // (h * w)) for h, w in product(sides, sides) if h * w <= pixels]
+
+
+def covering(box: tuple[int, int, int], shape: ConvShape) -> tuple[int, int, int]:
+    """How many such boxes cover the output; then more images, then columns: the least is the best of equal boxes."""
+    h, w, n = box
+    return -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n), -n, h
+
+
 def steps(config: ConvConfig, shape: ConvShape) -> int:
     """Turns of the main loop: filter taps times slabs of `block_c` channels."""
     if config.box is None and is_flat(shape.c):
@@ -115,7 +130,7 @@ def tiles(config: ConvConfig, shape: ConvShape) -> int:
     return pixels * -(-shape.k // config.block_k)
 
 
-def may_split(config: ConvConfig, shape: ConvShape) -> bool:
+def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
     """At most 16 equal parts, with partials of at most 64 KB: one program reads them all."""
     flat = config.box is None and is_flat(shape.c)
     small = config.block_m * config.block_k * 4 <= 64 * 1024
@@ -143,7 +158,7 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
         return False
     if min(config.block_m, config.block_k, config.block_c) < 16 or max(config.block_m, config.block_k) > 256:
         return False
-    if config.split_k != 1 and not may_split(config, shape):
+    if config.split_k != 1 and not _may_split(config, shape):
         return False
     if config.num_warps > 8 or config.block_c * shape.itemsize > 256:
         return False
@@ -184,7 +199,7 @@ def _is_legal_specialised(config: ConvConfig, shape: ConvShape, device: DeviceFa
     strided = (2, 2) in ((shape.stride, shape.shortcut_stride) if shape.shortcut_c else (shape.stride,))
     if box[0] > 1 and strided and box[1] * box[2] < _LINES:
         return False
-    return config.split_k == 1 or may_split(config, shape)
+    return config.split_k == 1 or _may_split(config, shape)
 
 
 def _is_legal64(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int]) -> bool:

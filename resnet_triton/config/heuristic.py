@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import NamedTuple
 
 from ..kernels.values import ConvConfig, has_several_sides, is_flat
 from . import hopper
-from .conv import CONV64, ConvShape, is_legal, may_have_rows, shared_memory, steps, supports_descriptors, tiles
+from .conv import (
+    CONV64,
+    SPLITS,
+    ConvShape,
+    boxes_of,
+    covering,
+    is_legal,
+    may_have_rows,
+    shared_memory,
+    steps,
+    supports_descriptors,
+    tiles,
+)
 from .device import DeviceFacts
 from .measured import best_measured
 
@@ -30,7 +41,6 @@ _FLAT_TILES = ((128, 64, 64, 8, 2), (64, 64, 64, 8, 2), (32, 64, 64, 4, 2), (32,
 _IEEE_TILES = ((64, 64, 16, 4, 3), (32, 32, 16, 4, 3))  # fp32 multiply-adds: larger accumulators spill
 _IEEE_FLAT_TILES = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
-_SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 _MATRIX_ROWS = 64  # of the smallest product that four warps do at a time (wgmma)
 _MATRIX = {16: 0.2, 32: 0.4, 64: 0.8}  # share of the matrix rate by columns: narrow products read more operands
 _SLACK = 1.1  # a warp-specialised form, timed nowhere yet, may be so much slower by the model than another was
@@ -90,7 +100,7 @@ def conv_candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool 
         found += [
             ConvConfig(m, k, min(c, widest), warps, stages, None, split)
             for m, k, c, warps, stages in pointers
-            for split in _SPLITS
+            for split in SPLITS
         ]
     if boxes and device.has_specialised:
         found += hopper.candidates(shape, device)
@@ -98,7 +108,7 @@ def conv_candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool 
         for m, k, c, warps, stages in _BOX_TILES:
             tile = ConvConfig(m, k, min(c, widest), warps, stages).on(best_box(shape, m))
             if (k if tile.swap else m) >= _MATRIX_ROWS:
-                found += [replace(tile, split_k=split) for split in _SPLITS]
+                found += [replace(tile, split_k=split) for split in SPLITS]
     return [config for config in found if is_legal(config, shape, device) and _fits_registers(config, device)]
 
 
@@ -215,13 +225,6 @@ def best_box(shape: ConvShape, block_m: int, *, several_sides: bool = True) -> t
 
     So boxes (1, 1, n), which need no swap, win ties. Without `several_sides` only those are asked that need none.
     """
-    sides = [1 << i for i in range(block_m.bit_length())]
-    boxes = [(h, w, block_m // (h * w)) for h, w in product(sides, sides) if h * w <= block_m]
-    boxes = [(h, w, n) for h, w, n in boxes if h == 1 or may_have_rows(shape, n)]
+    boxes = [box for box in boxes_of(block_m) if box[0] == 1 or may_have_rows(shape, box[2])]
     boxes = [box for box in boxes if several_sides or not has_several_sides(box)]
-
-    def covered(box: tuple[int, int, int]) -> tuple[int, int, int]:
-        h, w, n = box
-        return -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n), -n, h
-
-    return min(boxes, key=covered)
+    return min(boxes, key=lambda box: covering(box, shape))
