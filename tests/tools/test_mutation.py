@@ -274,12 +274,14 @@ def verdicts(found: list[dict[str, str]]) -> dict[str, set[str]]:
 def test_weak_tests_let_mutants_live_and_strong_ones_kill_them(tmp_path):
     status, printed, found = session("test_launch.py::test_rounding_up", "", tmp_path)
     assert status == 1
-    rounding, launches = {"cdiv": {"killed"}, "next_power_of_2": {"killed"}}, ("Launch.run", "Launch._options")
-    assert verdicts(found) == {**rounding, **{key: {"survived"} for key in launches}}
+    rounding, launches = ("cdiv", "next_power_of_2"), ("Launch.run", "Launch._options")
+    weak = verdicts(found)
+    assert {key: weak[key] for key in rounding} == dict.fromkeys(rounding, {"killed"})
+    assert {key: weak[key] for key in launches} == dict.fromkeys(launches, {"survived"})
     assert "+ not PDL" in printed
     status, printed, found = session("test_launch.py", "", tmp_path)
     assert status == 0
-    assert verdicts(found) == {**rounding, **{key: {"killed"} for key in launches}}
+    assert set().union(*verdicts(found).values()) == {"killed"}
     assert {row["by"] for row in found if row["function"] == "cdiv"} == {"test_launch.py::test_rounding_up"}
 
 
