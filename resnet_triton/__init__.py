@@ -3,9 +3,12 @@
 from . import functional
 from .checkpoints import load_checkpoint
 from .convert import Report, disabled, optimize, refresh, report, revert
+from .entry_point import offer
 from .models import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 
 __version__ = "0.1.0"
+
+offer()
 
 __all__ = [
     "BasicBlock",

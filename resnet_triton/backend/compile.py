@@ -1,0 +1,162 @@
+"""What torch.compile calls with a graph of a model, and what it gets back.
+
+AOTAutograd makes the graph functional: no operator in it writes its inputs or returns a view that somebody writes
+later. In that form it is rewritten (`rewrite.py`). Parameters and buffers stay inputs, so an edit of a weight shows at
+the next call. Where gradients are wanted, the graph runs as it is, for our operators have none.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._prims_common import is_contiguous_or_false
+
+from ..graphs.runner import CudaGraph, check_mode
+from ..ops import dispatch
+from ..ops.dispatch import Modes
+from ..ops.trace import Call, propagate, trace_graph
+from .rewrite import rewrite
+
+Function = Callable[..., Any]
+_MODES: dict[str | None, CudaGraph] = {
+    None: "auto", "default": "auto", "reduce-overhead": True, "max-autotune": True, "max-autotune-no-cudagraphs": False,
+}  # fmt: skip
+_OURS = ("resnet_triton.conv_bn_relu.default", "resnet_triton.stem.default")
+
+
+def resnet_triton(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    record: list[Call] | None = None,
+) -> Function:
+    """Compile a graph of Dynamo's: convolutions and what follows them on our kernels, the rest on PyTorch's.
+
+    `options` may hold `kernels` ("auto", "torch" or "triton"), `batch_invariant` (bool) and `cuda_graph` ("auto", True
+    or False), which mean what they mean for `optimize`. `mode` is torch.compile's: "reduce-overhead" and
+    "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
+    `record` takes the calls that the graph makes, for `report`.
+    """
+    modes, _ = settings(mode, options)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        _warn_of_gradients(modes, inputs)
+        return graph.forward
+
+    def compile_inference(functional: fx.GraphModule, _: Sequence[Any]) -> Function:
+        for node in functional.graph.nodes:
+            node.meta["format"] = _format(node.meta.get("val"))
+        rewrite(functional, modes)
+        if record is None:
+            _warn_of_coverage(functional.graph)
+            propagate(functional)
+        else:
+            record.extend(trace_graph(functional, _names(functional.graph)))
+        _restore_formats(functional)
+        function = functional.forward
+
+        def run(values: list[Any]) -> Any:
+            result = function(*values)
+            values.clear()
+            return result
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    compiled: Function = aot_module_simplified(
+        graph, inputs, fw_compiler=compile_inference, keep_inference_input_mutations=True
+    )
+    return compiled
+
+
+def settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Modes, CudaGraph]:
+    """What `mode` and `options` of torch.compile ask for; ValueError if that is unknown."""
+    if mode not in _MODES:
+        raise ValueError(f"mode={mode!r}, expected one of {', '.join(repr(m) for m in _MODES if m)}")
+    known = {"kernels": "auto", "batch_invariant": False, "cuda_graph": _MODES[mode]}
+    asked = {**known, **(options or {})}
+    if unknown := asked.keys() - known.keys():
+        raise ValueError(f"options has {', '.join(map(repr, sorted(unknown)))}, expected {', '.join(known)}")
+    dispatch.check_mode(asked["kernels"])
+    check_mode(asked["cuda_graph"])
+    if not isinstance(asked["batch_invariant"], bool):
+        raise ValueError(f"options has batch_invariant={asked['batch_invariant']!r}, expected True or False")
+    return Modes(asked["batch_invariant"], asked["kernels"]), asked["cuda_graph"]
+
+
+def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The module that each node belongs to, as the model names it."""
+    names = {}
+    for node in graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if stack:
+            names[node] = re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0])
+    return names
+
+
+def _warn_of_gradients(modes: Modes, inputs: Sequence[Any]) -> None:
+    reason = "grad mode is on, and gradients are PyTorch's; call the model under torch.inference_mode()"
+    dispatch.refuse(modes.kernels, reason)
+    if any(isinstance(x, Tensor) and x.is_cuda for x in inputs):
+        warnings.warn(f"a compiled model runs without our kernels: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def _warn_of_coverage(graph: fx.Graph) -> None:
+    """Once for a graph on a GPU most of whose convolutions our operators do not take."""
+    ours = sum(str(node.target) in _OURS for node in graph.nodes)
+    left = [n for n in graph.nodes if n.target is torch.ops.aten.convolution.default and n.meta["val"].is_cuda]
+    if len(left) > ours:
+        most, _ = Counter(node.meta.get("reason", "") for node in left).most_common(1)[0]
+        warnings.warn(
+            f"{len(left)} of {len(left) + ours} convolutions run on PyTorch, most of them for this reason: {most}; "
+            "resnet_triton.report(model, shape) lists them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+# --- memory formats --------------------------------------------------------------------------------------------------
+
+
+def _format(value: Any) -> torch.memory_format | None:
+    """Of a 4-D tensor, if it is dense."""
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return None
+    if is_contiguous_or_false(value):
+        return torch.contiguous_format
+    channels_last = is_contiguous_or_false(value.permute(0, 2, 3, 1))
+    return torch.channels_last if channels_last else None
+
+
+def _restore_formats(graph: fx.GraphModule) -> None:
+    """Where somebody may look at strides, copy what our operators leave in another memory format than the model does.
+
+    A caller may `view` a result, an operator of somebody else's may count on its argument's strides.
+    """
+    for node in list(graph.graph.nodes):
+        for argument in node.all_input_nodes if _sees_strides(node) else ():
+            memory = argument.meta.get("format")
+            if memory is not None and _format(argument.meta["val"]) != memory:
+                with graph.graph.inserting_before(node):
+                    again = graph.graph.call_function(
+                        torch.ops.aten.clone.default, (argument,), {"memory_format": memory}
+                    )
+                node.replace_input_with(argument, again)
+    graph.recompile()
+
+
+def _sees_strides(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op == "output"
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False  # an element of a tuple, arithmetic of sizes
+    name = node.target._schema.name
+    return "strided" in name or node.target.namespace not in ("aten", "prims", "resnet_triton")
