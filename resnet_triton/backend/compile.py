@@ -139,17 +139,19 @@ def _format(value: Any) -> torch.memory_format | None:
 def _restore_formats(graph: fx.GraphModule) -> None:
     """Where somebody may look at strides, copy what our operators leave in another memory format than the model does.
 
-    A caller may `view` a result, an operator of somebody else's may count on its argument's strides.
+    A caller may `view` a result, an operator of somebody else's may count on its argument's strides. Results that are
+    views of one tensor stay views of one.
     """
-    for node in list(graph.graph.nodes):
-        for argument in node.all_input_nodes if _sees_strides(node) else ():
-            memory = argument.meta.get("format")
-            if memory is not None and _format(argument.meta["val"]) != memory:
-                with graph.graph.inserting_before(node):
-                    again = graph.graph.call_function(
-                        torch.ops.aten.clone.default, (argument,), {"memory_format": memory}
-                    )
-                node.replace_input_with(argument, again)
+    nodes = list(graph.graph.nodes)
+    seen = {base for node in nodes if _sees_strides(node) for base in map(_base, node.all_input_nodes)}
+    for base in seen:
+        memory = base.meta.get("format")
+        if memory is not None and _format(base.meta["val"]) != memory:
+            with graph.graph.inserting_after(base):
+                again = graph.graph.call_function(torch.ops.aten.clone.default, (base,), {"memory_format": memory})
+            for user in list(base.users):
+                if user is not again and (_is_view(user) or _sees_strides(user)):
+                    user.replace_input_with(base, again)
     graph.recompile()
 
 
@@ -159,4 +161,16 @@ def _sees_strides(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False  # an element of a tuple, arithmetic of sizes
     name = node.target._schema.name
-    return "strided" in name or node.target.namespace not in ("aten", "prims", "resnet_triton")
+    return "shape" in name or "strided" in name or node.target.namespace not in ("aten", "prims", "resnet_triton")
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.alias_info is not None for a in schema.arguments)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """What this is a view of, at last."""
+    while _is_view(node):
+        node = node.all_input_nodes[0]
+    return node
