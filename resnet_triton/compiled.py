@@ -52,7 +52,8 @@ class Compiled(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle or a copy names the class that the module was, and is optimized in turn."""
-        _, (_, *arguments), state, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, (_, *arguments), state, *rest = reduced
         kept = {name: value for name, value in state.items() if name != "_programs"} if type(state) is dict else state
         return _new, (origin(self), *arguments), kept, *rest
 
@@ -68,20 +69,21 @@ def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph)
     if not isinstance(module, Compiled):
         # Names that were the module's own would hide the modes.
         kept = {name: vars(module).pop(name) for name in ("kernels", "cuda_graph") if name in vars(module)}
-        module.__class__ = joined(type(module))
+        cls: Any = type(module)
+        module.__class__ = _joined(cls)
         vars(module)["_before"] = kept
     module.kernels, module.cuda_graph = kernels, cuda_graph  # type: ignore[assignment]
 
 
 @functools.cache
-def joined(cls: type[nn.Module]) -> type[nn.Module]:
+def _joined(cls: Any) -> type[nn.Module]:
     """A subclass of `cls` whose calls are compiled, under the same name."""
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "written_class": cls}
     return type(cls.__name__, (Compiled, cls), members)
 
 
 def _new(cls: Any, *arguments: Any) -> Any:
-    made = joined(cls)
+    made: Any = _joined(cls)
     return made.__new__(made, *arguments)
 
 
@@ -104,11 +106,7 @@ class Program:
         self.function: Callable[..., Any] = torch.compile(_fresh(_call, type(module).__name__), backend=backend)
 
     def holds(self, module: Compiled) -> bool:
-        return (
-            self.owner() is module
-            and self.modes == (module.kernels, module.cuda_graph)
-            and self.watch.holds()
-        )
+        return self.owner() is module and self.modes == (module.kernels, module.cuda_graph) and self.watch.holds()
 
 
 def trace(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:

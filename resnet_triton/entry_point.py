@@ -14,6 +14,7 @@ from typing import Any
 
 GROUP = "torch_dynamo_backends"
 BACKEND = "resnet_triton"
+_NAME = "resnet-triton-checkout"
 
 
 def offer() -> None:
@@ -25,13 +26,12 @@ def offer() -> None:
 class _Checkout(importlib.metadata.Distribution):
     """This checkout as a distribution that has nothing but the entry point, under a name that no other one hides."""
 
-    _files = {
-        "METADATA": "Metadata-Version: 2.1\nName: resnet-triton-checkout\n",
-        "entry_points.txt": f"[{GROUP}]\n{BACKEND} = resnet_triton.backend:resnet_triton\n",
-    }
-
     def read_text(self, filename: str) -> str | None:
-        return self._files.get(filename)
+        if filename == "METADATA":
+            return f"Metadata-Version: 2.1\nName: {_NAME}\n"
+        return (
+            f"[{GROUP}]\n{BACKEND} = resnet_triton.backend:resnet_triton\n" if filename == "entry_points.txt" else None
+        )
 
     def locate_file(self, path: Any) -> Path:
         return Path(__file__).parents[1] / path
@@ -41,5 +41,5 @@ class _Finder(importlib.metadata.DistributionFinder):
     def find_spec(self, *_: Any) -> None:
         """Find no module."""
 
-    def find_distributions(self, context: Any = importlib.metadata.DistributionFinder.Context()) -> Iterable[Any]:
-        return [_Checkout()] if context.name in (None, "resnet-triton-checkout") else []
+    def find_distributions(self, context: Any = None) -> Iterable[Any]:
+        return [_Checkout()] if context is None or context.name in (None, _NAME) else []

@@ -51,17 +51,17 @@ def resnet_triton(
         _warn_of_gradients(modes, inputs)
         return graph.forward
 
-    def compile_inference(functional: fx.GraphModule, _: Sequence[Any]) -> Function:
-        for node in functional.graph.nodes:
+    def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Function:
+        for node in gm.graph.nodes:
             node.meta["format"] = _format(node.meta.get("val"))
-        rewrite(functional, modes)
+        rewrite(gm, modes)
         if record is None:
-            _warn_of_coverage(functional.graph)
-            propagate(functional)
+            _warn_of_coverage(gm.graph)
+            propagate(gm)
         else:
-            record.extend(trace_graph(functional, _names(functional.graph)))
-        _restore_formats(functional)
-        function = functional.forward
+            record.extend(trace_graph(gm, _names(gm.graph)))
+        _restore_formats(gm)
+        function = gm.forward
 
         def run(values: list[Any]) -> Any:
             result = function(*values)

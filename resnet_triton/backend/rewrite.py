@@ -55,13 +55,12 @@ class Chain:
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        stride, padding, dilation = self.conv.args[3:6]
-        return tuple(stride), tuple(padding), tuple(dilation), self.conv.args[8]  # type: ignore[arg-type]
+        return *map(_pair, _args(self.conv)[3:6]), _args(self.conv)[8]
 
     def is_shortcut(self) -> bool:
         """Whether it may be added inside another convolution."""
         _, padding, dilation, groups = self.geometry
-        size = tuple(_shape(self.conv.args[1])[2:])
+        size = tuple(_shape(_args(self.conv)[1])[2:])
         alone = self.residual is None and self.shortcut is None and not self.relu
         return alone and size == (1, 1) and padding == (0, 0) and dilation == (1, 1) and groups == 1
 
@@ -80,7 +79,7 @@ class _Rewriter:
     def run(self) -> None:
         for node in list(self.graph.nodes):
             if _strides_are_its_own(node):  # as an average pool in channels_last ends
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(_args(node)[0])
                 self.graph.erase_node(node)
         chains = {chain.tail: chain for node in list(self.graph.nodes) if (chain := self._chain(node)) is not None}
         for node in list(self.graph.nodes):
@@ -121,16 +120,16 @@ class _Rewriter:
 
     def _batch_norm(self, conv: Node) -> tuple[Node, Callable[[], Norm]] | None:
         norm = next(iter(conv.users)) if len(conv.users) == 1 else None
-        if norm is None or norm.target not in _NORMS or norm.args[0] is not conv:
+        if norm is None or norm.target not in _NORMS or _args(norm)[0] is not conv:
             return None
         places, eps, training = _NORMS[norm.target]
-        if training is not None and norm.args[training]:
+        if training is not None and _args(norm)[training]:
             return None
-        result = next((user for user in norm.users if user.target is operator.getitem and user.args[1] == 0), None)
-        weight, bias, mean, var = (norm.args[i] for i in places)
+        result = next((user for user in norm.users if user.target is operator.getitem and _args(user)[1] == 0), None)
+        weight, bias, mean, var = (_args(norm)[i] for i in places)
         if result is None or len([u for u in norm.users if u.users]) != 1 or mean is None or var is None:
             return None
-        return result, lambda: Norm(self._less_bias(mean, conv), var, weight, bias, norm.args[eps])  # type: ignore[arg-type]
+        return result, lambda: Norm(self._less_bias(mean, conv), var, weight, bias, _args(norm)[eps])
 
     def _frozen_norm(self, conv: Node) -> tuple[Node, Callable[[], Norm]] | None:
         """`conv * scale + shift`, where both hold a number for each channel."""
@@ -141,12 +140,11 @@ class _Rewriter:
         channels = _shape(conv)[1]
         if summed is None or not _is_channelwise(scale, channels) or not _is_channelwise(shift, channels):
             return None
-        buffers = _frozen_buffers(scale, shift)
+        buffers = _frozen_buffers(scale, shift, channels)
 
         def norm() -> Norm:
             if buffers is not None:
-                mean, *others = buffers
-                return Norm(self._less_bias(mean, conv), *others)
+                return buffers._replace(mean=self._less_bias(buffers.mean, conv))
             before = summed
             mean, var = self._constant(0.0, channels, conv), self._constant(1.0, channels, conv)
             with self.graph.inserting_before(before):
@@ -159,21 +157,21 @@ class _Rewriter:
         """Of a convolution alone: its bias is the norm's."""
         channels = _shape(conv)[1]
         mean, var = self._constant(0.0, channels, conv), self._constant(1.0, channels, conv)
-        return Norm(mean, var, None, conv.args[2], 0.0)  # type: ignore[arg-type]
+        return Norm(mean, var, None, _args(conv)[2], 0.0)
 
     def _less_bias(self, mean: Node, conv: Node) -> Node:
         """The running mean of what the convolution computes without its bias."""
-        bias = conv.args[2]
+        bias = _args(conv)[2]
         if bias is None:
             return mean
-        with self.graph.inserting_after(max(mean, bias)):  # type: ignore[type-var]
-            wide = self._call(aten._to_copy.default, mean, dtype=torch.float32)
-        with self.graph.inserting_after(wide):
-            return self._call(aten.sub.Tensor, wide, bias)
+        with self.graph.inserting_before(conv):
+            if _dtype(mean) != torch.float32:
+                mean = self._call(aten._to_copy.default, mean, dtype=torch.float32)
+            return self._call(aten.sub.Tensor, mean, bias)
 
     def _add(self, node: Node, chains: dict[Node, Chain]) -> None:
         """Let one of the convolutions whose sum this is compute the sum."""
-        a, b = node.args
+        a, b = _args(node)
         if node.kwargs or not (isinstance(a, Node) and isinstance(b, Node)) or a is b:
             return
         if _shape(a) != _shape(b) or not _dtype(a) == _dtype(b) == _dtype(node):
@@ -193,7 +191,7 @@ class _Rewriter:
 
     def _place(self, chain: Chain) -> None:
         tail, pool = chain.tail, _stem_pool(chain)
-        x, weight = chain.conv.args[:2]
+        x, weight = _args(chain.conv)[:2]
         with self.graph.inserting_before(tail):
             norm = chain.norm()
             if pool is not None:
@@ -203,7 +201,7 @@ class _Rewriter:
                 residual = None if chain.residual is None else self.replaced.get(chain.residual, chain.residual)
                 short: tuple[Any, ...] = (None,) * 8
                 if chain.shortcut is not None:
-                    their_x, their_weight = chain.shortcut.conv.args[:2]
+                    their_x, their_weight = _args(chain.shortcut.conv)[:2]
                     short = their_x, their_weight, *chain.shortcut.norm(), chain.shortcut.geometry[0]
                 new = self._ours("conv_bn_relu", x, weight, *norm, *chain.geometry, residual, *short, chain.relu)
         self._replace(tail, new)
@@ -214,9 +212,9 @@ class _Rewriter:
     def _head(self, node: Node) -> None:
         """`linear(mean of all pixels)`, or a linear layer."""
         if node.target is aten.addmm.default and not node.kwargs:
-            bias, x, weight = node.args
+            bias, x, weight = _args(node)
         elif node.target is aten.mm.default:
-            (x, weight), bias = node.args, None
+            (x, weight), bias = _args(node), None
         else:
             return
         filters = _transposed(weight)
@@ -231,33 +229,33 @@ class _Rewriter:
         self._replace(node, new)
 
     def _pool(self, node: Node) -> None:
-        if node.target is not aten.max_pool2d_with_indices.default or len(_shape(node.args[0])) != 4:
+        if node.target is not aten.max_pool2d_with_indices.default or len(_shape(_args(node)[0])) != 4:
             return
         used = [user for user in node.users if user.users]
-        if len(used) != 1 or used[0].args[1] != 0 or len(node.args) > 4 or node.kwargs:
+        if len(used) != 1 or _args(used[0])[1] != 0 or len(_args(node)) > 4 or node.kwargs:
             return
         window = _window(node)
         if any(2 * pad > size for size, pad in zip(window[0], window[2], strict=True)):
             return
         with self.graph.inserting_before(node):
-            new = self._ours("max_pool2d", node.args[0], *window)
+            new = self._ours("max_pool2d", _args(node)[0], *window)
         self._replace(used[0], new)
 
     def _mean(self, node: Node) -> None:
-        if not _is_global_mean(node) or not node.args[2:]:
+        if not _is_global_mean(node) or not _args(node)[2:]:
             return
         with self.graph.inserting_before(node):
-            new = self._ours("global_avg_pool", node.args[0])
+            new = self._ours("global_avg_pool", _args(node)[0])
         self._replace(node, new)
 
     def _add_relu(self, node: Node) -> None:
-        added = node.args[0] if node.target is aten.relu.default else None
+        added = _args(node)[0] if node.target is aten.relu.default else None
         if not isinstance(added, Node) or added.target is not aten.add.Tensor or added.kwargs or len(added.users) != 1:
             return
-        a, b = added.args
+        a, b = _args(added)
         if not (isinstance(a, Node) and isinstance(b, Node)) or len(_shape(a)) != 4 or _shape(a) != _shape(b):
             return
-        if not _dtype(a) == _dtype(b) or _dtype(a) not in DTYPES:
+        if _dtype(a) != _dtype(b) or _dtype(a) not in DTYPES:
             return
         with self.graph.inserting_before(node):
             new = self._ours("add_relu", a, b)
@@ -293,17 +291,17 @@ class _Rewriter:
 
 def _strides_are_its_own(node: Node) -> bool:
     """Whether this is `as_strided` and changes nothing but the strides of dimensions of size one."""
-    if node.target is not aten.as_strided.default or node.kwargs or node.args[3:] not in ((), (0,), (None,)):
+    if node.target is not aten.as_strided.default or node.kwargs or _args(node)[3:] not in ((), (0,), (None,)):
         return False
-    x: Any = node.args[0]
-    size, stride = ([v.meta["val"] if isinstance(v, Node) else v for v in values] for values in node.args[1:3])  # type: ignore[union-attr]
+    x: Any = _args(node)[0]
+    size, stride = ([v.meta["val"] if isinstance(v, Node) else v for v in values] for values in _args(node)[1:3])
     same = zip(size, stride, x.meta["val"].stride(), strict=False)
     return tuple(size) == _shape(x) and all(n == 1 or a == b for n, a, b in same)
 
 
 def _reason(conv: Node) -> str | None:
     """Why our operators cannot compute a convolution."""
-    x, weight, *_, transposed, _, groups = conv.args
+    x, weight, *_, transposed, _, groups = _args(conv)
     if len(_shape(conv)) != 4:
         return f"a convolution in {len(_shape(conv)) - 2} dimensions"
     if transposed:
@@ -319,20 +317,29 @@ def _stem_pool(chain: Chain) -> Node | None:
     """The max pool of a ResNet's stem behind a convolution, if the chain is that stem's."""
     if not chain.relu or chain.residual is not None or chain.shortcut is not None or chain.geometry != tuple(CONV):
         return None
-    if tuple(_shape(chain.conv.args[1])[2:]) != (7, 7):
+    if tuple(_shape(_args(chain.conv)[1])[2:]) != (7, 7):
         return None
     pool = _only_user(chain.tail, aten.max_pool2d_with_indices.default)
-    if pool is None or len(pool.args) > 4 or pool.kwargs or _window(pool) != POOL:
+    if pool is None or len(_args(pool)) > 4 or pool.kwargs or _window(pool) != POOL:
         return None
     used = [user for user in pool.users if user.users]
-    return used[0] if len(used) == 1 and used[0].args[1] == 0 else None
+    return used[0] if len(used) == 1 and _args(used[0])[1] == 0 else None
 
 
 def _window(pool: Node) -> tuple[tuple[int, int], ...]:
     """Size, stride and padding."""
-    size, stride, padding = (*pool.args[1:4], [], [0])[:3] if len(pool.args) == 2 else (*pool.args[1:4], [0])[:3]
-    first, second, third = (tuple(v) * (2 if len(v) == 1 else 1) for v in (size, stride or size, padding))  # type: ignore[arg-type]
-    return first, second, third
+    size, stride, padding = (*_args(pool)[1:4], [], [0])[:3] if len(_args(pool)) == 2 else (*_args(pool)[1:4], [0])[:3]
+    return _pair(size), _pair(stride or size), _pair(padding)
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = values if len(values) == 2 else values * 2
+    return first, second
+
+
+def _args(node: Any) -> Any:
+    """A node's arguments, whose types nobody checks."""
+    return node.args
 
 
 def _shape(node: Any) -> tuple[Any, ...]:
@@ -351,7 +358,7 @@ def _only_user(node: Node, target: Any) -> Node | None:
 
 
 def _other_operand(node: Node, one: Node | None) -> Node | None:
-    others = [v for v in node.args if v is not one]
+    others = [v for v in _args(node) if v is not one]
     return others[0] if len(others) == 1 and isinstance(others[0], Node) else None
 
 
@@ -359,27 +366,27 @@ def _is_channelwise(node: Node | None, channels: Any) -> bool:
     return _shape(node) in ((1, channels, 1, 1), (channels, 1, 1))
 
 
-def _frozen_buffers(scale: Any, shift: Any) -> Norm | None:
+def _frozen_buffers(scale: Any, shift: Any, channels: Any) -> Norm | None:
     """The four buffers of a FrozenBatchNorm2d: scale = weight / sqrt(var + eps), shift = bias - mean * scale."""
     if scale.target is not aten.mul.Tensor or shift.target is not aten.sub.Tensor or shift.kwargs:
         return None
-    for weight, root in (scale.args, scale.args[::-1]):
-        summed = root.args[0] if isinstance(root, Node) and root.target is aten.rsqrt.default else None
-        if summed is None or summed.target is not aten.add.Tensor or not isinstance(summed.args[1], float):
+    for weight, root in (_args(scale), _args(scale)[::-1]):
+        summed = _args(root)[0] if isinstance(root, Node) and root.target is aten.rsqrt.default else None
+        if summed is None or summed.target is not aten.add.Tensor or not isinstance(_args(summed)[1], float):
             continue
-        bias, product = shift.args
-        if not isinstance(product, Node) or product.target is not aten.mul.Tensor or scale not in product.args:
+        bias, product = _args(shift)
+        if not isinstance(product, Node) or product.target is not aten.mul.Tensor or scale not in _args(product):
             continue
-        vectors = [_vector(t) for t in (_other_operand(product, scale), summed.args[0], weight, bias)]
-        if None not in vectors:
-            return Norm(*vectors, summed.args[1])  # type: ignore[arg-type]
+        vectors: list[Any] = [_vector(t) for t in (_other_operand(product, scale), _args(summed)[0], weight, bias)]
+        if all(_shape(vector) == (channels,) for vector in vectors):
+            return Norm(vectors[0], vectors[1], vectors[2], vectors[3], _args(summed)[1])
     return None
 
 
 def _vector(node: Any) -> Node | None:
     """The vector of which this is a view with more dimensions."""
     while isinstance(node, Node) and node.target in _RESHAPES:
-        node = node.args[0]
+        node = _args(node)[0]
     return node if len(_shape(node)) == 1 else None
 
 
@@ -387,16 +394,16 @@ def _transposed(node: Any) -> Node | None:
     """The (K, C) matrix of which this is the transpose."""
     if not isinstance(node, Node):
         return None
-    if node.target is aten.t.default or (node.target is aten.permute.default and list(node.args[1]) == [1, 0]):  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
+    if node.target is aten.t.default or (node.target is aten.permute.default and list(_args(node)[1]) == [1, 0]):
+        return _args(node)[0]
     return None
 
 
 def _is_global_mean(node: Any) -> bool:
     if not isinstance(node, Node) or node.target is not aten.mean.dim or node.kwargs:
         return False
-    dims = node.args[1]
-    return len(_shape(node.args[0])) == 4 and sorted(d % 4 for d in dims) == [2, 3]  # type: ignore[union-attr]
+    dims = _args(node)[1]
+    return len(_shape(_args(node)[0])) == 4 and sorted(d % 4 for d in dims) == [2, 3]
 
 
 def _flattened(node: Any) -> Node | None:
@@ -404,8 +411,8 @@ def _flattened(node: Any) -> Node | None:
     shape = _shape(node)
     for step in _back_through_reshapes(node):
         if _is_global_mean(step):
-            x = step.args[0]
-            return x if shape == _shape(x)[:2] else None  # type: ignore[return-value]
+            x = _args(step)[0]
+            return x if shape == _shape(x)[:2] else None
     return None
 
 
@@ -414,4 +421,4 @@ def _back_through_reshapes(node: Any) -> Iterator[Any]:
         yield node
         if node.target not in _RESHAPES or len(node.users) != 1:
             return
-        node = node.args[0]
+        node = _args(node)[0]
