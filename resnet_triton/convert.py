@@ -39,7 +39,7 @@ def optimize(
 
     * Of torchvision's ResNets and blocks, wherever they are in `model`. Subclasses with code of their own are left
       alone, but not their blocks.
-    * A model that has none of these runs through our backend of torch.compile, which takes whatever that takes. The
+    * A model that has none of these, or has no batch norms any more, runs through our backend of torch.compile, which takes whatever that takes. The
       first call compiles. Calls that want gradients, in training mode, or that a tracer sees run as the model was
       written.
 
@@ -95,8 +95,10 @@ def optimize(
 
 
 def _chosen(model: nn.Module) -> list[nn.Module]:
-    """Ours, and those of torchvision's that become ours."""
-    return [m for m in model.modules() if isinstance(m, _OURS) or converted.is_torchvision(m)]
+    """Ours, and those of torchvision's that become ours: none without a batch norm, for the backend can do more then."""
+    modules = list(model.modules())
+    fusable = any(isinstance(m, nn.BatchNorm2d) or type(m).__name__ == "FrozenBatchNorm2d" for m in modules)
+    return [m for m in modules if isinstance(m, _OURS) or (fusable and converted.is_torchvision(m))]
 
 
 def _check_compilable(model: nn.Module) -> None:
