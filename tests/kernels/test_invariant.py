@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from resnet_triton.ops import interpreter
 from resnet_triton.ops.dispatch import Modes
 from resnet_triton.ops.trace import trace
 
-BATCHES = (1, 2, 3, 8, 31, 32, 100, 256)
+BATCHES = (1, 2, 31, 32, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Operation = Callable[..., Tensor]
 
@@ -67,7 +68,7 @@ OPERATIONS: dict[str, tuple[Operation, tuple[int, int, int]]] = {
     "1x1": (conv(72, 48, size=1), (72, 5, 7)),
     "split": (conv(256, 32), (256, 3, 3)),
     "odd channels": (conv(21, 19), (21, 6, 7)),
-    "stem": (stem, (3, 23, 30)),
+    "stem": (stem, (3, 15, 18)),
     "global_avg_pool": (F.global_avg_pool, (70, 7, 9)),
     "linear": (linear, (100, 1, 1)),
     "avg_pool_linear": (head, (72, 7, 7)),
@@ -154,13 +155,16 @@ def test_linear_of_a_vector() -> None:
 # --- configurations --------------------------------------------------------------------------------------------------
 
 
-def shapes() -> Iterator[config.ConvShape]:
+@functools.cache
+def shapes() -> list[config.ConvShape]:
+    found: dict[config.ConvShape, None] = {}
     for build in (resnet18, resnet50):
         with torch.device("meta"):
             model = build().eval()
         for dtype in (torch.float16, torch.float32):
             calls = trace(model, (1, 3, 224, 224), dtype)
-            yield from {call.shape for call in calls if call.operator == "conv_bn_relu"}
+            found |= dict.fromkeys(call.shape for call in calls if call.operator == "conv_bn_relu")
+    return list(found)
 
 
 @pytest.mark.parametrize("arch", KNOWN)

@@ -110,11 +110,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @EVERY_CALL
 def test_opcheck(device, name, layout, kernels):
-    call = with_tensors(small(name, device, kernels=kernels), layout)
-    torch.library.opcheck(overload(call), call.schema.flatten(call))
+    """Of all layouts, what a compiler is promised of the result; the rest does not depend on them."""
+    call = with_tensors(small(name, device, kernels=kernels), LAYOUTS[layout])
+    rest = {} if (layout, kernels) == ("contiguous", "triton") else {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(overload(call), call.schema.flatten(call), **rest)
 
 
 @EVERY_CALL
@@ -293,11 +295,12 @@ def chain(tensors: list[Tensor], kernels: str) -> Tensor:
     return F.linear(pooled + y, tensors[4][None, :], kernels=kernels)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "kernels"), [("contiguous", "torch"), ("channels_last", "triton"), ("permuted", "triton")]
+)
 @torch.no_grad()
 def test_compiled_functions(device, recompiles, layout, kernels):
-    given = tensors(with_tensors(small("conv_bn_relu", device), layout))
+    given = tensors(with_tensors(small("conv_bn_relu", device), LAYOUTS[layout]))
     compiled = torch.compile(chain, fullgraph=True)
     torch.testing.assert_close(compiled(given, kernels), chain(given, kernels), rtol=1e-5, atol=1e-5)
     assert recompiles() == 1

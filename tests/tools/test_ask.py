@@ -30,7 +30,7 @@ for name in ("PIL.Image", "sklearn.datasets", "rich", "matplotlib", "jsonschema"
     pytest.importorskip(name)
 ROOT = Path(__file__).parents[2]
 
-# Runs commands one after another, those of each condition in a fork of its own: what all of them import is imported once.
+# Runs commands one after another, those of each condition in a fork of its own: what all import is imported once.
 # Long work, which would follow, is an error of its own.
 RUN = """
 import contextlib, io, json, os, sys
@@ -189,7 +189,7 @@ def test_every_command_asks_first(base: Path) -> None:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     before = {path: path.stat().st_mtime_ns for path in base.rglob("*") if path.is_file()}
     conditions = [
-        (absent.split(), {key: value.format(base=base) for key, value in environ.items()}, list(map(shlex.split, lines)))
+        (absent.split(), {key: value.format(base=base) for key, value in environ.items()}, [*map(shlex.split, lines)])
         for absent, environ, lines in CONDITIONS.values()
     ]
     done = subprocess.run(
@@ -197,8 +197,9 @@ def test_every_command_asks_first(base: Path) -> None:
         env={**inherited, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    for (name, (_, _, lines)), answers in zip(CONDITIONS.items(), map(json.loads, done.stdout.splitlines()), strict=True):
-        for (line, (code, message)), (got, out, err) in zip(lines.items(), answers, strict=True):
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    for (name, condition), answers in zip(CONDITIONS.items(), said, strict=True):
+        for (line, (code, message)), (got, out, err) in zip(condition.lines.items(), answers, strict=True):
             assert got == code, (name, line, err)
             assert message in (err if code else out + err), (name, line)
             if code == 2:  # in the last line; matplotlib has something to say of a home that it cannot write to
