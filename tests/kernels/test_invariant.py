@@ -96,18 +96,18 @@ def test_an_image_is_computed_alike_in_any_batch(
     device: torch.device, ways: list[str], name: str, dtype: torch.dtype
 ) -> None:
     operation, size = OPERATIONS[name]
-    batch = normal(4, *size).to(device, dtype)
+    batch = normal(3, *size).to(device, dtype)
     batch[1, 0, 0, 0] = float("nan")  # which is nobody else's concern
     for kernels in ways:
         modes: dict[str, Any] = {"batch_invariant": True, "kernels": kernels}
         expected = alone(operation, batch, **modes)
-        assert expected[[0, 2, 3]].isfinite().all()
+        assert expected[[0, 2]].isfinite().all()
         layouts = [offset_by_one(batch)]
         if kernels == "torch":
             layouts += [batch, batch.contiguous(memory_format=torch.channels_last)]
         for rest in layouts:
             assert _same(operation(rest, **modes), expected), kernels
-        order = torch.tensor([3, 0], device=device)
+        order = torch.tensor([2, 0], device=device)
         assert _same(operation(batch[order], **modes), expected[order]), kernels
 
 
