@@ -39,9 +39,9 @@ def optimize(
 
     * Of torchvision's ResNets and blocks, wherever they are in `model`. Subclasses with code of their own are left
       alone, but not their blocks.
-    * A model that has none of these, or has no batch norms any more, runs through our backend of torch.compile, which takes whatever that takes. The
-      first call compiles. Calls that want gradients, in training mode, or that a tracer sees run as the model was
-      written.
+    * A model that has none of these, or no batch norm in them any more, runs through our backend of torch.compile,
+      which takes whatever that takes. The first call compiles. Calls that want gradients, in training mode, or that a
+      tracer sees run as the model was written.
 
     Of a model that was optimized before only the modes change.
 
@@ -95,7 +95,7 @@ def optimize(
 
 
 def _chosen(model: nn.Module) -> list[nn.Module]:
-    """Ours, and those of torchvision's that become ours: none without a batch norm, for the backend can do more then."""
+    """Ours, and those of torchvision's that become ours: none without a batch norm, where the backend can do more."""
     modules = list(model.modules())
     fusable = any(isinstance(m, nn.BatchNorm2d) or type(m).__name__ == "FrozenBatchNorm2d" for m in modules)
     return [m for m in modules if isinstance(m, _OURS) or (fusable and converted.is_torchvision(m))]

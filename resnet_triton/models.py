@@ -368,3 +368,34 @@ def resnet101(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> R
 def resnet152(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-152; arguments, input, result and errors as for `resnet18`."""
     return _resnet("resnet152", Bottleneck, [3, 8, 36, 3], weights, progress, **kwargs)
+
+
+def wide_resnet50_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-50-2; arguments, input, result and errors as for `resnet18`."""
+    return _resnet("wide_resnet50_2", Bottleneck, [3, 4, 6, 3], weights, progress, width_per_group=128, **kwargs)
+
+
+def wide_resnet101_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-101-2; arguments, input, result and errors as for `resnet18`."""
+    return _resnet("wide_resnet101_2", Bottleneck, [3, 4, 23, 3], weights, progress, width_per_group=128, **kwargs)
+
+
+def resnext50_32x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-50, 32x4d; arguments, input, result and errors as for `resnet18`."""
+    return _resnet(
+        "resnext50_32x4d", Bottleneck, [3, 4, 6, 3], weights, progress, groups=32, width_per_group=4, **kwargs
+    )
+
+
+def resnext101_32x8d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101, 32x8d; arguments, input, result and errors as for `resnet18`."""
+    return _resnet(
+        "resnext101_32x8d", Bottleneck, [3, 4, 23, 3], weights, progress, groups=32, width_per_group=8, **kwargs
+    )
+
+
+def resnext101_64x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101, 64x4d; arguments, input, result and errors as for `resnet18`."""
+    return _resnet(
+        "resnext101_64x4d", Bottleneck, [3, 4, 23, 3], weights, progress, groups=64, width_per_group=4, **kwargs
+    )
