@@ -44,6 +44,9 @@ class FakeCuda:
     def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def current_stream(self, device: torch.device) -> None:
+        return None
+
     def event(self) -> FakeEvent:
         self._begun.pool = _Pool()  # for the graphs that this thread captures next
         return FakeEvent(self._begun.pool)
@@ -71,13 +74,13 @@ class FakeEvent:
     def __init__(self, pool: _Pool) -> None:
         self.pool = pool
 
-    def wait(self) -> None:
+    def wait(self, stream: None) -> None:
         assert self.pool.turn is None, "two replays at once"
         self.pool.turn = threading.get_ident()
         for graph in self.pool.graphs:
             graph.input.fill_(255 if graph.input.dtype == torch.uint8 else torch.nan)
 
-    def record(self) -> None:
+    def record(self, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "the end of a replay that did not wait for the one before"
         for graph in self.pool.graphs:
             graph.output.fill_(torch.nan)
@@ -93,7 +96,7 @@ class FakeGraph:
             self.output = body(self.input)
         self.tape = tape.calls
 
-    def replay(self) -> None:
+    def replay(self, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "a replay that did not wait for the one before"
         for func, args, kwargs, old in self.tape:
             new = func(*args, **kwargs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,11 +27,14 @@ class Captured:
     output: Tensor
     semaphores: Tensor
     replays: int = 0
+    _streams: set[int] = field(default_factory=set)
 
-    def replay(self) -> None:
-        """Launch on the current stream. Does not wait."""
-        for buffer in (self.input, self.semaphores):  # if freed now, reused only after this launch
-            buffer.record_stream(torch.cuda.current_stream())
+    def replay(self, stream: torch.cuda.Stream) -> None:
+        """Launch on `stream`, the current one. Does not wait."""
+        if stream.cuda_stream not in self._streams:  # once for all launches: when a buffer is freed, it counts them
+            for buffer in (self.input, self.semaphores):  # if freed now, reused only after this launch
+                buffer.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
         self.graph.replay()
 
 
@@ -50,9 +54,17 @@ def finish(x: Tensor) -> None:
         torch.cuda.current_stream(x.device).synchronize()
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` the current one."""
-    return torch.cuda.device(device)
+    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+def current_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which PyTorch launches now."""
+    return torch.cuda.current_stream(device)
 
 
 def event() -> torch.cuda.Event:

@@ -33,6 +33,7 @@ from .snapshot import snapshot
 LIMIT = 8
 """Graphs a model keeps; the least recently used goes first. Each costs its input buffer; all else they share."""
 _REMEMBERED = 1024  # shapes whose calls are counted
+_IMAGES = frozenset((*DTYPES, torch.uint8))
 _WAITING = "a shape's first calls"
 _FAILED = "the capture failed"
 
@@ -77,13 +78,13 @@ def wanted(model: Graphed, x: Tensor) -> bool:
 
 
 def run(model: Graphed, x: Tensor) -> Tensor:
-    """`model._forward_impl(x)`, from a graph or a snapshot where that is the same."""
+    """`model._forward_impl(x)`, from a graph or a snapshot where that is the same. For calls that are `wanted`."""
     runner = _of(model)
     reason = uncaptured_reason(x)
     if reason is not None:
         runner.note(model, reason)
         return model._forward_impl(x)
-    return runner.run(model, x, _graphs_wanted(model, x))
+    return runner.run(model, x, not model.frozen or _graphs_wanted(model, x))
 
 
 def _graphs_wanted(model: Graphed, x: Tensor) -> bool:
@@ -95,9 +96,9 @@ def uncaptured_reason(x: Tensor) -> str | None:
     """What about this call, rather than about the model, wants every operator run again; None if nothing does."""
     if torch.is_grad_enabled():
         return "grad mode is on"
-    if torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
-    if x.numel() == 0 or x.dtype not in (*DTYPES, torch.uint8):
+    if x.dtype not in _IMAGES or x.numel() == 0:
         return "the input is not a batch of images in fp32, fp16, bf16 or bytes"
     if _has_any_global_hook():
         return "a hook on all modules"
@@ -205,13 +206,14 @@ class Runner:
             if captured is None:
                 return None
             with cuda.on(x.device):
-                self._done.wait()
+                stream = cuda.current_stream(x.device)
+                self._done.wait(stream)
                 try:
                     captured.input.copy_(x)
-                    captured.replay()
+                    captured.replay(stream)
                     y = captured.output.clone()
                 finally:  # whatever has been launched, the next replay has to wait for it
-                    self._done.record()
+                    self._done.record(stream)
             if self._snapshot is None and not self.holds():
                 self._drop_all()
                 return None
@@ -274,8 +276,10 @@ class Runner:
 def _key(x: Tensor) -> Key:
     """What two calls must have in common to use one graph, besides the model."""
     layout = x.is_contiguous(memory_format=torch.channels_last)
-    # TF32 or not is read when a kernel is launched. Asked for every dtype: bytes may become fp32 on the way in.
-    return x.device, x.shape, x.dtype, layout, conv_precision(torch.float32), matmul_precision(torch.float32)
+    # TF32 or not is read when a kernel is launched. Asked for bytes, too: they may become fp32 on the way in.
+    wide = x.dtype == torch.float32 or x.dtype == torch.uint8
+    tf32 = (conv_precision(torch.float32), matmul_precision(torch.float32)) if wide else None
+    return x.device, x.shape, x.dtype, layout, tf32
 
 
 def _name(key: Key) -> str:
