@@ -33,12 +33,12 @@ class Fingerprint:
         self._code = list(map(getattr, *self._places))
         attributes = [d for m in self._modules for d in (vars(m), m._modules)]
         owners = [d for m in self._modules for d in (m._parameters, m._buffers)]
-        self._empty = [d for d in chain(attributes, owners) if not d]
-        self._empty += [
+        hooks = [
             d
             for m in self._modules
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
+        self._empty: list[Any] = [*hooks, *(d for d in chain(attributes, owners) if not d)]
         self._dicts = _Dicts([d for d in attributes if d], [d for d in owners if d])
         read = [t for t in self._dicts.tensors if t is not None and t.is_floating_point()]
         self._read = list({id(t): t for t in read}.values())
@@ -90,7 +90,7 @@ class _Dicts:
         return True
 
     def _newest(self) -> int | None:
-        """A sum that every write changes: a dict's version is CPython's up to 3.11, then a watcher's, and only grows."""
+        """A sum that every write changes: versions only grow. They are CPython's up to 3.11, then a watcher's."""
         return None if _version is None else sum(map(_version, self._all))
 
 

@@ -291,26 +291,28 @@ def test_no_answer_is_stale(cuda: Any, monkeypatch: Any, seed: int, edits: int, 
     r, x = random.Random(seed), images(2, 32)
     undo: Undo = None
     done = seen = replays = 0
-    before: Any = type(None)
-    while done < edits:
-        if done % 50 == 0 and undo is None:  # anew, or values would grow
-            model = narrow()
-            captured(model, x)
+    kind, before = "", answer(narrow(), x)
+    try:
+        while done < edits:
+            if done % 50 == 0 and undo is None:  # anew, or values would grow
+                model = narrow()
+                captured(model, x)
+            if undo is not None:
+                undo()
+                undo, kind = None, f"{kind}, undone"
+            else:
+                kind = r.choice(list(EDITS))
+                undo = EDITS[kind][0](model, r)
+            expected = answer(model._forward_impl, x)
+            for _ in range(2):  # the answer, and that of the next graph
+                assert same(answer(model, x), expected), f"edit {done} of seed {seed}: {kind}"
+            seen += not same(before, expected)
+            replays += sum(graph.replays for graph in cuda.graphs)
+            cuda.graphs.clear()
+            before, done = expected, done + 1
+    finally:  # it may be of a class
         if undo is not None:
             undo()
-            undo, kind = None, kind + ", undone"
-        else:
-            kind = r.choice(list(EDITS))
-            undo = EDITS[kind][0](model, r)
-        expected = answer(model._forward_impl, x)
-        for _ in range(2):  # the answer, and that of the next graph
-            assert same(answer(model, x), expected), f"edit {done} of seed {seed}: {kind}"
-        seen += not same(before, expected)
-        replays += sum(graph.replays for graph in cuda.graphs)
-        cuda.graphs.clear()
-        before, done = expected, done + 1
-    if undo is not None:
-        undo()
     assert seen > 0.8 * edits
     assert replays > 0.5 * edits
 
