@@ -99,6 +99,22 @@ class Stem(Operation):
             ),
         )  # fmt: skip
 
+    def alone(self) -> tuple[Tensor, Launch] | None:
+        """The result, uninitialised, and the launch that writes it; None if it takes more than one launch.
+
+        It reads weights and images where they are, so it can be repeated: `x_ptr` is all that changes with other images
+        of the same sizes, strides and dtype whose address is, like that of `x`, a multiple of 16.
+        """
+        result, choice = self.choose()
+        if choice.backend == "torch" or not aligned(self.x):
+            return None
+        out, launches, _ = self.prepare(result)
+        if out is None or len(launches) != 1 or not launches[0].specialised:
+            return None
+        own = {t.data_ptr() for t in self.schema.tensors(self)}
+        read = [value for value in launches[0].arguments.values() if isinstance(value, Tensor)]
+        return (out, launches[0]) if own.issuperset(map(Tensor.data_ptr, read)) else None
+
     def _has_one_launch(self, facts: DeviceFacts) -> bool:
         """Whether the warp-specialised kernel takes this: it adds in one order whatever the batch or the strip."""
         return facts.has_specialised and supports(self.x, self.weight, self.pixel_mean, self.pixel_std)
