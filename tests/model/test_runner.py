@@ -8,16 +8,18 @@ import pickle
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, captured, images, small, with_grad
-from torch import nn
+from fake_cuda import FakeCuda, FakeEvent, captured, images, small, with_grad
+from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import optimize, refresh, report, revert
+from resnet_triton import ops, optimize, refresh, report, revert
 from resnet_triton.graphs import runner
 from resnet_triton.ops import precision
 from resnet_triton.support import vision
@@ -163,6 +165,105 @@ def test_fp32_precision_belongs_to_the_shape(cuda):
             with precision.fp32_precision(switch):
                 captured(model, images())
     assert len(cuda.graphs) == 2
+
+
+# --- what a replay does ----------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """A stem's launch on the CPU."""
+
+    def __init__(self, call: ops.Stem) -> None:
+        self.call, self.out = call, call.output().fill_(torch.nan)
+
+    def repeat(self, changing: str) -> Callable[[Tensor], None]:
+        assert changing == "x_ptr"
+        return self.again
+
+    def again(self, x: Tensor) -> None:
+        self.out[:] = replace(self.call, x=x).reference()
+
+
+@pytest.fixture
+def log(cuda, monkeypatch):
+    """What the host asks of CUDA beside the graph, in order, where the stem reads images as they are."""
+    found: list[str] = []
+    capture = cuda.capture
+
+    def logged(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        return lambda *arguments: found.append(name) or function(*arguments)
+
+    def logging(entry: Any, beside: Any) -> Any:
+        alone = isinstance(getattr(entry.fill, "__self__", None), Alone)
+        return capture(replace(entry, fill=logged(entry.fill, "stem" if alone else "copy")), beside)
+
+    monkeypatch.setattr(ops.Stem, "alone", lambda call: ((launch := Alone(call)).out, launch))
+    monkeypatch.setattr(cuda, "capture", logging)
+    for owner, name in ((FakeEvent, "wait"), (FakeEvent, "record"), (Tensor, "clone")):
+        monkeypatch.setattr(owner, name, logged(getattr(owner, name), name))
+    return found
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_host_calls_of_a_replay(cuda, log, readable):
+    """One launch in front of the graph, one behind it, and what makes the next replay wait."""
+    model = small()
+    model.normalize = ((0.5,) * 3, (0.25,) * 3)
+    for of_bytes in (False, True):
+        pixels = torch.randint(256, (2 * 3 * 16 * 16 + 4,)) if of_bytes else torch.randn(2 * 3 * 16 * 16 + 4)
+        pixels = pixels.byte() if of_bytes else pixels
+        x = (pixels[:-4] if readable else pixels[3:-1]).view(2, 3, 16, 16)
+        captured(model, x)
+        for _ in range(2):
+            log.clear()
+            y = model(x)
+            assert log == ["wait", "stem" if readable else "copy", "clone", "record"]
+            assert torch.equal(y, model._forward_impl(x))
+            x += 1
+    assert [graph.replays for graph in cuda.graphs] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: torch.cat([x, x])[1:3],
+        lambda x: torch.cat([x.flatten(), x.flatten()])[1 : x.numel() + 1].view(x.shape),
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: torch._neg_view(x),
+        lambda x: torch._efficientzerotensor(x.shape),
+        lambda x: x[:1].expand(x.shape),
+    ],
+    ids=["elsewhere", "not aligned", "channels_last", "negative", "zeros without memory", "expanded"],
+)
+def test_images_that_the_stem_cannot_read_are_copied(cuda, log, other):
+    model, x = small(), images()
+    captured(model, x)
+    x = other(x)
+    for _ in range(4):
+        assert torch.equal(model(x), model._forward_impl(x))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_edits_show_in_front_of_the_graph_too(cuda, log, freeze):
+    model, x = small(freeze=freeze), images()
+    captured(model, x)
+    model.conv1.weight.mul_(2)
+    log.clear()
+    y = model(x)
+    assert log.count("stem") == 1
+    torch.testing.assert_close(y, model._forward_impl(x))
+    if not freeze:
+        model.bn1.running_mean.add_(1)
+        assert torch.equal(model(x), model._forward_impl(x))
+        model.bn1.eps = 0.5
+        assert torch.equal(model(x), model._forward_impl(x))
+        model.maxpool.kernel_size, model.maxpool.padding = 5, 2  # no stem of ours: captured from the images on
+        for _ in range(2):
+            assert torch.equal(model(x), model._forward_impl(x))
+        log.clear()
+        model(x)
+        assert "stem" not in log
+        assert len(cuda.graphs) == 3
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------
