@@ -78,8 +78,7 @@ class FakeEvent:
         assert self.pool.turn is None, "two replays at once"
         self.pool.turn = threading.get_ident()
         for graph in self.pool.graphs:
-            buffer = graph.entry.buffer
-            buffer.fill_(255 if buffer.dtype == torch.uint8 else torch.nan)
+            graph.input.fill_(255 if graph.input.dtype == torch.uint8 else torch.nan)
 
     def record(self, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "the end of a replay that did not wait for the one before"
@@ -90,7 +89,7 @@ class FakeEvent:
 
 class FakeGraph:
     def __init__(self, pool: _Pool, entry: Entry, beside: Any) -> None:
-        self.pool, self.entry, self.beside = pool, entry, beside
+        self.pool, self.input, self.fill, self.beside = pool, entry.buffer, entry.fill, beside
         self.replays = 0
         with _Tape() as tape:
             self.output = entry.body(entry.buffer)
@@ -98,7 +97,7 @@ class FakeGraph:
 
     def replay(self, x: Tensor, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "a replay that did not wait for the one before"
-        self.entry.fill(x)
+        self.fill(x)
         for func, args, kwargs, old in self.tape:
             new = func(*args, **kwargs)
             for target, value in zip(_tensors(old), _tensors(new), strict=True):

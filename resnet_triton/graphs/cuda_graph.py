@@ -32,7 +32,8 @@ class Captured:
     """A graph, and what it reads and writes. Keeping it keeps its memory."""
 
     graph: torch.cuda.CUDAGraph
-    entry: Entry
+    input: Tensor
+    fill: Callable[[Tensor], object]
     output: Tensor
     semaphores: Tensor
     replays: int = 0
@@ -41,10 +42,10 @@ class Captured:
     def replay(self, x: Tensor, stream: torch.cuda.Stream) -> None:
         """Launch on `stream`, the current one. Does not wait."""
         if stream.cuda_stream not in self._streams:  # once for all launches: when a buffer is freed, it counts them
-            for buffer in (self.entry.buffer, self.semaphores):  # if freed now, reused only after this launch
+            for buffer in (self.input, self.semaphores):  # if freed now, reused only after this launch
                 buffer.record_stream(stream)
             self._streams.add(stream.cuda_stream)
-        self.entry.fill(x)
+        self.fill(x)
         self.graph.replay()
 
 
@@ -108,7 +109,7 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
         raise
     finally:
         graph_semaphores.reset(lent)
-    return Captured(graph, entry, output, semaphores)
+    return Captured(graph, entry.buffer, entry.fill, output, semaphores)
 
 
 def _stop_allocating(device: torch.device, pool: tuple[int, int]) -> None:

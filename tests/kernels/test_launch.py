@@ -151,7 +151,8 @@ calls = []
 
 class Driver(precompile._AbsentDriver):
     utils = SimpleNamespace(
-        load_binary=lambda *arguments: (1, 2, 0, 0, 1024), get_device_properties=lambda device: {"max_shared_mem": 1 << 20}
+        load_binary=lambda *arguments: (1, 2, 0, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 1 << 20},
     )
 
     def launcher_cls(self, source, metadata):
@@ -161,8 +162,8 @@ driver.set_active(Driver(90))
 def last(*size):
     return torch.zeros(size, dtype=torch.float16).to(memory_format=torch.channels_last)
 x, other, ones = last(2, 3, 32, 32), last(2, 3, 32, 32), torch.ones(64)
-launch = hopper_stem(out=last(2, 64, 8, 8), x=x, weight=last(64, 3, 7, 7), batch_norm=BatchNorm(ones, ones, ones, None, 0.5),
-                     mean=None, std=None, strip=2, programs=4)
+launch = hopper_stem(out=last(2, 64, 8, 8), x=x, weight=last(64, 3, 7, 7), mean=None, std=None, strip=2, programs=4,
+                     batch_norm=BatchNorm(ones, ones, ones, None, 0.5))
 launch.run()
 again = launch.repeat("x_ptr")
 launch.kernel.run = None  # which looks everything up

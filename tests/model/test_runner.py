@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -416,6 +418,40 @@ def test_threads_share_graphs(cuda):
     assert not failures
     assert len(cuda.graphs) == 3
     assert sum(g.replays for g in cuda.graphs) >= 60 - 3 * (4 + 2)
+
+
+def test_models_do_not_wait_for_each_other(cuda):
+    """While one is in a replay, and while it captures, another is called."""
+    x = images()
+    models = [small() for _ in range(2)]
+    captured(models[0], x)
+    captured(models[1], x)
+    expected = models[1]._forward_impl(x)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> None:
+        inside.set()
+        go_on.wait(60)
+        raise MemoryError
+
+    for owner, name, call in ((cuda.graphs[0], "replay", images()), (cuda, "capture", images(3))):
+        inside.clear()
+        go_on.clear()
+        with mock.patch.object(owner, name, held):
+            other = threading.Thread(target=hold_off, args=(models[0], call))
+            other.start()
+            assert inside.wait(60)
+            assert torch.equal(models[1](x), expected)  # or it would wait for ever
+            assert models[0]._runner._lock.locked()  # of one model, one call at a time: it has one set of buffers
+            go_on.set()
+            other.join()
+    assert cuda.graphs[1].replays == 2
+
+
+def hold_off(model: Any, x: Tensor) -> None:
+    with torch.no_grad(), contextlib.suppress(MemoryError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        captured(model, x)
 
 
 # --- the public face -------------------------------------------------------------------------------------------------
