@@ -7,6 +7,7 @@ or moved, a module replaced or given another class, an attribute set (`eps`, `tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -59,10 +60,71 @@ class Fingerprint:
         )
 
 
-# torch.compile's own means, neither of them documented: where one is missing, everything is compared at every call.
+# --- torch.compile's own means: not documented, so each is tried out first -------------------------------------------
+
+
+class _Box:
+    value: object = None
+
+
+def _set_often(box: _Box) -> None:
+    for _ in range(100):
+        box.value = object()
+
+
+_WRITES: tuple[Callable[[_Box], object], ...] = (
+    lambda box: setattr(box, "value", object()),
+    _set_often,  # by then the interpreter writes in another way
+    lambda box: vars(box).update(value=object()),
+    lambda box: vars(box).__setitem__("value", object()),
+    lambda box: vars(box).setdefault("other", object()),
+    lambda box: vars(box).pop("other"),
+    lambda box: delattr(box, "value"),
+    lambda box: vars(box).clear(),
+)
+
+
+def _trusted_version(version: Any) -> Any:
+    """`version`, if it grows at every way to write to a dict that is not empty: not on CPython 3.13.0 (gh-125608)."""
+    if version is None:
+        return None
+    box = _Box()
+    vars(box).update(value=object(), kept=object())
+    for write in _WRITES:
+        before = version(vars(box))
+        write(box)
+        if not version(vars(box)) > before:
+            return None
+    return version
+
+
+def _trusted_guards(guards: Any) -> Any:
+    """`guards`, if they let a tensor pass as it is, and see what can change and leave the object what it was."""
+    changes: tuple[Callable[[Tensor], Tensor], ...] = (lambda t: t.view(torch.int32), lambda t: t[:2], lambda t: t.t())
+    try:
+        for change in changes:
+            t = torch.zeros(4, 4, device="cpu")
+            check = _check(guards, [t])
+            as_it_was = check(t)
+            t.data = change(t.data)
+            if not as_it_was or check(t):
+                return None
+    except Exception:  # whatever another version does with these arguments
+        return None
+    return guards
+
+
+def _check(guards: Any, tensors: list[Tensor]) -> Any:
+    return guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
 _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-_version = getattr(_guards, "dict_version", None)
-_TensorGuards = getattr(_guards, "TensorGuards", None)
+_version = _trusted_version(getattr(_guards, "dict_version", None))
+_TensorGuards = _trusted_guards(getattr(_guards, "TensorGuards", None))
+"""None where they cannot be trusted: then everything is compared at every call."""
+
+
+# --- the parts of a fingerprint --------------------------------------------------------------------------------------
 
 
 class _Dicts:
@@ -111,9 +173,7 @@ class _Layouts:
         return True
 
     def _guard(self) -> Any:
-        if _TensorGuards is None:
-            return None
-        return _TensorGuards(*self._tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        return None if _TensorGuards is None else _check(_TensorGuards, self._tensors)
 
 
 def _values(dicts: list[dict[str, Any]]) -> list[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import sys
 import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -333,6 +335,28 @@ def test_each_kind_is_seen_by_its_check_alone(cuda: Any, kind: str) -> None:
             undo()
 
 
+class Blind:
+    """Guards that a tensor passes whatever it is."""
+
+    def __init__(self, *tensors: Tensor, **options: Any) -> None:
+        self.check = lambda *tensors: True
+
+
+def test_means_that_miss_an_edit_are_not_trusted() -> None:
+    """Whatever this Python and this PyTorch have."""
+    assert fingerprint._trusted_version(None) is None
+    assert fingerprint._trusted_version(len) is None
+    counter = itertools.count()
+    assert fingerprint._trusted_version(lambda d: next(counter)) is not None
+    assert fingerprint._trusted_guards(None) is None
+    assert fingerprint._trusted_guards(Blind) is None
+    assert fingerprint._trusted_guards(lambda tensor: None) is None
+    assert fingerprint._TensorGuards is torch._C._dynamo.guards.TensorGuards
+    version = torch._C._dynamo.guards.dict_version
+    assert fingerprint._version is (None if sys.version_info[:3] == (3, 13, 0) else version)
+
+
+@pytest.mark.skipif(fingerprint._version is None, reason="values are compared here")
 def test_a_call_takes_no_longer_than_a_loop_over_its_tensors(cuda: Any) -> None:
     """Of a ResNet-18, without the GPU's part. A loop asks each tensor for address, dtype, sizes and strides."""
     model, x = resnet_triton.resnet18(num_classes=2).eval().half(), images(1, 32, torch.half)
