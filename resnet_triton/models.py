@@ -10,6 +10,7 @@ convolution, as in torchvision ("ResNet v1.5").
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,16 +205,15 @@ class ResNet(_Modal, Graphed):
             return self._forward_impl(x)
         return self._forward_impl(x) if original.anywhere and is_disabled(self) else runner.run(self, x)
 
-    def _forward_impl(self, x: Tensor) -> Tensor:
+    def _forward_impl(self, x: Tensor, *, stem: bool = True) -> Tensor:
+        """Without the stem, `x` is what the stem returns."""
         if type(x) is not Tensor:
             check_tensor("x", x)
         if original.anywhere and is_disabled(self):
             x = self.maxpool(self.relu(self.bn1(self.conv1(self._floats(x)))))
             x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
             return self.fc(torch.flatten(self.avgpool(x), 1))
-        return self._behind_stem(self._stem(x))
-
-    def _behind_stem(self, x: Tensor) -> Tensor:
+        x = self._stem(x) if stem else x
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             # Block by block, for calling the stage would keep its input, the largest tensor of all, until its end.
             whole = isinstance(x, fx.Proxy) or not plain(stage, nn.Sequential)
@@ -227,7 +227,7 @@ class ResNet(_Modal, Graphed):
         if alone is None:
             return super().entry(x)
         out, launch = alone
-        return Entry(out, launch.repeat("x_ptr"), self._behind_stem)
+        return Entry(out, launch.repeat("x_ptr"), partial(ResNet._forward_impl, self, stem=False))
 
     def uncaptured_reason(self) -> str | None:
         for name, module in self.named_modules():

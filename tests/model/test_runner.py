@@ -245,9 +245,11 @@ def test_images_that_the_stem_cannot_read_are_copied(cuda, log, other):
         assert torch.equal(model(x), model._forward_impl(x))
 
 
+@pytest.mark.parametrize("build", [small, lambda **modes: optimize(torchvision.models.resnet18().eval(), **modes)])
 @pytest.mark.parametrize("freeze", [False, True])
-def test_edits_show_in_front_of_the_graph_too(cuda, log, freeze):
-    model, x = small(freeze=freeze), images()
+def test_edits_show_in_front_of_the_graph_too(cuda, log, freeze, build):
+    """Of a model of ours, and of one that was torchvision's."""
+    model, x = build(freeze=freeze), images()
     captured(model, x)
     model.conv1.weight.mul_(2)
     log.clear()
