@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import ops, optimize, refresh, report, revert
-from resnet_triton.graphs import runner
+from resnet_triton.graphs import cuda_graph, runner
 from resnet_triton.ops import precision
 from resnet_triton.support import vision
 
@@ -223,6 +223,36 @@ def test_host_calls_of_a_replay(cuda, log, readable):
             assert torch.equal(y, model._forward_impl(x))
             x += 1
     assert [graph.replays for graph in cuda.graphs] == [2, 2]
+
+
+def test_host_calls_of_a_replay_on_a_gpu(monkeypatch):
+    """Of the real module. Buffers are told of a stream once; a device is switched to if it is not the current one."""
+    asked = mock.Mock()
+    asked.current_stream.side_effect = lambda device: stream
+    asked.device.return_value = mock.MagicMock()
+    asked.clone.return_value = y = torch.zeros(2)
+    for name in ("current_device", "current_stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, getattr(asked, name))
+    monkeypatch.setattr(cuda_graph, "takes", lambda x: True)
+    model, x = small(), images()
+    model._runner = kept = runner.Runner(model)
+    buffers = mock.Mock(record_stream=asked.record_stream, clone=asked.clone)
+    kept._graphs[runner._key(x)] = cuda_graph.Captured(asked, buffers, asked.fill, buffers, buffers)
+    kept._done = asked
+    every_time = ["current_stream", "wait", "fill", "replay", "clone", "record"]
+    for handle, device, more in ((7, None, 2), (7, None, 0), (8, None, 2), (7, None, 0), (8, 1, 0)):
+        asked.current_device.return_value = device  # that of `x` is None
+        stream = mock.Mock(cuda_stream=handle)
+        asked.reset_mock()
+        assert model(x) is y
+        names = [name for name, *_ in asked.mock_calls if not name.startswith("device()")]
+        assert names.count("record_stream") == more
+        assert [name for name in names if name != "record_stream"] == [
+            "current_device", *["device"] * (device is not None), *every_time
+        ]  # fmt: skip
+        assert asked.mock_calls.index(mock.call.fill(x)) < asked.mock_calls.index(mock.call.replay())
+        asked.wait.assert_called_once_with(stream)
+        asked.record.assert_called_once_with(stream)
 
 
 @pytest.mark.parametrize(
