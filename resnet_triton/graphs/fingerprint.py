@@ -7,7 +7,7 @@ or moved, a module replaced or given another class, an attribute set (`eps`, `tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -42,7 +42,7 @@ class Fingerprint:
         self._empty: list[Any] = [*hooks, *(d for d in chain(attributes, owners) if not d)]
         self._dicts = _Dicts([d for d in attributes if d], [d for d in owners if d])
         read = [t for t in self._dicts.tensors if t is not None and t.is_floating_point()]
-        self._read = list({id(t): t for t in read}.values())
+        self._read = tuple({id(t): t for t in read}.values())
         self._layouts = _Layouts(self._read)
         self._addresses = list(map(Tensor.data_ptr, self._read))
         # The memory stays allocated as long as a graph may read it, whatever happens to the parameters.
@@ -114,7 +114,7 @@ def _trusted_guards(guards: Any) -> Any:
     return guards
 
 
-def _check(guards: Any, tensors: list[Tensor]) -> Any:
+def _check(guards: Any, tensors: Sequence[Tensor]) -> Any:
     return guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
@@ -159,7 +159,7 @@ class _Dicts:
 class _Layouts:
     """Dtypes, sizes and strides: `t.data = ...` changes any of them and leaves the object what it was."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._tensors = tensors
         self._known = _layouts(tensors)
         self._check = self._guard()
@@ -180,5 +180,5 @@ def _values(dicts: list[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, dicts)))
 
 
-def _layouts(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+def _layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
     return list(map(_dtype, tensors)), list(map(Tensor.size, tensors)), list(map(Tensor.stride, tensors))

@@ -139,6 +139,25 @@ def test_what_a_kernel_is_launched_with(monkeypatch: pytest.MonkeyPatch, on: boo
     assert seen == [((2, 3), options | ({"launch_pdl": True} if on else {}))] * 2
 
 
+@pytest.mark.parametrize("grid", [(2,), (2, 3), (2, 3, 4)])
+def test_a_launch_repeated_has_one_other_argument(grid: tuple[int, ...]) -> None:
+    class Kernel:
+        arg_names = ("a", "x", "b", "c")
+
+        def warmup(self, **options: Any) -> Any:
+            return self
+
+        def __getitem__(self, where: Any) -> Any:
+            return lambda *arguments: seen.append((where, arguments))
+
+    seen: list[Any] = []
+    again = Launch(Kernel(), grid, {"b": 3, "x": 2, "a": 1, "c": 4}).repeat("x")
+    assert not seen
+    again(5)
+    again(6)
+    assert seen == [((*grid, 1, 1)[:3], (1, x, 3, 4)) for x in (5, 6)]
+
+
 REPEATED = """
 import torch
 from types import SimpleNamespace
