@@ -221,11 +221,11 @@ class ResNet(_Modal, Graphed):
                 x = block(x) if not self.batch_invariant or _keeps_apart(block) else by_module(block, x, self.modes)
         return self._head(x)
 
-    def entry(self, x: Tensor) -> Entry:
+    def _entry(self, x: Tensor) -> Entry:
         call = self._fused_stem(x)
         alone = None if call is None else call.alone()
         if alone is None:
-            return super().entry(x)
+            return super()._entry(x)
         out, launch = alone
         return Entry(out, launch.repeat("x_ptr"), partial(ResNet._forward_impl, self, stem=False))
 

@@ -60,7 +60,7 @@ class Graphed(nn.Module):
         """What `forward` computes, operator by operator."""
         raise NotImplementedError
 
-    def entry(self, x: Tensor) -> Entry:
+    def _entry(self, x: Tensor) -> Entry:
         """How images like `x` get into a graph: by a copy, unless a first operator can read them where they are.
 
         Such an operator is launched in front of the graph. It reads any images of the sizes, strides and dtype of `x`
@@ -268,7 +268,7 @@ class Runner:
         try:
             # Outside inference mode, or only calls inside it could write the input buffer.
             with cuda.on(x.device), torch.inference_mode(False), torch.no_grad():
-                entry = source.entry(x) if key[-1] else _copied(source._forward_impl, x)
+                entry = source._entry(x) if key[-1] else _copied(source._forward_impl, x)
                 self._graphs[key] = cuda.capture(entry, beside)
         except Exception as error:  # the caller has an answer; whatever this was, the shape goes on without a graph
             self._shapes[key].failed = True

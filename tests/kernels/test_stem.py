@@ -298,9 +298,11 @@ def test_a_stem_that_can_be_repeated_reads_everything_where_it_is(change, alone)
         assert len(call.launches(call.output())) == 1
     assert (found is not None) == alone
     if found is not None:
-        out, launch = found
-        assert launch.arguments["x_ptr"] is call.x
+        (out, launch), address = found, call.weight.data_ptr()
+        assert launch.arguments["x_ptr"].data_ptr() == call.x.data_ptr()
         assert launch.arguments["y_desc"].base.data_ptr() == out.data_ptr()
+        call.weight.data = torch.zeros(1)
+        assert launch.arguments["w_ptr"].data_ptr() == address, "a replay that is out of date still reads what it may"
 
 
 def test_bytes_that_reciprocals_do_not_normalise_exactly_take_other_launches(device):
