@@ -103,8 +103,8 @@ class Stem(Operation):
         """The result, uninitialised, and the launch that writes it; None if it takes more than one launch.
 
         It reads weights and images where they are, so it can be repeated: `x_ptr` is all that changes with other images
-        of the same sizes, strides and dtype whose address is, like that of `x`, a multiple of 16. It goes on reading the
-        same memory, whatever `t.data = ...` does to a weight.
+        of the same sizes, strides and dtype whose address is, like that of `x`, a multiple of 16. It stays on the same
+        memory, whatever `t.data = ...` does to a weight.
         """
         result, choice = self.choose()
         if choice.backend == "torch" or not aligned(self.x):
@@ -115,7 +115,9 @@ class Stem(Operation):
         (launch,) = launches
         own = {t.data_ptr() for t in self.schema.tensors(self)}
         read = {name: value.detach() for name, value in launch.arguments.items() if isinstance(value, Tensor)}
-        if not own.issuperset(map(Tensor.data_ptr, read.values())):
+        described = [value.base for value in launch.arguments.values() if hasattr(value, "base")]
+        elsewhere = [t for t in described if t.untyped_storage().data_ptr() != out.data_ptr()]
+        if elsewhere or not own.issuperset(map(Tensor.data_ptr, read.values())):
             return None
         return out, replace(launch, arguments={**launch.arguments, **read})
 
