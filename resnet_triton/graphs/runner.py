@@ -15,6 +15,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,12 +28,14 @@ from ..ops import dispatch
 from ..ops.dispatch import DTYPES, Kernels
 from ..ops.precision import conv_precision, matmul_precision
 from . import cuda_graph as cuda
+from .cuda_graph import Entry
 from .fingerprint import Fingerprint
 from .snapshot import snapshot
 
 LIMIT = 8
-"""Graphs a model keeps; the least recently used goes first. Each costs its input buffer; all else they share."""
+"""Graphs a model keeps; the least recently used goes first. Each costs its first buffer; all else they share."""
 _REMEMBERED = 1024  # shapes whose calls are counted
+_IMAGES = frozenset((*DTYPES, torch.uint8))
 _WAITING = "a shape's first calls"
 _FAILED = "the capture failed"
 
@@ -57,6 +60,14 @@ class Graphed(nn.Module):
         """What `forward` computes, operator by operator."""
         raise NotImplementedError
 
+    def _entry(self, x: Tensor) -> Entry:
+        """How images like `x` get into a graph: by a copy, unless a first operator can read them where they are.
+
+        Such an operator is launched in front of the graph. It reads any images of the sizes, strides and dtype of `x`
+        whose address is a multiple of 16.
+        """
+        return _copied(self._forward_impl, x)
+
     def uncaptured_reason(self) -> str | None:
         """Why a call cannot be recorded once and repeated for other images; None if it can."""
         raise NotImplementedError
@@ -71,19 +82,25 @@ class Graphed(nn.Module):
         return {name: value for name, value in vars(self).items() if name != "_runner"}
 
 
+def _copied(body: Callable[[Tensor], Tensor], x: Tensor) -> Entry:
+    # Not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
+    buffer = torch.empty_like(x)
+    return Entry(buffer, lambda images: buffer.copy_(images), body)
+
+
 def wanted(model: Graphed, x: Tensor) -> bool:
     """Whether a call may be more than `model._forward_impl(x)`: a graph's replay, or a snapshot's."""
     return model.frozen or _graphs_wanted(model, x)
 
 
 def run(model: Graphed, x: Tensor) -> Tensor:
-    """`model._forward_impl(x)`, from a graph or a snapshot where that is the same."""
+    """`model._forward_impl(x)`, from a graph or a snapshot where that is the same. For calls that are `wanted`."""
     runner = _of(model)
     reason = uncaptured_reason(x)
     if reason is not None:
         runner.note(model, reason)
         return model._forward_impl(x)
-    return runner.run(model, x, _graphs_wanted(model, x))
+    return runner.run(model, x, not model.frozen or _graphs_wanted(model, x))
 
 
 def _graphs_wanted(model: Graphed, x: Tensor) -> bool:
@@ -95,9 +112,9 @@ def uncaptured_reason(x: Tensor) -> str | None:
     """What about this call, rather than about the model, wants every operator run again; None if nothing does."""
     if torch.is_grad_enabled():
         return "grad mode is on"
-    if torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
-    if x.numel() == 0 or x.dtype not in (*DTYPES, torch.uint8):
+    if x.dtype not in _IMAGES or x.numel() == 0:
         return "the input is not a batch of images in fp32, fp16, bf16 or bytes"
     if _has_any_global_hook():
         return "a hook on all modules"
@@ -150,7 +167,7 @@ class Runner:
     def __init__(self, model: Graphed) -> None:
         self.owner, self.process = weakref.ref(model), os.getpid()
         self.eager: Counter[str] = Counter()
-        self._lock = threading.Lock()  # held from a replay's copy to its clone: the buffers between are shared
+        self._lock = threading.Lock()  # held from a replay's first launch to its clone: the buffers between are shared
         self._graphs: OrderedDict[Key, cuda.Captured] = OrderedDict()
         self._shapes: OrderedDict[Key, _Shape] = OrderedDict()
         self._done: Any = None  # the event that the next replay waits for
@@ -205,13 +222,13 @@ class Runner:
             if captured is None:
                 return None
             with cuda.on(x.device):
-                self._done.wait()
+                stream = cuda.current_stream(x.device)
+                self._done.wait(stream)
                 try:
-                    captured.input.copy_(x)
-                    captured.replay()
+                    captured.replay(x, stream)
                     y = captured.output.clone()
                 finally:  # whatever has been launched, the next replay has to wait for it
-                    self._done.record()
+                    self._done.record(stream)
             if self._snapshot is None and not self.holds():
                 self._drop_all()
                 return None
@@ -251,7 +268,8 @@ class Runner:
         try:
             # Outside inference mode, or only calls inside it could write the input buffer.
             with cuda.on(x.device), torch.inference_mode(False), torch.no_grad():
-                self._graphs[key] = cuda.capture(source._forward_impl, x, beside)
+                entry = source._entry(x) if key[-1] else _copied(source._forward_impl, x)
+                self._graphs[key] = cuda.capture(entry, beside)
         except Exception as error:  # the caller has an answer; whatever this was, the shape goes on without a graph
             self._shapes[key].failed = True
             warnings.warn(f"no CUDA graph for {_name(key)}, its capture failed: {error}", RuntimeWarning, stacklevel=2)
@@ -272,10 +290,13 @@ class Runner:
 
 
 def _key(x: Tensor) -> Key:
-    """What two calls must have in common to use one graph, besides the model."""
-    layout = x.is_contiguous(memory_format=torch.channels_last)
-    # TF32 or not is read when a kernel is launched. Asked for every dtype: bytes may become fp32 on the way in.
-    return x.device, x.shape, x.dtype, layout, conv_precision(torch.float32), matmul_precision(torch.float32)
+    """What two calls must have in common to use one graph, besides the model. Last, whether a kernel may read `x`."""
+    readable = x.data_ptr() % 16 == 0 and not (x.is_neg() or x._is_zerotensor())
+    layout = x.stride() if readable else x.is_contiguous(memory_format=torch.channels_last)
+    # TF32 or not is read when a kernel is launched. Asked for bytes, too: they may become fp32 on the way in.
+    wide = x.dtype == torch.float32 or x.dtype == torch.uint8
+    tf32 = (conv_precision(torch.float32), matmul_precision(torch.float32)) if wide else None
+    return x.device, x.shape, x.dtype, layout, tf32, readable
 
 
 def _name(key: Key) -> str:

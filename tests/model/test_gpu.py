@@ -39,6 +39,10 @@ def _clean() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+def hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def build(dtype: torch.dtype = torch.float16, name: str = "resnet18", **modes: Any) -> Any:
     with torch.inference_mode(False):  # parameters that can be edited anywhere
         torch.manual_seed(0)
@@ -240,6 +244,23 @@ def test_captured_in_inference_mode_and_replayed_outside():
 # --- streams and threads ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_images_are_read_where_they_are(layout):
+    model = build()
+    model.normalize = (0.5,) * 3, (0.25,) * 3
+    for x in (images(2), images(2).mul(50).clamp(0, 255).byte()):
+        x = x.contiguous(memory_format=layout)
+        captured(model, x)
+        (*_, graph) = model._runner._graphs.values()
+        assert graph.input.shape == (2, 64, 56, 56), "behind the stem"
+        for n in range(4):  # at other addresses, one of them not a multiple of 16
+            memory = torch.cat([x.flatten()[:n], (x + n).permute(0, 2, 3, 1).flatten()])[n:]
+            y = memory.view(2, 224, 224, 3).permute(0, 3, 1, 2) if layout is torch.channels_last else x + n
+            assert torch.equal(model(y), model._forward_impl(y))
+    assert replays(model) >= 4
+
+
 def test_several_streams():
     model = build()
     inputs = [images(n, seed=n) for n in (1, 2, 8, 16)]
@@ -360,12 +381,12 @@ def test_a_failed_capture_leaves_the_model_usable(action):
     model, x = build(), images(2)
     expected = model._forward_impl(x)
 
-    def body(images: Tensor) -> Tensor:
+    def head(y: Tensor) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             action()
-        return type(model)._forward_impl(model, images)
+        return type(model)._head(model, y)
 
-    model._forward_impl = body
+    model._head = head
     model(x)
     stream = torch.cuda.current_stream()
     with pytest.warns(RuntimeWarning, match="no CUDA graph for 2x3x224x224 float16, its capture failed"):
@@ -373,7 +394,7 @@ def test_a_failed_capture_leaves_the_model_usable(action):
     assert torch.cuda.current_stream() == stream
     assert torch.equal(y, expected)
     assert torch.equal(model(x), expected)
-    del model._forward_impl
+    del model._head
     torch.cuda.empty_cache()  # raises while the allocator believes that a capture is under way
     captured(model, images(3))
     assert torch.equal(model(images(3)), model._forward_impl(images(3)))
@@ -415,10 +436,6 @@ def test_graphs_give_their_memory_back():
 
 
 # --- kernels that only a GPU runs, or that are off by default ---------------------------------------------------------
-
-
-def hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 @pytest.mark.parametrize("split", [2, 4, 9])
