@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .graphs.runner import CudaGraph
+from .graphs.replay import CudaGraph
 from .ops import dispatch, original
 from .ops.dispatch import Kernels
 from .ops.trace import Call

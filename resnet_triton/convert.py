@@ -12,7 +12,7 @@ from torch import nn
 from . import compiled, config, converted, copies, models
 from .compiled import Compiled
 from .graphs import runner
-from .graphs.runner import CudaGraph
+from .graphs.replay import CudaGraph, check_mode
 from .ops import dispatch, original, specialised
 from .ops.dispatch import Kernels
 from .ops.trace import Call, trace
@@ -66,7 +66,7 @@ def optimize(
     """
     _check_module(model)
     dispatch.check_mode(kernels)
-    runner.check_mode(cuda_graph)
+    check_mode(cuda_graph)
     for name, value in (("freeze", freeze), ("batch_invariant", batch_invariant), ("inplace", inplace)):
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}, expected True or False")

@@ -83,7 +83,8 @@ class FakeEvent:
     def record(self, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "the end of a replay that did not wait for the one before"
         for graph in self.pool.graphs:
-            graph.output.fill_(torch.nan)
+            for output in _tensors(graph.output):
+                output.fill_(torch.nan)
         self.pool.turn = None
 
 

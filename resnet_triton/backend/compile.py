@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import TracingContext
 from torch._prims_common import is_contiguous_or_false
 
-from ..graphs.runner import CudaGraph, check_mode
+from ..graphs.function import GraphedFunction
+from ..graphs.replay import CudaGraph, check_mode
 from ..ops import dispatch
 from ..ops.dispatch import Modes
 from ..ops.trace import Call, propagate, trace_graph
@@ -28,6 +30,7 @@ Function = Callable[..., Any]
 _MODES: dict[str | None, CudaGraph] = {
     None: "auto", "default": "auto", "reduce-overhead": True, "max-autotune": True, "max-autotune-no-cudagraphs": False,
 }  # fmt: skip
+_CHANGING = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _OURS = ("resnet_triton.conv_bn_relu.default", "resnet_triton.stem.default")
 
 
@@ -46,7 +49,7 @@ def resnet_triton(
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
     `record` takes the calls that the graph makes, for `report`.
     """
-    modes, _ = settings(mode, options)
+    modes, cuda_graph = settings(mode, options)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         _warn_of_gradients(modes, inputs)
         return graph.forward
@@ -61,20 +64,63 @@ def resnet_triton(
         else:
             record.extend(trace_graph(gm, _names(gm.graph)))
         _restore_formats(gm)
-        function = gm.forward
-
-        def run(values: list[Any]) -> Any:
-            result = function(*values)
-            values.clear()
-            return result
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        return _boxed(_graphed(gm, cuda_graph) or gm.forward)
 
     compiled: Function = aot_module_simplified(
         graph, inputs, fw_compiler=compile_inference, keep_inference_input_mutations=True
     )
     return compiled
+
+
+def _boxed(function: Function) -> Function:
+    """`function` of a list, which it empties: so the memory of a caller's tensors can be used again."""
+
+    def run(values: list[Any]) -> Any:
+        result = function(values) if isinstance(function, GraphedFunction) else function(*values)
+        values.clear()
+        return result
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _graphed(gm: fx.GraphModule, cuda_graph: CudaGraph) -> GraphedFunction | None:
+    """The graph as a function that CUDA graphs may repeat, if they may."""
+    if cuda_graph is False:
+        return None
+    metadata = TracingContext.get().fw_metadata
+    fixed = set() if metadata is None else set(metadata.static_input_indices)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    tensors = {i for i, node in enumerate(inputs) if isinstance(node.meta["val"], Tensor)}
+    reason = _ungraphed_reason(gm.graph)
+    if reason is None and len(tensors - fixed) != 1:
+        reason = f"{len(tensors - fixed)} inputs are tensors, expected one"
+    if reason is not None:
+        if cuda_graph is True:
+            warnings.warn(f"cuda_graph=True, but calls run without a graph: {reason}", RuntimeWarning, stacklevel=2)
+        return None
+    (images,) = tensors - fixed
+    return GraphedFunction(gm.forward, images, sorted(tensors & fixed), cuda_graph)
+
+
+def _ungraphed_reason(graph: fx.Graph) -> str | None:
+    """Why a CUDA graph cannot repeat this for other images; None if it can."""
+    results: Any = graph.output_node().args[0]
+    if not all(isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) for node in results):
+        return "a result is no tensor"
+    bases = set(map(_base, results))
+    if len(bases) < len(results) or any(node.op == "placeholder" for node in bases):
+        return "results share memory with each other or with inputs"
+    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    if len({value.device for value in values}) > 1:
+        return "tensors are on several devices"
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable:
+                return f"{node.target} changes an input"
+            if not _CHANGING.isdisjoint(node.target.tags):
+                return f"{node.target} does not compute the same each time"
+    return None
 
 
 def settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Modes, CudaGraph]:
@@ -149,6 +195,7 @@ def _restore_formats(graph: fx.GraphModule) -> None:
         if memory is not None and _format(base.meta["val"]) != memory:
             with graph.graph.inserting_after(base):
                 again = graph.graph.call_function(torch.ops.aten.clone.default, (base,), {"memory_format": memory})
+            again.meta["val"] = base.meta["val"].clone(memory_format=memory)
             for user in list(base.users):
                 if user is not again and (_is_view(user) or _sees_strides(user)):
                     user.replace_input_with(base, again)

@@ -316,6 +316,74 @@ def test_batch_invariant():
     assert torch.equal(fast(x)[3:4], fast(x[3:4]))
 
 
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def graphed(model: nn.Module, **options: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend="resnet_triton", dynamic=False, options=options)
+
+
+@torch.no_grad()
+def test_a_shape_is_captured_at_its_second_call_and_replayed(cuda):
+    """Not counting the very first call, which torch.compile watches."""
+    model = integral(sequence(_stem(), Residual(_downsample()), _head()))
+    fast = graphed(model)
+    for size, graphs in ((32, 0), (32, 0), (32, 1), (32, 1), (48, 1), (48, 1), (48, 2), (32, 2)):
+        x = images(3, size=size)
+        assert torch.equal(fast(x), model(x))
+        assert len(cuda.graphs) == graphs
+    assert cuda.graphs[0].replays == 2
+    model[1].conv1.weight.mul_(2)  # in place: the graph reads it
+    assert torch.equal(fast(x), model(x))
+    assert len(cuda.graphs) == 2
+    model[1].conv1.weight.data = model[1].conv1.weight.flip(0).contiguous()
+    kept = fast(x)
+    assert torch.equal(kept, model(x))
+    fast(images(3, size=32) + 1)
+    assert torch.equal(kept, model(x)), "a result is the caller's"
+
+
+@torch.no_grad()
+def test_two_models_of_one_function_keep_a_graph_each(cuda):
+    models = [integral(Residual(None)) for _ in range(2)]
+    models[1].conv1.weight.neg_()
+
+    @torch.compile(backend="resnet_triton", dynamic=False, options={"cuda_graph": True})
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)
+
+    for _ in range(3):
+        for model in models:
+            assert torch.equal(call(model, images()), model(images()))
+    assert len(cuda.graphs) == 2
+
+
+UNGRAPHED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "an input that is written": (lambda: lambdas(lambda m, x: m.a(x.add_(1)), a=conv()), "changes an input"),
+    "training": (lambda: sequence(conv(), nn.BatchNorm2d(8, momentum=0.5)).train(), "changes an input"),
+    "random numbers": (lambda: lambdas(lambda m, x: m.a(x) + torch.rand(()), a=conv()), "the same each time"),
+    "two results of one tensor": (
+        lambda: lambdas(lambda m, x: (lambda y: (y, y[0]))(m.a(x)), a=conv()), "results share memory",  # type: ignore[return-value]
+    ),
+    "two tensors": (nn.Identity, "2 inputs are tensors"),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", UNGRAPHED)
+def test_what_no_graph_can_repeat(name, cuda):
+    make, reason = UNGRAPHED[name]
+    model = make() if name == "training" else integral(make())
+    arguments = [images(), images()] if name == "two tensors" else [images()]
+    function = (lambda x, y: F.conv2d(x, y[:, :8, :3, :3].repeat(4, 1, 1, 1))) if name == "two tensors" else model
+    fast = torch.compile(function, backend="resnet_triton", options={"cuda_graph": True})
+    with pytest.warns(RuntimeWarning, match=f"calls run without a graph: .*{reason}"):
+        fast(*[x.clone() for x in arguments])
+    for _ in range(3):
+        fast(*[x.clone() for x in arguments])
+    assert not cuda.graphs
+
+
 # --- optimize --------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import resnet_triton
 from resnet_triton import functional, models, optimize, refresh, report
 from resnet_triton.config import ConvConfig, ConvShape, lookup
 from resnet_triton.config.device import facts
-from resnet_triton.graphs import runner
+from resnet_triton.graphs import replay
 from resnet_triton.ops import conv
 from resnet_triton.ops.trace import trace
 from resnet_triton.support import vision
@@ -358,11 +358,11 @@ def test_a_replay_returns_before_the_gpu_is_done():
 
 def test_the_least_recently_used_graph_goes_first():
     model = build()
-    sizes = range(1, runner.LIMIT + 3)
+    sizes = range(1, replay.LIMIT + 3)
     for n in sizes:
         captured(model, images(n, size=64))
         model(images(n, size=64))
-    assert len(model._runner._graphs) == runner.LIMIT
+    assert len(model._runner._graphs) == replay.LIMIT
     for n in sizes:
         x = images(n, size=64, seed=1)
         assert torch.equal(model(x), model._forward_impl(x))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import ops, optimize, refresh, report, revert
-from resnet_triton.graphs import cuda_graph, runner
+from resnet_triton.graphs import cuda_graph, replay, runner
 from resnet_triton.ops import precision
 from resnet_triton.support import vision
 
@@ -237,7 +237,7 @@ def test_host_calls_of_a_replay_on_a_gpu(monkeypatch):
     model, x = small(), images()
     model._runner = kept = runner.Runner(model)
     buffers = mock.Mock(record_stream=asked.record_stream, clone=asked.clone)
-    kept._graphs[runner._key(x)] = cuda_graph.Captured(asked, buffers, asked.fill, buffers, buffers)
+    kept._graphs[replay.key_of(x)] = cuda_graph.Captured(asked, buffers, asked.fill, buffers, buffers)
     kept._done = asked
     every_time = ["current_stream", "wait", "fill", "replay", "clone", "record"]
     for handle, device, more in ((7, None, 2), (7, None, 0), (8, None, 2), (7, None, 0), (8, 1, 0)):
@@ -304,7 +304,7 @@ def test_edits_show_in_front_of_the_graph_too(cuda, log, freeze, build):
 
 
 def test_the_least_recently_used_graph_goes_first(cuda, monkeypatch):
-    monkeypatch.setattr(runner, "LIMIT", 2)
+    monkeypatch.setattr(replay, "LIMIT", 2)
     model = small()
     captured(model, images(1), images(2))
     model(images(1))
@@ -316,7 +316,7 @@ def test_the_least_recently_used_graph_goes_first(cuda, monkeypatch):
 
 
 def test_shapes_that_take_turns_are_not_captured_every_time(cuda, monkeypatch):
-    monkeypatch.setattr(runner, "LIMIT", 2)
+    monkeypatch.setattr(replay, "LIMIT", 2)
     model = small()
     for _ in range(24):
         for n in (1, 2, 3):
@@ -325,7 +325,7 @@ def test_shapes_that_take_turns_are_not_captured_every_time(cuda, monkeypatch):
 
 
 def test_shapes_are_forgotten(cuda, monkeypatch):
-    monkeypatch.setattr(runner, "_REMEMBERED", 3)
+    monkeypatch.setattr(replay, "_REMEMBERED", 3)
     model = small()
     for n in range(1, 8):
         model(images(n, 8))
