@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .graphs.function import GraphedFunction
 from .graphs.replay import CudaGraph
 from .ops import dispatch, original
 from .ops.dispatch import Kernels
@@ -102,7 +103,9 @@ class Program:
         self.owner = weakref.ref(module)
         self.modes = module.kernels, module.cuda_graph
         self.watch = Watch(module)
-        backend = _backend(options={"kernels": module.kernels, "cuda_graph": module.cuda_graph})
+        self.functions: list[GraphedFunction] = []
+        options = {"kernels": module.kernels, "cuda_graph": module.cuda_graph}
+        backend = _backend(options=options, functions=self.functions)
         self.function: Callable[..., Any] = torch.compile(_fresh(_call, type(module).__name__), backend=backend)
 
     def holds(self, module: Compiled) -> bool:
@@ -145,6 +148,13 @@ def _program(module: Compiled) -> Program:
     return program
 
 
+def describe(module: Compiled) -> str:
+    """What CUDA graphs have done for its calls, for `report`."""
+    programs = vars(module).get("_programs", {}).values()
+    said = [function.describe() for program in list(programs) for function in program.functions]
+    return f"cuda_graph={module.cuda_graph!r}; {'; '.join(said) or 'graphs: none'}"
+
+
 def forget(module: nn.Module) -> None:
     """Drop what was compiled."""
     vars(module).pop("_programs", None)
@@ -161,7 +171,8 @@ class Watch:
             for m in modules
             for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
-        classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__ if cls is not object}
+        # Not Module's own methods: torch.compile itself replaces some when it first compiles.
+        classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__} - {object, nn.Module}
         self._methods = [vars(cls) for cls in classes]
         self._known = self._now()
 
@@ -173,4 +184,5 @@ class Watch:
     def _now(self) -> tuple[list[Any], ...]:
         hooks = list(chain.from_iterable(d.values() for d in self._hooks)) if any(self._hooks) else []
         children = list(chain.from_iterable(map(dict.values, self._children)))
-        return children, hooks, list(chain.from_iterable(d.values() for d in self._methods))
+        methods = chain.from_iterable(d.values() for d in self._methods)
+        return children, hooks, [nn.Module.__call__, nn.Module._call_impl, *methods]

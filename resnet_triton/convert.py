@@ -47,9 +47,9 @@ def optimize(
 
     With `inplace=False` the result is a deep copy that shares nothing with `model`, which stays as it is.
 
-    `cuda_graph="auto"` captures the inference of a whole ResNet on a GPU as a CUDA graph when an input shape comes the
-    second time, and replays it afterwards; True captures at the first call and warns where that cannot be; False never
-    captures. What is done to the model shows at the next call all the same.
+    `cuda_graph="auto"` captures the inference of a whole ResNet, or of a compiled model, on a GPU as a CUDA graph when
+    an input shape comes the second time, and replays it afterwards; True captures at the first call and warns where
+    that cannot be; False never captures. What is done to the model shows at the next call all the same.
 
     `freeze=True` spares later calls the search for changes: the first inference call after `optimize`, `refresh` or a
     move to another device or dtype takes a snapshot of the batch norms. Filters and classifier are still read where
@@ -183,8 +183,9 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 @dataclass(frozen=True)
 class Report:
     """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
-    a graph repeats is not made again); `graphs`, for each whole ResNet by name, what its graphs have done; `replaced`,
-    by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as they are."""
+    a graph repeats is not made again); `graphs`, for each whole ResNet and compiled model by name, what its graphs have
+    done; `replaced`, by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as
+    they are."""
 
     calls: list[Call]
     counted: dict[tuple[str, str], int]
@@ -220,6 +221,7 @@ def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Repor
     """
     _check_module(model)
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
+    graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
     found = trace(model, shape) if _chosen(model) else compiled.trace(model, shape)
     calls = [_explained(call, replaced) for call in found]

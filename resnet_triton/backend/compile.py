@@ -41,13 +41,14 @@ def resnet_triton(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     record: list[Call] | None = None,
+    functions: list[GraphedFunction] | None = None,
 ) -> Function:
     """Compile a graph of Dynamo's: convolutions and what follows them on our kernels, the rest on PyTorch's.
 
     `options` may hold `kernels` ("auto", "torch" or "triton"), `batch_invariant` (bool) and `cuda_graph` ("auto", True
     or False), which mean what they mean for `optimize`. `mode` is torch.compile's: "reduce-overhead" and
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
-    `record` takes the calls that the graph makes, for `report`.
+    For `report`, `record` takes the calls that the graph makes, and `functions` what CUDA graphs repeat.
     """
     modes, cuda_graph = settings(mode, options)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
@@ -64,7 +65,10 @@ def resnet_triton(
         else:
             record.extend(trace_graph(gm, _names(gm.graph)))
         _restore_formats(gm)
-        return _boxed(_graphed(gm, cuda_graph) or gm.forward)
+        graphed = _graphed(gm, cuda_graph)
+        if functions is not None and graphed is not None:
+            functions.append(graphed)
+        return _boxed(graphed or gm.forward)
 
     compiled: Function = aot_module_simplified(
         graph, inputs, fw_compiler=compile_inference, keep_inference_input_mutations=True

@@ -25,7 +25,7 @@ from . import cuda_graph as cuda
 from .cuda_graph import Entry
 
 LIMIT = 8
-"""Graphs of a model or function; the least recently used goes first. Each costs its first buffer; all else they share."""
+"""Graphs that one model keeps; the least recently used goes first. Each costs its first buffer; all else they share."""
 _REMEMBERED = 1024  # shapes whose calls are counted
 _IMAGES = frozenset((*DTYPES, torch.uint8))
 WAITING = "a shape's first calls"

@@ -344,6 +344,27 @@ def test_a_shape_is_captured_at_its_second_call_and_replayed(cuda):
 
 
 @torch.no_grad()
+def test_the_graphs_of_an_optimized_model(cuda):
+    """Each model has graphs of its own; an edit of the model is never missed; `report` counts."""
+    model, x = optimize(integral(Outer()), cuda_graph=True), images()
+    for _ in range(4):
+        model(x)
+    assert len(cuda.graphs) == 1
+    assert "2x8x8x8 float32 replayed 2 times" in str(report(model, (1, 8, 8, 8)))
+    handle = model.inner.register_forward_hook(_plus_one)
+    with disabled(model):
+        expected = model(x)
+    assert torch.equal(model(x), expected)
+    handle.remove()
+    for name in SEEN.keys() - {"a module of another kind"}:
+        SEEN[name](model)
+        with disabled(model):
+            expected = model(x)
+        for _ in range(3):
+            torch.testing.assert_close(model(x), expected)
+
+
+@torch.no_grad()
 def test_two_models_of_one_function_keep_a_graph_each(cuda):
     models = [integral(Residual(None)) for _ in range(2)]
     models[1].conv1.weight.neg_()
@@ -481,6 +502,14 @@ def _patched(cls: type, name: str, code: Callable[..., Any]) -> Callable[[], Non
     return lambda: setattr(cls, name, written)
 
 
+def _doubled(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        y = function(*args, **kwargs)
+        return 2 * y if isinstance(y, Tensor) else y
+
+    return call
+
+
 def _plus_one(module: Any, args: Any, y: Tensor) -> Tensor:
     return y + 1
 
@@ -491,6 +520,7 @@ UNSEEN: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "a hook before": lambda m: m.inner.conv.register_forward_pre_hook(lambda module, args: (args[0] + 1,)).remove,
     "forward of a class": lambda m: _patched(Inner, "forward", lambda self, x: self.helper(x) + 7),
     "a method of a class": lambda m: _patched(Inner, "helper", lambda self, x: self.conv(x) + 7),
+    "every call": lambda m: _patched(nn.Module, "_call_impl", _doubled(nn.Module._call_impl)),
     "PyTorch's forward": lambda m: _patched(
         nn.Conv2d, "forward", lambda self, x: F.conv2d(x, self.weight, padding=1) + 7
     ),
