@@ -185,12 +185,13 @@ class Report:
     """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
     a graph repeats is not made again); `graphs`, for each whole ResNet and compiled model by name, what its graphs have
     done; `replaced`, by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as
-    they are."""
+    they are; `untuned`, one line if convolutions run on kernels, on a GPU on which no tile was ever timed."""
 
     calls: list[Call]
     counted: dict[tuple[str, str], int]
     graphs: dict[str, str]
     replaced: dict[str, str]
+    untuned: str | None = None
 
     def __str__(self) -> str:
         rows = [("layer", "operator", "runs on", "why, or how")]
@@ -206,7 +207,8 @@ class Report:
         for name, why in self.replaced.items():
             where.setdefault(why, []).append(name or "the model")
         runs = [f"{why}, so what is there now runs: {_some(names)}" for why, names in where.items()]
-        return "\n".join([*lines, *graphs, *runs, f"calls so far in this process: {counts}"])
+        tiles = [self.untuned] if self.untuned else []
+        return "\n".join([*lines, *tiles, *graphs, *runs, f"calls so far in this process: {counts}"])
 
 
 def _some(names: list[str]) -> str:
@@ -223,9 +225,14 @@ def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Repor
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
     graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
-    found = trace(model, shape) if _chosen(model) else compiled.trace(model, shape)
-    calls = [_explained(call, replaced) for call in found]
-    return Report(calls, dict(dispatch.calls), graphs, replaced)
+    calls = [_explained(call, replaced) for call in _calls(model, shape)]
+    tiled = [call.device for call in calls if call.backend == "triton" and call.operator == "conv_bn_relu"]
+    untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
+    return Report(calls, dict(dispatch.calls), graphs, replaced, untuned)
+
+
+def _calls(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
+    return trace(model, shape) if _chosen(model) else compiled.trace(model, shape)
 
 
 def _explained(call: Call, replaced: dict[str, str]) -> Call:

@@ -6,7 +6,7 @@ and device facts; nothing searches or times anything at call time.
 """
 
 from ..kernels.values import ConvConfig
-from .choice import lookup, pinned, state
+from .choice import lookup, pinned, state, untuned
 from .conv import ConvShape, is_legal, supports_descriptors, tiles
 from .heuristic import StemConfig, conv_heuristic, hopper_strip, linear_heuristic, stem_heuristic
 from .invariant import invariant, invariant_stem
@@ -27,4 +27,5 @@ __all__ = [
     "stem_heuristic",
     "supports_descriptors",
     "tiles",
+    "untuned",
 ]

@@ -15,7 +15,7 @@ from .candidates import adapt
 from .conv import ConvShape, is_legal
 from .device import DeviceFacts
 from .heuristic import conv_heuristic
-from .measured import best_measured
+from .measured import best_measured, measured
 
 _pinned: ContextVar[ConvConfig | None] = ContextVar("pinned", default=None)
 _forgotten = 0
@@ -34,6 +34,13 @@ def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -
     kept.
     """
     return _pinned.get() or _choose(shape, device, descriptors)
+
+
+def untuned(device: DeviceFacts) -> str | None:
+    """One line about a GPU on which no tile was ever timed; None if some were."""
+    if measured(device.name) or _table(device.name).entries:
+        return None
+    return f"no tile was timed on {device.name}, a model of an H200 chooses them; resnet-triton tune times them there"
 
 
 @contextmanager

@@ -100,6 +100,7 @@ NEEDS: dict[str, tuple[Question, ...]] = {
     "bench": (_tables, *_VISION, package("matplotlib"), _device, _kernels_on_a_gpu, _cache, _temporary),
     "compare": (_tables, package("jsonschema")),
     "codegen": (_compiler, _cache, _temporary),
+    "report": (_tables, _compiler),
     "tune": (_tables, _gpu, _kernels_on_a_gpu, _cache, _temporary),
     "benchmarks.gpu": (*_VISION, _gpu, _kernels_on_a_gpu, _cache, _temporary),
     "benchmarks.gpu --rehearse": (*_VISION, _triton, _temporary),

@@ -184,6 +184,13 @@ def _codegen(args: argparse.Namespace) -> int:
     return fail(failures)
 
 
+def _report(args: argparse.Namespace) -> int:
+    from . import report
+
+    _emit(args, lambda: report.run(args.arch, args.models, args.batches, args.dtypes), report.show)
+    return 0
+
+
 def _tune(args: argparse.Namespace) -> int:
     from . import tune
 
@@ -198,7 +205,9 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    from .. import config
     from ..bench import command, report, results
+    from ..config.device import facts
     from ..support.terminal import clock
 
     suites = [name for name in ("model", "kernel") if getattr(args, f"only_{name}")]
@@ -208,6 +217,8 @@ def _bench(args: argparse.Namespace) -> int:
     )  # fmt: skip
 
     unwritten: list[OSError] = []
+    if plan.device.type == "cuda" and (note := config.untuned(facts(plan.device))):
+        print(f"note: {note}", file=sys.stderr)
 
     def work() -> Any:
         with clock("benchmarking", plan.budget) as say:
@@ -463,6 +474,18 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N",
         help="compiler processes at a time (default: one for each core, here %(default)s)",
     )  # fmt: skip
+
+    w = command(
+        "report", _report, "say which kernel each layer gets, on this GPU or on one that need not be here",
+        "resnet-triton report --arch sm_90 --models resnet18,resnet50 --batches 1,8,32,256",
+    )  # fmt: skip
+    w.add_argument(
+        "--arch", metavar="ARCH",
+        help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120 (default: the GPU here, or sm_90 if there is none)",
+    )  # fmt: skip
+    w.add_argument("--models", type=_names, default=["resnet18"], metavar="M,M", help="(default: resnet18)")
+    w.add_argument("--batches", type=_positives, default=[1, 8, 32, 256], metavar="N,N", help="(default: 1,8,32,256)")
+    w.add_argument("--dtypes", type=_names, default=["float16"], metavar="T,T", help="(default: float16)")
 
     t = command(
         "tune", _tune, "find the fastest tiles for this GPU and write them to its table; go on where an earlier run "

@@ -49,6 +49,7 @@ def examine(bar: Bar) -> Json:
     return {
         "versions": versions(),
         "gpus": gpus,
+        "untuned": config.untuned(facts(where)) if on_gpu else None,
         "kernels": {"usable": on_gpu, "reason": no_gpu if no_gpu and dispatch.HAS_TRITON else obstacle},
         "cache": _cache(),
         "machine_code": machine_code,
@@ -67,6 +68,8 @@ def show(findings: Json) -> None:
                 "shared memory a program") for g in findings["gpus"]
     ]  # fmt: skip
     about.append(("kernels", "run on the GPU" if kernels["usable"] else f"do not run here: {kernels['reason']}"))
+    if findings["untuned"]:
+        about.append(("tiles", findings["untuned"]))
     if findings["machine_code"]["triton"]:
         about.append(("machine code", _verdict(findings["machine_code"])))
     about.append(("Triton cache", cache["path"] or "none"))

@@ -91,6 +91,7 @@ class Condition(NamedTuple):
 PREDICT = "predict a.png --weights ten.pt --topk 1"
 BENCH = "bench --device cpu --out new"
 CODEGEN = "codegen --arch 90 --batch 1"
+REPORT = "report --arch 90 --batches 1"
 GPU = "gpu --out gpu"
 BEGINS = 2, "error: the work begins\n"
 NO_GPU = 2, "error: no GPU found, expected one (resnet-triton doctor says why)\n"
@@ -118,6 +119,7 @@ CONDITIONS = {
         "bench --out new --device cuda": NO_CUDA,
         "bench --out new --device cuda:256": (2, "error: no device 'cuda:256' here, torch sees 0 GPUs"),
         "compare old new": WORKS, CODEGEN: BEGINS, "tune": NO_GPU, "tune --out x.json": NO_GPU, GPU: NO_GPU,
+        REPORT: WORKS,
         f"{GPU} --rehearse": BEGINS,
         **UNKNOWN,
         # empty and foreign results
@@ -135,6 +137,7 @@ CONDITIONS = {
     "no Triton": Condition("triton", {}, {
         "doctor --json": (0, "Triton is not installed"), PREDICT: (0, "0 layer calls ran on Triton kernels"),
         "demo": NO_TRITON, BENCH: BEGINS, "compare old new": WORKS, CODEGEN: NO_TRITON, "tune": NO_GPU, GPU: NO_GPU,
+        REPORT: NO_TRITON,
         f"{GPU} --rehearse": NO_TRITON,
     }),
     "no torchvision": Condition("torchvision", {}, {
@@ -151,6 +154,7 @@ CONDITIONS = {
     "TRITON_INTERPRET": Condition("", {"TRITON_INTERPRET": "1"}, {
         "doctor --json": WORKS,
         "demo": BEGINS, BENCH: BEGINS, "compare old new": WORKS, CODEGEN: INTERPRETED, "tune": NO_GPU, GPU: NO_GPU,
+        REPORT: INTERPRETED,
     }),
     # Whoever runs this may be root, who can write everywhere but into a file.
     "read-only home": Condition("", {"HOME": "{base}/file"}, {

@@ -1,0 +1,87 @@
+"""`resnet-triton report`: the kernels that each layer of a model gets, on this GPU or on one that need not be here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import config, models
+from ..bench.cases import MODELS
+from ..codegen.rows import DTYPES
+from ..codegen.targets import target
+from ..config.device import DeviceFacts
+from ..ops import specialised
+from ..ops.precision import fp32_precision
+from ..ops.trace import Call, trace
+from ..support.terminal import table
+
+Json = dict[str, Any]
+
+
+def run(arch: str | None, names: Sequence[str], batches: Sequence[int], dtypes: Sequence[str]) -> Json:
+    """What `show` prints, as plain data: a row for each layer, batch size and dtype. Nothing is compiled.
+
+    Without `arch`, for this machine's GPU, or for sm_90 if it has none. ValueError names what is unknown.
+    """
+    for what, given, known in (("model", names, MODELS), ("dtype", dtypes, DTYPES)):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"no {what} {unknown[0]!r}, expected some of {', '.join(known)}")
+    facts = _facts(arch)
+    rows = []
+    for name in names:
+        model = getattr(models, name)().eval()
+        for dtype in dtypes:
+            torch_dtype, precision = DTYPES[dtype]
+            with fp32_precision(precision):
+                for batch in batches:
+                    calls = trace(model, (batch, 3, 224, 224), torch_dtype)
+                    about = {"model": name, "dtype": dtype, "batch": batch}
+                    rows += [{**about, **_row(call, facts)} for call in calls if call.operation is not None]
+    return {
+        "gpu": facts.name, "capability": f"{facts.arch / 10}", "sms": facts.sm_count, "rows": rows,
+        "untuned": config.untuned(facts),
+    }  # fmt: skip
+
+
+def _facts(arch: str | None) -> DeviceFacts:
+    if arch is None and torch.cuda.is_available():
+        return specialised.facts(torch.device("cuda"))
+    facts = target(arch or "sm_90").facts
+    if not facts.arch:
+        raise ValueError(f"no kernels run on {arch}, expected an NVIDIA GPU such as sm_90")
+    return facts
+
+
+def _row(call: Call, facts: DeviceFacts) -> Json:
+    launches = call.launches(facts)
+    row: Json = {
+        "layer": call.name, "operator": call.operator, "tile": "", "split_k": 1,
+        "kernels": [launch.kernel.__name__.removesuffix("_kernel") for launch in launches],
+        "programs": [launch.grid[0] for launch in launches],
+    }  # fmt: skip
+    if call.operator == "conv_bn_relu":
+        chosen = config.lookup(call.shape, facts)
+        row |= {"tile": f"{chosen.block_m}x{chosen.block_k}", "split_k": chosen.split_k}
+    return row
+
+
+def show(found: Json) -> None:
+    """Print a table for each model and dtype, with a column for each batch size."""
+    tables: dict[tuple[str, str], dict[tuple[str, str], Json]] = {}
+    for row in found["rows"]:
+        layers = tables.setdefault((row["model"], row["dtype"]), {})
+        layers.setdefault((row["layer"], row["operator"]), {})[row["batch"]] = _cell(row)
+    where = f"{found['gpu']}, {found['sms']} SMs"
+    for (model, dtype), layers in tables.items():
+        batches = list(next(iter(layers.values())))
+        columns = ["layer", "operator", *(f"batch {batch}" for batch in batches)]
+        rows = [(*names, *(cells[batch] for batch in batches)) for names, cells in layers.items()]
+        table(f"{model}, {dtype}, on {where}", columns, rows)
+    print(found["untuned"] or f"Tiles were timed on {found['gpu']}, or follow from what was.")
+
+
+def _cell(row: Json) -> str:
+    shared = f"/{row['split_k']}" if row["split_k"] > 1 else ""
+    return f"{' + '.join(row['kernels'])} {row['tile']}{shared}".rstrip()

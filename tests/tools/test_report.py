@@ -1,0 +1,135 @@
+"""Which kernels layers get, for GPUs that are not here; and the line about a GPU on which no tile was timed."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("triton")
+
+from resnet_triton import config, models, optimize
+from resnet_triton.bench import command
+from resnet_triton.bench.results import Results
+from resnet_triton.config.device import KNOWN, override
+from resnet_triton.convert import report as report_of
+from resnet_triton.ops import interpreter
+from resnet_triton.ops.trace import trace
+from resnet_triton.tools import cli, doctor
+
+H200 = KNOWN[90]
+H100_PCIE = replace(H200, name="NVIDIA H100 PCIe", sm_count=114)
+MIG = replace(H200, name="NVIDIA H200 MIG 1g.18gb", sm_count=16)
+UNTUNED = "no tile was timed on {}, a model of an H200 chooses them; resnet-triton tune times them there"
+ENGINE = {"hopper_conv", "hopper_conv64"}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices are those for a compiler: nothing here launches."""
+    monkeypatch.setattr(interpreter, "active", lambda: False)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_every_convolution_has_its_kernel_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """From 32 images on, the engine has them all; for 8, most of them."""
+    arguments = ["report", "--arch", "sm_90", "--models", "resnet18,resnet50", "--batches", "1,8,32,256"]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpu"], found["sms"], found["untuned"]) == ("NVIDIA H200", 132, None)
+    kernels: dict[tuple[str, int], list[str]] = {}
+    for row in found["rows"]:
+        if row["operator"] == "conv_bn_relu":
+            (name,) = row["kernels"]
+            kernels.setdefault((row["model"], row["batch"]), []).append(name)
+    for (model, batch), names in kernels.items():
+        assert len(names) == {"resnet18": 16, "resnet50": 48}[model], "shortcuts of ResNet-18 are in their blocks"
+        if batch >= 32:
+            assert set(names) <= ENGINE, (model, batch, Counter(names))
+        if batch >= 8:
+            assert sum(name in ENGINE for name in names) > 0.75 * len(names), (model, batch, Counter(names))
+    assert len(kernels) == 8
+
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("conv_bn_relu" in line for line in lines) == 16 + 48
+    assert sum(line.split()[:1] == ["conv1"] and line.count("hopper_stem") == 4 for line in lines) == 2
+    last = next(line for line in lines if "layer4.1.conv2" in line)
+    assert last.count("hopper_conv 128x") == 3
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("facts", [H200, H100_PCIE, MIG], ids=lambda facts: str(facts.sm_count))
+@pytest.mark.parametrize("batch", [1, 32, 256])
+def test_a_warp_specialised_kernel_has_a_program_for_each_multiprocessor(facts, batch):
+    calls = [c for c in trace(models.resnet18().eval(), (batch, 3, 224, 224), torch.float16) if c.operation is not None]
+    launches = [launch for call in calls for launch in call.launches(facts) if launch.specialised]
+    if batch > 1:
+        assert len(launches) == 17
+        assert max(launch.grid[0] for launch in launches) == facts.sm_count
+    for launch in launches:
+        assert launch.grid[0] <= facts.sm_count
+        if "items" in launch.arguments:
+            assert launch.grid == (min(facts.sm_count, launch.arguments["items"]),)
+
+
+@pytest.mark.parametrize("facts", [KNOWN[80], H100_PCIE, MIG, H200], ids=lambda facts: facts.name)
+def test_a_gpu_without_a_measured_table(facts, monkeypatch, capsys, device):
+    """`report`, `doctor` and `bench` say so, in one line."""
+    line = None if facts is H200 else UNTUNED.format(facts.name)
+    assert config.untuned(facts) == line
+    with override(facts):
+        model = optimize(models.resnet18(num_classes=10).eval().to(device), kernels="triton")
+        assert str(report_of(model)).splitlines().count(str(line)) == (line is not None)
+
+        monkeypatch.setattr(command, "plan", lambda **_: SimpleNamespace(device=torch.device("cuda"), budget=1))
+        monkeypatch.setattr(command, "run", lambda *_: Results())
+        monkeypatch.setattr(cli, "fail", lambda failures: 0)
+        monkeypatch.setattr("resnet_triton.tools.ask.ask", lambda *_: None)
+        assert cli.main(["bench", "--json"]) == 0
+        notes = [text for text in capsys.readouterr().err.splitlines() if text.startswith("note: ")]
+        assert notes == ([f"note: {line}"] if line else [])
+
+        monkeypatch.setattr(doctor, "no_kernels", lambda where: None)
+        monkeypatch.setattr(doctor, "self_test", lambda device: [])
+        monkeypatch.setattr(doctor, "_machine_code", lambda *_: {"triton": None, "hazards": []})
+        monkeypatch.setenv("COLUMNS", "200")
+        assert cli._doctor(Namespace(json=False)) == 0
+        assert ("no tile was timed" in capsys.readouterr().out) == (line is not None)
+
+
+def test_a_table_of_the_tuners_will_do(monkeypatch, tmp_path):
+    from resnet_triton.config import table
+    from resnet_triton.config.choice import forget
+
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    shape = config.ConvShape(1, 64, 8, 8, 64, 3, 3, padding=(1, 1))
+    entry = table.Entry(config.conv_heuristic(shape, H100_PCIE))
+    table.save(table.Table(H100_PCIE.name, entries={shape: entry}), table.path_of(H100_PCIE.name))
+    forget()
+    try:
+        assert config.untuned(H100_PCIE) is None
+    finally:
+        monkeypatch.undo()
+        forget()
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arch", "gfx942"], "no kernels run on gfx942, expected an NVIDIA GPU such as sm_90"),
+        (["--arch", "sm_1"], "cannot compile for 'sm_1', expected one of sm_80"),
+        (["--models", "vgg"], "no model 'vgg', expected some of resnet18"),
+        (["--dtypes", "int8"], "no dtype 'int8', expected some of float16"),
+    ],
+)
+def test_what_is_not_known(arguments, words, capsys):
+    assert cli.main(["report", *arguments]) == 2
+    assert words in capsys.readouterr().err
