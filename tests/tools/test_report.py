@@ -37,7 +37,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_every_convolution_has_its_kernel_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_convolution_has_its_kernel_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From 32 images on, the engine has them all; for 8, most of them."""
     arguments = ["report", "--arch", "sm_90", "--models", "resnet18,resnet50", "--batches", "1,8,32,256"]
     assert cli.main([*arguments, "--json"]) == 0
@@ -56,6 +58,7 @@ def test_every_convolution_has_its_kernel_by_name(capsys: pytest.CaptureFixture[
             assert sum(name in ENGINE for name in names) > 0.75 * len(names), (model, batch, Counter(names))
     assert len(kernels) == 8
 
+    monkeypatch.setenv("COLUMNS", "160")
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("conv_bn_relu" in line for line in lines) == 16 + 48
