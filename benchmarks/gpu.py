@@ -43,18 +43,18 @@ def _tests(name: str, file: str, select: str, *, processes: int, limit: float) -
 
 
 _LAYERS = "test_resnet18_layer and not float32"
-_PYTORCH = ("eager graph", "folded graph", "cudnn fused graph", "compile reduce-overhead")
+_PYTORCH = ("cudnn fused graph", "compile reduce-overhead")
 _FAST = ("folded graph", "cudnn fused graph", "compile reduce-overhead", "ours graph")
 _TUNED: dict[str, Any] = {"tuned": True, "label": ", tuned"}
 _DEPENDENT: dict[str, Any] = {"label": ", dependent launches", "environ": {"RESNET_TRITON_PDL": "1"}}
 PHASES = (
     # 300 runs of each convolution, on top of compiling them and computing their answers.
     Phase("exact", partial(gpu.exact, dtypes=["float16", "bfloat16"]), 200, 60),
-    Phase("ceilings", partial(ceilings.steps, ["float16", "bfloat16"]), 40, 20),
-    _models("models", *_PYTORCH, "ours", "ours graph", limit=150),
+    _models("models", *_PYTORCH, "ours", "ours graph"),
+    _models("max-autotune", "compile max-autotune", "ours graph", limit=240),
     Phase("layers", partial(gpu.layer_times, alternatives=["ours", "eager", "cudnn fused"]), 90, 30),
+    Phase("ceilings", partial(ceilings.steps, ["float16", "bfloat16"]), 40, 20),
     _tests("test-exact", "tests/kernels/test_exact.py", _LAYERS, processes=12, limit=120),
-    _models("max-autotune", "compile max-autotune", "ours graph", sizes=(1, 256), limit=240),
     Phase("tune", gpu.tune, 400, 400, spare=45),
     _models("tuned", *_FAST, **_TUNED),
     _tests("test-gpu", "tests/model/test_gpu.py", "not every_run", processes=4, limit=120),

@@ -34,6 +34,7 @@ from resnet_triton.bench.worker import Spec
 from resnet_triton.config import ConvConfig, ConvShape, device, table
 from resnet_triton.kernels.values import has_several_sides
 from resnet_triton.ops import specialised
+from resnet_triton.support.processes import cores
 from resnet_triton.support.terminal import bar
 from resnet_triton.tools import tune as tuner
 from resnet_triton.tuner.precompile import Compilers
@@ -84,25 +85,27 @@ SIBLINGS = {
 
 
 def exact(run: Run, *, dtypes: Sequence[str]) -> Steps:
-    """Siblings and every convolution of ResNet-18 as looked up, 300 times each; then its other operators."""
+    """Every convolution of ResNet-18 as looked up, 300 times each; its other operators; siblings that were wrong."""
     facts, sizes = specialised.facts(run.device), batches(run, 1, 8, 32, 128, 256)
     found = cases(["resnet18"], sizes, dtypes, image(run))
     if rehearsed(run):
         found = [case for case in found if case.layer in ("conv1", "layer1.0.conv2", "fc")]
-    pairs = {} if rehearsed(run) else dict(SIBLINGS)
-    others = {}
+    pairs, others = {}, {}
     for case in found:
         name = f"{case.layer} {case.dtype} {case.batch}"
         if case.call.operator == "conv_bn_relu":
             pairs[name] = case.call.shape, config.lookup(case.call.shape, facts)
         else:
             others[name] = case
-    with contextlib.nullcontext() if rehearsed(run) else Compilers(facts, os.cpu_count() or 1) as compilers:
-        jobs = {name: compilers.submit(*pair) for name, pair in pairs.items()} if compilers else {}
-        for name, (shape, chosen) in pairs.items():
-            yield name, partial(_exact, shape, chosen, jobs.get(name), run)
+    with contextlib.nullcontext() if rehearsed(run) else Compilers(facts, cores()) as compilers:
+        siblings = {} if rehearsed(run) else SIBLINGS
+        jobs = {name: compilers.submit(*pair) for name, pair in (pairs | siblings).items()} if compilers else {}
+        for name, pair in pairs.items():
+            yield name, partial(_exact, *pair, jobs.get(name), run)
         for name, case in others.items():
             yield name, partial(_repeatable, case, run)
+        for name, pair in siblings.items():
+            yield name, partial(_exact, *pair, jobs.get(name), run)
 
 
 def _exact(shape: ConvShape, chosen: ConvConfig, job: Future[list[str]] | None, run: Run) -> Iterator[Found]:
@@ -133,7 +136,7 @@ def models(
     run: Run, *, names: Sequence[str], sizes: Sequence[int] = (1, 32, 256), dtype: str = "float16",
     tuned: bool = False, label: str = "",
 ) -> Steps:  # fmt: skip
-    """Whole models in turns, ours with the tables of this folder if they are to be tuned; the rest is in `label`."""
+    """Whole models in turns, all compiled before; ours with this folder's tables if `tuned`; the rest is in `label`."""
     known, chosen = alternatives(run.device), []
     if rehearsed(run):  # what a CPU has, and waits for
         names = ["eager", *[name for name in names if name.startswith("ours")][-1:]]
@@ -145,8 +148,8 @@ def models(
         else:
             chosen.append(known[name])
     spec = Spec(dtype=dtype, device=str(run.device), image=image(run), tiny=rehearsed(run))
-    rounds = (0, 0) if rehearsed(run) else race.ROUNDS
-    return race.steps(spec, chosen, batches(run, *sizes), run, seconds=12, rounds=rounds)
+    rounds = (1, 1) if rehearsed(run) else race.ROUNDS
+    return race.together(spec, chosen, batches(run, *sizes), run, seconds=12, rounds=rounds)
 
 
 def ours(tables: str | None, graph: bool, invariant: bool, model: nn.Module, images: Tensor) -> Model:
@@ -173,7 +176,7 @@ def _tune(run: Run) -> Iterator[Found]:
     path = run.folder / f"{table.slug(device.facts(run.device).name)}.json"
     found = tuner.run(
         budget=run.left() - 5, batches=[1, 32, 256], dtypes=["float16"], families=["resnet18"], out=path, again=False,
-        jobs=os.cpu_count() or 1, bar=bar,
+        jobs=cores(), bar=bar,
     )  # fmt: skip
     yield {"table": path.name, "rows": found["rows"]}
     if found["left"]:
@@ -193,7 +196,7 @@ def _tests(file: str, select: str, processes: int, run: Run) -> Iterator[Found]:
         select, processes = "test_conv_epilogue and plain and float16", 0
     command = [*PYTEST, "-v", file, "-k", select]
     if processes and importlib.util.find_spec("xdist"):
-        command += ["-n", str(processes)]
+        command += ["-n", str(min(processes, cores()))]
     code, output = _output(command, run)
     (run.folder / f"{Path(file).stem}.txt").write_text(output)
     progress, _, summary = output.partition("short test summary")

@@ -111,7 +111,11 @@ class Inline:
     def __init__(self, spec, alternative, folder):
         self.contest, self.what = None, (spec, alternative)
 
-    def ask(self, request, limit, **arguments):
+    def send(self, request, **arguments):
+        self.request = request, arguments
+
+    def receive(self, limit):
+        request, arguments = self.request
         try:
             self.contest = self.contest or Contest(*self.what)
             return getattr(self.contest, request)(**arguments)

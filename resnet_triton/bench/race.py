@@ -25,7 +25,7 @@ from .check import allowed, relative_error
 from .child import Child
 from .environment import environment
 from .results import Measurement
-from .runner import Run, Steps
+from .runner import Found, Run, Steps
 from .worker import Spec, network, serve
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
@@ -60,6 +60,47 @@ def steps(
             yield f"{spec.dtype} {batch}", partial(measure, i, batch)
         if second_starts:
             yield f"{spec.dtype} {batches[0]}, second starts", again
+
+
+def together(
+    spec: Spec, chosen: Sequence[Alternative], batches: Sequence[int], run: Run, *,
+    seconds: float, rounds: tuple[int, int] = ROUNDS,
+) -> Steps:  # fmt: skip
+    """A step for each batch size, with at most about `seconds` of timing each, where time is short.
+
+    Every alternative has a process for each batch size. All of them start, and compile, side by side; nothing is timed
+    before all are ready, or a third of the time is left. So no first call is reported: it was not alone. What another
+    phase has measured stays, if it fails here.
+    """
+    say, measured = partial(_prefixed, run.say, spec.dtype), {row.key for row in run.results.rows if row.good}
+
+    def news(rows: list[Measurement]) -> Iterator[Found]:
+        old = [row for row in rows if row.failure and row.key in measured]
+        yield [row for row in rows if row not in old]
+        if old:
+            yield {f"{row.alternative} failed": row.failure for row in old}
+
+    with contextlib.ExitStack() as stack:
+        races: dict[int, Race] = {}
+
+        def measure(i: int) -> Iterator[Found]:
+            if not races:  # an earlier run may have done the first steps
+                races.update({batch: stack.enter_context(Race(spec, chosen, say)) for batch in batches[i:]})
+                for race in races.values():
+                    race.start()
+                for batch, race in races.items():
+                    race.line_up(batch, run.deadline)
+                    race.send(batch)
+                ready = time.monotonic() + run.left() * 2 / 3
+                for batch, race in races.items():
+                    for rows in race.receive(batch, ready):
+                        yield from news(rows)
+            end = time.monotonic() + min(seconds, run.left() / (len(batches) - i))
+            for rows in races[batches[i]].take_turns(batches[i], end, rounds):
+                yield from news(rows)
+
+        for i, batch in enumerate(batches):
+            yield f"{spec.dtype} {batch}", partial(measure, i)
 
 
 def _prefixed(say: Callable[[str], None], prefix: str, text: str) -> None:
@@ -121,10 +162,19 @@ class Contender:
 
     def ask(self, request: str, limit: float, **arguments: Any) -> Any:
         """The answer, or None and a failure."""
+        self.send(request, **arguments)
+        return self.receive(limit)
+
+    def send(self, request: str, **arguments: Any) -> None:
+        if self.worker is not None and not self.failure:
+            self.worker.send(request, **arguments)
+
+    def receive(self, limit: float) -> Any:
+        """The answer to what was sent, or None and a failure."""
         if self.worker is None or self.failure:
             return None
         try:
-            return self.worker.ask(request, limit, **arguments)
+            return self.worker.receive(limit)
         except (Lost, RuntimeError) as error:
             self.failure = str(error)
             if isinstance(error, Lost):
@@ -160,14 +210,18 @@ class Race:
                     c.worker.end()
             self._temporary.cleanup()
 
+    def start(self) -> None:
+        """Start the processes that do not run, and forget the batch size before."""
+        for c in self.contenders:
+            c.samples, c.facts, c.failure = {}, {}, None
+            c.worker = c.worker or Worker(self.spec, c.alternative, c.folder)
+
     def line_up(self, batch: int, deadline: float) -> None:
         """Start the processes that do not run, and compute what is right. RuntimeError if fp64 fails.
 
         None is to blame for the time this takes, so only `deadline` (of time.monotonic()) ends one that does not start.
         """
-        for c in self.contenders:
-            c.samples, c.facts, c.failure = {}, {}, None
-            c.worker = c.worker or Worker(self.spec, c.alternative, c.folder)
+        self.start()
         self.say(f"batch {batch}: fp64 reference")  # while the processes start
         self._limit, here = self._reference(batch), environment(torch.device(self.spec.device))
         for c in self.contenders:  # those still starting would disturb the first calls
@@ -191,8 +245,24 @@ class Race:
             else:
                 c.failure = c.failure or "no time left, a larger budget gives more"
             yield self._rows(c, batch)
+        yield from self.take_turns(batch, time.monotonic() + min(seconds, deadline - time.monotonic()), rounds)
+
+    def send(self, batch: int) -> None:
+        """Let the alternatives that are lined up prepare, all at once."""
+        for c in self.contenders:
+            c.send("prepare", file=self._file(batch))
+
+    def receive(self, batch: int, deadline: float) -> Iterator[list[Measurement]]:
+        """Wait until all that were sent are ready; one that is not by then fails. Rows without a time."""
+        self.say(f"batch {batch}: compiling")
+        for c in self.contenders:
+            c.facts |= c.receive(deadline - time.monotonic()) or {}
+            c.facts.pop("first_s", None)
+            yield self._rows(c, batch)
+
+    def take_turns(self, batch: int, end: float, rounds: tuple[int, int]) -> Iterator[list[Measurement]]:
+        """Rows of what is ready, after each round: `rounds[0]` at least, then until `end`."""
         self.say(f"batch {batch}: taking turns")
-        end = time.monotonic() + min(seconds, deadline - time.monotonic())
         least, most = rounds
         for i in range(most):
             if i >= least and time.monotonic() > end:

@@ -199,10 +199,10 @@ def _places(results: Results) -> Iterator[Table]:
 
 
 def summaries(results: Results, suite: str) -> Iterator[Table]:
-    """Ours against the best alternative: by batch, or by layer and with the floor that measured ceilings allow."""
+    """Ours against the best alternative: by batch with peak memory, or by layer with the floor that ceilings allow."""
     unit = "ms" if suite == "model" else "µs"
-    columns = ["layer", ">batch", "ours", f">ours, {unit}", "best alternative", f">best, {unit}", ">speed-up",
-               f">floor, {unit}", ">floor / ours", "remarks"]  # fmt: skip
+    columns = ["layer", ">batch", "ours", f">ours, {unit}", ">ours, MiB", "best alternative", f">best, {unit}",
+               ">best, MiB", ">speed-up", f">floor, {unit}", ">floor / ours", "remarks"]  # fmt: skip
     for view, tasks in views(results, suite).items():
         limits = roof(results, view.dtype)
         yield _table(f"Against the best alternative: {view}", columns, (_summary(task, limits) for task in tasks))
@@ -211,6 +211,7 @@ def summaries(results: Results, suite: str) -> Iterator[Table]:
 def _summary(task: Task, limits: Roof) -> list[object]:
     mine, other, ratio = best(task, ours=True), best(task, ours=False), speedup(task)
     times = [row.p50_s if row else None for row in (mine, other)]
+    peaks = [digits(row.peak_bytes, 2**-20) if row else "" for row in (mine, other)]
     kernel = task[0].suite == "kernel"
     scale = 1e6 if kernel else 1e3
     floor = limits.seconds(task[0]) if kernel else None
@@ -218,8 +219,8 @@ def _summary(task: Task, limits: Roof) -> list[object]:
     if ratio is not None and ratio < 1:
         remarks.insert(0, "slower")
     return [
-        task[0].layer, task[0].batch, mine.alternative if mine else "", digits(times[0], scale),
-        other.alternative if other else "", digits(times[1], scale),
+        task[0].layer, task[0].batch, mine.alternative if mine else "", digits(times[0], scale), peaks[0],
+        other.alternative if other else "", digits(times[1], scale), peaks[1],
         no_ratio_reason(task) if ratio is None else f"{ratio:.2f}×", digits(floor, scale),
         f"{floor / times[0]:.0%}" if floor and times[0] else "", "; ".join(remarks),
     ]  # fmt: skip

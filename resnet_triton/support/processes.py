@@ -45,6 +45,11 @@ def undisturbed() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+def cores() -> int:
+    """How many cores this process may use: of a machine that is shared, fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Pool(ProcessPoolExecutor):
     """Worker processes. Leaving the block waits for what has begun, which takes seconds, and drops the rest."""
 

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..support import files
+from ..support.processes import cores
 from ..support.terminal import bar, printable
 
 EXTRAS = {
@@ -471,7 +472,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--out", type=Path, metavar="DIR", help="write a summary there, codegen.json")
     c.add_argument("--budget", type=Path, metavar="FILE", help="fail if a row is worse than in this codegen.json")
     c.add_argument(
-        "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N",
+        "--jobs", type=positive, default=cores(), metavar="N",
         help="compiler processes at a time (default: one for each core, here %(default)s)",
     )  # fmt: skip
 
@@ -505,7 +506,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     t.add_argument("--again", action="store_true", help="tune shapes that the table has already")
     t.add_argument(
-        "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N",
+        "--jobs", type=positive, default=cores(), metavar="N",
         help="compiler processes at a time (default: one for each core, here %(default)s)",
     )  # fmt: skip
     return parser

@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import planted_alternatives as planted
 import pytest
@@ -17,6 +18,7 @@ import torch
 from resnet_triton import functional, optimize
 from resnet_triton.bench import alternatives, check, engines, race, results, worker
 from resnet_triton.bench.check import relative_error
+from resnet_triton.bench.runner import Run
 from resnet_triton.bench.worker import Spec, network
 from resnet_triton.ops import dispatch
 
@@ -115,6 +117,51 @@ def test_what_was_measured_is_there_before_the_race_is_over(monkeypatch):
         assert [(row.alternative, row.good) for row in first] == [("right", True)]
         late = [row for some in c.measure(1, 0, time.monotonic() - 1, (0, 0)) for row in some]
     assert [row.failure for row in late] == ["no time left, a larger budget gives more"] * 2
+
+
+class Told(planted.Inline):
+    """Keeps what all were asked, and takes too long to prepare `late`."""
+
+    sent: ClassVar[list[str]] = []
+
+    def send(self, request, **arguments):
+        self.sent.append(request)
+        super().send(request, **arguments)
+
+    def receive(self, limit):
+        if self.sent and self.what[1].build is planted.late and self.request[0] == "prepare":
+            raise race.Lost("took more than 3 s")
+        return super().receive(limit)
+
+
+def raced(run, *chosen):
+    """What steps of a race where time is short have found beside rows."""
+    found = {}
+    for _, action in race.together(SPEC, chosen, [1, 2], run, seconds=0, rounds=(1, 1)):
+        for some in action():
+            if isinstance(some, dict):
+                found |= some
+            else:
+                run.results.add(some)
+    return found
+
+
+def test_where_time_is_short_all_compile_before_anything_is_timed(monkeypatch, tmp_path):
+    """Who is not ready by then fails alone. What another phase has measured stays, and is not that failure's victim."""
+    monkeypatch.setattr(race, "Worker", Told)
+    monkeypatch.setattr(Told, "sent", [])
+    run = Run(torch.device("cpu"), tmp_path, results.Results(), time.monotonic() + 100, print)
+    assert raced(run, planted.alternative(planted.right, ours=True), planted.alternative(planted.late)) == {}
+    before, timing = Told.sent[: Told.sent.index("turn")], Told.sent[Told.sent.index("turn") :]
+    assert (before.count("prepare"), timing.count("prepare")) == (4, 0)
+    rows = {(row.alternative, row.batch): row for row in run.results.rows}
+    assert {key for key, row in rows.items() if row.good} == {("right", 1), ("right", 2)}
+    assert {row.first_call_cold_s for row in rows.values()} == {None}
+    assert {rows["late", batch].failure for batch in (1, 2)} == {"took more than 3 s"}
+
+    broken = dataclasses.replace(planted.alternative(planted.broken, ours=True), name="right")
+    assert raced(run, broken) == {"right failed": "ValueError: no such thing"}
+    assert [row.good for row in run.results.rows if row.alternative == "right"] == [True, True]
 
 
 @pytest.mark.slow

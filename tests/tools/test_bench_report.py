@@ -64,6 +64,16 @@ def test_details_hold_every_row():
     assert column(table, "first call warm, s")[0] == "3.10"
 
 
+def test_peak_memory_stands_beside_each_time_of_a_model():
+    table = next(report.summaries(gpu(), "model"))
+    names = [name.lstrip(">") for name in table.columns]
+    assert [names[names.index(name) + 1] for name in ("ours, ms", "best, ms")] == ["ours, MiB", "best, MiB"]
+    times, peaks = ([column(table, f"{whose}, {unit}") for whose in ("ours", "best")] for unit in ("ms", "MiB"))
+    for time, peak in zip(sum(times, []), sum(peaks, []), strict=True):
+        assert bool(time) == bool(peak)
+    assert not any("MiB" in name for layers in report.summaries(gpu(), "kernel") for name in layers.columns)
+
+
 def test_headline_says_the_mean_the_losses_and_the_gaps():
     (line,) = report.headlines(wrong())
     mean = math.sqrt(3 / 2 * 8 / 9)

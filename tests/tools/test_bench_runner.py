@@ -210,7 +210,7 @@ def test_the_files_that_phases_name_are_there():
 def test_unknown_phases_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path / "new"), "--phases", "exact,nothing"])
-    assert "no phase 'nothing', expected some of exact, ceilings, models" in capsys.readouterr().err
+    assert "no phase 'nothing', expected some of exact, models, max-autotune" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -241,7 +241,7 @@ def programme(folder, monkeypatch, find, *arguments):
 def test_phases_are_repeated_when_asked(folder, monkeypatch):
     asked = []
     code = programme(folder, monkeypatch, lambda *args: asked.append((args[0].name, args[2])), "--again", "exact")
-    assert asked[:4] == [("exact", True), ("ceilings", False), ("models", False), ("layers", False)]
+    assert asked[:4] == [("exact", True), ("models", False), ("max-autotune", False), ("layers", False)]
     found = results.load(folder)
     assert (code, found.steps, found.rows) == (1, STEPS, [row()]), "nothing is forgotten before it is done again"
     again = results.Step("exact", "step", 2.0, None, {}, None)
