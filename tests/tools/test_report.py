@@ -14,9 +14,12 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("triton")
 
+from triton.runtime.jit import JITFunction
+
 from resnet_triton import config, models, optimize
 from resnet_triton.bench import command
 from resnet_triton.bench.results import Results
+from resnet_triton.codegen.compiler import Specialisation, specialise
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.convert import report as report_of
 from resnet_triton.ops import interpreter
@@ -80,6 +83,26 @@ def test_a_warp_specialised_kernel_has_a_program_for_each_multiprocessor(facts, 
         assert launch.grid[0] <= facts.sm_count
         if "items" in launch.arguments:
             assert launch.grid == (min(facts.sm_count, launch.arguments["items"]),)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_batch_size_compiles_nothing_but_tiles_that_are_new():
+    """A layer in one tile is one compilation, for any number of images."""
+    found: dict[object, set[Specialisation]] = {}
+    model = models.resnet18().eval()
+    for batch in (1, 2, 8, 31, 32, 129, 200, 255, 256):
+        for call in trace(model, (batch, 3, 224, 224), torch.float16):
+            tile = config.lookup(call.shape, H200) if call.operator == "conv_bn_relu" else None
+            for launch in call.launches(H200) if call.operation is not None else ():
+                jitted = (
+                    launch
+                    if hasattr(launch.kernel, "params")
+                    else replace(launch, kernel=JITFunction(launch.kernel.fn))
+                )
+                key = call.name, launch.kernel.__name__, tile or launch.arguments.get("BLOCK_M")
+                found.setdefault(key, set()).add(specialise(jitted))
+    assert len(found) > 100
+    assert {key for key, different in found.items() if len(different) > 1} == set()
 
 
 @pytest.mark.parametrize("facts", [KNOWN[80], H100_PCIE, MIG, H200], ids=lambda facts: facts.name)
