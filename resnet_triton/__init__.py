@@ -2,7 +2,7 @@
 
 from . import functional
 from .checkpoints import load_checkpoint
-from .convert import Report, disabled, optimize, refresh, report, revert
+from .convert import Report, disabled, optimize, precompile, refresh, report, revert
 from .entry_point import offer
 from .models import (
     BasicBlock,
@@ -33,6 +33,7 @@ __all__ = [
     "functional",
     "load_checkpoint",
     "optimize",
+    "precompile",
     "refresh",
     "report",
     "resnet18",

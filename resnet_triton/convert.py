@@ -15,7 +15,8 @@ from .graphs import runner
 from .graphs.replay import CudaGraph, check_mode
 from .ops import dispatch, original, specialised
 from .ops.dispatch import Kernels
-from .ops.trace import Call, trace
+from .ops.trace import Call, compile_calls, trace
+from .support.processes import cores
 
 _MODES = ("kernels", "batch_invariant", "cuda_graph", "frozen")
 _OURS = tuple(converted.OURS.values())
@@ -225,14 +226,24 @@ def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Repor
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
     graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
-    calls = [_explained(call, replaced) for call in _calls(model, shape)]
+    found = trace(model, shape) if _chosen(model) else compiled.trace(model, shape)
+    calls = [_explained(call, replaced) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.operator == "conv_bn_relu"]
     untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
     return Report(calls, dict(dispatch.calls), graphs, replaced, untuned)
 
 
-def _calls(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
-    return trace(model, shape) if _chosen(model) else compiled.trace(model, shape)
+def precompile(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> None:
+    """Compile the kernels that `model` would run now for an input of `shape` in its dtype, side by side on all cores.
+
+    A first call finds them then; by itself it compiles one after another. What is in Triton's cache is only loaded, and
+    a kernel that does not compile is left to the call. Runs nothing: the model is traced on fake tensors. TypeError if
+    `model` is no module, ValueError if it contains no ResNet or block of one.
+    """
+    _check_module(model)
+    if not _chosen(model):
+        raise ValueError(f"{type(model).__name__} contains no ResNet to precompile; its first call compiles")
+    compile_calls(trace(model, shape), cores())
 
 
 def _explained(call: Call, replaced: dict[str, str]) -> Call:

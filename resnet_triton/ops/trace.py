@@ -6,7 +6,9 @@ is now: hooks, replaced layers, training mode. Reports, ahead-of-time compilatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -22,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..config import ConvShape
 from ..config.device import DeviceFacts, override
 from ..kernels.launch import Launch
-from . import OPERATORS, ConvBnRelu, Operation
+from . import OPERATORS, ConvBnRelu, Operation, interpreter, specialised
 from .dispatch import tracer
 
 _HEAVY = ("convolution", "native_batch_norm", "mm", "addmm", "max_pool2d_with_indices", "mean", "relu", "add")
@@ -115,6 +117,24 @@ class _Propagation(FakeTensorProp):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._mode.from_tensor(super().get_attr(target, args, kwargs))
+
+
+def compile_calls(calls: Iterable[Call], jobs: int) -> None:
+    """Compile in `jobs` threads what those calls launch that run on our kernels; nothing where these are interpreted.
+
+    A kernel that fails is left to fail when it runs.
+    """
+    launches: dict[torch.device, list[Launch]] = {}
+    for call in calls:
+        if call.backend == "triton" and not interpreter.active():
+            launches.setdefault(call.device, []).extend(call.launches(specialised.facts(call.device)))
+    for device, found in launches.items():
+        from triton import AsyncCompileMode
+
+        here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with here, ThreadPoolExecutor(jobs) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for launch in found:
+                launch.compile()
 
 
 def _as(t: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import run
 from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import converted, disabled, models, optimize, refresh, report, revert
+from resnet_triton import converted, disabled, models, optimize, precompile, refresh, report, revert
 from resnet_triton.ops import dispatch
 from resnet_triton.support import vision
 
@@ -815,3 +816,60 @@ def test_report_before_optimize():
     calls = report(small()).calls
     assert {c.backend for c in calls} == {"torch"}
     assert "layer1.0.conv1" in {c.name for c in calls}
+
+
+# --- precompile ------------------------------------------------------------------------------------------------------
+
+PRECOMPILE = """
+import sys, threading, triton
+from resnet_triton import models, precompile
+from resnet_triton.config.device import KNOWN
+from resnet_triton.ops import dispatch
+from resnet_triton.ops.trace import compile_calls, trace
+from resnet_triton.tuner.precompile import pretend
+
+pretend(90)  # a GPU that kernels are compiled for; none runs
+triton.knobs.cache.dir = sys.argv[1]
+dispatch._fallback_reason = lambda where, forced: None
+compiled, threads = [], set()
+
+def listener(*, src, cache_hit, **more):
+    compiled.append((src.name, cache_hit))
+    threads.add(threading.get_ident())
+
+triton.knobs.compilation.listener = listener
+model = models.ResNet(models.BasicBlock, [1, 1, 1, 1], num_classes=10).eval().half()
+precompile(model, (2, 3, 64, 64))
+launches = [launch for call in trace(model, (2, 3, 64, 64)) for launch in call.launches(KNOWN[90])]
+assert len(compiled) == len(launches) == 10 and not any(hit for _, hit in compiled), compiled
+assert threading.get_ident() not in threads
+for launch in launches:
+    assert "ptx" in launch.compile().asm
+assert len(compiled) == 10, "what a call asks for is what was compiled"
+
+def broken(*arguments, **options):
+    raise RuntimeError("no compiler")
+
+calls = trace(model.bfloat16(), (2, 3, 64, 64))[1::8]
+conv, head = (call.launches(KNOWN[90])[0] for call in calls)
+conv.kernel.compile = broken
+compile_calls(calls, 2)
+assert len(compiled) == 11 and head.compile().asm
+try:
+    print(conv.compile().asm)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_precompile(tmp_path):
+    """Side by side, what a call asks for then; one that fails harms none, and fails as it would have."""
+    assert run(PRECOMPILE, str(tmp_path)) == "no compiler\n"
+
+
+def test_precompile_where_nothing_is_compiled():
+    precompile(small())
+    with pytest.raises(TypeError, match="model is a str, expected a torch"):
+        precompile("resnet18")
+    with pytest.raises(ValueError, match="Linear contains no ResNet to precompile; its first call compiles"):
+        precompile(nn.Linear(2, 2))
