@@ -118,7 +118,8 @@ def test_lines_of_the_readme_run(
     lines = lines.replace('weights="IMAGENET1K_V1"', "")
     if not torch.cuda.is_available():
         lines = lines.replace(".cuda()", "")
-    names: dict[str, Any] = {"images": torch.rand(2, 3, 32, 32), "yours": vision.torchvision().models.resnet18().eval()}
+    yours, theirs = (vision.torchvision().models.resnet18().eval() for _ in range(2))
+    names: dict[str, Any] = {"images": torch.rand(2, 3, 32, 32), "yours": yours, "theirs": theirs}
     where = "cuda" if torch.cuda.is_available() else "cpu"
     names = {name: value.to(where, torch.float16) for name, value in names.items()}
     exec(lines, names)
