@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv
-from .tiles import pdl_wait
 
 
 @triton.jit(do_not_specialize=["PIXELS"])
@@ -20,7 +19,6 @@ def avg_pool_linear_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, PIXELS,
     C: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pdl_wait()
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     n = (tl.program_id(0) // TILES_K).to(tl.int64)
     offs_k = (tl.program_id(0) % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -72,7 +72,7 @@ def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k,
 def hand_in(acc, partials_ptr, semaphores_ptr, tile, split, splits):
     """Store a program's part of a tile, fp32, say so, and find out whether it is the last of `splits` to do so.
 
-    Returns pointers to the elements of the tile's first part, the others lie behind it, and True for the last one, which
+    Returns pointers to the elements of the tile's first part, behind which the others lie, and True for the last, which
     leaves the semaphore at zero. For the group that calls it: a tile is what one group computes.
     """
     M: gl.constexpr = acc.shape[0]

@@ -1,7 +1,7 @@
 """Convolution for few images on Hopper (compute capability 9.0): one short chain of latencies, in Gluon.
 
-A program computes a box of output rows x 8 columns of one image by 64 filters, over all taps of its share of the slabs of
-64 channels, most often one: all that it reads fits shared memory. So there is no loop, no slot is used twice, and
+A program computes a box of output rows x 8 columns of one image by 64 filters, over all taps of its share of the slabs
+of 64 channels, most often one: all that it reads fits shared memory. So there is no loop, no slot is used twice, and
 everything is asked for as early as it can be:
 
 * before the wait for the kernel before: filters, batch norm, the descriptors of what that kernel writes;
@@ -42,7 +42,7 @@ from .launch import Launch, cdiv
 from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size
 
 MOST = gl.constexpr(8)
-"""Programs that may share a tile. Their number is no loop's length: that of a loop makes each turn wait for its load."""
+"""Programs that may share a tile. Their sum is no loop, in which each turn would wait for its load."""
 _WIDTH = 8  # columns of a box: a row of it is one pattern of swizzled shared memory
 
 
@@ -100,7 +100,7 @@ def hopper_few_kernel(
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
 
-    # Parameters are no kernel's result: whoever changes them is done before a graph begins, and an eager launch waits.
+    # No kernel of a graph writes parameters; and what is no dependent launch begins when all before it is done.
     for i in gl.static_range(STEPS):
         mbarrier.expect(full.index(i), BYTES)
         async_load(w_desc, [i % TAPS, k, (split * SLABS + i // TAPS) * 64], full.index(i), filters.index(i))

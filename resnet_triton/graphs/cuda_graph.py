@@ -71,19 +71,20 @@ def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None
     pool = torch.cuda.graph_pool_handle() if beside is None else beside.graph.pool()
     # The input is not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
     buffer = torch.empty_like(x)
-    body(buffer)
     semaphores = torch.zeros(1024, dtype=torch.int32, device=x.device)
     lent = graph_semaphores.set(semaphores)
     try:
-        with (
-            _capturing,
-            torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            output = body(buffer)
-    except Exception:
-        _stop_allocating(x.device, pool)
-        raise
+        body(buffer)  # which compiles what a graph alone has, too: dependent launches
+        try:
+            with (
+                _capturing,
+                torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                output = body(buffer)
+        except Exception:
+            _stop_allocating(x.device, pool)
+            raise
     finally:
         graph_semaphores.reset(lent)
     return Captured(graph, buffer, output, semaphores)

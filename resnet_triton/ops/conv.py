@@ -105,6 +105,7 @@ class ConvBnRelu(Operation):
         if self.shortcut is not None:
             images, filters, norm, stride = self.shortcut
             shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
+        batch_norm = self.batch_norm.contiguous()
         descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
         sizes, facts = self._sizes(), specialised.facts(x.device)
         chosen, own, tiles = _choose(
@@ -116,11 +117,18 @@ class ConvBnRelu(Operation):
             partials = torch.empty(elements, dtype=torch.float32, device=x.device)
             semaphores = _semaphores(x.device, 2 * tiles)  # a warp-specialised tile has two halves
         launch = conv_bn_relu(
-            out=out, x=x, weight=weight, batch_norm=self.batch_norm.contiguous(), geometry=self.geometry,
+            out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=self.geometry,
             residual=residual, shortcut=shortcut, relu=self.relu, precision=sizes.precision,
             config=chosen, programs=facts.sm_count, partials=partials, semaphores=semaphores,
         )  # fmt: skip
-        return (launch if own else replace(launch, own=False),)
+        dependent = chosen.kernel == "hopper_few" and graph_semaphores.get() is not None
+        if dependent:  # a kernel that copies a parameter into another layout would be the one before
+            pairs = [(self.weight, weight), *zip(self.batch_norm, batch_norm, strict=True)]
+            if self.shortcut is not None and shortcut is not None:
+                pairs += [(self.shortcut.weight, shortcut.weight)]
+                pairs += zip(self.shortcut.batch_norm, shortcut.batch_norm, strict=True)
+            dependent = all(given is read for given, read in pairs)
+        return (launch if own and not dependent else replace(launch, own=own, dependent=dependent),)
 
     def other_launches(self, out: Tensor) -> tuple[Launch, ...]:
         return self.launches(out, descriptors=False)
@@ -224,7 +232,10 @@ def _aligned_channels_last(t: Tensor) -> Tensor:
 
 _kept: dict[tuple[torch.device, int], Tensor] = {}
 graph_semaphores: ContextVar[Tensor | None] = ContextVar("graph_semaphores", default=None)
-"""Zeros (int32) for the launches of the graph being captured: zeroed inside, every replay would zero them again."""
+"""Zeros (int32) for the launches of the graph being captured: zeroed inside, every replay would zero them again.
+
+Where there are some, launches follow each other, and no edit of a parameter comes between them.
+"""
 
 
 def _semaphores(where: torch.device, tiles: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`hopper_conv.py`, `hopper_conv64.py` and `hopper_few.py`, executed from their PTX: bit for bit like fp64, nothing left unordered."""
+"""The convolutions in Gluon, executed from their PTX: bit for bit like fp64, nothing left unordered."""
 
 from __future__ import annotations
 
@@ -132,11 +132,6 @@ CASES = {
 }
 
 
-PARAMETERS = {"w_desc", *(f"{name}_ptr" for name in ("mean", "var", "gamma", "beta"))}
-EARLY = PARAMETERS | {f"short_{name}" for name in PARAMETERS}
-"""What no kernel before writes, so that a dependent launch may read it while that one still runs."""
-
-
 def launch(case: Case) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch, the output that it fills, and what is right."""
     call = conv_call(generator(torch.device("cpu"), 0), case.shape, relu=case.relu, affine=case.affine)
@@ -154,7 +149,7 @@ def test_exact(name: str) -> None:
     case = CASES[name]
     assert is_legal(case.config, case.shape, KNOWN[90])
     found, out, expected = launch(case)
-    result = simulate(found, ptx(found), early=EARLY)
+    result = simulate(found, ptx(found), early=found.parameters)
     assert_exact(out, expected)
     assert not result.faults
     if case.split > 1:
@@ -162,10 +157,12 @@ def test_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
-def test_any_share_may_be_the_last(order: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("name", ["split, residual", "few, split"])
+def test_any_share_may_be_the_last(name: str, order: tuple[int, ...]) -> None:
     """Whoever arrives last sums the shares, in their order: the same bits."""
-    found, out, expected = launch(CASES["split, residual"])
-    assert not simulate(found, ptx(found), programs=[(i, 0, 0) for i in order]).faults
+    found, out, expected = launch(CASES[name])
+    places = [(i, 0, 0) for i in (*order, *range(3, found.grid[0]))]
+    assert not simulate(found, ptx(found), programs=places, early=found.parameters).faults
     assert_exact(out, expected)
 
 
@@ -219,10 +216,9 @@ def test_errors_of_other_kernels_stay_errors(fails: list[str], monkeypatch: pyte
         conv_call(generator(torch.device("cpu"), 0), MANY).compute()
 
 
-@pytest.mark.parametrize("modes", [{"batch_invariant": True}, {"dependent": True}, {"unaligned": True}, {}], ids=str)
+@pytest.mark.parametrize("modes", [{"batch_invariant": True}, {"unaligned": True}, {}], ids=str)
 def test_other_kernels_by_name(fails: list[str], monkeypatch: pytest.MonkeyPatch, modes: dict[str, bool]) -> None:
-    """Batch-invariant calls, dependent launches and unaligned tensors have kernels of their own."""
-    monkeypatch.setattr(specialised.dispatch, "dependent_launch", lambda: modes.get("dependent", False))
+    """Batch-invariant calls and unaligned tensors have kernels of their own."""
     layout = offset_by_one if "unaligned" in modes else channels_last
     call = conv_call(generator(torch.device("cpu"), 0), MANY, layout=layout)
     call = replace(call, modes=call.modes._replace(batch_invariant="batch_invariant" in modes))
