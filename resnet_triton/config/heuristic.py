@@ -79,6 +79,7 @@ class Latencies(NamedTuple):
     result: float = 250  # through shared memory
     parts: float = 350  # from L2, the first of the parts that the last program adds
     width: float = 224  # bytes a ns that a product's operands come from shared memory with
+    beside: float = 96 * 1024  # bytes of shared memory that a program of the launch before has
 
 
 LATENCIES = Latencies()
@@ -232,16 +233,18 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: R
 
 
 def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates) -> float:
-    """The same of `hopper_few`. An SM that has room for one program more has its filters before its input is there."""
+    """The same of `hopper_few`: an SM with room for it beside the launch before has its filters before its input."""
     m, chained = config.block_m, LATENCIES
     blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
     filters, pixels = blocks * 64 * 128 / rates.bytes, blocks * m * 128 / rates.bytes
     products = blocks * (64 + m) * 128 / chained.width
     programs = -(-tiles(config, shape) * config.split_k // device.sm_count)  # of the busiest SM
-    room = device.shared_memory // shared_memory(config, shape)
+    shared = shared_memory(config, shape)
     chain = chained.load + max(pixels, products) + chained.result
-    ns = chained.launch + chain + (0 if programs < room else filters)
-    ns += (programs - 1) * max(filters + pixels, products) + (-(-programs // room) - 1) * chain
+    turns = -(-programs // (device.shared_memory // shared))
+    ns = chained.launch + turns * chain + (programs - 1) * max(filters + pixels, products)
+    if programs * shared + chained.beside > device.shared_memory:
+        ns += filters
     if config.split_k > 1:
         ns += rates.split + chained.parts + config.split_k * m * 64 * 4 / rates.bytes
     return ns
