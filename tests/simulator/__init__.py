@@ -10,8 +10,6 @@ is in the PTX of Triton 3.6.0 and 3.7.1, so it is found here; 3.8.0's is made by
 finds it in machine code.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Registers hold bits, and a type says how to read them. fma rounds twice, in fp64 and in fp32: exact on integers.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -32,13 +30,14 @@ class Operation(NamedTuple):
 
 
 TABLE: dict[str, Operation] = {}
+_KINDS = {"p": "pred", "n": "u32", "b": "b32", "h": "b16", "f": "f32"}
 
 
 def _define(signature: str, types: str, operations: dict[str, Callable[..., Array]]) -> None:
-    """Operations on each type t. `signature` has a letter for the result and each source: t, its double width w, a
-    predicate p, a count n."""
+    """Operations on each type t. `signature` has a letter for the result and each source: t, w of double width, and
+    what `_KINDS` says."""
     for t in types.split():
-        kinds = {"t": t, "w": t[0] + {"16": "32", "32": "64"}.get(t[1:], ""), "p": "pred", "n": "u32"}
+        kinds = {**_KINDS, "t": t, "w": t[0] + {"16": "32", "32": "64"}.get(t[1:], "")}
         result, *sources = (kinds[letter] for letter in signature)
         for name, compute in operations.items():
             TABLE[f"{name}.{t}"] = Operation(compute, result, sources)
@@ -48,10 +47,22 @@ def from_bf16(a: Array) -> Array:
     return (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def to_f16(a: Array) -> Array:
+    return a.astype(np.float16).view(np.uint16)
+
+
 def to_bf16(a: Array) -> Array:
     """To nearest even; NaN stays NaN."""
     word = a.view(np.uint32).astype(np.uint64)
     return np.where(np.isnan(a), 0x7FFF, word + 0x7FFF + (word >> 16 & 1) >> 16).astype(np.uint16)
+
+
+def _pack(to: Callable[[Array], Array], high: Array, low: Array) -> Array:
+    return to(low) | to(high).astype(np.uint32) << np.uint32(16)
+
+
+def _cast(t: str, a: Array) -> Array:
+    return a.astype(TYPES[t])
 
 
 def _divide(a: Array, b: Array) -> Array:
@@ -90,13 +101,14 @@ def _permute(a: Array, b: Array, selector: Array) -> Array:
     return np.where(picks & 8, signs, taken).view(np.uint32)[:, 0]
 
 
+def _funnel(a: Array, b: Array, n: Array) -> Array:
+    """The upper half of b and a, shifted left."""
+    return (b.astype(np.uint64) << 32 | a) << (n % 32).astype(np.uint64) >> 32
+
+
 def _maximum(a: Array, b: Array) -> Array:
     """NaN wins, and +0 is more than -0."""
     return np.where((a == 0) & (b == 0), a + b, np.maximum(a, b)).astype(a.dtype)
-
-
-def _halves(a: Array) -> Array:
-    return np.ascontiguousarray(a).view(np.float16)
 
 
 def _shuffle(how: str, a: Array, by: Array, clamp: Array, members: Array) -> Array:
@@ -115,16 +127,13 @@ def _reduce(reduce: Callable[..., Array], a: Array, members: Array) -> Array:
 
 INTEGERS = "s16 u16 s32 u32 s64 u64"
 COMPARE = {f"setp.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
-LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-SUMS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+SUMS = {"add": np.add, "sub": np.subtract}
 
 _define("ptt", INTEGERS + " b16 b32 b64", COMPARE)
-_define("ttt", "b16 b32 b64 pred", LOGIC)
+_define("ttt", "b16 b32 b64 pred", {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor})
 _define("tt", "b16 b32 b64 pred", {"not": np.invert})
 _define("ttn", INTEGERS + " b16 b32 b64", {"shl": _shift(np.left_shift), "shr": _shift(np.right_shift)})
-_define(
-    "ttt", INTEGERS, {"add": np.add, "sub": np.subtract, "mul.lo": np.multiply, "min": np.minimum, "max": np.maximum}
-)
+_define("ttt", INTEGERS, {**SUMS, "mul.lo": np.multiply, "min": np.minimum, "max": np.maximum})
 _define("ttt", "s16 u16 s32 u32 s64", {"div": _divide, "rem": lambda a, b: a - _divide(a, b) * b})
 _define("tttt", INTEGERS, {"mad.lo": lambda a, b, c: a * b + c})
 _define("ttt", "s16 u16 s32 u32", {"mul.hi": lambda a, b: _wide(a) * _wide(b) >> 8 * a.itemsize})
@@ -135,32 +144,22 @@ _define("tttp", " ".join(TYPES), {"selp": lambda a, b, c: np.where(c, a, b)})
 _define("tt", "u32 u64", {"cvta.param": lambda a: a, "cvta.to.global": lambda a: a})
 _define("ttnn", "u32 s32", {"bfe": _field})
 _define("tttt", "b32", {"prmt": _permute})
-_define(
-    "tttn", "b32", {"shf.l.wrap": lambda a, b, n: (b.astype(np.uint64) << 32 | a) << (n & 31).astype(np.uint64) >> 32}
-)
-
+_define("tttn", "b32", {"shf.l.wrap": _funnel})
 _define("ttnnn", "b32", {f"shfl.sync.{how}": partial(_shuffle, how) for how in ("idx", "bfly")})
 _define("ttn", "s32 u32", {"redux.sync.min": partial(_reduce, np.min), "redux.sync.max": partial(_reduce, np.max)})
 
-_define("ttt", "f16 f32", {**SUMS, **{f"{name}.rn": compute for name, compute in SUMS.items()}, "max.NaN": _maximum})
+_define("ttt", "f16 f32", {**SUMS, "mul": np.multiply, "max.NaN": _maximum})
+_define("ttt", "f32", {"add.rn": np.add, "sub.rn": np.subtract, "mul.rn": np.multiply, "div.rn": np.divide})
 _define("tttt", "f32", {"fma.rn": lambda a, b, c: a.astype(np.float64) * b + c})
-_define("ttt", "f32", {"div.rn": np.divide})
 _define("tt", "s16 s32 s64 f32", {"neg": np.negative})
 _define("tt", "f32", {"sqrt.rn": np.sqrt})
 _define("ptt", "f16 f32", {**COMPARE, "setp.nan": lambda a, b: np.isnan(a) | np.isnan(b)})
-TABLE["max.NaN.f16x2"] = Operation(lambda a, b: _maximum(_halves(a), _halves(b)).view(np.uint32), "b32", ["b32", "b32"])
+_define("bbb", "f16x2", {"max.NaN": lambda a, b: _maximum(a.view(np.float16), b.view(np.float16)).view(np.uint32)})
 
-SIZED = "s8 u8 " + INTEGERS
-for into in SIZED.split():
-    for source in SIZED.split():
-        TABLE[f"cvt.{into}.{source}"] = Operation(lambda a, d=TYPES[into]: a.astype(d), into, [source])
-    TABLE[f"cvt.rn.f32.{into}"] = Operation(lambda a: a.astype(np.float32), "f32", [into])
-for name, to, back in (
-    ("f16", lambda a: a.astype(np.float16).view(np.uint16), lambda a: a.view(np.float16)),
-    ("bf16", to_bf16, from_bf16),
-):
-    TABLE[f"cvt.rn.{name}.f32"] = Operation(to, "b16", ["f32"])
-    TABLE[f"cvt.rn.{name}x2.f32"] = Operation(
-        lambda high, low, to=to: to(low) | to(high).astype(np.uint32) << np.uint32(16), "b32", ["f32", "f32"]
-    )
-    TABLE[f"cvt.f32.{name}"] = Operation(back, "f32", ["b16"])
+for t in (SIZED := "s8 u8 " + INTEGERS).split():
+    _define("ft", t, {"cvt.rn.f32": lambda a: a.astype(np.float32)})
+    TABLE |= {f"cvt.{t}.{source}": Operation(partial(_cast, t), t, [source]) for source in SIZED.split()}
+_define("ht", "f32", {"cvt.rn.f16": to_f16, "cvt.rn.bf16": to_bf16})
+_define("btt", "f32", {"cvt.rn.f16x2": partial(_pack, to_f16), "cvt.rn.bf16x2": partial(_pack, to_bf16)})
+_define("fh", "f16", {"cvt.f32": lambda a: a.view(np.float16)})
+_define("fh", "bf16", {"cvt.f32": from_bf16})

@@ -1,8 +1,6 @@
 """What instructions do to a strand: rows of a table, from a pattern of opcodes to a function of the strand, the
 operands and the pattern's groups. What only computes has a table of its own (`arithmetic.py`)."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable
@@ -19,9 +17,7 @@ from .ptx import Instruction, Kernel, Unknown
 MAPS = 1 << 20
 """Address of the first parameter, which a tensor map is known by; the others follow."""
 _SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
-_RESULTS = re.compile(
-    r"(?!(st|cp|mbarrier|bar|barrier|bra|brx|ret|fence|wgmma|setmaxnreg|stmatrix|griddepcontrol)\.?\b)"
-)
+_NO_RESULT = ("st", "cp", "mbarrier", "bar", "barrier", "bra", "brx", "ret", "fence", "wgmma", "setmaxnreg", "stmatrix")
 
 
 class Address(NamedTuple):
@@ -40,6 +36,9 @@ class Decoder:
         self.products = set(re.findall(r"%r\d+", " ".join(of_products)))
         for name in _SPECIAL:
             self.row(name, 32)
+        tables = {name: np.array([kernel.labels[x] for x in labels]) for name, labels in kernel.tables.items()}
+        parameters = {name: MAPS + number for number, name in enumerate(kernel.parameters)}
+        self.names = {**kernel.labels, **tables, **parameters, kernel.shared: SHARED, "_": None}
         machine.steps[:] = [self.step(i) for i in kernel.code]
 
     def row(self, name: str, width: int) -> Row:
@@ -50,7 +49,7 @@ class Decoder:
 
     def step(self, i: Instruction) -> Step:
         used = [{self.resolve(r).number for r in re.findall(r"%r\d+", o) if r in self.products} for o in i.operands]
-        results = 1 if _RESULTS.match(i.op) else 0
+        results = 0 if i.op.partition(".")[0] in _NO_RESULT else 1
         reads = [] if i.op.startswith("wgmma") else used[results:]
         return Step(self.find(i), i.place, frozenset().union(*reads), frozenset().union(*used[:results]))
 
@@ -78,18 +77,10 @@ class Decoder:
             return Address(self.resolve(base), 0 if "{" in text else int(rest or 0), coordinates)
         if text[0] == "{" or "|" in text:
             return [self.resolve(part) for part in re.split("[,|]", text.strip("{}"))]
-        if text in kernel.tables:
-            return np.array([kernel.labels[label] for label in kernel.tables[text]])
-        if text in kernel.labels:
-            return kernel.labels[text]
-        if text in kernel.parameters:
-            return MAPS + kernel.parameters.index(text)
-        if text == "_" or text == kernel.shared:
-            return None if text == "_" else SHARED
-        if re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+U?", text):
-            return int(text.rstrip("U"), 0)
-        if re.fullmatch(r"0[fF][0-9a-fA-F]+", text):
-            return int(text[2:], 16)
+        if text in self.names:
+            return self.names[text]
+        if re.fullmatch(r"-?\d+|0[xfF][0-9a-fA-F]+U?", text):
+            return int(re.sub("^0[fF]", "0x", text).rstrip("U"), 0)
         raise Unknown(f"{kernel.name}: operand {text}")
 
 
@@ -125,6 +116,11 @@ def compare_halves(s: Strand, args: Any) -> None:
     halves = [s.get(x, "b32").copy().view(np.float16).reshape(-1, 2) for x in args[1:]]
     for into, result in zip(args[0], TABLE["setp.nan.f16"].compute(*halves).T, strict=True):
         s.put(into, "pred", result)
+
+
+def elect(s: Strand, args: Any) -> None:
+    s.put(args[0][0], "b32", 0)
+    s.put(args[0][1], "pred", s.lanes % 32 == 0)
 
 
 def branch(s: Strand, args: Any, lanes: Array) -> None:
@@ -277,12 +273,12 @@ def wait(s: Strand, args: Any) -> bool:
     return False
 
 
-def copy_box(s: Strand, args: Any, lane: int, rank: str, store: str | None) -> None:
+def copy_box(s: Strand, args: Any, lane: int, store: str | None = None) -> None:
     """Between a tensor and shared memory: a load completes on a barrier, a store in a group of the warp's."""
     tensor, into = args[:2] if store else args[1::-1]
     map_, w, shared = s.machine.maps.get(int(s.get(tensor.base, "u64")[lane])), lane // 32, s.program.shared
     coordinates = [int(s.get(x, "s32")[lane]) for x in reversed(tensor.coordinates)]
-    s.expect(map_ and len(map_.box) == len(coordinates) == int(rank), f"a tensor map of rank {rank}")
+    s.expect(map_ and len(map_.box) == len(coordinates), f"a tensor map of rank {len(coordinates)}")
     start = shared_at(s, into, lane)
     s.expect(start % 128 == 0, f"a box at a multiple of 128, not at {start - SHARED:+d}")
     places, inside = map_.place(coordinates)
@@ -385,32 +381,22 @@ def multiply_at_once(s: Strand, args: Any, kind: str) -> None:
         s.put(into, "f32", part + s.get(old, "f32"))
 
 
-_HINTS = r"(?:\.(?:cg|ca|cs|nc|L1::\w+|L2::evict_\w+))*"
-_LOAD, _STORE = (
-    r"shared(::cluster)?\.global(\.tile)?\.mbarrier::complete_tx::bytes",
-    r"global\.shared(\.tile)?\.bulk_group",
-)
 _KIND = r"(?P<kind>f16|bf16|tf32)\.(?P=kind)"
 INSTRUCTIONS: list[Any] = [
     # The lanes that a guard lets through, or "each" of them in turn; the others act as a whole or not at all.
     (r"mov\.b(?P<width>32|64)", pack),
     (r"setp\.nan\.f16x2", compare_halves),
-    (r"elect\.sync", lambda s, args: s.put(args[0][1], "pred", s.lanes % 32 == 0)),
+    (r"elect\.sync", elect),
     (r"bra(\.uni)?", branch, "lanes"),
     (r"brx\.idx", lambda s, args: s.part(args[1][s.get(args[0], "u32")].reshape(-1, 32))),
     (r"ret", leave),
-    (
-        r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32|griddepcontrol\.launch_dependents|bar\.warp\.sync",
-        lambda s, args: None,
-    ),
+    (r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32", lambda s, args: None),  # there are enough
+    (r"griddepcontrol\.launch_dependents|bar\.warp\.sync", lambda s, args: None),  # lanes of a warp are in lockstep
     (r"griddepcontrol\.wait", lambda s, args: s.clock[:, :, GRID].fill(1)),
     (r"fence\.proxy\.async(\.shared|\.global)?", lambda s, args: learn(s.clock[:, 1], s.clock[:, 0])),
     (r"(bar|barrier)\.sync", meet),
-    (
-        r"ld\.param\.(?P<t>[busf]\d+)",
-        lambda s, args, t: s.put(args[0], t, s.get(s.machine.values[args[1].base - MAPS], t)),
-    ),
-    (rf"(?P<way>ld|st)\.(?P<space>shared|global){_HINTS}(\.v[248])?{_HINTS}\.(?P<t>[busf]\d+)", move, "lanes"),
+    (r"ld\.param\.(?P<t>\w+)", lambda s, args, t: s.put(args[0], t, s.get(s.machine.values[args[1].base - MAPS], t))),
+    (r"(?P<way>ld|st)\.(?P<space>shared|global)(\.cg)?(\.v[248])?\.(?P<t>[busf]\d+)", move, "lanes"),
     (r"atom\.global\.gpu\.acq_rel\.add\.[us]32", add_atomically, "each"),
     (r"(?P<way>ld|st)matrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<turned>\.trans)?\.shared\.b16", move_matrices),
     (r"cp\.async\.c[ag]\.shared\.global", copy, "lanes"),
@@ -423,7 +409,8 @@ INSTRUCTIONS: list[Any] = [
     (r"mbarrier\.inval\.shared\.b64", end_barrier, "each"),
     (r"mbarrier\.arrive(?P<expect>\.expect_tx)?\.shared\.b64", arrive, "each"),
     (r"mbarrier\.try_wait\.parity\.shared\.b64", wait),
-    (rf"cp\.async\.bulk\.tensor\.(?P<rank>[1-5])d\.({_LOAD}|(?P<store>{_STORE}))", copy_box, "each"),
+    (r"cp\.async\.bulk\.tensor\.\dd\.shared(::cluster)?\.global\.mbarrier::complete_tx::bytes", copy_box, "each"),
+    (r"cp\.async\.bulk\.tensor\.\dd\.(?P<store>global)\.shared\.bulk_group", copy_box, "each"),
     (r"wgmma\.fence\.sync\.aligned", lambda s, args: s.unfenced.clear()),
     (r"wgmma\.commit_group\.sync\.aligned", lambda s, args: s.close("product")),
     (r"wgmma\.wait_group\.sync\.aligned", lambda s, args: s.end("product", args[0], ["product"])),

@@ -7,8 +7,6 @@ what of that a proxy fence has made known to the async proxy. Barriers join rows
 orders, as long as control does not depend on who comes first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -152,8 +150,7 @@ class Phase:
     expected: int = 0
     issued: int = 0
     landed: int = 0
-    waits: list[tuple[int, int, str]] = field(default_factory=list)
-    """(component, value, place) of who has waited for the phase before."""
+    waits: list[tuple[int, int, str]] = field(default_factory=list)  # (component, value, place) for the phase before
 
 
 class Barrier:
@@ -161,11 +158,7 @@ class Barrier:
 
     def __init__(self, judge: Judge, name: str, count: int, loads: int, base: int) -> None:
         self.judge, self.name, self.count, self.loads, self.base = judge, name, count, loads, base
-        self.phases: list[Phase] = []
-        self._begin()
-
-    def _begin(self) -> None:
-        self.phases.append(Phase(self.count, np.zeros((2, self.judge.size), np.int32)))
+        self.phases = [Phase(count, np.zeros((2, judge.size), np.int32))]
 
     @property
     def current(self) -> int:
@@ -210,13 +203,14 @@ class Barrier:
         self._settle()
 
     def _settle(self) -> None:
+        """Begin the next phase when this one has all that it expects."""
         while self.phases[-1].pending <= 0 and self.phases[-1].landed >= self.phases[-1].expected:
             phase = self.phases[-1]
             phase.clock[:, self.loads] = self.base + len(self.phases)
             for component, value, place in phase.waits:
                 if phase.clock[0, component] < value:
                     self._passed(place, self.current - 1)
-            self._begin()
+            self.phases.append(Phase(self.count, np.zeros_like(phase.clock)))
 
     def _passed(self, place: str, number: int) -> None:
         text = f"waits for phase {number} of {self.name}, but phase {number + 1} may complete before it looks"

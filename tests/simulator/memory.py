@@ -1,7 +1,5 @@
 """Where bytes lie: boxes of tensor maps in memory, swizzles, and the operands of wgmma in shared memory."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """PTX as text, read once: parameters, labels, branch tables, registers and a flat list of instructions."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re
