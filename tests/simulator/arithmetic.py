@@ -13,12 +13,9 @@ import numpy as np
 from .ptx import Unknown
 
 Array = Any
-TYPES: dict[str, Any] = {
-    "pred": np.bool_, "u8": np.uint8, "s8": np.int8, "b8": np.uint8,
-    "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16, "bf16": np.uint16,
-    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
-    "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
-}  # fmt: skip
+TYPES: dict[str, Any] = {"pred": np.bool_, "f16": np.float16, "f32": np.float32, "bf16": np.uint16}
+for bits in (8, 16, 32, 64):
+    TYPES |= {f"{letter}{bits}": np.dtype(f"{kind}{bits // 8}").type for letter, kind in zip("bus", "uui", strict=True)}
 BITS = {t: 1 if t == "pred" else max(8 * np.dtype(dtype).itemsize, 16) for t, dtype in TYPES.items()}
 """The width of the register that holds a type."""
 

@@ -60,9 +60,9 @@ class Decoder:
                 run = functools.partial(function, **match.groupdict())
                 return functools.partial(_guarded, args=args, run=run, takes=takes, guard=guard)
         operation = TABLE.get(i.op)
-        if operation is None or len(args) != 1 + len(operation.sources):
+        if operation is None or guard or len(args) != 1 + len(operation.sources):
             raise Unknown(f"{self.kernel.name}, {i.place}")
-        return functools.partial(compute, args=args, operation=operation, guard=guard)
+        return functools.partial(compute, args=args, operation=operation)
 
     def resolve(self, text: str) -> Any:
         """An operand: a register, a number, an address, a place in the code, or a list of such."""
@@ -95,11 +95,9 @@ def _guarded(s: Strand, args: list[Any], run: Any, takes: list[str], guard: Any)
     return None
 
 
-def compute(s: Strand, args: list[Any], operation: Operation, guard: Any) -> None:
-    result = operation.compute(*(s.get(x, t) for x, t in zip(args[1:], operation.sources, strict=True)))
-    if guard is not None:
-        result = np.where(s.get(guard[0], "pred") ^ guard[1], result, s.get(args[0], operation.result))
-    s.put(args[0], operation.result, result)
+def compute(s: Strand, args: list[Any], operation: Operation) -> None:
+    values = [s.get(x, t) for x, t in zip(args[1:], operation.sources, strict=True)]
+    s.put(args[0], operation.result, operation.compute(*values))
 
 
 def pack(s: Strand, args: Any, width: str) -> None:

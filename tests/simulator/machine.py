@@ -10,7 +10,7 @@ import numpy as np
 
 from .arithmetic import BITS, TYPES, Array
 from .judge import KINDS, NEVER, Agent, Barrier, Judge, Memory
-from .memory import SHARED, TensorMap
+from .memory import SHARED, SHARED_BYTES, TensorMap
 from .ptx import Unknown
 
 
@@ -42,8 +42,8 @@ class Work(NamedTuple):
 class Machine:
     """What the programs of a launch share."""
 
-    def __init__(self, judge: Judge, grid: tuple[int, ...], warps: int, shared: int, seed: int | None) -> None:
-        self.judge, self.grid, self.warps, self.shared = judge, grid, warps, shared
+    def __init__(self, judge: Judge, grid: tuple[int, ...], warps: int, seed: int | None) -> None:
+        self.judge, self.grid, self.warps = judge, grid, warps
         # None: everything asynchronous is done at once, and strands take turns. Else all as late as it may be.
         self.rng = None if seed is None else np.random.default_rng(seed)
         self.noise = np.random.default_rng(0)
@@ -188,7 +188,7 @@ class Program:
             self.views |= {t: file.view(TYPES[t]) for t in TYPES if np.dtype(TYPES[t]).itemsize == width // 8}
         first = [np.arange(lanes), *index, *machine.grid]  # the special registers are the first rows
         self.views["u32"][: len(first)] = np.stack(np.broadcast_arrays(*first))
-        data = machine.noise.integers(0, 256, SHARED + machine.shared, np.uint8)
+        data = machine.noise.integers(0, 256, SHARED + SHARED_BYTES, np.uint8)
         self.shared = Memory(judge, "shared memory", data, 0, 2, np.arange(len(data)) >= SHARED, NEVER)
         self.barriers: dict[int, Barrier] = {}  # mbarriers by address, and those of bar.sync by number
         self.retired: dict[int, Barrier] = {}
