@@ -10,9 +10,6 @@ is in the PTX of Triton 3.6.0 and 3.7.1, so it is found here; 3.8.0's is made by
 finds it in machine code.
 """
 
-from __future__ import annotations
-
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -43,27 +40,24 @@ def simulate(
     schedule: int | None = None,
     checks: Iterable[str] | None = None,
     early: Iterable[str] = (),
-    shared: int = 232448,
 ) -> Result:
     """Run the programs of a `Launch`, by default all in the order of the grid, one after the other, on its CPU tensors.
 
     `programs` names them in the order in which they arrive. `schedule` is the seed of another order of warps. `checks`
     are those of `CHECKS` to make, all by default. `early` are the arguments that a dependent launch may use before it
-    waits for the launch before: that did not write them. `shared` is a program's shared memory in bytes.
+    waits for the launch before: that did not write them.
 
     Raises Unknown for PTX that it has no meaning for.
     """
     kernel = parse(ptx)
     grid = (*launch.grid, 1, 1)[:3]
-    places = (
-        [place[::-1] for place in itertools.product(*map(range, grid[::-1]))] if programs is None else list(programs)
-    )
+    places = [place[::-1] for place in np.ndindex(grid[::-1])] if programs is None else list(programs)
     barriers = 16 + sum("mbarrier.init" in i.op for i in kernel.code)
     judge = Judge(checks, len(places) * (kernel.threads // 32 * len(KINDS) + barriers))
-    machine = Machine(judge, grid, kernel.threads // 32, shared, schedule)
+    machine = Machine(judge, grid, kernel.threads // 32, schedule)
     _place(launch, machine)
     scratch = len(kernel.parameters) - len(machine.values)  # of Triton's own, which no kernel here uses
-    if not 0 <= scratch <= 2 or set(list(kernel.parameters.values())[len(machine.values) :]) - {8}:
+    if not 0 <= scratch <= 2:
         raise Unknown(f"{kernel.name} takes {len(kernel.parameters)} parameters, the launch has {len(machine.values)}")
     machine.values += [0] * scratch
     if any(i.op == "griddepcontrol.wait" for i in kernel.code):

@@ -7,8 +7,6 @@ what of that a proxy fence has made known to the async proxy. Barriers join rows
 orders, as long as control does not depend on who comes first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -40,7 +38,11 @@ KINDS = ("warp", "product", "bulk read", "bulk store", "copy")
 """Components that every warp has."""
 WRITES = ("writes", "updates", "loads into", "copies into", "stores into")
 _CHECK = {"warp": "race", "copy": "race", "product": "release", "bulk read": "store", "load": "arrival"}
-_TEXT = {"never": ("uninitialised", ", which nobody wrote"), "grid": ("dependent", " before griddepcontrol.wait")}
+_NOBODY = {"never": ("uninitialised", ", which nobody wrote"), "grid": ("dependent", " before griddepcontrol.wait")}
+
+
+def learn(clock: Array, other: Array) -> None:
+    np.maximum(clock, other, out=clock)
 
 
 class Judge:
@@ -51,13 +53,12 @@ class Judge:
         if unknown := sorted(self.checks - set(CHECKS)):
             raise ValueError(f"no checks: {', '.join(unknown)}; there are {', '.join(CHECKS)}")
         self.size = components + 2
-        self.kinds, self.names = ["never", "grid"], ["nobody", "an earlier launch"]
+        self.components = [("never", "nobody"), ("grid", "an earlier launch")]  # (kind, name) of each
         self.found: dict[tuple[str, str], str] = {}
 
     def component(self, kind: str, name: str) -> int:
-        self.kinds.append(kind)
-        self.names.append(name)
-        return len(self.kinds) - 1
+        self.components.append((kind, name))
+        return len(self.components) - 1
 
     def report(self, check: str, place: str, text: str) -> None:
         if check in self.checks:
@@ -68,13 +69,10 @@ class Agent(NamedTuple):
     """Who accesses memory: for each row of `clock`, [rows, 2, components], the components and value of its epoch."""
 
     clock: Array
-    epochs: list[tuple[tuple[int, ...], int]]
-    """Of several components (a product's warps), all have to have reached the value."""
+    epochs: list[tuple[tuple[int, ...], int]]  # of several components (a product's warps), all have to have got there
     place: str
-    row: Array | int = 0
-    """Of each lane."""
-    proxy: int = 0
-    """1: what it reads or overwrites has to be known to the async proxy."""
+    row: Array | int = 0  # of each lane
+    proxy: int = 0  # 1: what it reads or overwrites has to be known to the async proxy
 
 
 class Memory:
@@ -84,8 +82,6 @@ class Memory:
         self.judge, self.name, self.bytes, self.base, self.unit, self.covered = judge, name, data, base, unit, covered
         self.writer = np.full(len(data) // unit + 1, writer, np.int32)
         self.written = np.full(len(data) // unit + 1, writer == NEVER, np.int32)
-        self.updated = np.zeros(len(data) // unit + 1, bool)
-        """Whether the last write was an atomic update."""
         self.reads: dict[tuple[int, ...], Array] = {}
         self.newest: dict[tuple[int, ...], int] = {}
 
@@ -95,52 +91,42 @@ class Memory:
         last = np.clip(at, 0, len(self.bytes) - size) + size - 1
         inside &= self.covered[last] & self.covered[last - size + 1]
         if not inside.all():
-            where = int(at[np.argmin(inside)])
-            self.judge.report("bounds", agent.place, f"{verb} {size} bytes outside {self.name}, at its byte {where}")
-            at = at[inside]
-            agent = agent._replace(row=agent.row if isinstance(agent.row, int) else agent.row[inside])
-        units = at[:, None] // self.unit + np.arange(max(size // self.unit, 1))
-        row = agent.row if isinstance(agent.row, int) else agent.row[:, None]
-        self._after_writes(agent, units, row, verb)
+            text = f"{verb} {size} bytes outside {self.name}, at its byte {int(at[np.argmin(inside)])}"
+            self.judge.report("bounds", agent.place, text)
+        row = np.broadcast_to(agent.row, at.shape)[inside]
+        units = at[inside, None] // self.unit + np.arange(max(size // self.unit, 1))
+        self._after_writes(agent, units, row[:, None], verb)
         if verb in WRITES:
-            self._after_reads(agent, units, row, verb)
-            own, values = (
-                np.array(column) for column in zip(*((c[0], value) for c, value in agent.epochs), strict=True)
-            )
-            self.writer[units], self.written[units] = own[row], values[row]
-            self.updated[units] = verb == "updates"
+            self._after_reads(agent, units, row[:, None], verb)
+            values = np.array([(components[0], value) for components, value in agent.epochs])[row]
+            self.writer[units], self.written[units] = values[:, :1], values[:, 1:]
         else:
             for i, (components, value) in enumerate(agent.epochs):
                 if components not in self.reads:
                     self.reads[components] = np.full(len(self.writer), -1, np.int32)
-                self.reads[components][units if isinstance(row, int) else units[agent.row == i]] = value
+                self.reads[components][units[row == i]] = value
                 self.newest[components] = value
         return inside
 
-    def _after_writes(self, agent: Agent, units: Array, row: Array | int, verb: str) -> None:
+    def _after_writes(self, agent: Agent, units: Array, row: Array, verb: str) -> None:
         """Whoever wrote there did so before."""
         writer, written = self.writer[units], self.written[units]
         late = agent.clock[row, agent.proxy, writer] < written
         if late.any() and verb in WRITES:
             late &= writer != NEVER
-            if verb == "updates":
-                late &= ~self.updated[units]
         if not late.any():
             return
         first = np.unravel_index(np.argmax(late), late.shape)
         component = int(writer[first])
-        kind = self.judge.kinds[component]
-        known = agent.clock[row if isinstance(row, int) else row[first[0], 0], 0, component] >= written[first]
-        check, text = _TEXT.get(
-            kind, (_CHECK.get(kind, "global"), ", not after the write by " + self.judge.names[component])
-        )
-        if known:
+        kind, name = self.judge.components[component]
+        check, text = _NOBODY.get(kind, (_CHECK.get(kind, "global"), f", not after the write by {name}"))
+        if agent.clock[row[first[0], 0], 0, component] >= written[first]:
             check, text = "proxy", text.replace("not after", "no fence.proxy.async after")
         elif self.base and check in ("race", "arrival"):
             check = "global"
         self.judge.report(check, agent.place, f"{verb} {self.name} at byte {units[first] * self.unit}{text}")
 
-    def _after_reads(self, agent: Agent, units: Array, row: Array | int, verb: str) -> None:
+    def _after_reads(self, agent: Agent, units: Array, row: Array, verb: str) -> None:
         """Whoever read there has done with it."""
         for components, read in self.reads.items():
             known = agent.clock[:, 0, components].min(1)
@@ -148,10 +134,10 @@ class Memory:
                 continue
             late = read[units] > known[row]
             if late.any():
-                first = np.unravel_index(np.argmax(late), late.shape)
-                check = "global" if self.base else _CHECK[self.judge.kinds[components[0]]]
-                text = f"at byte {units[first] * self.unit}, which {self.judge.names[components[0]]} may still read"
-                self.judge.report(check, agent.place, f"{verb} {self.name} {text}")
+                byte = units.reshape(-1)[np.argmax(late)] * self.unit
+                kind, name = self.judge.components[components[0]]
+                text = f"{verb} {self.name} at byte {byte}, which {name} may still read"
+                self.judge.report("global" if self.base else _CHECK[kind], agent.place, text)
 
 
 @dataclass
@@ -160,13 +146,11 @@ class Phase:
 
     pending: int
     clock: Array
-    arrivals: list[tuple[int, int]] = field(default_factory=list)
-    """(component, value) of each."""
+    arrivals: list[tuple[int, int]] = field(default_factory=list)  # (component, value) of each
     expected: int = 0
     issued: int = 0
     landed: int = 0
-    waits: list[tuple[int, int, str]] = field(default_factory=list)
-    """(component, value, place) of who has waited for the phase before."""
+    waits: list[tuple[int, int, str]] = field(default_factory=list)  # (component, value, place) for the phase before
 
 
 class Barrier:
@@ -174,11 +158,7 @@ class Barrier:
 
     def __init__(self, judge: Judge, name: str, count: int, loads: int, base: int) -> None:
         self.judge, self.name, self.count, self.loads, self.base = judge, name, count, loads, base
-        self.phases: list[Phase] = []
-        self._begin()
-
-    def _begin(self) -> None:
-        self.phases.append(Phase(self.count, np.zeros((2, self.judge.size), np.int32)))
+        self.phases = [Phase(count, np.zeros((2, judge.size), np.int32))]
 
     @property
     def current(self) -> int:
@@ -193,17 +173,16 @@ class Barrier:
         if self._known(clock) < self.current:
             before = self.phases[-2]
             if before.expected or any(clock[0, component] < value for component, value in before.arrivals):
-                self.judge.report(
-                    "count", place, f"{verb} at {self.name} of count {self.count}, maybe in the phase before"
-                )
+                text = f"{verb} at {self.name} of count {self.count}, maybe in the phase before"
+                self.judge.report("count", place, text)
 
-    def arrive(self, clock: Array, component: int, place: str, expected: int, count: int) -> None:
+    def arrive(self, clock: Array, component: int, place: str, expected: int = 0, count: int = 1) -> None:
         self._sure(clock, place, "arrives")
         phase = self.phases[-1]
         phase.expected += expected
         phase.pending -= count
         phase.arrivals.append((component, int(clock[0, component])))
-        np.maximum(phase.clock, clock, out=phase.clock)
+        learn(phase.clock, clock)
         clock[0, component] += 1
         if phase.pending < 0:
             self.judge.report("count", place, f"arrives at {self.name} beyond its count of {self.count}")
@@ -224,13 +203,14 @@ class Barrier:
         self._settle()
 
     def _settle(self) -> None:
+        """Begin the next phase when this one has all that it expects."""
         while self.phases[-1].pending <= 0 and self.phases[-1].landed >= self.phases[-1].expected:
             phase = self.phases[-1]
             phase.clock[:, self.loads] = self.base + len(self.phases)
             for component, value, place in phase.waits:
                 if phase.clock[0, component] < value:
                     self._passed(place, self.current - 1)
-            self._begin()
+            self.phases.append(Phase(self.count, np.zeros_like(phase.clock)))
 
     def _passed(self, place: str, number: int) -> None:
         text = f"waits for phase {number} of {self.name}, but phase {number + 1} may complete before it looks"
@@ -246,10 +226,11 @@ class Barrier:
         if target < self.current - 1:
             self._passed(place, target)
         if target >= 0:
-            np.maximum(clock, self.phases[target].clock, out=clock)
+            learn(clock, self.phases[target].clock)
         self.phases[target + 1].waits.append((component, int(clock[0, component]), place))
         clock[0, component] += 1
 
     def lack(self) -> str:
         phase = self.phases[-1]
-        return f"phase {self.current} lacks {phase.pending} arrivals and {phase.expected - phase.landed} bytes"
+        missing = f"{phase.pending} arrivals and {phase.expected - phase.landed} bytes"
+        return f"phase {self.current} of {self.name}, which lacks {missing}"

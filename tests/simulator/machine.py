@@ -10,17 +10,16 @@ import numpy as np
 
 from .arithmetic import BITS, TYPES, Array
 from .judge import KINDS, NEVER, Agent, Barrier, Judge, Memory
-from .memory import REGION_BITS, SHARED, TensorMap
-from .ptx import Instruction, Unknown
+from .memory import SHARED, SHARED_BYTES, TensorMap
+from .ptx import Unknown
 
 
 class Step(NamedTuple):
     """A decoded instruction: what it does to a strand, True if it has to wait and be tried again."""
 
     run: Callable[[Strand], bool | None]
-    text: Instruction
-    reads: frozenset[int]
-    """Of the registers that products of this kernel use."""
+    place: str
+    reads: frozenset[int]  # of the registers that products of this kernel use
     writes: frozenset[int]
 
 
@@ -31,34 +30,29 @@ class Row(NamedTuple):
     number: int
 
 
-class Product(NamedTuple):
-    """A wgmma that may still run."""
+class Work(NamedTuple):
+    """Something asynchronous that may still run; of a product, also its registers."""
 
-    sums: frozenset[int]
-    factors: frozenset[int]
-    """Registers of its first operand."""
-    shape: str
-    multiply: Callable[[], None]
+    finish: Callable[[], None]
+    sums: frozenset[int] = frozenset()
+    factors: frozenset[int] = frozenset()
+    shape: str = ""
 
 
 class Machine:
     """What the programs of a launch share."""
 
-    def __init__(self, judge: Judge, grid: tuple[int, ...], warps: int, shared: int, seed: int | None) -> None:
-        self.judge, self.grid, self.warps, self.shared = judge, grid, warps, shared
+    def __init__(self, judge: Judge, grid: tuple[int, ...], warps: int, seed: int | None) -> None:
+        self.judge, self.grid, self.warps = judge, grid, warps
+        # None: everything asynchronous is done at once, and strands take turns. Else all as late as it may be.
         self.rng = None if seed is None else np.random.default_rng(seed)
-        """None: everything asynchronous is done at once, and strands take turns. Else all as late as it may be."""
         self.noise = np.random.default_rng(0)
         self.steps: list[Step] = []
-        self.registers: dict[int, int] = {}
-        """How many of each width."""
-        self.values: list[int] = []
-        """Bits of the parameters."""
+        self.registers: dict[int, int] = {1: 0}  # how many of each width
+        self.values: list[int] = []  # bits of the parameters
         self.regions: list[Memory] = []
-        self.maps: dict[int, TensorMap] = {}
-        """By the address of the parameter."""
-        self.updates: dict[int, Array] = {}
-        """What was known at the atomic updates of an address."""
+        self.maps: dict[int, TensorMap] = {}  # by the address of the parameter
+        self.updates: dict[int, Array] = {}  # what was known at the atomic updates of an address
 
 
 class Strand:
@@ -67,36 +61,28 @@ class Strand:
     def __init__(self, program: Program, first: int, last: int, pc: int) -> None:
         self.program, self.machine, self.judge, self.pc = program, program.machine, program.machine.judge, pc
         self.done, self.waiting = False, ""
-        self.target: int | None = None
-        """The turn that it waits for at a barrier of bar.sync."""
-        self.groups: list[list[Product]] = [[]]
-        """Those that may still run; the last is not committed."""
+        self.target: int | None = None  # the turn that it waits for at a barrier of bar.sync
+        # Groups of what may still run; the last one is not closed.
+        self.groups: dict[str, list[list[Work]]] = {kind: [[]] for kind in ("product", "bulk", "copy")}
+        self.closed = dict.fromkeys(self.groups, 0)
         self.sums: set[int] = set()
         self.factors: set[int] = set()
-        self.unfenced: set[int] = set()
-        """Registers of products that were written since the last wgmma.fence."""
-        self.late: dict[str, list[list[Callable[[], None]]]] = {"bulk": [[]], "copy": [[]]}
-        """What is left to do of groups; the last is not closed."""
-        self.closed = {"product": 0, "bulk": 0, "copy": 0}
-        self.unread = 0
-        """The last group of bulk stores that holds one."""
+        self.unfenced: set[int] = set()  # registers of products that were written since the last wgmma.fence
         self.take(first, last)
 
     def take(self, first: int, last: int) -> None:
         self.first, self.last, self.warps = first, last, last - first
-        lanes = slice(32 * first, 32 * last)
-        self.v = {t: view[:, lanes] for t, view in self.program.views.items()}
+        self.lanes = np.arange(32 * self.warps)
+        self.v = {t: view[:, 32 * first : 32 * last] for t, view in self.program.views.items()}
         self.clock = self.program.clocks[first:last]
-        self.all = np.ones(32 * self.warps, bool)
 
     def part(self, targets: Array) -> None:
         """Each warp [warps, 32 lanes] goes to its target."""
-        if (targets != targets[:, :1]).any():
-            raise Unknown(f"{self.place}: takes the lanes of a warp apart")
+        self.expect((targets == targets[:, :1]).all(), "lanes of a warp that stay together")
         same = int(np.argmax(np.append(targets[:, 0], -1) != targets[0, 0]))
         if same < self.warps:
-            if len(self.groups) > 1 or self.groups[0] or (self.clock[0, 0, self.own("bulk read")] < self.unread).any():
-                raise Unknown(f"{self.place}: warps part while a product or store of theirs runs")
+            running = any(map(any, self.groups.values()))
+            self.expect(not running, "warps that stay together while a product or store of theirs runs")
             other = Strand(self.program, self.first + same, self.last, self.pc)
             other.unfenced, other.closed = set(self.unfenced), dict(self.closed)
             self.program.strands.append(other)
@@ -104,11 +90,18 @@ class Strand:
             other.part(targets[same:])
         self.pc = int(targets[0, 0])
 
+    def expect(self, condition: Any, what: str) -> None:
+        if not condition:
+            raise Unknown(f"{self.place}: expected {what}")
+
+    def report(self, check: str, text: str) -> None:
+        self.judge.report(check, self.place, text)
+
     def get(self, operand: Any, t: str) -> Array:
         """An operand's values, a lane each. Of a wider register, its lower bits."""
         if isinstance(operand, int):
             return constant(operand, t, 32 * self.warps)
-        if operand.width == BITS[t] and t not in ("b8", "u8", "s8"):
+        if operand.width == BITS[t] and t[1:] != "8":
             return self.v[t][operand.number]
         return self.v[f"b{operand.width}"][operand.number].astype(TYPES[t])
 
@@ -118,70 +111,70 @@ class Strand:
 
     def uniform(self, operand: Any, t: str, lanes: slice = slice(None)) -> int:
         values = self.get(operand, t)[lanes]
-        if (values != values[0]).any():
-            raise Unknown(f"{self.place}: lanes of a group differ in an operand")
+        self.expect((values == values[0]).all(), "an operand that lanes of a group share")
         return int(values[0])
 
     def own(self, kind: str = "warp") -> Array:
         """The component of each of its warps."""
         return self.program.components[kind][self.first : self.last]
 
-    def agent(self, lanes: Array, epochs: list[tuple[tuple[int, ...], int]] | None = None) -> Agent:
-        """These lanes' warps; `epochs` if they do not access memory themselves."""
-        own = self.own()
-        epochs = epochs or [((int(c),), int(self.clock[w, 0, c])) for w, c in enumerate(own)]
+    def agent(self, lanes: Array, kind: str = "warp") -> Agent:
+        """These lanes' warps, or the next group of something asynchronous that they set going."""
+        next_ = self.closed.get(kind.partition(" ")[0], 0) + 1
+        epochs = [((int(c),), next_) for c in self.own(kind)]
+        if kind == "warp":
+            epochs = [((c,), int(clock[0, c])) for ((c,), _), clock in zip(epochs, self.clock, strict=True)]
         return Agent(self.clock, epochs, self.place, lanes // 32)
 
     @property
     def place(self) -> str:
         key = self.pc, self.first, self.last
         if key not in self.program.places:
-            text = self.machine.steps[self.pc - 1].text
             warps = f"warp {self.first}" if self.warps == 1 else f"warps {self.first}-{self.last - 1}"
-            self.program.places[key] = f"{self.program.name}, {warps}, line {text.line}, {text}"
+            self.program.places[key] = f"{self.program.name}, {warps}, {self.machine.steps[self.pc - 1].place}"
         return self.program.places[key]
 
     def touch(self, step: Step) -> None:
         """Registers of products, used by something else."""
         if not self.sums.isdisjoint(step.reads):
-            self.judge.report("registers", self.place, "reads sums of a product that may still run")
+            self.report("registers", "reads sums of a product that may still run")
         if not (self.sums.isdisjoint(step.writes) and self.factors.isdisjoint(step.writes)):
-            self.judge.report("registers", self.place, "writes a register of a product that may still run")
+            self.report("registers", "writes a register of a product that may still run")
         self.unfenced |= step.writes
 
-    def retire(self, left: int) -> None:
-        """Of all groups of products, only the last few may still run."""
-        while len(self.groups) > left + 1:
-            for product in self.groups.pop(0):
-                product.multiply()
-        self.clock[:, :, self.own("product")] = self.closed["product"] + 1 - len(self.groups)
-        running = [product for group in self.groups for product in group]
-        self.sums = set().union(*(product.sums for product in running))
-        self.factors = set().union(*(product.factors for product in running))
-
-    def issue(self, kind: str, work: Callable[[], None]) -> None:
-        """Part of a group of copies or bulk stores: now, or when it is waited for."""
+    def issue(self, kind: str, work: Work) -> None:
+        """Part of a group: done now, or when it is waited for."""
         if self.machine.rng is None:
-            work()
-        else:
-            self.late[kind][-1].append(work)
+            work.finish()
+            work = work._replace(finish=lambda: None)
+        self.groups[kind][-1].append(work)
+
+    def close(self, kind: str) -> None:
+        self.groups[kind].append([])
+        self.closed[kind] += 1
 
     def end(self, kind: str, left: int, components: Iterable[str]) -> None:
-        """All but the last few closed groups are done. A copy writes as its warp would, a bulk store for itself."""
-        while len(self.late[kind]) > left + 1:
-            for work in self.late[kind].pop(0):
-                work()
-        rows = np.arange(1 if kind == "copy" else 2)[:, None]
+        """All but the last few closed groups are done. A copy writes as its warp would, the others for themselves."""
+        while len(self.groups[kind]) > left + 1:
+            for work in self.groups[kind].pop(0):
+                work.finish()
+        rows = 1 if kind == "copy" else 2
         for component in components:
-            for clock, own in zip(self.clock, self.own(component), strict=True):
-                clock[rows, own] = np.maximum(clock[rows, own], self.closed[kind] - left)
+            own = self.own(component)
+            for w, clock in enumerate(self.clock[:, :rows]):
+                mine = own if kind == "product" else own[w]  # warps multiply together
+                clock[:, mine] = np.maximum(clock[:, mine], self.closed[kind] - left)
+        if kind == "product":
+            running = [work for group in self.groups[kind] for work in group]
+            self.sums = set().union(*(work.sums for work in running))
+            self.factors = set().union(*(work.factors for work in running))
 
 
 class Program:
     """One program of the grid."""
 
     def __init__(self, machine: Machine, index: tuple[int, ...]) -> None:
-        self.machine, self.index, self.name, judge = machine, index, f"program {index}", machine.judge
+        self.machine, self.name, judge, lanes = machine, f"program {index}", machine.judge, 32 * machine.warps
         names = [f"warp {w} of {self.name}" for w in range(machine.warps)]
         self.components = {
             kind: np.array([judge.component(kind, name if kind == "warp" else f"a {kind} of {name}") for name in names])
@@ -189,19 +182,17 @@ class Program:
         }
         self.clocks = np.zeros((machine.warps, 2, judge.size), np.int32)
         self.clocks[np.arange(machine.warps), 0, self.components["warp"]] = 1
-        self.views = {"pred": np.zeros((machine.registers.get(1, 0), 32 * machine.warps), bool)}
+        self.views = {"pred": np.zeros((machine.registers[1], lanes), bool)}
         for width in (16, 32, 64):
-            file = np.zeros((machine.registers.get(width, 0), 32 * machine.warps), TYPES[f"b{width}"])
+            file = np.zeros((machine.registers.get(width, 0), lanes), TYPES[f"b{width}"])
             self.views |= {t: file.view(TYPES[t]) for t in TYPES if np.dtype(TYPES[t]).itemsize == width // 8}
-        first = [np.arange(32 * machine.warps), *index, *machine.grid]  # the special registers are the first rows
+        first = [np.arange(lanes), *index, *machine.grid]  # the special registers are the first rows
         self.views["u32"][: len(first)] = np.stack(np.broadcast_arrays(*first))
-        data = machine.noise.integers(0, 256, SHARED + machine.shared, np.uint8)
+        data = machine.noise.integers(0, 256, SHARED + SHARED_BYTES, np.uint8)
         self.shared = Memory(judge, "shared memory", data, 0, 2, np.arange(len(data)) >= SHARED, NEVER)
-        self.barriers: dict[int, Barrier] = {}
-        """mbarriers by address, and those of bar.sync by number."""
+        self.barriers: dict[int, Barrier] = {}  # mbarriers by address, and those of bar.sync by number
         self.retired: dict[int, Barrier] = {}
-        self.loads: list[Callable[[], None]] = []
-        """Those that have not landed."""
+        self.loads: list[Callable[[], None]] = []  # those that have not landed
         self.places: dict[Any, str] = {}
         self.strands: list[Strand] = []
         self.strands.append(Strand(self, 0, machine.warps, 0))
@@ -209,9 +200,8 @@ class Program:
     def barrier(self, key: int, name: str, count: int) -> Barrier:
         """A new one, where one may have been before."""
         old, judge = self.retired.get(key), self.machine.judge
-        loads, base = (
-            (old.loads, old.base + old.current + 1) if old else (judge.component("load", f"a load at {name}"), 0)
-        )
+        loads = old.loads if old else judge.component("load", f"a load at {name}")
+        base = old.base + len(old.phases) if old else 0
         self.barriers[key] = self.retired[key] = Barrier(judge, f"{name} of {self.name}", count, loads, base)
         return self.barriers[key]
 
@@ -231,8 +221,7 @@ class Program:
             elif not moved:
                 for strand in alive:
                     strand.pc += 1  # to what it waits at
-                    text = f"waits for {strand.waiting}, and nobody is left to end it"
-                    self.machine.judge.report("deadlock", strand.place, text)
+                    strand.report("deadlock", f"waits for {strand.waiting}, and nobody is left to end it")
                 return
         for barrier in self.retired.values():
             last = max((number for number, phase in enumerate(barrier.phases) if phase.issued), default=-1)
@@ -241,9 +230,9 @@ class Program:
 
     def _advance(self, strand: Strand) -> bool:
         """Run until it has to wait; whether it came any further."""
-        steps, moved = self.machine.steps, False
+        moved = False
         while not strand.done:
-            step = steps[strand.pc]
+            step = self.machine.steps[strand.pc]
             strand.pc += 1
             if step.writes or (step.reads and strand.sums):
                 strand.touch(step)
@@ -261,8 +250,3 @@ def constant(value: int, t: str, lanes: int) -> Array:
     found = np.full(lanes, value != 0 if t == "pred" else value & (1 << size) - 1, f"u{size // 8}").view(TYPES[t])
     found.flags.writeable = False
     return found
-
-
-def region(machine: Machine, address: int) -> Memory | None:
-    index = (address >> REGION_BITS) - 1
-    return machine.regions[index] if 0 <= index < len(machine.regions) else None

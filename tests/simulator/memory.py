@@ -1,7 +1,5 @@
 """Where bytes lie: boxes of tensor maps in memory, swizzles, and the operands of wgmma in shared memory."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any
@@ -14,6 +12,8 @@ from .ptx import Unknown
 
 SHARED = 1024
 """Shared address of a program's own memory: the first 1024 bytes are the system's on sm_90."""
+SHARED_BYTES = 232448
+"""The most that a program may use."""
 REGION_BITS = 40
 """Each tensor's storage has 2^40 global addresses to itself, so what runs out of one is in no other."""
 

@@ -1,7 +1,5 @@
 """PTX as text, read once: parameters, labels, branch tables, registers and a flat list of instructions."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -14,17 +12,11 @@ class Unknown(Exception):
 
 
 class Instruction(NamedTuple):
-    line: int
-    """In the PTX text, from 1."""
-    negated: bool
+    place: str
+    negated: str  # "!" if it is done where its guard is false
     guard: str | None
     op: str
-    operands: tuple[str, ...]
-
-    def __str__(self) -> str:
-        guard = f"@{'!' * self.negated}{self.guard} " if self.guard else ""
-        text = f"{guard}{self.op} {', '.join(self.operands)}"
-        return text if len(text) <= 90 else text[:87] + "..."
+    operands: list[str]
 
 
 @dataclass
@@ -33,18 +25,16 @@ class Kernel:
 
     name: str
     threads: int
-    shared: str
-    """What its shared memory is called."""
-    parameters: dict[str, int]
-    """Sizes in bytes."""
+    shared: str  # what its shared memory is called
+    parameters: list[str]
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)
-    registers: dict[str, str] = field(default_factory=dict)
-    """Types of declared names, a `<n>` left off: {"%r": "b32"}."""
+    registers: dict[str, str] = field(default_factory=dict)  # types of declared names, `<n>` left off: {"%r": "b32"}
 
 
-_STATEMENT = re.compile(r"\s*(?:\.(?:loc|file)\b[^\n]*|([{}])|([$\w]+):(?!:)|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)")
+_ENTRY = re.compile(r"\.entry\s+([$\w]+)\s*\(([^)]*)\)[^{]*\.reqntid\s+([\d, ]+)[^{]*\{")
+_STATEMENT = re.compile(r"(\.(?:loc|file)\b[^\n]*)|([{}])|([$\w]+):(?!:)|([^\s;{}][^;{}]*(?:\{[^{}]*\}[^;{}]*)*);|\S")
 _GUARDED = re.compile(r"(?:@(!?)([%$\w]+)\s+)?([\w.:]+)\s*(.*)", re.S)
 _NAME = re.compile(r"[%$\w]+")
 _OPERAND = re.compile(r"\s*((?:\[[^\]]*\]|\{[^}]*\}|[^,{\[])+)\s*(?:,|$)")
@@ -54,60 +44,57 @@ _OPERAND = re.compile(r"\s*((?:\[[^\]]*\]|\{[^}]*\}|[^,{\[])+)\s*(?:,|$)")
 def parse(text: str) -> Kernel:
     """The entry function of a PTX text. Raises Unknown if there is not exactly one, or where it makes no sense."""
     text = re.sub(r"//[^\n]*", "", text)
-    entries = list(re.finditer(r"\.entry\s+([$\w]+)\s*\(([^)]*)\)[^{]*\.reqntid\s+([\d, ]+)[^{]*\{", text))
+    entries = list(_ENTRY.finditer(text))
     shared = re.findall(r"\.extern\s+\.shared\s[^;]*?([$\w]+)\[\]\s*;", text)
     if len(entries) != 1 or len(shared) > 1:
         raise Unknown(f"{len(entries)} entry functions with .reqntid and {len(shared)} shared memories, expected one")
-    (entry,) = entries
-    kernel = Kernel(entry[1], math.prod(map(int, entry[3].split(","))), "".join(shared), {})
-    for parameter in filter(str.strip, entry[2].split(",")):
-        bits, name, count = re.search(r"\.[busf](\d+)\s.*?([$\w]+)(?:\[(\d+)\])?\s*$", parameter.strip()).groups()
-        kernel.parameters[name] = int(bits) // 8 * int(count or 1)
-    _read_body(kernel, text, entry.end())
+    name, parameters, threads = entries[0].groups()
+    names = re.findall(r"([$\w]+)(?:\[\d+\])?\s*(?:,|$)", parameters)
+    kernel = Kernel(name, math.prod(map(int, threads.split(","))), "".join(shared), names)
+    for line, statement in _statements(kernel, text, entries[0].end()):
+        place = f"line {line}, {' '.join(statement.split()):.90}"
+        negated, guard, op, operands = _GUARDED.fullmatch(statement).groups()
+        op, split = op.replace("shared::cta", "shared"), [x.strip() for x in _OPERAND.findall(operands)]
+        kernel.code.append(Instruction(place, negated, guard, op, split))
     return kernel
 
 
-def _read_body(kernel: Kernel, text: str, position: int) -> None:
-    """Statements until the brace that closes the function. Names declared in an inner block are its own."""
-    scopes, opened, label, line = [""], 0, "", text.count("\n", 0, position) + 1
-    names: dict[str, set[str]] = {"": set()}
-    found: list[tuple[tuple[str, ...], int, str]] = []  # not yet read: a block's labels may stand behind their use
-    while scopes:
-        match = _STATEMENT.match(text, position)
-        if match is None:
-            raise Unknown(f"{kernel.name}: no statement: {text[position : position + 60].strip()!r}")
-        line += text.count("\n", position, match.end())
-        position = match.end()
-        brace, name, statement = match.groups()
+def _renamed(text: str, names: dict[str, str]) -> str:
+    return _NAME.sub(lambda match: names.get(match[0], match[0]), text)
+
+
+def _statements(kernel: Kernel, text: str, position: int) -> list[tuple[int, str]]:
+    """Instructions until the brace that closes the function, with their lines. Names of an inner block are its own."""
+    found: list[tuple[int, str]] = []
+    blocks: list[tuple[int, list[str]]] = [(0, [])]  # open ones: their first instruction, the names declared in them
+    line, label = text.count("\n", 0, position) + 1, ""
+    for match in _STATEMENT.finditer(text, position):
+        source, brace, name, statement = match.groups()
+        line, position = line + text.count("\n", position, match.end()), match.end()
+        directive, rest = (*(statement or "").split(None, 1), "", "")[:2]
+        declared = [name] * bool(name)
         if brace == "{":
-            opened += 1
-            scopes.append(f"${opened}")
-            names[scopes[-1]] = set()
+            blocks.append((len(found), []))
         elif brace == "}":
-            scopes.pop()
-        elif name is not None:
-            names[scopes[-1]].add(name)
-            label = name + scopes[-1]
-            kernel.labels[label] = len(found)
-        elif statement is not None:
-            directive = statement.split()[0]
-            if directive == ".reg":
-                _, type_, registers = statement.split(None, 2)
-                for register in registers.split(","):
-                    register = register.strip().partition("<")[0]
-                    names[scopes[-1]].add(register)
-                    kernel.registers[register + scopes[-1]] = type_[1:]
-            elif directive == ".branchtargets":
-                kernel.tables[label] = _NAME.findall(statement.partition(directive)[2])
-            elif directive.startswith(".") and directive != ".pragma":
-                raise Unknown(f"{kernel.name}: directive {statement.strip()!r}")
-            elif directive != ".pragma":
-                found.append((tuple(scopes), line, statement.strip()))
-    for scope, line, statement in found:
-
-        def inner(match: re.Match[str], scope: tuple[str, ...] = scope) -> str:
-            return match[0] + next(s for s in reversed(scope) if s == "" or match[0] in names[s])
-
-        negated, guard, op, operands = _GUARDED.fullmatch(_NAME.sub(inner, statement)).groups()
-        split = tuple(operand.strip() for operand in _OPERAND.findall(operands))
-        kernel.code.append(Instruction(line, bool(negated), guard, op.replace("shared::cta", "shared"), split))
+            first, names = blocks.pop()
+            if not blocks:
+                return found
+            own = {name: f"{name}${line}" for name in names}
+            found[first:] = [(n, _renamed(text, own)) for n, text in found[first:]]
+            for table in (kernel.labels, kernel.registers):
+                table.update({own[name]: table.pop(name) for name in names if name in table})
+        elif name:
+            label = name
+            kernel.labels[name] = len(found)
+        elif directive == ".reg":
+            type_, registers = rest.split(None, 1)
+            declared = [register.strip().partition("<")[0] for register in registers.split(",")]
+            kernel.registers |= dict.fromkeys(declared, type_[1:])
+        elif directive == ".branchtargets":
+            kernel.tables[label] = _NAME.findall(rest)
+        elif statement and directive[0] != ".":
+            found.append((line, statement))
+        elif directive != ".pragma" and not source:
+            raise Unknown(f"{kernel.name}, line {line}: {match[0]!r}")
+        blocks[-1][1].extend(declared)
+    raise Unknown(f"{kernel.name}: a function without an end")
