@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from itertools import permutations
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import specialised
+from resnet_triton.ops.conv import graph_semaphores
 
 
 class Case(NamedTuple):
@@ -164,6 +165,94 @@ def test_any_share_may_be_the_last(name: str, order: tuple[int, ...]) -> None:
     places = [(i, 0, 0) for i in (*order, *range(3, found.grid[0]))]
     assert not simulate(found, ptx(found), programs=places, early=found.parameters).faults
     assert_exact(out, expected)
+
+
+# --- what a dependent launch does before it waits --------------------------------------------------------------------
+
+WAIT, LET_IN, INPUT, RESIDUAL = (
+    r"griddepcontrol\.wait",
+    r"griddepcontrol\.launch_dependents",
+    r"cp\.async\.bulk\.tensor",
+    r"ld\.global",
+)
+STORE = "ld.param.b64 %rd1, [hopper_few_kernel_param_16];\nst.global.b16 [%rd1], %rs1;"
+
+
+def early(text: str, wait: int) -> str:
+    """Wait behind that line instead."""
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if re.search(WAIT, line))
+    lines.insert(wait + 1, lines[at])
+    return "\n".join(lines[:at] + lines[at + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("reads its input", r"cp\.async\.bulk.* loads x_desc at byte \d+ before griddepcontrol\.wait"),
+        ("reads its residual", r"ld\.global.* reads res_ptr at byte \d+ before griddepcontrol\.wait"),
+        ("stores", r"st\.global.* writes y_ptr at byte \d+ before griddepcontrol\.wait"),
+        ("lets the next in", r"launch_dependents.* lets the next launch in before griddepcontrol\.wait"),
+    ],
+)
+def test_what_comes_before_the_wait_is_found(fault: str, found: str) -> None:
+    """A store of its results there may be to a buffer that the launch before the last one's still reads."""
+    made, _, _ = launch(few(1, 64, 2, 8, 64, 2, residual=True))
+    text = ptx(made)
+    lines = text.splitlines()
+    first = {what: [i for i, line in enumerate(lines) if re.search(what, line)] for what in (WAIT, INPUT, RESIDUAL)}
+    (wait,) = first[WAIT]
+    if fault == "reads its input":
+        text = early(text, next(i for i in first[INPUT] if i > wait))
+    elif fault == "reads its residual":
+        text = early(text, next(i for i in first[RESIDUAL] if i > wait))
+    elif fault == "stores":
+        text = "\n".join([*lines[:wait], STORE, *lines[wait:]])
+    else:
+        text = re.sub(WAIT, "griddepcontrol.later", text)
+        text = re.sub(LET_IN, "griddepcontrol.wait", text).replace(
+            "griddepcontrol.later", "griddepcontrol.launch_dependents"
+        )
+    assert simulate(made, ptx(made), early=made.parameters).faults == []
+    faults = simulate(made, text, early=made.parameters).faults
+    assert any(re.search(found, fault) for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("kernel", "graph", "copied", "dependent"),
+    [
+        ("hopper_few", True, (), True),
+        ("hopper_few", False, (), False),
+        ("hopper_conv", True, (), False),
+        ("hopper_few", True, ("weight",), False),
+        ("hopper_few", True, ("batch_norm",), False),
+        ("hopper_few", True, ("shortcut", "weight"), False),
+        ("hopper_few", True, ("shortcut", "batch_norm"), False),
+    ],
+)
+def test_dependent_launches(kernel: str, graph: bool, copied: tuple[str, ...], dependent: bool) -> None:
+    """In graphs alone, and not behind a copy of what is read before the wait."""
+    shape = ConvShape(1, 64, 16, 16, 64, 3, 3, padding=(1, 1), shortcut_c=64, shortcut_h=16, shortcut_w=16)
+    call = conv_call(generator(torch.device("cpu"), 0), shape)
+
+    def spread(value: Any, name: str, *rest: str) -> Any:
+        """The value with one tensor as our kernels cannot read it."""
+        part = getattr(value, name)
+        if rest:
+            part = spread(part, *rest)
+        elif name == "weight":
+            part = part.repeat(2, 1, 1, 1)[::2]
+        else:
+            part = part._replace(bn_bias=part.bn_bias.repeat(2)[::2])
+        return value._replace(**{name: part}) if isinstance(value, tuple) else replace(value, **{name: part})
+
+    call = spread(call, *copied) if copied else call
+    case = few(1, 64, 16, 16, 64, 4) if kernel == "hopper_few" else CASES["one image"]
+    lent = graph_semaphores.set(torch.zeros(1, dtype=torch.int32) if graph else None)
+    with pinned(case.config):
+        (made,) = call.launches(call.output())
+    graph_semaphores.reset(lent)
+    assert (made.kernel.__name__, made.dependent) == (f"{kernel}_kernel", dependent)
 
 
 # --- where it cannot run ---------------------------------------------------------------------------------------------
