@@ -142,6 +142,12 @@ def linear_heuristic(m: int, k: int, itemsize: int, precision: str) -> ConvConfi
     return ConvConfig(block_m, 64, 128 // itemsize, 4, 3)
 
 
+def head_classes(n: int, k: int, device: DeviceFacts) -> int:
+    """Classes of `k` that a program of a classifier's head computes of one of `n` images: about a program an SM."""
+    share = -(-n * k // device.sm_count)
+    return 8 if share <= 8 else 16 if share <= 16 else 64  # 32 would spill
+
+
 @dataclass(frozen=True)
 class StemConfig:
     """Tile of the stem's second launch: `strip` pooled rows of `block_q // 2 - 1` columns by `block_k` channels."""

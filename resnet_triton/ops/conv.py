@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import config
-from ..config import ConvConfig, ConvShape
+from ..config import ConvConfig, ConvShape, device
 from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..kernels.values import BatchNorm, Geometry, Shortcut, Size
-from . import reference, specialised
+from . import interpreter, reference, specialised
 from .checks import (
     aligned,
     at_aligned,
@@ -121,13 +121,11 @@ class ConvBnRelu(Operation):
             residual=residual, shortcut=shortcut, relu=self.relu, precision=sizes.precision,
             config=chosen, programs=facts.sm_count, partials=partials, semaphores=semaphores,
         )  # fmt: skip
-        dependent = chosen.kernel == "hopper_few" and graph_semaphores.get() is not None
-        if dependent:  # a kernel that copies a parameter into another layout would be the one before
-            pairs = [(self.weight, weight), *zip(self.batch_norm, batch_norm, strict=True)]
-            if self.shortcut is not None and shortcut is not None:
-                pairs += [(self.shortcut.weight, shortcut.weight)]
-                pairs += zip(self.shortcut.batch_norm, shortcut.batch_norm, strict=True)
-            dependent = all(given is read for given, read in pairs)
+        pairs = [(self.weight, weight), *zip(self.batch_norm, batch_norm, strict=True)]
+        if self.shortcut is not None and shortcut is not None:
+            pairs += [(self.shortcut.weight, shortcut.weight)]
+            pairs += zip(self.shortcut.batch_norm, shortcut.batch_norm, strict=True)
+        dependent = chosen.kernel == "hopper_few" and may_depend(x.device, pairs)
         return (launch if own and not dependent else replace(launch, own=own, dependent=dependent),)
 
     def other_launches(self, out: Tensor) -> tuple[Launch, ...]:
@@ -236,6 +234,17 @@ graph_semaphores: ContextVar[Tensor | None] = ContextVar("graph_semaphores", def
 
 Where there are some, launches follow each other, and no edit of a parameter comes between them.
 """
+
+
+def may_depend(where: torch.device, parameters: Iterable[tuple[object, object]]) -> bool:
+    """Whether a launch may start while the one before runs, and read these parameters, each as given and as read.
+
+    Only in a graph: elsewhere the launch before may be somebody's edit of one. A parameter that is read in another form
+    than it was given in has been copied just before.
+    """
+    if graph_semaphores.get() is None or interpreter.active() or device.facts(where).arch < 90:
+        return False
+    return all(given is read for given, read in parameters)
 
 
 def _semaphores(where: torch.device, tiles: int) -> Tensor:
