@@ -230,8 +230,11 @@ def test_what_comes_before_the_wait_is_found(fault: str, found: str) -> None:
         ("hopper_few", True, ("shortcut", "batch_norm"), False),
     ],
 )
-def test_dependent_launches(kernel: str, graph: bool, copied: tuple[str, ...], dependent: bool) -> None:
+def test_dependent_launches(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, graph: bool, copied: tuple[str, ...], dependent: bool
+) -> None:
     """In graphs alone, and not behind a copy of what is read before the wait."""
+    monkeypatch.setattr(specialised.interpreter, "active", lambda: False)
     shape = ConvShape(1, 64, 16, 16, 64, 3, 3, padding=(1, 1), shortcut_c=64, shortcut_h=16, shortcut_w=16)
     call = conv_call(generator(torch.device("cpu"), 0), shape)
 
