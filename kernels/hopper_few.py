@@ -116,10 +116,11 @@ def hopper_few_kernel(
     if short_x_desc is not None:
         load_pixels(short_x_desc, near, short_pixels, 0, -BOX_H, 0, 0, 0, 0, C, False)
     offs_k = k + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < TILES_K * 64)
+    everywhere = offs_k >= 0
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, everywhere)
     if short_x_desc is not None:
         short_scale, short_shift = batch_norm_scale_shift(
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, offs_k < TILES_K * 64
+            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, everywhere
         )
         shift += short_shift
     shift = gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(0, spread)), 0)
