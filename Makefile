@@ -18,6 +18,9 @@ HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE 
 	-u TRITON_INTERPRET -u TRITON_DEBUG -u TRITON_KERNEL_OVERRIDE -u TRITON_DEFAULT_BACKEND -u TRITON_OVERRIDE_ARCH \
 	-u TORCHDYNAMO_DISABLE -u TORCH_COMPILE_DISABLE -u TORCH_LOGS
 
+# Each worker begins with a half of its own, so most of what a file prepares is prepared once.
+TWO := -n 2 --dist worksteal
+
 # In a rule for another Triton, $* is its version.
 WITH_TRITON = $(HERMETIC) PYTHONPATH="$(CURDIR)/$(VENV)/triton-$*"
 
@@ -60,17 +63,17 @@ demo: $(STAMP) ## compare a ResNet-18 with and without the kernels on this machi
 
 # One thread a worker: torch would otherwise start a thread per core in each of them.
 test: $(STAMP) ## run the tests, except those of `make slow` and `make package`
-	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not packaging and not slow' $(ARGS)
+	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m 'not packaging and not slow' $(ARGS)
 
 test-newest: test-$(NEWEST_TRITON) ## the exact tests of kernels, interpreted by the newest Triton
 
 test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the one of .venv; no part of CI
 
 $(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
-	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow' $(INTERPRETED) $(ARGS)
+	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m 'not slow' $(INTERPRETED) $(ARGS)
 
 slow: $(STAMP) $(RAY) ## run the tests that take long by themselves
-	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow $(ARGS)
+	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m slow $(ARGS)
 
 fuzz: $(STAMP) ## 20,000 random calls of the operators, bit for bit against fp64; FUZZ_CASES=N for another number
 	$(HERMETIC) OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \

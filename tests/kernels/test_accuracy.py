@@ -183,8 +183,7 @@ LARGE = ConvConfig(128, 128, 64, 8, 2)
     ("kernels", "dtype", "tiles"),
     [
         *(("torch", dtype, None) for dtype in DTYPES),
-        ("triton", torch.float16, LARGE),
-        *(pytest.param("triton", dtype, LARGE, marks=pytest.mark.slow) for dtype in (torch.float32, torch.bfloat16)),
+        *(pytest.param("triton", dtype, LARGE, marks=pytest.mark.slow) for dtype in DTYPES),
         pytest.param("triton", torch.float16, None, marks=pytest.mark.slow),
     ],
     ids=lambda value: "looked-up" if value is None else "large" if value is LARGE else str(value),

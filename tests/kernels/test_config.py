@@ -36,7 +36,7 @@ from resnet_triton.config.device import KNOWN, DeviceFacts, facts, override
 from resnet_triton.config.heuristic import best_estimated, estimate
 from resnet_triton.ops.trace import Call, trace
 
-BATCHES = (1, 2, 3, 7, 8, 9, 16, 31, 32, 33, 64, 65, 100, 127, 128, 129, 200, 255, 256)
+BATCHES = (1, 2, 7, 8, 16, 31, 32, 64, 100, 129, 256)
 NUMBERS = [("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee")]
 ALL_NUMBERS = pytest.mark.parametrize(("dtype", "precision"), NUMBERS, ids=lambda value: value)
 ALL_DEVICES = pytest.mark.parametrize("arch", KNOWN, ids=lambda arch: f"sm_{arch}")
@@ -79,7 +79,6 @@ def test_every_choice_is_legal(arch: int, dtype: str, precision: str, descriptor
     for shape in convolutions(dtype, precision):
         chosen = conv_heuristic(shape, device, descriptors=descriptors)
         assert is_legal(chosen, shape, device), (shape, chosen)
-        assert chosen == conv_heuristic(replace(shape), device, descriptors=descriptors)
         assert chosen.path == "pointer" or (descriptors and arch >= 90 and supports_descriptors(shape))
         paths.add(chosen.path)
     modern = descriptors and arch >= 90 and precision == ("tf32" if dtype == "float32" else "ieee")

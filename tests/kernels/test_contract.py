@@ -70,9 +70,11 @@ def arguments(row: Term, dtype: torch.dtype, device: torch.device) -> Args:
 
 
 def checks() -> Iterator[Any]:
-    for row in contract.ROWS:
+    for number, row in enumerate(contract.ROWS):
         for way in contract.ways(row):
             marks = [pytest.mark.gpu] if row.needs_gpu else []
+            if row.subject == "model" and way == ("pointer", "descriptor")[number % 2]:
+                marks.append(pytest.mark.slow)  # it takes a model's time: the other way stays
             yield pytest.param(row, way, id=f"{row.subject}: {row.case}: {row.promise}: {way}", marks=marks)
 
 

@@ -147,9 +147,14 @@ def tiles_written(written: Tensor, chosen: ConvConfig) -> int:
     return len(touched)
 
 
+def is_soon_done(layer: Layer) -> bool:
+    """At three batch sizes, and not the longest sums of the smallest tiles: fewer channels have these tiles, too."""
+    return layer.shape.n in (1, 32, 256) and (layer.chosen.block_c != 16 or layer.shape.c < 256)
+
+
 @pytest.mark.parametrize(
     "layer",
-    [pytest.param(x, id=str(x), marks=() if x.shape.n in (1, 32, 256) else pytest.mark.slow) for x in layers()],
+    [pytest.param(x, id=str(x), marks=() if is_soon_done(x) else pytest.mark.slow) for x in layers()],
 )
 def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
     shape, chosen = layer.shape, layer.chosen
@@ -159,7 +164,7 @@ def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
     shape = shape if whole else small(shape, chosen)
     programs = None
     grid = grid_size(chosen, shape)
-    affordable = max(80 // steps(shape, chosen), 1)
+    affordable = max(48 // steps(shape, chosen), 1)
     if not whole and affordable < grid:
         programs = random.Random(str(layer)).sample(range(grid), affordable)
     call = conv_call(generator(device, 0), shape)
@@ -247,7 +252,7 @@ def test_shortcut_of_two_strides(device: torch.device) -> None:
     assert_exact(run_conv(call, PATHS["pointer"]), rounded(conv_reference(call), torch.float16))
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(0, 100, 5))  # `test_fuzz.py` draws others
 def test_random_conv(device: torch.device, seed: int) -> None:
     random_cases.check_conv(random.Random(seed), device, DTYPES[seed % 3])
 
@@ -343,7 +348,7 @@ def test_avg_pool_linear(device: torch.device, shape: Any, layout: str, dtype: t
     g = generator(device, 20)
     x = LAYOUTS[layout](integers(g, 3, *size[:2], 1, 1, dtype=dtype).expand(size))
     weight, bias = integers(g, 2, k, size[1], dtype=dtype), integers(g, 4, k, dtype=dtype)
-    for b in (bias, None):
+    for b in (bias, None) if layout == "contiguous" else (bias,):
         y = run(ops.AvgPoolLinear(x, weight, b), kernel="avg_pool_linear_kernel")
         expected = x[:, :, 0, 0].double() @ weight.double().T
         assert_exact(y, rounded(expected if b is None else expected + b.double(), dtype))
@@ -397,7 +402,7 @@ BOXES = [(h, w, 16 // (h * w)) for h in (1, 2, 4, 8, 16) for w in (1, 2, 4, 8, 1
 @pytest.mark.parametrize("kind", ["1x1", "3x3", "1x1/2", "3x3/2", "shortcut", "shortcut/2", "3x3/2, shortcut/2"])
 def test_every_legal_box_is_exact(device: torch.device, kind: str, size: tuple[int, int], n: int) -> None:
     """Legal is what computes right: batch sizes, strides and odd sizes decide which views exist."""
-    r, stride = (3 if "3x3" in kind or "shortcut" in kind else 1), (2 if kind[:5] in ("1x1/2", "3x3/2") else 1)
+    r, stride = (3 if "3x3" in kind else 1), (2 if kind[:5] in ("1x1/2", "3x3/2") else 1)
     shape = ConvShape(n, 16, *size, 16, r, r, (stride, stride), (r // 2, r // 2))
     if "shortcut" in kind:
         step = 2 if kind.endswith("shortcut/2") else 1
@@ -432,7 +437,7 @@ def test_many_tiles_of_filters_and_channels(device: torch.device, chosen: ConvCo
 
     Or six tiles of filters and five slabs, of which the last is short and a tile of filters shorter still.
     """
-    shape = ConvShape(17, 136, 1, 3, 96, 3, 3, padding=(1, 1))
+    shape = ConvShape(17, 136, 1, 2, 96, 3, 3, padding=(1, 1))
     call = conv_call(generator(device, 0), shape)
     assert_exact(run_conv(call, chosen), rounded(conv_reference(call), torch.float16))
 
@@ -462,7 +467,7 @@ def test_operator_sees_the_sign_of_a_negative_view(device: torch.device, name: s
 @ALL_DTYPES
 @BOTH_PATHS
 def test_unaligned_tensors_take_the_pointer_path(device: torch.device, path: str, dtype: torch.dtype) -> None:
-    shape = ConvShape(32, 16, 3, 5, 16, 3, 3, padding=(1, 1), dtype=dtype_id(dtype), residual=True)
+    shape = ConvShape(4, 16, 3, 5, 16, 3, 3, padding=(1, 1), dtype=dtype_id(dtype), residual=True)
     for moved in ("x", "weight", "residual", None) if path == "pointer" else [None]:
         call = conv_call(generator(device, 0), shape)
         if moved is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from resnet_triton.ops import interpreter
 from resnet_triton.ops.dispatch import Modes
 from resnet_triton.ops.trace import trace
 
-BATCHES = (1, 2, 3, 8, 31, 32, 100, 256)
+BATCHES = (1, 2, 31, 32, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Operation = Callable[..., Tensor]
 
@@ -67,7 +68,7 @@ OPERATIONS: dict[str, tuple[Operation, tuple[int, int, int]]] = {
     "1x1": (conv(72, 48, size=1), (72, 5, 7)),
     "split": (conv(256, 32), (256, 3, 3)),
     "odd channels": (conv(21, 19), (21, 6, 7)),
-    "stem": (stem, (3, 23, 30)),
+    "stem": (stem, (3, 15, 18)),
     "global_avg_pool": (F.global_avg_pool, (70, 7, 9)),
     "linear": (linear, (100, 1, 1)),
     "avg_pool_linear": (head, (72, 7, 7)),
@@ -95,18 +96,18 @@ def test_an_image_is_computed_alike_in_any_batch(
     device: torch.device, ways: list[str], name: str, dtype: torch.dtype
 ) -> None:
     operation, size = OPERATIONS[name]
-    batch = normal(4, *size).to(device, dtype)
+    batch = normal(3, *size).to(device, dtype)
     batch[1, 0, 0, 0] = float("nan")  # which is nobody else's concern
     for kernels in ways:
         modes: dict[str, Any] = {"batch_invariant": True, "kernels": kernels}
         expected = alone(operation, batch, **modes)
-        assert expected[[0, 2, 3]].isfinite().all()
+        assert expected[[0, 2]].isfinite().all()
         layouts = [offset_by_one(batch)]
         if kernels == "torch":
             layouts += [batch, batch.contiguous(memory_format=torch.channels_last)]
         for rest in layouts:
             assert _same(operation(rest, **modes), expected), kernels
-        order = torch.tensor([3, 0], device=device)
+        order = torch.tensor([2, 0], device=device)
         assert _same(operation(batch[order], **modes), expected[order]), kernels
 
 
@@ -154,13 +155,16 @@ def test_linear_of_a_vector() -> None:
 # --- configurations --------------------------------------------------------------------------------------------------
 
 
-def shapes() -> Iterator[config.ConvShape]:
+@functools.cache
+def shapes() -> list[config.ConvShape]:
+    found: dict[config.ConvShape, None] = {}
     for build in (resnet18, resnet50):
         with torch.device("meta"):
             model = build().eval()
         for dtype in (torch.float16, torch.float32):
             calls = trace(model, (1, 3, 224, 224), dtype)
-            yield from {call.shape for call in calls if call.operator == "conv_bn_relu"}
+            found |= dict.fromkeys(call.shape for call in calls if call.operator == "conv_bn_relu")
+    return list(found)
 
 
 @pytest.mark.parametrize("arch", KNOWN)

@@ -110,11 +110,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @EVERY_CALL
 def test_opcheck(device, name, layout, kernels):
-    call = with_tensors(small(name, device, kernels=kernels), layout)
-    torch.library.opcheck(overload(call), call.schema.flatten(call))
+    """Of all layouts, what a compiler is promised of the result; the rest does not depend on them."""
+    call = with_tensors(small(name, device, kernels=kernels), LAYOUTS[layout])
+    rest = {} if (layout, kernels) == ("contiguous", "triton") else {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(overload(call), call.schema.flatten(call), **rest)
 
 
 @EVERY_CALL
@@ -242,9 +244,9 @@ def test_an_eager_call_heeds_gradients_and_autocast(device, name):
 def test_gradcheck(device, name):
     """Backward, forward-mode and, because ReLU and max are piecewise linear, second derivatives too."""
     call = small(name, device, torch.float64, kernels="auto")
-    if isinstance(call, ConvBnRelu):  # gradcheck perturbs element by element: keep them few
+    if isinstance(call, (AddRelu, ConvBnRelu)):  # gradcheck perturbs element by element: keep them few
         call = with_tensors(call, lambda t: t[:2, :2, :3, :3] if t.dim() == 4 else t[:2])
-        if call.shortcut is not None:
+        if getattr(call, "shortcut", None) is not None:
             call = replace(call, shortcut=call.shortcut._replace(stride=(1, 1)))
     if isinstance(call, Stem):
         call = replace(with_tensors(call, lambda t: t[:2]), x=call.x[:1, :, :3, :4])
@@ -293,11 +295,12 @@ def chain(tensors: list[Tensor], kernels: str) -> Tensor:
     return F.linear(pooled + y, tensors[4][None, :], kernels=kernels)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "kernels"), [("contiguous", "torch"), ("channels_last", "triton"), ("permuted", "triton")]
+)
 @torch.no_grad()
 def test_compiled_functions(device, recompiles, layout, kernels):
-    given = tensors(with_tensors(small("conv_bn_relu", device), layout))
+    given = tensors(with_tensors(small("conv_bn_relu", device), LAYOUTS[layout]))
     compiled = torch.compile(chain, fullgraph=True)
     torch.testing.assert_close(compiled(given, kernels), chain(given, kernels), rtol=1e-5, atol=1e-5)
     assert recompiles() == 1

@@ -282,7 +282,9 @@ def simulated(name: str, case: Case, **options: Any) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith("hopper") else ()) for name in CASES]
+)  # of those, `test_hopper_conv.py` and `test_hopper_stem.py` have other cases
 def test_kernels_are_exact_and_nothing_is_found(name):
     case = CASES[name]()
     found = simulated(name, case)
@@ -304,15 +306,6 @@ def test_any_schedule_gives_the_same(name, seed):
     case = CASES[name]()
     assert simulated(name, case, schedule=seed) == []
     assert torch.equal(case.out, case.expected)
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_whoever_comes_last_sums_the_shares(order):
-    """Each takes its share of the one tile; who is last sums and stores."""
-    case = CASES["hopper_conv split"]()
-    assert simulated("hopper_conv split", case, programs=[(i, 0, 0) for i in order]) == []
-    assert torch.equal(case.out, case.expected)
-    assert not case.launches[0].arguments["semaphores_ptr"].any()
 
 
 def test_the_race_of_registers_is_in_the_ptx():
@@ -478,6 +471,7 @@ def plant(name: str) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_each_fault_is_found_by_its_own_check_alone(name):
     check, (launch,) = PLANTED[name][0], planted_in().launches
@@ -487,6 +481,7 @@ def test_each_fault_is_found_by_its_own_check_alone(name):
     assert simulate(launch, plant(name), checks=set(CHECKS) - {check}).faults == []
 
 
+@pytest.mark.slow
 def test_what_an_earlier_launch_did_not_write_may_be_used_early():
     (launch,) = planted_in().launches
     text, names = plant("a residual of the launch before, not waited for"), set(launch.arguments)
@@ -498,12 +493,14 @@ def test_every_check_has_its_fault():
     assert {check for check, _ in PLANTED.values()} | {"global"} == set(CHECKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORSE)
 def test_other_faults_are_found(name):
     (launch,) = planted_in().launches
     assert any(fault.startswith(WORSE[name][0]) for fault in simulate(launch, plant(name)).faults)
 
 
+@pytest.mark.slow
 def test_two_programs_at_one_tile():
     (launch,), (text,) = planted_in().launches, compiled()["planted in"]
     twice = [(0, 0, 0), (0, 0, 0)]
@@ -512,6 +509,7 @@ def test_two_programs_at_one_tile():
     assert simulate(launch, text, programs=twice, checks=set(CHECKS) - {"global"}).faults == []
 
 
+@pytest.mark.slow
 def test_a_deadlock_names_who_waits_for_what():
     (launch,) = planted_in().launches
     faults = simulate(launch, plant("a slot never given back")).faults

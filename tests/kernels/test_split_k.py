@@ -51,7 +51,7 @@ def launch(call: ConvBnRelu, chosen: ConvConfig) -> torch.Tensor:
 def test_any_number_of_partials_is_exact(device, path, split, extra, dtype):
     stride = (2, 2) if path == "one row" else (1, 1)
     shape = ConvShape(
-        1, 32, 10, 6, 40, 3, 3, stride, (1, 1), dtype=dtype, residual=extra == "residual",
+        1, 32, 5, 6, 40, 3, 3, stride, (1, 1), dtype=dtype, residual=extra == "residual",
         shortcut_c=24 if extra == "shortcut" else 0, shortcut_stride=(2, 2) if path == "one row" else (1, 1),
     )  # fmt: skip
     call = conv_call(generator(device, split), shape)
@@ -63,7 +63,7 @@ def test_any_number_of_partials_is_exact(device, path, split, extra, dtype):
 @pytest.mark.parametrize("path", PATHS)
 def test_only_the_last_share_writes_the_output(device, path):
     """Here programs run in turns, and the last one's values would hide what others have written."""
-    shape = ConvShape(1, 32, 10, 6, 40, 3, 3, padding=(1, 1), residual=True)
+    shape = ConvShape(1, 32, 5, 6, 40, 3, 3, padding=(1, 1), residual=True)
     call = conv_call(generator(device, 0), shape)
     out = call.output().fill_(float("nan"))
     with pinned(split_config(shape, 3, path)):

@@ -80,7 +80,9 @@ def test_stem_without_affine_parameters_and_in_narrow_tiles(device, dtype):
         assert_exact(run(call, kernel="stem_kernel"), stem_reference(call))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8, 33, 64, 129])  # each has another tile
+@pytest.mark.parametrize(
+    "batch", [pytest.param(batch, marks=() if batch > 33 else pytest.mark.slow) for batch in (1, 2, 3, 8, 33, 64, 129)]
+)  # each has another tile
 def test_stem_of_resnet18_at_the_chosen_tiles(device, batch):
     """Few images in the interpreter, but tiles, strips and rows as they are for this batch."""
     chosen = stem_heuristic(batch, 64, 56, 56, KNOWN[90])
@@ -90,8 +92,7 @@ def test_stem_of_resnet18_at_the_chosen_tiles(device, batch):
         assert_exact(run(call, kernel="stem_kernel"), stem_reference(call))
 
 
-@HALVES
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype"), in_turn(LAYOUTS))
 def test_stem_reads_any_layout(device, layout, dtype):
     call = stem_call(generator(device, 2), 2, 3, 13, 15, 16, dtype)
     call = replace(call, x=LAYOUTS[layout](call.x), weight=LAYOUTS[layout](call.weight))
@@ -154,7 +155,11 @@ PIXELS = [(0, 0), (0, 7), (7, 0), (8, 8), (11, 6), (17, 35), (10, 35)]
 
 
 @SPECIAL_VALUES
-@pytest.mark.parametrize(("where", "value", "dtype"), in_turn(PIXELS, (NAN, INF, -INF)))
+@pytest.mark.parametrize(
+    ("where", "value", "dtype"),
+    [(where, (NAN, INF, -INF)[i % 3], DTYPES[1 + i % 2]) for i, where in enumerate(PIXELS)],
+    ids=str,
+)
 def test_a_pixel_that_is_not_finite_reaches_only_its_windows(device, where, value, dtype):
     """A window of 4 x 4 blocks covers one row and one column more than the filter: 0 x infinity lurks there."""
     call = stem_call(generator(device, 6), 2, 3, 18, 36, 16, dtype)

@@ -31,6 +31,11 @@ def _inference() -> Iterator[None]:
 
 def pair(origin: str) -> tuple[Any, Any]:
     """A model to optimize, and torchvision's with the same weights."""
+    return copy.deepcopy(_pair(origin))
+
+
+@functools.cache
+def _pair(origin: str) -> tuple[Any, Any]:
     torch.manual_seed(0)
     plain = tv.ResNet(tv.BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
     for m in plain.modules():

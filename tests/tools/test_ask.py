@@ -30,42 +30,53 @@ for name in ("PIL.Image", "sklearn.datasets", "rich", "matplotlib", "jsonschema"
     pytest.importorskip(name)
 ROOT = Path(__file__).parents[2]
 
-# Runs commands one after another. Long work, which would follow, is an error of its own.
+# Runs commands one after another, those of each condition in a fork of its own: what all import is imported once.
+# Long work, which would follow, is an error of its own.
 RUN = """
 import contextlib, io, json, os, sys
-absent, lines, base = json.loads(sys.argv[1])
+import sklearn.utils, torch
+conditions, base = json.loads(sys.argv[1])
 
 class Without:  # finds nothing, as if not installed; a finder that raised would break find_spec() too
-    def __init__(self, finder):
-        self.finder = finder
+    def __init__(self, finder, absent):
+        self.finder, self.absent = finder, absent
 
     def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in absent else self.finder.find_spec(name, path, target)
+        return None if name.partition(".")[0] in self.absent else self.finder.find_spec(name, path, target)
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
 
-sys.meta_path[:] = map(Without, sys.meta_path)
-from benchmarks import gpu
-from resnet_triton.bench import command
-from resnet_triton.codegen import report
-from resnet_triton.tools import cli, demo, doctor, tune
-
 def begins(*_, **__):
     raise ValueError("the work begins")
 
-command.phases = report.compile_all = demo.load_digits = tune.run = gpu.run = begins
-doctor._interpreted_self_test = lambda: []
-os.chdir(base)
-answers = []
-for line in lines:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            code = gpu.main(line[1:]) if line[0] == "gpu" else cli.main(line)
-        except BaseException as error:
-            code = repr(error)
-    answers.append((code, out.getvalue(), err.getvalue()))
-print(json.dumps(answers))
+def answers(absent, environ, lines):
+    os.environ.update(environ)
+    sys.meta_path[:] = [Without(finder, absent) for finder in sys.meta_path]
+    from benchmarks import gpu
+    from resnet_triton.bench import command
+    from resnet_triton.codegen import report
+    from resnet_triton.tools import cli, demo, doctor, tune
+
+    command.phases = report.compile_all = demo.load_digits = tune.run = gpu.run = begins
+    doctor._interpreted_self_test = lambda: []
+    os.chdir(base)
+    for line in lines:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                code = gpu.main(line[1:]) if line[0] == "gpu" else cli.main(line)
+            except BaseException as error:
+                code = repr(error)
+        yield code, out.getvalue(), err.getvalue()
+
+for condition in conditions:
+    if os.fork():
+        os.wait()
+        continue
+    try:
+        print(json.dumps(list(answers(*condition))), flush=True)
+    finally:
+        os._exit(0)
 """
 
 
@@ -173,27 +184,29 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", CONDITIONS)
-def test_every_command_asks_first(base: Path, name: str) -> None:
-    absent, environ, lines = CONDITIONS[name]
+def test_every_command_asks_first(base: Path) -> None:
     ours = ("TRITON_", "TORCH", "XDG_", "CUDA_", "RESNET_TRITON_")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    environ = {key: value.format(base=base) for key, value in environ.items()}
     before = {path: path.stat().st_mtime_ns for path in base.rglob("*") if path.is_file()}
-    arguments = json.dumps([absent.split(), [shlex.split(line) for line in lines], str(base)])
+    conditions = [
+        (absent.split(), {key: value.format(base=base) for key, value in environ.items()}, [*map(shlex.split, lines)])
+        for absent, environ, lines in CONDITIONS.values()
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, arguments], capture_output=True, text=True, cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environ},
+        [sys.executable, "-c", RUN, json.dumps([conditions, str(base)])], capture_output=True, text=True, cwd=ROOT,
+        env={**inherited, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for (line, (code, message)), (got, out, err) in zip(lines.items(), json.loads(done.stdout), strict=True):
-        assert got == code, (line, err)
-        assert message in (err if code else out + err), line
-        if code == 2:  # in the last line; matplotlib has something to say of a home that it cannot write to
-            assert (out, [line.partition(": ")[0] for line in err.splitlines() if "atplotlib" not in line]) == (
-                "",
-                ["resnet-triton"],
-            ), line
+    assert (done.returncode, done.stderr) == (0, "")
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    for (name, condition), answers in zip(CONDITIONS.items(), said, strict=True):
+        for (line, (code, message)), (got, out, err) in zip(condition.lines.items(), answers, strict=True):
+            assert got == code, (name, line, err)
+            assert message in (err if code else out + err), (name, line)
+            if code == 2:  # in the last line; matplotlib has something to say of a home that it cannot write to
+                assert (out, [line.partition(": ")[0] for line in err.splitlines() if "atplotlib" not in line]) == (
+                    "",
+                    ["resnet-triton"],
+                ), (name, line)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not (base / "new" / "results.html").exists()
 

@@ -186,6 +186,7 @@ def album(folder: Path, images: int, size: int) -> list[str]:
     return ["predict", str(folder / "album"), "--weights", str(folder / "ten.pt"), "--device", "cpu", "--json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["nobody reads", "ctrl-c"])
 def test_predictions_come_as_a_stream_that_can_be_stopped(tmp_path: Path, how: str) -> None:
     predict = start(*album(tmp_path, 2000, 32))
