@@ -31,7 +31,7 @@ _BOXES = [
 _LAUNCH = ["test_launch.py::test_a_launch_is_what_was_asked_for"]
 
 _GLUON = ["test_hopper_conv.py::test_exact", "test_hopper_conv.py::test_any_share_may_be_the_last"]
-"""None of them interprets a kernel: after that Gluon compiles nothing in the same process, and would accuse everything."""
+"""None of them interprets a kernel: after that Gluon compiles nothing in the same process, and every mutant dies."""
 
 INTERPRETED: dict[str, list[str]] = {
     "add_relu.py": [
