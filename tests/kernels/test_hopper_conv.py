@@ -185,14 +185,6 @@ WAIT, LET_IN, INPUT, RESIDUAL = (
 STORE = "ld.param.b64 %rd1, [hopper_few_kernel_param_16];\nst.global.b16 [%rd1], %rs1;"
 
 
-def early(text: str, wait: int) -> str:
-    """Wait behind that line instead."""
-    lines = text.splitlines()
-    at = next(i for i, line in enumerate(lines) if re.search(WAIT, line))
-    lines.insert(wait + 1, lines[at])
-    return "\n".join(lines[:at] + lines[at + 1 :])
-
-
 @pytest.mark.parametrize(
     ("fault", "found"),
     [
@@ -205,23 +197,21 @@ def early(text: str, wait: int) -> str:
 def test_what_comes_before_the_wait_is_found(fault: str, found: str) -> None:
     """A store of its results there may be to a buffer that the launch before the last one's still reads."""
     made, _, _ = launch(few(1, 64, 2, 8, 64, 2, residual=True))
-    text = ptx(made)
-    lines = text.splitlines()
-    first = {what: [i for i, line in enumerate(lines) if re.search(what, line)] for what in (WAIT, INPUT, RESIDUAL)}
-    (wait,) = first[WAIT]
-    if fault == "reads its input":
-        text = early(text, next(i for i in first[INPUT] if i > wait))
-    elif fault == "reads its residual":
-        text = early(text, next(i for i in first[RESIDUAL] if i > wait))
-    elif fault == "stores":
-        text = "\n".join([*lines[:wait], STORE, *lines[wait:]])
+    lines = ptx(made).splitlines()
+
+    def where(what: str) -> list[int]:
+        return [i for i, line in enumerate(lines) if re.search(what, line)]
+
+    (wait,), (let_in,) = where(WAIT), where(LET_IN)
+    assert wait < let_in
+    assert simulate(made, "\n".join(lines), early=made.parameters).faults == []
+    late = {"reads its input": INPUT, "reads its residual": RESIDUAL, "lets the next in": LET_IN}
+    if fault == "stores":
+        lines.insert(wait, STORE)
     else:
-        text = re.sub(WAIT, "griddepcontrol.later", text)
-        text = re.sub(LET_IN, "griddepcontrol.wait", text).replace(
-            "griddepcontrol.later", "griddepcontrol.launch_dependents"
-        )
-    assert simulate(made, ptx(made), early=made.parameters).faults == []
-    faults = simulate(made, text, early=made.parameters).faults
+        later = next(i for i in where(late[fault]) if i > wait)
+        lines.insert(later, lines.pop(wait))
+    faults = simulate(made, "\n".join(lines), early=made.parameters).faults
     assert any(re.search(found, fault) for fault in faults), faults
 
 
