@@ -227,6 +227,38 @@ ILLEGAL: dict[str, tuple[ConvConfig, ConvShape]] = {
 }  # fmt: skip
 
 
+FEW = ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), 2, kernel="hopper_few")
+FEW_IMAGES = ConvShape(1, 128, 28, 28, 128, 3, 3, padding=(1, 1), shortcut_c=64, shortcut_h=28, shortcut_w=28)
+ILLEGAL |= {
+    f"few images: {name}": (replace(FEW, **config), replace(FEW_IMAGES, **shape))
+    for name, config, shape in [
+        ("a slab of 32 channels", {}, {"c": 96}),
+        ("a tile of 32 filters", {}, {"k": 96}),
+        ("half a slab of a shortcut", {}, {"shortcut_c": 96}),
+        ("more slabs of a shortcut than shares", {"split_k": 1, "block_m": 16, "box": (2, 8, 1)}, {"shortcut_c": 128}),
+        ("shares that are not equal", {"split_k": 3}, {}),
+        ("too many shares", {"split_k": 16}, {"c": 1024}),
+        ("odd rows at stride 2", {}, {"stride": (2, 2), "h": 27}),
+        ("a ring of slots", {"num_stages": 2}, {}),
+        ("a box of two images", {"box": (2, 8, 2)}, {}),
+        ("a box of 16 rows", {"block_m": 128, "box": (16, 8, 1)}, {}),
+        ("four slabs at a time", {"split_k": 1}, {"c": 256}),
+        ("TF32", {}, {"dtype": "float32", "precision": "tf32"}),
+    ]
+}
+
+
+def test_few_images_are_legal() -> None:
+    """What the cases above differ from."""
+    assert is_legal(FEW, FEW_IMAGES, KNOWN[90])
+    assert not is_legal(FEW, FEW_IMAGES, KNOWN[100])
+    assert is_legal(FEW, replace(FEW_IMAGES, stride=(2, 2)), KNOWN[90])
+    assert is_legal(replace(FEW, split_k=8), replace(FEW_IMAGES, c=1024), KNOWN[90]) is False, (
+        "two slabs and a shortcut"
+    )
+    assert is_legal(replace(FEW, split_k=8), replace(FEW_IMAGES, c=512), KNOWN[90])
+
+
 @pytest.mark.parametrize(("chosen", "shape"), [pytest.param(*pair, id=name) for name, pair in ILLEGAL.items()])
 def test_illegal(chosen: ConvConfig, shape: ConvShape) -> None:
     assert not is_legal(chosen, shape, KNOWN[90])
