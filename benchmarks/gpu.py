@@ -26,6 +26,7 @@ from resnet_triton.support import files
 from resnet_triton.tools import cli
 from resnet_triton.tools.ask import ask
 
+from . import callers
 from . import gpu_phases as gpu
 
 ARCHIVE = "results.tar.gz"
@@ -67,6 +68,7 @@ PHASES = (
     _models("invariant", "ours graph", "ours invariant graph", sizes=(1, 8, 32, 128, 256), **_TUNED),
     _models("default", "compile default", "compile reduce-overhead freezing", "ours graph"),
     _models("no-cudagraphs", "compile max-autotune-no-cudagraphs", "ours graph", sizes=(1, 256), limit=240),
+    Phase("callers", callers.steps, 40, 20),
 )
 
 

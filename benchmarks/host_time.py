@@ -1,9 +1,10 @@
-"""Host time of an eager ResNet-18 forward: our own Python around the launches, here and at another commit.
+"""Host time of a ResNet-18's calls: our own Python around the launches, here and at another commit.
 
     python -m benchmarks.host_time --against HEAD~1
 
-Kernels are stubbed by one function, `Launch.run`, so nothing is computed and no GPU is needed: what is left is what a
-call costs before and between its launches. Both commits are timed in turns, each in a process of its own.
+Kernels are stubbed by one function, `Launch.run`, and CUDA's graphs by a module, so nothing is computed and no GPU is
+needed. What is left is what an eager call costs before and between its launches, and what a captured call costs beside
+its replay: with the check of the model, and frozen. Both commits are timed in turns, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Runs at either commit, so it uses what both have: the public model and the stubbed function.
 _WORKER = """
-import gc, json, sys, time
+import contextlib, gc, json, sys, time
+from types import SimpleNamespace
 import torch
-from resnet_triton import resnet18
+from resnet_triton import optimize, resnet18
+from resnet_triton.graphs import runner
 from resnet_triton.kernels.launch import Launch
 
 launches, calls, depths = 0, 0, []
@@ -41,10 +44,26 @@ def look(self):
         frame = frame.f_back
     depths.append(depth)
 
+def nothing(*arguments):
+    pass
+
+def graph(*arguments):
+    takes = SimpleNamespace(copy_=nothing, clone=lambda: takes)
+    return SimpleNamespace(input=takes, output=takes, fill=nothing, replay=nothing, replays=0)
+
+def captured(frozen):
+    model = optimize(resnet18().eval().half(), kernels="triton", cuda_graph=True, freeze=frozen, inplace=True)
+    for _ in range(50):
+        model(x)
+    (only,) = model._runner._graphs.values()
+    assert only.replays > 40
+    return model
+
 torch.set_num_threads(1)
 model = resnet18().eval().half()
 for module in model.modules():
     module.kernels = "triton"
+model.cuda_graph = False
 x = torch.randn(1, 3, 224, 224).half().contiguous(memory_format=torch.channels_last)
 with torch.inference_mode():
     Launch.run = look
@@ -62,15 +81,24 @@ with torch.inference_mode():
     model(x)
     Launch.run = lambda self: None
     print(json.dumps({"launches": launches, "calls": calls, "depth": depth}), flush=True)
+    cuda = SimpleNamespace(
+        takes=lambda x: True, capturing=lambda x: False, finish=nothing, capture=graph, current_stream=nothing,
+        on=lambda device: contextlib.nullcontext(), event=lambda: SimpleNamespace(wait=nothing, record=nothing),
+    )
+    for module in ("replay", "runner"):
+        if (found := sys.modules.get("resnet_triton.graphs." + module)) is not None:
+            found.cuda = cuda
+    models = {"eager": model, "captured": captured(False), "frozen": captured(True)}
     gc.disable()
     for line in sys.stdin:  # the conductor asks for one figure after another
-        times = []
-        for _ in range(int(line)):
-            start = time.thread_time()
-            model(x)
-            times.append(time.thread_time() - start)
+        name, times = line.strip(), []
+        for _ in range(FORWARDS):
+            start = time.perf_counter()
+            models[name](x)
+            times.append(time.perf_counter() - start)
         print(sorted(times)[len(times) // 2], flush=True)
 """
+KINDS = ("eager", "captured", "frozen")
 
 
 # The C library keeps what is freed, as CUDA's caching allocator does; else each output would be mapped and unmapped.
@@ -78,10 +106,10 @@ _KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_
 
 
 class _Worker:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, forwards: int) -> None:
         environ = {**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1", **_KEEPS_MEMORY}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER],
+            [sys.executable, "-c", f"FORWARDS = {forwards}\n{_WORKER}"],
             cwd=root,
             env=environ,
             text=True,
@@ -97,22 +125,26 @@ class _Worker:
             raise RuntimeError(f"the worker ended with {self.process.wait()}, its error is above")
         return line
 
-    def median(self, forwards: int) -> float:
-        """Seconds of the median of so many forwards."""
+    def median(self, kind: str) -> float:
+        """Seconds of the median forward of one of `KINDS`."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{forwards}\n")
+        self.process.stdin.write(f"{kind}\n")
         self.process.stdin.flush()
         return float(self._line())
 
 
 def measure(roots: dict[str, Path], rounds: int, forwards: int) -> dict[str, dict[str, float]]:
     """For each checkout: launches, Python calls of ours, functions of ours above a launch, median microseconds."""
-    workers = {name: _Worker(root) for name, root in roots.items()}
-    times: dict[str, list[float]] = {name: [] for name in roots}
+    workers = {name: _Worker(root, forwards) for name, root in roots.items()}
+    times: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
-        for name, worker in workers.items():
-            times[name].append(worker.median(forwards))
-    return {n: {**w.facts, "microseconds": statistics.median(times[n]) * 1e6} for n, w in workers.items()}
+        for kind in KINDS:
+            for name, worker in workers.items():
+                times.setdefault((name, kind), []).append(worker.median(kind))
+    return {
+        name: {**worker.facts, **{kind: statistics.median(times[name, kind]) * 1e6 for kind in KINDS}}
+        for name, worker in workers.items()
+    }
 
 
 def main() -> None:
@@ -139,9 +171,11 @@ def main() -> None:
                 subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
     for name, row in found.items():
         launches, calls, depth = (int(row[key]) for key in ("launches", "calls", "depth"))
-        print(f"{name:>12}: {row['microseconds']:.0f} us, {launches} launches, {calls} Python calls, depth {depth}")
+        print(f"{name:>12}: {launches} launches, {calls} Python calls, depth {depth}")
+        print("".join(f"{kind:>22} {row[kind]:6.1f} us\n" for kind in KINDS), end="")
     if options.against:
-        print(f"ratio: {found['here']['microseconds'] / found[options.against]['microseconds']:.2f}")
+        for kind in KINDS:
+            print(f"{kind:>12}: ratio {found['here'][kind] / found[options.against][kind]:.2f}")
 
 
 if __name__ == "__main__":

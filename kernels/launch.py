@@ -5,6 +5,7 @@ Nothing here needs Triton.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,23 @@ class Launch:
     def compile(self) -> Any:
         """The compiled kernel that `run` would launch, from Triton's cache if it is there."""
         return self.kernel.warmup(grid=self.grid, **self.arguments, **self._options())
+
+    def repeat(self, changing: str) -> Callable[[Any], None]:
+        """A function that launches this again with another value for the argument `changing`, on the current stream.
+
+        For a value alike in what Triton compiles for: a tensor's dtype and whether its address is a multiple of 16.
+        What `run` looks up at each launch has been looked up once, so the same device has to be the current one.
+        """
+        compiled, names = self.compile(), self.kernel.arg_names
+        values = [self.arguments[name] for name in names]
+        i = names.index(changing)
+        before, behind = values[:i], values[i + 1 :]
+        launch = compiled[(*self.grid, 1, 1)[:3]]
+
+        def again(value: Any) -> None:
+            launch(*before, value, *behind)
+
+        return again
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}

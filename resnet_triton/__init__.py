@@ -3,9 +3,26 @@
 from . import functional
 from .checkpoints import load_checkpoint
 from .convert import Report, disabled, optimize, refresh, report, revert
-from .models import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from .entry_point import offer
+from .models import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 
 __version__ = "0.1.0"
+
+offer()
 
 __all__ = [
     "BasicBlock",
@@ -23,5 +40,10 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
     "revert",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
 ]

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from . import config, converted, copies, models
+from . import compiled, config, converted, copies, models
+from .compiled import Compiled
 from .graphs import runner
-from .graphs.runner import CudaGraph
+from .graphs.replay import CudaGraph, check_mode
 from .ops import dispatch, original, specialised
 from .ops.dispatch import Kernels
 from .ops.trace import Call, trace
@@ -29,19 +30,26 @@ def optimize(
     batch_invariant: bool = False,
     inplace: bool = True,
 ) -> nn.Module:
-    """Make a torchvision ResNet, or a model that contains one or its blocks, run on our kernels. Returns `model`.
+    """Make a model with convolutions run on our kernels where they apply. Returns `model`.
 
     It stays the model that it is, as with `.half()`: same parameters, buffers, hooks and names, and still an instance
-    of torchvision's class. `revert(model)` undoes it, and within `with disabled(model):` it runs as before, so that
-    answers can be compared. What changes is the code of the ResNets and blocks in it, and the memory format of their
-    filters, which move to channels_last unless they lie in memory that others use. Subclasses with code of their own
-    are left alone, but not their blocks. Of a model of ours only the modes change.
+    of its class. `revert(model)` undoes it, and within `with disabled(model):` it runs as before, so that answers can
+    be compared. What changes is the memory format of filters, which move to channels_last unless they lie in memory
+    that others use, and code:
+
+    * Of torchvision's ResNets and blocks, wherever they are in `model`. Subclasses with code of their own are left
+      alone, but not their blocks.
+    * A model that has none of these, or no batch norm in them any more, runs through our backend of torch.compile,
+      which takes whatever that takes. The first call compiles. Calls that want gradients, in training mode, or that a
+      tracer sees run as the model was written.
+
+    Of a model that was optimized before only the modes change.
 
     With `inplace=False` the result is a deep copy that shares nothing with `model`, which stays as it is.
 
-    `cuda_graph="auto"` captures the inference of a whole ResNet on a GPU as a CUDA graph when an input shape comes the
-    second time, and replays it afterwards; True captures at the first call and warns where that cannot be; False never
-    captures. What is done to the model shows at the next call all the same (`runner.py` says how).
+    `cuda_graph="auto"` captures the inference of a whole ResNet, or of a compiled model, on a GPU as a CUDA graph when
+    an input shape comes the second time, and replays it afterwards; True captures at the first call and warns where
+    that cannot be; False never captures. What is done to the model shows at the next call all the same.
 
     `freeze=True` spares later calls the search for changes: the first inference call after `optimize`, `refresh` or a
     move to another device or dtype takes a snapshot of the batch norms. Filters and classifier are still read where
@@ -52,27 +60,30 @@ def optimize(
     cannot be promised (training mode, hooks, layers of another kind, which run module by module) a call raises
     NotImplementedError.
 
-    Raises ValueError if a mode is unknown, there is nothing to optimize, or `cuda_graph=True`, `freeze=True` or
-    `batch_invariant=True` finds no whole ResNet; TypeError if `model` is no module, or for `inplace=False` if it holds
-    something that cannot be copied.
+    Raises ValueError if a mode is unknown, there is nothing to optimize, or `freeze=True` or `batch_invariant=True`
+    finds no whole ResNet, or `cuda_graph=True` nothing but blocks; TypeError if `model` is no module, or for
+    `inplace=False` if it holds something that cannot be copied.
     """
     _check_module(model)
     dispatch.check_mode(kernels)
-    runner.check_mode(cuda_graph)
+    check_mode(cuda_graph)
     for name, value in (("freeze", freeze), ("batch_invariant", batch_invariant), ("inplace", inplace)):
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}, expected True or False")
     chosen = _chosen(model)
     if not chosen:
-        raise ValueError(f"{type(model).__name__} contains no torchvision ResNet, BasicBlock or Bottleneck to optimize")
+        _check_compilable(model)
     whole = any(isinstance(m, models.ResNet) or type(m).__name__ == "ResNet" for m in chosen)
-    if not whole and (asked := _only_whole(cuda_graph, freeze, batch_invariant)):
+    if not whole and (asked := _only_whole(cuda_graph is True and bool(chosen), freeze, batch_invariant)):
         raise ValueError(f"{type(model).__name__} contains no whole ResNet for {asked}")
     if not inplace:
+        compiled.forget(model)  # which a copy cannot take along
         model = copies.independent(model)
         chosen = _chosen(model)
-    for module in chosen:
+    for module in chosen or [model]:
         _move_filters(module)  # before anything else, as memory may run out
+    if not chosen:
+        compiled.compile_in_place(model, kernels, cuda_graph)
     for module in chosen:
         if converted.is_torchvision(module):
             _convert(module)
@@ -84,8 +95,17 @@ def optimize(
 
 
 def _chosen(model: nn.Module) -> list[nn.Module]:
-    """Ours, and those of torchvision's that become ours."""
-    return [m for m in model.modules() if isinstance(m, _OURS) or converted.is_torchvision(m)]
+    """Ours, and those of torchvision's that become ours: none without a batch norm, where the backend can do more."""
+    modules = list(model.modules())
+    fusable = any(isinstance(m, nn.BatchNorm2d) or type(m).__name__ == "FrozenBatchNorm2d" for m in modules)
+    return [m for m in modules if isinstance(m, _OURS) or (fusable and converted.is_torchvision(m))]
+
+
+def _check_compilable(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"{type(model).__name__} is compiled by TorchScript; optimize the module that it was made of")
+    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        raise ValueError(f"{type(model).__name__} contains no Conv2d to optimize")
 
 
 def _convert(module: nn.Module) -> None:
@@ -106,43 +126,45 @@ def _only_whole(cuda_graph: CudaGraph, freeze: bool, batch_invariant: bool) -> s
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo `optimize` in place: torchvision's classes, weights in the memory format they came in. Returns `model`.
+    """Undo `optimize` in place: the classes and the memory formats that were there before. Returns `model`.
 
     The classes of its modules change, so no call may be under way in another thread. Raises ValueError for a model
     that `optimize` did not convert.
     """
     _check_module(model)
-    found = [(m, theirs) for m in model.modules() if (theirs := converted.origin(m)) is not None]
+    found = [(m, cls) for m in model.modules() if (cls := converted.origin(m) or compiled.origin(m)) is not None]
     if not found:
         raise ValueError(f"{type(model).__name__} was not converted by optimize, so there is nothing to revert")
-    for module, theirs in found:
+    for module, cls in found:
         _move_filters_back(module)
         runner.forget(module)
+        compiled.forget(module)
         its = vars(module)
         for name in (*_MODES, "_normalize"):
             its.pop(name, None)
         its.update(its.pop("_before", {}))
-        module.__class__ = theirs
+        module.__class__ = cls
     return model
 
 
 def refresh(model: nn.Module) -> nn.Module:
-    """Drop the graphs and snapshots of `model`: the next call sees it as it is then. Returns `model`.
+    """Drop what was captured, frozen and compiled: the next call sees `model` as it is then. Returns `model`.
 
     Only a frozen model needs it; others see what was done to them by themselves. Raises ValueError if `model` contains
-    no ResNet of ours.
+    no ResNet of ours and nothing that was compiled.
     """
     _check_module(model)
-    ours = [m for m in model.modules() if isinstance(m, models.ResNet)]
+    ours = [m for m in model.modules() if isinstance(m, models.ResNet | Compiled)]
     if not ours:
         raise ValueError(f"{type(model).__name__} contains no ResNet of ours, so there is nothing to refresh")
     for module in ours:
         runner.forget(module)
+        compiled.forget(module)
     return model
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """In `with disabled(model):` calls of `model` run the code of torchvision and PyTorch, without kernels and graphs.
+    """In `with disabled(model):` calls of `model` run the code that it came with, without kernels and graphs.
 
     For comparisons: one model, so nothing has to be kept equal. `model` may also contain what was optimized, or be one
     of ours. It nests, and other threads are not affected, except in code made by torch.compile, which cannot tell
@@ -152,7 +174,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     Raises ValueError if `model` contains nothing of ours, TypeError if it is no module.
     """
     _check_module(model)
-    ours = [m for m in model.modules() if isinstance(m, _OURS)]
+    ours = [m for m in model.modules() if isinstance(m, (*_OURS, Compiled))]
     if not ours:
         raise ValueError(f"{type(model).__name__} contains nothing of ours to disable, expected what optimize returned")
     return original.disable(ours)
@@ -161,8 +183,9 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 @dataclass(frozen=True)
 class Report:
     """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
-    a graph repeats is not made again); `graphs`, for each whole ResNet by name, what its graphs have done; `replaced`,
-    by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as they are."""
+    a graph repeats is not made again); `graphs`, for each whole ResNet and compiled model by name, what its graphs have
+    done; `replaced`, by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as
+    they are."""
 
     calls: list[Call]
     counted: dict[tuple[str, str], int]
@@ -193,12 +216,15 @@ def _some(names: list[str]) -> str:
 def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Report:
     """Which layer of `model` runs on what, and why, for an input of `shape`, as inference would run now.
 
-    Computes nothing: the model is traced on fake tensors. TypeError if `model` is no module.
+    Computes nothing of a model that contains torchvision's ResNets: it is traced on fake tensors. Others are compiled
+    anew and called once, on zeros. TypeError if `model` is no module.
     """
     _check_module(model)
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
+    graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
-    calls = [_explained(call, replaced) for call in trace(model, shape)]
+    found = trace(model, shape) if _chosen(model) else compiled.trace(model, shape)
+    calls = [_explained(call, replaced) for call in found]
     return Report(calls, dict(dispatch.calls), graphs, replaced)
 
 
@@ -226,14 +252,23 @@ def _detail(call: Call) -> str:
 
 
 def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The filters that a ResNet or a block reads itself, by name."""
+    """The filters that a ResNet or a block reads itself, or those of a compiled module, by name."""
+    if isinstance(module, _OURS) or converted.is_torchvision(module):
+        convolutions = _own_convolutions(module)
+    else:
+        convolutions = ((name, m) for name, m in module.named_modules() if type(m) is nn.Conv2d and m.groups == 1)
+    for name, conv in convolutions:
+        weight = conv._parameters.get("weight")  # a parametrized or pruned one is computed
+        if weight is not None:
+            yield name, weight
+
+
+def _own_convolutions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         if isinstance(child, nn.Sequential) and name == "downsample":
-            yield from ((f"{name}.{inner}", weight) for inner, weight in _filters(child))
+            yield from ((f"{name}.{inner}", conv) for inner, conv in _own_convolutions(child))
         elif type(child) is nn.Conv2d and (name.startswith("conv") or isinstance(module, nn.Sequential)):
-            weight = child._parameters["weight"]  # a parametrized or pruned one is computed
-            if weight is not None:
-                yield name, weight
+            yield name, child
 
 
 def _move_filters(module: nn.Module) -> None:

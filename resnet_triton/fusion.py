@@ -18,6 +18,9 @@ from .ops.original import CONV_FORWARD, LAYERS, replaced
 
 Conv2d, BatchNorm2d, ReLU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 _CONV, _NORM, _RELU = (LAYERS[cls] for cls in (Conv2d, BatchNorm2d, ReLU))
+FROZEN: set[type] = set()
+"""Classes of batch norm whose statistics and affine parameters are all buffers, in training mode too: torchvision's
+`FrozenBatchNorm2d`, once torchvision is there."""
 
 
 class Fused(NamedTuple):
@@ -30,15 +33,16 @@ class Fused(NamedTuple):
 
 def fuse(conv: Any, norm: Any) -> Fused | str:
     """What `norm(conv(x))` needs to be one fused call, or why it cannot be one. Asked before each call."""
-    if (type(conv), type(norm)) != (Conv2d, BatchNorm2d):
+    frozen = type(norm) in FROZEN
+    if (type(conv), type(norm)) != (Conv2d, type(norm) if frozen else BatchNorm2d):
         return f"{type(conv).__name__} and {type(norm).__name__} instead of Conv2d and BatchNorm2d"
-    if norm.training:
+    if norm.training and not frozen:
         return "training mode"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return "convolution without zero padding in numbers"
     if _hooked(conv) or watched(norm):
         return "a hook or a forward of its own"
-    if Conv2d.forward is not _CONV or BatchNorm2d.forward is not _NORM:
+    if Conv2d.forward is not _CONV or (replaced(norm) if frozen else BatchNorm2d.forward is not _NORM):
         return f"{replaced(conv) or replaced(norm)}"
     if Conv2d._conv_forward is not CONV_FORWARD or "_conv_forward" in conv.__dict__:
         return f"{replaced(conv)}"
@@ -47,7 +51,7 @@ def fuse(conv: Any, norm: Any) -> Fused | str:
         weight, conv_bias = filters["weight"], filters["bias"]
         mean, var = statistics["running_mean"], statistics["running_var"]
         scale, shift = affine["weight"], affine["bias"]
-    except KeyError:  # replicas, shards and pruned layers have tensors as plain attributes
+    except KeyError:  # frozen norms have buffers, replicas, shards and pruned layers plain attributes
         weight, conv_bias, mean, var = conv.weight, conv.bias, norm.running_mean, norm.running_var
         scale, shift = norm.weight, norm.bias
     if mean is None or var is None:

@@ -10,6 +10,7 @@ convolution, as in torchvision ("ResNet v1.5").
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from . import ops
 from .fusion import by_module, conv_norm_act, fuse, plain, plain_pool, watched
 from .graphs import runner
+from .graphs.cuda_graph import Entry
 from .graphs.runner import Graphed
 from .ops import original, reference
 from .ops.checks import check_pixels, pair
@@ -203,20 +205,29 @@ class ResNet(_Modal, Graphed):
             return self._forward_impl(x)
         return self._forward_impl(x) if original.anywhere and is_disabled(self) else runner.run(self, x)
 
-    def _forward_impl(self, x: Tensor) -> Tensor:
+    def _forward_impl(self, x: Tensor, *, stem: bool = True) -> Tensor:
+        """Without the stem, `x` is what the stem returns."""
         if type(x) is not Tensor:
             check_tensor("x", x)
         if original.anywhere and is_disabled(self):
             x = self.maxpool(self.relu(self.bn1(self.conv1(self._floats(x)))))
             x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
             return self.fc(torch.flatten(self.avgpool(x), 1))
-        x = self._stem(x)
+        x = self._stem(x) if stem else x
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             # Block by block, for calling the stage would keep its input, the largest tensor of all, until its end.
             whole = isinstance(x, fx.Proxy) or not plain(stage, nn.Sequential)
             for block in (stage,) if whole else stage:
                 x = block(x) if not self.batch_invariant or _keeps_apart(block) else by_module(block, x, self.modes)
         return self._head(x)
+
+    def _entry(self, x: Tensor) -> Entry:
+        call = self._fused_stem(x)
+        alone = None if call is None else call.alone()
+        if alone is None:
+            return super()._entry(x)
+        out, launch = alone
+        return Entry(out, launch.repeat("x_ptr"), partial(ResNet._forward_impl, self, stem=False))
 
     def uncaptured_reason(self) -> str | None:
         for name, module in self.named_modules():
@@ -261,8 +272,15 @@ class ResNet(_Modal, Graphed):
         return x
 
     def _stem(self, x: Tensor) -> Tensor:
-        conv, norm, pool = self.conv1, self.bn1, self.maxpool
-        fused = fuse(conv, norm)
+        call = self._fused_stem(x)
+        if call is not None:
+            return call.run()
+        return self._pool(conv_norm_act(self._floats(x), self.conv1, self.bn1, self.relu, self.modes))
+
+    def _fused_stem(self, x: Tensor) -> ops.Stem | None:
+        """Convolution, batch norm, ReLU and pool as one call, if they are what it computes."""
+        conv, pool = self.conv1, self.maxpool
+        fused = fuse(conv, self.bn1)
         ordinary = (
             not isinstance(x, fx.Proxy)
             and conv.kernel_size == (7, 7)
@@ -270,12 +288,13 @@ class ResNet(_Modal, Graphed):
             and plain_pool(pool)
             and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == POOL
         )
-        if ordinary and not isinstance(fused, str) and fused.geometry == CONV:
-            pixels = self.normalize if x.dtype == torch.uint8 else None
-            if x.dtype == fused.weight.dtype or pixels is not None:
-                mean, std = pixels or (None, None)
-                return ops.Stem(x, fused.weight, fused.batch_norm, mean, std, self.modes).run()
-        return self._pool(conv_norm_act(self._floats(x), conv, norm, self.relu, self.modes))
+        if not ordinary or isinstance(fused, str) or fused.geometry != CONV:
+            return None
+        pixels = self.normalize if x.dtype == torch.uint8 else None
+        if x.dtype != fused.weight.dtype and pixels is None:
+            return None
+        mean, std = pixels or (None, None)
+        return ops.Stem(x, fused.weight, fused.batch_norm, mean, std, self.modes)
 
     def _head(self, x: Tensor) -> Tensor:
         if not isinstance(x, fx.Proxy) and self._averages_everything() and plain(self.fc, nn.Linear):
@@ -368,3 +387,34 @@ def resnet101(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> R
 def resnet152(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-152; arguments, input, result and errors as for `resnet18`."""
     return _resnet("resnet152", Bottleneck, [3, 8, 36, 3], weights, progress, **kwargs)
+
+
+def wide_resnet50_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-50-2; arguments, input, result and errors as for `resnet18`."""
+    return _resnet("wide_resnet50_2", Bottleneck, [3, 4, 6, 3], weights, progress, width_per_group=128, **kwargs)
+
+
+def wide_resnet101_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-101-2; arguments, input, result and errors as for `resnet18`."""
+    return _resnet("wide_resnet101_2", Bottleneck, [3, 4, 23, 3], weights, progress, width_per_group=128, **kwargs)
+
+
+def resnext50_32x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-50, 32x4d; arguments, input, result and errors as for `resnet18`."""
+    return _resnet(
+        "resnext50_32x4d", Bottleneck, [3, 4, 6, 3], weights, progress, groups=32, width_per_group=4, **kwargs
+    )
+
+
+def resnext101_32x8d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101, 32x8d; arguments, input, result and errors as for `resnet18`."""
+    return _resnet(
+        "resnext101_32x8d", Bottleneck, [3, 4, 23, 3], weights, progress, groups=32, width_per_group=8, **kwargs
+    )
+
+
+def resnext101_64x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101, 64x4d; arguments, input, result and errors as for `resnet18`."""
+    return _resnet(
+        "resnext101_64x4d", Bottleneck, [3, 4, 23, 3], weights, progress, groups=64, width_per_group=4, **kwargs
+    )

@@ -38,10 +38,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """CUDA graphs on CPU tensors: see `fake_cuda.py`."""
     from fake_cuda import FakeCuda
 
-    from resnet_triton.graphs import runner
+    from resnet_triton.graphs import function, replay, runner
 
     fake = FakeCuda()
-    monkeypatch.setattr(runner, "cuda", fake)
+    for module in (function, replay, runner):
+        monkeypatch.setattr(module, "cuda", fake)
     return fake
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from resnet_triton import models, optimize
+from resnet_triton.graphs.cuda_graph import Entry
 
 
 class FakeCuda:
@@ -44,16 +44,19 @@ class FakeCuda:
     def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def current_stream(self, device: torch.device) -> None:
+        return None
+
     def event(self) -> FakeEvent:
         self._begun.pool = _Pool()  # for the graphs that this thread captures next
         return FakeEvent(self._begun.pool)
 
-    def capture(self, body: Callable[[Tensor], Tensor], x: Tensor, beside: Any) -> FakeGraph:
+    def capture(self, entry: Entry, beside: Any) -> FakeGraph:
         pool = self._begun.pool if beside is None else beside.pool
         assert pool.turn is None, "a capture while a replay uses the shared memory"
         if self.failure is not None:
             raise self.failure
-        graph = FakeGraph(pool, body, x, beside)
+        graph = FakeGraph(pool, entry, beside)
         self.graphs.append(graph)
         pool.graphs.add(graph)
         return graph
@@ -71,30 +74,31 @@ class FakeEvent:
     def __init__(self, pool: _Pool) -> None:
         self.pool = pool
 
-    def wait(self) -> None:
+    def wait(self, stream: None) -> None:
         assert self.pool.turn is None, "two replays at once"
         self.pool.turn = threading.get_ident()
         for graph in self.pool.graphs:
             graph.input.fill_(255 if graph.input.dtype == torch.uint8 else torch.nan)
 
-    def record(self) -> None:
+    def record(self, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "the end of a replay that did not wait for the one before"
         for graph in self.pool.graphs:
-            graph.output.fill_(torch.nan)
+            for output in _tensors(graph.output):
+                output.fill_(torch.nan)
         self.pool.turn = None
 
 
 class FakeGraph:
-    def __init__(self, pool: _Pool, body: Callable[[Tensor], Tensor], x: Tensor, beside: Any) -> None:
-        self.pool, self.beside = pool, beside
+    def __init__(self, pool: _Pool, entry: Entry, beside: Any) -> None:
+        self.pool, self.input, self.fill, self.beside = pool, entry.buffer, entry.fill, beside
         self.replays = 0
-        self.input = torch.empty_like(x)
         with _Tape() as tape:
-            self.output = body(self.input)
+            self.output = entry.body(entry.buffer)
         self.tape = tape.calls
 
-    def replay(self) -> None:
+    def replay(self, x: Tensor, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "a replay that did not wait for the one before"
+        self.fill(x)
         for func, args, kwargs, old in self.tape:
             new = func(*args, **kwargs)
             for target, value in zip(_tensors(old), _tensors(new), strict=True):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,19 +19,33 @@ _capturing = threading.Lock()
 
 
 @dataclass
+class Entry:
+    """How images get into a graph: `fill` writes `buffer`, which `body` computes the answer from."""
+
+    buffer: Tensor
+    fill: Callable[[Tensor], object]
+    body: Callable[[Tensor], Tensor]
+
+
+@dataclass
 class Captured:
-    """A graph and the two buffers through which it is used. Keeping it keeps its memory."""
+    """A graph, and what it reads and writes. Keeping it keeps its memory."""
 
     graph: torch.cuda.CUDAGraph
     input: Tensor
+    fill: Callable[[Tensor], object]
     output: Tensor
     semaphores: Tensor
     replays: int = 0
+    _streams: set[int] = field(default_factory=set)
 
-    def replay(self) -> None:
-        """Launch on the current stream. Does not wait."""
-        for buffer in (self.input, self.semaphores):  # if freed now, reused only after this launch
-            buffer.record_stream(torch.cuda.current_stream())
+    def replay(self, x: Tensor, stream: torch.cuda.Stream) -> None:
+        """Launch on `stream`, the current one. Does not wait."""
+        if stream.cuda_stream not in self._streams:  # once for all launches: when a buffer is freed, it counts them
+            for buffer in (self.input, self.semaphores):  # if freed now, reused only after this launch
+                buffer.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
+        self.fill(x)
         self.graph.replay()
 
 
@@ -50,9 +65,17 @@ def finish(x: Tensor) -> None:
         torch.cuda.current_stream(x.device).synchronize()
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` the current one."""
-    return torch.cuda.device(device)
+    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+def current_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which PyTorch launches now."""
+    return torch.cuda.current_stream(device)
 
 
 def event() -> torch.cuda.Event:
@@ -60,34 +83,34 @@ def event() -> torch.cuda.Event:
     return torch.cuda.Event()
 
 
-def capture(body: Callable[[Tensor], Tensor], x: Tensor, beside: Captured | None) -> Captured:
-    """Capture `body` for inputs like `x`, in the memory that the graph of `beside` uses too.
+def capture(entry: Entry, beside: Captured | None) -> Captured:
+    """Capture what follows on an entry, in the memory that the graph of `beside` uses too.
 
-    First `body` runs once on the new buffer: inside a capture no kernel can be compiled, and the buffer's strides and
-    alignment may want others than those of `x`. Then PyTorch waits for the device and gives its cached memory back.
+    First its body runs once on the buffer: inside a capture no kernel can be compiled, and the buffer's strides and
+    alignment may want others than those of the images. Then PyTorch waits for the device and gives its cached memory
+    back.
     """
+    device = entry.buffer.device
     graph = torch.cuda.CUDAGraph()
-    stream = _side_stream(x.device)
+    stream = _side_stream(device)
     pool = torch.cuda.graph_pool_handle() if beside is None else beside.graph.pool()
-    # The input is not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
-    buffer = torch.empty_like(x)
-    semaphores = torch.zeros(1024, dtype=torch.int32, device=x.device)
+    semaphores = torch.zeros(1024, dtype=torch.int32, device=device)  # by a kernel that waits for whatever was before
     lent = graph_semaphores.set(semaphores)
     try:
-        body(buffer)  # which compiles what a graph alone has, too: dependent launches
+        entry.body(entry.buffer)  # which compiles what a graph alone has, too: dependent launches
         try:
             with (
                 _capturing,
                 torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
                 torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
-                output = body(buffer)
+                output = entry.body(entry.buffer)
         except Exception:
-            _stop_allocating(x.device, pool)
+            _stop_allocating(device, pool)
             raise
     finally:
         graph_semaphores.reset(lent)
-    return Captured(graph, buffer, output, semaphores)
+    return Captured(graph, entry.buffer, entry.fill, output, semaphores)
 
 
 def _stop_allocating(device: torch.device, pool: tuple[int, int]) -> None:

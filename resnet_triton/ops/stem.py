@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -98,6 +98,28 @@ class Stem(Operation):
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             ),
         )  # fmt: skip
+
+    def alone(self) -> tuple[Tensor, Launch] | None:
+        """The result, uninitialised, and the launch that writes it; None if it takes more than one launch.
+
+        It reads weights and images where they are, so it can be repeated: `x_ptr` is all that changes with other images
+        of the same sizes, strides and dtype whose address is, like that of `x`, a multiple of 16. It stays on the same
+        memory, whatever `t.data = ...` does to a weight.
+        """
+        result, choice = self.choose()
+        if choice.backend == "torch" or not aligned(self.x):
+            return None
+        out, launches, _ = self.prepare(result)
+        if out is None or len(launches) != 1 or not launches[0].specialised:
+            return None
+        (launch,) = launches
+        own = {t.data_ptr() for t in self.schema.tensors(self)}
+        read = {name: value.detach() for name, value in launch.arguments.items() if isinstance(value, Tensor)}
+        described = [value.base for value in launch.arguments.values() if hasattr(value, "base")]
+        elsewhere = [t for t in described if t.untyped_storage().data_ptr() != out.data_ptr()]
+        if elsewhere or not own.issuperset(map(Tensor.data_ptr, read.values())):
+            return None
+        return out, replace(launch, arguments={**launch.arguments, **read})
 
     def _has_one_launch(self, facts: DeviceFacts) -> bool:
         """Whether the warp-specialised kernel takes this: it adds in one order whatever the batch or the strip."""

@@ -6,14 +6,17 @@ is now: hooks, replaced layers, training mode. Reports, ahead-of-time compilatio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config import ConvShape
@@ -77,7 +80,41 @@ def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: to
                 functional_call(model, tensors, (x,), strict=True)
         finally:
             tracer.reset(token)
-    return [replace(c, operation=None if c.operation is None else _without_memory(c.operation)) for c in recorder.calls]
+    return list(map(_without_memory, recorder.calls))
+
+
+def trace_graph(graph: fx.GraphModule, names: dict[fx.Node, str]) -> list[Call]:
+    """The same of a functional graph on fake tensors: `names` are its nodes' modules.
+
+    A node's `meta["reason"]` says why PyTorch runs it. Sizes must be numbers, for where a call runs may depend on them.
+    """
+    recorder = _Recorder({})
+    token = tracer.set(recorder.explain)
+    try:
+        with recorder:
+            propagate(graph, lambda node: recorder.enter(names.get(node, ""), node.meta.get("reason", "")))
+    finally:
+        tracer.reset(token)
+    return list(map(_without_memory, recorder.calls))
+
+
+def propagate(graph: fx.GraphModule, before: Callable[[fx.Node], None] = lambda node: None) -> None:
+    """Bring the fake tensors in the `meta["val"]` of a graph's nodes up to date, calling `before` on each node."""
+    inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    _Propagation(graph, detect_fake_mode(inputs), before).propagate_dont_convert_inputs(*inputs)
+
+
+class _Propagation(FakeTensorProp):
+    def __init__(self, graph: Any, mode: Any, before: Callable[[fx.Node], None]) -> None:
+        super().__init__(graph, mode)
+        self.before = before
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.before(n)
+        return super().run_node(n)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._mode.from_tensor(super().get_attr(target, args, kwargs))
 
 
 def _as(t: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -89,7 +126,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
         self.calls: list[Call] = []
-        self.reason = ""
+        self.here, self.reason = "", ""
+
+    def enter(self, name: str, reason: str) -> None:
+        """Take the module that the operators which follow belong to, and why PyTorch runs them."""
+        self.here, self.reason = name, reason
 
     def explain(self, reason: str) -> None:
         """Take the reason why the operators that follow run module by module."""
@@ -98,7 +139,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         operator = func._schema.name.partition("::")[2]
-        name = next((self.names[id(a)] for a in args if id(a) in self.names), "")
+        name = next((self.names[id(a)] for a in args if id(a) in self.names), self.here)
         if func.namespace == "resnet_triton":
             self.reason = ""
             operation = OPERATORS[operator].schema.build(args)
@@ -110,8 +151,12 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-def _without_memory(operation: Operation) -> Operation:
-    return operation.schema.build([_meta(a) for a in operation.schema.flatten(operation)])
+def _without_memory(call: Call) -> Call:
+    """The same call with meta tensors in place of real or fake ones."""
+    if call.operation is None:
+        return call
+    schema = call.operation.schema
+    return replace(call, operation=schema.build([_meta(a) for a in schema.flatten(call.operation)]))
 
 
 def _meta(a: Any) -> Any:

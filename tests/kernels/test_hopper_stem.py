@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -102,3 +103,20 @@ def test_exact(case: Case) -> None:
     assert not simulate(launch, ptx(launch)).faults
     torch.testing.assert_close(out, right, rtol=0, atol=0, equal_nan=True)
     assert right.isnan().any() == case.special
+
+
+def test_for_other_images_only_the_address_changes() -> None:
+    """The same machine code and arguments, as the launch in front of a CUDA graph is repeated."""
+    case = CASES["pixels"]
+    x, filters, norm = images(case, generator(torch.device("cpu"), 0))
+    out = channels_last(torch.empty_like(expected(x, filters, norm, case.weight)))
+    other = case.layout(images(case, generator(torch.device("cpu"), 1))[0])
+    launch = hopper_stem(
+        out=out, x=case.layout(x), weight=channels_last(filters), batch_norm=norm, mean=None, std=None,
+        strip=case.strip, programs=case.programs,
+    )  # fmt: skip
+    repeated = replace(launch, arguments={**launch.arguments, "x_ptr": other})
+    for again, given in ((launch, x), (repeated, other)):
+        out.fill_(NAN)
+        assert not simulate(again, ptx(launch)).faults
+        torch.testing.assert_close(out, expected(given, filters, norm, case.weight), rtol=0, atol=0)

@@ -29,7 +29,8 @@ from resnet_triton.config import StemConfig, hopper_strip, stem_heuristic
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.kernels import stem as kernels
 from resnet_triton.kernels.hopper_stem import normalises_exactly
-from resnet_triton.ops import interpreter, reference
+from resnet_triton.ops import dispatch, interpreter, reference
+from resnet_triton.ops.dispatch import Modes
 
 INF, NAN = float("inf"), float("nan")
 HALVES = pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
@@ -275,6 +276,33 @@ def test_hopper_takes_one_launch(device, change, one):
     with mock.patch.object(interpreter, "active", return_value=False), override(KNOWN[sizes["arch"]]):
         names = [launch.kernel.__name__ for launch in call.launches(call.output())]
     assert (names == ["hopper_stem_kernel"]) == one, names
+
+
+@pytest.mark.parametrize(
+    ("change", "alone"),
+    [
+        (lambda call: call, True),
+        (lambda call: replace(call, x=call.x[..., 2:]), False),
+        (lambda call: replace(call, weight=call.weight.contiguous()), False),
+        (lambda call: replace(call, batch_norm=call.batch_norm._replace(bn_bias=torch.zeros(128)[::2])), False),
+        (lambda call: replace(call, modes=Modes(kernels="torch")), False),
+    ],
+    ids=["as it is", "images not aligned", "filters not channels_last", "a bias with gaps", "on PyTorch"],
+)
+def test_a_stem_that_can_be_repeated_reads_everything_where_it_is(change, alone):
+    """What a launch has copied would be out of date at the next edit in place."""
+    call = change(stem_call(generator(torch.device("cpu"), 15), 2, 3, 12, 28, 64, torch.float16))
+    with mock.patch.object(interpreter, "active", return_value=False), override(KNOWN[90]):
+        with mock.patch.object(dispatch, "_fallback_reason", return_value=None):  # as on a GPU
+            found = call.alone()
+        assert len(call.launches(call.output())) == 1
+    assert (found is not None) == alone
+    if found is not None:
+        (out, launch), address = found, call.weight.data_ptr()
+        assert launch.arguments["x_ptr"].data_ptr() == call.x.data_ptr()
+        assert launch.arguments["y_desc"].base.data_ptr() == out.data_ptr()
+        call.weight.data = torch.zeros(1)
+        assert launch.arguments["w_ptr"].data_ptr() == address, "a replay that is out of date still reads what it may"
 
 
 def test_bytes_that_reciprocals_do_not_normalise_exactly_take_other_launches(device):

@@ -278,8 +278,8 @@ def test_unknown_mode():
 
 
 def test_nothing_to_optimize():
-    with pytest.raises(ValueError, match="Sequential contains no torchvision ResNet"):
-        optimize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    with pytest.raises(ValueError, match="Sequential contains no Conv2d to optimize"):
+        optimize(nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU()))
     with pytest.raises(ValueError, match="Linear was not converted"):
         revert(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="ResNet was not converted"):
@@ -346,13 +346,24 @@ def test_a_subclass_keeps_its_code():
 
 
 @torch.no_grad()
-def test_frozen_batch_norm_runs_on_torch():
-    model = small("Bottleneck", norm_layer=torchvision.ops.FrozenBatchNorm2d)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_frozen_batch_norm_is_fused(training, monkeypatch):
+    """What torchvision's detectors have: four buffers, which training mode does not touch."""
+    frozen = torchvision.ops.FrozenBatchNorm2d
+    model = small("Bottleneck", norm_layer=frozen).train(training)
+    for norm in model.modules():
+        if isinstance(norm, frozen):
+            for buffer in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                nn.init.uniform_(buffer, 0.5, 2.0)
     expected = model(image())
-    fast = optimize(model)
+    fast, before = optimize(model), Counter(dispatch.calls)
     close(fast(image()), expected)
-    with pytest.raises(NotImplementedError, match="FrozenBatchNorm2d"):
-        optimize(model, kernels="triton")(image())
+    assert dispatch.calls - before == {
+        ("stem", "torch"): 1, ("conv_bn_relu", "torch"): 12, ("avg_pool_linear", "torch"): 1,
+    }  # fmt: skip
+    monkeypatch.setattr(frozen, "forward", lambda self, x: 2 * x)
+    assert "FrozenBatchNorm2d.forward was replaced" in str(report(fast))
+    assert not torch.allclose(fast(image()), expected), "the replaced forward runs"
 
 
 @torch.no_grad()

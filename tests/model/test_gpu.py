@@ -16,7 +16,7 @@ import resnet_triton
 from resnet_triton import functional, models, optimize, refresh, report
 from resnet_triton.config import ConvConfig, ConvShape, lookup
 from resnet_triton.config.device import facts
-from resnet_triton.graphs import runner
+from resnet_triton.graphs import replay
 from resnet_triton.ops import conv
 from resnet_triton.ops.trace import trace
 from resnet_triton.support import vision
@@ -34,6 +34,10 @@ def _clean() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+
+def hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def build(dtype: torch.dtype = torch.float16, name: str = "resnet18", **modes: Any) -> Any:
@@ -237,6 +241,23 @@ def test_captured_in_inference_mode_and_replayed_outside():
 # --- streams and threads ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_images_are_read_where_they_are(layout):
+    model = build()
+    model.normalize = (0.5,) * 3, (0.25,) * 3
+    for x in (images(2), images(2).mul(50).clamp(0, 255).byte()):
+        x = x.contiguous(memory_format=layout)
+        captured(model, x)
+        (*_, graph) = model._runner._graphs.values()
+        assert graph.input.shape == (2, 64, 56, 56), "behind the stem"
+        for n in range(4):  # at other addresses, one of them not a multiple of 16
+            memory = torch.cat([x.flatten()[:n], (x + n).permute(0, 2, 3, 1).flatten()])[n:]
+            y = memory.view(2, 224, 224, 3).permute(0, 3, 1, 2) if layout is torch.channels_last else x + n
+            assert torch.equal(model(y), model._forward_impl(y))
+    assert replays(model) >= 4
+
+
 def test_several_streams():
     model = build()
     inputs = [images(n, seed=n) for n in (1, 2, 8, 16)]
@@ -334,11 +355,11 @@ def test_a_replay_returns_before_the_gpu_is_done():
 
 def test_the_least_recently_used_graph_goes_first():
     model = build()
-    sizes = range(1, runner.LIMIT + 3)
+    sizes = range(1, replay.LIMIT + 3)
     for n in sizes:
         captured(model, images(n, size=64))
         model(images(n, size=64))
-    assert len(model._runner._graphs) == runner.LIMIT
+    assert len(model._runner._graphs) == replay.LIMIT
     for n in sizes:
         x = images(n, size=64, seed=1)
         assert torch.equal(model(x), model._forward_impl(x))
@@ -357,12 +378,12 @@ def test_a_failed_capture_leaves_the_model_usable(action):
     model, x = build(), images(2)
     expected = model._forward_impl(x)
 
-    def body(images: Tensor) -> Tensor:
+    def head(y: Tensor) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             action()
-        return type(model)._forward_impl(model, images)
+        return type(model)._head(model, y)
 
-    model._forward_impl = body
+    model._head = head
     model(x)
     stream = torch.cuda.current_stream()
     with pytest.warns(RuntimeWarning, match="no CUDA graph for 2x3x224x224 float16, its capture failed"):
@@ -370,7 +391,7 @@ def test_a_failed_capture_leaves_the_model_usable(action):
     assert torch.cuda.current_stream() == stream
     assert torch.equal(y, expected)
     assert torch.equal(model(x), expected)
-    del model._forward_impl
+    del model._head
     torch.cuda.empty_cache()  # raises while the allocator believes that a capture is under way
     captured(model, images(3))
     assert torch.equal(model(images(3)), model._forward_impl(images(3)))
@@ -412,10 +433,6 @@ def test_graphs_give_their_memory_back():
 
 
 # --- kernels that only a GPU runs, or that are off by default ---------------------------------------------------------
-
-
-def hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 @pytest.mark.parametrize("split", [2, 4, 9])

@@ -93,7 +93,11 @@ def test_same_seed_gives_the_same_state(name):
         assert torch.equal(ours[key], value), key
 
 
-@pytest.mark.parametrize("name", ["resnet101", "resnet152"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d",
+     "resnext101_64x4d"],
+)  # fmt: skip
 def test_state_names_and_shapes(name):
     with torch.device("meta"):
         ours, theirs = pair(name)
@@ -101,6 +105,8 @@ def test_state_names_and_shapes(name):
         (k, v.shape) for k, v in theirs.state_dict().items()
     ]
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
+    layers = [[repr(m) for m in model.modules() if not list(m.children())] for model in (ours, theirs)]
+    assert layers[0] == layers[1]  # strides and groups, too
 
 
 def test_checkpoints_go_both_ways():

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
 import sys
 import threading
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, captured, images, small, with_grad
-from torch import nn
+from fake_cuda import FakeCuda, FakeEvent, captured, images, small, with_grad
+from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import optimize, refresh, report, revert
-from resnet_triton.graphs import runner
+from resnet_triton import ops, optimize, refresh, report, revert
+from resnet_triton.graphs import cuda_graph, replay, runner
 from resnet_triton.ops import precision
 from resnet_triton.support import vision
 
@@ -165,11 +169,142 @@ def test_fp32_precision_belongs_to_the_shape(cuda):
     assert len(cuda.graphs) == 2
 
 
+# --- what a replay does ----------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """A stem's launch on the CPU."""
+
+    def __init__(self, call: ops.Stem) -> None:
+        self.call, self.out = call, call.output().fill_(torch.nan)
+
+    def repeat(self, changing: str) -> Callable[[Tensor], None]:
+        assert changing == "x_ptr"
+        return self.again
+
+    def again(self, x: Tensor) -> None:
+        self.out[:] = replace(self.call, x=x).reference()
+
+
+@pytest.fixture
+def log(cuda, monkeypatch):
+    """What the host asks of CUDA beside the graph, in order, where the stem reads images as they are."""
+    found: list[str] = []
+    capture = cuda.capture
+
+    def logged(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        return lambda *arguments: found.append(name) or function(*arguments)
+
+    def logging(entry: Any, beside: Any) -> Any:
+        alone = isinstance(getattr(entry.fill, "__self__", None), Alone)
+        return capture(replace(entry, fill=logged(entry.fill, "stem" if alone else "copy")), beside)
+
+    monkeypatch.setattr(ops.Stem, "alone", lambda call: ((launch := Alone(call)).out, launch))
+    monkeypatch.setattr(cuda, "capture", logging)
+    for owner, name in ((FakeEvent, "wait"), (FakeEvent, "record"), (Tensor, "clone")):
+        monkeypatch.setattr(owner, name, logged(getattr(owner, name), name))
+    return found
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_host_calls_of_a_replay(cuda, log, readable):
+    """One launch in front of the graph, one behind it, and what makes the next replay wait."""
+    model = small()
+    model.normalize = ((0.5,) * 3, (0.25,) * 3)
+    for of_bytes in (False, True):
+        pixels = torch.randint(256, (2 * 3 * 16 * 16 + 4,)) if of_bytes else torch.randn(2 * 3 * 16 * 16 + 4)
+        pixels = pixels.byte() if of_bytes else pixels
+        x = (pixels[:-4] if readable else pixels[3:-1]).view(2, 3, 16, 16)
+        captured(model, x)
+        for _ in range(2):
+            log.clear()
+            y = model(x)
+            assert log == ["wait", "stem" if readable else "copy", "clone", "record"]
+            assert torch.equal(y, model._forward_impl(x))
+            x += 1
+    assert [graph.replays for graph in cuda.graphs] == [2, 2]
+
+
+def test_host_calls_of_a_replay_on_a_gpu(monkeypatch):
+    """Of the real module. Buffers are told of a stream once; a device is switched to if it is not the current one."""
+    asked = mock.Mock()
+    asked.current_stream.side_effect = lambda device: stream
+    asked.device.return_value = mock.MagicMock()
+    asked.clone.return_value = y = torch.zeros(2)
+    for name in ("current_device", "current_stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, getattr(asked, name))
+    monkeypatch.setattr(cuda_graph, "takes", lambda x: True)
+    model, x = small(), images()
+    model._runner = kept = runner.Runner(model)
+    buffers = mock.Mock(record_stream=asked.record_stream, clone=asked.clone)
+    kept._graphs[replay.key_of(x)] = cuda_graph.Captured(asked, buffers, asked.fill, buffers, buffers)
+    kept._done = asked
+    every_time = ["current_stream", "wait", "fill", "replay", "clone", "record"]
+    for handle, device, more in ((7, None, 2), (7, None, 0), (8, None, 2), (7, None, 0), (8, 1, 0)):
+        asked.current_device.return_value = device  # that of `x` is None
+        stream = mock.Mock(cuda_stream=handle)
+        asked.reset_mock()
+        assert model(x) is y
+        names = [name for name, *_ in asked.mock_calls if not name.startswith("device()")]
+        assert names.count("record_stream") == more
+        assert [name for name in names if name != "record_stream"] == [
+            "current_device", *["device"] * (device is not None), *every_time
+        ]  # fmt: skip
+        assert asked.mock_calls.index(mock.call.fill(x)) < asked.mock_calls.index(mock.call.replay())
+        asked.wait.assert_called_once_with(stream)
+        asked.record.assert_called_once_with(stream)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: torch.cat([x, x])[1:3],
+        lambda x: torch.cat([x.flatten(), x.flatten()])[1 : x.numel() + 1].view(x.shape),
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: torch._neg_view(x),
+        lambda x: torch._efficientzerotensor(x.shape),
+        lambda x: x[:1].expand(x.shape),
+    ],
+    ids=["elsewhere", "not aligned", "channels_last", "negative", "zeros without memory", "expanded"],
+)
+def test_images_that_the_stem_cannot_read_are_copied(cuda, log, other):
+    model, x = small(), images()
+    captured(model, x)
+    x = other(x)
+    for _ in range(4):
+        assert torch.equal(model(x), model._forward_impl(x))
+
+
+@pytest.mark.parametrize("build", [small, lambda **modes: optimize(torchvision.models.resnet18().eval(), **modes)])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_edits_show_in_front_of_the_graph_too(cuda, log, freeze, build):
+    """Of a model of ours, and of one that was torchvision's."""
+    model, x = build(freeze=freeze), images()
+    captured(model, x)
+    model.conv1.weight.mul_(2)
+    log.clear()
+    y = model(x)
+    assert log.count("stem") == 1
+    torch.testing.assert_close(y, model._forward_impl(x))
+    if not freeze:
+        model.bn1.running_mean.add_(1)
+        assert torch.equal(model(x), model._forward_impl(x))
+        model.bn1.eps = 0.5
+        assert torch.equal(model(x), model._forward_impl(x))
+        model.maxpool.kernel_size, model.maxpool.padding = 5, 2  # no stem of ours: captured from the images on
+        for _ in range(2):
+            assert torch.equal(model(x), model._forward_impl(x))
+        log.clear()
+        model(x)
+        assert "stem" not in log
+        assert len(cuda.graphs) == 3
+
+
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_least_recently_used_graph_goes_first(cuda, monkeypatch):
-    monkeypatch.setattr(runner, "LIMIT", 2)
+    monkeypatch.setattr(replay, "LIMIT", 2)
     model = small()
     captured(model, images(1), images(2))
     model(images(1))
@@ -181,7 +316,7 @@ def test_the_least_recently_used_graph_goes_first(cuda, monkeypatch):
 
 
 def test_shapes_that_take_turns_are_not_captured_every_time(cuda, monkeypatch):
-    monkeypatch.setattr(runner, "LIMIT", 2)
+    monkeypatch.setattr(replay, "LIMIT", 2)
     model = small()
     for _ in range(24):
         for n in (1, 2, 3):
@@ -190,7 +325,7 @@ def test_shapes_that_take_turns_are_not_captured_every_time(cuda, monkeypatch):
 
 
 def test_shapes_are_forgotten(cuda, monkeypatch):
-    monkeypatch.setattr(runner, "_REMEMBERED", 3)
+    monkeypatch.setattr(replay, "_REMEMBERED", 3)
     model = small()
     for n in range(1, 8):
         model(images(n, 8))
@@ -315,6 +450,40 @@ def test_threads_share_graphs(cuda):
     assert not failures
     assert len(cuda.graphs) == 3
     assert sum(g.replays for g in cuda.graphs) >= 60 - 3 * (4 + 2)
+
+
+def test_models_do_not_wait_for_each_other(cuda):
+    """While one is in a replay, and while it captures, another is called."""
+    x = images()
+    models = [small() for _ in range(2)]
+    captured(models[0], x)
+    captured(models[1], x)
+    expected = models[1]._forward_impl(x)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> None:
+        inside.set()
+        go_on.wait(60)
+        raise MemoryError
+
+    for owner, name, call in ((cuda.graphs[0], "replay", images()), (cuda, "capture", images(3))):
+        inside.clear()
+        go_on.clear()
+        with mock.patch.object(owner, name, held):
+            other = threading.Thread(target=hold_off, args=(models[0], call))
+            other.start()
+            assert inside.wait(60)
+            assert torch.equal(models[1](x), expected)  # or it would wait for ever
+            assert models[0]._runner._lock.locked()  # of one model, one call at a time: it has one set of buffers
+            go_on.set()
+            other.join()
+    assert cuda.graphs[1].replays == 2
+
+
+def hold_off(model: Any, x: Tensor) -> None:
+    with torch.no_grad(), contextlib.suppress(MemoryError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        captured(model, x)
 
 
 # --- the public face -------------------------------------------------------------------------------------------------

@@ -1,0 +1,119 @@
+"""What a call of a captured ResNet-18 costs beside its graph, and what several callers get."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import resnet_triton
+from resnet_triton.bench.runner import Found, Run, Steps
+
+
+def steps(run: Run) -> Steps:
+    """A rehearsal has no graphs: it calls the model in their place."""
+    for batch in [1] if run.device.type == "cpu" else [1, 8, 256]:
+        yield f"a call, batch {batch}", partial(_beside_the_graph, batch, run)
+    yield "callers", partial(_callers, run)
+
+
+def _model(run: Run) -> Any:
+    torch.manual_seed(0)
+    model = resnet_triton.resnet18(num_classes=1000).eval()
+    return model if run.device.type == "cpu" else resnet_triton.optimize(model.to(run.device).half(), cuda_graph=True)
+
+
+def _images(batch: int, run: Run) -> Tensor:
+    size, dtype = (32, torch.float32) if run.device.type == "cpu" else (224, torch.float16)
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+    return x.to(run.device, dtype, memory_format=torch.channels_last)
+
+
+def _wait(run: Run) -> None:
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _beside_the_graph(batch: int, run: Run) -> Iterator[Found]:
+    """Microseconds: the graph, with what is launched in front of it, a call, one alone, and the host's part of one."""
+    model, x = _model(run), _images(batch, run)
+    with torch.inference_mode():
+        expected = model._forward_impl(x)
+        for _ in range(3):
+            y = model(x)
+        ways: dict[str, Callable[[], object]] = {"a call": partial(model, x)}
+        if model._runner is not None:
+            (captured,) = model._runner._graphs.values()
+            bare = captured.graph.replay
+            ways = {"graph": bare, "first launch and graph": lambda: (captured.fill(x), bare()), **ways}
+        for _ in range(3):  # in turns; each starts on an idle GPU
+            found = {name: _back_to_back(way, run) for name, way in ways.items()}
+            alone, host = _one_by_one(ways["a call"], run)
+            yield {"microseconds": {**found, "a call and synchronize": alone, "host": host}}
+        if not torch.equal(model(x), y) or not torch.allclose(y, expected, atol=1e-2, rtol=1e-2):
+            raise AssertionError("a call's answer is not the eager one")
+
+
+def _back_to_back(way: Callable[[], object], run: Run) -> float:
+    times = 2 if run.device.type == "cpu" else 300
+    _wait(run)
+    start = time.perf_counter()
+    for _ in range(times):
+        way()
+    _wait(run)
+    return (time.perf_counter() - start) / times * 1e6
+
+
+def _one_by_one(way: Callable[[], object], run: Run) -> tuple[float, float]:
+    """Medians of a call that is waited for: in all, and until it returned."""
+    alone, host = [], []
+    for _ in range(2 if run.device.type == "cpu" else 200):
+        _wait(run)
+        start = time.perf_counter()
+        way()
+        host.append(time.perf_counter() - start)
+        _wait(run)
+        alone.append(time.perf_counter() - start)
+    return statistics.median(alone) * 1e6, statistics.median(host) * 1e6
+
+
+def _callers(run: Run) -> Iterator[Found]:
+    """Images a second at batch 8: from one thread, from two with a model each, from two on streams of one model."""
+    x, models = _images(8, run), [_model(run) for _ in range(2)]
+    with torch.inference_mode():
+        for model in models:
+            for _ in range(3):
+                model(x)
+    for name, callers in (("one", models[:1]), ("two models", models), ("one model, two streams", [models[0]] * 2)):
+        yield {name: _images_a_second(callers, x, run)}
+
+
+def _images_a_second(callers: list[Any], x: Tensor, run: Run) -> float:
+    times = 2 if run.device.type == "cpu" else 500
+    ready = threading.Barrier(len(callers) + 1)
+
+    def work(model: Any) -> None:
+        stream = torch.cuda.stream(torch.cuda.Stream()) if run.device.type == "cuda" else contextlib.nullcontext()
+        with torch.inference_mode(), stream:
+            model(x)
+            _wait(run)
+            ready.wait()
+            for _ in range(times):
+                model(x)
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in callers]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    start = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    _wait(run)
+    return len(callers) * times * len(x) / (time.perf_counter() - start)

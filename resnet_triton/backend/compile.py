@@ -1,0 +1,227 @@
+"""What torch.compile calls with a graph of a model, and what it gets back.
+
+AOTAutograd makes the graph functional: no operator in it writes its inputs or returns a view that somebody writes
+later. In that form it is rewritten (`rewrite.py`). Parameters and buffers stay inputs, so an edit of a weight shows at
+the next call. Where gradients are wanted, the graph runs as it is, for our operators have none.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import TracingContext
+from torch._prims_common import is_contiguous_or_false
+
+from ..graphs.function import GraphedFunction
+from ..graphs.replay import CudaGraph, check_mode
+from ..ops import dispatch
+from ..ops.dispatch import Modes
+from ..ops.trace import Call, propagate, trace_graph
+from .rewrite import rewrite
+
+Function = Callable[..., Any]
+_MODES: dict[str | None, CudaGraph] = {
+    None: "auto", "default": "auto", "reduce-overhead": True, "max-autotune": True, "max-autotune-no-cudagraphs": False,
+}  # fmt: skip
+_CHANGING = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_OURS = ("resnet_triton.conv_bn_relu.default", "resnet_triton.stem.default")
+
+
+def resnet_triton(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    record: list[Call] | None = None,
+    functions: list[GraphedFunction] | None = None,
+) -> Function:
+    """Compile a graph of Dynamo's: convolutions and what follows them on our kernels, the rest on PyTorch's.
+
+    `options` may hold `kernels` ("auto", "torch" or "triton"), `batch_invariant` (bool) and `cuda_graph` ("auto", True
+    or False), which mean what they mean for `optimize`. `mode` is torch.compile's: "reduce-overhead" and
+    "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
+    For `report`, `record` takes the calls that the graph makes, and `functions` what CUDA graphs repeat.
+    """
+    modes, cuda_graph = settings(mode, options)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        _warn_of_gradients(modes, inputs)
+        return graph.forward
+
+    def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Function:
+        for node in gm.graph.nodes:
+            node.meta["format"] = _format(node.meta.get("val"))
+        rewrite(gm, modes)
+        if record is None:
+            _warn_of_coverage(gm.graph)
+            propagate(gm)
+        else:
+            record.extend(trace_graph(gm, _names(gm.graph)))
+        _restore_formats(gm)
+        graphed = _graphed(gm, cuda_graph)
+        if functions is not None and graphed is not None:
+            functions.append(graphed)
+        return _boxed(graphed or gm.forward)
+
+    compiled: Function = aot_module_simplified(
+        graph, inputs, fw_compiler=compile_inference, keep_inference_input_mutations=True
+    )
+    return compiled
+
+
+def _boxed(function: Function) -> Function:
+    """`function` of a list, which it empties: so the memory of a caller's tensors can be used again."""
+
+    def run(values: list[Any]) -> Any:
+        result = function(values) if isinstance(function, GraphedFunction) else function(*values)
+        values.clear()
+        return result
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _graphed(gm: fx.GraphModule, cuda_graph: CudaGraph) -> GraphedFunction | None:
+    """The graph as a function that CUDA graphs may repeat, if they may."""
+    if cuda_graph is False:
+        return None
+    metadata = TracingContext.get().fw_metadata
+    fixed = set() if metadata is None else set(metadata.static_input_indices)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    tensors = {i for i, node in enumerate(inputs) if isinstance(node.meta["val"], Tensor)}
+    reason = _ungraphed_reason(gm.graph)
+    if reason is None and len(tensors - fixed) != 1:
+        reason = f"{len(tensors - fixed)} inputs are tensors, expected one"
+    if reason is not None:
+        if cuda_graph is True:
+            warnings.warn(f"cuda_graph=True, but calls run without a graph: {reason}", RuntimeWarning, stacklevel=2)
+        return None
+    (images,) = tensors - fixed
+    return GraphedFunction(gm.forward, images, sorted(tensors & fixed), cuda_graph)
+
+
+def _ungraphed_reason(graph: fx.Graph) -> str | None:
+    """Why a CUDA graph cannot repeat this for other images; None if it can."""
+    results: Any = graph.output_node().args[0]
+    if not all(isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) for node in results):
+        return "a result is no tensor"
+    bases = set(map(_base, results))
+    if len(bases) < len(results) or any(node.op == "placeholder" for node in bases):
+        return "results share memory with each other or with inputs"
+    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    if len({value.device for value in values}) > 1:
+        return "tensors are on several devices"
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable:
+                return f"{node.target} changes an input"
+            if not _CHANGING.isdisjoint(node.target.tags):
+                return f"{node.target} does not compute the same each time"
+    return None
+
+
+def settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Modes, CudaGraph]:
+    """What `mode` and `options` of torch.compile ask for; ValueError if that is unknown."""
+    if mode not in _MODES:
+        raise ValueError(f"mode={mode!r}, expected one of {', '.join(repr(m) for m in _MODES if m)}")
+    known = {"kernels": "auto", "batch_invariant": False, "cuda_graph": _MODES[mode]}
+    asked = {**known, **(options or {})}
+    if unknown := asked.keys() - known.keys():
+        raise ValueError(f"options has {', '.join(map(repr, sorted(unknown)))}, expected {', '.join(known)}")
+    dispatch.check_mode(asked["kernels"])
+    check_mode(asked["cuda_graph"])
+    if not isinstance(asked["batch_invariant"], bool):
+        raise ValueError(f"options has batch_invariant={asked['batch_invariant']!r}, expected True or False")
+    return Modes(asked["batch_invariant"], asked["kernels"]), asked["cuda_graph"]
+
+
+def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The module that each node belongs to, as the model names it."""
+    names = {}
+    for node in graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if stack:
+            names[node] = re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0])
+    return names
+
+
+def _warn_of_gradients(modes: Modes, inputs: Sequence[Any]) -> None:
+    reason = "grad mode is on, and gradients are PyTorch's; call the model under torch.inference_mode()"
+    dispatch.refuse(modes.kernels, reason)
+    if any(isinstance(x, Tensor) and x.is_cuda for x in inputs):
+        warnings.warn(f"a compiled model runs without our kernels: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def _warn_of_coverage(graph: fx.Graph) -> None:
+    """Once for a graph on a GPU most of whose convolutions our operators do not take."""
+    ours = sum(str(node.target) in _OURS for node in graph.nodes)
+    left = [n for n in graph.nodes if n.target is torch.ops.aten.convolution.default and n.meta["val"].is_cuda]
+    if len(left) > ours:
+        most, _ = Counter(node.meta.get("reason", "") for node in left).most_common(1)[0]
+        warnings.warn(
+            f"{len(left)} of {len(left) + ours} convolutions run on PyTorch, most of them for this reason: {most}; "
+            "resnet_triton.report(model, shape) lists them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+# --- memory formats --------------------------------------------------------------------------------------------------
+
+
+def _format(value: Any) -> torch.memory_format | None:
+    """Of a 4-D tensor, if it is dense."""
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return None
+    if is_contiguous_or_false(value):
+        return torch.contiguous_format
+    channels_last = is_contiguous_or_false(value.permute(0, 2, 3, 1))
+    return torch.channels_last if channels_last else None
+
+
+def _restore_formats(graph: fx.GraphModule) -> None:
+    """Where somebody may look at strides, copy what our operators leave in another memory format than the model does.
+
+    A caller may `view` a result, an operator of somebody else's may count on its argument's strides. Results that are
+    views of one tensor stay views of one.
+    """
+    nodes = list(graph.graph.nodes)
+    seen = {base for node in nodes if _sees_strides(node) for base in map(_base, node.all_input_nodes)}
+    for base in seen:
+        memory = base.meta.get("format")
+        if memory is not None and _format(base.meta["val"]) != memory:
+            with graph.graph.inserting_after(base):
+                again = graph.graph.call_function(torch.ops.aten.clone.default, (base,), {"memory_format": memory})
+            again.meta["val"] = base.meta["val"].clone(memory_format=memory)
+            for user in list(base.users):
+                if user is not again and (_is_view(user) or _sees_strides(user)):
+                    user.replace_input_with(base, again)
+    graph.recompile()
+
+
+def _sees_strides(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op == "output"
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False  # an element of a tuple, arithmetic of sizes
+    name = node.target._schema.name
+    return "shape" in name or "strided" in name or node.target.namespace not in ("aten", "prims", "resnet_triton")
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.alias_info is not None for a in schema.arguments)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """What this is a view of, at last."""
+    while _is_view(node):
+        node = node.all_input_nodes[0]
+    return node

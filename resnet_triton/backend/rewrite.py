@@ -1,0 +1,424 @@
+"""Find what our operators compute in a functional ATen graph, and put them there.
+
+A convolution is fused with what follows it: batch norm with running statistics, as one node or as the multiplication
+and addition of a frozen one; the sum with a residual or with a shortcut's convolution and batch norm; ReLU. Patterns
+are matched on what the graph computes, never on names. What is left runs as PyTorch's own operators.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from .. import ops  # noqa: F401, which registers torch.ops.resnet_triton
+from ..ops.dispatch import DTYPES, Modes
+from ..ops.stem import CONV, POOL
+
+aten = torch.ops.aten
+Node = fx.Node
+
+# Where batch norms with running statistics have (weight, bias, running_mean, running_var), eps and "training".
+_NORMS: dict[Any, tuple[tuple[int, int, int, int], int, int | None]] = {
+    aten._native_batch_norm_legit_no_training.default: ((1, 2, 3, 4), 6, None),
+    aten._batch_norm_no_update.default: ((1, 2, 3, 4), 6, None),
+    aten.native_batch_norm.default: ((1, 2, 3, 4), 7, 5),
+    aten.cudnn_batch_norm.default: ((1, 2, 3, 4), 7, 5),
+}
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.squeeze.dims, aten.squeeze.dim)
+
+
+class Norm(NamedTuple):
+    """The arguments of batch norm, as nodes; the last is a number."""
+
+    mean: Node
+    var: Node
+    weight: Node | None
+    bias: Node | None
+    eps: float
+
+
+@dataclass
+class Chain:
+    """A convolution and what is fused with it so far. `tail` is the node whose value the chain computes."""
+
+    conv: Node
+    tail: Node
+    norm: Callable[[], Norm]
+    residual: Node | None = None
+    shortcut: Chain | None = None
+    relu: bool = False
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return *map(_pair, _args(self.conv)[3:6]), _args(self.conv)[8]
+
+    def is_shortcut(self) -> bool:
+        """Whether it may be added inside another convolution."""
+        _, padding, dilation, groups = self.geometry
+        size = tuple(_shape(_args(self.conv)[1])[2:])
+        alone = self.residual is None and self.shortcut is None and not self.relu
+        return alone and size == (1, 1) and padding == (0, 0) and dilation == (1, 1) and groups == 1
+
+
+def rewrite(graph: fx.GraphModule, modes: Modes) -> None:
+    """Replace, in place, what our operators compute. Convolutions that stay have the reason in `meta["reason"]`."""
+    _Rewriter(graph, modes).run()
+
+
+class _Rewriter:
+    def __init__(self, module: fx.GraphModule, modes: Modes) -> None:
+        self.module, self.graph, self.modes = module, module.graph, tuple(modes)
+        self.constants: dict[tuple[Any, ...], Node] = {}
+        self.replaced: dict[Node, Node] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if _strides_are_its_own(node):  # as an average pool in channels_last ends
+                node.replace_all_uses_with(_args(node)[0])
+                self.graph.erase_node(node)
+        chains = {chain.tail: chain for node in list(self.graph.nodes) if (chain := self._chain(node)) is not None}
+        for node in list(self.graph.nodes):
+            if node.target is aten.add.Tensor:
+                self._add(node, chains)
+        for chain in list(chains.values()):
+            if (relu := _only_user(chain.tail, aten.relu.default)) is not None:
+                chain.tail, chain.relu = relu, True
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for chain in sorted(chains.values(), key=lambda chain: order[chain.tail]):
+            self._place(chain)
+        self.graph.eliminate_dead_code()
+        for match in (self._head, self._pool, self._mean, self._add_relu):
+            for node in list(self.graph.nodes):
+                match(node)
+        self.graph.eliminate_dead_code()
+        for node in self.graph.nodes:
+            if node.target in (aten.view.default, aten._unsafe_view.default):
+                node.target = aten.reshape.default  # our results are in channels_last, which a view may not take
+        self.graph.lint()
+        self.module.recompile()
+
+    # Convolutions
+
+    def _chain(self, conv: Node) -> Chain | None:
+        if conv.target is not aten.convolution.default:
+            return None
+        if (reason := _reason(conv)) is not None:
+            conv.meta["reason"] = reason
+            return None
+        chain = Chain(conv, conv, lambda: self._identity(conv))
+        for find in (self._batch_norm, self._frozen_norm):
+            found = find(conv)
+            if found is not None and _dtype(found[0]) == _dtype(conv):
+                chain.tail, chain.norm = found
+                break
+        return chain
+
+    def _batch_norm(self, conv: Node) -> tuple[Node, Callable[[], Norm]] | None:
+        norm = next(iter(conv.users)) if len(conv.users) == 1 else None
+        if norm is None or norm.target not in _NORMS or _args(norm)[0] is not conv:
+            return None
+        places, eps, training = _NORMS[norm.target]
+        if training is not None and _args(norm)[training]:
+            return None
+        result = next((user for user in norm.users if user.target is operator.getitem and _args(user)[1] == 0), None)
+        weight, bias, mean, var = (_args(norm)[i] for i in places)
+        if result is None or len([u for u in norm.users if u.users]) != 1 or mean is None or var is None:
+            return None
+        return result, lambda: Norm(self._less_bias(mean, conv), var, weight, bias, _args(norm)[eps])
+
+    def _frozen_norm(self, conv: Node) -> tuple[Node, Callable[[], Norm]] | None:
+        """`conv * scale + shift`, where both hold a number for each channel."""
+        scaled = _only_user(conv, aten.mul.Tensor)
+        scale = None if scaled is None else _other_operand(scaled, conv)
+        summed = None if scaled is None else _only_user(scaled, aten.add.Tensor)
+        shift = None if summed is None or summed.kwargs else _other_operand(summed, scaled)
+        channels = _shape(conv)[1]
+        if summed is None or not _is_channelwise(scale, channels) or not _is_channelwise(shift, channels):
+            return None
+        buffers = _frozen_buffers(scale, shift, channels)
+
+        def norm() -> Norm:
+            if buffers is not None:
+                return buffers._replace(mean=self._less_bias(buffers.mean, conv))
+            before = summed
+            mean, var = self._constant(0.0, channels, conv), self._constant(1.0, channels, conv)
+            with self.graph.inserting_before(before):
+                weight, bias = (self._call(aten.reshape.default, t, [channels]) for t in (scale, shift))
+            return Norm(self._less_bias(mean, conv), var, weight, bias, 0.0)
+
+        return summed, norm
+
+    def _identity(self, conv: Node) -> Norm:
+        """Of a convolution alone: its bias is the norm's."""
+        channels = _shape(conv)[1]
+        mean, var = self._constant(0.0, channels, conv), self._constant(1.0, channels, conv)
+        return Norm(mean, var, None, _args(conv)[2], 0.0)
+
+    def _less_bias(self, mean: Node, conv: Node) -> Node:
+        """The running mean of what the convolution computes without its bias."""
+        bias = _args(conv)[2]
+        if bias is None:
+            return mean
+        with self.graph.inserting_before(conv):
+            if _dtype(mean) != torch.float32:
+                mean = self._call(aten._to_copy.default, mean, dtype=torch.float32)
+            return self._call(aten.sub.Tensor, mean, bias)
+
+    def _add(self, node: Node, chains: dict[Node, Chain]) -> None:
+        """Let one of the convolutions whose sum this is compute the sum."""
+        a, b = _args(node)
+        if node.kwargs or not (isinstance(a, Node) and isinstance(b, Node)) or a is b:
+            return
+        if _shape(a) != _shape(b) or not _dtype(a) == _dtype(b) == _dtype(node):
+            return
+        mine = [t for t in (a, b) if t in chains and len(t.users) == 1 and not chains[t].residual]
+        mine = [t for t in mine if chains[t].shortcut is None and not chains[t].relu]
+        if not mine:
+            return
+        tail = min(mine, key=lambda t: (chains[t].is_shortcut(), t is a))  # of two, not the one that may ride along
+        chain, other = chains.pop(tail), b if tail is a else a
+        if other in mine and chains[other].is_shortcut():
+            chain.shortcut = chains.pop(other)
+        else:
+            chain.residual = other
+        chain.tail = node
+        chains[node] = chain
+
+    def _place(self, chain: Chain) -> None:
+        tail, pool = chain.tail, _stem_pool(chain)
+        x, weight = _args(chain.conv)[:2]
+        with self.graph.inserting_before(tail):
+            norm = chain.norm()
+            if pool is not None:
+                new = self._ours("stem", x, weight, *norm, None, None)
+                tail = pool
+            else:
+                residual = None if chain.residual is None else self.replaced.get(chain.residual, chain.residual)
+                short: tuple[Any, ...] = (None,) * 8
+                if chain.shortcut is not None:
+                    their_x, their_weight = _args(chain.shortcut.conv)[:2]
+                    short = their_x, their_weight, *chain.shortcut.norm(), chain.shortcut.geometry[0]
+                new = self._ours("conv_bn_relu", x, weight, *norm, *chain.geometry, residual, *short, chain.relu)
+        self._replace(tail, new)
+        new.meta["nn_module_stack"] = chain.conv.meta.get("nn_module_stack")
+
+    # Pools, sums and the head
+
+    def _head(self, node: Node) -> None:
+        """`linear(mean of all pixels)`, or a linear layer."""
+        if node.target is aten.addmm.default and not node.kwargs:
+            bias, x, weight = _args(node)
+        elif node.target is aten.mm.default:
+            (x, weight), bias = _args(node), None
+        else:
+            return
+        filters = _transposed(weight)
+        if filters is None or _dtype(x) not in DTYPES or (bias is not None and len(_shape(bias)) != 1):
+            return
+        pooled = _flattened(x)
+        with self.graph.inserting_before(node):
+            if pooled is not None:
+                new = self._ours("avg_pool_linear", pooled, filters, bias)
+            else:
+                new = self._ours("linear", x, filters, bias)
+        self._replace(node, new)
+
+    def _pool(self, node: Node) -> None:
+        if node.target is not aten.max_pool2d_with_indices.default or len(_shape(_args(node)[0])) != 4:
+            return
+        used = [user for user in node.users if user.users]
+        if len(used) != 1 or _args(used[0])[1] != 0 or len(_args(node)) > 4 or node.kwargs:
+            return
+        window = _window(node)
+        if any(2 * pad > size for size, pad in zip(window[0], window[2], strict=True)):
+            return
+        with self.graph.inserting_before(node):
+            new = self._ours("max_pool2d", _args(node)[0], *window)
+        self._replace(used[0], new)
+
+    def _mean(self, node: Node) -> None:
+        if not _is_global_mean(node) or not _args(node)[2:]:
+            return
+        with self.graph.inserting_before(node):
+            new = self._ours("global_avg_pool", _args(node)[0])
+        self._replace(node, new)
+
+    def _add_relu(self, node: Node) -> None:
+        added = _args(node)[0] if node.target is aten.relu.default else None
+        if not isinstance(added, Node) or added.target is not aten.add.Tensor or added.kwargs or len(added.users) != 1:
+            return
+        a, b = _args(added)
+        if not (isinstance(a, Node) and isinstance(b, Node)) or len(_shape(a)) != 4 or _shape(a) != _shape(b):
+            return
+        if _dtype(a) != _dtype(b) or _dtype(a) not in DTYPES:
+            return
+        with self.graph.inserting_before(node):
+            new = self._ours("add_relu", a, b)
+        self._replace(node, new)
+
+    # Nodes
+
+    def _ours(self, name: str, *values: Any) -> Node:
+        return self._call(getattr(torch.ops.resnet_triton, name).default, *values, *self.modes)
+
+    def _call(self, target: Any, *values: Any, **named: Any) -> Node:
+        return self.graph.call_function(target, values, named)
+
+    def _replace(self, old: Node, new: Node) -> None:
+        new.meta.update(old.meta)
+        self.replaced[old] = new
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def _constant(self, value: float, channels: int, like: Node) -> Node:
+        """`channels` equal numbers in fp32, made once."""
+        where = like.meta["val"].device
+        key = (value, channels, where)
+        if key not in self.constants:
+            name = f"_constant_{len(self.constants)}"
+            with torch.inference_mode(False), torch._subclasses.fake_tensor.unset_fake_temporarily():
+                self.module.register_buffer(name, torch.full((channels,), value, device=where))
+            first = next(iter(self.graph.nodes))
+            with self.graph.inserting_before(first):
+                self.constants[key] = self.graph.get_attr(name)
+        return self.constants[key]
+
+
+def _strides_are_its_own(node: Node) -> bool:
+    """Whether this is `as_strided` and changes nothing but the strides of dimensions of size one."""
+    if node.target is not aten.as_strided.default or node.kwargs or _args(node)[3:] not in ((), (0,), (None,)):
+        return False
+    x: Any = _args(node)[0]
+    size, stride = ([v.meta["val"] if isinstance(v, Node) else v for v in values] for values in _args(node)[1:3])
+    same = zip(size, stride, x.meta["val"].stride(), strict=False)
+    return tuple(size) == _shape(x) and all(n == 1 or a == b for n, a, b in same)
+
+
+def _reason(conv: Node) -> str | None:
+    """Why our operators cannot compute a convolution."""
+    x, weight, *_, transposed, _, groups = _args(conv)
+    if len(_shape(conv)) != 4:
+        return f"a convolution in {len(_shape(conv)) - 2} dimensions"
+    if transposed:
+        return "transposed convolution"
+    if groups != 1:
+        return "grouped convolution"
+    if not _dtype(x) == _dtype(weight) == _dtype(conv):
+        return "mixed dtypes"
+    return None if _dtype(x) in DTYPES else f"dtype {_dtype(x)}"
+
+
+def _stem_pool(chain: Chain) -> Node | None:
+    """The max pool of a ResNet's stem behind a convolution, if the chain is that stem's."""
+    if not chain.relu or chain.residual is not None or chain.shortcut is not None or chain.geometry != tuple(CONV):
+        return None
+    if tuple(_shape(_args(chain.conv)[1])[2:]) != (7, 7):
+        return None
+    pool = _only_user(chain.tail, aten.max_pool2d_with_indices.default)
+    if pool is None or len(_args(pool)) > 4 or pool.kwargs or _window(pool) != POOL:
+        return None
+    used = [user for user in pool.users if user.users]
+    return used[0] if len(used) == 1 and _args(used[0])[1] == 0 else None
+
+
+def _window(pool: Node) -> tuple[tuple[int, int], ...]:
+    """Size, stride and padding."""
+    size, stride, padding = (*_args(pool)[1:4], [], [0])[:3] if len(_args(pool)) == 2 else (*_args(pool)[1:4], [0])[:3]
+    return _pair(size), _pair(stride or size), _pair(padding)
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = values if len(values) == 2 else values * 2
+    return first, second
+
+
+def _args(node: Any) -> Any:
+    """A node's arguments, whose types nobody checks."""
+    return node.args
+
+
+def _shape(node: Any) -> tuple[Any, ...]:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _only_user(node: Node, target: Any) -> Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target is target else None
+
+
+def _other_operand(node: Node, one: Node | None) -> Node | None:
+    others = [v for v in _args(node) if v is not one]
+    return others[0] if len(others) == 1 and isinstance(others[0], Node) else None
+
+
+def _is_channelwise(node: Node | None, channels: Any) -> bool:
+    return _shape(node) in ((1, channels, 1, 1), (channels, 1, 1))
+
+
+def _frozen_buffers(scale: Any, shift: Any, channels: Any) -> Norm | None:
+    """The four buffers of a FrozenBatchNorm2d: scale = weight / sqrt(var + eps), shift = bias - mean * scale."""
+    if scale.target is not aten.mul.Tensor or shift.target is not aten.sub.Tensor or shift.kwargs:
+        return None
+    for weight, root in (_args(scale), _args(scale)[::-1]):
+        summed = _args(root)[0] if isinstance(root, Node) and root.target is aten.rsqrt.default else None
+        if summed is None or summed.target is not aten.add.Tensor or not isinstance(_args(summed)[1], float):
+            continue
+        bias, product = _args(shift)
+        if not isinstance(product, Node) or product.target is not aten.mul.Tensor or scale not in _args(product):
+            continue
+        vectors: list[Any] = [_vector(t) for t in (_other_operand(product, scale), _args(summed)[0], weight, bias)]
+        if all(_shape(vector) == (channels,) for vector in vectors):
+            return Norm(vectors[0], vectors[1], vectors[2], vectors[3], _args(summed)[1])
+    return None
+
+
+def _vector(node: Any) -> Node | None:
+    """The vector of which this is a view with more dimensions."""
+    while isinstance(node, Node) and node.target in _RESHAPES:
+        node = _args(node)[0]
+    return node if len(_shape(node)) == 1 else None
+
+
+def _transposed(node: Any) -> Node | None:
+    """The (K, C) matrix of which this is the transpose."""
+    if not isinstance(node, Node):
+        return None
+    if node.target is aten.t.default or (node.target is aten.permute.default and list(_args(node)[1]) == [1, 0]):
+        return _args(node)[0]
+    return None
+
+
+def _is_global_mean(node: Any) -> bool:
+    if not isinstance(node, Node) or node.target is not aten.mean.dim or node.kwargs:
+        return False
+    dims = _args(node)[1]
+    return len(_shape(_args(node)[0])) == 4 and sorted(d % 4 for d in dims) == [2, 3]
+
+
+def _flattened(node: Any) -> Node | None:
+    """x, where this is its global mean as a matrix (N, C)."""
+    shape = _shape(node)
+    for step in _back_through_reshapes(node):
+        if _is_global_mean(step):
+            x = _args(step)[0]
+            return x if shape == _shape(x)[:2] else None
+    return None
+
+
+def _back_through_reshapes(node: Any) -> Iterator[Any]:
+    while isinstance(node, Node):
+        yield node
+        if node.target not in _RESHAPES or len(node.users) != 1:
+            return
+        node = _args(node)[0]

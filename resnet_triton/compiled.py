@@ -1,0 +1,188 @@
+"""Any module with convolutions, run through our backend of torch.compile, in place.
+
+`optimize` gives such a module a class of its own, a subclass of the one that it has: the same parameters, hooks, names
+and pickles. A call goes to a function made by torch.compile. That does not notice a hook or a replaced method of an
+inner module, so this does (`Watch`), and lets the module be compiled anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .graphs.function import GraphedFunction
+from .graphs.replay import CudaGraph
+from .ops import dispatch, original
+from .ops.dispatch import Kernels
+from .ops.trace import Call
+
+
+class Compiled(nn.Module):
+    """First base of what a module becomes; the second is the class that it was."""
+
+    kernels: Kernels = "auto"
+    cuda_graph: CudaGraph = "auto"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._uncompiled_reason(args, kwargs) is not None:
+            return super().__call__(*args, **kwargs)
+        return _program(self).function(self, args, kwargs)
+
+    def _uncompiled_reason(self, args: Any, kwargs: Any) -> str | None:
+        """Why a call runs as the module was written; None if it runs compiled."""
+        if torch.compiler.is_compiling() or dispatch.transformed():
+            return "a compiler, a tracer or a transform sees every operator"
+        if original.anywhere and original.is_disabled(self):
+            return "disabled"
+        if self.training:
+            return "training mode"
+        if torch.is_grad_enabled() and _wants_gradients(self, args, kwargs):
+            return "grad mode is on"
+        if _has_any_global_hook():
+            return "a hook on all modules"
+        return "a replica of DataParallel" if getattr(self, "_is_replica", False) else None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle or a copy names the class that the module was, and is optimized in turn."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, (_, *arguments), state, *rest = reduced
+        kept = {name: value for name, value in state.items() if name != "_programs"} if type(state) is dict else state
+        return _new, (origin(self), *arguments), kept, *rest
+
+
+def origin(module: nn.Module) -> type[nn.Module] | None:
+    """The class that `module` was made of, or None."""
+    cls: type[nn.Module] | None = vars(type(module)).get("written_class")
+    return cls
+
+
+def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph) -> None:
+    """Make `module` a `Compiled` one, in these modes."""
+    if not isinstance(module, Compiled):
+        # Names that were the module's own would hide the modes.
+        kept = {name: vars(module).pop(name) for name in ("kernels", "cuda_graph") if name in vars(module)}
+        cls: Any = type(module)
+        module.__class__ = _joined(cls)
+        vars(module)["_before"] = kept
+    module.kernels, module.cuda_graph = kernels, cuda_graph  # type: ignore[assignment]
+
+
+@functools.cache
+def _joined(cls: Any) -> type[nn.Module]:
+    """A subclass of `cls` whose calls are compiled, under the same name."""
+    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "written_class": cls}
+    return type(cls.__name__, (Compiled, cls), members)
+
+
+def _new(cls: Any, *arguments: Any) -> Any:
+    made: Any = _joined(cls)
+    return made.__new__(made, *arguments)
+
+
+def _wants_gradients(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    return any(t.requires_grad for t in chain(module.parameters(), tensors))
+
+
+# --- compiled functions ----------------------------------------------------------------------------------------------
+
+
+class Program:
+    """The compiled function of one module in one grad mode, for as long as its code and hooks stay what they are."""
+
+    def __init__(self, module: Compiled) -> None:
+        self.owner = weakref.ref(module)
+        self.modes = module.kernels, module.cuda_graph
+        self.watch = Watch(module)
+        self.functions: list[GraphedFunction] = []
+        options = {"kernels": module.kernels, "cuda_graph": module.cuda_graph}
+        backend = _backend(options=options, functions=self.functions)
+        self.function: Callable[..., Any] = torch.compile(_fresh(_call, type(module).__name__), backend=backend)
+
+    def holds(self, module: Compiled) -> bool:
+        return self.owner() is module and self.modes == (module.kernels, module.cuda_graph) and self.watch.holds()
+
+
+def trace(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
+    """The calls of our operators, and every sizeable one of PyTorch's, in `model(zeros(shape))` once compiled."""
+    found: list[Call] = []
+    kernels = getattr(model, "kernels", "auto") if isinstance(model, Compiled) else "auto"
+    backend = _backend(options={"kernels": kernels}, record=found)
+    parameter = next(model.parameters())
+    x = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+    with torch.no_grad():
+        torch.compile(_fresh(_call, "report"), backend=backend, dynamic=False)(model, (x,), {})
+    return found
+
+
+def _backend(**settings: Any) -> Callable[..., Any]:
+    from .backend import resnet_triton  # not above: importing Dynamo takes two seconds
+
+    return functools.partial(resnet_triton, **settings)
+
+
+def _fresh(function: Any, name: str) -> Callable[..., Any]:
+    """The same function with a code object of its own: by that, Dynamo keeps what it compiled, and only so much."""
+    return types.FunctionType(function.__code__.replace(), globals(), name)
+
+
+def _call(module: Any, args: Any, kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def _program(module: Compiled) -> Program:
+    programs = vars(module).setdefault("_programs", {})
+    key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    program = programs.get(key)
+    if program is None or not program.holds(module):
+        program = programs[key] = Program(module)
+    return program
+
+
+def describe(module: Compiled) -> str:
+    """What CUDA graphs have done for its calls, for `report`."""
+    programs = vars(module).get("_programs", {}).values()
+    said = [function.describe() for program in list(programs) for function in program.functions]
+    return f"cuda_graph={module.cuda_graph!r}; {'; '.join(said) or 'graphs: none'}"
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what was compiled."""
+    vars(module).pop("_programs", None)
+
+
+class Watch:
+    """Of what torch.compile does not look at in a module: hooks, the modules that may have some, and methods."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self._children = [m._modules for m in modules]
+        self._hooks = [
+            d
+            for m in modules
+            for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        # Not Module's own methods: torch.compile itself replaces some when it first compiles.
+        classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__} - {object, nn.Module}
+        self._methods = [vars(cls) for cls in classes]
+        self._known = self._now()
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        now = self._now()
+        return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(now, self._known, strict=True))
+
+    def _now(self) -> tuple[list[Any], ...]:
+        hooks = list(chain.from_iterable(d.values() for d in self._hooks)) if any(self._hooks) else []
+        children = list(chain.from_iterable(map(dict.values, self._children)))
+        methods = chain.from_iterable(d.values() for d in self._methods)
+        return children, hooks, [nn.Module.__call__, nn.Module._call_impl, *methods]

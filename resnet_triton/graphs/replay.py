@@ -1,0 +1,194 @@
+"""CUDA graphs for calls that come back: captured when they are due, replayed one at a time.
+
+Replays never wait for the GPU, and never overlap on it: they share buffers, so each makes its stream wait for the one
+before. Capturing waits once; meanwhile CUDA forbids other threads to call `torch.cuda.synchronize`.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops import dispatch
+from ..ops.dispatch import DTYPES
+from ..ops.precision import conv_precision, matmul_precision
+from . import cuda_graph as cuda
+from .cuda_graph import Entry
+
+LIMIT = 8
+"""Graphs that one model keeps; the least recently used goes first. Each costs its first buffer; all else they share."""
+_REMEMBERED = 1024  # shapes whose calls are counted
+_IMAGES = frozenset((*DTYPES, torch.uint8))
+WAITING = "a shape's first calls"
+FAILED = "the capture failed"
+
+CudaGraph = bool | Literal["auto"]
+
+
+def check_mode(cuda_graph: object) -> None:
+    """ValueError unless `cuda_graph` is one of `CudaGraph`."""
+    if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
+        raise ValueError(f"cuda_graph={cuda_graph!r}, expected 'auto', True or False")
+
+
+def uncaptured_reason(x: Tensor) -> str | None:
+    """What about this call, rather than about the model, wants every operator run again; None if nothing does."""
+    if torch.is_grad_enabled():
+        return "grad mode is on"
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    if x.dtype not in _IMAGES or x.numel() == 0:
+        return "the input is not a batch of images in fp32, fp16, bf16 or bytes"
+    if _has_any_global_hook():
+        return "a hook on all modules"
+    if dispatch.transformed() or forward_ad._current_level >= 0:
+        return "a transform, a tracer or a mode sees every operator"
+    return None
+
+
+def copied(body: Callable[[Tensor], Tensor], x: Tensor) -> Entry:
+    # Not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
+    buffer = torch.empty_like(x)
+    return Entry(buffer, lambda images: buffer.copy_(images), body)
+
+
+Key = tuple[Any, ...]
+
+
+@dataclass
+class _Shape:
+    """What is remembered of an input shape: calls without a graph, and how many of them earn it one."""
+
+    wanted: int
+    calls: int = 0
+    wasted: int = 0
+    failed: bool = False
+
+
+class Graphs:
+    """CUDA graphs by key, for calls that come back. They share memory, so one is replayed at a time."""
+
+    def __init__(self) -> None:
+        self.eager: Counter[str] = Counter()
+        self._lock = threading.Lock()  # held from a replay's first launch to its clone: the buffers between are shared
+        self._graphs: OrderedDict[Key, cuda.Captured] = OrderedDict()
+        self._shapes: OrderedDict[Key, _Shape] = OrderedDict()
+        self._done: Any = None  # the event that the next replay waits for
+
+    def is_stale(self) -> bool:
+        """Whether calls compute something else than what was captured. Asked behind each replay."""
+        return False
+
+    def note(self, reason: str, cuda_graph: CudaGraph) -> None:
+        """Count a call without a graph; where graphs were demanded, warn once of each reason not warned of already."""
+        with self._lock:
+            self.eager[reason] += 1
+            first = self.eager[reason] == 1
+        if first and cuda_graph is True and reason not in (WAITING, FAILED):
+            warnings.warn(f"cuda_graph=True, but calls run without a graph: {reason}", RuntimeWarning, stacklevel=2)
+
+    def describe(self) -> str:
+        """What has been captured, and how many calls ran without a graph, and why: for `report`."""
+        with self._lock:
+            captured = [f"{_name(key)} replayed {graph.replays} times" for key, graph in self._graphs.items()]
+            eager = [f"{reason} {n} times" for reason, n in self.eager.items()]
+        return f"graphs: {', '.join(captured) or 'none'}; calls without: {', '.join(eager) or 'none counted'}"
+
+    def replay(self, key: Key, x: Tensor) -> Any:
+        """The results of a call, from its graph; None if there is none that holds."""
+        with self._lock:
+            captured = self._graphs.get(key)
+            if captured is None:
+                return None
+            with cuda.on(x.device):
+                stream = cuda.current_stream(x.device)
+                self._done.wait(stream)
+                try:
+                    captured.replay(x, stream)
+                    y = _cloned(captured.output)
+                finally:  # whatever has been launched, the next replay has to wait for it
+                    self._done.record(stream)
+            if self.is_stale():
+                self._drop_all()
+                return None
+            self._graphs.move_to_end(key)
+            captured.replays += 1
+            return y
+
+    def consider(
+        self, key: Key, x: Tensor, cuda_graph: CudaGraph, reason: Callable[[], str | None], entry: Callable[[], Entry]
+    ) -> None:
+        """Capture a call that has just run without a graph, by its `entry`, if it is due and `reason` finds nothing."""
+        with self._lock:
+            why = self._why_not(key, cuda_graph) or reason() or self._capture(key, x, entry)
+        self.note(why or WAITING, cuda_graph)
+
+    def _why_not(self, key: Key, cuda_graph: CudaGraph) -> str | None:
+        shape = self._shapes.setdefault(key, _Shape(wanted=1 if cuda_graph is True else 2))
+        self._shapes.move_to_end(key)
+        if len(self._shapes) > _REMEMBERED:
+            self._shapes.popitem(last=False)
+        shape.calls += 1
+        if shape.failed:
+            return FAILED
+        if key in self._graphs or shape.calls < shape.wanted:  # another thread may have captured it a moment ago
+            return WAITING
+        return None
+
+    def _capture(self, key: Key, x: Tensor, entry: Callable[[], Entry]) -> str | None:
+        """Why it failed, or None."""
+        if self.is_stale():
+            self._drop_all()
+        while len(self._graphs) >= LIMIT:
+            self._drop(next(iter(self._graphs)))
+        if not self._graphs:
+            self._done = cuda.event()
+        beside = next(iter(self._graphs.values()), None)
+        try:
+            # Outside inference mode, or only calls inside it could write the input buffer.
+            with cuda.on(x.device), torch.inference_mode(False), torch.no_grad():
+                self._graphs[key] = cuda.capture(entry(), beside)
+        except Exception as error:  # the caller has an answer; whatever this was, the shape goes on without a graph
+            self._shapes[key].failed = True
+            warnings.warn(f"no CUDA graph for {_name(key)}, its capture failed: {error}", RuntimeWarning, stacklevel=2)
+            return FAILED
+        return None
+
+    def _drop_all(self) -> None:
+        for key in list(self._graphs):
+            self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        """Where a graph was never used, the shape's next one has to be earned by 1, 2, 4, ... calls: more shapes than
+        `LIMIT` in turns, or a model changed before each call, would be captured every time."""
+        captured, shape = self._graphs.pop(key), self._shapes.get(key)
+        if shape is not None and captured.replays == 0:
+            shape.wanted, shape.calls, shape.wasted = 2**shape.wasted, 0, shape.wasted + 1
+
+
+def _cloned(output: Any) -> Any:
+    """Results of a graph for its caller: the graph writes its own again."""
+    return [t.clone() for t in output] if isinstance(output, tuple) else output.clone()
+
+
+def key_of(x: Tensor) -> Key:
+    """What two calls must have in common to use one graph, besides the model. Last, whether a kernel may read `x`."""
+    readable = x.data_ptr() % 16 == 0 and not (x.is_neg() or x._is_zerotensor())
+    layout = x.stride() if readable else x.is_contiguous(memory_format=torch.channels_last)
+    # TF32 or not is read when a kernel is launched. Asked for bytes, too: they may become fp32 on the way in.
+    wide = x.dtype == torch.float32 or x.dtype == torch.uint8
+    tf32 = (conv_precision(torch.float32), matmul_precision(torch.float32)) if wide else None
+    return x.device, x.shape, x.dtype, layout, tf32, readable
+
+
+def _name(key: Key) -> str:
+    return "x".join(map(str, key[1])) + " " + str(key[2]).removeprefix("torch.")

@@ -1,0 +1,650 @@
+"""The backend of torch.compile: what it finds in a model's graph, and `optimize` of models of other people's."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import exact
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from resnet_triton import compiled, disabled, optimize, refresh, report, revert
+from resnet_triton.backend import resnet_triton
+from resnet_triton.ops import dispatch
+from resnet_triton.ops.trace import Call
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def integral(model: nn.Module) -> nn.Module:
+    """In eval mode, with parameters on which every order of summation gives the same bits."""
+    g = exact.generator(torch.device("cpu"), 0)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            m.weight.data = exact.integers(g, 1, *m.weight.shape, dtype=m.weight.dtype)
+            if m.bias is not None:
+                m.bias.data = exact.integers(g, 3, *m.bias.shape, dtype=m.bias.dtype)
+        elif isinstance(m, nn.BatchNorm2d | Frozen):
+            norm = exact.batch_norm(g, 8, torch.float32 if m.weight is None else m.weight.dtype)
+            m.running_mean.copy_(norm.running_mean)
+            m.running_var.copy_(norm.running_var)
+            m.eps = 0.0
+            if m.weight is not None:
+                m.weight.data, m.bias.data = norm.bn_weight, norm.bn_bias
+    return model.eval()
+
+
+class Frozen(nn.Module):
+    """Batch norm as detectors freeze it, written as torchvision and detectron2 write it."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(k))
+        self.eps = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (t.reshape(1, -1, 1, 1) for t in self.buffers())
+        scale = weight * (var + self.eps).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+class Affine(nn.Module):
+    """A number for each channel times and plus another one."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([2.0, -1.0, 0.5, 1.0]).repeat(k // 4).reshape(k, 1, 1))
+        self.shift = nn.Parameter(torch.arange(float(k)).reshape(1, k, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shift + self.scale * x
+
+
+class Residual(nn.Module):
+    def __init__(self, shortcut: nn.Module | None, *, order: int = 0, norm: Any = nn.BatchNorm2d) -> None:
+        super().__init__()
+        stride = 1 if shortcut is None else 2
+        self.conv1, self.norm1 = nn.Conv2d(8, 8, 3, stride, 1, bias=False), norm(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), norm(8)
+        self.shortcut, self.order = shortcut, order
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu_(self.norm1(self.conv1(x)))))
+        identity = x if self.shortcut is None else self.shortcut(x)
+        if self.order:
+            return F.relu(identity + y)
+        y += identity
+        return F.relu(y, inplace=True)
+
+
+def lambdas(function: Callable[..., Tensor], **modules: nn.Module) -> nn.Module:
+    class Lambdas(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self, x)
+
+    made = Lambdas()
+    for name, module in modules.items():
+        made.add_module(name, module)
+    return made
+
+
+def conv(bias: bool = False, **kwargs: Any) -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 3, padding=1, bias=bias, **kwargs)
+
+
+def norm() -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(8)
+
+
+def sequence(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(*modules)
+
+
+def _downsample() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 8, 1, 2, bias=False), norm())
+
+
+def _stem() -> nn.Module:
+    return sequence(nn.Conv2d(8, 8, 7, 2, 3, bias=False), norm(), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+
+
+def _head() -> nn.Module:
+    return sequence(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+CBR, ADD, POOL = "conv_bn_relu", "add_relu", "max_pool2d"
+LEFT = "aten.convolution"
+PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "conv": (conv, [CBR]),
+    "conv with bias": (lambda: conv(bias=True), [CBR]),
+    "conv, relu": (lambda: sequence(conv(), nn.ReLU(inplace=True)), [CBR]),
+    "conv, norm": (lambda: sequence(conv(), norm()), [CBR]),
+    "conv, norm, relu": (lambda: sequence(conv(), norm(), nn.ReLU()), [CBR]),
+    "conv with bias, norm, relu": (lambda: sequence(conv(bias=True), norm(), nn.ReLU()), [CBR]),
+    "conv, norm without affine": (lambda: sequence(conv(), nn.BatchNorm2d(8, affine=False), nn.ReLU()), [CBR]),
+    "conv, frozen norm, relu": (lambda: sequence(conv(), Frozen(8), nn.ReLU()), [CBR]),
+    "conv with bias, frozen norm": (lambda: sequence(conv(bias=True), Frozen(8)), [CBR]),
+    "conv, scale and shift": (lambda: sequence(conv(), Affine(8), nn.ReLU()), [CBR]),
+    "conv, norm, relu6": (lambda: sequence(conv(), norm(), nn.ReLU6()), [CBR]),
+    "residual": (lambda: Residual(None), [CBR, CBR]),
+    "residual first": (lambda: Residual(None, order=1), [CBR, CBR]),
+    "shortcut": (lambda: Residual(_downsample()), [CBR, CBR]),
+    "shortcut first": (lambda: Residual(_downsample(), order=1), [CBR, CBR]),
+    "frozen shortcut": (lambda: Residual(sequence(_downsample()[0], Frozen(8)), norm=Frozen), [CBR, CBR]),
+    "pooled shortcut": (lambda: Residual(sequence(nn.AvgPool2d(2), nn.Conv2d(8, 8, 1, bias=False), norm())), [CBR] * 2),
+    "a 3x3 shortcut": (lambda: Residual(sequence(nn.Conv2d(8, 8, 3, 2, 1, bias=False), norm())), [CBR] * 3),
+    "a sum without relu": (lambda: lambdas(lambda m, x: m.b(m.a(x)) + x, a=conv(), b=norm()), [CBR]),
+    "a sum of three": (lambda: lambdas(lambda m, x: (m.a(x) + m.b(x) + x).relu(), a=conv(), b=conv()), [CBR, CBR, ADD]),
+    "twice the same": (lambda: lambdas(lambda m, x: (lambda y: (y + y).relu())(m.a(x)), a=conv()), [CBR, ADD]),
+    "one weight twice": (lambda: lambdas(lambda m, x: m.b(m.a(m.b(m.a(x)))).relu(), a=conv(), b=norm()), [CBR, CBR]),
+    "a scaled sum": (lambda: lambdas(lambda m, x: torch.add(m.a(x), x, alpha=2).relu(), a=conv()), [CBR]),
+    "a sum that broadcasts": (lambda: lambdas(lambda m, x: (m.a(x) + x[:1]).relu(), a=conv()), [CBR]),
+    "used twice": (lambda: lambdas(lambda m, x: (lambda y: m.b(y).relu() + y)(m.a(x)), a=conv(), b=norm()), [CBR]),
+    "written in place": (lambda: lambdas(lambda m, x: m.b(m.a(x)).mul_(2).relu_().add_(1), a=conv(), b=norm()), [CBR]),
+    "a written view": (lambda: lambdas(lambda m, x: (lambda y: (y[:, :4].zero_(), y)[1])(m.a(x)), a=conv()), [CBR]),
+    "add, relu": (lambda: lambdas(lambda m, x: F.relu(F.avg_pool2d(x, 1) + x)), [ADD]),
+    "stem": (_stem, ["stem"]),
+    "stem without relu": (lambda: sequence(_stem()[0], _stem()[1], _stem()[3]), [CBR, POOL]),
+    "another pool": (lambda: sequence(*list(_stem())[:3], nn.MaxPool2d(2)), [CBR, POOL]),
+    "pool with ceil_mode": (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), []),
+    "pool with indices": (lambda: lambdas(lambda m, x: F.max_pool2d_with_indices(x, 2)[1].float()), []),
+    "head": (_head, ["avg_pool_linear"]),
+    "head without bias": (lambda: sequence(_head()[0], nn.Flatten(), nn.Linear(8, 4, bias=False)), ["avg_pool_linear"]),
+    "head by mean": (lambda: lambdas(lambda m, x: m.fc(x.mean((2, 3))), fc=nn.Linear(8, 4)), ["avg_pool_linear"]),
+    "mean": (lambda: nn.AdaptiveAvgPool2d(1), ["global_avg_pool"]),
+    "linear": (lambda: lambdas(lambda m, x: m.fc(x[:, :, 0, 0].relu()), fc=nn.Linear(8, 4)), ["linear"]),
+    "strides looked at": (lambda: lambdas(lambda m, x: m.a(x).relu().as_strided((4, 3), (1, 7), 5), a=conv()), [CBR]),
+    "grouped": (lambda: sequence(conv(groups=2), norm(), nn.ReLU()), [LEFT]),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 8, 3), [LEFT]),
+    "fp64": (lambda: sequence(conv(), norm()).double(), [LEFT]),
+}  # fmt: skip
+
+
+def images(n: int = 2, c: int = 8, size: int = 8) -> Tensor:
+    return exact.integers(exact.generator(torch.device("cpu"), 1), 2, n, c, size, size)
+
+
+def ours(calls: list[Call]) -> list[str]:
+    return [c.operator for c in calls if c.operation is not None or c.operator == LEFT]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("name", PATTERNS)
+@torch.no_grad()
+def test_patterns(name, kernels):
+    """What becomes of each pattern, with the bits and the strides that are the model's: in NCHW on PyTorch, in
+    channels_last on the kernels."""
+    make, expected = PATTERNS[name]
+    model, found = integral(make()), list[Call]()
+    x = images().to(next(model.parameters(), torch.ones(())).dtype)
+    if kernels == "triton":
+        x = exact.channels_last(x)
+    answer = model(x.clone())
+    backend = functools.partial(resnet_triton, options={"kernels": kernels}, record=found)
+    y = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(x.clone())
+    assert ours(found) == expected
+    assert {call.backend for call in found if call.operation is not None} <= {kernels}
+    assert torch.equal(y, answer)
+    assert strides(y) == strides(answer)
+
+
+def strides(t: Tensor) -> list[int]:
+    """Where they say anything."""
+    return [s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1]
+
+
+class Features(nn.Module):
+    """Several results, one of them of the tensor that goes on, behind a `view`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = conv(bias=True), conv(), norm()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.a(x)
+        second = self.norm(self.b(first.relu()))
+        flat, part = first.view(len(x), -1), second[:, 2:4]
+        return {"first": first, "flat": flat, "second": second, "part": part, "x": x}
+
+
+@torch.no_grad()
+def test_results_have_the_strides_and_the_aliases_that_the_model_gives_them():
+    model, x = integral(Features()), images()
+    expected, actual = model(x), torch.compile(model, backend="resnet_triton")(x)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+        assert actual[name].stride() == value.stride(), name
+    assert actual["x"] is x
+    for part, whole in (("flat", "first"), ("part", "second")):
+        actual[part].fill_(77)
+        assert (actual[whole] == 77).sum() == actual[part].numel(), f"{part} is no part of {whole} any more"
+
+
+@torch.no_grad()
+def test_batches_one_and_many_compile_once_each():
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return resnet_triton(graph, inputs)
+
+    model = integral(nn.Sequential(_stem(), Residual(_downsample()), _head()))
+    fast = torch.compile(model, backend=count)
+    for n in (1, 2, 3, 8):
+        x = images(n, size=32)
+        assert torch.equal(fast(x), model(x))
+    assert len(graphs) == 2
+
+
+@torch.no_grad()
+def test_edits_of_weights_show():
+    model, x = integral(Residual(_downsample())), images()
+    fast = torch.compile(model, backend="resnet_triton")
+    fast(x)
+    model.conv1.weight.mul_(2)
+    model.norm1.running_mean.add_(1)
+    assert torch.equal(fast(x), model(x))
+    model.conv2.weight = nn.Parameter(model.conv2.weight.flip(0))
+    model.conv1.weight.data = model.conv1.weight.data.contiguous(memory_format=torch.channels_last).neg()
+    assert torch.equal(fast(x), model(x))
+
+
+def test_gradients_are_pytorchs():
+    model = integral(Residual(_downsample()))
+    fast = torch.compile(model, backend="resnet_triton")
+    with torch.no_grad():
+        fast(images())  # compiled for inference first
+    gradients = []
+    for call in (model, fast):
+        model.zero_grad()
+        x = images().requires_grad_()
+        call(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad.clone() for p in model.parameters())])
+    assert all(map(torch.equal, *gradients))
+    with pytest.raises(Exception, match="grad mode is on"):
+        torch.compile(model, backend="resnet_triton", options={"kernels": "triton"})(images())
+
+
+@torch.no_grad()
+def test_training_mode_trains_the_statistics():
+    torch.manual_seed(0)
+    model = Residual(None).train()
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(torch.compile(model, backend="resnet_triton")(images()), other(images()))
+    for (name, mine), theirs in zip(model.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
+    assert model.norm1.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "fastest"}, "mode='fastest', expected one of 'default', 'reduce-overhead'"),
+        ({"options": {"graph": True}}, "options has 'graph', expected kernels, batch_invariant, cuda_graph"),
+        ({"options": {"kernels": "cuda"}}, "kernels='cuda', expected one of"),
+        ({"options": {"cuda_graph": 1}}, "cuda_graph=1, expected"),
+        ({"options": {"batch_invariant": 1}}, "batch_invariant=1, expected True or False"),
+    ],
+)
+def test_unknown_settings(arguments, message):
+    with torch.no_grad(), pytest.raises(Exception, match=message):
+        torch.compile(conv(), backend="resnet_triton", **arguments)(images())
+
+
+@torch.no_grad()
+def test_batch_invariant():
+    torch.manual_seed(0)
+    model, x = sequence(conv(), norm(), nn.ReLU()).eval(), torch.randn(5, 8, 9, 9)
+    fast = torch.compile(model, backend="resnet_triton", options={"batch_invariant": True})
+    assert torch.equal(fast(x)[3:4], fast(x[3:4]))
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def graphed(model: nn.Module, **options: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend="resnet_triton", dynamic=False, options=options)
+
+
+@torch.no_grad()
+def test_a_shape_is_captured_at_its_second_call_and_replayed(cuda):
+    """Not counting the very first call, which torch.compile watches."""
+    model = integral(sequence(_stem(), Residual(_downsample()), _head()))
+    fast = graphed(model)
+    for size, graphs in ((32, 0), (32, 0), (32, 1), (32, 1), (48, 1), (48, 1), (48, 2), (32, 2)):
+        x = images(3, size=size)
+        assert torch.equal(fast(x), model(x))
+        assert len(cuda.graphs) == graphs
+    assert cuda.graphs[0].replays == 2
+    model[1].conv1.weight.mul_(2)  # in place: the graph reads it
+    assert torch.equal(fast(x), model(x))
+    assert len(cuda.graphs) == 2
+    model[1].conv1.weight.data = model[1].conv1.weight.flip(0).contiguous()
+    kept = fast(x)
+    assert torch.equal(kept, model(x))
+    fast(images(3, size=32) + 1)
+    assert torch.equal(kept, model(x)), "a result is the caller's"
+
+
+@torch.no_grad()
+def test_the_graphs_of_an_optimized_model(cuda):
+    """Each model has graphs of its own; an edit of the model is never missed; `report` counts."""
+    model, x = optimize(integral(Outer()), cuda_graph=True), images()
+    for _ in range(4):
+        model(x)
+    assert len(cuda.graphs) == 1
+    assert "2x8x8x8 float32 replayed 2 times" in str(report(model, (1, 8, 8, 8)))
+    handle = model.inner.register_forward_hook(_plus_one)
+    with disabled(model):
+        expected = model(x)
+    assert torch.equal(model(x), expected)
+    handle.remove()
+    for name in SEEN.keys() - {"a module of another kind"}:
+        SEEN[name](model)
+        with disabled(model):
+            expected = model(x)
+        for _ in range(3):
+            torch.testing.assert_close(model(x), expected)
+
+
+@torch.no_grad()
+def test_two_models_of_one_function_keep_a_graph_each(cuda):
+    models = [integral(Residual(None)) for _ in range(2)]
+    models[1].conv1.weight.neg_()
+
+    @torch.compile(backend="resnet_triton", dynamic=False, options={"cuda_graph": True})
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)
+
+    for _ in range(3):
+        for model in models:
+            assert torch.equal(call(model, images()), model(images()))
+    assert len(cuda.graphs) == 2
+
+
+UNGRAPHED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "an input that is written": (lambda: lambdas(lambda m, x: m.a(x.add_(1)), a=conv()), "changes an input"),
+    "training": (lambda: sequence(conv(), nn.BatchNorm2d(8, momentum=0.5)).train(), "changes an input"),
+    "random numbers": (lambda: lambdas(lambda m, x: m.a(x) + torch.rand(()), a=conv()), "the same each time"),
+    "two results of one tensor": (
+        lambda: lambdas(lambda m, x: (lambda y: (y, y[0]))(m.a(x)), a=conv()), "results share memory",  # type: ignore[return-value]
+    ),
+    "two tensors": (nn.Identity, "2 inputs are tensors"),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", UNGRAPHED)
+def test_what_no_graph_can_repeat(name, cuda):
+    make, reason = UNGRAPHED[name]
+    model = make() if name == "training" else integral(make())
+    arguments = [images(), images()] if name == "two tensors" else [images()]
+    function = (lambda x, y: F.conv2d(x, y[:, :8, :3, :3].repeat(4, 1, 1, 1))) if name == "two tensors" else model
+    fast = torch.compile(function, backend="resnet_triton", options={"cuda_graph": True})
+    with pytest.warns(RuntimeWarning, match=f"calls run without a graph: .*{reason}"):
+        fast(*[x.clone() for x in arguments])
+    for _ in range(3):
+        fast(*[x.clone() for x in arguments])
+    assert not cuda.graphs
+
+
+# --- optimize --------------------------------------------------------------------------------------------------------
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def helper(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helper(x).relu()
+
+
+class Outer(nn.Module):
+    """A model that is nobody's but its author's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.gain = Inner(), norm(), 2
+        self.head = _head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.inner(x)) * self.gain)
+
+
+def used(call: Callable[..., Any], *args: Any) -> Counter[Any]:
+    before = Counter(dispatch.calls)
+    call(*args)
+    return dispatch.calls - before
+
+
+@torch.no_grad()
+def test_optimize_and_revert():
+    model, x = integral(Outer()), images()
+    expected, state, hook = model(x), dict(model.state_dict()), model.register_forward_hook(lambda *a: None)
+    names = set(vars(model))
+    assert optimize(model) is model
+    assert type(model).__name__ == "Outer"
+    assert isinstance(model, Outer)
+    assert list(model.state_dict()) == list(state)
+    assert model.inner.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(model(x), expected)
+    assert used(model, x) == {("conv_bn_relu", "torch"): 1, ("avg_pool_linear", "torch"): 1}
+    with disabled(model):
+        assert not used(model, x)
+    assert torch.equal(refresh(model)(x), expected)
+    assert not optimize(model, kernels="triton").training
+    with pytest.raises(ValueError, match="no whole ResNet for freeze=True"):
+        optimize(model, freeze=True)
+    assert used(model, x) == {("conv_bn_relu", "triton"): 1, ("avg_pool_linear", "triton"): 1}
+    assert revert(model) is model
+    assert type(model) is Outer
+    assert set(vars(model)) == names
+    assert model.inner.conv.weight.is_contiguous()
+    assert not used(model, x)
+    hook.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: torch.load(io.BytesIO(_saved(m)), weights_only=False),
+        lambda m: optimize(m, inplace=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save", "inplace=False"],
+)
+def test_copies_stay_optimized_and_use_their_own_parameters(copied):
+    model, x = integral(Outer()), images()
+    optimize(model)(x)
+    other = copied(model)
+    assert compiled.origin(other) is Outer
+    other.inner.conv.weight.zero_()
+    assert used(other, x) == {("conv_bn_relu", "torch"): 1, ("avg_pool_linear", "torch"): 1}
+    with disabled(model), disabled(other):
+        expected, zeroed = model(x), other(x)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(other(x), zeroed)
+    assert not torch.equal(zeroed, expected)
+
+
+def _saved(model: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.getvalue()
+
+
+def _patched(cls: type, name: str, code: Callable[..., Any]) -> Callable[[], None]:
+    written = vars(cls)[name]
+    setattr(cls, name, code)
+    return lambda: setattr(cls, name, written)
+
+
+def _doubled(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        y = function(*args, **kwargs)
+        return 2 * y if isinstance(y, Tensor) else y
+
+    return call
+
+
+def _plus_one(module: Any, args: Any, y: Tensor) -> Tensor:
+    return y + 1
+
+
+# Each edit of a model returns what undoes it. Those of the second list are noticed by torch.compile alone.
+UNSEEN: dict[str, Callable[[Any], Callable[[], Any]]] = {
+    "a hook": lambda m: m.inner.register_forward_hook(_plus_one).remove,
+    "a hook before": lambda m: m.inner.conv.register_forward_pre_hook(lambda module, args: (args[0] + 1,)).remove,
+    "forward of a class": lambda m: _patched(Inner, "forward", lambda self, x: self.helper(x) + 7),
+    "a method of a class": lambda m: _patched(Inner, "helper", lambda self, x: self.conv(x) + 7),
+    "every call": lambda m: _patched(nn.Module, "_call_impl", _doubled(nn.Module._call_impl)),
+    "PyTorch's forward": lambda m: _patched(
+        nn.Conv2d, "forward", lambda self, x: F.conv2d(x, self.weight, padding=1) + 7
+    ),
+    "a hook on all modules": lambda m: register_module_forward_hook(lambda module, args, y: y + 1).remove,
+}
+SEEN: dict[str, Callable[[Any], Any]] = {
+    "forward of an instance": lambda m: setattr(m.inner, "forward", lambda x: 2 * x),
+    "an attribute": lambda m: setattr(m, "gain", 3),
+    "a module": lambda m: setattr(m.inner, "conv", integral(conv(bias=True))),
+    "a module of another kind": lambda m: setattr(m, "inner", nn.Identity()),
+    "a parameter": lambda m: setattr(m.inner.conv, "weight", nn.Parameter(m.inner.conv.weight + 1)),
+    "data": lambda m: setattr(m.inner.conv.weight, "data", m.inner.conv.weight.data.flip(0).contiguous()),
+    "in place": lambda m: m.inner.conv.weight.add_(1),
+    "eps": lambda m: setattr(m.norm, "eps", 3.0),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edit", [*UNSEEN, *SEEN])
+def test_no_edit_is_missed(edit):
+    model, plain, x = integral(Outer()), integral(Outer()), images()
+    optimize(model)(x)
+    plain.compile(backend=resnet_triton)
+    before = plain(x)
+    undo = [{**UNSEEN, **SEEN}[edit](m) for m in (model, plain)]
+    try:
+        expected = revert(copy.copy(model)).forward(x) if edit not in UNSEEN else None
+        with disabled(model):
+            eager = model(x)
+        assert expected is None or torch.equal(eager, expected)
+        torch.testing.assert_close(model(x), eager)
+        assert not torch.equal(eager, before), "the edit changes nothing"
+        if edit in UNSEEN and edit != "a hook on all modules":
+            assert torch.equal(plain(x), before), "torch.compile notices by itself: nothing to watch"
+    finally:
+        for back in undo[::-1]:
+            if callable(back) and edit in UNSEEN:
+                back()
+    if edit in UNSEEN:
+        assert torch.equal(model(x), before), "stale after it was undone"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_many_models_of_a_class_in_every_mode_stay_compiled():
+    """Dynamo keeps eight variants of one function; each model and grad mode has a function of its own."""
+    x = images()
+    for _ in range(12):
+        model = optimize(integral(Outer()))
+        model(x)
+        assert used(model, x) == {("conv_bn_relu", "torch"): 1, ("avg_pool_linear", "torch"): 1}
+    for dtype in (torch.float32, torch.float16):
+        model.to(dtype)
+        for mode in (torch.no_grad, torch.inference_mode):
+            for n in (1, 2, 3):
+                with mode():
+                    assert used(model, images(n).to(dtype))
+                    assert used(model, images(n).to(dtype)), (dtype, mode, n)
+
+
+def test_with_gradients_the_model_runs_as_it_was_written():
+    model = optimize(integral(Outer()))
+    reference = revert(copy.deepcopy(model))
+    for m in (model, reference):
+        m(images()).sum().backward()
+    assert torch.equal(model.inner.conv.weight.grad, reference.inner.conv.weight.grad)
+    assert not used(model, images())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert used(model, images())
+
+
+@torch.no_grad()
+def test_two_inputs_and_no_tensor():
+    model = optimize(integral(lambdas_of_two()))
+    with disabled(model):
+        expected = model(images(), scale=2, other=images())
+    assert torch.equal(model(images(), scale=2, other=images()), expected)
+    assert torch.equal(model(images(), scale=1, other=None), model(images()))
+
+
+def lambdas_of_two() -> nn.Module:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, x: Tensor, other: Tensor | None = None, scale: int = 1) -> Tensor:
+            y = self.conv(x) if other is None else self.conv(x) + self.conv(other)
+            return y * scale
+
+    return Two()
+
+
+@torch.no_grad()
+def test_report_names_each_convolution():
+    model = integral(nn.Sequential(_stem(), Residual(_downsample()), conv(groups=2), _head()))
+    lines = str(report(model, (1, 8, 32, 32))).splitlines()
+    rows = [line.split(maxsplit=3) for line in lines[1:-1]]
+    assert [row[:2] for row in rows] == [
+        ["0.0", "stem"], ["1.conv1", "conv_bn_relu"], ["1.conv2", "conv_bn_relu"], ["2", "aten.convolution"],
+        ["3.2", "avg_pool_linear"],
+    ]  # fmt: skip
+    assert lines[4].endswith("grouped convolution")
+    kernels = [c.backend for c in report(optimize(model, kernels="triton"), (1, 8, 32, 32)).calls]
+    assert kernels == ["triton", "triton", "triton", "torch", "triton"]
+
+
+def test_what_cannot_be_compiled_is_refused():
+    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+        traced = torch.jit.trace(conv(), images())
+    with pytest.raises(ValueError, match="compiled by TorchScript; optimize the module"):
+        optimize(traced)
+
+
+@pytest.mark.slow
+def test_a_checkout_offers_the_entry_point():
+    """Without importing Dynamo, which takes seconds."""
+    code = """
+import sys, torch, resnet_triton
+assert "torch._dynamo" not in sys.modules
+assert "resnet_triton" in torch.compiler.list_backends()
+model, x = torch.nn.Conv2d(8, 8, 3), torch.ones(1, 8, 5, 5)
+with torch.no_grad():
+    torch.testing.assert_close(torch.compile(model, backend="resnet_triton")(x), model(x))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
