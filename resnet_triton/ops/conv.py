@@ -230,19 +230,18 @@ def _aligned_channels_last(t: Tensor) -> Tensor:
 
 _kept: dict[tuple[torch.device, int], Tensor] = {}
 graph_semaphores: ContextVar[Tensor | None] = ContextVar("graph_semaphores", default=None)
-"""Zeros (int32) for the launches of the graph being captured: zeroed inside, every replay would zero them again.
-
-Where there are some, launches follow each other, and no edit of a parameter comes between them.
-"""
+"""Zeros (int32) for the launches of the graph being captured: zeroed inside, every replay would zero them again."""
+dependent_launches: ContextVar[bool] = ContextVar("dependent_launches", default=False)
+"""Whether launches follow each other and no kernel among them writes a parameter: those of a graph of our model."""
 
 
 def may_depend(where: torch.device, parameters: Iterable[tuple[object, object]]) -> bool:
     """Whether a launch may start while the one before runs, and read these parameters, each as given and as read.
 
-    Only in a graph: elsewhere the launch before may be somebody's edit of one. A parameter that is read in another form
-    than it was given in has been copied just before.
+    Only in a graph of our model: elsewhere the launch before may be somebody's edit of one. A parameter that is read in
+    another form than it was given in has been copied just before.
     """
-    if graph_semaphores.get() is None or interpreter.active() or device.facts(where).arch < 90:
+    if not dependent_launches.get() or interpreter.active() or device.facts(where).arch < 90:
         return False
     return all(given is read for given, read in parameters)
 

@@ -20,7 +20,7 @@ from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import specialised
-from resnet_triton.ops.conv import graph_semaphores
+from resnet_triton.ops.conv import dependent_launches
 
 
 class Case(NamedTuple):
@@ -248,10 +248,10 @@ def test_dependent_launches(
 
     call = spread(call, *copied) if copied else call
     case = few(1, 64, 16, 16, 64, 4) if kernel == "hopper_few" else CASES["one image"]
-    lent = graph_semaphores.set(torch.zeros(1, dtype=torch.int32) if graph else None)
+    may = dependent_launches.set(graph)
     with pinned(case.config):
         (made,) = call.launches(call.output())
-    graph_semaphores.reset(lent)
+    dependent_launches.reset(may)
     assert (made.kernel.__name__, made.dependent) == (f"{kernel}_kernel", dependent)
 
 
