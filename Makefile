@@ -5,6 +5,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 RAY := $(VENV)/.ray
+ZOO := $(VENV)/.zoo
 OLDEST_TRITON := 3.6.0
 NEWER_TRITONS := 3.8.0 3.9.0
 OTHER_TRITONS := $(OLDEST_TRITON) $(NEWER_TRITONS)
@@ -30,7 +31,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test slow fuzz headroom lint types docs mutate verify reliability package codegen codegen-all \
+.PHONY: help env demo test slow zoo fuzz headroom lint types docs mutate verify reliability package codegen codegen-all \
 	codegen-oldest codegen-newest codegen-newer $(OTHER_TRITONS:%=codegen-%) \
 	test-newest test-newer $(NEWER_TRITONS:%=test-%) bench bench-gpu clean
 
@@ -50,6 +51,10 @@ $(STAMP): pyproject.toml constraints.txt
 # Half a minute and half a gigabyte that only one slow test needs.
 $(RAY): $(STAMP)
 	$(PIP) -c constraints.txt -e '.[ray]' >&2
+	touch $@
+
+$(ZOO): $(STAMP)
+	$(PIP) -c constraints.txt -e '.[zoo]' >&2
 	touch $@
 
 $(OTHER_TRITONS:%=$(VENV)/triton-%/.installed): $(VENV)/triton-%/.installed: $(STAMP)
@@ -74,6 +79,9 @@ $(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
 
 slow: $(STAMP) $(RAY) ## run the tests that take long by themselves
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m slow $(ARGS)
+
+zoo: $(STAMP) $(ZOO) ## optimize models of timm, transformers and torchvision, and compare their answers
+	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m slow tests/model/test_zoo.py $(ARGS)
 
 fuzz: $(STAMP) ## 20,000 random calls of the operators, bit for bit against fp64; FUZZ_CASES=N for another number
 	$(HERMETIC) OMP_NUM_THREADS=1 FUZZ_CASES=$${FUZZ_CASES:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} \

@@ -242,12 +242,15 @@ def _backend(call: Call) -> str:
 
 
 def _detail(call: Call) -> str:
+    weight = getattr(call.operation, "weight", None)
+    moved = weight is None or weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last)
+    copied = "" if moved or call.backend != "triton" else "each call copies its filters, which optimize would move"
     if call.backend != "triton" or call.operator != "conv_bn_relu":
-        return call.reason
+        return ", ".join(filter(None, (call.reason, copied)))
     here = specialised.facts(call.device)
     chosen = config.invariant(call.shape, here) if call.ours.modes.batch_invariant else config.lookup(call.shape, here)
     shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
-    how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason]
+    how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason, copied]
     return ", ".join(filter(None, how))
 
 

@@ -238,7 +238,7 @@ class ResNet(_Modal, Graphed):
                 return f"{where} is not as written, {code}"
             if watched(module):
                 return f"{where} has a hook"
-            if module.training and isinstance(module, nn.BatchNorm2d):
+            if module.training and isinstance(module, _TRAINED):
                 return f"{where} is in training mode"
         return None
 
@@ -331,9 +331,13 @@ BLOCKS: set[type] = {BasicBlock, Bottleneck}
 STATELESS: set[type] = {
     ResNet, BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.MaxPool2d,
     nn.AdaptiveAvgPool2d, nn.Linear, nn.Identity,
+    # what people put into heads
+    nn.Dropout, nn.BatchNorm1d, nn.LayerNorm, nn.Flatten, nn.AvgPool2d, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU,
+    nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.Softmax, nn.LogSoftmax,
 }  # fmt: skip
-"""A call of these depends on its input, on tensors and on plain attributes, and changes nothing."""
-for _cls in (ResNet, BasicBlock, Bottleneck):
+"""A call of these, but for training, depends on its input, tensors and plain attributes, and changes nothing."""
+_TRAINED = (nn.BatchNorm2d, nn.BatchNorm1d, nn.Dropout)
+for _cls in STATELESS - original.LAYERS.keys():
     original.remember(_cls)
 
 

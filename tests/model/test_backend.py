@@ -625,8 +625,15 @@ def test_report_names_each_convolution():
         ["3.2", "avg_pool_linear"],
     ]  # fmt: skip
     assert lines[4].endswith("grouped convolution")
-    kernels = [c.backend for c in report(optimize(model, kernels="triton"), (1, 8, 32, 32)).calls]
+    optimize(model, kernels="triton")
+    kernels = [c.backend for c in report(model, (1, 8, 32, 32)).calls]
     assert kernels == ["triton", "triton", "triton", "torch", "triton"]
+    copies = "each call copies its filters"
+    assert copies not in str(report(model, (1, 8, 32, 32)))
+    state = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert str(report(model, (1, 8, 32, 32))).count(copies) == 3, "the stem and two 3x3 convolutions"
+    assert copies not in str(report(optimize(model, kernels="triton"), (1, 8, 32, 32)))
 
 
 def test_what_cannot_be_compiled_is_refused():

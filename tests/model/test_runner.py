@@ -170,6 +170,25 @@ def test_captured_in_inference_mode_and_replayed_outside(cuda):
     assert cuda.graphs[0].replays == 2
 
 
+def test_a_head_of_other_layers_is_captured_too(cuda, monkeypatch):
+    model = small()
+    model.fc = nn.Sequential(
+        nn.Dropout(), nn.BatchNorm1d(512), nn.Linear(512, 16), nn.SiLU(), nn.LayerNorm(16), nn.LogSoftmax(1)
+    ).eval()
+    captured(model, images())
+    assert torch.equal(model(images()), model._forward_impl(images()))
+    assert cuda.graphs[0].replays > 0
+    model.fc[0].train()  # from now on it draws random numbers
+    captured(model, images())
+    assert len(cuda.graphs) == 1
+    model.fc[0].eval()
+    captured(model, images())
+    assert len(cuda.graphs) == 2
+    monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: 2 * x)
+    expected = model._forward_impl(images())
+    assert torch.equal(model(images()), expected)
+
+
 def test_fp32_precision_belongs_to_the_shape(cuda):
     model = small()
     for _ in range(2):

@@ -54,6 +54,7 @@ GATES = (
     _of_pytest("test-newest", "the same of the kernels, bit for bit, interpreted by the newest Triton"),
     _of_pytest("slow", "machine code within its budget; every planted fault is caught by the test named for it",
                "{tests}"),
+    _of_pytest("zoo", "models of other people's give their own answers, and each row of docs/models.md"),
     _of_pytest("package", "wheel and sdist build, install, import and hold what they should"),
     Gate("codegen", "machine code: tensor cores, no register of a running product touched, no spills, ordered atomics, "
          "NaN kept, nothing approximate",
