@@ -17,7 +17,7 @@ INTERPRETED := $(addprefix tests/kernels/test_,exact.py interpreter.py shadow.py
 # What a user's shell may export must not change what the tests check.
 HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE -u PYTEST_ADDOPTS -u PYTEST_PLUGINS \
 	-u TRITON_INTERPRET -u TRITON_DEBUG -u TRITON_KERNEL_OVERRIDE -u TRITON_DEFAULT_BACKEND -u TRITON_OVERRIDE_ARCH \
-	-u RESNET_TRITON_PDL -u TORCHDYNAMO_DISABLE -u TORCH_COMPILE_DISABLE -u TORCH_LOGS
+	-u TORCHDYNAMO_DISABLE -u TORCH_COMPILE_DISABLE -u TORCH_LOGS
 
 # Each worker begins with a half of its own, so most of what a file prepares is prepared once.
 TWO := -n 2 --dist worksteal

@@ -46,7 +46,6 @@ _LAYERS = "test_resnet18_layer and not float32"
 _PYTORCH = ("cudnn fused graph", "compile reduce-overhead")
 _FAST = ("folded graph", "cudnn fused graph", "compile reduce-overhead", "ours graph")
 _TUNED: dict[str, Any] = {"tuned": True, "label": ", tuned"}
-_DEPENDENT: dict[str, Any] = {"label": ", dependent launches", "environ": {"RESNET_TRITON_PDL": "1"}}
 PHASES = (
     # 300 runs of each convolution, on top of compiling them and computing their answers.
     Phase("exact", partial(gpu.exact, dtypes=["float16", "bfloat16"]), 200, 60),
@@ -67,7 +66,6 @@ PHASES = (
     Phase("layers-compile", partial(gpu.layer_times, alternatives=["ours", "compile"]), 200, 60),
     _tests("test-invariant", "tests/kernels/test_invariant.py", "test", processes=8, limit=90),
     _models("invariant", "ours graph", "ours invariant graph", sizes=(1, 8, 32, 128, 256), **_TUNED),
-    _models("dependent", "ours graph", **_DEPENDENT),
     _models("default", "compile default", "compile reduce-overhead freezing", "ours graph"),
     _models("no-cudagraphs", "compile max-autotune-no-cudagraphs", "ours graph", sizes=(1, 256), limit=240),
     Phase("callers", callers.steps, 40, 20),

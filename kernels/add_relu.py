@@ -7,12 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv
-from .tiles import pdl_wait, relu
+from .tiles import relu
 
 
 @triton.jit(do_not_specialize=["NUMEL"])
 def add_relu_kernel(x_ptr, other_ptr, y_ptr, NUMEL, BLOCK: tl.constexpr):
-    pdl_wait()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < NUMEL
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]

@@ -3,6 +3,8 @@
 One program takes one image and BLOCK_K classes. It averages the whole image itself, which costs less than the launch it
 saves while images are few: the result is a matrix-vector product, bound by the weights, so no tensor core is used. With
 many images the two kernels `global_avg_pool` and `linear` read less.
+
+A dependent launch has asked for weights and bias when the kernel before is done.
 """
 
 from __future__ import annotations
@@ -12,26 +14,33 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv
-from .tiles import pdl_wait
 
 
 @triton.jit(do_not_specialize=["PIXELS"])
 def avg_pool_linear_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, PIXELS,
     C: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    pdl_wait()
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     n = (tl.program_id(0) // TILES_K).to(tl.int64)
     offs_k = (tl.program_id(0) % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     w_row = w_ptr + offs_k.to(tl.int64) * C
     image = x_ptr + n * PIXELS * C
+    offs_c = tl.arange(0, BLOCK_C)
+    w = tl.load(w_row[:, None] + offs_c[None, :], mask=mask_k[:, None] & (offs_c < C)[None, :], other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # not before: so the next kernel begins when the one before this is done
     acc = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, C, BLOCK_C):
+    for start in tl.static_range(0, C, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
-        w = tl.load(w_row[:, None] + offs_c[None, :], mask=mask_k[:, None] & mask_c[None, :], other=0.0)
+        if start > 0:
+            w = tl.load(w_row[:, None] + offs_c[None, :], mask=mask_k[:, None] & mask_c[None, :], other=0.0)
         total = tl.zeros((BLOCK_C,), tl.float32)
         for first in range(0, PIXELS, BLOCK_P):
             offs_p = first + tl.arange(0, BLOCK_P)
@@ -42,22 +51,23 @@ def avg_pool_linear_kernel(
         mean = tl.div_rn(total, PIXELS.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
         acc += tl.sum(w.to(tl.float32) * mean[None, :], 1)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        acc += bias
     tl.store(y_ptr + n * K + offs_k, acc.to(y_ptr.dtype.element_ty), mask=mask_k)
 
 
 def avg_pool_linear(
     *, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, block_p: int, block_k: int, block_c: int,
-    num_warps: int,
+    num_warps: int, dependent: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch that writes `out` (N, K) from `x` (N, C, H, W), `weight` (K, C) and `bias` (K,).
 
-    `x` is dense in channels_last memory, `weight` row-major, `out` row-major.
+    `x` is dense in channels_last memory, `weight` row-major, `out` row-major. `dependent`: see `Launch`.
     """
     n, c, h, w = x.shape
     k = weight.shape[0]
     arguments = {
         "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "y_ptr": out, "PIXELS": h * w, "C": c, "K": k,
         "BLOCK_P": block_p, "BLOCK_K": block_k, "BLOCK_C": block_c,
+        "DEPENDENT": dependent,
     }  # fmt: skip
-    return Launch(avg_pool_linear_kernel, (n * cdiv(k, block_k),), arguments, num_warps)
+    return Launch(avg_pool_linear_kernel, (n * cdiv(k, block_k),), arguments, num_warps, dependent=dependent)

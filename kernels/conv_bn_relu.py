@@ -6,6 +6,7 @@ kernels differ in how they load and in who does what:
 
 * `hopper_conv.py`, and for 64 channels `hopper_conv64.py` (sm_90): warp-specialised, one warp loads, two groups
   multiply; 16 bits, filters 1x1 and 3x3;
+* `hopper_few.py` (sm_90): for few images, without a loop, launched before the kernel ahead is done;
 * `conv_box.py` (sm_90 and newer): tensor descriptors; the M tile is a box of output rows x columns x images;
 * `conv_pointer.py` (everywhere): masked pointers over consecutive output pixels, for any geometry.
 
@@ -25,6 +26,7 @@ from .conv_box import conv_box
 from .conv_pointer import conv_pointer
 from .hopper_conv import hopper_conv
 from .hopper_conv64 import hopper_conv64
+from .hopper_few import hopper_few
 from .launch import Launch
 from .values import BatchNorm, ConvConfig, Geometry, Shortcut
 
@@ -53,6 +55,11 @@ def conv_bn_relu(
     elements a tile, and `semaphores` int32 with two zeros a tile, which the launch leaves at zero. `programs` run at a
     time, one a multiprocessor: a warp-specialised launch has no more.
     """
+    if config.kernel == "hopper_few":
+        return hopper_few(
+            out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,
+            relu=relu, config=config, partials=partials, semaphores=semaphores,
+        )  # fmt: skip
     if config.kernel:
         specialised = hopper_conv64 if config.kernel == "hopper_conv64" else hopper_conv
         return specialised(

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, cdiv
-from .tiles import batch_norm_scale_shift, pdl_wait, relu, sum_partials
+from .tiles import batch_norm_scale_shift, relu, sum_partials
 from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size
 
 IMAGES, ROWS, ONE_IMAGE = 0, 1, 2
@@ -149,7 +149,6 @@ def conv_box_kernel(
     RELU: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
     BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pdl_wait()
     BLOCK_M: tl.constexpr = BOX_H * BOX_W * BOX_N
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)

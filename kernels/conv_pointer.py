@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv
-from .tiles import batch_norm_scale_shift, pdl_wait, relu, sum_partials
+from .tiles import batch_norm_scale_shift, relu, sum_partials
 from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size, is_flat
 
 
@@ -25,7 +25,6 @@ def conv_pointer_kernel(
     RELU: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pdl_wait()
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     split = tl.program_id(1)

@@ -7,12 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv
-from .tiles import pdl_wait
 
 
 @triton.jit(do_not_specialize=["PIXELS"])
 def global_avg_pool_kernel(x_ptr, y_ptr, PIXELS, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    pdl_wait()
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     n = (pid // TILES_C).to(tl.int64)

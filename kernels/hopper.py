@@ -17,6 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .values import Size
+
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9.0 renames them
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _memory = gl.shared_memory_descriptor
@@ -37,6 +39,12 @@ def descriptor_fields(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=row, element_bitwidth=8 * dtype.itemsize, rank=len(block))
     base = torch.empty(0, dtype=dtype, device="meta")
     return vars(TensorDescriptor(base, list(shape), list(strides), list(block), layout))
+
+
+def filter_fields(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> dict[str, Any]:
+    """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
+    k, c, r, s = size
+    return descriptor_fields(dtype, (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c))
 
 
 def on(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
@@ -61,23 +69,36 @@ def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k,
 
 
 @gluon.jit
-def sum_partials(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: gl.constexpr):
-    """As in `tiles.py`, for the group that calls it: a tile is what one group computes."""
+def hand_in(acc, partials_ptr, semaphores_ptr, tile, split, splits):
+    """Store a program's part of a tile, fp32, say so, and find out whether it is the last of `splits` to do so.
+
+    Returns pointers to the elements of the tile's first part, behind which the others lie, and True for the last, which
+    leaves the semaphore at zero. For the group that calls it: a tile is what one group computes.
+    """
     M: gl.constexpr = acc.shape[0]
     N: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = acc.type.layout
     offs_m = gl.arange(0, M, layout=gl.SliceLayout(1, layout))
     offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, layout))
     offs = gl.expand_dims(offs_m, 1) * N + gl.expand_dims(offs_n, 0)
-    partials = partials_ptr + tile.to(gl.int64) * (SPLIT_K * M * N)
+    partials = partials_ptr + tile.to(gl.int64) * (splits * M * N)
     gl.store(partials + split * (M * N) + offs, acc)
     group_barrier()
-    last = gl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
+    last = gl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
     if last:
-        acc = gl.load(partials + offs, cache_modifier=".cg")
-        for i in range(1, SPLIT_K):
-            acc += gl.load(partials + i * (M * N) + offs, cache_modifier=".cg")
         gl.store(semaphores_ptr + tile, 0)
+    return partials + offs, last
+
+
+@gluon.jit
+def sum_partials(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: gl.constexpr):
+    """As in `tiles.py`, for the group that calls it."""
+    SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
+    partials, last = hand_in(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K)
+    if last:
+        acc = gl.load(partials, cache_modifier=".cg")
+        for i in range(1, SPLIT_K):
+            acc += gl.load(partials + i * SIZE, cache_modifier=".cg")
     return acc, last
 
 

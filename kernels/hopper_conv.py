@@ -33,6 +33,7 @@ from .hopper import (
     async_store,
     batch_norm_scale_shift,
     descriptor_fields,
+    filter_fields,
     on,
     put,
     reinterpret,
@@ -65,12 +66,6 @@ def pixel_fields(size: Size, dtype: torch.dtype, stride: int, box: Any, block_c:
     else:
         shape, strides, block = (n, h, 2, w // 2, c), (image, row, c, 2 * c, 1), (1, 1, 1, box_w, block_c)
     return descriptor_fields(dtype, shape, strides, block), IMAGES if box_n > 1 else ROWS
-
-
-def filter_fields(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> dict[str, Any]:
-    """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
-    k, c, r, s = size
-    return descriptor_fields(dtype, (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c))
 
 
 def half(box: tuple[int, int, int]) -> tuple[int, int, int]:

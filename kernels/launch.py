@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+_PARAMETERS = ("w_", "bias_", "mean_", "var_", "gamma_", "beta_")
+
 
 @dataclass(eq=False, slots=True)
 class Launch:
@@ -25,12 +27,22 @@ class Launch:
     num_stages: int = 2
     own: bool = True
     """Whether its tile is this project's own choice, and not one of a table or of a caller."""
+    dependent: bool = False
+    """Whether its programs may start while the kernel before still runs: only where that is no edit of what the kernel
+    reads before it waits for it (griddepcontrol). Any other launch begins when the one before is done, and that one's
+    end is the end of all before it, for no program leaves without having waited.
+    """
 
     @property
     def specialised(self) -> bool:
         """Whether this is a warp-specialised kernel, in Gluon."""
         is_gluon = getattr(self.kernel, "is_gluon", None)  # an interpreted function has no such method
         return is_gluon is not None and is_gluon()
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of the arguments that are a layer's own, which no kernel of a forward pass writes."""
+        return frozenset(n for n in self.arguments if n.removeprefix("short_").startswith(_PARAMETERS))
 
     def run(self) -> None:
         """Launch on the current device and stream. Does not wait."""
@@ -58,10 +70,8 @@ class Launch:
         return again
 
     def _options(self) -> dict[str, Any]:
-        from .tiles import PDL  # not above: a launch is a value where Triton is not installed, too
-
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        if PDL:
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.dependent:
             options["launch_pdl"] = True
         return options
 

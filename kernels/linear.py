@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv
-from .tiles import pdl_wait
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -15,7 +14,6 @@ def linear_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, M, C: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pdl_wait()
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     offs_k = (pid % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)

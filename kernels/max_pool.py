@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv
-from .tiles import pdl_wait
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
@@ -16,7 +15,6 @@ def max_pool_kernel(
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pdl_wait()
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     offs_c = (pid % TILES_C) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, cdiv
-from .tiles import batch_norm_scale_shift, maximum, pdl_wait, relu
+from .tiles import batch_norm_scale_shift, maximum, relu
 from .values import BatchNorm
 
 BLOCK_ELEMENTS = 16  # 2 rows x 2 columns x 4 channels
@@ -38,7 +38,6 @@ def pack_kernel(
     mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3,
     C: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pdl_wait()
     n = (tl.program_id(0) // ROWS).to(tl.int64)
     row = tl.program_id(0) % ROWS
     offs_e = tl.arange(0, 16)
@@ -171,7 +170,6 @@ def stem_kernel(
     x_desc, marks_ptr, w_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, P, Q, POOL_P, POOL_Q, ROWS, STRIP,
     C: tl.constexpr, K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    pdl_wait()
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     tiles_q = tl.cdiv(POOL_Q, BLOCK_Q // 2 - 1)

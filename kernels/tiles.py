@@ -1,24 +1,7 @@
 """Device functions that more than one kernel uses."""
 
-import os
-
 import triton
 import triton.language as tl
-
-PDL = tl.constexpr(os.environ.get("RESNET_TRITON_PDL") == "1" and os.environ.get("TRITON_INTERPRET") != "1")
-"""Programmatic dependent launch, for a whole process: a kernel's programs may take their places while the kernel before
-still runs. Off until a GPU has shown it exact and faster; sm_90 and newer."""
-
-
-@triton.jit
-def pdl_wait():
-    """What every kernel does first: let the next kernel come, then wait until the one before has written its results.
-
-    Every kernel of a chain has to: a buffer that one of them reuses may still be read by the one before the last.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -74,7 +74,8 @@ class ConvConfig:
     through pointers. `split_k` programs share a tile, each reducing over a part of the channels and taps. With `swap`
     filters are the rows of the matrix product and pixels its columns, which boxes with several sides need.
 
-    `kernel` names a warp-specialised one, "hopper_conv" or "hopper_conv64", whose `num_warps` are those of a group.
+    `kernel` names one in Gluon: "hopper_conv" or "hopper_conv64", warp-specialised, whose `num_warps` are those of a
+    group, or "hopper_few".
     """
 
     block_m: int
@@ -94,7 +95,7 @@ class ConvConfig:
 
     @property
     def path(self) -> str:
-        """How this loads: through "descriptor" or "pointer", or the name of a warp-specialised kernel."""
+        """How this loads: through "descriptor" or "pointer", or the name of a kernel in Gluon."""
         return self.kernel or ("pointer" if self.box is None else "descriptor")
 
     @property

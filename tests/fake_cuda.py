@@ -91,7 +91,7 @@ class FakeEvent:
 class FakeGraph:
     def __init__(self, pool: _Pool, entry: Entry, beside: Any) -> None:
         self.pool, self.input, self.fill, self.beside = pool, entry.buffer, entry.fill, beside
-        self.replays = 0
+        self.replays, self.own = 0, entry.own
         with _Tape() as tape:
             self.output = entry.body(entry.buffer)
         self.tape = tape.calls

@@ -33,6 +33,8 @@ FILTERS_IN_REGISTERS = ("hopper_stem_kernel",)
 """Warp-specialised kernels whose products read filters from registers, which nothing writes to again."""
 NONE_PENDING = ("hopper_conv64_kernel", "hopper_stem_kernel")
 """Warp-specialised kernels in which no product runs while the next is asked for: the other group's does."""
+AT_ONCE = ("hopper_few_kernel",)
+"""Kernels whose products all run together, and which ask for filters while the launch before still runs."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class CompiledLaunch:
     """One launch of a layer at one batch size and dtype, compiled for one architecture.
 
     `launch` counts from 0 within the layer; `filter` is "3x3" and the like, "" for kernels without one; `programs` the
-    size of the grid, `channels` those of the input (0: the kernel does not know of any).
+    size of the grid, `channels` those of the input (0: the kernel does not know of any). `early` are the arguments that
+    it reads before it waits for the launch before.
     """
 
     arch: str
@@ -62,6 +65,7 @@ class CompiledLaunch:
     occupancy: float
     waves: float
     code: Code
+    early: tuple[str, ...] = ()
 
     def faults(self) -> list[str]:
         """What a shipped configuration must not show."""
@@ -92,7 +96,19 @@ class CompiledLaunch:
             found.append(f"loads {code.narrowest_load} bytes at a time in a loop, expected {ALIGNED}")
         if code.widest_access > ALIGNED:
             found.append(f"accesses {code.widest_access} bytes at a time, pointers are aligned to {ALIGNED}")
+        own = Launch(None, (), dict.fromkeys(self.early)).parameters
+        found += [f"reads {name} before it waits for the launch before" for name in self.early if name not in own]
+        if self.kernel in AT_ONCE:
+            found += self._at_once_faults()
         return found + (self._specialised_faults() if code.specialised else [])
+
+    def _at_once_faults(self) -> list[str]:
+        code, found = self.code, [message for message in self.code.messages if "(C75" in message]
+        if code.wgmma_waits != 1 or code.wgmma_registers:
+            found.append(f"{code.wgmma_waits} waits and {code.wgmma_registers} operands in registers, expected 1 and 0")
+        if "w_desc" not in self.early:
+            found.append("waits for the launch before, then asks for filters")
+        return found
 
     def _specialised_faults(self) -> list[str]:
         """What a kernel must not show whose warps have different parts."""
@@ -186,4 +202,15 @@ def _compiled(p: _Planned, code: Code) -> CompiledLaunch:
         occupancy=round(resident * num_warps / sm.warps, 3),
         waves=round(waves(prod(launch.grid), resident, p.target), 3),
         code=code,
+        early=_early(p.source, code),
     )
+
+
+def _early(source: Specialisation, code: Code) -> tuple[str, ...]:
+    """Names of pointers and descriptors among the parameters that are read early. A descriptor is many parameters."""
+    names = []
+    for name, kind in source.signature:
+        sides = kind.partition("[")[2].partition("]")[0].count(",") + 1
+        if kind != "constexpr":
+            names += [name, *[""] * (2 * sides if kind.startswith("tensordesc") else 0)]
+    return tuple(names[i] for i in code.early if names[i].endswith(("_ptr", "_desc")))

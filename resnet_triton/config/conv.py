@@ -9,8 +9,8 @@ from math import prod
 from ..kernels.values import ConvConfig, has_several_sides, is_flat
 from .device import DeviceFacts
 
-CONV, CONV64 = "hopper_conv", "hopper_conv64"
-"""The warp-specialised kernels of `ConvConfig.kernel`."""
+CONV, CONV64, FEW = "hopper_conv", "hopper_conv64", "hopper_few"
+"""The kernels of `ConvConfig.kernel`."""
 
 SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 """How many programs may share a tile, as far as it is worth weighing."""
@@ -95,6 +95,9 @@ def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
 
 def _specialised_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     """A ring of slots, buffers that results leave by, and barriers."""
+    if config.kernel == FEW:  # no slot twice
+        blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
+        return blocks * (config.block_m + config.block_k) * config.block_c * 2 + 2048
     if config.kernel == CONV64:  # filters stay, a slot is one pixel of all images
         return 9 * 64 * 64 * 2 + (config.num_stages + 4) * config.block_m // 4 * 64 * 2 + 2048
     slots = config.num_stages * (config.block_m + config.block_k) * config.block_c * 2
@@ -185,9 +188,11 @@ def _is_legal_specialised(config: ConvConfig, shape: ConvShape, device: DeviceFa
         return False
     if box is None or config.swap or prod(box) != config.block_m or any(side & (side - 1) for side in box):
         return False
-    if (config.block_c, config.num_warps) != (64, 4) or not 2 <= config.num_stages <= 16:
+    if (config.block_c, config.num_warps) != (64, 4) or not 1 <= config.num_stages <= 16:
         return False
-    if shared_memory(config, shape) > device.shared_memory:
+    if config.kernel == FEW:
+        return _is_legal_few(config, shape, box) and shared_memory(config, shape) <= device.shared_memory
+    if config.num_stages == 1 or shared_memory(config, shape) > device.shared_memory:
         return False
     if config.kernel == CONV64:
         return _is_legal64(config, shape, box)
@@ -208,3 +213,15 @@ def _is_legal64(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int])
     if (config.block_k, config.split_k) != (64, 1) or config.num_stages > 11:
         return False
     return box[:2] == (2, 2) and box[2] in (32, 64, 128)
+
+
+def _is_legal_few(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int]) -> bool:
+    """A share is whole slabs of channels; a shortcut has at most one for each share."""
+    slabs, short_slabs = shape.c // 64, -(-shape.shortcut_c // 64)
+    if shape.c % 64 or shape.k % 64 or not 1 <= config.split_k <= 8 or slabs % config.split_k:
+        return False
+    if shape.stride == (2, 2) and shape.r == 3 and (shape.h % 2 or shape.w % 2):
+        return False
+    if (config.block_k, config.num_stages) != (64, 1) or short_slabs > config.split_k or shape.shortcut_c % 64:
+        return False
+    return box[0] in (2, 4, 8) and box[1:] == (8, 1)

@@ -14,6 +14,7 @@ from ..kernels.values import ConvConfig, has_several_sides, is_flat
 from . import hopper
 from .conv import (
     CONV64,
+    FEW,
     SPLITS,
     ConvShape,
     boxes_of,
@@ -66,6 +67,22 @@ class Rates(NamedTuple):
 
 
 RATES = Rates()
+
+
+class Latencies(NamedTuple):
+    """What a dependent launch of `hopper_few` is a chain of, in nanoseconds. Stated, not fitted: none has run yet."""
+
+    launch: float = (
+        1000  # from the last store of the kernel before to the first load, and from the last store to the end
+    )
+    load: float = 600  # TMA, from L2
+    result: float = 250  # through shared memory
+    parts: float = 350  # from L2, the first of the parts that the last program adds
+    width: float = 224  # bytes a ns that a product's operands come from shared memory with
+    beside: float = 96 * 1024  # bytes of shared memory that a program of the launch before has
+
+
+LATENCIES = Latencies()
 
 
 @functools.lru_cache(maxsize=4096)  # every launch asks, and weighing the candidates takes milliseconds
@@ -123,6 +140,12 @@ def linear_heuristic(m: int, k: int, itemsize: int, precision: str) -> ConvConfi
         return ConvConfig(16 if m <= 16 else 64, 64, 16, 4, 3)
     block_m = 16 if m <= 16 else 32 if m <= 64 else 64
     return ConvConfig(block_m, 64, 128 // itemsize, 4, 3)
+
+
+def head_classes(n: int, k: int, device: DeviceFacts) -> int:
+    """Classes of `k` that a program of a classifier's head computes of one of `n` images: about a program an SM."""
+    share = -(-n * k // device.sm_count)
+    return 8 if share <= 8 else 16 if share <= 16 else 64  # 32 would spill
 
 
 @dataclass(frozen=True)
@@ -187,6 +210,8 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: R
     A program's products and loads keep an SM busy, several programs side by side all the more; but however few there
     are, each is a chain: what comes before its loop, turn after turn, its result.
     """
+    if config.kernel == FEW:
+        return _estimate_few(config, shape, device, rates)
     m, k = config.block_m, config.block_k
     turns = -(-steps(config, shape) // config.split_k) + -(-shape.shortcut_c // config.block_c)
     flops = 2 * m * k * config.block_c * (1 if shape.itemsize == 2 else 2)
@@ -211,6 +236,24 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: R
         return rates.launch + work
     # The last program reads every partial.
     return rates.launch + work + rates.split + 6 * m * k * (config.split_k + 1) / rates.bytes
+
+
+def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates) -> float:
+    """The same of `hopper_few`: an SM with room for it beside the launch before has its filters before its input."""
+    m, chained = config.block_m, LATENCIES
+    blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
+    filters, pixels = blocks * 64 * 128 / rates.bytes, blocks * m * 128 / rates.bytes
+    products = blocks * (64 + m) * 128 / chained.width
+    programs = -(-tiles(config, shape) * config.split_k // device.sm_count)  # of the busiest SM
+    shared = shared_memory(config, shape)
+    chain = chained.load + max(pixels, products) + chained.result
+    turns = -(-programs // (device.shared_memory // shared))
+    ns = chained.launch + turns * chain + (programs - 1) * max(filters + pixels, products)
+    if programs * shared + chained.beside > device.shared_memory:
+        ns += filters
+    if config.split_k > 1:
+        ns += rates.split + chained.parts + config.split_k * m * 64 * 4 / rates.bytes
+    return ns
 
 
 def _programs_per_sm(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> int:

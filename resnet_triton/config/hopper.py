@@ -1,4 +1,4 @@
-"""The forms of the warp-specialised convolutions (`kernels/hopper_*.py`) that are worth weighing."""
+"""The forms of the convolutions in Gluon (`kernels/hopper_*.py`) that are worth weighing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..kernels.values import ConvConfig
-from .conv import CONV, CONV64, SPLITS, ConvShape, boxes_of, covering, is_legal
+from .conv import CONV, CONV64, FEW, SPLITS, ConvShape, boxes_of, covering, is_legal
 from .device import DeviceFacts
 
 # (block_m, block_k, num_stages): pixels are two groups', and an accumulator has to fit a group's registers.
 _TILES = ((128, 64, 6), (128, 128, 5), (128, 256, 3), (256, 64, 4), (256, 128, 3))
 _TILES64 = ((128, 5), (64, 11), (32, 11))  # (images, num_stages)
+_ROWS = (2, 4, 8)  # of a box of few images
+FEW_IMAGES = 16
+"""More leave no multiprocessor idle, and what `hopper_few` has no loop for is then asked for many times."""
 
 
 def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
@@ -27,3 +30,7 @@ def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
         config = ConvConfig(4 * images, 64, 64, 4, stages, (2, 2, images), kernel=CONV64)
         if is_legal(config, shape, device):
             yield config
+    if shape.n <= FEW_IMAGES:
+        boxes = [ConvConfig(8 * rows, 64, 64, 4, 1, (rows, 8, 1), kernel=FEW) for rows in _ROWS]
+        few = (replace(box, split_k=split) for box in boxes for split in SPLITS)
+        yield from (config for config in few if is_legal(config, shape, device))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..ops.conv import graph_semaphores
+from ..ops.conv import dependent_launches, graph_semaphores
 
 _capturing = threading.Lock()
 """One capture at a time in the process: PyTorch waits for the device first, which a capture elsewhere forbids."""
@@ -25,6 +25,8 @@ class Entry:
     buffer: Tensor
     fill: Callable[[Tensor], object]
     body: Callable[[Tensor], Tensor]
+    own: bool = False
+    """Whether all that `body` launches are operators of a model of ours, so that no kernel writes a parameter."""
 
 
 @dataclass
@@ -94,21 +96,23 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
     graph = torch.cuda.CUDAGraph()
     stream = _side_stream(device)
     pool = torch.cuda.graph_pool_handle() if beside is None else beside.graph.pool()
-    entry.body(entry.buffer)
-    semaphores = torch.zeros(1024, dtype=torch.int32, device=device)
-    lent = graph_semaphores.set(semaphores)
+    semaphores = torch.zeros(1024, dtype=torch.int32, device=device)  # by a kernel that waits for whatever was before
+    lent, may = graph_semaphores.set(semaphores), dependent_launches.set(entry.own)
     try:
-        with (
-            _capturing,
-            torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            output = entry.body(entry.buffer)
-    except Exception:
-        _stop_allocating(device, pool)
-        raise
+        entry.body(entry.buffer)  # which compiles what a graph alone has, too: dependent launches
+        try:
+            with (
+                _capturing,
+                torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                output = entry.body(entry.buffer)
+        except Exception:
+            _stop_allocating(device, pool)
+            raise
     finally:
         graph_semaphores.reset(lent)
+        dependent_launches.reset(may)
     return Captured(graph, entry.buffer, entry.fill, output, semaphores)
 
 

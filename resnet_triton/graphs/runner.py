@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -150,4 +151,4 @@ class Runner(Graphs):
     def _entry(self, source: Graphed, key: Key, x: Tensor) -> Entry:
         if self._fingerprint is None:
             self._fingerprint = Fingerprint(source)
-        return source._entry(x) if key[-1] else copied(source._forward_impl, x)
+        return replace(source._entry(x) if key[-1] else copied(source._forward_impl, x), own=True)

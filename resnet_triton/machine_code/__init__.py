@@ -1,6 +1,6 @@
 """What a compiled kernel's machine code says of it: its vital signs, and whether it may be launched.
 
-flow -> groups -> ordering; flow -> products; access -> assembly (vital signs)
+flow -> groups -> ordering; flow -> products, dependent; access -> assembly (vital signs)
 products -> verdict (at run time)
 """
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from . import dependent, groups
 from . import flow as flows
-from . import groups
 from .access import accesses, loads
 from .ordering import AMD_RULES, NVIDIA_RULES, broken
 from .products import follow
@@ -53,7 +53,8 @@ class Code:
     messages: tuple[str, ...] = ()
     hazards: tuple[str, ...] = ()
     float_atomics: int = 0
-    disorder: tuple[str, ...] = ()  # rules of `ordering.py` that some path breaks
+    disorder: tuple[str, ...] = ()  # rules of `ordering.py` and `dependent.py` that some path breaks
+    early: tuple[int, ...] = ()  # numbers of parameters that it reads through before griddepcontrol.wait
     dropped_nans: int = 0  # floating-point maxima and minima whose result may be a number though an operand is NaN
     approximations: int = 0  # square roots, divisions and the like that IEEE would round otherwise, or that flush
     narrowest_load: int = 0
@@ -82,6 +83,7 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
     waits = re.findall(r"warp_group_dot_wait[^\n]*?pendings = (\d+)", ttgir)
     said = [line for line in log.splitlines() if re.match(r"ptxas.*(?:\(C\d+\)|serializ|warning)", line)]
     flow, followed = groups.ptx(ptx), follow(sass, expected="wgmma.mma_async" in ptx)
+    early = dependent.follow(flow, sass)
     return Code(
         registers=int(registers[1]),
         spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
@@ -97,7 +99,8 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         messages=tuple(dict.fromkeys(line.partition(": ")[2] for line in said)),
         hazards=followed.hazards,
         float_atomics=len(_FLOAT_ATOMIC.findall(ptx)),
-        disorder=broken(flow, NVIDIA_RULES),
+        disorder=broken(flow, NVIDIA_RULES) + early.faults,
+        early=early.parameters,
         dropped_nans=len(_DROPS_NAN.findall(ptx)),
         approximations=len(_APPROXIMATE.findall(ptx)),
         narrowest_load=min(loads(flow.looped()), default=0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import config
-from ..config import ConvConfig, ConvShape
+from ..config import ConvConfig, ConvShape, device
 from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..kernels.values import BatchNorm, Geometry, Shortcut, Size
-from . import reference, specialised
+from . import interpreter, reference, specialised
 from .checks import (
     aligned,
     at_aligned,
@@ -105,6 +105,7 @@ class ConvBnRelu(Operation):
         if self.shortcut is not None:
             images, filters, norm, stride = self.shortcut
             shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
+        batch_norm = self.batch_norm.contiguous()
         descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
         sizes, facts = self._sizes(), specialised.facts(x.device)
         chosen, own, tiles = _choose(
@@ -116,11 +117,16 @@ class ConvBnRelu(Operation):
             partials = torch.empty(elements, dtype=torch.float32, device=x.device)
             semaphores = _semaphores(x.device, 2 * tiles)  # a warp-specialised tile has two halves
         launch = conv_bn_relu(
-            out=out, x=x, weight=weight, batch_norm=self.batch_norm.contiguous(), geometry=self.geometry,
+            out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=self.geometry,
             residual=residual, shortcut=shortcut, relu=self.relu, precision=sizes.precision,
             config=chosen, programs=facts.sm_count, partials=partials, semaphores=semaphores,
         )  # fmt: skip
-        return (launch if own else replace(launch, own=False),)
+        pairs = [(self.weight, weight), *zip(self.batch_norm, batch_norm, strict=True)]
+        if self.shortcut is not None and shortcut is not None:
+            pairs += [(self.shortcut.weight, shortcut.weight)]
+            pairs += zip(self.shortcut.batch_norm, shortcut.batch_norm, strict=True)
+        dependent = chosen.kernel == "hopper_few" and may_depend(x.device, pairs)
+        return (launch if own and not dependent else replace(launch, own=own, dependent=dependent),)
 
     def other_launches(self, out: Tensor) -> tuple[Launch, ...]:
         return self.launches(out, descriptors=False)
@@ -225,6 +231,19 @@ def _aligned_channels_last(t: Tensor) -> Tensor:
 _kept: dict[tuple[torch.device, int], Tensor] = {}
 graph_semaphores: ContextVar[Tensor | None] = ContextVar("graph_semaphores", default=None)
 """Zeros (int32) for the launches of the graph being captured: zeroed inside, every replay would zero them again."""
+dependent_launches: ContextVar[bool] = ContextVar("dependent_launches", default=False)
+"""Whether launches follow each other and no kernel among them writes a parameter: those of a graph of our model."""
+
+
+def may_depend(where: torch.device, parameters: Iterable[tuple[object, object]]) -> bool:
+    """Whether a launch may start while the one before runs, and read these parameters, each as given and as read.
+
+    Only in a graph of our model: elsewhere the launch before may be somebody's edit of one. A parameter that is read in
+    another form than it was given in has been copied just before.
+    """
+    if not dependent_launches.get() or interpreter.active() or device.facts(where).arch < 90:
+        return False
+    return all(given is read for given, read in parameters)
 
 
 def _semaphores(where: torch.device, tiles: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import threading
@@ -114,16 +113,7 @@ def _fallback_reason(where: torch.device, *, forced: bool) -> str | None:
     if torch.version.hip is not None:
         return "AMD GPU, not verified"
     arch = device.facts(where).arch
-    if arch < 90 and dependent_launch():
-        return f"compute capability {arch / 10}, and RESNET_TRITON_PDL=1 needs 9.0"
     return f"compute capability {arch / 10}, below 8.0" if arch < 80 else None
-
-
-@functools.cache
-def dependent_launch() -> bool:
-    from ..kernels.tiles import PDL
-
-    return bool(PDL)
 
 
 def transformed() -> bool:

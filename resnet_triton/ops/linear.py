@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import config
+from ..config import device
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch, next_power_of_2
 from . import reference
 from .checks import at_aligned, channels_last, check_rank, check_same_dtype, check_tensors, contiguous
+from .conv import may_depend
 from .dispatch import AUTO, HAS_TRITON, Modes
 from .operation import Operation, Result, Shape, register
 from .pool import GlobalAvgPool
@@ -108,10 +110,13 @@ class AvgPoolLinear(Operation):
             pool = GlobalAvgPool(x, self.modes)
             pooled = pool.result().empty(x.device)
             return *pool.launches(pooled), *Linear(pooled.flatten(1), self.weight, self.bias, self.modes).launches(out)
+        weight, bias = self.weight.contiguous(), contiguous(self.bias)
         launch = avg_pool_linear(
-            out=out, x=channels_last(x), weight=self.weight.contiguous(), bias=contiguous(self.bias),
-            block_p=min(next_power_of_2(x.shape[2] * x.shape[3]), 64), block_k=16,
-            block_c=min(next_power_of_2(x.shape[1]), 256), num_warps=8,
+            out=out, x=channels_last(x), weight=weight, bias=bias,
+            block_p=min(next_power_of_2(x.shape[2] * x.shape[3]), 64),
+            block_k=config.head_classes(x.shape[0], weight.shape[0], device.facts(x.device)),
+            block_c=min(next_power_of_2(x.shape[1]), 512 if x.element_size() == 2 else 128), num_warps=16,
+            dependent=may_depend(x.device, [(self.weight, weight), (self.bias, bias)]),
         )  # fmt: skip
         return (launch,)
 

@@ -12,19 +12,15 @@ import torch
 from ..config import device
 from ..config.device import DeviceFacts
 from ..kernels.launch import Launch
-from . import dispatch, interpreter
+from . import interpreter
 
 _refused = False
 
 
 def facts(where: torch.device) -> DeviceFacts:
-    """Facts of a device, for a choice among the kernels that can run here.
-
-    Gluon has no interpreter, and under RESNET_TRITON_PDL=1 a kernel has to wait for the one before, which the
-    warp-specialised ones do not.
-    """
+    """Facts of a device, for a choice among the kernels that can run here: Gluon has no interpreter."""
     found = device.facts(where)
-    if _refused or interpreter.active() or dispatch.dependent_launch():
+    if _refused or interpreter.active():
         return _without(found)
     return found
 

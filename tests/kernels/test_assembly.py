@@ -23,7 +23,7 @@ from compiling import ROW, run
 
 from resnet_triton import resnet18
 from resnet_triton.config.device import KNOWN
-from resnet_triton.machine_code import Code, flow, groups, ordering
+from resnet_triton.machine_code import Code, dependent, flow, groups, ordering
 from resnet_triton.machine_code.access import accesses, loads
 from resnet_triton.ops import OPERATORS
 from resnet_triton.ops.precision import fp32_precision
@@ -88,7 +88,7 @@ def total(x_ptr, n, STEP: tl.constexpr, CLAIM: tl.constexpr):
 COMPILE = """
 import json, sys
 import torch
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from resnet_triton import codegen, resnet18
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.hopper_conv import hopper_conv
@@ -112,7 +112,8 @@ for batch in (1, 32):
                 widths[source.kernel] = codegen.compile_for(source._replace(aligned=False), 80).widest_access
 
 calls = trace(resnet18().eval(), (2, 3, 224, 224), torch.float16)
-(launch,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(KNOWN[90])
+plain = replace(KNOWN[90], specialised=False)
+(launch,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(plain)
 (older,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(KNOWN[80])
 
 def images(channels, size=7, **options):
@@ -128,7 +129,10 @@ specialised = hopper_conv(
 )
 places = ((launch, 90), (older, 80), (specialised, 90))
 texts = [codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"] for launch, arch in places]
-print(json.dumps([found, widths, *texts]))
+calls = trace(resnet18().eval(), (1, 3, 224, 224), torch.float16)
+(few,) = next(call for call in calls if call.name == "layer3.1.conv2").launches(KNOWN[90])
+ptx = codegen.triton_compile(codegen.specialise(few), 90).asm["ptx"]
+print(json.dumps([found, widths, [ptx, codegen.compiler._assemble(ptx, 90)[1]], *texts]))
 """
 ADDS_BARRIERS = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
 """Whether this Triton puts a barrier before and after an atomic that orders, as 3.9.0 was the first seen to do."""
@@ -169,9 +173,10 @@ ON_AMD = (
 
 @cache
 def compiled() -> Any:
-    """Vital signs of all that is planted; the widest access of each of our kernels when it knows of no alignment; the
-    PTX of a convolution that shares its tiles and loads and stores them in bulk, of one that copies its operands, and
-    of one whose warps have different parts.
+    """Vital signs of all that is planted; the widest access of each of our kernels when it knows of no alignment; PTX
+    and machine code of one that may be launched while the kernel before still runs; the PTX of a convolution that
+    shares its tiles and loads and stores them in bulk, of one that copies its operands, and of one whose warps have
+    different parts.
     """
     places = [(80, name) for name in SOURCES] + [("gfx942", name) for name in ON_AMD]
     wanted = {f"{name}, {arch}": (arch, *SOURCES[name], name not in UNALIGNED) for arch, name in places}
@@ -230,7 +235,7 @@ def after(text: str, near: str, new: str) -> str:
 
 
 def test_every_rule_guards_a_real_kernel():
-    _, _, sound, *_ = compiled()
+    _, _, _, sound, *_ = compiled()
 
     def broken(text: str) -> tuple[str, ...]:
         assert text != sound
@@ -256,7 +261,7 @@ def test_every_rule_guards_a_real_kernel():
 
 
 def test_rules_of_operands_in_shared_memory():
-    _, _, bulk, copied, _ = compiled()
+    _, _, _, bulk, copied, _ = compiled()
     for sound in (bulk, copied):
         assert ordering.broken(groups.ptx(sound), ordering.NVIDIA_RULES) == ()
 
@@ -275,6 +280,55 @@ def test_rules_of_operands_in_shared_memory():
     assert broken(without(copied, wait, load, count=99)) == {ordering.UNFINISHED_COPY}
     assert ordering.NO_BARRIER_AFTER_COPY in broken(without(copied, barrier, load, count=99))
     assert ordering.NO_BARRIER_BEFORE_COPY in broken(without(copied, barrier, copy, count=99))
+
+
+def test_what_comes_before_the_wait_for_the_launch_before():
+    _, _, (ptx, machine), *_ = compiled()
+    wait, let_in, load = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.tensor"
+    store, atomic = "st.global.b32 [%rd1], %r2;", "atom.global.gpu.acq_rel.add.u32 %r1, [%rd1], 1;"
+
+    def faults(text: str = ptx, code: str = machine) -> tuple[str, ...]:
+        return dependent.follow(groups.ptx(text), code).faults
+
+    def before(text: str, mark: str, new: str) -> str:
+        head, found, tail = text.partition(mark)
+        assert found
+        return head + new + found + tail
+
+    def line(name: str) -> str:
+        """The last of machine code with this instruction."""
+        return next(line for line in reversed(machine.splitlines(keepends=True)) if re.search(rf"\b{name}\b", line))
+
+    sound = dependent.follow(groups.ptx(ptx), machine)
+    assert sound.faults == ()
+    x_desc, w_desc, norm = 0, 9, {18, 19, 20, 21}  # of descriptors, each side and stride is another parameter
+    assert {w_desc, *norm} <= set(sound.parameters)
+    assert x_desc not in sound.parameters, "but for a box outside, which reads nothing"
+    later = before(ptx, wait, "griddepcontrol.later").replace(f"griddepcontrol.later{wait}", "griddepcontrol.later")
+    asked = [
+        i for i, text in enumerate(later.splitlines()) if load in text and i > later[: later.index(let_in)].count("\n")
+    ]
+    lines = later.splitlines()
+    lines.insert(asked[0] + 1, f"{wait};")
+    assert x_desc in dependent.follow(groups.ptx("\n".join(lines)), machine).parameters
+    for early in (store, atomic):
+        assert faults(before(ptx, wait, f"{early}\n")) == ("a store or an atomic before griddepcontrol.wait",)
+    swapped = ptx.replace(wait, "griddepcontrol.then").replace(let_in, wait).replace("griddepcontrol.then", let_in)
+    assert faults(swapped) == ("griddepcontrol.launch_dependents before griddepcontrol.wait",)
+    assert faults(ptx.replace(wait, "griddepcontrol.not")) == (
+        "the next launch is let in, and this one waits for none before",
+    )
+    start = line("ACQBULK")
+    assert faults(code=before(machine, start, line("STG"))) == ("a store or an atomic before ACQBULK",)
+    assert faults(code=before(machine, start, line("ATOMG"))) == ("a store or an atomic before ACQBULK",)
+    assert faults(code=before(machine, start, line("PREEXIT"))) == ("PREEXIT before ACQBULK",)
+    for name in ("UTMALDG", "LDG"):
+        (fault,) = faults(code=before(machine, start, line(name)))
+        assert re.fullmatch(rf"\d+ {name} before ACQBULK, expected at most \d+", fault)
+    assert faults(code=machine.replace(start, "")) == (
+        "no ACQBULK in the machine code, expected that of griddepcontrol.wait",
+    )
+    assert dependent.follow(groups.ptx(compiled()[-1]), "") == ((), ()), "one that waits for no launch"
 
 
 def parts(text: str) -> tuple[str, str, str]:

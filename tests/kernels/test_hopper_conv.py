@@ -1,11 +1,11 @@
-"""`hopper_conv.py` and `hopper_conv64.py`, executed from their PTX: bit for bit like fp64, nothing left unordered."""
+"""The convolutions in Gluon, executed from their PTX: bit for bit like fp64, nothing left unordered."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import specialised
+from resnet_triton.ops.conv import dependent_launches
 
 
 class Case(NamedTuple):
@@ -69,6 +70,17 @@ def case64(
     )  # fmt: skip
 
 
+def few(
+    n: int, c: int, h: int, w: int, k: int, rows: int, *, split: int = 1, filter: int = 3, stride: int = 1,
+    residual: bool = False, shortcut: int = 0, dtype: str = "float16", relu: bool = True, affine: bool = True,
+) -> Case:  # fmt: skip
+    """One for few images: a box of `rows` rows of 8 pixels."""
+    return Case(
+        (n, c, h, w), k, (rows, 8, 1), 64, 1, filter, stride, residual, shortcut, split, 0, dtype, relu, affine,
+        "hopper_few",
+    )  # fmt: skip
+
+
 CASES = {
     # every tile form, with tails of images, rows, columns, channels and filters
     "2x64 by 64": Case((9, 72, 5, 6), 72, (1, 16, 8), 64, 6),
@@ -105,12 +117,25 @@ CASES = {
     "64, 64 images, residual": case64(70, 4, 3, 64, 9, 2, residual=True),
     "64, 128 images": case64(130, 2, 3, 128, 5, 1, affine=False),
     "64, 128 images, residual": case64(128, 3, 4, 128, 5, 1, residual=True, dtype="bfloat16"),
+    # few images: each height of a box with tails of rows and columns, strides, residuals, shortcuts, shares
+    "few": few(2, 64, 5, 9, 128, 4),
+    "few, 2 rows, residual": few(1, 64, 3, 8, 64, 2, residual=True, dtype="bfloat16", affine=False),
+    "few, 8 rows": few(1, 64, 9, 7, 64, 8, relu=False, residual=True),
+    "few, two slabs": few(1, 128, 4, 8, 64, 2),
+    "few, 1x1": few(1, 192, 5, 9, 64, 4, filter=1, residual=True),
+    "few, 1x1, stride 2": few(2, 128, 5, 18, 64, 2, filter=1, stride=2, split=2),
+    "few, stride 2": few(1, 64, 10, 18, 128, 2, stride=2),
+    "few, stride 2, split": few(2, 128, 10, 6, 64, 4, stride=2, split=2, dtype="bfloat16"),
+    "few, split": few(1, 192, 5, 7, 64, 4, split=3, residual=True),
+    "few, shortcut": few(1, 64, 5, 7, 64, 4, shortcut=64),
+    "few, split, shortcut": few(1, 256, 3, 9, 64, 2, split=4, shortcut=128, affine=False),
 }
 
 
 SLOW = {
     "2x64 by 256", "2x128 by 128", "images alone", "residual", "residual, wide", "residual, 2x128", "stride 2, rows",
     "stride 2, one image", "shortcut", "split", "64, 32 images, residual", "64, 64 images", "64, 128 images, residual",
+    "few, 2 rows, residual", "few, 8 rows", "few, two slabs", "few, 1x1", "few, stride 2", "few, shortcut",
 }  # fmt: skip
 """What differs from another case in one respect, in which a third differs, too."""
 
@@ -121,8 +146,9 @@ def launch(case: Case) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     out = torch.full_like(call.output(), float("nan"))
     with pinned(case.config):
         (found,) = call.launches(out)
-    assert found.grid[0] <= found.arguments["items"]
-    found.grid = (min(case.programs, found.arguments["items"]),)
+    if case.programs:
+        assert found.grid[0] <= found.arguments["items"]
+        found.grid = (min(case.programs, found.arguments["items"]),)
     return found, out, rounded(conv_reference(call), out.dtype)
 
 
@@ -131,7 +157,7 @@ def test_exact(name: str) -> None:
     case = CASES[name]
     assert is_legal(case.config, case.shape, KNOWN[90])
     found, out, expected = launch(case)
-    result = simulate(found, ptx(found))
+    result = simulate(found, ptx(found), early=found.parameters)
     assert_exact(out, expected)
     assert not result.faults
     if case.split > 1:
@@ -139,11 +165,94 @@ def test_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0)], ids=str)  # 0, 1, 2 is that of `test_exact`
-def test_any_share_may_be_the_last(order: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("name", ["split, residual", "few, split"])
+def test_any_share_may_be_the_last(name: str, order: tuple[int, ...]) -> None:
     """Whoever arrives last sums the shares, in their order: the same bits."""
-    found, out, expected = launch(CASES["split, residual"])
-    assert not simulate(found, ptx(found), programs=[(i, 0, 0) for i in order]).faults
+    found, out, expected = launch(CASES[name])
+    places = [(i, 0, 0) for i in (*order, *range(3, found.grid[0]))]
+    assert not simulate(found, ptx(found), programs=places, early=found.parameters).faults
     assert_exact(out, expected)
+
+
+# --- what a dependent launch does before it waits --------------------------------------------------------------------
+
+WAIT, LET_IN, INPUT, RESIDUAL = (
+    r"griddepcontrol\.wait",
+    r"griddepcontrol\.launch_dependents",
+    r"cp\.async\.bulk\.tensor",
+    r"ld\.global",
+)
+STORE = "ld.param.b64 %rd1, [hopper_few_kernel_param_16];\nst.global.b16 [%rd1], %rs1;"
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("reads its input", r"cp\.async\.bulk.* loads x_desc at byte \d+ before griddepcontrol\.wait"),
+        ("reads its residual", r"ld\.global.* reads res_ptr at byte \d+ before griddepcontrol\.wait"),
+        ("stores", r"st\.global.* writes y_ptr at byte \d+ before griddepcontrol\.wait"),
+        ("lets the next in", r"launch_dependents.* lets the next launch in before griddepcontrol\.wait"),
+    ],
+)
+def test_what_comes_before_the_wait_is_found(fault: str, found: str) -> None:
+    """A store of its results there may be to a buffer that the launch before the last one's still reads."""
+    made, _, _ = launch(few(1, 64, 2, 8, 64, 2, residual=True))
+    lines = ptx(made).splitlines()
+
+    def where(what: str) -> list[int]:
+        return [i for i, line in enumerate(lines) if re.search(what, line)]
+
+    (wait,), (let_in,) = where(WAIT), where(LET_IN)
+    assert wait < let_in
+    assert simulate(made, "\n".join(lines), early=made.parameters).faults == []
+    late = {"reads its input": INPUT, "reads its residual": RESIDUAL, "lets the next in": LET_IN}
+    if fault == "stores":
+        lines.insert(wait, STORE)
+    else:
+        later = next(i for i in where(late[fault]) if i > wait)
+        lines.insert(later, lines.pop(wait))
+    faults = simulate(made, "\n".join(lines), early=made.parameters).faults
+    assert any(re.search(found, fault) for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("kernel", "graph", "copied", "dependent"),
+    [
+        ("hopper_few", True, (), True),
+        ("hopper_few", False, (), False),
+        ("hopper_conv", True, (), False),
+        ("hopper_few", True, ("weight",), False),
+        ("hopper_few", True, ("batch_norm",), False),
+        ("hopper_few", True, ("shortcut", "weight"), False),
+        ("hopper_few", True, ("shortcut", "batch_norm"), False),
+    ],
+)
+def test_dependent_launches(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, graph: bool, copied: tuple[str, ...], dependent: bool
+) -> None:
+    """In graphs alone, and not behind a copy of what is read before the wait."""
+    monkeypatch.setattr(specialised.interpreter, "active", lambda: False)
+    shape = ConvShape(1, 64, 16, 16, 64, 3, 3, padding=(1, 1), shortcut_c=64, shortcut_h=16, shortcut_w=16)
+    call = conv_call(generator(torch.device("cpu"), 0), shape)
+
+    def spread(value: Any, name: str, *rest: str) -> Any:
+        """The value with one tensor as our kernels cannot read it."""
+        part = getattr(value, name)
+        if rest:
+            part = spread(part, *rest)
+        elif name == "weight":
+            part = part.repeat(2, 1, 1, 1)[::2]
+        else:
+            part = part._replace(bn_bias=part.bn_bias.repeat(2)[::2])
+        return value._replace(**{name: part}) if isinstance(value, tuple) else replace(value, **{name: part})
+
+    call = spread(call, *copied) if copied else call
+    case = few(1, 64, 16, 16, 64, 4) if kernel == "hopper_few" else CASES["one image"]
+    may = dependent_launches.set(graph)
+    with pinned(case.config):
+        (made,) = call.launches(call.output())
+    dependent_launches.reset(may)
+    assert (made.kernel.__name__, made.dependent) == (f"{kernel}_kernel", dependent)
 
 
 # --- where it cannot run ---------------------------------------------------------------------------------------------
@@ -196,10 +305,9 @@ def test_errors_of_other_kernels_stay_errors(fails: list[str], monkeypatch: pyte
         conv_call(generator(torch.device("cpu"), 0), MANY).compute()
 
 
-@pytest.mark.parametrize("modes", [{"batch_invariant": True}, {"dependent": True}, {"unaligned": True}, {}], ids=str)
+@pytest.mark.parametrize("modes", [{"batch_invariant": True}, {"unaligned": True}, {}], ids=str)
 def test_other_kernels_by_name(fails: list[str], monkeypatch: pytest.MonkeyPatch, modes: dict[str, bool]) -> None:
-    """Batch-invariant calls, dependent launches and unaligned tensors have kernels of their own."""
-    monkeypatch.setattr(specialised.dispatch, "dependent_launch", lambda: modes.get("dependent", False))
+    """Batch-invariant calls and unaligned tensors have kernels of their own."""
     layout = offset_by_one if "unaligned" in modes else channels_last
     call = conv_call(generator(torch.device("cpu"), 0), MANY, layout=layout)
     call = replace(call, modes=call.modes._replace(batch_invariant="batch_invariant" in modes))

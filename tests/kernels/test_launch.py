@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -96,14 +93,6 @@ def test_a_launch_is_what_was_asked_for(launcher: Any, tensors: Any, told: dict[
     assert set(launch.arguments) == set(launch.kernel.arg_names)
 
 
-@pytest.mark.parametrize(("launcher", "tensors", "told", "grid"), LAUNCHERS.values(), ids=LAUNCHERS)
-def test_a_kernel_begins_with_pdl_wait(launcher: Any, tensors: Any, told: dict[str, Any], grid: Any) -> None:
-    """Only then may it be launched before the one ahead of it is done."""
-    launch = launcher(**tensors, **told)
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(launch.kernel.fn))).body
-    assert ast.unparse(definition.body[0]) == "pdl_wait()"
-
-
 @pytest.mark.parametrize(("num_warps", "where"), [(8, "res_ptr"), (1, "res_desc")])
 def test_a_residual_comes_once(num_warps: int, where: str) -> None:
     """Early where registers have room for it."""
@@ -119,7 +108,7 @@ def test_rounding_up() -> None:
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_what_a_kernel_is_launched_with(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+def test_what_a_kernel_is_launched_with(on: bool) -> None:
     """And compiled for: what is judged is what will run."""
 
     class Kernel:
@@ -131,8 +120,7 @@ def test_what_a_kernel_is_launched_with(monkeypatch: pytest.MonkeyPatch, on: boo
             return "compiled"
 
     seen: list[Any] = []
-    monkeypatch.setattr("resnet_triton.kernels.tiles.PDL", on)
-    launch = Launch(Kernel(), (2, 3), {"x": 1}, 8, 5)
+    launch = Launch(Kernel(), (2, 3), {"x": 1}, 8, 5, dependent=on)
     launch.run()
     assert launch.compile() == "compiled"
     options = {"x": 1, "num_warps": 8, "num_stages": 5, "enable_fp_fusion": True}

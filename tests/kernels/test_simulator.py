@@ -44,6 +44,7 @@ from resnet_triton import ops
 from resnet_triton.codegen import specialise
 from resnet_triton.config import ConvConfig, ConvShape, is_legal
 from resnet_triton.config.device import KNOWN
+from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.hopper_stem import hopper_stem
 from resnet_triton.kernels.launch import Launch
@@ -150,6 +151,14 @@ def call(made: ops.Operation) -> Case:
     return Case(list(made.launches(out)), out, made.reference())
 
 
+def dependent_head() -> Case:
+    """Two slabs of channels: weights of one are asked for before the wait."""
+    made = ops.AvgPoolLinear(channels_last(data(2, 64, 2, 2)), data(10, 64), data(10), KERNELS)
+    out, inputs = made.output().fill_(float("nan")), {"x": made.x, "weight": made.weight, "bias": made.bias}
+    tile = {"block_p": 4, "block_k": 8, "block_c": 32, "num_warps": 4}
+    return Case([avg_pool_linear(out=out, **inputs, **tile, dependent=True)], out, made.reference())
+
+
 def specialised(m: int, k: int, stages: int, box: tuple[int, int, int], **fields: Any) -> ConvConfig:
     return ConvConfig(m, k, 64, 4, stages, box, kernel="hopper_conv", **fields)
 
@@ -198,6 +207,7 @@ CASES = {
     "stem": lambda: call(stem_call(generator(CPU, 0), 1, 3, 20, 16, 64, torch.float16)),
     "linear": lambda: call(ops.Linear(data(3, 64), data(10, 64), data(10), KERNELS)),
     "avg_pool_linear": lambda: call(ops.AvgPoolLinear(data(2, 64, 2, 2), data(10, 64), data(10), KERNELS)),
+    "avg_pool_linear, dependent": lambda: dependent_head(),
     "max_pool": lambda: call(ops.MaxPool2d(channels_last(data(1, 8, 9, 9)), *POOL, KERNELS)),
     "add_relu": lambda: call(ops.AddRelu(channels_last(data(1, 8, 9, 9)), channels_last(data(1, 8, 9, 9)), KERNELS)),
     "global_avg_pool": lambda: call(ops.GlobalAvgPool(channels_last(data(2, 8, 4, 4)), KERNELS)),
@@ -265,7 +275,11 @@ def compiled() -> dict[str, list[str]]:
 
 def simulated(name: str, case: Case, **options: Any) -> list[str]:
     texts = zip(case.launches, compiled()[name], strict=True)
-    return [fault for launch, text in texts for fault in simulate(launch, text, **options).faults]
+    return [
+        fault
+        for launch, text in texts
+        for fault in simulate(launch, text, **{"early": launch.parameters, **options}).faults
+    ]
 
 
 @pytest.mark.parametrize(

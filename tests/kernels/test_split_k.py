@@ -146,36 +146,3 @@ def test_a_barrier_stands_between_the_share_and_its_announcement():
         assert loads in of_each, "partials come from where they are, not from a stale L1"
         assert any("bar.sync" in line for line in lines[stores[-1] : arrival])
         assert not re.search(r"\b(atom|red)\b.*\.f(16|32)", ptx), "floating-point atomics are not repeatable"
-
-
-PDL = """
-import contextlib
-import json
-import torch
-import resnet_triton
-from resnet_triton import codegen
-from resnet_triton.config import device
-from resnet_triton.ops.trace import trace
-calls = trace(resnet_triton.resnet18().eval(), (1, 3, 224, 224), torch.float16)
-found = {}
-for call in (calls[0], calls[1], calls[-2], calls[-1]):
-    for launch in call.launches(device.KNOWN[90]):
-        found[launch.kernel.__name__] = codegen.triton_compile(codegen.specialise(launch), 90).asm["ptx"]
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("on", [True, False])
-def test_with_dependent_launch_every_kernel_waits_before_it_touches_memory(on, monkeypatch):
-    if on:
-        monkeypatch.setenv("RESNET_TRITON_PDL", "1")
-    kernels = json.loads(run_compiled(PDL))
-    assert len(kernels) >= 4
-    for name, ptx in kernels.items():
-        body = ptx[ptx.index(".entry") :]
-        touches = re.search(r"\b(ld\.global|st\.global|atom\.|cp\.async|prefetch)", body)
-        assert touches, name
-        wait = body.find("griddepcontrol.wait")
-        assert (0 < wait < touches.start()) if on else wait == -1, name
-        assert ("griddepcontrol.launch_dependents" in body) == on, name

@@ -298,4 +298,4 @@ def test_the_doctor_reads_machine_code() -> None:
     assert len(wrong["hazards"]) == 8
     assert hopper["judged"] == ((hopper["triton"], hopper["ptxas"]) in verdict.JUDGED)
     assert words[0].endswith("2 kernels read, no hazard")
-    assert "NOT SAFE: conv_box_kernel: LDSM.16.M88.4 at 1b90 overwrites R168" in words[2]
+    assert "NOT SAFE: hopper_few_kernel: LDSM.16.M88.4 at 1b90 overwrites R168" in words[2]

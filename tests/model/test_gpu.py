@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -486,33 +483,3 @@ def test_a_graph_lends_its_launches_semaphores_that_stay_at_zero(monkeypatch):
     for seed in range(3):
         model(images(1, seed=seed))
     assert not graph.semaphores.any()
-
-
-DEPENDENT = """
-import sys
-import torch
-import resnet_triton
-from resnet_triton.kernels.tiles import PDL
-assert bool(PDL) == (sys.argv[2] == "1")
-torch.manual_seed(0)
-model = resnet_triton.resnet18(num_classes=100).eval().half().cuda()
-with torch.inference_mode():
-    for n in (1, 8, 128):
-        x = torch.randn(n, 3, 224, 224, device="cuda", generator=torch.Generator("cuda").manual_seed(n)).half()
-        y = torch.stack([model(x) for _ in range(20)])
-        assert (y == y[0]).all(), "not repeatable"
-        torch.save(y[0].cpu(), f"{sys.argv[1]}/{n}.pt")
-"""
-
-
-@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
-def test_dependent_launches_change_nothing(tmp_path):
-    """Programmatic dependent launch is a switch of the process: the same logits with and without it."""
-    answers = []
-    for on in ("0", "1"):
-        folder = tmp_path / on
-        folder.mkdir()
-        command = [sys.executable, "-c", DEPENDENT, str(folder), on]
-        subprocess.run(command, check=True, env={**os.environ, "RESNET_TRITON_PDL": on})
-        answers.append([torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 8, 128)])
-    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))

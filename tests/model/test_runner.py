@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import resnet_triton
 from resnet_triton import ops, optimize, refresh, report, revert
 from resnet_triton.graphs import cuda_graph, replay, runner
+from resnet_triton.graphs.function import GraphedFunction
 from resnet_triton.ops import precision
 from resnet_triton.support import vision
 
@@ -59,6 +60,15 @@ def test_default_is_auto(cuda):
     model = resnet_triton.resnet18(num_classes=3).eval()
     captured(model, images(size=32))
     assert len(cuda.graphs) == 1
+
+
+def test_only_what_our_models_launch_may_start_before_the_kernel_before_has_ended(cuda):
+    """In another function a kernel may copy a parameter just before it is read."""
+    captured(small(), images())
+    function, values = GraphedFunction(lambda x, weight: (x * weight,), 0, [1], True), [images(), torch.ones(1)]
+    for _ in range(3):
+        function(values)
+    assert [graph.own for graph in cuda.graphs] == [True, False]
 
 
 def test_kernels_torch_is_left_alone_unless_graphs_are_forced(cuda):

@@ -153,7 +153,7 @@ FAULTS = [
           EXACT + "test_tails_of_tiles_read_no_neighbours", "loads outside w_desc"),
     Fault("a tail of taps that reads the next filter", *POINTER, "offs_c < R * S * C", "offs_c >= 0",
           EXACT + "test_windows_read_no_neighbours", "loads outside w_ptr"),
-    Fault("a tail of channels that reads the next class", *HEAD, "offs_c < C", "offs_c >= 0",
+    Fault("a tail of channels that reads the next class", *HEAD, "(offs_c < C)[None, :]", "(offs_c >= 0)[None, :]",
           EXACT + "test_avg_pool_linear[(16, 40, 3, 2, 1)-contiguous-float32]", "loads outside w_ptr"),
     # What is round the kernels.
     Fault("a configuration that exceeds shared memory", CONFIG, "is_legal",

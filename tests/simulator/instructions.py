@@ -136,6 +136,12 @@ def leave(s: Strand, args: Any) -> None:
     s.done = True
 
 
+def let_in(s: Strand, args: list[Any]) -> None:
+    """The next launch may begin, and must not meet the one before."""
+    if not s.clock[:, 0, GRID].all():
+        s.judge.report("dependent", s.place, "lets the next launch in before griddepcontrol.wait")
+
+
 def meet(s: Strand, args: Any) -> bool:
     number, threads = (*args, 32 * s.machine.warps)[:2]
     s.expect(isinstance(number, int) and isinstance(threads, int), "a barrier and a count that are in the text")
@@ -389,7 +395,8 @@ INSTRUCTIONS: list[Any] = [
     (r"brx\.idx", lambda s, args: s.part(args[1][s.get(args[0], "u32")].reshape(-1, 32))),
     (r"ret", leave),
     (r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32", lambda s, args: None),  # there are enough
-    (r"griddepcontrol\.launch_dependents|bar\.warp\.sync", lambda s, args: None),  # lanes of a warp are in lockstep
+    (r"bar\.warp\.sync", lambda s, args: None),  # lanes of a warp are in lockstep
+    (r"griddepcontrol\.launch_dependents", let_in),
     (r"griddepcontrol\.wait", lambda s, args: s.clock[:, :, GRID].fill(1)),
     (r"fence\.proxy\.async(\.shared|\.global)?", lambda s, args: learn(s.clock[:, 1], s.clock[:, 0])),
     (r"(bar|barrier)\.sync", meet),

@@ -203,6 +203,19 @@ def test_each_fault_is_named():
     assert faults(replace(ROW, dtype="float32"), tensor_core="none", wgmma=0, tma=False) == []
 
 
+def test_each_fault_of_a_kernel_that_starts_before_the_last_has_ended_is_named():
+    early = ("w_desc", "mean_ptr", "short_w_desc", "short_beta_ptr")
+    row = replace(ROW, kernel="hopper_few_kernel", early=early)
+    assert faults(row, wgmma_waits=1) == []
+    assert faults(replace(ROW, early=("x_desc", *early, "short_x_desc"))) == [
+        "reads x_desc before it waits for the launch before", "reads short_x_desc before it waits for the launch before"
+    ]  # fmt: skip
+    assert faults(row) == ["2 waits and 0 operands in registers, expected 1 and 0"]
+    assert faults(row, wgmma_waits=1, wgmma_registers=8) == ["1 waits and 8 operands in registers, expected 1 and 0"]
+    assert faults(row, wgmma_waits=1, messages=("(C7520) Potential",)) == ["(C7520) Potential"]
+    assert faults(replace(row, early=()), wgmma_waits=1) == ["waits for the launch before, then asks for filters"]
+
+
 def test_each_fault_of_a_kernel_whose_warps_have_different_parts_is_named():
     own = {"specialised": True, "setmaxnreg": True, "warps": 12, "narrowest_load": 4}
     assert faults(**own) == []

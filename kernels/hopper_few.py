@@ -1,0 +1,241 @@
+"""Convolution for few images on Hopper (compute capability 9.0): one short chain of latencies, in Gluon.
+
+A program computes a box of output rows x 8 columns of one image by 64 filters, over all taps of its share of the slabs
+of 64 channels, most often one: all that it reads fits shared memory. So there is no loop, no slot is used twice, and
+everything is asked for as early as it can be:
+
+* before the wait for the kernel before: filters, batch norm, the descriptors of what that kernel writes;
+* behind it: the whole input and the residual. Products follow as their bytes come, all of them in flight.
+
+Filters are the rows of the products, so 16 pixels are enough for one. Programs that share a tile hand in their parts as
+in `tiles.sum_partials`. How many channels, filters and programs there are is no constant: the convolutions of a network
+take half a dozen compilations.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton.language.extra.cuda as cuda
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper import (
+    async_load,
+    batch_norm_scale_shift,
+    descriptor_fields,
+    filter_fields,
+    hand_in,
+    on,
+    relu,
+)
+from .launch import Launch, cdiv
+from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size
+
+MOST = gl.constexpr(8)
+"""Programs that may share a tile. Their sum is no loop, in which each turn would wait for its load."""
+_WIDTH = 8  # columns of a box: a row of it is one pattern of swizzled shared memory
+
+
+def pixel_fields(size: Size, dtype: torch.dtype, stride: int, rows: int, *, halo: bool) -> dict[str, Any]:
+    """A descriptor of images (N, C, H, W) that loads `rows` rows of 8 pixels of 64 channels.
+
+    The view is (N, H, W, C). At stride 2 with a halo, rows and columns are split by parity, and odd columns count as
+    further channels: (N, H/2, 2, W/2, 2C). Without a halo the view has even rows and columns alone: (N, H/2, W/2, C).
+    """
+    n, c, h, w = size
+    if stride == 2 and halo:
+        shape, strides = (n, h // 2, 2, w // 2, 2 * c), (h * w * c, 2 * w * c, w * c, 2 * c, 1)
+        return descriptor_fields(dtype, shape, strides, (1, rows, 1, _WIDTH, 64))
+    shape = (n, cdiv(h, stride), cdiv(w, stride), c)
+    return descriptor_fields(dtype, shape, (h * w * c, stride * w * c, stride * c, 1), (1, rows, _WIDTH, 64))
+
+
+@gluon.jit
+def load_pixels(desc, full, part, n, p, q, r: gl.constexpr, s: gl.constexpr, c, C, PARITY: gl.constexpr):
+    """Ask for the input box under output box (p, q) of image n, shifted by r rows and s columns, each -1, 0 or 1."""
+    if PARITY:  # row 2p + r is number p + floor(r / 2) among those of its parity, columns alike
+        async_load(desc, [n, p + (r + 2) // 2 - 1, (r + 2) % 2, q + (s + 2) // 2 - 1, c + (s + 2) % 2 * C], full, part)
+    else:
+        async_load(desc, [n, p + r, q + s, c], full, part)
+
+
+@gluon.jit(do_not_specialize=["P", "Q", "C", "TILES_K", "SPLIT_K"])
+def hopper_few_kernel(
+    x_desc, w_desc, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
+    partials_ptr, semaphores_ptr, P, Q, C, TILES_K, SPLIT_K,
+    R: gl.constexpr, STRIDE: gl.constexpr, SLABS: gl.constexpr, RELU: gl.constexpr, BOX_H: gl.constexpr,
+):  # fmt: skip
+    TAPS: gl.constexpr = R * R
+    STEPS: gl.constexpr = SLABS * TAPS
+    PIXELS: gl.constexpr = BOX_H * 8
+    BYTES: gl.constexpr = (64 + PIXELS) * 64 * 2  # of a step
+    PARITY: gl.constexpr = STRIDE == 2 and R == 3
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIXELS, 16])
+    spread: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # of [pixels, filters]: 16 bytes a thread
+    split = gl.program_id(0) % SPLIT_K
+    tile = gl.program_id(0) // SPLIT_K
+    k = tile % TILES_K * 64
+    rest = tile // TILES_K
+    tiles_q = (Q + 7) // 8
+    tiles_p = (P + BOX_H - 1) // BOX_H
+    q = rest % tiles_q * 8
+    p = rest // tiles_q % tiles_p * BOX_H
+    n = rest // (tiles_q * tiles_p)
+
+    filters = gl.allocate_shared_memory(w_desc.dtype, [STEPS] + w_desc.block_shape, w_desc.layout)
+    pixels = gl.allocate_shared_memory(x_desc.dtype, [STEPS] + x_desc.block_shape, x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STEPS + 2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STEPS + 2):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+
+    # No kernel of a graph writes parameters; and what is no dependent launch begins when all before it is done.
+    for i in gl.static_range(STEPS):
+        mbarrier.expect(full.index(i), BYTES)
+        async_load(w_desc, [i % TAPS, k, (split * SLABS + i // TAPS) * 64], full.index(i), filters.index(i))
+    if short_x_desc is not None:  # a share behind the last of the shortcut's channels gets zeros
+        short_filters = gl.allocate_shared_memory(w_desc.dtype, w_desc.block_shape, w_desc.layout)
+        short_pixels = gl.allocate_shared_memory(x_desc.dtype, short_x_desc.block_shape, short_x_desc.layout)
+        mbarrier.expect(full.index(STEPS), BYTES)
+        async_load(short_w_desc, [0, k, split * 64], full.index(STEPS), short_filters)
+    # A box above the image reads nothing of it, but brings the descriptor near.
+    near = full.index(STEPS + 1)
+    mbarrier.expect(near, PIXELS * 64 * (2 if short_x_desc is None else 4))
+    load_pixels(x_desc, near, pixels.index(0), 0, -BOX_H, 0, 0, 0, 0, C, PARITY)
+    if short_x_desc is not None:
+        load_pixels(short_x_desc, near, short_pixels, 0, -BOX_H, 0, 0, 0, 0, C, False)
+    offs_k = k + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    everywhere = offs_k >= 0
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, everywhere)
+    if short_x_desc is not None:
+        short_scale, short_shift = batch_norm_scale_shift(
+            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, everywhere
+        )
+        shift += short_shift
+    shift = gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(0, spread)), 0)
+    mbarrier.wait(near, 0)
+
+    cuda.gdc_wait()
+    cuda.gdc_launch_dependents()  # not before: so the next kernel begins when the one before this is done
+    for i in gl.static_range(STEPS):
+        c = (split * SLABS + i // TAPS) * 64
+        load_pixels(
+            x_desc, full.index(i), pixels.index(i), n, p, q, i % TAPS // R - R // 2, i % R - R // 2, c, C, PARITY
+        )
+    if short_x_desc is not None:
+        load_pixels(short_x_desc, full.index(STEPS), short_pixels, n, p, q, 0, 0, split * 64, C, False)
+    pixel = gl.arange(0, PIXELS, layout=gl.SliceLayout(1, spread))
+    offs_p = p + pixel // 8
+    offs_q = q + pixel % 8
+    offs_m = (n.to(gl.int64) * P + offs_p) * Q + offs_q
+    column = k + gl.arange(0, 64, layout=gl.SliceLayout(0, spread))
+    offs_y = gl.expand_dims(offs_m * (TILES_K * 64), 1) + gl.expand_dims(column, 0)
+    inside = gl.expand_dims((offs_p < P) & (offs_q < Q), 1) & gl.expand_dims(column >= 0, 0)
+    if res_ptr is not None:
+        residual = gl.load(res_ptr + offs_y, mask=inside, other=0.0)
+
+    acc = gl.zeros((64, PIXELS), gl.float32, mma)
+    short = gl.zeros((64, PIXELS), gl.float32, mma)
+    for i in gl.static_range(STEPS):
+        mbarrier.wait(full.index(i), 0)
+        a = filters.index(i).reshape((64, 64))
+        b = pixels.index(i).reshape((PIXELS, 64)).permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+    if short_x_desc is not None:
+        mbarrier.wait(full.index(STEPS), 0)
+        a = short_filters.reshape((64, 64))
+        b = short_pixels.reshape((PIXELS, 64)).permute((1, 0))
+        short = warpgroup_mma(a, b, short, is_async=True)
+        acc, short = warpgroup_mma_wait(0, deps=(acc, short))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    acc *= gl.expand_dims(scale, 1)
+    if short_x_desc is not None:
+        acc += short * gl.expand_dims(short_scale, 1)
+    y = gl.convert_layout(gl.permute(acc, (1, 0)), spread)
+
+    last = True
+    if partials_ptr is not None:
+        partials, last = hand_in(y, partials_ptr, semaphores_ptr, tile, split, SPLIT_K)
+        if last:
+            y = gl.load(partials, cache_modifier=".cg")
+            for i in gl.static_range(1, MOST):
+                y += gl.load(partials + i * (PIXELS * 64), mask=inside & (i < SPLIT_K), other=0.0, cache_modifier=".cg")
+    if last:
+        y += shift
+        if res_ptr is not None:
+            y += residual.to(gl.float32)
+        if RELU:
+            y = relu(y)
+        gl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def hopper_few(
+    *,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    batch_norm: BatchNorm,
+    geometry: Geometry,
+    residual: Tensor | None,
+    shortcut: Shortcut | None,
+    relu: bool,
+    config: ConvConfig,
+    partials: Tensor | None,
+    semaphores: Tensor | None,
+) -> Launch:
+    """The launch of a program for each share of each tile: see `conv_bn_relu.py`.
+
+    It asks for fp16 or bf16, channels and filters in multiples of 64, filters 1x1 or 3x3, padding R // 2, stride 1 or 2
+    (at 2, under 3x3, even rows and columns) and 16-byte aligned pointers. A shortcut has at most 64 channels a share.
+    """
+    constants, fields, programs = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, relu, config)
+    arguments = {
+        "x_desc": on(x, fields[0]), "w_desc": on(weight, fields[1]), "y_ptr": out, "res_ptr": residual,
+        **batch_norm.arguments(), **_shortcut_arguments(shortcut, config),
+        "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
+    }  # fmt: skip
+    return Launch(hopper_few_kernel, (programs,), arguments, num_warps=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(
+    x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, relu: bool, config: ConvConfig
+) -> tuple[dict[str, object], list[dict[str, Any]], int]:
+    """Of a launch, what depends on sizes alone: numbers, descriptors of x and weight, programs."""
+    (n, k, p, q), (_, c, r, _), (stride, _) = out, weight, geometry.stride
+    if config.box is None:
+        raise ValueError(f"{config} has no box, expected one")
+    box_h = config.box[0]
+    programs = n * cdiv(p, box_h) * cdiv(q, _WIDTH) * (k // 64) * config.split_k
+    constants: dict[str, object] = {
+        "P": p, "Q": q, "C": c, "TILES_K": k // 64, "SPLIT_K": config.split_k,
+        "R": r, "STRIDE": stride, "SLABS": c // 64 // config.split_k, "RELU": relu, "BOX_H": box_h,
+    }  # fmt: skip
+    fields = [pixel_fields(x, dtype, stride, box_h, halo=r > 1), filter_fields(weight, dtype, 64, 64)]
+    return constants, fields, programs
+
+
+def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[str, object]:
+    if shortcut is None or config.box is None:
+        return _NO_SHORTCUT
+    x, weight, batch_norm, (stride, _) = shortcut
+    return {
+        "short_x_desc": on(x, pixel_fields(x.shape, x.dtype, stride, config.box[0], halo=False)),
+        "short_w_desc": on(weight, filter_fields(weight.shape, weight.dtype, 64, 64)),
+        **batch_norm.arguments("short_"),
+    }
+
+
+_NO_SHORTCUT = {"short_x_desc": None, "short_w_desc": None, **NO_BATCH_NORM.arguments("short_")}
