@@ -2,18 +2,20 @@
 
 `optimize` gives such a module a class of its own, a subclass of the one that it has: the same parameters, hooks, names
 and pickles. A call goes to a function made by torch.compile. That does not notice a hook or a replaced method of an
-inner module, so this does (`Watch`), and lets the module be compiled anew.
+inner module, so this does (`Watch`), and lets the module be compiled anew. What neither notices is a method replaced on
+the class of some object that is no module.
 """
 
 from __future__ import annotations
 
 import functools
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from itertools import chain
-from operator import is_
-from typing import Any
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +28,26 @@ from .ops.dispatch import Kernels
 from .ops.trace import Call
 
 
+class Modes(NamedTuple):
+    """How a compiled module runs."""
+
+    kernels: Kernels
+    cuda_graph: CudaGraph
+
+
 class Compiled(nn.Module):
     """First base of what a module becomes; the second is the class that it was."""
 
-    kernels: Kernels = "auto"
-    cuda_graph: CudaGraph = "auto"
+    _modes: Modes
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing: what the other base does for its subclasses is not for this one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._uncompiled_reason(args, kwargs) is not None:
             return super().__call__(*args, **kwargs)
-        return _program(self).function(self, args, kwargs)
+        program = _program(self)
+        return super().__call__(*args, **kwargs) if program is None else program.function(self, args, kwargs)
 
     def _uncompiled_reason(self, args: Any, kwargs: Any) -> str | None:
         """Why a call runs as the module was written; None if it runs compiled."""
@@ -54,9 +66,16 @@ class Compiled(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle or a copy names the class that the module was, and is optimized in turn."""
         reduced: Any = super().__reduce_ex__(protocol)
+        ordinary = isinstance(reduced, tuple) and reduced[0] is _NEW and reduced[1][0] is type(self)
+        if not ordinary:
+            return reduced  # the class makes its own, and knows nothing of ours
         _, (_, *arguments), state, *rest = reduced
         kept = {name: value for name, value in state.items() if name != "_programs"} if type(state) is dict else state
         return _new, (origin(self), *arguments), kept, *rest
+
+
+_NEW: Any = object().__reduce_ex__(2)[0]
+"""What an ordinary object's pickle calls: `copyreg.__newobj__`."""
 
 
 def origin(module: nn.Module) -> type[nn.Module] | None:
@@ -68,12 +87,9 @@ def origin(module: nn.Module) -> type[nn.Module] | None:
 def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph) -> None:
     """Make `module` a `Compiled` one, in these modes."""
     if not isinstance(module, Compiled):
-        # Names that were the module's own would hide the modes.
-        kept = {name: vars(module).pop(name) for name in ("kernels", "cuda_graph") if name in vars(module)}
         cls: Any = type(module)
         module.__class__ = _joined(cls)
-        vars(module)["_before"] = kept
-    module.kernels, module.cuda_graph = kernels, cuda_graph  # type: ignore[assignment]
+    vars(module)["_modes"] = Modes(kernels, cuda_graph)
 
 
 @functools.cache
@@ -101,21 +117,22 @@ class Program:
 
     def __init__(self, module: Compiled) -> None:
         self.owner = weakref.ref(module)
-        self.modes = module.kernels, module.cuda_graph
+        self.modes = module._modes
         self.watch = Watch(module)
         self.functions: list[GraphedFunction] = []
-        options = {"kernels": module.kernels, "cuda_graph": module.cuda_graph}
-        backend = _backend(options=options, functions=self.functions)
-        self.function: Callable[..., Any] = torch.compile(_fresh(_call, type(module).__name__), backend=backend)
+        backend = _backend(options=self.modes._asdict(), functions=self.functions)
+        written: Any = origin(module)
+        call = _call if written.__call__ is nn.Module.__call__ else _call_by_class
+        self.function: Callable[..., Any] = torch.compile(_fresh(call, written.__name__), backend=backend)
 
     def holds(self, module: Compiled) -> bool:
-        return self.owner() is module and self.modes == (module.kernels, module.cuda_graph) and self.watch.holds()
+        return self.owner() is module and self.modes == module._modes and self.watch.holds()
 
 
 def trace(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
     """The calls of our operators, and every sizeable one of PyTorch's, in `model(zeros(shape))` once compiled."""
     found: list[Call] = []
-    kernels = getattr(model, "kernels", "auto") if isinstance(model, Compiled) else "auto"
+    kernels = model._modes.kernels if isinstance(model, Compiled) else "auto"
     backend = _backend(options={"kernels": kernels}, record=found)
     parameter = next(model.parameters())
     x = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
@@ -139,20 +156,42 @@ def _call(module: Any, args: Any, kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
-def _program(module: Compiled) -> Program:
+def _call_by_class(module: Any, args: Any, kwargs: Any) -> Any:
+    cls: Any = origin(module)
+    return cls.__call__(module, *args, **kwargs)
+
+
+_LIMIT = 16
+"""How often a module is compiled because its code or hooks have changed. Who changes them at each call would wait for a
+compiler at each call."""
+
+
+def _program(module: Compiled) -> Program | None:
+    """What a call runs; None if the module has changed too often."""
     programs = vars(module).setdefault("_programs", {})
     key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    program = programs.get(key)
-    if program is None or not program.holds(module):
-        program = programs[key] = Program(module)
-    return program
+    program: Program | None = programs.get(key)
+    if program is not None and program.holds(module):
+        return program
+    made = programs["made"] = programs.get("made", 0) + 1
+    if made > _LIMIT:
+        if made == _LIMIT + 1:
+            warnings.warn(
+                f"{type(module).__name__} runs as it was written from now on, for its hooks, methods or modules were "
+                f"changed {_LIMIT} times; resnet_triton.refresh lets it be compiled again",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return None
+    programs[key] = Program(module)
+    return programs[key]
 
 
 def describe(module: Compiled) -> str:
     """What CUDA graphs have done for its calls, for `report`."""
-    programs = vars(module).get("_programs", {}).values()
-    said = [function.describe() for program in list(programs) for function in program.functions]
-    return f"cuda_graph={module.cuda_graph!r}; {'; '.join(said) or 'graphs: none'}"
+    programs = [p for p in list(vars(module).get("_programs", {}).values()) if isinstance(p, Program)]
+    said = [function.describe() for program in programs for function in program.functions]
+    return f"cuda_graph={module._modes.cuda_graph!r}; {'; '.join(said) or 'graphs: none'}"
 
 
 def forget(module: nn.Module) -> None:
@@ -166,23 +205,34 @@ class Watch:
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
         self._children = [m._modules for m in modules]
-        self._hooks = [
-            d
-            for m in modules
-            for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
+        self._hooks = [hooks for m in modules for hooks in _hooks(m)]
         # Not Module's own methods: torch.compile itself replaces some when it first compiles.
         classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__} - {object, nn.Module}
-        self._methods = [vars(cls) for cls in classes]
+        self._methods = [(vars(cls), itemgetter("__module__", "__doc__", *_methods(cls))) for cls in classes]
         self._known = self._now()
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        now = self._now()
+        try:
+            now = self._now()
+        except KeyError:  # a method was deleted
+            return False
         return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(now, self._known, strict=True))
 
     def _now(self) -> tuple[list[Any], ...]:
-        hooks = list(chain.from_iterable(d.values() for d in self._hooks)) if any(self._hooks) else []
+        hooks = list(chain.from_iterable(chain.from_iterable(map(dict.items, self._hooks)))) if any(self._hooks) else []
         children = list(chain.from_iterable(map(dict.values, self._children)))
-        methods = chain.from_iterable(d.values() for d in self._methods)
+        methods = chain.from_iterable(chain((len(d),), get(d)) for d, get in self._methods)
         return children, hooks, [nn.Module.__call__, nn.Module._call_impl, *methods]
+
+
+def _hooks(m: nn.Module) -> tuple[dict[Any, Any], ...]:
+    return (
+        m._forward_hooks, m._forward_hooks_with_kwargs, m._forward_hooks_always_called, m._forward_pre_hooks,
+        m._forward_pre_hooks_with_kwargs, m._backward_hooks, m._backward_pre_hooks,
+    )  # fmt: skip
+
+
+def _methods(cls: type) -> list[str]:
+    """Functions, properties and the like: what is called or looked up, and no numbers, which Dynamo looks at."""
+    return [name for name, value in vars(cls).items() if callable(value) or hasattr(type(value), "__get__")]

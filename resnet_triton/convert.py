@@ -35,14 +35,15 @@ def optimize(
 
     It stays the model that it is, as with `.half()`: same parameters, buffers, hooks and names, and still an instance
     of its class. `revert(model)` undoes it, and within `with disabled(model):` it runs as before, so that answers can
-    be compared. What changes is the memory format of filters, which move to channels_last unless they lie in memory
-    that others use, and code:
+    be compared. What changes:
 
-    * Of torchvision's ResNets and blocks, wherever they are in `model`. Subclasses with code of their own are left
-      alone, but not their blocks.
+    * The code of torchvision's ResNets and blocks, wherever they are in `model`, and the memory format of their
+      filters, which move to channels_last unless they lie in memory that others use. Subclasses with code of their own
+      are left alone, but not their blocks.
     * A model that has none of these, or no batch norm in them any more, runs through our backend of torch.compile,
       which takes whatever that takes. The first call compiles. Calls that want gradients, in training mode, or that a
-      tracer sees run as the model was written.
+      tracer sees run as the model was written. Its filters stay where they are, for its code may count on that; after
+      `model.to(memory_format=torch.channels_last)` calls no longer copy them.
 
     Of a model that was optimized before only the modes change.
 
@@ -78,10 +79,11 @@ def optimize(
     if not whole and (asked := _only_whole(cuda_graph is True and bool(chosen), freeze, batch_invariant)):
         raise ValueError(f"{type(model).__name__} contains no whole ResNet for {asked}")
     if not inplace:
-        compiled.forget(model)  # which a copy cannot take along
+        for module in model.modules():
+            compiled.forget(module)  # which a copy cannot take along
         model = copies.independent(model)
         chosen = _chosen(model)
-    for module in chosen or [model]:
+    for module in chosen:
         _move_filters(module)  # before anything else, as memory may run out
     if not chosen:
         compiled.compile_in_place(model, kernels, cuda_graph)
@@ -105,6 +107,8 @@ def _chosen(model: nn.Module) -> list[nn.Module]:
 def _check_compilable(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"{type(model).__name__} is compiled by TorchScript; optimize the module that it was made of")
+    if isinstance(model, nn.ModuleList | nn.ModuleDict):
+        raise ValueError(f"{type(model).__name__} is never called itself; optimize the modules in it")
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         raise ValueError(f"{type(model).__name__} contains no Conv2d to optimize")
 
@@ -137,13 +141,16 @@ def revert(model: nn.Module) -> nn.Module:
     if not found:
         raise ValueError(f"{type(model).__name__} was not converted by optimize, so there is nothing to revert")
     for module, cls in found:
-        _move_filters_back(module)
-        runner.forget(module)
-        compiled.forget(module)
         its = vars(module)
-        for name in (*_MODES, "_normalize"):
-            its.pop(name, None)
-        its.update(its.pop("_before", {}))
+        if isinstance(module, Compiled):
+            compiled.forget(module)
+            del its["_modes"]
+        else:
+            _move_filters_back(module)
+            runner.forget(module)
+            for name in (*_MODES, "_normalize"):
+                its.pop(name, None)
+            its.update(its.pop("_before", {}))
         module.__class__ = cls
     return model
 
@@ -262,7 +269,11 @@ def _backend(call: Call) -> str:
 def _detail(call: Call) -> str:
     weight = getattr(call.operation, "weight", None)
     moved = weight is None or weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last)
-    copied = "" if moved or call.backend != "triton" else "each call copies its filters, which optimize would move"
+    copied = (
+        ""
+        if moved or call.backend != "triton"
+        else "each call copies its filters, which are not in channels_last memory"
+    )
     if call.backend != "triton" or call.operator != "conv_bn_relu":
         return ", ".join(filter(None, (call.reason, copied)))
     here = specialised.facts(call.device)
@@ -273,23 +284,14 @@ def _detail(call: Call) -> str:
 
 
 def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The filters that a ResNet or a block reads itself, or those of a compiled module, by name."""
-    if isinstance(module, _OURS) or converted.is_torchvision(module):
-        convolutions = _own_convolutions(module)
-    else:
-        convolutions = ((name, m) for name, m in module.named_modules() if type(m) is nn.Conv2d and m.groups == 1)
-    for name, conv in convolutions:
-        weight = conv._parameters.get("weight")  # a parametrized or pruned one is computed
-        if weight is not None:
-            yield name, weight
-
-
-def _own_convolutions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The filters that a ResNet or a block reads itself, by name."""
     for name, child in module.named_children():
         if isinstance(child, nn.Sequential) and name == "downsample":
-            yield from ((f"{name}.{inner}", conv) for inner, conv in _own_convolutions(child))
+            yield from ((f"{name}.{inner}", weight) for inner, weight in _filters(child))
         elif type(child) is nn.Conv2d and (name.startswith("conv") or isinstance(module, nn.Sequential)):
-            yield name, child
+            weight = child._parameters["weight"]  # a parametrized or pruned one is computed
+            if weight is not None:
+                yield name, weight
 
 
 def _move_filters(module: nn.Module) -> None:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext
-from torch._prims_common import is_contiguous_or_false
 
 from ..graphs.function import GraphedFunction
 from ..graphs.replay import CudaGraph, check_mode
 from ..ops import dispatch
 from ..ops.dispatch import Modes
 from ..ops.trace import Call, propagate, trace_graph
+from . import layouts
 from .rewrite import rewrite
 
 Function = Callable[..., Any]
@@ -56,15 +56,15 @@ def resnet_triton(
         return graph.forward
 
     def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Function:
-        for node in gm.graph.nodes:
-            node.meta["format"] = _format(node.meta.get("val"))
+        layouts.note(gm.graph)
         rewrite(gm, modes)
         if record is None:
             _warn_of_coverage(gm.graph)
-            propagate(gm)
+            propagate(gm, layouts.restore_arguments)
         else:
-            record.extend(trace_graph(gm, _names(gm.graph)))
-        _restore_formats(gm)
+            record.extend(trace_graph(gm, _names(gm.graph), layouts.restore_arguments))
+        layouts.restore_results(gm.graph)
+        gm.recompile()
         graphed = _graphed(gm, cuda_graph)
         if functions is not None and graphed is not None:
             functions.append(graphed)
@@ -112,7 +112,7 @@ def _ungraphed_reason(graph: fx.Graph) -> str | None:
     results: Any = graph.output_node().args[0]
     if not all(isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) for node in results):
         return "a result is no tensor"
-    bases = set(map(_base, results))
+    bases = set(map(layouts.base_of, results))
     if len(bases) < len(results) or any(node.op == "placeholder" for node in bases):
         return "results share memory with each other or with inputs"
     values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
@@ -171,57 +171,3 @@ def _warn_of_coverage(graph: fx.Graph) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-# --- memory formats --------------------------------------------------------------------------------------------------
-
-
-def _format(value: Any) -> torch.memory_format | None:
-    """Of a 4-D tensor, if it is dense."""
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        return None
-    if is_contiguous_or_false(value):
-        return torch.contiguous_format
-    channels_last = is_contiguous_or_false(value.permute(0, 2, 3, 1))
-    return torch.channels_last if channels_last else None
-
-
-def _restore_formats(graph: fx.GraphModule) -> None:
-    """Where somebody may look at strides, copy what our operators leave in another memory format than the model does.
-
-    A caller may `view` a result, an operator of somebody else's may count on its argument's strides. Results that are
-    views of one tensor stay views of one.
-    """
-    nodes = list(graph.graph.nodes)
-    seen = {base for node in nodes if _sees_strides(node) for base in map(_base, node.all_input_nodes)}
-    for base in seen:
-        memory = base.meta.get("format")
-        if memory is not None and _format(base.meta["val"]) != memory:
-            with graph.graph.inserting_after(base):
-                again = graph.graph.call_function(torch.ops.aten.clone.default, (base,), {"memory_format": memory})
-            again.meta["val"] = base.meta["val"].clone(memory_format=memory)
-            for user in list(base.users):
-                if user is not again and (_is_view(user) or _sees_strides(user)):
-                    user.replace_input_with(base, again)
-    graph.recompile()
-
-
-def _sees_strides(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return node.op == "output"
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False  # an element of a tuple, arithmetic of sizes
-    name = node.target._schema.name
-    return "shape" in name or "strided" in name or node.target.namespace not in ("aten", "prims", "resnet_triton")
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(a.alias_info is not None for a in schema.arguments)
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """What this is a view of, at last."""
-    while _is_view(node):
-        node = node.all_input_nodes[0]
-    return node

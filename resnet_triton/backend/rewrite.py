@@ -81,6 +81,11 @@ class _Rewriter:
             if _strides_are_its_own(node):  # as an average pool in channels_last ends
                 node.replace_all_uses_with(_args(node)[0])
                 self.graph.erase_node(node)
+        nodes = list(self.graph.nodes)
+        if any(isinstance(n.target, torch._ops.OpOverload) and "strided" in n.target._schema.name for n in nodes):
+            for node in nodes:  # what these read depends on where every value lies in memory
+                node.meta["reason"] = "as_strided in the same graph"
+            return
         chains = {chain.tail: chain for node in list(self.graph.nodes) if (chain := self._chain(node)) is not None}
         for node in list(self.graph.nodes):
             if node.target is aten.add.Tensor:
@@ -129,7 +134,7 @@ class _Rewriter:
         weight, bias, mean, var = (_args(norm)[i] for i in places)
         if result is None or len([u for u in norm.users if u.users]) != 1 or mean is None or var is None:
             return None
-        return result, lambda: Norm(self._less_bias(mean, conv), var, weight, bias, _args(norm)[eps])
+        return result, lambda: Norm(self._less_bias(mean, conv, norm), var, weight, bias, _args(norm)[eps])
 
     def _frozen_norm(self, conv: Node) -> tuple[Node, Callable[[], Norm]] | None:
         """`conv * scale + shift`, where both hold a number for each channel."""
@@ -144,12 +149,11 @@ class _Rewriter:
 
         def norm() -> Norm:
             if buffers is not None:
-                return buffers._replace(mean=self._less_bias(buffers.mean, conv))
-            before = summed
+                return buffers._replace(mean=self._less_bias(buffers.mean, conv, summed))
             mean, var = self._constant(0.0, channels, conv), self._constant(1.0, channels, conv)
-            with self.graph.inserting_before(before):
+            with self.graph.inserting_before(summed):
                 weight, bias = (self._call(aten.reshape.default, t, [channels]) for t in (scale, shift))
-            return Norm(self._less_bias(mean, conv), var, weight, bias, 0.0)
+            return Norm(self._less_bias(mean, conv, summed), var, weight, bias, 0.0)
 
         return summed, norm
 
@@ -159,12 +163,12 @@ class _Rewriter:
         mean, var = self._constant(0.0, channels, conv), self._constant(1.0, channels, conv)
         return Norm(mean, var, None, _args(conv)[2], 0.0)
 
-    def _less_bias(self, mean: Node, conv: Node) -> Node:
-        """The running mean of what the convolution computes without its bias."""
+    def _less_bias(self, mean: Node, conv: Node, norm: Node) -> Node:
+        """The running mean of what the convolution in front of `norm` computes without its bias."""
         bias = _args(conv)[2]
         if bias is None:
             return mean
-        with self.graph.inserting_before(conv):
+        with self.graph.inserting_before(norm):
             if _dtype(mean) != torch.float32:
                 mean = self._call(aten._to_copy.default, mean, dtype=torch.float32)
             return self._call(aten.sub.Tensor, mean, bias)
@@ -198,12 +202,11 @@ class _Rewriter:
                 new = self._ours("stem", x, weight, *norm, None, None)
                 tail = pool
             else:
-                residual = None if chain.residual is None else self.replaced.get(chain.residual, chain.residual)
                 short: tuple[Any, ...] = (None,) * 8
                 if chain.shortcut is not None:
                     their_x, their_weight = _args(chain.shortcut.conv)[:2]
                     short = their_x, their_weight, *chain.shortcut.norm(), chain.shortcut.geometry[0]
-                new = self._ours("conv_bn_relu", x, weight, *norm, *chain.geometry, residual, *short, chain.relu)
+                new = self._ours("conv_bn_relu", x, weight, *norm, *chain.geometry, chain.residual, *short, chain.relu)
         self._replace(tail, new)
         new.meta["nn_module_stack"] = chain.conv.meta.get("nn_module_stack")
 
@@ -218,7 +221,7 @@ class _Rewriter:
         else:
             return
         filters = _transposed(weight)
-        if filters is None or _dtype(x) not in DTYPES or (bias is not None and len(_shape(bias)) != 1):
+        if filters is None or _dtype(x) not in DTYPES or (bias is not None and _shape(bias) != _shape(filters)[:1]):
             return
         pooled = _flattened(x)
         with self.graph.inserting_before(node):
@@ -230,6 +233,8 @@ class _Rewriter:
 
     def _pool(self, node: Node) -> None:
         if node.target is not aten.max_pool2d_with_indices.default or len(_shape(_args(node)[0])) != 4:
+            return
+        if _dtype(_args(node)[0]) not in DTYPES:
             return
         used = [user for user in node.users if user.users]
         if len(used) != 1 or _args(used[0])[1] != 0 or len(_args(node)) > 4 or node.kwargs:
@@ -267,7 +272,13 @@ class _Rewriter:
         return self._call(getattr(torch.ops.resnet_triton, name).default, *values, *self.modes)
 
     def _call(self, target: Any, *values: Any, **named: Any) -> Node:
-        return self.graph.call_function(target, values, named)
+        """A node; what was replaced since its arguments were found is so in them, too."""
+        return self.graph.call_function(target, tuple(map(self._current, values)), named)
+
+    def _current(self, value: Any) -> Any:
+        while isinstance(value, Node) and value in self.replaced:
+            value = self.replaced[value]
+        return value
 
     def _replace(self, old: Node, new: Node) -> None:
         new.meta.update(old.meta)
@@ -291,9 +302,11 @@ class _Rewriter:
 
 def _strides_are_its_own(node: Node) -> bool:
     """Whether this is `as_strided` and changes nothing but the strides of dimensions of size one."""
-    if node.target is not aten.as_strided.default or node.kwargs or _args(node)[3:] not in ((), (0,), (None,)):
+    if node.target is not aten.as_strided.default or node.kwargs:
         return False
     x: Any = _args(node)[0]
+    if _args(node)[3:] not in ((), (None,), (x.meta["val"].storage_offset(),)):
+        return False
     size, stride = ([v.meta["val"] if isinstance(v, Node) else v for v in values] for values in _args(node)[1:3])
     same = zip(size, stride, x.meta["val"].stride(), strict=False)
     return tuple(size) == _shape(x) and all(n == 1 or a == b for n, a, b in same)
@@ -308,6 +321,8 @@ def _reason(conv: Node) -> str | None:
         return "transposed convolution"
     if groups != 1:
         return "grouped convolution"
+    if not isinstance(_shape(conv)[1], int):
+        return "a number of filters that may change"
     if not _dtype(x) == _dtype(weight) == _dtype(conv):
         return "mixed dtypes"
     return None if _dtype(x) in DTYPES else f"dtype {_dtype(x)}"
@@ -402,8 +417,8 @@ def _transposed(node: Any) -> Node | None:
 def _is_global_mean(node: Any) -> bool:
     if not isinstance(node, Node) or node.target is not aten.mean.dim or node.kwargs:
         return False
-    dims = _args(node)[1]
-    return len(_shape(_args(node)[0])) == 4 and sorted(d % 4 for d in dims) == [2, 3]
+    x, dims = _args(node)[:2]
+    return _dtype(x) in DTYPES and len(_shape(x)) == 4 and sorted(d % 4 for d in dims) == [2, 3]
 
 
 def _flattened(node: Any) -> Node | None:

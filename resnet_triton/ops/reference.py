@@ -48,6 +48,9 @@ def conv_bn_relu(
         shift = (0.0 if bn_bias is None else bn_bias) - running_mean * scale
         torch.addcmul(shift[:, None, None], y, scale[:, None, None], out=y)
     else:
+        vectors = (running_mean, running_var, bn_weight, bn_bias)
+        if len({t.dtype for t in vectors if t is not None}) > 1:  # which PyTorch's batch norm does not take
+            running_mean, running_var, bn_weight, bn_bias = (None if t is None else t.float() for t in vectors)  # type: ignore[assignment]
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
     return add_relu(y, residual, relu=relu, inplace=True).to(y.dtype)  # a wider residual does not widen the result
 

@@ -85,34 +85,44 @@ def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: to
     return list(map(_without_memory, recorder.calls))
 
 
-def trace_graph(graph: fx.GraphModule, names: dict[fx.Node, str]) -> list[Call]:
-    """The same of a functional graph on fake tensors: `names` are its nodes' modules.
+Before = Callable[[fx.Node, dict[fx.Node, Any]], None]
+"""What is told of a node before it runs, and of the values that there are by then."""
+
+
+def trace_graph(graph: fx.GraphModule, names: dict[fx.Node, str], before: Before) -> list[Call]:
+    """The same of a functional graph, which it propagates: `names` are its nodes' modules.
 
     A node's `meta["reason"]` says why PyTorch runs it. Sizes must be numbers, for where a call runs may depend on them.
     """
     recorder = _Recorder({})
+
+    def enter(node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        before(node, values)
+        recorder.here, recorder.reason = names.get(node, ""), node.meta.get("reason", "")
+
     token = tracer.set(recorder.explain)
     try:
         with recorder:
-            propagate(graph, lambda node: recorder.enter(names.get(node, ""), node.meta.get("reason", "")))
+            propagate(graph, enter)
     finally:
         tracer.reset(token)
     return list(map(_without_memory, recorder.calls))
 
 
-def propagate(graph: fx.GraphModule, before: Callable[[fx.Node], None] = lambda node: None) -> None:
-    """Bring the fake tensors in the `meta["val"]` of a graph's nodes up to date, calling `before` on each node."""
+def propagate(graph: fx.GraphModule, before: Before) -> None:
+    """Bring the fake tensors in the `meta["val"]` of a graph's nodes up to date."""
     inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     _Propagation(graph, detect_fake_mode(inputs), before).propagate_dont_convert_inputs(*inputs)
 
 
 class _Propagation(FakeTensorProp):
-    def __init__(self, graph: Any, mode: Any, before: Callable[[fx.Node], None]) -> None:
+    def __init__(self, graph: Any, mode: Any, before: Before) -> None:
         super().__init__(graph, mode)
         self.before = before
 
     def run_node(self, n: fx.Node) -> Any:
-        self.before(n)
+        with self._mode:
+            self.before(n, self.env)
         return super().run_node(n)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -147,10 +157,6 @@ class _Recorder(TorchDispatchMode):
         self.names = names
         self.calls: list[Call] = []
         self.here, self.reason = "", ""
-
-    def enter(self, name: str, reason: str) -> None:
-        """Take the module that the operators which follow belong to, and why PyTorch runs them."""
-        self.here, self.reason = name, reason
 
     def explain(self, reason: str) -> None:
         """Take the reason why the operators that follow run module by module."""

@@ -1,0 +1,106 @@
+"""Where somebody may look at strides, values are laid out as the model would lay them out.
+
+Our operators return channels_last tensors, the model's own may return others. Sums, products and convolutions do not
+mind. Somebody who calls `view` does, and so do operators that a compiler has chosen for the strides that it saw.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+Order = tuple[int, ...]
+
+_INDIFFERENT = {
+    "convolution", "cat", "mean", "sum", "amax", "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d",
+    "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_group_norm", "native_layer_norm",
+    "constant_pad_nd", "upsample_nearest2d", "upsample_bilinear2d", "_to_copy", "clone", "mm", "addmm", "bmm",
+    "native_batch_norm",
+}  # fmt: skip
+"""Operators of PyTorch's, besides pointwise ones, that compute the same whatever the strides of their arguments."""
+_PASS_ON = {
+    "slice", "select", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "split", "split_with_sizes",
+    "unbind", "alias", "detach",
+}  # fmt: skip
+"""Views for which any strides will do. Whoever uses them may mind."""
+
+
+def note(graph: fx.Graph) -> None:
+    """Remember, before operators are replaced, how the model lays out each value."""
+    for node in graph.nodes:
+        if isinstance(value := node.meta.get("val"), Tensor):
+            node.meta["order"] = _order(value)
+
+
+def restore_arguments(node: fx.Node, values: dict[fx.Node, Any]) -> None:
+    """Copy what an operator that may look at strides takes, where it is laid out otherwise than the model's."""
+    if node.op != "call_function" or _is_indifferent(node.target):
+        return
+    for argument in node.all_input_nodes:
+        value: Any = values.get(argument)
+        if (order := _lost_order(argument, value)) is not None:
+            with node.graph.inserting_before(node):
+                again = node.graph.call_function(in_order, (argument, order))
+            values[again] = again.meta["val"] = in_order(value, order)
+            node.replace_input_with(argument, again)
+
+
+def restore_results(graph: fx.Graph) -> None:
+    """The same of results. Those that are views of one tensor stay views of one."""
+    for base in set(map(base_of, graph.output_node().all_input_nodes)):
+        value: Any = base.meta.get("val")
+        if (order := _lost_order(base, value)) is not None:
+            with graph.inserting_after(base):
+                again = graph.call_function(in_order, (base, order))
+            again.meta["val"] = in_order(value, order)
+            for user in list(base.users):
+                if user.target is in_order and user is not again:
+                    user.replace_all_uses_with(again)
+                elif user.op == "output" or _is_view(user):
+                    user.replace_input_with(base, again)
+
+
+def in_order(x: Tensor, order: Order) -> Tensor:
+    """x, dense, with strides that fall in this order of its dimensions."""
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return x.permute(order).contiguous().permute(back)
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """What this is a view of, at last."""
+    while True:
+        first = next(iter(node.all_input_nodes), None)
+        if first is not None and (
+            node.target is in_order or _is_view(node) or (node.target is operator.getitem and _is_view(first))
+        ):
+            node = first
+        else:
+            return node
+
+
+def _lost_order(node: fx.Node, value: Any) -> Order | None:
+    """The order of strides that the model gives a value, if it has another one now."""
+    wanted = node.meta.get("order")
+    return wanted if isinstance(value, Tensor) and wanted is not None and wanted != _order(value) else None
+
+
+def _order(value: Tensor) -> Order:
+    """Dimensions from the largest stride to the smallest; those of size one, whose strides say nothing, before all."""
+    sizes, strides = value.shape, value.stride()
+    return tuple(sorted(range(value.dim()), key=lambda d: (bool(sizes[d] != 1), -strides[d])))
+
+
+def _is_indifferent(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return True  # an element of a tuple, arithmetic of sizes
+    if target.namespace == "resnet_triton" or torch.Tag.pointwise in target.tags:
+        return True
+    return target.namespace == "aten" and target._schema.name.removeprefix("aten::") in _INDIFFERENT | _PASS_ON
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.alias_info is not None for a in schema.arguments)
