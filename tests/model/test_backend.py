@@ -178,7 +178,8 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         [CBR],
     ),
     "pairs of numbers": (
-        lambda: lambdas(lambda m, x: torch.view_as_complex(m.a(x.contiguous())).real, a=nn.Conv2d(8, 8, (3, 2), (1, 4), (1, 0))),
+        lambda: lambdas(lambda m, x: torch.view_as_complex(m.a(x.contiguous())).real,
+                        a=nn.Conv2d(8, 8, (3, 2), (1, 4), (1, 0))),
         [CBR],
     ),
     "a slice looked at": (lambda: lambdas(lambda m, x: m.a(x)[1:].as_strided((1, 4), (4, 1), 0) + 0, a=conv()), [LEFT]),

