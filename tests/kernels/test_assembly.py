@@ -190,6 +190,7 @@ def signs(name: str, arch: int | str = 80) -> Code:
     return Code(**planted[f"{name}, {arch}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "broken"),
     [

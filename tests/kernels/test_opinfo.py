@@ -145,6 +145,7 @@ def calls(name: str, samples: Any, reasons: Counter[str]) -> list[Call]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and overflow
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", SOURCES)

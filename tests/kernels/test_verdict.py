@@ -291,6 +291,7 @@ print(json.dumps([found, [doctor._verdict(each) for each in found]]))
 """
 
 
+@pytest.mark.slow
 def test_the_doctor_reads_machine_code() -> None:
     (hopper, ampere, wrong), words = json.loads(run(DOCTOR, str(WRONG)))
     assert (hopper["kernels"], hopper["hazards"]) == (2, []), "two layers share one"

@@ -143,6 +143,7 @@ def test_the_suffix_does_not_matter(tmp_path: Path, suffix: str, safetensors: bo
     assert holds(resnet_triton.load_checkpoint(path if safetensors else str(path)), state_of())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -863,6 +863,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_precompile(tmp_path):
     """Side by side, what a call asks for then; one that fails harms none, and fails as it would have."""
     assert run(PRECOMPILE, str(tmp_path)) == "no compiler\n"

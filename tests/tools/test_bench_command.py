@@ -38,6 +38,7 @@ def contest(monkeypatch):
     return contest
 
 
+@pytest.mark.slow
 def test_a_run(contest, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")  # or long cells are folded
     contest(planted.alternative(planted.right, ours=True), planted.alternative(planted.slow))

@@ -448,7 +448,8 @@ for arch, batches in ((90, (97, 100, 112, 127)), (90, (2, 3)), (80, (17, 18, 20,
             for launch in call.launches(KNOWN[arch]):
                 code = specialise(launch)
                 tiles = [(k, v) for k, v in code.constants if k.startswith(("BOX", "BLOCK", "SPLIT"))]
-                tile = str((i, code.kernel, tiles, launch.num_warps, launch.num_stages))
+                shares = launch.arguments.get("SPLIT_K")
+                tile = str((i, code.kernel, tiles, shares, launch.num_warps, launch.num_stages))
                 shared += tile in compiled
                 if compiled.setdefault(tile, code) != code:
                     found.append(f"{call.name} at {batch}: other constants or types")
