@@ -119,6 +119,7 @@ def test_opcheck(device, name, layout, kernels):
     torch.library.opcheck(overload(call), call.schema.flatten(call), **rest)
 
 
+@pytest.mark.slow
 @EVERY_CALL
 def test_opcheck_with_gradients(device, name):
     call = with_gradients(small(name, device, kernels="auto"))
