@@ -89,6 +89,7 @@ CASES = {
     "2x128 by 64": Case((7, 24, 6, 9), 64, (4, 8, 8), 64, 4, programs=3),
     "2x128 by 128": Case((130, 64, 2, 2), 128, (1, 1, 256), 128, 3, filter=1),
     "images alone": Case((130, 128, 2, 3), 64, (1, 1, 128), 64, 6, programs=3),
+    "two columns": Case((70, 64, 3, 3), 64, (1, 2, 64), 64, 6),
     "one image": Case((1, 64, 11, 13), 64, (8, 16, 1), 64, 6),
     # residuals: one tile, two and many by a program
     "residual": Case((9, 64, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, programs=1),
