@@ -17,7 +17,7 @@ from exact import batch_norm, channels_last, generator, integers
 from simulator import simulate
 from specialised import ptx
 
-from resnet_triton.kernels.hopper_stem import hopper_stem, supports
+from resnet_triton.kernels.hopper_stem import _is_paired, hopper_stem, supports
 from resnet_triton.kernels.values import BatchNorm
 from resnet_triton.ops import reference
 
@@ -120,3 +120,17 @@ def test_for_other_images_only_the_address_changes() -> None:
         out.fill_(NAN)
         assert not simulate(again, ptx(launch)).faults
         torch.testing.assert_close(out, expected(given, filters, norm, case.weight), rtol=0, atol=0)
+
+
+def test_layouts_that_it_reads():
+    """Whole planes, or pixels with their channels side by side; words of two values only where they lie in words."""
+    filters = torch.zeros(64, 3, 7, 7, dtype=torch.float16)
+    pixels = torch.zeros(2, 8, 8, 4, dtype=torch.float16).permute(0, 3, 1, 2)
+    assert supports(pixels[:, :3].contiguous(), filters, None, None)
+    assert supports(pixels[:, :3].contiguous(memory_format=torch.channels_last), filters, None, None)
+    assert not supports(pixels[:, :3], filters, None, None), "a fourth channel lies between"
+    for dtype in (torch.uint8, torch.float16, torch.float32):
+        memory = torch.zeros(80, dtype=dtype)
+        for first in range(8):
+            assert _is_paired(memory[first : first + 64].view(1, 1, 8, 8)) == (first % 2 == 0), (dtype, first)
+        assert not _is_paired(memory[:63].view(1, 1, 9, 7))
