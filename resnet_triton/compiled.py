@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,11 @@ from .ops.dispatch import Kernels
 from .ops.trace import Call
 
 
-class Modes(NamedTuple):
-    """How a compiled module runs."""
-
-    kernels: Kernels
-    cuda_graph: CudaGraph
-
-
 class Compiled(nn.Module):
     """First base of what a module becomes; the second is the class that it was."""
 
-    _modes: Modes
+    _options: dict[str, Any]
+    """The backend's: kernels and cuda_graph."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Nothing: what the other base does for its subclasses is not for this one."""
@@ -89,7 +83,7 @@ def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph)
     if not isinstance(module, Compiled):
         cls: Any = type(module)
         module.__class__ = _joined(cls)
-    vars(module)["_modes"] = Modes(kernels, cuda_graph)
+    vars(module)["_options"] = {"kernels": kernels, "cuda_graph": cuda_graph}
 
 
 @functools.cache
@@ -117,22 +111,22 @@ class Program:
 
     def __init__(self, module: Compiled) -> None:
         self.owner = weakref.ref(module)
-        self.modes = module._modes
+        self.options = module._options
         self.watch = Watch(module)
         self.functions: list[GraphedFunction] = []
-        backend = _backend(options=self.modes._asdict(), functions=self.functions)
+        backend = _backend(options=self.options, functions=self.functions)
         written: Any = origin(module)
         call = _call if written.__call__ is nn.Module.__call__ else _call_by_class
         self.function: Callable[..., Any] = torch.compile(_fresh(call, written.__name__), backend=backend)
 
     def holds(self, module: Compiled) -> bool:
-        return self.owner() is module and self.modes == module._modes and self.watch.holds()
+        return self.owner() is module and self.options == module._options and self.watch.holds()
 
 
 def trace(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
     """The calls of our operators, and every sizeable one of PyTorch's, in `model(zeros(shape))` once compiled."""
     found: list[Call] = []
-    kernels = model._modes.kernels if isinstance(model, Compiled) else "auto"
+    kernels = model._options["kernels"] if isinstance(model, Compiled) else "auto"
     backend = _backend(options={"kernels": kernels}, record=found)
     parameter = next(model.parameters())
     x = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
@@ -191,7 +185,7 @@ def describe(module: Compiled) -> str:
     """What CUDA graphs have done for its calls, for `report`."""
     programs = [p for p in list(vars(module).get("_programs", {}).values()) if isinstance(p, Program)]
     said = [function.describe() for program in programs for function in program.functions]
-    return f"cuda_graph={module._modes.cuda_graph!r}; {'; '.join(said) or 'graphs: none'}"
+    return f"cuda_graph={module._options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
 
 
 def forget(module: nn.Module) -> None:

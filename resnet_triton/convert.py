@@ -144,7 +144,7 @@ def revert(model: nn.Module) -> nn.Module:
         its = vars(module)
         if isinstance(module, Compiled):
             compiled.forget(module)
-            del its["_modes"]
+            del its["_options"]
         else:
             _move_filters_back(module)
             runner.forget(module)

@@ -19,13 +19,11 @@ _INDIFFERENT = {
     "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_group_norm", "native_layer_norm",
     "constant_pad_nd", "upsample_nearest2d", "upsample_bilinear2d", "_to_copy", "clone", "mm", "addmm", "bmm",
     "native_batch_norm",
-}  # fmt: skip
-"""Operators of PyTorch's, besides pointwise ones, that compute the same whatever the strides of their arguments."""
-_PASS_ON = {
+    # views, whose users may mind
     "slice", "select", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "split", "split_with_sizes",
     "unbind", "alias", "detach",
 }  # fmt: skip
-"""Views for which any strides will do. Whoever uses them may mind."""
+"""Operators of PyTorch's, besides pointwise ones, that compute the same whatever the strides of their arguments."""
 
 
 def note(graph: fx.Graph) -> None:
@@ -98,7 +96,7 @@ def _is_indifferent(target: Any) -> bool:
         return True  # an element of a tuple, arithmetic of sizes
     if target.namespace == "resnet_triton" or torch.Tag.pointwise in target.tags:
         return True
-    return target.namespace == "aten" and target._schema.name.removeprefix("aten::") in _INDIFFERENT | _PASS_ON
+    return target.namespace == "aten" and target._schema.name.removeprefix("aten::") in _INDIFFERENT
 
 
 def _is_view(node: fx.Node) -> bool:
