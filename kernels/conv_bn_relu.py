@@ -1,4 +1,4 @@
-"""Convolution + batch norm [+ residual | + 1x1 shortcut convolution and its batch norm] [+ ReLU], in one kernel.
+"""Convolution + batch norm [+ residual | + 1x1 shortcut convolution and its batch norm] [+ activation], in one kernel.
 
 Implicit GEMM over channels-last memory: M = N*P*Q output pixels, K output channels, reduction over R*S*C. Batch norm is
 applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. The
@@ -28,7 +28,7 @@ from .hopper_conv import hopper_conv
 from .hopper_conv64 import hopper_conv64
 from .hopper_few import hopper_few
 from .launch import Launch
-from .values import BatchNorm, ConvConfig, Geometry, Shortcut
+from .values import Activation, BatchNorm, ConvConfig, Geometry, Shortcut
 
 
 def conv_bn_relu(
@@ -40,7 +40,7 @@ def conv_bn_relu(
     geometry: Geometry,
     residual: Tensor | None,
     shortcut: Shortcut | None,
-    relu: bool,
+    activation: Activation,
     precision: str,
     config: ConvConfig,
     programs: int,
@@ -58,16 +58,16 @@ def conv_bn_relu(
     if config.kernel == "hopper_few":
         return hopper_few(
             out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,
-            relu=relu, config=config, partials=partials, semaphores=semaphores,
+            activation=activation, config=config, partials=partials, semaphores=semaphores,
         )  # fmt: skip
     if config.kernel:
         specialised = hopper_conv64 if config.kernel == "hopper_conv64" else hopper_conv
         return specialised(
             out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,
-            relu=relu, config=config, programs=programs, partials=partials, semaphores=semaphores,
+            activation=activation, config=config, programs=programs, partials=partials, semaphores=semaphores,
         )  # fmt: skip
     conv = conv_pointer if config.box is None else conv_box
     return conv(
         out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,
-        relu=relu, precision=precision, config=config, partials=partials, semaphores=semaphores,
+        activation=activation, precision=precision, config=config, partials=partials, semaphores=semaphores,
     )  # fmt: skip

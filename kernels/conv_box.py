@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, cdiv
-from .tiles import batch_norm_scale_shift, relu, sum_partials
-from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size
+from .tiles import activate, batch_norm_scale_shift, sum_partials
+from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size
 
 IMAGES, ROWS, ONE_IMAGE = 0, 1, 2
 """Views of NHWC memory. At stride 2, columns (and, of one image, rows) are split by parity, so that every second one is
@@ -146,7 +146,7 @@ def conv_box_kernel(
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE: tl.constexpr, VIEW: tl.constexpr, Y_VIEW: tl.constexpr,
     SHORT_C: tl.constexpr, SHORT_STRIDE: tl.constexpr, SHORT_VIEW: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
     BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BOX_H * BOX_W * BOX_N
@@ -202,8 +202,7 @@ def conv_box_kernel(
         acc += residual.to(tl.float32)
     if res_desc is not None:
         acc += load_pixels(res_desc, p0, q0, n0, 0, 0, k0, 1, Y_VIEW, BLOCK_M).to(tl.float32)
-    if RELU:
-        acc = relu(acc)
+    acc = activate(acc, ACTIVATION)
     store_pixels(y_desc, acc, p0, q0, n0, k0, Y_VIEW, BOX_H, BOX_W, BOX_N)
 
 
@@ -216,7 +215,7 @@ def conv_box(
     geometry: Geometry,
     residual: Tensor | None,
     shortcut: Shortcut | None,
-    relu: bool,
+    activation: Activation,
     precision: str,
     config: ConvConfig,
     partials: Tensor | None,
@@ -228,7 +227,9 @@ def conv_box(
     stride 2 for an even input width and one box row (one image of even height: any). A box with several sides longer
     than 1 has to be swapped.
     """
-    constants, views, grid = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, relu, precision, config)
+    constants, views, grid = _constants(
+        x.shape, weight.shape, out.shape, x.dtype, geometry, activation, precision, config
+    )
     x_fields, w_fields, y_fields = views
     early = residual if config.early_residual else None
     late = None if residual is early else residual
@@ -243,7 +244,7 @@ def conv_box(
 
 @functools.lru_cache(maxsize=4096)
 def _constants(
-    x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, relu: bool, precision: str,
+    x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, precision: str,
     config: ConvConfig,
 ) -> tuple[dict[str, object], list[dict[str, Any]], tuple[int, int]]:  # fmt: skip
     """Of a launch, what depends on sizes alone: constants, the descriptors of x, weight and out, and the grid."""
@@ -256,7 +257,7 @@ def _constants(
     y_fields, y_view = pixel_fields(out, dtype, 1, box, block_k)
     constants: dict[str, object] = {
         "N": n, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view,
-        "RELU": relu, "PRECISION": precision, "SPLIT_K": config.split_k, "SWAP": config.swap,
+        "ACTIVATION": activation, "PRECISION": precision, "SPLIT_K": config.split_k, "SWAP": config.swap,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     tiles = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k)

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv
-from .tiles import batch_norm_scale_shift, relu, sum_partials
-from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size, is_flat
+from .tiles import activate, batch_norm_scale_shift, sum_partials
+from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size, is_flat
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])
@@ -22,7 +22,7 @@ def conv_pointer_kernel(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     SHORT_C: tl.constexpr, SHORT_STRIDE_H: tl.constexpr, SHORT_STRIDE_W: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -106,8 +106,7 @@ def conv_pointer_kernel(
         mask_y = tl.where(last, mask_y, False)  # not `&`, which Triton 3.9's interpreter makes an integer
     if res_ptr is not None:
         acc += tl.load(res_ptr + offs_y, mask=mask_y, other=0.0).to(tl.float32)
-    if RELU:
-        acc = relu(acc)
+    acc = activate(acc, ACTIVATION)
     tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -120,14 +119,14 @@ def conv_pointer(
     geometry: Geometry,
     residual: Tensor | None,
     shortcut: Shortcut | None,
-    relu: bool,
+    activation: Activation,
     precision: str,
     config: ConvConfig,
     partials: Tensor | None,
     semaphores: Tensor | None,
 ) -> Launch:
     """The launch for any geometry: see `conv_bn_relu.py`."""
-    constants, grid = _constants(x.shape, weight.shape, out.shape, geometry, relu, precision, config)
+    constants, grid = _constants(x.shape, weight.shape, out.shape, geometry, activation, precision, config)
     arguments = {
         "x_ptr": x, "w_ptr": weight, "y_ptr": out, "res_ptr": residual, **batch_norm.arguments(),
         **_shortcut_arguments(shortcut), "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
@@ -137,7 +136,7 @@ def conv_pointer(
 
 @functools.lru_cache(maxsize=4096)
 def _constants(
-    x: Size, weight: Size, out: Size, geometry: Geometry, relu: bool, precision: str, config: ConvConfig
+    x: Size, weight: Size, out: Size, geometry: Geometry, activation: Activation, precision: str, config: ConvConfig
 ) -> tuple[dict[str, object], tuple[int, int]]:
     """Of a launch, what depends on sizes alone, and the grid."""
     (n, k, p, q), (_, c, h, w), (_, _, r, s) = out, x, weight
@@ -146,7 +145,7 @@ def _constants(
         "M": n * p * q, "H": h, "W": w, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
         "STRIDE_H": stride_h, "STRIDE_W": stride_w, "PAD_H": pad_h, "PAD_W": pad_w,
         "DILATION_H": dilation_h, "DILATION_W": dilation_w,
-        "RELU": relu, "PRECISION": precision, "FLAT": is_flat(c), "SPLIT_K": config.split_k,
+        "ACTIVATION": activation, "PRECISION": precision, "FLAT": is_flat(c), "SPLIT_K": config.split_k,
         "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c,
     }  # fmt: skip
     return constants, (cdiv(n * p * q, config.block_m) * cdiv(k, config.block_k), config.split_k)

@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .tiles import activate
 from .values import Size
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9.0 renames them
@@ -103,16 +104,9 @@ def sum_partials(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: gl.con
 
 
 @gluon.jit
-def relu(x):
-    return gl.where(x < 0, 0.0, x)  # a maximum would drop NaN
-
-
-@gluon.jit
-def put(y, result, RESIDUAL: gl.constexpr, RELU: gl.constexpr):
+def put(y, result, RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr):
     """Put a result into the shared memory that it is stored from, where its residual, if any, lies."""
     if RESIDUAL:
         y += result.load(y.type.layout).to(gl.float32)
-    if RELU:
-        y = relu(y)
-    result.store(y.to(result.dtype))
+    result.store(activate(y, ACTIVATION).to(result.dtype))
     fence_async_shared()

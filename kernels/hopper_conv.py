@@ -40,7 +40,7 @@ from .hopper import (
     sum_partials,
 )
 from .launch import Launch, cdiv
-from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size
+from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size
 
 IMAGES, ROWS = 0, 1
 """Views of NHWC memory. At stride 2 columns are split by parity, so that every second one is again a box, and a box of
@@ -222,7 +222,7 @@ def multiplier(
     mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
     items, P, Q,
-    K: gl.constexpr, Y_VIEW: gl.constexpr, RESIDUAL: gl.constexpr, RELU: gl.constexpr,
+    K: gl.constexpr, Y_VIEW: gl.constexpr, RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
     SHORT_STEPS: gl.constexpr, SPLIT_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TILES_K: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
@@ -258,7 +258,7 @@ def multiplier(
             mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
             mbarrier.wait(added.index(place_of), turn // 2 & 1)
         if last:
-            put(y, reinterpret(part, y_desc.dtype, [HALF, BLOCK_K], SWIZZLED), RESIDUAL, RELU)
+            put(y, reinterpret(part, y_desc.dtype, [HALF, BLOCK_K], SWIZZLED), RESIDUAL, ACTIVATION)
             store_result(y_desc, part, p + h, q + w, n + m, k, Y_VIEW)
         turn += 1
     tma.store_wait(0)
@@ -272,7 +272,7 @@ def hopper_conv_kernel(
     C: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
     STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
     SHORT_C: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr,
-    RELU: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
+    ACTIVATION: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     RESIDUAL: gl.constexpr = res_desc is not None
@@ -308,13 +308,13 @@ def hopper_conv_kernel(
         (multiplier, (
             0, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
             short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
-            items, P, Q, K, Y_VIEW, RESIDUAL, RELU, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TILES_K,
+            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TILES_K,
             BOX_H, BOX_W, BOX_N, BLOCK_K,
         )),
         (multiplier, (
             1, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
             short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
-            items, P, Q, K, Y_VIEW, RESIDUAL, RELU, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TILES_K,
+            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TILES_K,
             BOX_H, BOX_W, BOX_N, BLOCK_K,
         )),
         (loader, (
@@ -334,7 +334,7 @@ def hopper_conv(
     geometry: Geometry,
     residual: Tensor | None,
     shortcut: Shortcut | None,
-    relu: bool,
+    activation: Activation,
     config: ConvConfig,
     programs: int,
     partials: Tensor | None,
@@ -345,7 +345,7 @@ def hopper_conv(
     It asks for fp16 or bf16, filters 1x1 or 3x3, padding R // 2, stride 1 or 2 (at 2 an even input width), 16-byte
     aligned pointers and channel rows. If `config` splits the reduction, a tile takes two of `semaphores`.
     """
-    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, relu, config)
+    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, activation, config)
     x_fields, w_fields, y_fields = views
     arguments = {
         "x_desc": on(x, x_fields), "w_desc": on(weight, w_fields), "y_desc": on(out, y_fields),
@@ -358,7 +358,7 @@ def hopper_conv(
 
 @functools.lru_cache(maxsize=4096)
 def _constants(
-    x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, relu: bool, config: ConvConfig
+    x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, config: ConvConfig
 ) -> tuple[dict[str, object], list[dict[str, Any]], int]:
     """Of a launch, what depends on sizes alone: constants, descriptors of x, weight and out, pieces of work."""
     (n, _, p, q), (k, c, r, s) = out, weight
@@ -371,7 +371,7 @@ def _constants(
     items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
     constants: dict[str, object] = {
         "items": items, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
-        "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view, "RELU": relu,
+        "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view, "ACTIVATION": activation,
         "SPLIT_K": config.split_k, "STAGES": config.num_stages,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip

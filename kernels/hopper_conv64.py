@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper import SWIZZLED, async_load, async_store, batch_norm_scale_shift, on, put, reinterpret
 from .hopper_conv import filter_fields, pixel_fields
 from .launch import Launch, cdiv
-from .values import BatchNorm, ConvConfig, Geometry, Shortcut, Size
+from .values import Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size
 
 
 @gluon.jit
@@ -102,7 +102,7 @@ def multiply_row(group: gl.constexpr, pixels, filters, full, empty, i, lo, hi, r
 def multiplier(
     group: gl.constexpr, y_desc, pixels, filters, out, full, empty, ready, added,
     mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, items, tiles_p, tiles_q,
-    RESIDUAL: gl.constexpr, RELU: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
+    RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups that multiply: a column of two output pixels."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BOX_N, 16])
@@ -124,8 +124,8 @@ def multiplier(
         lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, 3, False, True, STAGES)
         if RESIDUAL:
             mbarrier.wait(added.index(group), turn & 1)
-        put(lo * scale + shift, results.index(2 * group).permute((1, 0)), RESIDUAL, RELU)
-        put(hi * scale + shift, results.index(2 * group + 1).permute((1, 0)), RESIDUAL, RELU)
+        put(lo * scale + shift, results.index(2 * group).permute((1, 0)), RESIDUAL, ACTIVATION)
+        put(hi * scale + shift, results.index(2 * group + 1).permute((1, 0)), RESIDUAL, ACTIVATION)
         async_store(y_desc, [p + 1, q + group, n, 0], out.index(2 * group + 1))  # last put, first out: one barrier
         async_store(y_desc, [p, q + group, n, 0], out.index(2 * group))
         turn += 1
@@ -135,7 +135,7 @@ def multiplier(
 @gluon.jit(do_not_specialize=["items", "P", "Q"])
 def hopper_conv64_kernel(
     x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, items, P, Q,
-    RELU: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
+    ACTIVATION: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     RESIDUAL: gl.constexpr = res_desc is not None
     gl.static_assert(STAGES <= 11, "a residual is loaded behind slot 4 + STAGES of 16")
@@ -160,11 +160,11 @@ def hopper_conv64_kernel(
     gl.warp_specialize([
         (multiplier, (
             0, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-            eps, items, tiles_p, tiles_q, RESIDUAL, RELU, BOX_N, STAGES,
+            eps, items, tiles_p, tiles_q, RESIDUAL, ACTIVATION, BOX_N, STAGES,
         )),
         (multiplier, (
             1, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-            eps, items, tiles_p, tiles_q, RESIDUAL, RELU, BOX_N, STAGES,
+            eps, items, tiles_p, tiles_q, RESIDUAL, ACTIVATION, BOX_N, STAGES,
         )),
         (loader, (
             x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, items, tiles_p, tiles_q,
@@ -182,7 +182,7 @@ def hopper_conv64(
     geometry: Geometry,
     residual: Tensor | None,
     shortcut: Shortcut | None,
-    relu: bool,
+    activation: Activation,
     config: ConvConfig,
     programs: int,
     partials: Tensor | None,
@@ -194,7 +194,7 @@ def hopper_conv64(
     aligned pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images and at most 11 stages, which
     does not split the reduction: `partials` and `semaphores` are None.
     """
-    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, relu, config)
+    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, activation, config)
     x_fields, w_fields, y_fields = views
     arguments = {
         "x_desc": on(x, x_fields), "w_desc": on(weight, w_fields), "y_desc": on(out, y_fields),
@@ -205,7 +205,7 @@ def hopper_conv64(
 
 @functools.lru_cache(maxsize=4096)
 def _constants(
-    x: Size, weight: Size, out: Size, dtype: torch.dtype, relu: bool, config: ConvConfig
+    x: Size, weight: Size, out: Size, dtype: torch.dtype, activation: Activation, config: ConvConfig
 ) -> tuple[dict[str, object], list[dict[str, Any]], int]:
     """Of a launch, what depends on sizes alone: constants, descriptors of x, weight and out, tiles."""
     n, _, p, q = out
@@ -216,6 +216,6 @@ def _constants(
     y_fields, _ = pixel_fields(out, dtype, 1, (1, 1, box_n), 64)
     items = cdiv(p, 2) * cdiv(q, 2) * cdiv(n, box_n)
     constants: dict[str, object] = {
-        "items": items, "P": p, "Q": q, "RELU": relu, "BOX_N": box_n, "STAGES": config.num_stages,
+        "items": items, "P": p, "Q": q, "ACTIVATION": activation, "BOX_N": box_n, "STAGES": config.num_stages,
     }  # fmt: skip
     return constants, [x_fields, filter_fields(weight, dtype, 64, 64), y_fields], items

@@ -36,10 +36,10 @@ from .hopper import (
     filter_fields,
     hand_in,
     on,
-    relu,
 )
 from .launch import Launch, cdiv
-from .values import NO_BATCH_NORM, BatchNorm, ConvConfig, Geometry, Shortcut, Size
+from .tiles import activate
+from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size
 
 MOST = gl.constexpr(8)
 """Programs that may share a tile. Their sum is no loop, in which each turn would wait for its load."""
@@ -74,7 +74,7 @@ def hopper_few_kernel(
     x_desc, w_desc, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
     partials_ptr, semaphores_ptr, P, Q, C, TILES_K, SPLIT_K,
-    R: gl.constexpr, STRIDE: gl.constexpr, SLABS: gl.constexpr, RELU: gl.constexpr, BOX_H: gl.constexpr,
+    R: gl.constexpr, STRIDE: gl.constexpr, SLABS: gl.constexpr, ACTIVATION: gl.constexpr, BOX_H: gl.constexpr,
 ):  # fmt: skip
     TAPS: gl.constexpr = R * R
     STEPS: gl.constexpr = SLABS * TAPS
@@ -176,9 +176,7 @@ def hopper_few_kernel(
         y += shift
         if res_ptr is not None:
             y += residual.to(gl.float32)
-        if RELU:
-            y = relu(y)
-        gl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=inside)
+        gl.store(y_ptr + offs_y, activate(y, ACTIVATION).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def hopper_few(
@@ -190,7 +188,7 @@ def hopper_few(
     geometry: Geometry,
     residual: Tensor | None,
     shortcut: Shortcut | None,
-    relu: bool,
+    activation: Activation,
     config: ConvConfig,
     partials: Tensor | None,
     semaphores: Tensor | None,
@@ -200,7 +198,7 @@ def hopper_few(
     It asks for fp16 or bf16, channels and filters in multiples of 64, filters 1x1 or 3x3, padding R // 2, stride 1 or 2
     (at 2, under 3x3, even rows and columns) and 16-byte aligned pointers. A shortcut has at most 64 channels a share.
     """
-    constants, fields, programs = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, relu, config)
+    constants, fields, programs = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, activation, config)
     arguments = {
         "x_desc": on(x, fields[0]), "w_desc": on(weight, fields[1]), "y_ptr": out, "res_ptr": residual,
         **batch_norm.arguments(), **_shortcut_arguments(shortcut, config),
@@ -211,7 +209,7 @@ def hopper_few(
 
 @functools.lru_cache(maxsize=4096)
 def _constants(
-    x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, relu: bool, config: ConvConfig
+    x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, config: ConvConfig
 ) -> tuple[dict[str, object], list[dict[str, Any]], int]:
     """Of a launch, what depends on sizes alone: numbers, descriptors of x and weight, programs."""
     (n, k, p, q), (_, c, r, _), (stride, _) = out, weight, geometry.stride
@@ -221,7 +219,7 @@ def _constants(
     programs = n * cdiv(p, box_h) * cdiv(q, _WIDTH) * (k // 64) * config.split_k
     constants: dict[str, object] = {
         "P": p, "Q": q, "C": c, "TILES_K": k // 64, "SPLIT_K": config.split_k,
-        "R": r, "STRIDE": stride, "SLABS": c // 64 // config.split_k, "RELU": relu, "BOX_H": box_h,
+        "R": r, "STRIDE": stride, "SLABS": c // 64 // config.split_k, "ACTIVATION": activation, "BOX_H": box_h,
     }  # fmt: skip
     fields = [pixel_fields(x, dtype, stride, box_h, halo=r > 1), filter_fields(weight, dtype, 64, 64)]
     return constants, fields, programs

@@ -11,6 +11,42 @@ def relu(x):
 
 
 @triton.jit
+def relu6(x):
+    return relu(tl.where(x > 6, 6.0, x))
+
+
+@triton.jit
+def normal_cdf(x):
+    """The normal distribution's, within 1e-7: `0.5 * (1 + erf(x / sqrt(2)))` (Abramowitz and Stegun, 7.1.26).
+
+    tl.erf takes three times as many instructions, and so many registers that large tiles would spill.
+    """
+    t = 1 / (1 + 0.23164189 * tl.abs(x))
+    tail = ((((0.5307027 * t - 0.7265760) * t + 0.7107069) * t - 0.1422484) * t + 0.1274148) * t
+    tail *= tl.exp(-0.5 * x * x)
+    return tl.where(x < 0, tail, 1 - tail)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """A `values.Activation` of x in fp32, whose NaN and infinities come out as in PyTorch."""
+    NAME: tl.constexpr = ACTIVATION[0]
+    if NAME == "relu":
+        x = relu(x)
+    elif NAME == "relu6":
+        x = relu6(x)
+    elif NAME == "leaky_relu":
+        x = tl.where(x > 0, x, x * ACTIVATION[1])
+    elif NAME == "hardswish":
+        x *= relu6(x + 3) * (1 / 6)
+    elif NAME == "silu":
+        x /= 1 + tl.exp(-x)
+    elif NAME == "gelu":
+        x *= normal_cdf(x)
+    return x
+
+
+@triton.jit
 def sum_partials(
     acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):

@@ -44,6 +44,19 @@ NO_BATCH_NORM = BatchNorm(None, None, None, None, 0.0)  # type: ignore[arg-type]
 """What a kernel is given where there is none."""
 
 
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish", "silu", "gelu")
+
+
+class Activation(NamedTuple):
+    """What follows the sum: one of `ACTIVATIONS`, as in `torch.nn.functional`, and the slope of leaky ReLU."""
+
+    activation: str = "relu"
+    negative_slope: float = 0.01
+
+
+NONE, RELU = Activation("none"), Activation("relu")
+
+
 class Geometry(NamedTuple):
     """How a filter is laid over an image, in rows and columns, as in `torch.nn.Conv2d`."""
 
@@ -54,7 +67,7 @@ class Geometry(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """A 1x1 convolution without padding and its batch norm, added before the ReLU.
+    """A 1x1 convolution without padding and its batch norm, added before the activation.
 
     x (N, C', H', W'), weight (K, C', 1, 1).
     """

@@ -39,20 +39,28 @@ def conv_bn_relu(
     groups: int = 1,
     residual: Tensor | None = None,
     relu: bool = True,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
     batch_invariant: bool = False,
     kernels: Kernels = "auto",
 ) -> Tensor:
-    """`relu(batch_norm(conv2d(x, weight)) + residual)`, with batch norm's running statistics.
+    """`activation(batch_norm(conv2d(x, weight)) + residual)`, with batch norm's running statistics.
 
     x (N, C, H, W), weight (K, C / groups, R, S), statistics and affine parameters (K,), residual and result
     (N, K, P, Q). x, weight and residual share a dtype, the result's: fp32 (TF32 if
     `torch.backends.cudnn.conv.fp32_precision` says so), fp16 and bf16 run on the kernels, accumulate in fp32 and round
     once. Batch norm's tensors may be of another floating dtype. Grouped convolutions run on PyTorch.
+
+    `activation` is one of torch.nn.functional: "relu", "relu6", "leaky_relu" with `negative_slope`, "hardswish",
+    "silu", "gelu" (by erf), or "none", which `relu=False` says as well.
     """
     statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
     geometry = ops.Geometry(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
+    if not relu and activation not in ("relu", "none"):
+        raise ValueError(f"relu=False and activation={activation!r} contradict each other, expected one of them")
+    act = ops.Activation(activation if relu else "none", float(negative_slope))
     modes = Modes(batch_invariant, kernels)
-    return ops.ConvBnRelu(x, weight, statistics, geometry, residual, relu=relu, modes=modes).run()
+    return ops.ConvBnRelu(x, weight, statistics, geometry, residual, activation=act, modes=modes).run()
 
 
 def stem(

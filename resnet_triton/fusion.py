@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, dispatch
+from .ops import NONE, RELU, BatchNorm, ConvBnRelu, Geometry, Shortcut, dispatch
 from .ops.checks import pair
 from .ops.dispatch import Modes
 from .ops.original import CONV_FORWARD, LAYERS, replaced
@@ -111,7 +111,7 @@ def conv_norm_act(
         identity = None
     elif downsample is not None:
         identity = by_module(downsample, identity, modes)
-    y = ConvBnRelu(x, *fused, identity, shortcut, relu, modes).run()
+    y = ConvBnRelu(x, *fused, identity, shortcut, RELU if relu else NONE, modes).run()
     return y if relu or act is None else by_module(act, y, modes)
 
 

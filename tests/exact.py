@@ -20,6 +20,8 @@ from torch import Tensor
 from resnet_triton import config
 from resnet_triton.config import ConvConfig, ConvShape
 from resnet_triton.ops import (
+    RELU,
+    Activation,
     BatchNorm,
     ConvBnRelu,
     Geometry,
@@ -27,6 +29,7 @@ from resnet_triton.ops import (
     Shortcut,
     Stem,
     interpreter,
+    reference,
 )
 from resnet_triton.ops.dispatch import Modes
 from resnet_triton.ops.stem import CONV, POOL
@@ -73,7 +76,7 @@ def conv_call(
     g: torch.Generator,
     shape: ConvShape,
     *,
-    relu: bool = True,
+    activation: Activation = RELU,
     affine: bool = True,
     short_affine: bool = True,
     bn_dtype: torch.dtype = torch.float32,
@@ -97,7 +100,7 @@ def conv_call(
         )
     norm = batch_norm(g, k, bn_dtype, affine=affine)
     geometry = Geometry(shape.stride, shape.padding, shape.dilation)
-    return ConvBnRelu(x, weight, norm, geometry, residual, shortcut, relu, KERNELS)
+    return ConvBnRelu(x, weight, norm, geometry, residual, shortcut, activation, KERNELS)
 
 
 def stem_call(
@@ -161,7 +164,7 @@ def conv_reference(call: ConvBnRelu) -> Tensor:
     if call.shortcut is not None:
         x, weight, norm, stride = call.shortcut
         y = y + _normed_conv(x, weight, norm, Geometry(stride))
-    return y.relu() if call.relu else y
+    return reference.activate(y, *call.activation)
 
 
 def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:

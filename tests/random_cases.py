@@ -37,7 +37,7 @@ from resnet_triton.config.conv import may_have_rows
 from resnet_triton.config.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.kernels.values import has_several_sides
-from resnet_triton.ops import AddRelu, AvgPoolLinear, ConvBnRelu, GlobalAvgPool, Linear, MaxPool2d
+from resnet_triton.ops import NONE, RELU, AddRelu, AvgPoolLinear, ConvBnRelu, GlobalAvgPool, Linear, MaxPool2d
 
 Check = Callable[[random.Random, torch.device, torch.dtype], None]
 
@@ -100,7 +100,7 @@ def conv(rng: random.Random, device: torch.device, dtype: torch.dtype) -> tuple[
             break
     ragged = [rng.randint(1, s) if e > 1 else 1 for e, s in zip((shape.p, shape.q), shape.shortcut_stride, strict=True)]
     call = conv_call(
-        _generator(rng, device), shape, relu=rng.random() < 0.5, affine=rng.random() < 0.8,
+        _generator(rng, device), shape, activation=rng.choice([NONE, RELU]), affine=rng.random() < 0.8,
         short_affine=rng.random() < 0.8, bn_dtype=rng.choice([torch.float32, torch.float32, dtype, torch.float64]),
         short_size=tuple((e - 1) * s + extra for e, s, extra in
                          zip((shape.p, shape.q), shape.shortcut_stride, ragged, strict=True)),

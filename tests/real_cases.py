@@ -25,6 +25,7 @@ from resnet_triton import config, ops, resnet18
 from resnet_triton.config import ConvShape
 from resnet_triton.config.device import DeviceFacts, facts
 from resnet_triton.ops import (
+    NONE,
     AddRelu,
     AvgPoolLinear,
     BatchNorm,
@@ -228,7 +229,7 @@ def _conv(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
         norm = norm._replace(eps=0.0)
     weight, geometry = wide("weight", k, shape.c, shape.r, shape.s), Geometry(shape.stride, shape.padding)
     residual = wide("residual", n, k, p, q) if shape.residual else None
-    return Case(row, ConvBnRelu(x, weight, norm, geometry, residual, shortcut, relu=False), chosen)
+    return Case(row, ConvBnRelu(x, weight, norm, geometry, residual, shortcut, activation=NONE), chosen)
 
 
 def _stem(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:

@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_triton.ops import AddRelu, AvgPoolLinear, BatchNorm, ConvBnRelu, Geometry, GlobalAvgPool, Linear, Stem
+from resnet_triton.ops import (
+    AddRelu,
+    AvgPoolLinear,
+    BatchNorm,
+    ConvBnRelu,
+    Geometry,
+    GlobalAvgPool,
+    Linear,
+    Stem,
+    reference,
+)
 from resnet_triton.ops.stem import POOL
 
 BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}  # of a significand
@@ -63,7 +73,7 @@ def conv(call: ConvBnRelu) -> Sums:
         x, weight, norm, stride = call.shortcut
         short = _normed(x, weight, norm, Geometry(stride))
         answer, magnitude, length = answer + short[0], magnitude + short[1], length + short[2]
-    return Sums(answer.relu() if call.relu else answer, magnitude, length)
+    return Sums(reference.activate(answer, *call.activation), magnitude, length)
 
 
 def _normed(x: Tensor, weight: Tensor, norm: BatchNorm, geometry: Geometry) -> tuple[Tensor, Tensor, int]:

@@ -1,8 +1,8 @@
 """Find what our operators compute in a functional ATen graph, and put them there.
 
 A convolution is fused with what follows it: batch norm with running statistics, as one node or as the multiplication
-and addition of a frozen one; the sum with a residual or with a shortcut's convolution and batch norm; ReLU. Patterns
-are matched on what the graph computes, never on names. What is left runs as PyTorch's own operators.
+and addition of a frozen one; the sum with a residual or with a shortcut's convolution and batch norm; an activation.
+Patterns are matched on what the graph computes, never on names. What is left runs as PyTorch's own operators.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from .. import ops  # noqa: F401, which registers torch.ops.resnet_triton
+from ..ops import NONE, RELU, Activation  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
 from ..ops.stem import CONV, POOL
 
@@ -28,6 +28,15 @@ _NORMS: dict[Any, tuple[tuple[int, int, int, int], int, int | None]] = {
     aten._batch_norm_no_update.default: ((1, 2, 3, 4), 6, None),
     aten.native_batch_norm.default: ((1, 2, 3, 4), 7, 5),
     aten.cudnn_batch_norm.default: ((1, 2, 3, 4), 7, 5),
+}
+# Operators that are an activation, with these arguments.
+_ACTIVATIONS: dict[Any, tuple[tuple[int, ...], Activation]] = {
+    aten.relu.default: ((), RELU),
+    aten.hardtanh.default: ((0, 6), Activation("relu6")),
+    aten.clamp.default: ((0, 6), Activation("relu6")),
+    aten.hardswish.default: ((), Activation("hardswish")),
+    aten.silu.default: ((), Activation("silu")),
+    aten.gelu.default: ((), Activation("gelu")),
 }
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.squeeze.dims, aten.squeeze.dim)
 
@@ -51,7 +60,7 @@ class Chain:
     norm: Callable[[], Norm]
     residual: Node | None = None
     shortcut: Chain | None = None
-    relu: bool = False
+    activation: Activation = NONE
 
     @property
     def geometry(self) -> tuple[Any, ...]:
@@ -61,7 +70,7 @@ class Chain:
         """Whether it may be added inside another convolution."""
         _, padding, dilation, groups = self.geometry
         size = tuple(_shape(_args(self.conv)[1])[2:])
-        alone = self.residual is None and self.shortcut is None and not self.relu
+        alone = self.residual is None and self.shortcut is None and self.activation == NONE
         return alone and size == (1, 1) and padding == (0, 0) and dilation == (1, 1) and groups == 1
 
 
@@ -91,8 +100,8 @@ class _Rewriter:
             if node.target is aten.add.Tensor:
                 self._add(node, chains)
         for chain in list(chains.values()):
-            if (relu := _only_user(chain.tail, aten.relu.default)) is not None:
-                chain.tail, chain.relu = relu, True
+            if (found := _activation(chain.tail)) is not None:
+                chain.tail, chain.activation = found
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         for chain in sorted(chains.values(), key=lambda chain: order[chain.tail]):
             self._place(chain)
@@ -181,7 +190,7 @@ class _Rewriter:
         if _shape(a) != _shape(b) or not _dtype(a) == _dtype(b) == _dtype(node):
             return
         mine = [t for t in (a, b) if t in chains and len(t.users) == 1 and not chains[t].residual]
-        mine = [t for t in mine if chains[t].shortcut is None and not chains[t].relu]
+        mine = [t for t in mine if chains[t].shortcut is None and chains[t].activation == NONE]
         if not mine:
             return
         tail = min(mine, key=lambda t: (chains[t].is_shortcut(), t is a))  # of two, not the one that may ride along
@@ -206,7 +215,8 @@ class _Rewriter:
                 if chain.shortcut is not None:
                     their_x, their_weight = _args(chain.shortcut.conv)[:2]
                     short = their_x, their_weight, *chain.shortcut.norm(), chain.shortcut.geometry[0]
-                new = self._ours("conv_bn_relu", x, weight, *norm, *chain.geometry, chain.residual, *short, chain.relu)
+                behind = *norm, *chain.geometry, chain.residual, *short, *chain.activation
+                new = self._ours("conv_bn_relu", x, weight, *behind)
         self._replace(tail, new)
         new.meta["nn_module_stack"] = chain.conv.meta.get("nn_module_stack")
 
@@ -328,9 +338,28 @@ def _reason(conv: Node) -> str | None:
     return None if _dtype(x) in DTYPES else f"dtype {_dtype(x)}"
 
 
+def _activation(node: Node) -> tuple[Node, Activation] | None:
+    """The activation of this node, if nothing else uses it: the last node of it, and which one."""
+    users = list(node.users)
+    if [user.target for user in users] == [aten.sigmoid.default, aten.mul.Tensor]:
+        sigmoid, product = users
+        swish = set(_args(product)) == {node, sigmoid} and len(sigmoid.users) == 1
+        return (product, Activation("silu")) if swish else None
+    if len(users) != 1 or users[0].kwargs:
+        return None
+    (user,) = users
+    numbers = _args(user)[1:]
+    if user.target is aten.leaky_relu.default and all(isinstance(x, float) for x in numbers):
+        return user, Activation("leaky_relu", *numbers)
+    expected, activation = _ACTIVATIONS.get(user.target, (None, NONE))
+    return (user, activation) if numbers == expected else None
+
+
 def _stem_pool(chain: Chain) -> Node | None:
     """The max pool of a ResNet's stem behind a convolution, if the chain is that stem's."""
-    if not chain.relu or chain.residual is not None or chain.shortcut is not None or chain.geometry != tuple(CONV):
+    if chain.activation != RELU or chain.geometry != tuple(CONV):
+        return None
+    if chain.residual is not None or chain.shortcut is not None:
         return None
     if tuple(_shape(_args(chain.conv)[1])[2:]) != (7, 7):
         return None

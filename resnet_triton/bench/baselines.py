@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import config
-from ..ops import BatchNorm, ConvBnRelu, Operation, Stem, interpreter, specialised
+from ..ops import BatchNorm, ConvBnRelu, Operation, Stem, interpreter, reference, specialised
 from ..ops.stem import POOL
 
 Answer = Callable[[], Tensor]
@@ -54,7 +54,7 @@ def _eager_conv(c: ConvBnRelu) -> Tensor:
     if c.shortcut is not None:
         x, weight, batch_norm, stride = c.shortcut
         y += _normed(F.conv2d(x, weight, None, stride), batch_norm)
-    return F.relu(y, inplace=True) if c.relu else y
+    return reference.activate(y, *c.activation)
 
 
 def _normed(y: Tensor, batch_norm: BatchNorm) -> Tensor:

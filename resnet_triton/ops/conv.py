@@ -1,4 +1,4 @@
-"""Convolution + batch norm [+ residual | + shortcut] [+ ReLU]."""
+"""Convolution + batch norm [+ residual | + shortcut] [+ activation]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
-from ..kernels.values import BatchNorm, Geometry, Shortcut, Size
+from ..kernels.values import ACTIVATIONS, RELU, Activation, BatchNorm, Geometry, Shortcut, Size
 from . import interpreter, reference, specialised
 from .checks import (
     aligned,
@@ -41,7 +41,7 @@ if HAS_TRITON:
 
 @dataclass(eq=False)
 class ConvBnRelu(Operation):
-    """`relu(batch_norm(conv2d(x, weight)) + residual)`, or plus a shortcut's convolution and batch norm.
+    """`activation(batch_norm(conv2d(x, weight)) + residual)`, or plus a shortcut's convolution and batch norm.
 
     x (N, C, H, W), weight (K, C / groups, R, S), residual and result (N, K, P, Q).
     """
@@ -54,7 +54,7 @@ class ConvBnRelu(Operation):
     geometry: Geometry
     residual: Tensor | None = None
     shortcut: Shortcut | None = None
-    relu: bool = True
+    activation: Activation = RELU
     modes: Modes = AUTO
 
     @property
@@ -71,6 +71,8 @@ class ConvBnRelu(Operation):
 
     def result(self) -> Result:
         x, weight, residual, shortcut = self.x, self.weight, self.residual, self.shortcut
+        if self.activation.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation.activation!r}, expected one of {ACTIVATIONS}")
         if shortcut is None:
             theirs = None
         elif residual is not None:
@@ -118,7 +120,7 @@ class ConvBnRelu(Operation):
             semaphores = _semaphores(x.device, 2 * tiles)  # a warp-specialised tile has two halves
         launch = conv_bn_relu(
             out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=self.geometry,
-            residual=residual, shortcut=shortcut, relu=self.relu, precision=sizes.precision,
+            residual=residual, shortcut=shortcut, activation=self.activation, precision=sizes.precision,
             config=chosen, programs=facts.sm_count, partials=partials, semaphores=semaphores,
         )  # fmt: skip
         pairs = [(self.weight, weight), *zip(self.batch_norm, batch_norm, strict=True)]
@@ -135,11 +137,11 @@ class ConvBnRelu(Operation):
         residual = self.residual
         if self.shortcut is not None:
             x, weight, batch_norm, stride = self.shortcut
-            residual = reference.conv_bn_relu(x, weight, *batch_norm, stride=stride, relu=False)
-        stride, padding, dilation, groups = self.geometry
+            residual = reference.conv_bn_relu(x, weight, *batch_norm, stride=stride, activation="none")
+        (stride, padding, dilation, groups), (activation, slope) = self.geometry, self.activation
         y = reference.conv_bn_relu(
             self.x, self.weight, *self.batch_norm, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            residual=residual, relu=self.relu,
+            residual=residual, activation=activation, negative_slope=slope,
         )  # fmt: skip
         return channels_last(y)
 

@@ -36,9 +36,10 @@ def conv_bn_relu(
     dilation: Pair = (1, 1),
     groups: int = 1,
     residual: Tensor | None = None,
-    relu: bool = True,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
 ) -> Tensor:
-    """Convolution, batch norm with running statistics, residual add, ReLU."""
+    """Convolution, batch norm with running statistics, residual add, activation."""
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     fp32 = y.dtype == torch.float32 == running_var.dtype and y.device.type == "cpu"
     plain = fp32 and not torch.compiler.is_compiling() and not _differentiated(y, bn_weight, bn_bias)
@@ -52,14 +53,25 @@ def conv_bn_relu(
         if len({t.dtype for t in vectors if t is not None}) > 1:  # which PyTorch's batch norm does not take
             running_mean, running_var, bn_weight, bn_bias = (None if t is None else t.float() for t in vectors)  # type: ignore[assignment]
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
-    return add_relu(y, residual, relu=relu, inplace=True).to(y.dtype)  # a wider residual does not widen the result
+    z = y if residual is None else y + residual if _differentiated(y, residual) else y.add_(residual)
+    return activate(z, activation, negative_slope).to(y.dtype)  # a wider residual does not widen the result
 
 
-def add_relu(x: Tensor, other: Tensor | None = None, *, relu: bool = True, inplace: bool = False) -> Tensor:
-    """`relu(x + other)`; `inplace` may overwrite x, `other=None` and `relu=False` leave their step out."""
-    if other is not None:
-        x = x + other if _differentiated(x, other) or not inplace else x.add_(other)
-    return F.relu(x, inplace=inplace) if relu else x
+def activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """An activation by its name in `torch.nn.functional`, or "none"; it may overwrite x."""
+    if activation == "none":
+        return x
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, negative_slope, inplace=True)
+    named: Tensor = getattr(F, activation)(x, inplace=True)
+    return named
+
+
+def add_relu(x: Tensor, other: Tensor) -> Tensor:
+    """`relu(x + other)`."""
+    return F.relu(x + other)
 
 
 def stem(

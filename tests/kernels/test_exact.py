@@ -41,7 +41,7 @@ from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.kernels.values import is_flat
-from resnet_triton.ops import BatchNorm, ConvBnRelu, Geometry, dispatch
+from resnet_triton.ops import NONE, RELU, BatchNorm, ConvBnRelu, Geometry, dispatch
 from resnet_triton.ops.trace import trace
 
 INF, NAN = float("inf"), float("nan")
@@ -193,13 +193,13 @@ def test_layers_cover_what_they_claim() -> None:
 # --- convolution: every option --------------------------------------------------------------------------------------
 
 EPILOGUES: dict[str, dict[str, Any]] = {
-    "plain": {"relu": False},
+    "plain": {"activation": NONE},
     "relu": {},
-    "residual": {"residual": True, "relu": False},
+    "residual": {"residual": True, "activation": NONE},
     "residual, relu": {"residual": True},
-    "shortcut": {"shortcut_c": 24, "shortcut_stride": (2, 2), "relu": False},
+    "shortcut": {"shortcut_c": 24, "shortcut_stride": (2, 2), "activation": NONE},
     "shortcut, relu": {"shortcut_c": 40, "shortcut_stride": (1, 1)},
-    "not affine": {"affine": False, "relu": False},
+    "not affine": {"affine": False, "activation": NONE},
     "shortcut not affine": {"shortcut_c": 16, "short_affine": False},
     "only shortcut affine": {"shortcut_c": 16, "affine": False},
 }
@@ -494,7 +494,7 @@ def conv(x: Tensor, w: Tensor, path: str, **changes: Any) -> Tensor:
     """A convolution with 3x3 or 1x1 filters, same padding, and a batch norm that changes nothing unless told to."""
     k, r = w.shape[0], w.shape[2]
     norm = BatchNorm(x.new_zeros(k), x.new_ones(k), None, None, 0.0)
-    call = ConvBnRelu(x, channels_last(w), norm, Geometry(padding=(r // 2, r // 2)), relu=False)
+    call = ConvBnRelu(x, channels_last(w), norm, Geometry(padding=(r // 2, r // 2)), activation=NONE)
     return run_conv(replace(call, **changes), PATHS[path])
 
 
@@ -513,7 +513,7 @@ def test_conv_relu_of_special_values(device: torch.device, path: str, dtype: tor
     values = torch.tensor([NAN, INF, -INF, -1.0, 1.0], dtype=dtype, device=device)
     residual = torch.zeros(1, 8, 1, 5, dtype=dtype, device=device) + values
     x, w = torch.zeros(1, 8, 1, 5, dtype=dtype, device=device), torch.ones(8, 8, 1, 1, dtype=dtype, device=device)
-    y = conv(x, w, path, residual=residual, relu=True)
+    y = conv(x, w, path, residual=residual, activation=RELU)
     assert same(y[0, 3, 0], torch.tensor([NAN, INF, 0.0, 0.0, 1.0], dtype=dtype))
 
 

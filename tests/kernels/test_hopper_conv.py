@@ -19,7 +19,7 @@ from specialised import ptx
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
-from resnet_triton.ops import specialised
+from resnet_triton.ops import NONE, RELU, Activation, specialised
 from resnet_triton.ops.conv import dependent_launches
 
 
@@ -38,7 +38,7 @@ class Case(NamedTuple):
     split: int = 1
     programs: int = 2
     dtype: str = "float16"
-    relu: bool = True
+    activation: Activation = RELU
     affine: bool = True
     kernel: str = "hopper_conv"
 
@@ -61,22 +61,23 @@ class Case(NamedTuple):
 
 def case64(
     n: int, h: int, w: int, images: int, stages: int, programs: int, *, dtype: str = "float16", residual: bool = False,
-    relu: bool = True, affine: bool = True,
+    activation: Activation = RELU, affine: bool = True,
 ) -> Case:  # fmt: skip
     """One of 64 channels by 64 filters, two rows and columns of `images` a tile."""
     return Case(
-        (n, 64, h, w), 64, (2, 2, images), 64, stages, residual=residual, programs=programs, dtype=dtype, relu=relu,
-        affine=affine, kernel="hopper_conv64",
+        (n, 64, h, w), 64, (2, 2, images), 64, stages, residual=residual, programs=programs, dtype=dtype,
+        activation=activation, affine=affine, kernel="hopper_conv64",
     )  # fmt: skip
 
 
 def few(
     n: int, c: int, h: int, w: int, k: int, rows: int, *, split: int = 1, filter: int = 3, stride: int = 1,
-    residual: bool = False, shortcut: int = 0, dtype: str = "float16", relu: bool = True, affine: bool = True,
+    residual: bool = False, shortcut: int = 0, dtype: str = "float16", activation: Activation = RELU,
+    affine: bool = True,
 ) -> Case:  # fmt: skip
     """One for few images: a box of `rows` rows of 8 pixels."""
     return Case(
-        (n, c, h, w), k, (rows, 8, 1), 64, 1, filter, stride, residual, shortcut, split, 0, dtype, relu, affine,
+        (n, c, h, w), k, (rows, 8, 1), 64, 1, filter, stride, residual, shortcut, split, 0, dtype, activation, affine,
         "hopper_few",
     )  # fmt: skip
 
@@ -94,7 +95,7 @@ CASES = {
     # residuals: one tile, two and many by a program
     "residual": Case((9, 64, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, programs=1),
     "residual, wide": Case((5, 64, 6, 7), 136, (2, 8, 8), 128, 5, residual=True, programs=3),
-    "residual, 2x128": Case((3, 64, 6, 9), 64, (4, 8, 8), 64, 4, residual=True, relu=False),
+    "residual, 2x128": Case((3, 64, 6, 9), 64, (4, 8, 8), 64, 4, residual=True, activation=NONE),
     "residual, one image": Case((3, 64, 9, 13), 64, (8, 16, 1), 64, 6, residual=True),
     # stride 2
     "stride 2": Case((9, 64, 8, 12), 64, (1, 8, 16), 64, 6, stride=2),
@@ -113,15 +114,15 @@ CASES = {
     # 64 channels: odd and even sides, tails of images, one tile and many by a program
     "64, one pixel": case64(1, 1, 1, 32, 11, 3, residual=True),
     "64, 32 images": case64(40, 3, 5, 32, 11, 2, dtype="bfloat16"),
-    "64, 32 images, residual": case64(40, 3, 5, 32, 5, 3, residual=True, relu=False, affine=False),
-    "64, 64 images": case64(60, 4, 3, 64, 11, 1, relu=False),
+    "64, 32 images, residual": case64(40, 3, 5, 32, 5, 3, residual=True, activation=NONE, affine=False),
+    "64, 64 images": case64(60, 4, 3, 64, 11, 1, activation=NONE),
     "64, 64 images, residual": case64(70, 4, 3, 64, 9, 2, residual=True),
     "64, 128 images": case64(130, 2, 3, 128, 5, 1, affine=False),
     "64, 128 images, residual": case64(128, 3, 4, 128, 5, 1, residual=True, dtype="bfloat16"),
     # few images: each height of a box with tails of rows and columns, strides, residuals, shortcuts, shares
     "few": few(2, 64, 5, 9, 128, 4),
     "few, 2 rows, residual": few(1, 64, 3, 8, 64, 2, residual=True, dtype="bfloat16", affine=False),
-    "few, 8 rows": few(1, 64, 9, 7, 64, 8, relu=False, residual=True),
+    "few, 8 rows": few(1, 64, 9, 7, 64, 8, activation=NONE, residual=True),
     "few, two slabs": few(1, 128, 4, 8, 64, 2),
     "few, 1x1": few(1, 192, 5, 9, 64, 4, filter=1, residual=True),
     "few, 1x1, stride 2": few(2, 128, 5, 18, 64, 2, filter=1, stride=2, split=2),
@@ -143,7 +144,7 @@ SLOW = {
 
 def launch(case: Case) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch, the output that it fills, and what is right."""
-    call = conv_call(generator(torch.device("cpu"), 0), case.shape, relu=case.relu, affine=case.affine)
+    call = conv_call(generator(torch.device("cpu"), 0), case.shape, activation=case.activation, affine=case.affine)
     out = torch.full_like(call.output(), float("nan"))
     with pinned(case.config):
         (found,) = call.launches(out)

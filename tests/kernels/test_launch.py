@@ -18,7 +18,7 @@ from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.stem import pack, packed_shape, stem
-from resnet_triton.kernels.values import BatchNorm, ConvConfig, Geometry, has_several_sides, is_flat
+from resnet_triton.kernels.values import NONE, BatchNorm, ConvConfig, Geometry, has_several_sides, is_flat
 
 
 def images(*shape: int) -> Tensor:
@@ -29,7 +29,7 @@ NORM = BatchNorm(torch.zeros(40), torch.ones(40), None, None, 0.0)
 X, Y = images(5, 24, 7, 12), images(5, 40, 7, 12)
 CONVOLUTION: dict[str, Any] = {
     "out": Y, "x": X, "weight": images(40, 24, 3, 3), "batch_norm": NORM, "geometry": Geometry(padding=(1, 1)),
-    "residual": None, "shortcut": None, "relu": False, "precision": "ieee", "programs": 132, "partials": None,
+    "residual": None, "shortcut": None, "activation": NONE, "precision": "ieee", "programs": 132, "partials": None,
     "semaphores": None,
 }  # fmt: skip
 TILE = ConvConfig(block_m=64, block_k=32, block_c=16, num_warps=8, num_stages=3)

@@ -144,7 +144,7 @@ _MODES = ("batch_invariant", "kernels")
 SIGNATURES = {
     "conv_bn_relu": (
         "x", "weight", *_NORM, "stride", "padding", "dilation", "groups", "residual", "shortcut_x", "shortcut_weight",
-        *(f"shortcut_{name}" for name in _NORM), "shortcut_stride", "relu", *_MODES,
+        *(f"shortcut_{name}" for name in _NORM), "shortcut_stride", "activation", "negative_slope", *_MODES,
     ),
     "stem": ("x", "weight", *_NORM, "pixel_mean", "pixel_std", *_MODES),
     "add_relu": ("x", "other", *_MODES),

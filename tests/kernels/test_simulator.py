@@ -133,8 +133,8 @@ def conv(shape: ConvShape, config: ConvConfig, programs: int = 2, legal: bool = 
         semaphores = torch.zeros(16, dtype=torch.int32)
     launch = conv_bn_relu(
         out=out, x=call.x, weight=call.weight, batch_norm=call.batch_norm, geometry=call.geometry,
-        residual=call.residual, shortcut=call.shortcut, relu=True, precision=shape.precision, config=config,
-        programs=programs, partials=partials, semaphores=semaphores,
+        residual=call.residual, shortcut=call.shortcut, activation=call.activation, precision=shape.precision,
+        config=config, programs=programs, partials=partials, semaphores=semaphores,
     )  # fmt: skip
     return Case([launch], out, rounded(conv_reference(call), out.dtype))
 

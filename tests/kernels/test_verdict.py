@@ -158,7 +158,7 @@ import json, sys, warnings
 from pathlib import Path
 import torch
 from resnet_triton.kernels.hopper_conv import hopper_conv
-from resnet_triton.kernels.values import BatchNorm, ConvConfig, Geometry
+from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Geometry
 from resnet_triton.machine_code import verdict
 from resnet_triton.tuner import precompile
 
@@ -171,7 +171,7 @@ def nhwc(*size):
 v = torch.ones(64)
 launch = hopper_conv(
     out=nhwc(128, 64, 2, 2), x=nhwc(128, 64, 2, 2), weight=nhwc(64, 64, 3, 3), batch_norm=BatchNorm(v, v, v, v, 1e-5),
-    geometry=Geometry((1, 1), (1, 1)), residual=None, shortcut=None, relu=True, programs=4, partials=None,
+    geometry=Geometry((1, 1), (1, 1)), residual=None, shortcut=None, activation=RELU, programs=4, partials=None,
     config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), semaphores=None,
 )
 object.__setattr__(launch, "own", False)

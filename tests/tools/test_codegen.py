@@ -237,7 +237,7 @@ import torch
 from resnet_triton.codegen import compile_for, specialise, target
 from resnet_triton.codegen.rows import _compiled, _Planned
 from resnet_triton.kernels.hopper_conv import hopper_conv
-from resnet_triton.kernels.values import BatchNorm, ConvConfig, Geometry
+from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Geometry
 
 def nhwc(*size):
     return torch.empty(size, dtype=torch.float16).to(memory_format=torch.channels_last)
@@ -245,7 +245,7 @@ def nhwc(*size):
 v = torch.ones(64)
 launch = hopper_conv(
     out=nhwc(128, 64, 28, 28), x=nhwc(128, 64, 28, 28), weight=nhwc(64, 64, 3, 3), residual=None, shortcut=None,
-    batch_norm=BatchNorm(v, v, v, v, 1e-5), geometry=Geometry((1, 1), (1, 1)), relu=True, programs=132,
+    batch_norm=BatchNorm(v, v, v, v, 1e-5), geometry=Geometry((1, 1), (1, 1)), activation=RELU, programs=132,
     config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), partials=None, semaphores=None,
 )
 planned = _Planned("layer", "conv_bn_relu", 128, "float16", 0, launch, target(90), specialise(launch))
