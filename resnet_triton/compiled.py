@@ -12,7 +12,7 @@ import functools
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import filters
 from .graphs.function import GraphedFunction
 from .graphs.replay import CudaGraph
 from .ops import dispatch, original
@@ -41,7 +42,21 @@ class Compiled(nn.Module):
         if self._uncompiled_reason(args, kwargs) is not None:
             return super().__call__(*args, **kwargs)
         program = _program(self)
-        return super().__call__(*args, **kwargs) if program is None else program.function(self, args, kwargs)
+        if program is None:
+            return super().__call__(*args, **kwargs)
+        try:
+            return program.function(self, args, kwargs)
+        except RuntimeError as error:
+            return _again(error, self, program.function, args, kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """In training mode filters lie as they did, for code that only training runs may count on it."""
+        super().train(mode)
+        if mode:
+            put_back(self)
+        elif "_programs" in vars(self):
+            _move(self)
+        return self
 
     def _uncompiled_reason(self, args: Any, kwargs: Any) -> str | None:
         """Why a call runs as the module was written; None if it runs compiled."""
@@ -114,7 +129,7 @@ class Program:
         self.options = module._options
         self.watch = Watch(module)
         self.functions: list[GraphedFunction] = []
-        backend = _backend(options=self.options, functions=self.functions)
+        backend = _backend(options=self.options, functions=self.functions, moved=_moved(module))
         written: Any = origin(module)
         call = _call if written.__call__ is nn.Module.__call__ else _call_by_class
         self.function: Callable[..., Any] = torch.compile(_fresh(call, written.__name__), backend=backend)
@@ -126,12 +141,18 @@ class Program:
 def trace(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
     """The calls of our operators, and every sizeable one of PyTorch's, in `model(zeros(shape))` once compiled."""
     found: list[Call] = []
-    kernels = model._options["kernels"] if isinstance(model, Compiled) else "auto"
-    backend = _backend(options={"kernels": kernels}, record=found)
+    settings: dict[str, Any] = {"options": {"kernels": "auto"}}
+    if isinstance(model, Compiled):
+        settings = {"options": {"kernels": model._options["kernels"]}, "moved": _moved(model)}
+        _move(model)
+    function = torch.compile(_fresh(_call, "report"), backend=_backend(record=found, **settings), dynamic=False)
     parameter = next(model.parameters())
     x = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
     with torch.no_grad():
-        torch.compile(_fresh(_call, "report"), backend=backend, dynamic=False)(model, (x,), {})
+        try:
+            function(model, (x,), {})
+        except RuntimeError as error:
+            _again(error, model, function, (x,), {})
     return found
 
 
@@ -177,6 +198,7 @@ def _program(module: Compiled) -> Program | None:
                 stacklevel=4,
             )
         return None
+    _move(module)
     programs[key] = Program(module)
     return programs[key]
 
@@ -191,6 +213,49 @@ def describe(module: Compiled) -> str:
 def forget(module: nn.Module) -> None:
     """Drop what was compiled."""
     vars(module).pop("_programs", None)
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+# Kernels read filters in channels_last memory, and else each call copies them. So compiled calls move them there, unless
+# somebody can tell: code that views what a convolution returns, or the caller, by the strides of a result.
+
+
+def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, child in module.named_modules():
+        weight = child._parameters.get("weight") if isinstance(child, nn.Conv2d) and child.groups == 1 else None
+        if weight is not None:
+            yield name, weight
+
+
+def _moved(module: nn.Module) -> Callable[[], Iterator[nn.Parameter]]:
+    owner: Any = weakref.ref(module)
+    return lambda: filters.moved(owner(), _filters(owner()))
+
+
+def _move(module: Compiled) -> None:
+    if not module.training and "stay" not in vars(module).get("_programs", {}):
+        kernels = module._options["kernels"]
+        filters.move(module, ((name, w) for name, w in _filters(module) if dispatch.meant(kernels, w)))
+
+
+def put_back(module: nn.Module) -> None:
+    """Lay the filters of a `Compiled` module out as they were."""
+    filters.move_back(module, _filters(module))
+
+
+def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: Any) -> Any:
+    """A call that has failed, with filters as they were: if that mends it, they stay so."""
+    if isinstance(error, torch.OutOfMemoryError) or not vars(module).get("_moved"):
+        raise error
+    put_back(module)
+    try:
+        result = function(module, args, kwargs)
+    except Exception:
+        _move(module)
+        raise
+    vars(module).setdefault("_programs", {})["stay"] = True
+    return result
 
 
 class Watch:

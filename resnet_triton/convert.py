@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from . import compiled, config, converted, copies, models
+from . import compiled, config, converted, copies, filters, models
 from .compiled import Compiled
 from .graphs import runner
 from .graphs.replay import CudaGraph, check_mode
@@ -84,7 +84,7 @@ def optimize(
         model = copies.independent(model)
         chosen = _chosen(model)
     for module in chosen:
-        _move_filters(module)  # before anything else, as memory may run out
+        filters.move(module, _filters(module))  # before anything else, as memory may run out
     if not chosen:
         compiled.compile_in_place(model, kernels, cuda_graph)
     for module in chosen:
@@ -143,10 +143,11 @@ def revert(model: nn.Module) -> nn.Module:
     for module, cls in found:
         its = vars(module)
         if isinstance(module, Compiled):
+            compiled.put_back(module)
             compiled.forget(module)
             del its["_options"]
         else:
-            _move_filters_back(module)
+            filters.move_back(module, _filters(module))
             runner.forget(module)
             for name in (*_MODES, "_normalize"):
                 its.pop(name, None)
@@ -292,33 +293,3 @@ def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             weight = child._parameters["weight"]  # a parametrized or pruned one is computed
             if weight is not None:
                 yield name, weight
-
-
-def _move_filters(module: nn.Module) -> None:
-    """To channels_last memory, keeping which were not there already."""
-    moved = set(vars(module).get("_moved", ()))
-    for name, weight in _filters(module):
-        if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight):
-            _lay_out(weight, torch.channels_last)
-            moved.add(name)
-    if moved:
-        vars(module)["_moved"] = moved
-
-
-def _has_company(weight: nn.Parameter) -> bool:
-    """Whether its memory is meant for others too, who would lose it: a larger tensor, another process."""
-    larger = weight.untyped_storage().nbytes() > weight.nbytes
-    return larger or (weight.device.type == "cpu" and weight.is_shared())
-
-
-def _move_filters_back(module: nn.Module) -> None:
-    moved = vars(module).pop("_moved", ())
-    for name, weight in _filters(module):
-        if name in moved:
-            _lay_out(weight, torch.contiguous_format)
-
-
-def _lay_out(weight: nn.Parameter, memory_format: torch.memory_format) -> None:
-    """Under the mode that the weight was made in, for under inference mode it would become an inference tensor."""
-    with torch.inference_mode(weight.is_inference()), torch.no_grad():
-        weight.data = weight.data.contiguous(memory_format=memory_format)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,24 +42,29 @@ def resnet_triton(
     options: Mapping[str, Any] | None = None,
     record: list[Call] | None = None,
     functions: list[GraphedFunction] | None = None,
+    moved: Callable[[], Iterable[Tensor]] = tuple,
 ) -> Function:
     """Compile a graph of Dynamo's: convolutions and what follows them on our kernels, the rest on PyTorch's.
 
     `options` may hold `kernels` ("auto", "torch" or "triton"), `batch_invariant` (bool) and `cuda_graph` ("auto", True
     or False), which mean what they mean for `optimize`. `mode` is torch.compile's: "reduce-overhead" and
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
-    For `report`, `record` takes the calls that the graph makes, and `functions` what CUDA graphs repeat.
+    For `report`, `record` takes the calls that the graph makes, and `functions` what CUDA graphs repeat. `moved` returns
+    the filters that `optimize` has moved to channels_last memory; RuntimeError if that shows in the graph's results.
     """
     modes, cuda_graph = settings(mode, options)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         _warn_of_gradients(modes, inputs)
         return graph.forward
+    if layouts.show(moved(), graph, inputs):
+        raise RuntimeError("results lie in memory as filters do")
 
     def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Function:
         layouts.note(gm.graph)
         rewrite(gm, modes)
         if record is None:
             _warn_of_coverage(gm.graph)
+            _warn_of_copies(gm.graph, modes)
             propagate(gm, layouts.restore_arguments)
         else:
             record.extend(trace_graph(gm, _names(gm.graph), layouts.restore_arguments))
@@ -168,6 +173,18 @@ def _warn_of_coverage(graph: fx.Graph) -> None:
         warnings.warn(
             f"{len(left)} of {len(left) + ours} convolutions run on PyTorch, most of them for this reason: {most}; "
             "resnet_triton.report(model, shape) lists them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_of_copies(graph: fx.Graph, modes: Modes) -> None:
+    filters = [node.args[1].meta["val"] for node in graph.nodes if str(node.target) in _OURS]
+    there = [w.is_contiguous(memory_format=torch.channels_last) for w in filters if dispatch.meant(modes.kernels, w)]
+    if not all(there):
+        warnings.warn(
+            f"each call copies {there.count(False)} filters, which are not in channels_last memory; "
+            "model.to(memory_format=torch.channels_last) spares that",
             RuntimeWarning,
             stacklevel=2,
         )

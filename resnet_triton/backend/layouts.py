@@ -7,10 +7,12 @@ mind. Somebody who calls `view` does, and so do operators that a compiler has ch
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 Order = tuple[int, ...]
 
@@ -24,6 +26,20 @@ _INDIFFERENT = {
     "unbind", "alias", "detach",
 }  # fmt: skip
 """Operators of PyTorch's, besides pointwise ones, that compute the same whatever the strides of their arguments."""
+
+
+def show(moved: Iterable[Tensor], graph: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether results of a graph of Dynamo's would lie otherwise with the `moved` filters contiguous, as they were."""
+    ids = set(map(id, moved))
+    if ids.isdisjoint(map(id, inputs)):
+        return False
+    fakes = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+    with next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), torch.no_grad():
+        before = [fake.contiguous() if id(x) in ids else fake for x, fake in zip(inputs, fakes, strict=True)]
+        before = [fake.clone() if isinstance(fake, Tensor) else fake for fake in before]  # in case it is written
+        results = zip(graph(*before), graph.graph.output_node().args[0], strict=True)
+    pairs = [(value, node.meta["example_value"]) for value, node in results if isinstance(value, Tensor)]
+    return any(_order(a) != _order(b) for a, b in pairs)
 
 
 def note(graph: fx.Graph) -> None:

@@ -84,6 +84,11 @@ def refuse(kernels: str, reason: str) -> None:
         raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}')
 
 
+def meant(kernels: str, t: Tensor) -> bool:
+    """Whether calls on the device of `t` are meant for kernels."""
+    return kernels == "triton" or (t.is_cuda and kernels == "auto")
+
+
 def check_mode(kernels: str) -> None:
     """ValueError unless `kernels` is one of `Kernels`."""
     if kernels not in _KERNELS:

@@ -1,0 +1,48 @@
+"""The memory format of a module's filters. Kernels read channels_last; `_moved` of a module names what was moved there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+Filters = Iterable[tuple[str, nn.Parameter]]
+
+
+def move(module: nn.Module, filters: Filters) -> None:
+    """To channels_last memory, those that lie in memory of their own and are not there already."""
+    moved = set(vars(module).get("_moved", ()))
+    for name, weight in filters:
+        if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight):
+            _lay_out(weight, torch.channels_last)
+            moved.add(name)
+    if moved:
+        vars(module)["_moved"] = moved
+
+
+def move_back(module: nn.Module, filters: Filters) -> None:
+    """Undo `move`."""
+    for weight in moved(module, filters):
+        _lay_out(weight, torch.contiguous_format)
+    vars(module).pop("_moved", None)
+
+
+def moved(module: nn.Module, filters: Filters) -> Iterator[nn.Parameter]:
+    """Those of `filters` that `move` has moved."""
+    names = vars(module).get("_moved", ())
+    return (weight for name, weight in filters if name in names)
+
+
+def _has_company(weight: nn.Parameter) -> bool:
+    """Whether its memory is meant for others too, who would lose it: a larger tensor, another process, a subclass."""
+    if type(weight.data) is not Tensor:
+        return True
+    larger = weight.untyped_storage().nbytes() > weight.nbytes
+    return larger or (weight.device.type == "cpu" and weight.is_shared())
+
+
+def _lay_out(weight: nn.Parameter, memory_format: torch.memory_format) -> None:
+    """Under the mode that the weight was made in, for under inference mode it would become an inference tensor."""
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.data = weight.data.contiguous(memory_format=memory_format)
