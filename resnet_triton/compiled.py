@@ -217,8 +217,8 @@ def forget(module: nn.Module) -> None:
 
 # --- filters ---------------------------------------------------------------------------------------------------------
 
-# Kernels read filters in channels_last memory, and else each call copies them. So compiled calls move them there, unless
-# somebody can tell: code that views what a convolution returns, or the caller, by the strides of a result.
+# Kernels read filters in channels_last memory, and else each call copies them. So compiled calls move them there,
+# unless somebody can tell: code that views what a convolution returns, or the caller, by the strides of a result.
 
 
 def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""The memory format of a module's filters. Kernels read channels_last; `_moved` of a module names what was moved there."""
+"""The memory format of filters: kernels read channels_last. `_moved` of a module names those that were moved there."""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ class FakeEvent:
         assert self.pool.turn is None, "two replays at once"
         self.pool.turn = threading.get_ident()
         for graph in self.pool.graphs:
-            graph.input.fill_(255 if graph.input.dtype == torch.uint8 else torch.nan)
+            for buffer in _tensors(graph.input):
+                buffer.fill_(torch.nan if buffer.is_floating_point() else 255)
 
     def record(self, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "the end of a replay that did not wait for the one before"
@@ -96,9 +97,9 @@ class FakeGraph:
             self.output = entry.body(entry.buffer)
         self.tape = tape.calls
 
-    def replay(self, x: Tensor, stream: None) -> None:
+    def replay(self, given: Any, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "a replay that did not wait for the one before"
-        self.fill(x)
+        self.fill(given)
         for func, args, kwargs, old in self.tape:
             new = func(*args, **kwargs)
             for target, value in zip(_tensors(old), _tensors(new), strict=True):

@@ -49,8 +49,8 @@ def resnet_triton(
     `options` may hold `kernels` ("auto", "torch" or "triton"), `batch_invariant` (bool) and `cuda_graph` ("auto", True
     or False), which mean what they mean for `optimize`. `mode` is torch.compile's: "reduce-overhead" and
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
-    For `report`, `record` takes the calls that the graph makes, and `functions` what CUDA graphs repeat. `moved` returns
-    the filters that `optimize` has moved to channels_last memory; RuntimeError if that shows in the graph's results.
+    For `report`, `record` takes the calls that the graph makes, and `functions` what CUDA graphs repeat. `moved`
+    returns the filters that `optimize` has moved to channels_last memory; RuntimeError if that shows in results.
     """
     modes, cuda_graph = settings(mode, options)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
@@ -102,21 +102,19 @@ def _graphed(gm: fx.GraphModule, cuda_graph: CudaGraph) -> GraphedFunction | Non
     inputs = gm.graph.find_nodes(op="placeholder")
     tensors = {i for i, node in enumerate(inputs) if isinstance(node.meta["val"], Tensor)}
     reason = _ungraphed_reason(gm.graph)
-    if reason is None and len(tensors - fixed) != 1:
-        reason = f"{len(tensors - fixed)} inputs are tensors, expected one"
+    if reason is None and not tensors - fixed:
+        reason = "no input is a tensor"
     if reason is not None:
         if cuda_graph is True:
             warnings.warn(f"cuda_graph=True, but calls run without a graph: {reason}", RuntimeWarning, stacklevel=2)
         return None
-    (images,) = tensors - fixed
-    return GraphedFunction(gm.forward, images, sorted(tensors & fixed), cuda_graph)
+    return GraphedFunction(gm.forward, tensors - fixed, tensors & fixed, cuda_graph)
 
 
 def _ungraphed_reason(graph: fx.Graph) -> str | None:
-    """Why a CUDA graph cannot repeat this for other images; None if it can."""
-    results: Any = graph.output_node().args[0]
-    if not all(isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) for node in results):
-        return "a result is no tensor"
+    """Why a CUDA graph cannot repeat this for other inputs; None if it can. Numbers follow from the inputs' sizes."""
+    output: Any = graph.output_node().args[0]
+    results = [node for node in output if isinstance(node, fx.Node) and isinstance(node.meta["val"], Tensor)]
     bases = set(map(layouts.base_of, results))
     if len(bases) < len(results) or any(node.op == "placeholder" for node in bases):
         return "results share memory with each other or with inputs"

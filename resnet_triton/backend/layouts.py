@@ -37,7 +37,8 @@ def show(moved: Iterable[Tensor], graph: fx.GraphModule, inputs: Sequence[Any]) 
     with next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), torch.no_grad():
         before = [fake.contiguous() if id(x) in ids else fake for x, fake in zip(inputs, fakes, strict=True)]
         before = [fake.clone() if isinstance(fake, Tensor) else fake for fake in before]  # in case it is written
-        results = zip(graph(*before), graph.graph.output_node().args[0], strict=True)
+        output: Any = graph.graph.output_node().args[0]
+        results = zip(graph(*before), output, strict=True)
     pairs = [(value, node.meta["example_value"]) for value, node in results if isinstance(value, Tensor)]
     return any(_order(a) != _order(b) for a, b in pairs)
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ _capturing = threading.Lock()
 
 @dataclass
 class Entry:
-    """How images get into a graph: `fill` writes `buffer`, which `body` computes the answer from."""
+    """How inputs get into a graph: `fill` writes `buffer`, one or several, which `body` computes the answer from."""
 
-    buffer: Tensor
-    fill: Callable[[Tensor], object]
-    body: Callable[[Tensor], Tensor]
+    buffer: Tensor | tuple[Tensor, ...]
+    fill: Callable[[Any], object]
+    body: Callable[[Any], Any]
     own: bool = False
     """Whether all that `body` launches are operators of a model of ours, so that no kernel writes a parameter."""
 
@@ -34,21 +35,25 @@ class Captured:
     """A graph, and what it reads and writes. Keeping it keeps its memory."""
 
     graph: torch.cuda.CUDAGraph
-    input: Tensor
-    fill: Callable[[Tensor], object]
-    output: Tensor
+    input: Tensor | tuple[Tensor, ...]
+    fill: Callable[[Any], object]
+    output: Any
     semaphores: Tensor
     replays: int = 0
     _streams: set[int] = field(default_factory=set)
 
-    def replay(self, x: Tensor, stream: torch.cuda.Stream) -> None:
+    def replay(self, given: Any, stream: torch.cuda.Stream) -> None:
         """Launch on `stream`, the current one. Does not wait."""
         if stream.cuda_stream not in self._streams:  # once for all launches: when a buffer is freed, it counts them
-            for buffer in (self.input, self.semaphores):  # if freed now, reused only after this launch
+            for buffer in (*_several(self.input), self.semaphores):  # if freed now, reused only after this launch
                 buffer.record_stream(stream)
             self._streams.add(stream.cuda_stream)
-        self.fill(x)
+        self.fill(given)
         self.graph.replay()
+
+
+def _several(buffer: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return buffer if isinstance(buffer, tuple) else (buffer,)
 
 
 def takes(x: Tensor) -> bool:
@@ -92,7 +97,7 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
     alignment may want others than those of the images. Then PyTorch waits for the device and gives its cached memory
     back.
     """
-    device = entry.buffer.device
+    device = _several(entry.buffer)[0].device
     graph = torch.cuda.CUDAGraph()
     stream = _side_stream(device)
     pool = torch.cuda.graph_pool_handle() if beside is None else beside.graph.pool()

@@ -5,46 +5,59 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import cuda_graph as cuda
-from .replay import CudaGraph, Graphs, copied, key_of, uncaptured_reason
+from .cuda_graph import Entry
+from .replay import CudaGraph, Graphs, key_of, tf32, watched_reason
 
 
 class GraphedFunction(Graphs):
-    """`function(*values)`, which returns new tensors in a tuple and changes nothing.
+    """`function(*values)`, which returns new tensors and numbers in a tuple and changes nothing.
 
-    Of its values, number `images` is read anew in each call. Those in `static` are parameters and buffers, which a
-    graph reads where they are: it is one for these addresses. All others are numbers.
+    Of its values, those numbered in `inputs` are tensors that are read anew in each call. Those in `static` are
+    parameters and buffers, which a graph reads where they are: it is one for these addresses. All others are numbers.
     """
 
     def __init__(
-        self, function: Callable[..., Sequence[Tensor]], images: int, static: Sequence[int], cuda_graph: CudaGraph
+        self, function: Callable[..., Sequence[Any]], inputs: set[int], static: set[int], cuda_graph: CudaGraph
     ) -> None:
         super().__init__()
-        self.function, self.images, self.cuda_graph = function, images, cuda_graph
-        self._static = sorted(static)
-        self._known = {images, *static}
+        self.function, self.cuda_graph = function, cuda_graph
+        self._inputs, self._static = sorted(inputs), sorted(static)
+        self._known = inputs | static
         self._first = True
 
-    def __call__(self, values: list[Any]) -> Sequence[Tensor]:
-        x = values[self.images]
-        if self._first or not cuda.takes(x):  # in the first call, torch.compile watches what operators return
+    def __call__(self, values: list[Any]) -> Sequence[Any]:
+        given = [values[i] for i in self._inputs]
+        if self._first or not cuda.takes(given[0]):  # in the first call, torch.compile watches what operators return
             self._first = False
             return self.function(*values)
-        if (reason := uncaptured_reason(x)) is not None:
+        if (reason := watched_reason(given[0].device)) is not None:
             self.note(reason, self.cuda_graph)
             return self.function(*values)
-        key = key_of(x)
+        first, *others = map(key_of, given)
         where = tuple(values[i].data_ptr() for i in self._static)
-        key = *key[:-1], where, tuple(v for i, v in enumerate(values) if i not in self._known), key[-1]
-        replayed: Sequence[Tensor] | None = self.replay(key, x)
+        numbers = tuple(v for i, v in enumerate(values) if i not in self._known)
+        key = *first, *others, where, numbers, tf32()
+        replayed: Sequence[Any] | None = self.replay(key, given)
         if replayed is not None:
             return replayed
         y = self.function(*values)
-
-        def body(images: Tensor) -> Any:
-            return tuple(self.function(*(images if i == self.images else v for i, v in enumerate(values))))
-
-        self.consider(key, x, self.cuda_graph, lambda: None, lambda: copied(body, x))
+        self.consider(key, self.cuda_graph, lambda: None, lambda: self._entry(values, given))
         return y
+
+    def _entry(self, values: list[Any], given: list[Tensor]) -> Entry:
+        values, buffers = list(values), tuple(map(torch.clone, given))  # an index that nobody wrote could be any
+
+        def fill(given: list[Tensor]) -> None:
+            for buffer, t in zip(buffers, given, strict=True):
+                buffer.copy_(t)
+
+        def body(buffers: tuple[Tensor, ...]) -> Any:
+            for i, buffer in zip(self._inputs, buffers, strict=True):
+                values[i] = buffer
+            return tuple(self.function(*values))
+
+        return Entry(buffers, fill, body)

@@ -42,12 +42,17 @@ def check_mode(cuda_graph: object) -> None:
 
 def uncaptured_reason(x: Tensor) -> str | None:
     """What about this call, rather than about the model, wants every operator run again; None if nothing does."""
-    if torch.is_grad_enabled():
-        return "grad mode is on"
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        return "autocast is on"
     if x.dtype not in _IMAGES or x.numel() == 0:
         return "the input is not a batch of images in fp32, fp16, bf16 or bytes"
+    return watched_reason(x.device)
+
+
+def watched_reason(device: torch.device) -> str | None:
+    """The same of a call whose inputs may be any."""
+    if torch.is_grad_enabled():
+        return "grad mode is on"
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):
+        return "autocast is on"
     if _has_any_global_hook():
         return "a hook on all modules"
     if dispatch.transformed() or forward_ad._current_level >= 0:
@@ -103,17 +108,17 @@ class Graphs:
             eager = [f"{reason} {n} times" for reason, n in self.eager.items()]
         return f"graphs: {', '.join(captured) or 'none'}; calls without: {', '.join(eager) or 'none counted'}"
 
-    def replay(self, key: Key, x: Tensor) -> Any:
-        """The results of a call, from its graph; None if there is none that holds."""
+    def replay(self, key: Key, given: Any) -> Any:
+        """The results of a call on what its graph's `fill` takes; None if there is no graph that holds."""
         with self._lock:
             captured = self._graphs.get(key)
             if captured is None:
                 return None
-            with cuda.on(x.device):
-                stream = cuda.current_stream(x.device)
+            with cuda.on(key[0]):
+                stream = cuda.current_stream(key[0])
                 self._done.wait(stream)
                 try:
-                    captured.replay(x, stream)
+                    captured.replay(given, stream)
                     y = _cloned(captured.output)
                 finally:  # whatever has been launched, the next replay has to wait for it
                     self._done.record(stream)
@@ -125,11 +130,11 @@ class Graphs:
             return y
 
     def consider(
-        self, key: Key, x: Tensor, cuda_graph: CudaGraph, reason: Callable[[], str | None], entry: Callable[[], Entry]
+        self, key: Key, cuda_graph: CudaGraph, reason: Callable[[], str | None], entry: Callable[[], Entry]
     ) -> None:
         """Capture a call that has just run without a graph, by its `entry`, if it is due and `reason` finds nothing."""
         with self._lock:
-            why = self._why_not(key, cuda_graph) or reason() or self._capture(key, x, entry)
+            why = self._why_not(key, cuda_graph) or reason() or self._capture(key, entry)
         self.note(why or WAITING, cuda_graph)
 
     def _why_not(self, key: Key, cuda_graph: CudaGraph) -> str | None:
@@ -144,7 +149,7 @@ class Graphs:
             return WAITING
         return None
 
-    def _capture(self, key: Key, x: Tensor, entry: Callable[[], Entry]) -> str | None:
+    def _capture(self, key: Key, entry: Callable[[], Entry]) -> str | None:
         """Why it failed, or None."""
         if self.is_stale():
             self._drop_all()
@@ -155,7 +160,7 @@ class Graphs:
         beside = next(iter(self._graphs.values()), None)
         try:
             # Outside inference mode, or only calls inside it could write the input buffer.
-            with cuda.on(x.device), torch.inference_mode(False), torch.no_grad():
+            with cuda.on(key[0]), torch.inference_mode(False), torch.no_grad():
                 self._graphs[key] = cuda.capture(entry(), beside)
         except Exception as error:  # the caller has an answer; whatever this was, the shape goes on without a graph
             self._shapes[key].failed = True
@@ -177,17 +182,23 @@ class Graphs:
 
 def _cloned(output: Any) -> Any:
     """Results of a graph for its caller: the graph writes its own again."""
-    return [t.clone() for t in output] if isinstance(output, tuple) else output.clone()
+    if isinstance(output, tuple):
+        return [t.clone() if isinstance(t, Tensor) else t for t in output]
+    return output.clone()
 
 
 def key_of(x: Tensor) -> Key:
-    """What two calls must have in common to use one graph, besides the model. Last, whether a kernel may read `x`."""
+    """What two calls must have in common to use one graph, besides the model: first the device, then the shape and the
+    dtype; last, whether a kernel may read `x`."""
     readable = x.data_ptr() % 16 == 0 and not (x.is_neg() or x._is_zerotensor())
     layout = x.stride() if readable else x.is_contiguous(memory_format=torch.channels_last)
     # TF32 or not is read when a kernel is launched. Asked for bytes, too: they may become fp32 on the way in.
     wide = x.dtype == torch.float32 or x.dtype == torch.uint8
-    tf32 = (conv_precision(torch.float32), matmul_precision(torch.float32)) if wide else None
-    return x.device, x.shape, x.dtype, layout, tf32, readable
+    return x.device, x.shape, x.dtype, layout, tf32() if wide else None, readable
+
+
+def tf32() -> tuple[str, str]:
+    return conv_precision(torch.float32), matmul_precision(torch.float32)
 
 
 def _name(key: Key) -> str:

@@ -129,7 +129,7 @@ class Runner(Graphs):
         y = source._forward_impl(x)  # the answer, whatever becomes of a capture
         if graphs:
             reason = model.uncaptured_reason if source is model else lambda: None
-            self.consider(key, x, model.cuda_graph, reason, lambda: self._entry(source, key, x))
+            self.consider(key, model.cuda_graph, reason, lambda: self._entry(source, key, x))
         return y
 
     def describe_model(self, model: Graphed) -> str:

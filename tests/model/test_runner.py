@@ -65,7 +65,7 @@ def test_default_is_auto(cuda):
 def test_only_what_our_models_launch_may_start_before_the_kernel_before_has_ended(cuda):
     """In another function a kernel may copy a parameter just before it is read."""
     captured(small(), images())
-    function, values = GraphedFunction(lambda x, weight: (x * weight,), 0, [1], True), [images(), torch.ones(1)]
+    function, values = GraphedFunction(lambda x, weight: (x * weight,), {0}, {1}, True), [images(), torch.ones(1)]
     for _ in range(3):
         function(values)
     assert [graph.own for graph in cuda.graphs] == [True, False]
