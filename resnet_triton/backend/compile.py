@@ -24,6 +24,7 @@ from ..ops import dispatch
 from ..ops.dispatch import Modes
 from ..ops.trace import Call, propagate, trace_graph
 from . import layouts
+from .inductor import compile_rest
 from .rewrite import rewrite
 
 Function = Callable[..., Any]
@@ -47,12 +48,13 @@ def resnet_triton(
     """Compile a graph of Dynamo's: convolutions and what follows them on our kernels, the rest on PyTorch's.
 
     `options` may hold `kernels` ("auto", "torch" or "triton"), `batch_invariant` (bool) and `cuda_graph` ("auto", True
-    or False), which mean what they mean for `optimize`. `mode` is torch.compile's: "reduce-overhead" and
+    or False), which mean what they mean for `optimize`, and `rest`: "eager" runs the rest operator by operator,
+    "inductor" has torch.compile's own backend compile it. `mode` is torch.compile's: "reduce-overhead" and
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
     For `report`, `record` takes the calls that the graph makes, and `functions` what CUDA graphs repeat. `moved`
     returns the filters that `optimize` has moved to channels_last memory; RuntimeError if that shows in results.
     """
-    modes, cuda_graph = settings(mode, options)
+    modes, cuda_graph, rest = settings(mode, options)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         _warn_of_gradients(modes, inputs)
         return graph.forward
@@ -70,10 +72,11 @@ def resnet_triton(
             record.extend(trace_graph(gm, _names(gm.graph), layouts.restore_arguments))
         layouts.restore_results(gm.graph)
         gm.recompile()
-        graphed = _graphed(gm, cuda_graph)
+        forward = compile_rest(gm) if rest == "inductor" and record is None else gm.forward
+        graphed = _graphed(gm.graph, forward, cuda_graph)
         if functions is not None and graphed is not None:
             functions.append(graphed)
-        return _boxed(graphed or gm.forward)
+        return _boxed(graphed or forward)
 
     compiled: Function = aot_module_simplified(
         graph, inputs, fw_compiler=compile_inference, keep_inference_input_mutations=True
@@ -93,22 +96,22 @@ def _boxed(function: Function) -> Function:
     return run
 
 
-def _graphed(gm: fx.GraphModule, cuda_graph: CudaGraph) -> GraphedFunction | None:
-    """The graph as a function that CUDA graphs may repeat, if they may."""
+def _graphed(graph: fx.Graph, forward: Function, cuda_graph: CudaGraph) -> GraphedFunction | None:
+    """What computes a graph as a function that CUDA graphs may repeat, if they may."""
     if cuda_graph is False:
         return None
     metadata = TracingContext.get().fw_metadata
     fixed = set() if metadata is None else set(metadata.static_input_indices)
-    inputs = gm.graph.find_nodes(op="placeholder")
+    inputs = graph.find_nodes(op="placeholder")
     tensors = {i for i, node in enumerate(inputs) if isinstance(node.meta["val"], Tensor)}
-    reason = _ungraphed_reason(gm.graph)
+    reason = _ungraphed_reason(graph)
     if reason is None and not tensors - fixed:
         reason = "no input is a tensor"
     if reason is not None:
         if cuda_graph is True:
             warnings.warn(f"cuda_graph=True, but calls run without a graph: {reason}", RuntimeWarning, stacklevel=2)
         return None
-    return GraphedFunction(gm.forward, tensors - fixed, tensors & fixed, cuda_graph)
+    return GraphedFunction(forward, tensors - fixed, tensors & fixed, cuda_graph)
 
 
 def _ungraphed_reason(graph: fx.Graph) -> str | None:
@@ -130,11 +133,11 @@ def _ungraphed_reason(graph: fx.Graph) -> str | None:
     return None
 
 
-def settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Modes, CudaGraph]:
+def settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Modes, CudaGraph, str]:
     """What `mode` and `options` of torch.compile ask for; ValueError if that is unknown."""
     if mode not in _MODES:
         raise ValueError(f"mode={mode!r}, expected one of {', '.join(repr(m) for m in _MODES if m)}")
-    known = {"kernels": "auto", "batch_invariant": False, "cuda_graph": _MODES[mode]}
+    known = {"kernels": "auto", "batch_invariant": False, "cuda_graph": _MODES[mode], "rest": "eager"}
     asked = {**known, **(options or {})}
     if unknown := asked.keys() - known.keys():
         raise ValueError(f"options has {', '.join(map(repr, sorted(unknown)))}, expected {', '.join(known)}")
@@ -142,7 +145,9 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Modes
     check_mode(asked["cuda_graph"])
     if not isinstance(asked["batch_invariant"], bool):
         raise ValueError(f"options has batch_invariant={asked['batch_invariant']!r}, expected True or False")
-    return Modes(asked["batch_invariant"], asked["kernels"]), asked["cuda_graph"]
+    if asked["rest"] not in ("eager", "inductor"):
+        raise ValueError(f"options has rest={asked['rest']!r}, expected 'eager' or 'inductor'")
+    return Modes(asked["batch_invariant"], asked["kernels"]), asked["cuda_graph"], asked["rest"]
 
 
 def _names(graph: fx.Graph) -> dict[fx.Node, str]:

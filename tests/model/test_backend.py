@@ -322,15 +322,43 @@ def test_training_mode_trains_the_statistics():
     ("arguments", "message"),
     [
         ({"mode": "fastest"}, "mode='fastest', expected one of 'default', 'reduce-overhead'"),
-        ({"options": {"graph": True}}, "options has 'graph', expected kernels, batch_invariant, cuda_graph"),
+        ({"options": {"graph": True}}, "options has 'graph', expected kernels, batch_invariant, cuda_graph, rest"),
         ({"options": {"kernels": "cuda"}}, "kernels='cuda', expected one of"),
         ({"options": {"cuda_graph": 1}}, "cuda_graph=1, expected"),
         ({"options": {"batch_invariant": 1}}, "batch_invariant=1, expected True or False"),
+        ({"options": {"rest": "aot"}}, "rest='aot', expected 'eager' or 'inductor'"),
     ],
 )
 def test_unknown_settings(arguments, message):
     with torch.no_grad(), pytest.raises(Exception, match=message):
         torch.compile(conv(), backend="resnet_triton", **arguments)(images())
+
+
+class Mixed(nn.Module):
+    """Between our convolutions: gates, a grouped convolution, a transposed one, an attention; a view at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.grouped, self.norm = conv(bias=True), conv(), conv(groups=2), norm()
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.norm(self.b(self.a(x).clamp(-3, 3))).relu()
+        y = self.grouped(y.flip(1)[:, :, 1:]) * y.amax((2, 3), keepdim=True)
+        return y.view(len(x), -1), self.up(y), y
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_compiles_the_rest():
+    model = integral(Mixed())
+    fast = torch.compile(model, backend="resnet_triton", dynamic=True, options={"rest": "inductor"})
+    for n in (3, 2):
+        for actual, expected in zip(fast(images(n)), model(images(n)), strict=True):
+            assert torch.equal(actual, expected)
+            assert strides(actual) == strides(expected)
+        model.a.weight.mul_(-1)
+    assert used(fast, images()) == {("conv_bn_relu", "torch"): 2}
 
 
 @torch.no_grad()

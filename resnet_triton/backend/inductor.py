@@ -1,0 +1,32 @@
+"""What is not ours in a graph, compiled by Inductor, to which our operators are calls that it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+def compile_rest(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A function that computes what a rewritten graph does, from the same inputs."""
+    from torch._inductor.compile_fx import compile_fx_inner  # not above: importing Inductor takes seconds
+    from torch._inductor.decomposition import select_decomp_table
+
+    inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    mode: Any = detect_fake_mode(inputs)
+    constants = dict(gm.named_buffers())
+    fakes = [*inputs, *map(mode.from_tensor, constants.values())]
+
+    def run(*values: Any) -> Any:
+        return functional_call(gm, dict(zip(constants, values[len(inputs) :], strict=True)), values[: len(inputs)])
+
+    with mode:  # Inductor wants simpler operators than those that our patterns are made of
+        simple = make_fx(run, decomposition_table=select_decomp_table())(*fakes)
+    output: Any = simple.graph.output_node()
+    output.meta["user_visible_output_idxs"] = [i for i, node in enumerate(output.args[0]) if isinstance(node, fx.Node)]
+    compiled: Any = compile_fx_inner(simple, fakes, is_inference=True)
+    return lambda *values: compiled([*values, *constants.values()])
