@@ -132,7 +132,9 @@ class Program:
         backend = _backend(options=self.options, functions=self.functions, moved=_moved(module))
         written: Any = origin(module)
         call = _call if written.__call__ is nn.Module.__call__ else _call_by_class
-        self.function: Callable[..., Any] = torch.compile(_fresh(call, written.__name__), backend=backend)
+        function: Any = _fresh(call, written.__name__)
+        self.code = function.__code__
+        self.function: Callable[..., Any] = torch.compile(function, backend=backend)
 
     def holds(self, module: Compiled) -> bool:
         return self.owner() is module and self.options == module._options and self.watch.holds()
@@ -208,6 +210,21 @@ def describe(module: Compiled) -> str:
     programs = [p for p in list(vars(module).get("_programs", {}).values()) if isinstance(p, Program)]
     said = [function.describe() for program in programs for function in program.functions]
     return f"cuda_graph={module._options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
+
+
+def limit(model: nn.Module) -> str | None:
+    """Whether torch.compile has compiled `model` as often as it does, for `report`."""
+    from torch._dynamo import config, eval_frame  # not above: importing Dynamo takes two seconds
+
+    programs = [p for p in list(vars(model).get("_programs", {}).values()) if isinstance(p, Program)]
+    written: Any = getattr(model, "_orig_mod", model)  # of what torch.compile returns
+    functions = [p.code for p in programs] if isinstance(model, Compiled) else [type(written).forward.__code__]
+    if any(len(eval_frame._debug_get_cache_entry_list(code)) >= config.recompile_limit for code in functions):
+        return (
+            f"torch.compile has compiled the model {config.recompile_limit} times, its limit: calls of other dtypes, "
+            "sizes or modes run as it was written; raise torch._dynamo.config.recompile_limit"
+        )
+    return None
 
 
 def forget(module: nn.Module) -> None:

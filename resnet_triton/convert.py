@@ -194,13 +194,15 @@ class Report:
     """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
     a graph repeats is not made again); `graphs`, for each whole ResNet and compiled model by name, what its graphs have
     done; `replaced`, by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as
-    they are; `untuned`, one line if convolutions run on kernels, on a GPU on which no tile was ever timed."""
+    they are; `untuned`, one line if convolutions run on kernels, on a GPU on which no tile was ever timed; `limit`, one if
+    torch.compile will not compile the model again."""
 
     calls: list[Call]
     counted: dict[tuple[str, str], int]
     graphs: dict[str, str]
     replaced: dict[str, str]
     untuned: str | None = None
+    limit: str | None = None
 
     def __str__(self) -> str:
         rows = [("layer", "operator", "runs on", "why, or how")]
@@ -216,8 +218,8 @@ class Report:
         for name, why in self.replaced.items():
             where.setdefault(why, []).append(name or "the model")
         runs = [f"{why}, so what is there now runs: {_some(names)}" for why, names in where.items()]
-        tiles = [self.untuned] if self.untuned else []
-        return "\n".join([*lines, *tiles, *graphs, *runs, f"calls so far in this process: {counts}"])
+        said = [line for line in (self.untuned, self.limit) if line]
+        return "\n".join([*lines, *said, *graphs, *runs, f"calls so far in this process: {counts}"])
 
 
 def _some(names: list[str]) -> str:
@@ -234,11 +236,13 @@ def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Repor
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
     graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
-    found = trace(model, shape) if _chosen(model) else compiled.trace(model, shape)
+    chosen = _chosen(model)
+    limit = None if chosen else compiled.limit(model)
+    found = trace(model, shape) if chosen else compiled.trace(model, shape)
     calls = [_explained(call, replaced) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.operator == "conv_bn_relu"]
     untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
-    return Report(calls, dict(dispatch.calls), graphs, replaced, untuned)
+    return Report(calls, dict(dispatch.calls), graphs, replaced, untuned, limit)
 
 
 def precompile(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> None:

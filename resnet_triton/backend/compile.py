@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 
 from ..graphs.function import GraphedFunction
 from ..graphs.replay import CudaGraph, check_mode
@@ -55,6 +55,8 @@ def resnet_triton(
     returns the filters that `optimize` has moved to channels_last memory; RuntimeError if that shows in results.
     """
     modes, cuda_graph, rest = settings(mode, options)
+    if record is None:
+        _warn_of_limit()
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         _warn_of_gradients(modes, inputs)
         return graph.forward
@@ -158,6 +160,18 @@ def _names(graph: fx.Graph) -> dict[fx.Node, str]:
         if stack:
             names[node] = re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0])
     return names
+
+
+def _warn_of_limit() -> None:
+    """Once for a function, when torch.compile compiles it for the last time."""
+    compilation, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    if compilation is not None and compilation.frame_compile_id == limit - 1:
+        warnings.warn(
+            f"torch.compile has now compiled a function {limit} times, its limit: calls of other dtypes, sizes or modes "
+            "run without our kernels; raise torch._dynamo.config.recompile_limit",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _warn_of_gradients(modes: Modes, inputs: Sequence[Any]) -> None:

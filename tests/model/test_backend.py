@@ -278,6 +278,21 @@ def test_batches_one_and_many_compile_once_each():
     assert len(graphs) == 2
 
 
+@pytest.mark.parametrize("make", [optimize, functools.partial(torch.compile, backend="resnet_triton")])
+@torch.no_grad()
+def test_torchs_limit_of_compilations_is_said(make):
+    """Models of one class are compiled once for all of them, or have a function each: they do not come near it."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(3):
+            model, x = make(integral(Outer())), images()
+            assert used(model, x)
+        assert report(model, x.shape).limit is None
+        with pytest.warns(RuntimeWarning, match=r"a function 2 times, its limit: .*; raise torch._dynamo.config"):
+            assert used(model.half(), x.half())
+        assert "the model 2 times, its limit" in str(report(model, x.shape))
+        assert not used(model.bfloat16(), x.bfloat16())
+
+
 @torch.no_grad()
 def test_edits_of_weights_show():
     model, x = integral(Residual(_downsample())), images()
