@@ -26,7 +26,7 @@ from .graphs.function import GraphedFunction
 from .graphs.replay import CudaGraph
 from .ops import dispatch, original
 from .ops.dispatch import Kernels
-from .ops.trace import Call
+from .ops.trace import Call, arguments
 
 
 class Compiled(nn.Module):
@@ -66,11 +66,15 @@ class Compiled(nn.Module):
             return "disabled"
         if self.training:
             return "training mode"
-        if torch.is_grad_enabled() and _wants_gradients(self, args, kwargs):
+        if torch.is_grad_enabled() and ("_original" in vars(self) or _wants_gradients(self, args, kwargs)):
             return "grad mode is on"
-        if _has_any_global_hook():
-            return "a hook on all modules"
-        return "a replica of DataParallel" if getattr(self, "_is_replica", False) else None
+        return "a hook on all modules" if _has_any_global_hook() else None
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """One of DataParallel's replicas, which are others at each call: what is compiled for them is kept here."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        vars(replica)["_original"] = self
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle or a copy names the class that the module was, and is optimized in turn."""
@@ -124,12 +128,13 @@ def _wants_gradients(module: nn.Module, args: Any, kwargs: Any) -> bool:
 class Program:
     """The compiled function of one module in one grad mode, for as long as its code and hooks stay what they are."""
 
-    def __init__(self, module: Compiled) -> None:
+    def __init__(self, module: Compiled, replicas: bool) -> None:
         self.owner = weakref.ref(module)
         self.options = module._options
         self.watch = Watch(module)
         self.functions: list[GraphedFunction] = []
-        backend = _backend(options=self.options, functions=self.functions, moved=_moved(module))
+        options = {**self.options, "cuda_graph": False} if replicas else self.options  # their parameters are new ones
+        backend = _backend(options=options, functions=self.functions, moved=_moved(module))
         written: Any = origin(module)
         call = _call if written.__call__ is nn.Module.__call__ else _call_by_class
         function: Any = _fresh(call, written.__name__)
@@ -140,21 +145,20 @@ class Program:
         return self.owner() is module and self.options == module._options and self.watch.holds()
 
 
-def trace(model: nn.Module, shape: tuple[int, ...]) -> list[Call]:
-    """The calls of our operators, and every sizeable one of PyTorch's, in `model(zeros(shape))` once compiled."""
+def trace(model: nn.Module, shape: tuple[Any, ...]) -> list[Call]:
+    """The calls of our operators, and every sizeable one of PyTorch's, in `model(*arguments(shape))` once compiled."""
     found: list[Call] = []
     settings: dict[str, Any] = {"options": {"kernels": "auto"}}
     if isinstance(model, Compiled):
         settings = {"options": {"kernels": model._options["kernels"]}, "moved": _moved(model)}
         _move(model)
     function = torch.compile(_fresh(_call, "report"), backend=_backend(record=found, **settings), dynamic=False)
-    parameter = next(model.parameters())
-    x = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+    args = arguments(model, shape)
     with torch.no_grad():
         try:
-            function(model, (x,), {})
+            function(model, args, {})
         except RuntimeError as error:
-            _again(error, model, function, (x,), {})
+            _again(error, model, function, args, {})
     return found
 
 
@@ -185,8 +189,10 @@ compiler at each call."""
 
 def _program(module: Compiled) -> Program | None:
     """What a call runs; None if the module has changed too often."""
+    original = vars(module).get("_original", module)
+    replicas, module = original is not module, original
     programs = vars(module).setdefault("_programs", {})
-    key = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), replicas
     program: Program | None = programs.get(key)
     if program is not None and program.holds(module):
         return program
@@ -200,8 +206,9 @@ def _program(module: Compiled) -> Program | None:
                 stacklevel=4,
             )
         return None
-    _move(module)
-    programs[key] = Program(module)
+    if not replicas:
+        _move(module)
+    programs[key] = Program(module, replicas)
     return programs[key]
 
 

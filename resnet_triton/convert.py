@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -194,8 +195,8 @@ class Report:
     """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
     a graph repeats is not made again); `graphs`, for each whole ResNet and compiled model by name, what its graphs have
     done; `replaced`, by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as
-    they are; `untuned`, one line if convolutions run on kernels, on a GPU on which no tile was ever timed; `limit`, one if
-    torch.compile will not compile the model again."""
+    they are; `untuned`, one line if convolutions run on kernels, on a GPU on which no tile was ever timed; `limit`, one
+    if torch.compile will not compile the model again."""
 
     calls: list[Call]
     counted: dict[tuple[str, str], int]
@@ -226,13 +227,16 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def report(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> Report:
+def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Report:
     """Which layer of `model` runs on what, and why, for an input of `shape`, as inference would run now.
 
-    Computes nothing of a model that contains torchvision's ResNets: it is traced on fake tensors. Others are compiled
-    anew and called once, on zeros. TypeError if `model` is no module.
+    For a model of several inputs, or of others than images, `shape` is the tuple of a call's arguments. Computes
+    nothing of a model that contains torchvision's ResNets: it is traced on fake tensors. Others are compiled anew and
+    called once, on zeros. TypeError if `model` is no module.
     """
     _check_module(model)
+    if isinstance(model, nn.DataParallel):
+        model = model.module
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
     graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}

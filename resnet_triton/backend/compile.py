@@ -167,8 +167,8 @@ def _warn_of_limit() -> None:
     compilation, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
     if compilation is not None and compilation.frame_compile_id == limit - 1:
         warnings.warn(
-            f"torch.compile has now compiled a function {limit} times, its limit: calls of other dtypes, sizes or modes "
-            "run without our kernels; raise torch._dynamo.config.recompile_limit",
+            f"torch.compile has now compiled a function {limit} times, its limit: calls of other dtypes, sizes or "
+            "modes run without our kernels; raise torch._dynamo.config.recompile_limit",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from ..ops import NONE, RELU, Activation  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
 from ..ops.stem import CONV, POOL
+from .layouts import base_of
 
 aten = torch.ops.aten
 Node = fx.Node
@@ -91,9 +92,9 @@ class _Rewriter:
                 node.replace_all_uses_with(_args(node)[0])
                 self.graph.erase_node(node)
         nodes = list(self.graph.nodes)
-        if any(isinstance(n.target, torch._ops.OpOverload) and "strided" in n.target._schema.name for n in nodes):
+        if any(map(_looks_past_a_view, nodes)):
             for node in nodes:  # what these read depends on where every value lies in memory
-                node.meta["reason"] = "as_strided in the same graph"
+                node.meta["reason"] = "as_strided of a view in the same graph"
             return
         chains = {chain.tail: chain for node in list(self.graph.nodes) if (chain := self._chain(node)) is not None}
         for node in list(self.graph.nodes):
@@ -320,6 +321,15 @@ def _strides_are_its_own(node: Node) -> bool:
     size, stride = ([v.meta["val"] if isinstance(v, Node) else v for v in values] for values in _args(node)[1:3])
     same = zip(size, stride, x.meta["val"].stride(), strict=False)
     return tuple(size) == _shape(x) and all(n == 1 or a == b for n, a, b in same)
+
+
+def _looks_past_a_view(node: Node) -> bool:
+    """Whether this is `as_strided`, and may read what its argument is a view of: not an input, which nobody moves."""
+    if not isinstance(node.target, torch._ops.OpOverload) or "as_strided" not in node.target._schema.name:
+        return False
+    x = _args(node)[0]
+    base = base_of(x)
+    return base.op != "placeholder" and base is not x
 
 
 def _reason(conv: Node) -> str | None:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ..config import ConvShape
 from ..config.device import DeviceFacts, override
@@ -65,21 +66,28 @@ class Call:
             return self.ours.launches(self.ours.output())
 
 
-def trace(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224), dtype: torch.dtype | None = None) -> list[Call]:
-    """Every call of our operators, and every sizeable one PyTorch runs itself, in `model(zeros(shape))`.
+def arguments(model: nn.Module, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+    """Those of a call: zeros of a shape, or what is given if that is none."""
+    if not all(isinstance(size, int) for size in shape):
+        return shape
+    parameter = next(model.parameters())
+    return (torch.zeros(shape, dtype=dtype or parameter.dtype, device=parameter.device),)
+
+
+def trace(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224), dtype: torch.dtype | None = None) -> list[Call]:
+    """Every call of our operators, and every sizeable one PyTorch runs itself, in `model(*arguments(model, shape))`.
 
     `dtype` reads the model as if it had been converted; by default it is taken as it is. Forward hooks run, on fakes.
     """
-    parameter = next(model.parameters())
     named = {name: t.detach() for name, t in chain(model.named_parameters(), model.named_buffers())}
     with FakeTensorMode() as fake:
         tensors = {name: _as(fake.from_tensor(t), dtype) for name, t in named.items()}
         recorder = _Recorder({id(t): name.rpartition(".")[0] for name, t in tensors.items()})
-        x = torch.zeros(shape, dtype=dtype or parameter.dtype, device=parameter.device)
+        args = tree_map_only(Tensor, fake.from_tensor, arguments(model, shape, dtype))
         token = tracer.set(recorder.explain)
         try:
             with torch.no_grad(), recorder:
-                functional_call(model, tensors, (x,), strict=True)
+                functional_call(model, tensors, args, strict=True)
         finally:
             tracer.reset(token)
     return list(map(_without_memory, recorder.calls))

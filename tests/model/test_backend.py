@@ -171,7 +171,8 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "head by mean": (lambda: lambdas(lambda m, x: m.fc(x.mean((2, 3))), fc=nn.Linear(8, 4)), ["avg_pool_linear"]),
     "mean": (lambda: nn.AdaptiveAvgPool2d(1), ["global_avg_pool"]),
     "linear": (lambda: lambdas(lambda m, x: m.fc(x[:, :, 0, 0].relu()), fc=nn.Linear(8, 4)), ["linear"]),
-    "strides looked at": (lambda: lambdas(lambda m, x: m.a(x).relu().as_strided((4, 3), (1, 7), 5), a=conv()), [LEFT]),
+    "strides looked at": (lambda: lambdas(lambda m, x: m.a(x).relu().as_strided((4, 3), (1, 7), 5), a=conv()), [CBR]),
+    "an input's strides": (lambda: lambdas(lambda m, x: m.a(x) + x[1:].as_strided((1,), (1,), 9), a=conv()), [CBR]),
     "attention": (
         lambda: lambdas(lambda m, x: (lambda y: F.scaled_dot_product_attention(y[:, :4], y[:, 4:], y[:, 4:]))(m.a(x)),
                         a=nn.Conv2d(8, 8, 1)),
@@ -795,6 +796,33 @@ def lambdas_of_two() -> nn.Module:
             return y * scale
 
     return Two()
+
+
+@torch.no_grad()
+def test_replicas_of_data_parallel_stay_compiled_and_use_their_own_parameters(monkeypatch):
+    module = sys.modules[nn.parallel.replicate.__module__]
+    monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(
+        module, "_broadcast_coalesced_reshape", lambda ts, devices, detach: [[t.clone() for t in ts] for _ in devices]
+    )
+    model, x = optimize(integral(Outer())), images()
+    with disabled(model):
+        expected = model(x)
+    for _ in range(2):
+        one, other = nn.parallel.replicate(model, [0, 1], detach=True)
+        other.inner.conv.weight.zero_()
+        assert torch.equal(one(x), expected)
+        assert not torch.equal(other(x), expected)
+        assert used(other, x) == {("conv_bn_relu", "torch"): 1, ("avg_pool_linear", "torch"): 1}
+    (program,) = (p for p in model._programs.values() if isinstance(p, compiled.Program))
+    assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(program.code)) == 1
+
+
+@torch.no_grad()
+def test_report_takes_the_arguments_of_a_call():
+    for model in (Denoiser(), optimize(Denoiser()), nn.DataParallel(optimize(Denoiser()))):
+        calls = report(model.eval(), (images(), torch.tensor([3, 5]))).calls
+        assert (calls[0].name, calls[0].operator) == ("conv", CBR)
 
 
 @torch.no_grad()
