@@ -43,8 +43,9 @@ def optimize(
       are left alone, but not their blocks.
     * A model that has none of these, or no batch norm in them any more, runs through our backend of torch.compile,
       which takes whatever that takes. The first call compiles. Calls that want gradients, in training mode, or that a
-      tracer sees run as the model was written. Its filters stay where they are, for its code may count on that; after
-      `model.to(memory_format=torch.channels_last)` calls no longer copy them.
+      tracer sees run as the model was written. The first compiled call moves its filters, too, where neither its code
+      nor a result shows it; `train()` moves them back. Else each call copies them, until
+      `model.to(memory_format=torch.channels_last)`.
 
     Of a model that was optimized before only the modes change.
 

@@ -37,6 +37,32 @@ CPU, images of {size} x {size} pixels. Written by `tests/zoo.py`; `tests/model/t
 | model | from | convolutions taken | difference | left to PyTorch |
 | --- | --- | --- | --- | --- |
 """
+_LIMITS = """
+## What holds, and what does not
+
+* **Filters.** Kernels read filters in channels_last memory; where they lie otherwise, each call copies them. The first
+  compiled call of a model that `optimize` was given moves its filters there, once, if nobody can tell: no code of the
+  model calls `view` on what would lie otherwise, no result would, and the filters share their memory with nothing.
+  `model.train()` and `revert` move them back. Where somebody can tell (features or pixels come out, say), and for
+  `torch.compile(model, backend="resnet_triton")`, filters stay; one warning and `report` say so, and
+  `model.to(memory_format=torch.channels_last)` spares the copies.
+* **CUDA graphs** take any number of tensors in, and tensors, numbers and None out, in tuples, dicts and data classes.
+  They are kept for the sizes, strides and dtypes of all inputs and the addresses of all parameters.
+* **The rest**, what is not ours in a graph, runs as PyTorch's operators. With `options={"rest": "inductor"}` Inductor
+  compiles it, which takes longer to compile. Whether that is faster on a GPU was not measured.
+* **Recompilations.** torch.compile compiles a function at most 8 times: for each dtype, memory format and mode, for
+  one image and for many. Models of one class share these. `optimize` gives each model, with and without inference mode,
+  functions of its own. At the limit one warning and `report` say how to raise it.
+* **DataParallel.** Replicas run compiled, with their own parameters, which are copied at each call, and without CUDA
+  graphs.
+
+Limits:
+
+* A method that is replaced on an object that is no module shows only after `refresh(model)`.
+* In the code of an optimized `Net`, `type(self) is Net` is False: its class is a subclass. `isinstance(self, Net)` holds.
+* A graph with `as_strided` of a view runs on PyTorch as a whole.
+* Code that views a convolution's result only where gradients are on in eval mode finds filters moved; `revert` helps.
+"""
 SIZE = 64
 vision.torchvision()  # the others import it themselves, which a CPU-only torch does not survive
 
@@ -259,3 +285,4 @@ if __name__ == "__main__":
     print(_INTRODUCTION.format(size=SIZE), end="")
     for name in MODELS:
         print(line(name), flush=True)
+    print(_LIMITS, end="")
