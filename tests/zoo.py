@@ -59,9 +59,10 @@ _LIMITS = """
 Limits:
 
 * A method that is replaced on an object that is no module shows only after `refresh(model)`.
-* In the code of an optimized `Net`, `type(self) is Net` is False: its class is a subclass. `isinstance(self, Net)` holds.
+* In the code of an optimized `Net`, `type(self) is Net` is False, for its class is a subclass; `isinstance` holds.
 * A graph with `as_strided` of a view runs on PyTorch as a whole.
-* Code that views a convolution's result only where gradients are on in eval mode finds filters moved; `revert` helps.
+* `view` of a moved filter raises, as in `parameters_to_vector`, and so does that of a convolution's result in code that
+  only runs with gradients on, in eval mode. After `model.train()` or `revert` neither does.
 """
 SIZE = 64
 vision.torchvision()  # the others import it themselves, which a CPU-only torch does not survive

@@ -871,6 +871,7 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
         model(x[:, :1])
     assert any(COPIES in str(warning.message) for warning in recwarn) is not moves
     assert all(w.is_contiguous() for w in weights) is not moves
+    assert model._programs["made"] == 1
     revert(model)
     assert all(w.is_contiguous() for w in weights)
     assert "_moved" not in vars(model)
