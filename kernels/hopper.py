@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .tiles import activate
+from . import tiles
 from .values import Size
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9.0 renames them
@@ -101,6 +101,14 @@ def sum_partials(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: gl.con
         for i in range(1, SPLIT_K):
             acc += gl.load(partials + i * SIZE, cache_modifier=".cg")
     return acc, last
+
+
+@gluon.jit
+def relu(x):
+    return gl.where(x < 0, 0.0, x)  # a maximum would drop NaN
+
+
+activate = gluon.jit(tiles.activate.fn)
 
 
 @gluon.jit

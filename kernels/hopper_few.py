@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import (
+    activate,
     async_load,
     batch_norm_scale_shift,
     descriptor_fields,
@@ -38,7 +39,6 @@ from .hopper import (
     on,
 )
 from .launch import Launch, cdiv
-from .tiles import activate
 from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size
 
 MOST = gl.constexpr(8)

@@ -55,9 +55,9 @@ from .hopper import (
     group_barrier,
     on,
     reinterpret,
+    relu,
 )
 from .launch import Launch, cdiv
-from .tiles import relu
 from .values import BatchNorm
 
 STAGES = gl.constexpr(6)

@@ -11,39 +11,30 @@ def relu(x):
 
 
 @triton.jit
-def relu6(x):
-    return relu(tl.where(x > 6, 6.0, x))
-
-
-@triton.jit
-def normal_cdf(x):
-    """`(1 + erf(x / sqrt(2))) / 2` within 2e-7, from the binary logarithm of its tail, which a polynomial fits.
-
-    tl.erf takes twice the instructions, and so many registers that large tiles would spill.
-    """
-    a = tl.abs(x)
-    log = (((-2.8349127e-6 * a + 3.9377690e-5) * a - 1.8618024e-4) * a - 1.3693637e-4) * a + 7.0634200e-3
-    log = (((log * a - 5.2496180e-2) * a - 4.5920819e-1) * a - 1.1511052) * a - 1
-    tail = tl.exp2(log)
-    return tl.where(x < 0, tail, 1 - tail)
-
-
-@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """A `values.Activation` of x in fp32, whose NaN and infinities come out as in PyTorch."""
+    """A `values.Activation` of x in fp32, whose NaN and infinities come out as in PyTorch.
+
+    GELU is x times the normal distribution's integral, within 2e-7: a polynomial fits the binary logarithm of its tail.
+    tl.erf would take twice the instructions, and so many registers that large tiles would spill.
+    It calls no other function of ours, so that Gluon can compile it where they are interpreted (`hopper.py`).
+    """
     NAME: tl.constexpr = ACTIVATION[0]
     if NAME == "relu":
-        x = relu(x)
+        x = tl.where(x < 0, 0.0, x)
     elif NAME == "relu6":
-        x = relu6(x)
+        x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
     elif NAME == "leaky_relu":
         x = tl.where(x > 0, x, x * ACTIVATION[1])
     elif NAME == "hardswish":
-        x *= relu6(x + 3) * (1 / 6)
+        x *= tl.where(x < -3, 0.0, tl.where(x > 3, 1.0, (x + 3) * (1 / 6)))
     elif NAME == "silu":
         x /= 1 + tl.exp(-x)
     elif NAME == "gelu":
-        x *= normal_cdf(x)
+        a = tl.abs(x)
+        log = (((-2.8349127e-6 * a + 3.9377690e-5) * a - 1.8618024e-4) * a - 1.3693637e-4) * a + 7.0634200e-3
+        log = (((log * a - 5.2496180e-2) * a - 4.5920819e-1) * a - 1.1511052) * a - 1
+        tail = tl.exp2(log)
+        x *= tl.where(x < 0, tail, 1 - tail)
     return x
 
 

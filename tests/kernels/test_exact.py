@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import random_cases
+import sums
 import torch
 import torch.nn.functional as F
 from calls import small as small_call
@@ -40,8 +41,8 @@ from resnet_triton.config import ConvConfig, ConvShape, is_legal, supports_descr
 from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
-from resnet_triton.kernels.values import is_flat
-from resnet_triton.ops import NONE, RELU, BatchNorm, ConvBnRelu, Geometry, dispatch
+from resnet_triton.kernels.values import ACTIVATIONS, is_flat
+from resnet_triton.ops import NONE, RELU, Activation, BatchNorm, ConvBnRelu, Geometry, dispatch, reference
 from resnet_triton.ops.trace import trace
 
 INF, NAN = float("inf"), float("nan")
@@ -199,7 +200,8 @@ EPILOGUES: dict[str, dict[str, Any]] = {
     "residual, relu": {"residual": True},
     "shortcut": {"shortcut_c": 24, "shortcut_stride": (2, 2), "activation": NONE},
     "shortcut, relu": {"shortcut_c": 40, "shortcut_stride": (1, 1)},
-    "not affine": {"affine": False, "activation": NONE},
+    "residual, relu6": {"residual": True, "activation": Activation("relu6")},
+    "not affine": {"affine": False, "activation": Activation("leaky_relu", 0.25)},
     "shortcut not affine": {"shortcut_c": 16, "short_affine": False},
     "only shortcut affine": {"shortcut_c": 16, "affine": False},
 }
@@ -515,6 +517,22 @@ def test_conv_relu_of_special_values(device: torch.device, path: str, dtype: tor
     x, w = torch.zeros(1, 8, 1, 5, dtype=dtype, device=device), torch.ones(8, 8, 1, 1, dtype=dtype, device=device)
     y = conv(x, w, path, residual=residual, activation=RELU)
     assert same(y[0, 3, 0], torch.tensor([NAN, INF, 0.0, 0.0, 1.0], dtype=dtype))
+
+
+@ALL_DTYPES
+@SPECIAL_VALUES
+def test_activations(device: torch.device, dtype: torch.dtype) -> None:
+    """Of numbers up to overflow, NaN and infinities: within 2**-21 of what goes in, and a rounding."""
+    z = torch.cat([torch.linspace(-12, 12, 1017), torch.tensor([NAN, INF, -INF, 3e-41, 60000.0, -60000.0, -100.0])])
+    residual = channels_last(z.to(device, dtype).reshape(1, 8, 8, 16))
+    x, w = torch.zeros_like(residual), torch.zeros(8, 8, 1, 1, dtype=dtype, device=device)
+    for activation in (Activation(name, 0.1) for name in ACTIVATIONS):
+        y = conv(x, w, "pointer", residual=residual, activation=activation)
+        expected = reference.activate(residual.double(), *activation)
+        finite = expected.isfinite()
+        assert same(y[~finite], expected[~finite].to(dtype)), activation
+        error = (y.double() - expected)[finite].abs() - sums.half_unit(y, expected)[finite]
+        assert (error <= 2.0**-21 * residual.double().abs()[finite]).all(), (activation, error.max())
 
 
 @ALL_DTYPES

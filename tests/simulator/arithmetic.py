@@ -1,6 +1,7 @@
 """What each opcode computes, on arrays of lanes: one table, from its name to a function and the types it works on.
 
-Registers hold bits, and a type says how to read them. fma rounds twice, in fp64 and in fp32: exact on integers.
+Registers hold bits, and a type says how to read them. fma rounds twice, in fp64 and in fp32: exact on integers. What
+hardware approximates is the nearest number here.
 """
 
 import operator
@@ -146,10 +147,11 @@ _define("ttnnn", "b32", {f"shfl.sync.{how}": partial(_shuffle, how) for how in (
 _define("ttn", "s32 u32", {"redux.sync.min": partial(_reduce, np.min), "redux.sync.max": partial(_reduce, np.max)})
 
 _define("ttt", "f16 f32", {**SUMS, "mul": np.multiply, "max.NaN": _maximum})
-_define("ttt", "f32", {"add.rn": np.add, "sub.rn": np.subtract, "mul.rn": np.multiply, "div.rn": np.divide})
+_define("ttt", "f32", {"add.rn": np.add, "sub.rn": np.subtract, "mul.rn": np.multiply})
+_define("ttt", "f32", {"div.rn": np.divide, "div.full": np.divide})
 _define("tttt", "f32", {"fma.rn": lambda a, b, c: a.astype(np.float64) * b + c})
 _define("tt", "s16 s32 s64 f32", {"neg": np.negative})
-_define("tt", "f32", {"sqrt.rn": np.sqrt})
+_define("tt", "f32", {"sqrt.rn": np.sqrt, "abs": np.abs, "ex2.approx": np.exp2, "ex2.approx.ftz": np.exp2})
 _define("ptt", "f16 f32", {**COMPARE, "setp.nan": lambda a, b: np.isnan(a) | np.isnan(b)})
 _define("bbb", "f16x2", {"max.NaN": lambda a, b: _maximum(a.view(np.float16), b.view(np.float16)).view(np.uint32)})
 
