@@ -28,7 +28,10 @@ from ..kernels.launch import Launch
 from . import OPERATORS, ConvBnRelu, Operation, interpreter, specialised
 from .dispatch import tracer
 
-_HEAVY = ("convolution", "native_batch_norm", "mm", "addmm", "max_pool2d_with_indices", "mean", "relu", "add")
+_HEAVY = (
+    "convolution", "native_batch_norm", "mm", "addmm", "max_pool2d_with_indices", "mean", "add",
+    "relu", "hardtanh", "leaky_relu", "hardswish", "silu", "gelu",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,33 @@ def test_conv_bn_relu_options(device, affine, relu, residual, kernels):
     )
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu6": TF.relu6,
+    "leaky_relu": lambda x: TF.leaky_relu(x, 0.3),
+    "hardswish": TF.hardswish,
+    "silu": TF.silu,
+    "gelu": TF.gelu,
+}
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(device, activation, kernels):
+    tensors, residual = conv_tensors(device, 2, 6, 5, 4, 8, 3, 3), 3 * torch.randn(2, 8, 3, 2, device=device)
+    plain = torch_conv(*tensors, 1e-5, residual=residual, relu=False)
+    how: Any = {"residual": residual, "activation": activation, "negative_slope": 0.3}
+    expected, actual = ACTIVATIONS[activation](plain), F.conv_bn_relu(*tensors, **how, kernels=kernels)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    if kernels == "torch":
+        x = tensors[0].requires_grad_()
+        gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (
+            ACTIVATIONS[activation](torch_conv(*tensors, 1e-5, residual=residual, relu=False)),
+            F.conv_bn_relu(*tensors, **how),
+        )]  # fmt: skip
+        torch.testing.assert_close(*gradients)
+
+
 POOLS = {
     "stride-defaults-to-window": (2,),
     "resnet": (3, 2, 1),
@@ -234,6 +261,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "conv-stride-triple": (conv(stride=(1, 2, 3)), ValueError, ["stride", "(1, 2, 3)", "pair"]),
     "conv-stride-float": (conv(stride=1.5), TypeError, ["stride", "1.5", "int"]),
     "conv-kernels": (conv(kernels="cuda"), ValueError, ["kernels", "'cuda'", "'auto', 'torch', 'triton'"]),
+    "conv-activation": (conv(activation="swish"), ValueError, ["activation", "'swish'", "'silu'"]),
+    "conv-no-relu": (conv(activation="silu", relu=False), ValueError, ["relu=False", "activation='silu'"]),
     "add-device": (lambda: F.add_relu(X, X.to("meta")), ValueError, ["other", "meta", "cpu"]),
     "add-kernels": (lambda: F.add_relu(X, X, kernels="cuda"), ValueError, ["kernels", "'cuda'"]),
     "pool-padding": (lambda: F.max_pool2d(X, 2, padding=2), ValueError, ["padding", "(2, 2)", "half"]),

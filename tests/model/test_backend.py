@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from resnet_triton import compiled, disabled, optimize, refresh, report, revert
 from resnet_triton.backend import resnet_triton
-from resnet_triton.ops import dispatch
+from resnet_triton.ops import NONE, Activation, dispatch
 from resnet_triton.ops.trace import Call
 
 
@@ -227,6 +227,43 @@ def test_patterns(name, kernels):
     assert {call.backend for call in found if call.operation is not None} <= {kernels}
     assert torch.equal(y, answer)
     assert strides(y) == strides(answer)
+
+
+def _swish(x: Tensor) -> Tensor:
+    return x * x.sigmoid()
+
+
+INSIDE: dict[Activation, list[Callable[[Tensor], Tensor]]] = {
+    Activation("relu6"): [nn.ReLU6(inplace=True), nn.Hardtanh(0, 6), lambda x: x.clamp(0, 6)],
+    Activation("leaky_relu", 0.25): [nn.LeakyReLU(0.25)],
+    Activation("leaky_relu"): [F.leaky_relu],
+    Activation("hardswish"): [nn.Hardswish(inplace=True)],
+    Activation("silu"): [nn.SiLU(inplace=True), _swish, lambda x: x.sigmoid() * x],
+    Activation("gelu"): [nn.GELU()],
+    NONE: [
+        nn.Hardtanh(), nn.Hardtanh(0, 5), lambda x: x.clamp(0, 7), lambda x: x.clamp(min=0), nn.GELU("tanh"), nn.Mish(),
+        lambda x: x * (2 * x).sigmoid(), lambda x: (lambda s: x * s + s)(x.sigmoid()), lambda x: _swish(x) + x,
+        lambda x: x.relu() + x, lambda x: x.sigmoid(),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@torch.no_grad()
+def test_activations(kernels):
+    """Which activation is computed behind a sum inside the convolution; the last ones are left to PyTorch."""
+    cases = [(expected, act) for expected, acts in INSIDE.items() for act in acts]
+    model = integral(lambdas(
+        lambda m, x: torch.cat([act(m.b(m.a(x)) + x) for _, act in cases]),
+        a=conv(), b=norm(),
+    ))  # fmt: skip
+    found, x = list[Call](), exact.channels_last(images(1))
+    backend = functools.partial(resnet_triton, options={"kernels": kernels}, record=found)
+    y = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(x)
+    convolutions = [call.operation for call in found if call.operator == CBR]
+    assert [c.activation for c in convolutions] == [expected for expected, _ in cases]
+    assert all(c.residual is not None for c in convolutions)
+    torch.testing.assert_close(y, model(x), rtol=1e-6, atol=1e-6)
 
 
 def strides(t: Tensor) -> list[int]:
