@@ -31,11 +31,13 @@ without them runs through `torch.compile(model, backend="resnet_triton")`. This 
 convolutions become. Those that our operators take run on the kernels on a GPU; the others run on PyTorch. Whether that
 is faster than torch.compile's own backend is measured for ResNet-18 only.
 
+Activations inside are those that a convolution's kernel computes: no pass over memory of their own.
+
 The difference is the largest one of the outputs to those of the model as it was, by the largest output, in fp32 on a
 CPU, images of {size} x {size} pixels. Written by `tests/zoo.py`; `tests/model/test_zoo.py` holds each row.
 
-| model | from | convolutions taken | difference | left to PyTorch |
-| --- | --- | --- | --- | --- |
+| model | from | convolutions taken | activations inside | difference | left to PyTorch |
+| --- | --- | --- | --- | --- | --- |
 """
 _LIMITS = """
 ## What holds, and what does not
@@ -71,14 +73,14 @@ vision.torchvision()  # the others import it themselves, which a CPU-only torch 
 class Row(NamedTuple):
     taken: int
     convolutions: int
+    inside: Counter[str]
     left: Counter[str]
     difference: float
 
     def __str__(self) -> str:
-        left = ", ".join(f"{reason} {n}" for reason, n in sorted(self.left.items())) or "–"
-        return (
-            f"{self.taken} of {self.convolutions} | {'under 1e-5' if self.difference < 1e-5 else '**large**'} | {left}"
-        )
+        inside, left = (", ".join(f"{k} {n}" for k, n in sorted(c.items())) or "–" for c in (self.inside, self.left))
+        difference = "under 1e-5" if self.difference < 1e-5 else "**large**"
+        return f"{self.taken} of {self.convolutions} | {inside} | {difference} | {left}"
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -108,8 +110,10 @@ def examine(model: nn.Module, size: int = SIZE, **modes: Any) -> Row:
     calls = report(model, (1, 3, size, size)).calls
     taken = sum(1 + (isinstance(c.operation, ConvBnRelu) and c.operation.shortcut is not None) for c in calls
                 if c.operator in ("conv_bn_relu", "stem"))  # fmt: skip
+    ours = [c.operation.activation.activation if isinstance(c.operation, ConvBnRelu) else "relu" for c in calls
+            if c.operator in ("conv_bn_relu", "stem")]  # fmt: skip
     left = Counter(c.reason for c in calls if c.operator == "aten.convolution")
-    return Row(taken, taken + left.total(), left, difference)
+    return Row(taken, taken + left.total(), Counter(name for name in ours if name != "none"), left, difference)
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -249,11 +253,41 @@ class UNet(nn.Module):
         return self.out(y)
 
 
+class Yolo(nn.Module):
+    """A detector of YOLO's kind: Darknet's blocks, a pooled pyramid, a neck, heads of two scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def conv(c: int, k: int, size: int = 3, stride: int = 1, act: nn.Module | None = None) -> nn.Module:
+            filters = nn.Conv2d(c, k, size, stride, size // 2, bias=False)
+            return nn.Sequential(filters, nn.BatchNorm2d(k, eps=1e-3), act or nn.SiLU(inplace=True))
+
+        self.stem, self.down = conv(3, 16, 3, 2), nn.ModuleList([conv(16, 32, 3, 2), conv(32, 64, 3, 2)])
+        self.block = nn.ModuleList([nn.Sequential(conv(k, k // 2, 1), conv(k // 2, k)) for k in (32, 64)])
+        self.squeeze, self.merge = conv(64, 32, 1), conv(128, 64, 1)
+        self.neck, self.fuse = (conv(64, 32, size, act=nn.LeakyReLU(0.1, inplace=True)) for size in (1, 3))
+        self.heads = nn.ModuleList([nn.Conv2d(32, 18, 1), nn.Conv2d(64, 18, 1)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x, levels = self.stem(x), []
+        for down, block in zip(self.down, self.block, strict=True):
+            x = down(x)
+            x = x + block(x)
+            levels.append(x)
+        pooled = [self.squeeze(x)]
+        for _ in range(3):
+            pooled.append(F.max_pool2d(pooled[-1], 5, 1, 2))
+        x = self.merge(torch.cat(pooled, 1))
+        near = self.fuse(torch.cat([F.interpolate(self.neck(x), scale_factor=2.0), levels[0]], 1))
+        return [head(level) for head, level in zip(self.heads, (near, x), strict=True)]
+
+
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     **{name: ("timm", timm(name)) for name in (
         "resnet18", "resnet34", "resnet50", "resnet26", "resnet18d", "seresnet50", "resnetblur50", "resnet50_gn",
         "resnetv2_50", "wide_resnet50_2", "resnext50_32x4d", "vgg11_bn", "regnetx_002", "densenet121",
-        "mobilenetv2_100", "efficientnet_lite0", "convnext_atto",
+        "mobilenetv2_100", "mobilenetv3_large_100", "efficientnet_lite0", "convnext_atto",
     )},
     "ResNetForImageClassification, basic blocks": ("transformers", hugging_face),
     "TimmWrapperForImageClassification": ("transformers", timm_wrapper),
@@ -267,6 +301,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "a ResNet for CIFAR": ("by hand", cifar),
     "a ResNet as KernelBench writes it": ("by hand", KernelBench),
     "a U-Net on a ResNet encoder": ("by hand", UNet),
+    "a detector of YOLO's kind": ("by hand", Yolo),
 }  # fmt: skip
 
 

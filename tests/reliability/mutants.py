@@ -21,7 +21,7 @@ STRINGS = {"inf": "0", "-inf": "0", "acq_rel": "relaxed", "gpu": "cta", ".cg": "
 OTHER_CALL = {
     "minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min", "sqrt_rn": "sqrt", "sqrt": "sqrt_rn",
 }  # fmt: skip
-DROPPED_CALLS = {"relu", "abs", "trans", "_inside"}  # f(x, ...) becomes x
+DROPPED_CALLS = {"activate", "relu", "abs", "trans", "_inside"}  # f(x, ...) becomes x
 DROPPED_METHODS = {"to", "permute", "bit_length"}  # x.f(...) becomes x
 INSTEAD = {"cdiv": ast.FloorDiv, "div_rn": ast.Div}  # f(x, y) becomes x // y
 COMMUTATIVE = {"minimum", "maximum", "min", "max", "where"}

@@ -96,6 +96,7 @@ INTERPRETED: dict[str, list[str]] = {
     ],
     "tiles.py": [
         *_CONVOLUTION,
+        "test_exact.py::test_activations",
         "test_exact.py::test_relu_of_special_values",
         "test_stem.py::test_statistics_of_every_kind",
         "test_beyond_int32.py::test_conv_pointer",
