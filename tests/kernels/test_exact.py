@@ -522,15 +522,18 @@ def test_conv_relu_of_special_values(device: torch.device, path: str, dtype: tor
 @ALL_DTYPES
 @SPECIAL_VALUES
 def test_activations(device: torch.device, dtype: torch.dtype) -> None:
-    """Of numbers up to overflow, NaN and infinities: within 2**-21 of what goes in, and a rounding."""
-    z = torch.cat([torch.linspace(-12, 12, 1017), torch.tensor([NAN, INF, -INF, 3e-41, 60000.0, -60000.0, -100.0])])
+    """Of numbers up to overflow, -0.0, NaN and infinities: within 2**-21 of what goes in, and a rounding."""
+    z = torch.cat([torch.linspace(-12, 12, 1016), torch.tensor([NAN, INF, -INF, -0.0, 3e-41, 6e4, -6e4, -100.0])])
     residual = channels_last(z.to(device, dtype).reshape(1, 8, 8, 16))
     x, w = torch.zeros_like(residual), torch.zeros(8, 8, 1, 1, dtype=dtype, device=device)
-    for activation in (Activation(name, 0.1) for name in ACTIVATIONS):
-        y = conv(x, w, "pointer", residual=residual, activation=activation)
+    zeros, ones = x.new_zeros(8), x.new_ones(8)
+    norm = BatchNorm(-zeros, ones, -ones, -zeros, 0.0)  # of a sum of 0.0 it makes -0.0
+    for activation in (Activation(name, -0.1) for name in ACTIVATIONS):
+        y = conv(x, w, "pointer", batch_norm=norm, residual=residual, activation=activation)
         expected = reference.activate(residual.double(), *activation)
         finite = expected.isfinite()
         assert same(y[~finite], expected[~finite].to(dtype)), activation
+        assert torch.equal(y.signbit()[finite], expected.signbit()[finite]), activation
         error = (y.double() - expected)[finite].abs() - sums.half_unit(y, expected)[finite]
         assert (error <= 2.0**-21 * residual.double().abs()[finite]).all(), (activation, error.max())
 
