@@ -28,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import (
-    SWIZZLED,
     async_load,
     async_store,
     batch_norm_scale_shift,
@@ -138,7 +137,8 @@ def loader(
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     """The warp that keeps the ring filled, and loads a tile's residual while its products are under way."""
-    BYTES: gl.constexpr = (BOX_H * BOX_W * BOX_N + BLOCK_K) * BLOCK_C * 2
+    SIZE: gl.constexpr = x_desc.dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = (BOX_H * BOX_W * BOX_N + BLOCK_K) * BLOCK_C * SIZE
     i = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -159,7 +159,7 @@ def loader(
                         place_of = turn % 2 * 2 + group
                         h, w, m = half_offset(group, BOX_H, BOX_W, BOX_N)
                         mbarrier.wait(free.index(place_of), (turn // 2 & 1) ^ 1)
-                        mbarrier.expect(added.index(place_of), BOX_H * BOX_W * BOX_N * BLOCK_K)
+                        mbarrier.expect(added.index(place_of), BOX_H * BOX_W * BOX_N * BLOCK_K * SIZE // 2)
                         load_result(
                             res_desc, added.index(place_of), out.index(place_of), p + h, q + w, n + m, k, Y_VIEW
                         )
@@ -228,7 +228,10 @@ def multiplier(
 ):  # fmt: skip
     """One of the two groups that multiply."""
     HALF: gl.constexpr = BOX_H * BOX_W * BOX_N // 2
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16])
+    DEPTH: gl.constexpr = 256 // y_desc.dtype.primitive_bitwidth
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, DEPTH]
+    )
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     h, w, m = half_offset(group, BOX_H, BOX_W, BOX_N)
     i = 0
@@ -258,7 +261,7 @@ def multiplier(
             mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
             mbarrier.wait(added.index(place_of), turn // 2 & 1)
         if last:
-            put(y, reinterpret(part, y_desc.dtype, [HALF, BLOCK_K], SWIZZLED), RESIDUAL, ACTIVATION)
+            put(y, reinterpret(part, y_desc.dtype, [HALF, BLOCK_K], pixels.layout), RESIDUAL, ACTIVATION)
             store_result(y_desc, part, p + h, q + w, n + m, k, Y_VIEW)
         turn += 1
     tma.store_wait(0)
@@ -296,8 +299,11 @@ def hopper_conv_kernel(
         mbarrier.init(added.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
     fence_async_shared()
-    pixels = reinterpret(x_ring, x_desc.dtype, [STAGES * 2, PIXELS // 2, BLOCK_C], SWIZZLED)
-    filters = reinterpret(w_ring, x_desc.dtype, [STAGES, BLOCK_K, BLOCK_C], SWIZZLED)
+    rows: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=x_desc.dtype.primitive_bitwidth, rank=2
+    )
+    pixels = reinterpret(x_ring, x_desc.dtype, [STAGES * 2, PIXELS // 2, BLOCK_C], rows)
+    filters = reinterpret(w_ring, x_desc.dtype, [STAGES, BLOCK_K, BLOCK_C], rows)
     short_ring = x_ring
     if short_x_desc is not None:
         SHORT_LOADS: gl.constexpr = 1 if SHORT_STRIDE == 1 else BOX_H

@@ -100,8 +100,9 @@ def _specialised_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
         return blocks * (config.block_m + config.block_k) * config.block_c * 2 + 2048
     if config.kernel == CONV64:  # filters stay, a slot is one pixel of all images
         return 9 * 64 * 64 * 2 + (config.num_stages + 4) * config.block_m // 4 * 64 * 2 + 2048
-    slots = config.num_stages * (config.block_m + config.block_k) * config.block_c * 2
-    return slots + config.block_m * config.block_k * 2 * (2 if shape.residual else 1) + 2048
+    slots = config.num_stages * (config.block_m + config.block_k) * config.block_c
+    results = config.block_m * config.block_k * (2 if shape.residual else 1)
+    return (slots + results) * shape.itemsize + 2048
 
 
 def boxes_of(pixels: int) -> list[tuple[int, int, int]]:
@@ -182,13 +183,15 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
 
 
 def _is_legal_specialised(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
-    """The same of a warp-specialised kernel."""
-    box = config.box
-    if not device.has_specialised or shape.itemsize != 2 or not supports_descriptors(shape):
+    """The same of a warp-specialised kernel: 16 bits, one of them also fp32 where TF32 is asked for."""
+    box, wide = config.box, shape.itemsize == 4
+    if wide and (shape.precision != "tf32" or config.kernel != CONV):
+        return False
+    if not device.has_specialised or not supports_descriptors(shape):
         return False
     if box is None or config.swap or prod(box) != config.block_m or any(side & (side - 1) for side in box):
         return False
-    if (config.block_c, config.num_warps) != (64, 4) or not 1 <= config.num_stages <= 16:
+    if (config.block_c * shape.itemsize, config.num_warps) != (128, 4) or not 1 <= config.num_stages <= 16:
         return False
     if config.kernel == FEW:
         return _is_legal_few(config, shape, box) and shared_memory(config, shape) <= device.shared_memory
@@ -196,7 +199,7 @@ def _is_legal_specialised(config: ConvConfig, shape: ConvShape, device: DeviceFa
         return False
     if config.kernel == CONV64:
         return _is_legal64(config, shape, box)
-    if config.kernel != CONV or config.block_m not in (128, 256) or config.block_k not in (64, 128, 256):
+    if config.kernel != CONV or config.block_m not in (128, 256) or config.block_k not in (64, 128, 256)[: 3 - wide]:
         return False
     most = _MOST if shape.residual or shape.shortcut_c else 2 * _MOST
     if config.block_m * config.block_k > most:

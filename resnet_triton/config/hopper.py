@@ -9,7 +9,7 @@ from ..kernels.values import ConvConfig
 from .conv import CONV, CONV64, FEW, SPLITS, ConvShape, boxes_of, covering, is_legal
 from .device import DeviceFacts
 
-# (block_m, block_k, num_stages): pixels are two groups', and an accumulator has to fit a group's registers.
+# (block_m, block_k, most num_stages): pixels are two groups', and an accumulator has to fit a group's registers.
 _TILES = ((128, 64, 6), (128, 128, 5), (128, 256, 3), (256, 64, 4), (256, 128, 3))
 _TILES64 = ((128, 5), (64, 11), (32, 11))  # (images, num_stages)
 _ROWS = (2, 4, 8)  # of a box of few images
@@ -21,7 +21,11 @@ def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
     """The legal forms that the cost model weighs: each tile with the box that wastes least, at each split."""
     for m, k, stages in _TILES:
         ordered = sorted(boxes_of(m), key=lambda box: covering(box, shape))
-        forms = (ConvConfig(m, k, 64, 4, stages, box, kernel=CONV) for box in ordered)
+        forms = (
+            ConvConfig(m, k, 128 // shape.itemsize, 4, deep, box, kernel=CONV)
+            for deep in range(stages, 2, -1)
+            for box in ordered
+        )
         best = next((config for config in forms if is_legal(config, shape, device)), None)
         if best is not None:
             shared = (replace(best, split_k=split) for split in SPLITS)
