@@ -199,7 +199,9 @@ def _is_legal_specialised(config: ConvConfig, shape: ConvShape, device: DeviceFa
         return False
     if config.kernel == CONV64:
         return _is_legal64(config, shape, box)
-    if config.kernel != CONV or config.block_m not in (128, 256) or config.block_k not in (64, 128, 256)[: 3 - wide]:
+    if config.kernel != CONV or config.block_m not in (128, 256) or config.block_k not in (64, 128, 256):
+        return False
+    if wide and config.block_k == 256:  # its results leave no room for a ring
         return False
     most = _MOST if shape.residual or shape.shortcut_c else 2 * _MOST
     if config.block_m * config.block_k > most:

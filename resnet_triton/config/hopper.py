@@ -23,7 +23,7 @@ def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
         ordered = sorted(boxes_of(m), key=lambda box: covering(box, shape))
         forms = (
             ConvConfig(m, k, 128 // shape.itemsize, 4, deep, box, kernel=CONV)
-            for deep in range(stages, 2, -1)
+            for deep in range(stages, 2, -1)  # one slot to fill while products read two
             for box in ordered
         )
         best = next((config for config in forms if is_legal(config, shape, device)), None)

@@ -82,8 +82,9 @@ def test_every_choice_is_legal(arch: int, dtype: str, precision: str, descriptor
         assert chosen.path == "pointer" or (descriptors and arch >= 90 and supports_descriptors(shape))
         paths.add(chosen.path)
     modern = descriptors and arch >= 90 and precision == ("tf32" if dtype == "float32" else "ieee")
-    if modern and arch == 90 and dtype != "float32":
-        assert paths == {"descriptor", "hopper_conv", "hopper_conv64", "hopper_few"}
+    if modern and arch == 90:
+        others = {"pointer"} if dtype == "float32" else {"hopper_conv64", "hopper_few"}
+        assert paths == {"descriptor", "hopper_conv", *others}
     else:
         assert paths == ({"pointer", "descriptor"} if modern else {"pointer"})
 
@@ -93,6 +94,9 @@ def test_hopper_takes_its_own_kernels_for_many_images(n: int) -> None:
     shapes = {replace(call.shape, n=n) for model in ("resnet18", "resnet50") for call in calls(model)}
     assert {conv_heuristic(shape, KNOWN[90]).kernel for shape in shapes} <= {"hopper_conv", "hopper_conv64"}
     assert not any(conv_heuristic(shape, KNOWN[100]).kernel for shape in shapes)
+    singles = [replace(shape, dtype="float32", precision="tf32") for shape in shapes]
+    assert {conv_heuristic(shape, KNOWN[90]).kernel for shape in singles} == {"hopper_conv"}
+    assert not any(conv_heuristic(replace(shape, precision="ieee"), KNOWN[90]).kernel for shape in singles)
 
 
 @ALL_DEVICES
@@ -246,6 +250,25 @@ ILLEGAL |= {
         ("TF32", {}, {"dtype": "float32", "precision": "tf32"}),
     ]
 }
+
+
+SINGLES = ConvConfig(128, 128, 32, 4, 5, (1, 4, 32), kernel="hopper_conv")
+TF32 = replace(SHAPE, dtype="float32", precision="tf32")
+ILLEGAL |= {
+    "TF32 where IEEE was asked for": (SINGLES, replace(TF32, precision="ieee")),
+    "TF32, results of 1024 bytes": (replace(SINGLES, block_k=256, num_stages=2), TF32),
+    "TF32, slabs of 64 channels": (replace(SINGLES, block_c=64, num_stages=2), TF32),
+    "TF32, slots in the room of residuals": (SINGLES, replace(TF32, residual=True)),
+    "TF32 by the kernel of 64 channels": (
+        replace(SINGLES, block_k=64, num_stages=5, box=(2, 2, 32), kernel="hopper_conv64"), replace(TF32, c=64, k=64)
+    ),
+}  # fmt: skip
+
+
+def test_tf32_is_legal() -> None:
+    """What the cases above differ from."""
+    assert is_legal(SINGLES, TF32, KNOWN[90])
+    assert is_legal(replace(SINGLES, num_stages=3), replace(TF32, residual=True), KNOWN[90])
 
 
 def test_few_images_are_legal() -> None:
@@ -726,7 +749,8 @@ def test_candidates_are_legal_distinct_and_start_with_the_heuristic(arch: int, d
         assert paths - {"hopper_conv", "hopper_conv64", "hopper_few"} == (
             {"pointer", "descriptor"} if served else {"pointer"}
         )
-        assert any(c.kernel == "hopper_conv" for c in tried) == (served and arch == 90 and dtype != "float32")
+        ieee = (dtype, precision) == ("float32", "ieee")
+        assert any(c.kernel == "hopper_conv" for c in tried) == (served and arch == 90 and not ieee)
 
 
 def test_boxes_cover_the_output_without_much_waste() -> None:

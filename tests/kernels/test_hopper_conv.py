@@ -47,8 +47,9 @@ class Case(NamedTuple):
         r, strides = self.filter, (self.stride, self.stride)
         short = (self.shortcut, *(2 * side for side in self.out), (2, 2)) if self.shortcut else ()
         return ConvShape(
-            *self.size, self.k, r, r, strides, (r // 2, r // 2), (1, 1), self.dtype, "ieee", self.residual, *short
-        )
+            *self.size, self.k, r, r, strides, (r // 2, r // 2), (1, 1), self.dtype,
+            "tf32" if self.dtype == "float32" else "ieee", self.residual, *short,
+        )  # fmt: skip
 
     @property
     def out(self) -> tuple[int, int]:
@@ -56,7 +57,10 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> ConvConfig:
-        return ConvConfig(prod(self.box), self.block_k, 64, 4, self.stages, self.box, self.split, kernel=self.kernel)
+        channels = 128 // self.shape.itemsize
+        return ConvConfig(
+            prod(self.box), self.block_k, channels, 4, self.stages, self.box, self.split, kernel=self.kernel
+        )
 
 
 def case64(
@@ -112,6 +116,11 @@ CASES = {
     "split, shortcut": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, shortcut=64, programs=1),
     # the other type
     "bfloat16": Case((9, 72, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, dtype="bfloat16", activation=LEAKY),
+    # TF32
+    "tf32, residual": Case((3, 36, 2, 5), 68, (1, 16, 8), 64, 6, residual=True, dtype="float32", programs=1),
+    "tf32, wide, stride 2": Case((5, 44, 6, 8), 132, (2, 8, 8), 128, 5, stride=2, dtype="float32"),
+    "tf32, shortcut": Case((5, 32, 2, 6), 64, (1, 16, 8), 64, 6, shortcut=36, dtype="float32"),
+    "tf32, 2x128, split": Case((2, 72, 5, 6), 64, (4, 8, 8), 64, 4, split=3, programs=3, dtype="float32"),
     # 64 channels: odd and even sides, tails of images, one tile and many by a program
     "64, one pixel": case64(1, 1, 1, 32, 11, 3, residual=True),
     "64, 32 images": case64(40, 3, 5, 32, 11, 2, dtype="bfloat16", activation=LEAKY),
@@ -139,6 +148,7 @@ SLOW = {
     "2x64 by 256", "2x128 by 128", "images alone", "residual", "residual, wide", "residual, 2x128", "stride 2, rows",
     "stride 2, one image", "shortcut", "split", "64, 32 images, residual", "64, 64 images", "64, 128 images, residual",
     "few, 2 rows, residual", "few, 8 rows", "few, two slabs", "few, 1x1", "few, stride 2", "few, shortcut",
+    "tf32, wide, stride 2", "tf32, shortcut", "tf32, 2x128, split",
 }  # fmt: skip
 """What differs from another case in one respect, in which a third differs, too."""
 

@@ -183,8 +183,9 @@ CASES = {
         ConvShape(2, 64, 8, 16, 64, 3, 3, (2, 2), (1, 1), **SHORTCUT), specialised(128, 64, 3, (4, 8, 4))
     ),
     "hopper_conv split": lambda: conv(SPLIT, specialised(128, 64, 3, (4, 4, 8), split_k=3), 3),
-    "hopper_conv, bf16": lambda: conv(
-        ConvShape(1, 64, 8, 16, 128, 1, 1, dtype="bfloat16"), specialised(128, 128, 3, (8, 16, 1))
+    "hopper_conv, tf32": lambda: conv(
+        ConvShape(1, 32, 8, 16, 128, 1, 1, dtype="float32", precision="tf32"),
+        replace(specialised(128, 128, 3, (8, 16, 1)), block_c=32),
     ),
     "hopper_conv64": lambda: conv(ConvShape(3, 64, 4, 4, 64, **PADDED), of_64(32, 5)),
     "hopper_conv64, residual": lambda: conv(ConvShape(33, 64, 3, 4, 64, **PADDED, residual=True), of_64(32, 5)),
