@@ -33,19 +33,25 @@ SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bit
 
 @functools.lru_cache(maxsize=4096)
 def descriptor_fields(
-    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], factor: bool = False
 ) -> dict[str, Any]:
-    """A descriptor without its memory, checked once for a layout. Rows of a block are swizzled as wgmma reads them."""
+    """A descriptor without its memory, checked once for a layout. Rows of a block are swizzled as wgmma reads them.
+
+    A product's `factor` of fp32 is rounded to TF32 while it is loaded, for wgmma cuts it. Triton 3.6.0 cannot do that.
+    """
     row = min(block[-1] * dtype.itemsize, 128)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=row, element_bitwidth=8 * dtype.itemsize, rank=len(block))
     base = torch.empty(0, dtype=dtype, device="meta")
-    return vars(TensorDescriptor(base, list(shape), list(strides), list(block), layout))
+    fields = vars(TensorDescriptor(base, list(shape), list(strides), list(block), layout))
+    if factor and "round_f32_to_tf32" in fields:
+        fields["round_f32_to_tf32"] = dtype == torch.float32
+    return fields
 
 
 def filter_fields(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> dict[str, Any]:
     """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
     k, c, r, s = size
-    return descriptor_fields(dtype, (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c))
+    return descriptor_fields(dtype, (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c), factor=True)
 
 
 def on(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:

@@ -51,7 +51,9 @@ several rows is loaded row by row:
 
 
 @functools.lru_cache(maxsize=4096)
-def pixel_fields(size: Size, dtype: torch.dtype, stride: int, box: Any, block_c: int) -> tuple[dict[str, Any], int]:
+def pixel_fields(
+    size: Size, dtype: torch.dtype, stride: int, box: Any, block_c: int, factor: bool = False
+) -> tuple[dict[str, Any], int]:
     """A descriptor of images (N, C, H, W) that loads `box` (at stride 2: one row of it), and its view."""
     n, c, h, w = size
     box_h, box_w, box_n = box
@@ -64,7 +66,7 @@ def pixel_fields(size: Size, dtype: torch.dtype, stride: int, box: Any, block_c:
         shape, strides, block = (h, w // 2, 2, n, c), (row, 2 * c, c, image, 1), (1, box_w, 1, box_n, block_c)
     else:
         shape, strides, block = (n, h, 2, w // 2, c), (image, row, c, 2 * c, 1), (1, 1, 1, box_w, block_c)
-    return descriptor_fields(dtype, shape, strides, block), IMAGES if box_n > 1 else ROWS
+    return descriptor_fields(dtype, shape, strides, block, factor), IMAGES if box_n > 1 else ROWS
 
 
 def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -372,7 +374,7 @@ def _constants(
     if box is None:
         raise ValueError(f"{config} has no box, expected one")
     box_h, box_w, box_n = box
-    x_fields, view = pixel_fields(x, dtype, stride, box, block_c)
+    x_fields, view = pixel_fields(x, dtype, stride, box, block_c, factor=True)
     y_fields, y_view = pixel_fields(out, dtype, 1, half(box), block_k)
     items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
     constants: dict[str, object] = {
@@ -388,7 +390,7 @@ def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[s
     if shortcut is None:
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
-    fields, view = pixel_fields(x.shape, x.dtype, stride, config.box, config.block_c)
+    fields, view = pixel_fields(x.shape, x.dtype, stride, config.box, config.block_c, factor=True)
     return {
         "short_x_desc": on(x, fields),
         "short_w_desc": on(weight, filter_fields(weight.shape, weight.dtype, config.block_k, config.block_c)),

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from exact import assert_exact, channels_last, conv_call, conv_reference, generator, offset_by_one, rounded
 from simulator import simulate
 from specialised import ptx
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
 from resnet_triton.config.device import KNOWN
@@ -193,6 +194,22 @@ def test_activations_that_round(name: str, activation: str) -> None:
     found, out, expected = launch(CASES[name]._replace(activation=Activation(activation)))
     assert not simulate(found, ptx(found), early=found.parameters).faults
     torch.testing.assert_close(out, expected.to(out.dtype), rtol=2**-10, atol=2**-20)
+
+
+def test_factors_are_rounded_to_tf32() -> None:
+    """And not cut, which would make every sum smaller; nor is a residual rounded."""
+    case = Case((1, 4, 8, 16), 64, (8, 16, 1), 64, 6, filter=1, residual=True, dtype="float32")
+    call = conv_call(generator(torch.device("cpu"), 0), case.shape, affine=False)
+    mean, var, *_ = call.batch_norm
+    near, residual = 1 + 3 * 2**-12, 1 + 2**-20
+    for tensor, value in ((call.x, near), (call.weight, near), (call.residual, residual), (mean, 0), (var, 1)):
+        tensor.fill_(value)
+    out = call.output()
+    with pinned(case.config):
+        (found,) = call.launches(out)
+    assert not simulate(found, ptx(found)).faults
+    tf32 = 1 + 2**-10 if hasattr(TensorDescriptor, "round_f32_to_tf32") else 1  # not of Triton 3.6.0
+    assert_exact(out, torch.full_like(out, 4 * tf32**2 + residual))
 
 
 # --- what a dependent launch does before it waits --------------------------------------------------------------------

@@ -55,6 +55,12 @@ def to_bf16(a: Array) -> Array:
     return np.where(np.isnan(a), 0x7FFF, word + 0x7FFF + (word >> 16 & 1) >> 16).astype(np.uint16)
 
 
+def to_tf32(word: Array) -> Array:
+    """fp32 bits to nearest even; infinities and NaN stay."""
+    finite = word & np.uint32(0x7F800000) != np.uint32(0x7F800000)
+    return np.where(finite, word + np.uint32(0xFFF) + (word >> 13 & 1) & np.uint32(0xFFFFE000), word)
+
+
 def _pack(to: Callable[[Array], Array], high: Array, low: Array) -> Array:
     return to(low) | to(high).astype(np.uint32) << np.uint32(16)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import Array, from_bf16
+from .arithmetic import Array, from_bf16, to_tf32
 from .judge import Memory
 from .ptx import Unknown
 
@@ -32,8 +32,9 @@ class TensorMap:
         self.box = [*block[:-1], min(block[-1], (self.swizzle or 128) // self.size)]
         self.bytes = math.prod(self.box) * self.size
         self.chunk = min(16, self.box[-1] * self.size)
-        if getattr(descriptor, "padding", "zero") != "zero" or getattr(descriptor, "round_f32_to_tf32", False):
-            raise Unknown("a tensor map that pads with NaN or rounds to TF32")
+        self.rounds = getattr(descriptor, "round_f32_to_tf32", False)
+        if getattr(descriptor, "padding", "zero") != "zero":
+            raise Unknown("a tensor map that pads with NaN")
 
     def place(self, coordinates: list[int]) -> tuple[Array, Array]:
         """The first byte in memory of each element of the box, and whether the tensor has it."""
@@ -48,9 +49,13 @@ class TensorMap:
         """Copy a box into shared memory, zeros for what the tensor does not have."""
         data = np.zeros((len(places), self.size), np.uint8)
         data[inside] = self.memory.bytes[places[inside, None] + np.arange(self.size)]
+        if self.rounds:
+            data = to_tf32(data.view(np.uint32)).view(np.uint8)
         shared[self._chunks(start)] = data.reshape(-1, self.chunk)
 
     def store(self, shared: Array, start: int, places: Array, inside: Array) -> None:
+        if self.rounds:
+            raise Unknown("a store by a tensor map that rounds to TF32")
         data = shared[self._chunks(start)].reshape(-1, self.size)
         self.memory.bytes[places[inside, None] + np.arange(self.size)] = data[inside]
 
