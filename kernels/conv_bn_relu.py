@@ -5,7 +5,7 @@ applied to the fp32 accumulator from the running statistics as they are at the l
 kernels differ in how they load and in who does what:
 
 * `hopper_conv.py`, and for 64 channels `hopper_conv64.py` (sm_90): warp-specialised, one warp loads, two groups
-  multiply; 16 bits, filters 1x1 and 3x3;
+  multiply; 16 bits, the first also fp32 as TF32, filters 1x1 and 3x3;
 * `hopper_few.py` (sm_90): for few images, without a loop, launched before the kernel ahead is done;
 * `conv_box.py` (sm_90 and newer): tensor descriptors; the M tile is a box of output rows x columns x images;
 * `conv_pointer.py` (everywhere): masked pointers over consecutive output pixels, for any geometry.

@@ -1,9 +1,9 @@
 """Convolution for Hopper (compute capability 9.0): warp-specialised and persistent, in Gluon.
 
 A tile is a box of output rows x columns x images by BLOCK_K filters. One warp loads (TMA): for each step, a slab of
-64 channels under one filter tap, the input box shifted by the tap and the filters. Two groups of four warps multiply,
-each one half of the box, so that while one is in its epilogue the other keeps the tensor cores busy. Both operands are
-read from shared memory whatever the form of the box: no product has pixels in registers.
+128 bytes of channels under one filter tap, the input box shifted by the tap and the filters. Two groups of four warps
+multiply, each one half of the box, so that while one is in its epilogue the other keeps the tensor cores busy. Both
+operands are read from shared memory whatever the form of the box: no product has pixels in registers.
 
 A residual comes through the buffer that the result leaves by. Each group has two, so the next tile's residual is loaded
 while this tile's result is stored. A shortcut's convolution is a second reduction into accumulators of its own, through
@@ -350,8 +350,9 @@ def hopper_conv(
 ) -> Launch:
     """The launch of at most `programs` programs: see `conv_bn_relu.py`.
 
-    It asks for fp16 or bf16, filters 1x1 or 3x3, padding R // 2, stride 1 or 2 (at 2 an even input width), 16-byte
-    aligned pointers and channel rows. If `config` splits the reduction, a tile takes two of `semaphores`.
+    It asks for fp16, bf16, or fp32 that may be multiplied as TF32, filters 1x1 or 3x3, padding R // 2, stride 1 or 2
+    (at 2 an even input width), 16-byte aligned pointers and channel rows. If `config` splits the reduction, a tile has
+    two of `semaphores`.
     """
     constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, activation, config)
     x_fields, w_fields, y_fields = views
