@@ -15,7 +15,7 @@ CONV, CONV64, FEW = "hopper_conv", "hopper_conv64", "hopper_few"
 SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 """How many programs may share a tile, as far as it is worth weighing."""
 _LINES = 8  # pixels in one pattern of swizzled shared memory, the least that a load may bring
-_MOST = 128 * 128  # pixels x filters of a tile that also reads a residual, or sums a shortcut's products
+_MOST = 128 * 128  # pixels x filters of a tile of fp32, or with a residual, or that sums a shortcut's products
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,7 @@ def _is_legal_specialised(config: ConvConfig, shape: ConvShape, device: DeviceFa
         return _is_legal64(config, shape, box)
     if config.kernel != CONV or config.block_m not in (128, 256) or config.block_k not in (64, 128, 256):
         return False
-    if wide and config.block_k == 256:  # its results leave no room for a ring
-        return False
-    most = _MOST if shape.residual or shape.shortcut_c else 2 * _MOST
+    most = _MOST if wide or shape.residual or shape.shortcut_c else 2 * _MOST
     if config.block_m * config.block_k > most:
         return False
     strided = (2, 2) in ((shape.stride, shape.shortcut_stride) if shape.shortcut_c else (shape.stride,))

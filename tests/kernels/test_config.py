@@ -256,7 +256,7 @@ SINGLES = ConvConfig(128, 128, 32, 4, 5, (1, 4, 32), kernel="hopper_conv")
 TF32 = replace(SHAPE, dtype="float32", precision="tf32")
 ILLEGAL |= {
     "TF32 where IEEE was asked for": (SINGLES, replace(TF32, precision="ieee")),
-    "TF32, results of 1024 bytes": (replace(SINGLES, block_k=256, num_stages=2), TF32),
+    "TF32, results that leave room for two slots": (replace(SINGLES, block_k=256, num_stages=2), TF32),
     "TF32, slabs of 64 channels": (replace(SINGLES, block_c=64, num_stages=2), TF32),
     "TF32, slots in the room of residuals": (SINGLES, replace(TF32, residual=True)),
     "TF32 by the kernel of 64 channels": (
