@@ -212,10 +212,13 @@ def _program(module: Compiled) -> Program | None:
     return programs[key]
 
 
+def _programs(module: nn.Module) -> list[Program]:
+    return [p for p in list(vars(module).get("_programs", {}).values()) if isinstance(p, Program)]
+
+
 def describe(module: Compiled) -> str:
     """What CUDA graphs have done for its calls, for `report`."""
-    programs = [p for p in list(vars(module).get("_programs", {}).values()) if isinstance(p, Program)]
-    said = [function.describe() for program in programs for function in program.functions]
+    said = [function.describe() for program in _programs(module) for function in program.functions]
     return f"cuda_graph={module._options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
 
 
@@ -223,10 +226,12 @@ def limit(model: nn.Module) -> str | None:
     """Whether torch.compile has compiled `model` as often as it does, for `report`."""
     from torch._dynamo import config, eval_frame  # not above: importing Dynamo takes two seconds
 
-    programs = [p for p in list(vars(model).get("_programs", {}).values()) if isinstance(p, Program)]
-    written: Any = getattr(model, "_orig_mod", model)  # of what torch.compile returns
-    functions = [p.code for p in programs] if isinstance(model, Compiled) else [type(written).forward.__code__]
-    if any(len(eval_frame._debug_get_cache_entry_list(code)) >= config.recompile_limit for code in functions):
+    codes = [program.code for program in _programs(model)]
+    if not isinstance(model, Compiled):  # a module that somebody has compiled, or what torch.compile returned
+        written: Any = getattr(model, "_orig_mod", model)
+        called: Any = getattr(model.forward, "_torchdynamo_orig_callable", model.forward)
+        codes = [f.__code__ for f in (type(written).forward, called) if hasattr(f, "__code__")]
+    if any(len(eval_frame._debug_get_cache_entry_list(code)) >= config.recompile_limit for code in codes):
         return (
             f"torch.compile has compiled the model {config.recompile_limit} times, its limit: calls of other dtypes, "
             "sizes or modes run as it was written; raise torch._dynamo.config.recompile_limit"

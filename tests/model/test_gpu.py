@@ -238,6 +238,33 @@ def test_captured_in_inference_mode_and_replayed_outside():
     assert replays(model) == 1
 
 
+class Denoiser(nn.Module):
+    """Not torchvision's, of two inputs, one of them integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.steps = nn.Conv2d(3, 64, 3, padding=1), nn.Embedding(10, 64)
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        return (self.conv(x) * self.steps(step)[:, :, None, None].sigmoid()).mean((2, 3))
+
+
+@pytest.mark.parametrize("rest", ["eager", "inductor"])
+def test_a_compiled_model_of_two_inputs(rest):
+    with torch.inference_mode(False):
+        model = optimize(Denoiser().eval().half().cuda(), cuda_graph=True)
+    options = {"cuda_graph": True, "rest": rest}
+    functions = [model, torch.compile(model, backend="resnet_triton", dynamic=False, options=options)]
+    for i in range(5):
+        x, step = images(2, seed=i), torch.tensor([i, 9 - i], device="cuda")
+        with resnet_triton.disabled(model):
+            expected = model(x, step)
+        for function in functions:
+            torch.testing.assert_close(function(x, step), expected, rtol=1e-2, atol=1e-2)
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert "replayed 0 times" not in str(report(model, (x, step)).graphs)
+
+
 # --- streams and threads ---------------------------------------------------------------------------------------------
 
 
