@@ -49,6 +49,13 @@ class Compiled(nn.Module):
         except RuntimeError as error:
             return _again(error, self, program.function, args, kwargs)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """With `assign=True` the filters are others afterwards."""
+        loaded = super().load_state_dict(*args, **kwargs)
+        if "_programs" in vars(self):
+            _move(self)
+        return loaded
+
     def train(self, mode: bool = True) -> Any:
         """In training mode filters lie as they did, for code that only training runs may count on it."""
         super().train(mode)

@@ -893,7 +893,7 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     if name == "parts of one tensor":
         weights[0].data = torch.cat([weights[0].data] * 2)[8:]
-    expected, moves = model(x), name == "logits"
+    expected, state, moves = model(x), model.state_dict(), name == "logits"
     optimize(model, kernels="triton")
     for training in (False, True, False):
         model.train(training)
@@ -905,6 +905,9 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
         model(x[:, :1])
     assert any(COPIES in str(warning.message) for warning in recwarn) is not moves
     assert all(w.is_contiguous() for w in weights) is not moves
+    model.load_state_dict({n: t.clone(memory_format=torch.contiguous_format) for n, t in state.items()}, assign=True)
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous() for w in weights) is (name not in ("logits", "parts of one tensor"))
     assert model._programs["made"] == 1
     revert(model)
     assert all(w.is_contiguous() for w in weights)
