@@ -113,7 +113,10 @@ def _graphed(graph: fx.Graph, forward: Function, cuda_graph: CudaGraph) -> Graph
         if cuda_graph is True:
             warnings.warn(f"cuda_graph=True, but calls run without a graph: {reason}", RuntimeWarning, stacklevel=2)
         return None
-    return GraphedFunction(forward, tensors - fixed, tensors & fixed, cuda_graph)
+    given = {inputs[i].meta["val"].dtype for i in tensors - fixed}
+    computed = {node.meta["val"].dtype for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)}
+    widens = torch.float32 in computed - given
+    return GraphedFunction(forward, tensors - fixed, tensors & fixed, cuda_graph, widens)
 
 
 def _ungraphed_reason(graph: fx.Graph) -> str | None:

@@ -18,13 +18,15 @@ class GraphedFunction(Graphs):
 
     Of its values, those numbered in `inputs` are tensors that are read anew in each call. Those in `static` are
     parameters and buffers, which a graph reads where they are: it is one for these addresses. All others are numbers.
+    `widens` says that it computes in fp32, though no input is.
     """
 
     def __init__(
-        self, function: Callable[..., Sequence[Any]], inputs: set[int], static: set[int], cuda_graph: CudaGraph
-    ) -> None:
+        self, function: Callable[..., Sequence[Any]], inputs: set[int], static: set[int], cuda_graph: CudaGraph,
+        widens: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.function, self.cuda_graph = function, cuda_graph
+        self.function, self.cuda_graph, self._widens = function, cuda_graph, widens
         self._inputs, self._static = sorted(inputs), sorted(static)
         self._known = inputs | static
         self._first = True
@@ -40,7 +42,7 @@ class GraphedFunction(Graphs):
         first, *others = map(key_of, given)
         where = tuple(values[i].data_ptr() for i in self._static)
         numbers = tuple(v for i, v in enumerate(values) if i not in self._known)
-        key = *first, *others, where, numbers, tf32()
+        key = *first, *others, where, numbers, tf32() if self._widens else None
         replayed: Sequence[Any] | None = self.replay(key, given)
         if replayed is not None:
             return replayed

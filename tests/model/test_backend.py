@@ -517,6 +517,16 @@ def test_a_graph_of_several_inputs_and_results(cuda):
         assert (actual["pixels"], actual["mask"]) == (expected["pixels"], None)
 
 
+@torch.no_grad()
+def test_a_graph_that_computes_in_fp32_is_one_for_tf32_or_not(cuda):
+    fast = graphed(integral(lambdas(lambda m, x: m.a(x.float()), a=conv())), cuda_graph=True)
+    for allowed in (False, True):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            for _ in range(3):
+                fast(images().half())
+    assert len(cuda.graphs) == 2
+
+
 UNGRAPHED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an input that is written": (lambda: lambdas(lambda m, x: m.a(x.add_(1)), a=conv()), "changes an input"),
     "training": (lambda: sequence(conv(), nn.BatchNorm2d(8, momentum=0.5)).train(), "changes an input"),
