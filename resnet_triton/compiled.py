@@ -58,12 +58,12 @@ class Compiled(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         """In training mode filters lie as they did, for code that only training runs may count on it."""
-        super().train(mode)
+        trained = super().train(mode)
         if mode:
             put_back(self)
         elif "_programs" in vars(self):
             _move(self)
-        return self
+        return trained
 
     def _uncompiled_reason(self, args: Any, kwargs: Any) -> str | None:
         """Why a call runs as the module was written; None if it runs compiled."""

@@ -109,7 +109,7 @@ def _chosen(model: nn.Module) -> list[nn.Module]:
 def _check_compilable(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"{type(model).__name__} is compiled by TorchScript; optimize the module that it was made of")
-    if isinstance(model, nn.ModuleList | nn.ModuleDict):
+    if isinstance(model, nn.ModuleList | nn.ModuleDict) and type(model).forward is nn.Module.forward:
         raise ValueError(f"{type(model).__name__} is never called itself; optimize the modules in it")
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         raise ValueError(f"{type(model).__name__} contains no Conv2d to optimize")

@@ -924,6 +924,21 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     assert "_moved" not in vars(model)
 
 
+class FeatureList(nn.ModuleDict):
+    """As timm's models return features."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x := module(x) for module in self.values()]
+
+
+@torch.no_grad()
+def test_a_list_that_is_called():
+    model, x = integral(FeatureList({"a": conv(), "b": conv()})), images()
+    expected = model(x)
+    assert all(map(torch.equal, optimize(model)(x), expected))
+    assert used(model, x) == {("conv_bn_relu", "torch"): 2}
+
+
 def test_what_cannot_be_compiled_is_refused():
     with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
         traced = torch.jit.trace(conv(), images())
