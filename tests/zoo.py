@@ -108,12 +108,13 @@ def examine(model: nn.Module, size: int = SIZE, **modes: Any) -> Row:
     largest = max(float(t.abs().max()) for t in expected)
     difference = max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True)) / largest
     calls = report(model, (1, 3, size, size)).calls
-    taken = sum(1 + (isinstance(c.operation, ConvBnRelu) and c.operation.shortcut is not None) for c in calls
-                if c.operator in ("conv_bn_relu", "stem"))  # fmt: skip
-    ours = [c.operation.activation.activation if isinstance(c.operation, ConvBnRelu) else "relu" for c in calls
-            if c.operator in ("conv_bn_relu", "stem")]  # fmt: skip
+    convolutions = [c.operation for c in calls if isinstance(c.operation, ConvBnRelu)]
+    stems = sum(c.operator == "stem" for c in calls)
+    taken = stems + len(convolutions) + sum(c.shortcut is not None for c in convolutions)
+    inside = Counter(c.activation.activation for c in convolutions) + Counter(relu=stems)
+    del inside["none"]
     left = Counter(c.reason for c in calls if c.operator == "aten.convolution")
-    return Row(taken, taken + left.total(), Counter(name for name in ours if name != "none"), left, difference)
+    return Row(taken, taken + left.total(), inside, left, difference)
 
 
 def tensors(value: Any) -> list[Tensor]:
