@@ -16,6 +16,7 @@ import functools
 from typing import Any
 
 import torch
+import triton.language.extra.cuda as cuda
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -114,6 +115,12 @@ def load_pixels(desc, full, ring, slot, p, q, n, r, s, c,
 
 
 @gluon.jit
+def load_filters(desc, full, ring, slot, step, k, TAPS: gl.constexpr, BLOCK_C: gl.constexpr):
+    """Ask for the filters of a step: those of a tap and of a slab of channels."""
+    async_load(desc, [step % TAPS, k, step // TAPS * BLOCK_C], full.index(slot), ring.index(slot))
+
+
+@gluon.jit
 def load_result(desc, full, part, p, q, n, k, VIEW: gl.constexpr):
     if VIEW == 0:
         async_load(desc, [p, q, n, k], full, part)
@@ -141,20 +148,28 @@ def loader(
     """The warp that keeps the ring filled, and loads a tile's residual while its products are under way."""
     SIZE: gl.constexpr = x_desc.dtype.primitive_bitwidth // 8
     BYTES: gl.constexpr = (BOX_H * BOX_W * BOX_N + BLOCK_K) * BLOCK_C * SIZE
+    AHEAD: gl.constexpr = STAGES if STAGES < STEPS else STEPS
+    split, _, k, _, _, _ = place(gl.program_id(0), P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
+    for j in range(AHEAD):
+        mbarrier.expect(full.index(j), BYTES)
+        load_filters(w_desc, full, w_ring, j, split * STEPS + j, k, R * S, BLOCK_C)
+    cuda.gdc_wait()
+    cuda.gdc_launch_dependents()  # not before: so the next kernel begins when the one before this is done
     i = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         split, _, k, p, q, n = place(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
         for j in range(STEPS):
             slot = i % STAGES
-            mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(slot), BYTES)
             step = split * STEPS + j  # channel slabs outside, taps inside: a slab's shifted reads stay close in time
+            if i >= AHEAD:
+                mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
+                mbarrier.expect(full.index(slot), BYTES)
+                load_filters(w_desc, full, w_ring, slot, step, k, R * S, BLOCK_C)
             tap = step % (R * S)
             c = step // (R * S) * BLOCK_C
             load_pixels(x_desc, full.index(slot), x_ring, slot, p, q, n, tap // S - R // 2, tap % S - S // 2, c,
                         STRIDE, VIEW, BOX_H)  # fmt: skip
-            async_load(w_desc, [tap, k, c], full.index(slot), w_ring.index(slot))
             if res_desc is not None:
                 if j == STEPS - 1:  # by now both groups have left the tile before, so the buffers are free, or soon
                     for group in gl.static_range(2):
@@ -236,6 +251,7 @@ def multiplier(
     )
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     h, w, m = half_offset(group, BOX_H, BOX_W, BOX_N)
+    cuda.gdc_wait()
     i = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):

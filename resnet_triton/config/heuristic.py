@@ -70,7 +70,7 @@ RATES = Rates()
 
 
 class Latencies(NamedTuple):
-    """What a dependent launch of `hopper_few` is a chain of, in nanoseconds. Stated, not fitted: none has run yet."""
+    """What a dependent launch is a chain of, in nanoseconds, and `hopper_few`. Stated, not fitted: none has run yet."""
 
     launch: float = (
         1000  # from the last store of the kernel before to the first load, and from the last store to the end
@@ -204,14 +204,16 @@ def hopper_turns(strip: int, n: int, p: int, q: int, device: DeviceFacts) -> flo
     return (2 * strip + 1) * (items // 2 * 2 + items % 2 * _LONE)
 
 
-def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates = RATES) -> float:
-    """Nanoseconds that a launch might take, with what an H200's SM does.
+def estimate(
+    config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates = RATES, chained: Latencies = LATENCIES
+) -> float:
+    """Nanoseconds that a launch might take, with what an H200's SM does. Those in Gluon are taken for dependent ones.
 
     A program's products and loads keep an SM busy, several programs side by side all the more; but however few there
     are, each is a chain: what comes before its loop, turn after turn, its result.
     """
     if config.kernel == FEW:
-        return _estimate_few(config, shape, device, rates)
+        return _estimate_few(config, shape, device, rates, chained)
     m, k = config.block_m, config.block_k
     turns = -(-steps(config, shape) // config.split_k) + -(-shape.shortcut_c // config.block_c)
     flops = 2 * m * k * config.block_c * (1 if shape.itemsize == 2 else 2)
@@ -232,15 +234,16 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: R
         beside = max(min(_programs_per_sm(config, shape, device), programs), 1)
         chain = rates.program + turns * max(turn, least * config.block_c / 64) + result
         work = max(programs * (turns * turn + result), -(-programs // beside) * chain)
+    work += chained.launch if config.kernel else rates.launch
     if config.split_k == 1:
-        return rates.launch + work
+        return work
     # The last program reads every partial.
-    return rates.launch + work + rates.split + 6 * m * k * (config.split_k + 1) / rates.bytes
+    return work + rates.split + 6 * m * k * (config.split_k + 1) / rates.bytes
 
 
-def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates) -> float:
+def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates, chained: Latencies) -> float:
     """The same of `hopper_few`: an SM with room for it beside the launch before has its filters before its input."""
-    m, chained = config.block_m, LATENCIES
+    m = config.block_m
     blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
     filters, pixels = blocks * 64 * 128 / rates.bytes, blocks * m * 128 / rates.bytes
     products = blocks * (64 + m) * 128 / chained.width

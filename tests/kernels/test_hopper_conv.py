@@ -220,28 +220,31 @@ WAIT, LET_IN, INPUT, RESIDUAL = (
     r"cp\.async\.bulk\.tensor",
     r"ld\.global",
 )
+FEW, LOOP = few(1, 64, 2, 8, 64, 2, residual=True), CASES["one image"]
 STORE = "ld.param.b64 %rd1, [hopper_few_kernel_param_16];\nst.global.b16 [%rd1], %rs1;"
 
 
 @pytest.mark.parametrize(
-    ("fault", "found"),
+    ("case", "fault", "found"),
     [
-        ("reads its input", r"cp\.async\.bulk.* loads x_desc at byte \d+ before griddepcontrol\.wait"),
-        ("reads its residual", r"ld\.global.* reads res_ptr at byte \d+ before griddepcontrol\.wait"),
-        ("stores", r"st\.global.* writes y_ptr at byte \d+ before griddepcontrol\.wait"),
-        ("lets the next in", r"launch_dependents.* lets the next launch in before griddepcontrol\.wait"),
+        (FEW, "reads its input", r"cp\.async\.bulk.* loads x_desc at byte \d+ before griddepcontrol\.wait"),
+        (FEW, "reads its residual", r"ld\.global.* reads res_ptr at byte \d+ before griddepcontrol\.wait"),
+        (FEW, "stores", r"st\.global.* writes y_ptr at byte \d+ before griddepcontrol\.wait"),
+        (FEW, "lets the next in", r"launch_dependents.* lets the next launch in before griddepcontrol\.wait"),
+        (LOOP, "reads its input", r"cp\.async\.bulk.* loads x_desc at byte \d+ before griddepcontrol\.wait"),
+        (LOOP, "lets the next in", r"launch_dependents.* lets the next launch in before griddepcontrol\.wait"),
     ],
 )
-def test_what_comes_before_the_wait_is_found(fault: str, found: str) -> None:
+def test_what_comes_before_the_wait_is_found(case: Case, fault: str, found: str) -> None:
     """A store of its results there may be to a buffer that the launch before the last one's still reads."""
-    made, _, _ = launch(few(1, 64, 2, 8, 64, 2, residual=True))
+    made, _, _ = launch(case)
     lines = ptx(made).splitlines()
 
     def where(what: str) -> list[int]:
         return [i for i, line in enumerate(lines) if re.search(what, line)]
 
-    (wait,), (let_in,) = where(WAIT), where(LET_IN)
-    assert wait < let_in
+    (let_in,) = where(LET_IN)
+    wait = max(i for i in where(WAIT) if i < let_in)  # each group of warps has one
     assert simulate(made, "\n".join(lines), early=made.parameters).faults == []
     late = {"reads its input": INPUT, "reads its residual": RESIDUAL, "lets the next in": LET_IN}
     if fault == "stores":
@@ -258,7 +261,9 @@ def test_what_comes_before_the_wait_is_found(fault: str, found: str) -> None:
     [
         ("hopper_few", True, (), True),
         ("hopper_few", False, (), False),
-        ("hopper_conv", True, (), False),
+        ("hopper_conv", True, (), True),
+        ("hopper_conv", True, ("weight",), False),
+        ("conv_pointer", True, (), False),
         ("hopper_few", True, ("weight",), False),
         ("hopper_few", True, ("batch_norm",), False),
         ("hopper_few", True, ("shortcut", "weight"), False),
@@ -285,9 +290,9 @@ def test_dependent_launches(
         return value._replace(**{name: part}) if isinstance(value, tuple) else replace(value, **{name: part})
 
     call = spread(call, *copied) if copied else call
-    case = few(1, 64, 16, 16, 64, 4) if kernel == "hopper_few" else CASES["one image"]
+    configs = {"hopper_few": few(1, 64, 16, 16, 64, 4).config, "hopper_conv": CASES["one image"].config}
     may = dependent_launches.set(graph)
-    with pinned(case.config):
+    with pinned(configs.get(kernel, ConvConfig(64, 64, 32, 4, 3))):
         (made,) = call.launches(call.output())
     dependent_launches.reset(may)
     assert (made.kernel.__name__, made.dependent) == (f"{kernel}_kernel", dependent)
