@@ -91,7 +91,7 @@ LEAKY = Activation("leaky_relu", 0.25)
 CASES = {
     # every tile form, with tails of images, rows, columns, channels and filters
     "2x64 by 64": Case((9, 72, 5, 6), 72, (1, 16, 8), 64, 6),
-    "2x64 by 128": Case((5, 64, 6, 7), 136, (2, 8, 8), 128, 5, programs=1),
+    "2x64 by 128": Case((5, 64, 6, 7), 136, (4, 8, 4), 128, 5, programs=1),
     "2x64 by 256": Case((3, 40, 5, 5), 264, (4, 8, 4), 256, 3, filter=1, programs=3),
     "2x128 by 64": Case((7, 24, 6, 9), 64, (4, 8, 8), 64, 4, programs=3),
     "2x128 by 128": Case((130, 64, 2, 2), 128, (1, 1, 256), 128, 3, filter=1),
@@ -100,7 +100,7 @@ CASES = {
     "one image": Case((1, 64, 11, 13), 64, (8, 16, 1), 64, 6),
     # residuals: one tile, two and many by a program
     "residual": Case((9, 64, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, programs=1),
-    "residual, wide": Case((5, 64, 6, 7), 136, (2, 8, 8), 128, 5, residual=True, programs=3),
+    "residual, wide": Case((5, 64, 6, 7), 136, (4, 8, 4), 128, 5, residual=True, programs=3),
     "residual, 2x128": Case((3, 64, 6, 9), 64, (4, 8, 8), 64, 4, residual=True, activation=NONE),
     "residual, one image": Case((3, 64, 9, 13), 64, (8, 16, 1), 64, 6, residual=True),
     # stride 2
@@ -110,7 +110,12 @@ CASES = {
     "stride 2, 1x1": Case((9, 64, 8, 12), 128, (2, 8, 8), 128, 5, filter=1, stride=2),
     # shortcuts
     "shortcut": Case((9, 64, 5, 6), 72, (1, 16, 8), 64, 6, shortcut=72, programs=1),
-    "shortcut, rows": Case((5, 64, 6, 7), 136, (2, 8, 8), 128, 5, shortcut=32, affine=False),
+    "shortcut, rows": Case((5, 64, 6, 7), 136, (4, 8, 4), 128, 5, shortcut=32, affine=False),
+    # two rows: a column of taps at a time
+    "two rows": Case((3, 72, 5, 6), 72, (2, 8, 8), 64, 3, residual=True, programs=2),
+    "two rows, one image": Case((1, 64, 5, 70), 64, (2, 64, 1), 64, 3, programs=3, dtype="bfloat16"),
+    "two rows by 128, shortcut": Case((5, 128, 4, 7), 128, (2, 8, 8), 128, 2, shortcut=96, programs=1),
+    "two rows, split, shortcut": Case((2, 64, 5, 6), 64, (2, 8, 8), 64, 3, split=3, shortcut=128, programs=2),
     # shares of the reduction
     "split": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, programs=2),
     "split, residual": Case((2, 192, 5, 6), 64, (4, 8, 4), 64, 6, split=3, residual=True, programs=3),
@@ -147,8 +152,9 @@ CASES = {
 
 SLOW = {
     "2x64 by 256", "2x128 by 128", "images alone", "residual", "residual, wide", "residual, 2x128", "stride 2, rows",
-    "stride 2, one image", "shortcut", "split", "64, 32 images, residual", "64, 64 images", "64, 128 images, residual",
-    "few, 2 rows, residual", "few, 8 rows", "few, two slabs", "few, 1x1", "few, stride 2", "few, shortcut",
+    "stride 2, one image", "shortcut", "two rows, one image", "two rows by 128, shortcut", "split",
+    "64, 32 images, residual", "64, 64 images", "64, 128 images, residual", "few, 2 rows, residual", "few, 8 rows",
+    "few, two slabs", "few, 1x1", "few, stride 2", "few, shortcut",
     "tf32, wide, stride 2", "tf32, shortcut", "tf32, 2x128, split",
 }  # fmt: skip
 """What differs from another case in one respect, in which a third differs, too."""
