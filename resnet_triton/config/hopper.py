@@ -23,8 +23,8 @@ def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
     tiles = [(tile, boxes_of(tile[0])) for tile in _TILES]
     if (shape.r, shape.stride) == (3, (1, 1)):
         tiles.append((_TWO_ROWS, [box for box in boxes_of(_TWO_ROWS[0]) if box[0] == 2]))
-    for (m, k, stages), boxes in tiles:
-        ordered = sorted(boxes, key=lambda box: covering(box, shape))
+    for (m, k, stages), covers in tiles:
+        ordered = sorted(covers, key=lambda box: covering(box, shape))
         forms = (
             ConvConfig(m, k, 128 // shape.itemsize, 4, deep, box, kernel=CONV)
             for deep in range(stages, 2, -1)  # one slot to fill while products read two
