@@ -21,7 +21,7 @@ FEW_IMAGES = 16
 def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
     """The legal forms that the cost model weighs: each tile with the box that wastes least, at each split."""
     tiles = [(tile, boxes_of(tile[0])) for tile in _TILES]
-    if (shape.r, shape.stride) == (3, (1, 1)):
+    if (shape.r, shape.stride) == (3, (1, 1)) and shape.n <= _TWO_ROWS[0] // 2:  # more fill tiles of more filters
         tiles.append((_TWO_ROWS, [box for box in boxes_of(_TWO_ROWS[0]) if box[0] == 2]))
     for (m, k, stages), covers in tiles:
         ordered = sorted(covers, key=lambda box: covering(box, shape))
