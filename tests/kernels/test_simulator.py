@@ -383,15 +383,6 @@ def remove(pattern: str, number: int = 0, *, behind: str = "", lines_: int = 1) 
     return edit
 
 
-def insert(pattern: str, new: str, number: int = 0, after: bool = True) -> Edit:
-    def edit(lines: list[str]) -> None:
-        i = find(lines, pattern, number)
-        groups = re.findall(r"%r\d+", lines[i])
-        lines.insert(i + after, new.format(*groups))
-
-    return edit
-
-
 WAIT = r"mbarrier\.try_wait"
 
 
