@@ -15,7 +15,7 @@ import numpy as np
 
 from resnet_triton.config import ConvConfig, ConvShape
 from resnet_triton.config.device import KNOWN
-from resnet_triton.config.heuristic import RATES, Rates, estimate
+from resnet_triton.config.heuristic import LATENCIES, RATES, Rates, estimate
 from resnet_triton.config.measured import measured
 
 H200 = KNOWN[90]
@@ -30,8 +30,9 @@ class Row(NamedTuple):
     us: float
 
     def error(self, rates: Rates) -> float:
-        """Logarithm of estimated by measured."""
-        return math.log(estimate(self.config, self.shape, H200, rates) / 1000 / self.us)
+        """Logarithm of estimated by measured, all as ordinary launches."""
+        ordinary = LATENCIES._replace(launch=rates.launch)
+        return math.log(estimate(self.config, self.shape, H200, rates, ordinary) / 1000 / self.us)
 
 
 def _prototypes() -> list[Row]:

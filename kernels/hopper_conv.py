@@ -5,6 +5,9 @@ A tile is a box of output rows x columns x images by BLOCK_K filters. One warp l
 multiply, each one half of the box, so that while one is in its epilogue the other keeps the tensor cores busy. Both
 operands are read from shared memory whatever the form of the box: no product has pixels in registers.
 
+Under a 3x3 filter at stride 1, a box of two rows is loaded with the rows above and below it, once for each column of
+taps: a group has one row, and four rows under three taps are two thirds of three boxes.
+
 A residual comes through the buffer that the result leaves by. Each group has two, so the next tile's residual is loaded
 while this tile's result is stored. A shortcut's convolution is a second reduction into accumulators of its own, through
 the same ring. With SPLIT_K programs a tile, each reduces an equal share of the steps; see `tiles.sum_partials`.
@@ -16,6 +19,7 @@ import functools
 from typing import Any
 
 import torch
+import triton.language.extra.cuda as cuda
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,7 +43,7 @@ from .hopper import (
     sum_partials,
 )
 from .launch import Launch, cdiv
-from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size
+from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size, taps_at_once
 
 IMAGES, ROWS = 0, 1
 """Views of NHWC memory. At stride 2 columns are split by parity, so that every second one is again a box, and a box of
@@ -114,6 +118,14 @@ def load_pixels(desc, full, ring, slot, p, q, n, r, s, c,
 
 
 @gluon.jit
+def load_filters(desc, full, ring, slot, step, k, COLUMNS: gl.constexpr, TAPS: gl.constexpr, BLOCK_C: gl.constexpr):
+    """Ask for the filters of a step: TAPS taps, one under the other, of a slab of channels."""
+    for i in gl.static_range(TAPS):
+        tap = step % COLUMNS + i * COLUMNS
+        async_load(desc, [tap, k, step // COLUMNS * BLOCK_C], full.index(slot), ring.index(slot * TAPS + i))
+
+
+@gluon.jit
 def load_result(desc, full, part, p, q, n, k, VIEW: gl.constexpr):
     if VIEW == 0:
         async_load(desc, [p, q, n, k], full, part)
@@ -135,26 +147,37 @@ def loader(
     items, P, Q,
     R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
     SHORT_STEPS: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr, SPLIT_K: gl.constexpr,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, TILES_K: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr, TILES_K: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     """The warp that keeps the ring filled, and loads a tile's residual while its products are under way."""
     SIZE: gl.constexpr = x_desc.dtype.primitive_bitwidth // 8
-    BYTES: gl.constexpr = (BOX_H * BOX_W * BOX_N + BLOCK_K) * BLOCK_C * SIZE
+    PIXELS: gl.constexpr = BOX_H * BOX_W * BOX_N
+    BYTES: gl.constexpr = (PIXELS * (TAPS + 1) // 2 + BLOCK_K * TAPS) * BLOCK_C * SIZE
+    SHORT_BYTES: gl.constexpr = (PIXELS + BLOCK_K) * BLOCK_C * SIZE
+    COLUMNS: gl.constexpr = R * S // TAPS
+    AHEAD: gl.constexpr = STAGES if STAGES < STEPS else STEPS
+    split, _, k, _, _, _ = place(gl.program_id(0), P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
+    for j in range(AHEAD):
+        mbarrier.expect(full.index(j), BYTES)
+        load_filters(w_desc, full, w_ring, j, split * STEPS + j, k, COLUMNS, TAPS, BLOCK_C)
+    cuda.gdc_wait()
+    cuda.gdc_launch_dependents()  # not before: so the next kernel begins when the one before this is done
     i = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         split, _, k, p, q, n = place(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
         for j in range(STEPS):
             slot = i % STAGES
-            mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(slot), BYTES)
             step = split * STEPS + j  # channel slabs outside, taps inside: a slab's shifted reads stay close in time
-            tap = step % (R * S)
-            c = step // (R * S) * BLOCK_C
+            if i >= AHEAD:
+                mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
+                mbarrier.expect(full.index(slot), BYTES)
+                load_filters(w_desc, full, w_ring, slot, step, k, COLUMNS, TAPS, BLOCK_C)
+            tap = step % COLUMNS
+            c = step // COLUMNS * BLOCK_C
             load_pixels(x_desc, full.index(slot), x_ring, slot, p, q, n, tap // S - R // 2, tap % S - S // 2, c,
                         STRIDE, VIEW, BOX_H)  # fmt: skip
-            async_load(w_desc, [tap, k, c], full.index(slot), w_ring.index(slot))
             if res_desc is not None:
                 if j == STEPS - 1:  # by now both groups have left the tile before, so the buffers are free, or soon
                     for group in gl.static_range(2):
@@ -171,10 +194,10 @@ def loader(
                 for j in range(SHORT_STEPS):
                     slot = i % STAGES
                     mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
-                    mbarrier.expect(full.index(slot), BYTES)
-                    load_pixels(short_x_desc, full.index(slot), short_ring, slot, p, q, n, 0, 0, j * BLOCK_C,
-                                SHORT_STRIDE, SHORT_VIEW, BOX_H)  # fmt: skip
-                    async_load(short_w_desc, [0, k, j * BLOCK_C], full.index(slot), w_ring.index(slot))
+                    mbarrier.expect(full.index(slot), SHORT_BYTES)
+                    load_pixels(short_x_desc, full.index(slot), short_ring, slot * ((TAPS + 1) // 2), p, q, n, 0, 0,
+                                j * BLOCK_C, SHORT_STRIDE, SHORT_VIEW, BOX_H)  # fmt: skip
+                    async_load(short_w_desc, [0, k, j * BLOCK_C], full.index(slot), w_ring.index(slot * TAPS))
                     i += 1
         turn += 1
 
@@ -193,16 +216,21 @@ def half_offset(group: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr, B
 
 @gluon.jit
 def reduce(group: gl.constexpr, pixels, filters, full, empty, i, STEPS: gl.constexpr, STAGES: gl.constexpr,
-           HALF: gl.constexpr, BLOCK_K: gl.constexpr, mma: gl.constexpr):  # fmt: skip
-    """This group's products of the next STEPS slots; a slot is given back when the product after its own is issued."""
+           MOST: gl.constexpr, TAPS: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr,
+           mma: gl.constexpr):  # fmt: skip
+    """This group's products of the next STEPS slots, TAPS of each, which has room for MOST.
+
+    A slot is given back when the products of the next one are issued.
+    """
     acc = gl.zeros((HALF, BLOCK_K), gl.float32, mma)
     for j in range(STEPS):
         slot = i % STAGES
         mbarrier.wait(full.index(slot), i // STAGES & 1)
-        a = pixels.index(slot * 2 + group)
-        b = filters.index(slot).permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
+        for tap in gl.static_range(TAPS):
+            a = pixels.index(slot * (MOST + 1) + group + tap)
+            b = filters.index(slot * MOST + tap).permute((1, 0))
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(TAPS, deps=(acc,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
         i += 1
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -225,8 +253,8 @@ def multiplier(
     short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
     items, P, Q,
     K: gl.constexpr, Y_VIEW: gl.constexpr, RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
-    SHORT_STEPS: gl.constexpr, SPLIT_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TILES_K: gl.constexpr,
-    BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    SHORT_STEPS: gl.constexpr, SPLIT_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr,
+    TILES_K: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups that multiply."""
     HALF: gl.constexpr = BOX_H * BOX_W * BOX_N // 2
@@ -236,6 +264,7 @@ def multiplier(
     )
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     h, w, m = half_offset(group, BOX_H, BOX_W, BOX_N)
+    cuda.gdc_wait()
     i = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -244,12 +273,14 @@ def multiplier(
         scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < K)
         if SPLIT_K > 1:
             shift = gl.where(split == 0, shift, 0.0)
-        acc, i = reduce(group, pixels, filters, full, empty, i, STEPS, STAGES, HALF, BLOCK_K, mma)
+        acc, i = reduce(group, pixels, filters, full, empty, i, STEPS, STAGES, TAPS, TAPS, HALF, BLOCK_K, mma)
         tma.store_wait(0)  # the tile before has left its buffer
         y = normalised(acc, scale, shift, mma)
         if SHORT_STEPS > 0:
             if split == SPLIT_K - 1:
-                acc, i = reduce(group, pixels, filters, full, empty, i, SHORT_STEPS, STAGES, HALF, BLOCK_K, mma)
+                acc, i = reduce(
+                    group, pixels, filters, full, empty, i, SHORT_STEPS, STAGES, TAPS, 1, HALF, BLOCK_K, mma
+                )
                 scale, shift = batch_norm_scale_shift(
                     short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, offs_k < K
                 )
@@ -277,18 +308,18 @@ def hopper_conv_kernel(
     C: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
     STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
     SHORT_C: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr,
-    ACTIVATION: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
+    ACTIVATION: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     RESIDUAL: gl.constexpr = res_desc is not None
     TILES_K: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    STEPS: gl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C) // SPLIT_K
+    STEPS: gl.constexpr = R * S // TAPS * ((C + BLOCK_C - 1) // BLOCK_C) // SPLIT_K
     SHORT_STEPS: gl.constexpr = (SHORT_C + BLOCK_C - 1) // BLOCK_C
     BUFFERS: gl.constexpr = 4 if RESIDUAL else 2
     LOADS: gl.constexpr = 1 if STRIDE == 1 else BOX_H
     PIXELS: gl.constexpr = BOX_H * BOX_W * BOX_N
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * LOADS] + x_desc.block_shape, x_desc.layout)
-    w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_shape, w_desc.layout)
+    w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * TAPS] + w_desc.block_shape, w_desc.layout)
     out = gl.allocate_shared_memory(y_desc.dtype, [BUFFERS] + y_desc.block_shape, y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -304,31 +335,34 @@ def hopper_conv_kernel(
     rows: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=x_desc.dtype.primitive_bitwidth, rank=2
     )
-    pixels = reinterpret(x_ring, x_desc.dtype, [STAGES * 2, PIXELS // 2, BLOCK_C], rows)
-    filters = reinterpret(w_ring, x_desc.dtype, [STAGES, BLOCK_K, BLOCK_C], rows)
+    pixels = reinterpret(x_ring, x_desc.dtype, [STAGES * (TAPS + 1), PIXELS // 2, BLOCK_C], rows)
+    filters = reinterpret(w_ring, x_desc.dtype, [STAGES * TAPS, BLOCK_K, BLOCK_C], rows)
     short_ring = x_ring
     if short_x_desc is not None:
         SHORT_LOADS: gl.constexpr = 1 if SHORT_STRIDE == 1 else BOX_H
         short_ring = reinterpret(
-            x_ring, x_desc.dtype, [STAGES * SHORT_LOADS] + short_x_desc.block_shape, short_x_desc.layout
+            x_ring,
+            x_desc.dtype,
+            [STAGES * (TAPS + 1) // 2 * SHORT_LOADS] + short_x_desc.block_shape,
+            short_x_desc.layout,
         )
     gl.warp_specialize([
         (multiplier, (
             0, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
             short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
-            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TILES_K,
+            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, TILES_K,
             BOX_H, BOX_W, BOX_N, BLOCK_K,
         )),
         (multiplier, (
             1, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
             short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
-            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TILES_K,
+            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, TILES_K,
             BOX_H, BOX_W, BOX_N, BLOCK_K,
         )),
         (loader, (
             x_desc, w_desc, res_desc, short_x_desc, short_w_desc, x_ring, short_ring, w_ring, out, full, empty,
             added, free, items, P, Q, R, S, STRIDE, VIEW, Y_VIEW, SHORT_STEPS, SHORT_STRIDE, SHORT_VIEW, SPLIT_K,
-            STEPS, STAGES, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
+            STEPS, STAGES, TAPS, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
         )),
     ], [4, 1], [232, 40])  # fmt: skip
 
@@ -375,13 +409,14 @@ def _constants(
     if box is None:
         raise ValueError(f"{config} has no box, expected one")
     box_h, box_w, box_n = box
-    x_fields, view = pixel_fields(x, dtype, stride, box, block_c, factor=True)
+    taps = taps_at_once(box, r, stride)
+    x_fields, view = pixel_fields(x, dtype, stride, (box_h + taps - 1, box_w, box_n), block_c, factor=True)
     y_fields, y_view = pixel_fields(out, dtype, 1, half(box), block_k)
     items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
     constants: dict[str, object] = {
         "items": items, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
         "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view, "ACTIVATION": activation,
-        "SPLIT_K": config.split_k, "STAGES": config.num_stages,
+        "SPLIT_K": config.split_k, "STAGES": config.num_stages, "TAPS": taps,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     return constants, [x_fields, filter_fields(weight, dtype, block_k, block_c), y_fields], items

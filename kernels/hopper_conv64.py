@@ -17,6 +17,7 @@ import functools
 from typing import Any
 
 import torch
+import triton.language.extra.cuda as cuda
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -50,6 +51,8 @@ def loader(
     mbarrier.expect(ready.index(0), 9 * 64 * 64 * 2)
     for tap in range(9):
         async_load(w_desc, [tap, 0, 0], ready.index(0), filters.index(tap))
+    cuda.gdc_wait()
+    cuda.gdc_launch_dependents()  # not before: so the next kernel begins when the one before this is done
     i = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         p, q, n = place(item, tiles_p, tiles_q, BOX_N)
@@ -110,6 +113,7 @@ def multiplier(
     scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < 64)
     scale, shift = gl.expand_dims(scale, 1), gl.expand_dims(shift, 1)
     results = reinterpret(out, y_desc.dtype, [4, BOX_N, 64], SWIZZLED)
+    cuda.gdc_wait()
     mbarrier.wait(ready.index(0), 0)
     i = 0
     turn = 0

@@ -126,6 +126,14 @@ def has_several_sides(box: tuple[int, int, int]) -> bool:
     return sum(side > 1 for side in box) > 1
 
 
+def taps_at_once(box: tuple[int, int, int], r: int, stride: int) -> int:
+    """How many taps of a filter, one under the other, a step of `hopper_conv` loads pixels for, and then multiplies.
+
+    Three of a 3x3 filter at stride 1 where a box has two rows, one for each group of warps; else one.
+    """
+    return 3 if (box[0], r, stride) == (2, 3, 1) else 1
+
+
 def is_flat(c: int) -> bool:
     """Whether the pointer path reduces over one (tap, channel) index: few channels, or rows too odd for wide loads."""
     return c < 16 or c % 8 != 0

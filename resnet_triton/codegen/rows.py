@@ -34,7 +34,9 @@ FILTERS_IN_REGISTERS = ("hopper_stem_kernel",)
 NONE_PENDING = ("hopper_conv64_kernel", "hopper_stem_kernel")
 """Warp-specialised kernels in which no product runs while the next is asked for: the other group's does."""
 AT_ONCE = ("hopper_few_kernel",)
-"""Kernels whose products all run together, and which ask for filters while the launch before still runs."""
+"""Kernels whose products all run together."""
+EARLY = (*AT_ONCE, "hopper_conv_kernel", "hopper_conv64_kernel")
+"""Kernels that ask for filters while the launch before still runs."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class CompiledLaunch:
             found.append(f"accesses {code.widest_access} bytes at a time, pointers are aligned to {ALIGNED}")
         own = Launch(None, (), dict.fromkeys(self.early)).parameters
         found += [f"reads {name} before it waits for the launch before" for name in self.early if name not in own]
+        if self.kernel in EARLY and "w_desc" not in self.early:
+            found.append("waits for the launch before, then asks for filters")
         if self.kernel in AT_ONCE:
             found += self._at_once_faults()
         return found + (self._specialised_faults() if code.specialised else [])
@@ -106,8 +110,6 @@ class CompiledLaunch:
         code, found = self.code, [message for message in self.code.messages if "(C75" in message]
         if code.wgmma_waits != 1 or code.wgmma_registers:
             found.append(f"{code.wgmma_waits} waits and {code.wgmma_registers} operands in registers, expected 1 and 0")
-        if "w_desc" not in self.early:
-            found.append("waits for the launch before, then asks for filters")
         return found
 
     def _specialised_faults(self) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from ..kernels.values import ConvConfig, has_several_sides, is_flat
+from ..kernels.values import ConvConfig, has_several_sides, is_flat, taps_at_once
 from .device import DeviceFacts
 
 CONV, CONV64, FEW = "hopper_conv", "hopper_conv64", "hopper_few"
@@ -100,7 +100,9 @@ def _specialised_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
         return blocks * (config.block_m + config.block_k) * config.block_c * 2 + 2048
     if config.kernel == CONV64:  # filters stay, a slot is one pixel of all images
         return 9 * 64 * 64 * 2 + (config.num_stages + 4) * config.block_m // 4 * 64 * 2 + 2048
-    slots = config.num_stages * (config.block_m + config.block_k) * config.block_c
+    column = taps(config, shape)
+    lines = config.block_m * (column + 1) // 2 + config.block_k * column
+    slots = config.num_stages * lines * config.block_c
     results = config.block_m * config.block_k * (2 if shape.residual else 1)
     return (slots + results) * shape.itemsize + 2048
 
@@ -118,10 +120,15 @@ def covering(box: tuple[int, int, int], shape: ConvShape) -> tuple[int, int, int
 
 
 def steps(config: ConvConfig, shape: ConvShape) -> int:
-    """Turns of the main loop: filter taps times slabs of `block_c` channels."""
+    """Turns of the main loop: filter taps, or columns of them, times slabs of `block_c` channels."""
     if config.box is None and is_flat(shape.c):
         return -(-shape.r * shape.s * shape.c // config.block_c)
-    return shape.r * shape.s * -(-shape.c // config.block_c)
+    return shape.r * shape.s // taps(config, shape) * -(-shape.c // config.block_c)
+
+
+def taps(config: ConvConfig, shape: ConvShape) -> int:
+    """Taps that a turn multiplies."""
+    return taps_at_once(config.box, shape.r, shape.stride[0]) if config.kernel == CONV and config.box else 1
 
 
 def tiles(config: ConvConfig, shape: ConvShape) -> int:

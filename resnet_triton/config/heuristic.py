@@ -24,6 +24,7 @@ from .conv import (
     shared_memory,
     steps,
     supports_descriptors,
+    taps,
     tiles,
 )
 from .device import DeviceFacts
@@ -44,6 +45,7 @@ _IEEE_FLAT_TILES = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
 _MATRIX_ROWS = 64  # of the smallest product that four warps do at a time (wgmma)
 _MATRIX = {16: 0.2, 32: 0.4, 64: 0.8}  # share of the matrix rate by columns: narrow products read more operands
+_COLUMN = 0.88  # the same where pixels are loaded for a column of taps: a fifth fewer bytes; stated, not timed
 _SLACK = 1.1  # a warp-specialised form, timed nowhere yet, may be so much slower by the model than another was
 _MANY = 32  # images from which boxes waste little of any shape
 
@@ -70,7 +72,7 @@ RATES = Rates()
 
 
 class Latencies(NamedTuple):
-    """What a dependent launch of `hopper_few` is a chain of, in nanoseconds. Stated, not fitted: none has run yet."""
+    """What a dependent launch is a chain of, in nanoseconds, and `hopper_few`. Stated, not fitted: none has run yet."""
 
     launch: float = (
         1000  # from the last store of the kernel before to the first load, and from the last store to the end
@@ -204,22 +206,26 @@ def hopper_turns(strip: int, n: int, p: int, q: int, device: DeviceFacts) -> flo
     return (2 * strip + 1) * (items // 2 * 2 + items % 2 * _LONE)
 
 
-def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates = RATES) -> float:
-    """Nanoseconds that a launch might take, with what an H200's SM does.
+def estimate(
+    config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates = RATES, chained: Latencies = LATENCIES
+) -> float:
+    """Nanoseconds that a launch might take, with what an H200's SM does. Those in Gluon are taken for dependent ones.
 
     A program's products and loads keep an SM busy, several programs side by side all the more; but however few there
     are, each is a chain: what comes before its loop, turn after turn, its result.
     """
     if config.kernel == FEW:
-        return _estimate_few(config, shape, device, rates)
+        return _estimate_few(config, shape, device, rates, chained)
     m, k = config.block_m, config.block_k
-    turns = -(-steps(config, shape) // config.split_k) + -(-shape.shortcut_c // config.block_c)
+    column = taps(config, shape)
+    turns = -(-steps(config, shape) // config.split_k) * column + -(-shape.shortcut_c // config.block_c)
     flops = 2 * m * k * config.block_c * (1 if shape.itemsize == 2 else 2)
     result = rates.element * m * k * (rates.residual if shape.residual else 1)
     programs = -(-tiles(config, shape) * config.split_k // device.sm_count)  # of the busiest SM
     if config.kernel:  # one program an SM takes them in turn
         columns = m // 4 if config.kernel == CONV64 else k
-        turn = flops / (rates.specialised_flops * _MATRIX.get(columns, 1.0)) + rates.specialised_turn
+        share = _COLUMN if column > 1 else _MATRIX.get(columns, 1.0)
+        turn = flops / (rates.specialised_flops * share) + rates.specialised_turn / column
         accumulator = m * k // (8 if config.kernel == CONV64 else 2)
         result *= rates.hidden * (accumulator / 4096) ** 0.3  # the larger, the less of it other products hide
         work = rates.program + programs * (turns * turn + result)
@@ -232,15 +238,16 @@ def estimate(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: R
         beside = max(min(_programs_per_sm(config, shape, device), programs), 1)
         chain = rates.program + turns * max(turn, least * config.block_c / 64) + result
         work = max(programs * (turns * turn + result), -(-programs // beside) * chain)
+    work += chained.launch if config.kernel else rates.launch
     if config.split_k == 1:
-        return rates.launch + work
+        return work
     # The last program reads every partial.
-    return rates.launch + work + rates.split + 6 * m * k * (config.split_k + 1) / rates.bytes
+    return work + rates.split + 6 * m * k * (config.split_k + 1) / rates.bytes
 
 
-def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates) -> float:
+def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates, chained: Latencies) -> float:
     """The same of `hopper_few`: an SM with room for it beside the launch before has its filters before its input."""
-    m, chained = config.block_m, LATENCIES
+    m = config.block_m
     blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
     filters, pixels = blocks * 64 * 128 / rates.bytes, blocks * m * 128 / rates.bytes
     products = blocks * (64 + m) * 128 / chained.width

@@ -11,6 +11,7 @@ from .device import DeviceFacts
 
 # (block_m, block_k, most num_stages): pixels are two groups', and an accumulator has to fit a group's registers.
 _TILES = ((128, 64, 6), (128, 128, 5), (128, 256, 3), (256, 64, 4), (256, 128, 3))
+_TWO_ROWS = (128, 64, 3)  # of boxes of two rows, where a slot holds a column of taps
 _TILES64 = ((128, 5), (64, 11), (32, 11))  # (images, num_stages)
 _ROWS = (2, 4, 8)  # of a box of few images
 FEW_IMAGES = 16
@@ -19,8 +20,11 @@ FEW_IMAGES = 16
 
 def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
     """The legal forms that the cost model weighs: each tile with the box that wastes least, at each split."""
-    for m, k, stages in _TILES:
-        ordered = sorted(boxes_of(m), key=lambda box: covering(box, shape))
+    tiles = [(tile, boxes_of(tile[0])) for tile in _TILES]
+    if (shape.r, shape.stride) == (3, (1, 1)) and shape.n <= _TWO_ROWS[0] // 2:  # more fill tiles of more filters
+        tiles.append((_TWO_ROWS, [box for box in boxes_of(_TWO_ROWS[0]) if box[0] == 2]))
+    for (m, k, stages), covers in tiles:
+        ordered = sorted(covers, key=lambda box: covering(box, shape))
         forms = (
             ConvConfig(m, k, 128 // shape.itemsize, 4, deep, box, kernel=CONV)
             for deep in range(stages, 2, -1)  # one slot to fill while products read two

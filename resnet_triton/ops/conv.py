@@ -127,7 +127,7 @@ class ConvBnRelu(Operation):
         if self.shortcut is not None and shortcut is not None:
             pairs += [(self.shortcut.weight, shortcut.weight)]
             pairs += zip(self.shortcut.batch_norm, shortcut.batch_norm, strict=True)
-        dependent = chosen.kernel == "hopper_few" and may_depend(x.device, pairs)
+        dependent = bool(chosen.kernel) and may_depend(x.device, pairs)  # the Gluon kernels wait
         return (launch if own and not dependent else replace(launch, own=own, dependent=dependent),)
 
     def other_launches(self, out: Tensor) -> tuple[Launch, ...]:

@@ -22,6 +22,7 @@ from .. import config
 from ..config import ConvConfig, ConvShape
 from ..kernels.launch import Launch
 from ..ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, interpreter
+from ..ops.conv import dependent_launches
 from ..ops.dispatch import Modes
 from ..ops.precision import fp32_precision
 from ..support.timing import Meter, Spread, graph_seconds
@@ -196,9 +197,16 @@ def _other_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def launches_of(call: ConvBnRelu, out: Tensor, chosen: ConvConfig, precision: str) -> tuple[Launch, ...]:
-    """The launches of a call under a given configuration; `precision` is how fp32 is multiplied."""
-    with config.pinned(chosen), fp32_precision(precision):
-        return call.launches(out)
+    """The launches of a call under a given configuration, as a graph of a model has them: dependent where they may be.
+
+    `precision` is how fp32 is multiplied.
+    """
+    may = dependent_launches.set(True)  # a trial writes no parameters
+    try:
+        with config.pinned(chosen), fp32_precision(precision):
+            return call.launches(out)
+    finally:
+        dependent_launches.reset(may)
 
 
 def _run(launches: tuple[Launch, ...]) -> None:

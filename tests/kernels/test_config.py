@@ -32,8 +32,9 @@ from resnet_triton.config import (
     supports_descriptors,
     table,
 )
+from resnet_triton.config.conv import steps, taps
 from resnet_triton.config.device import KNOWN, DeviceFacts, facts, override
-from resnet_triton.config.heuristic import best_estimated, estimate
+from resnet_triton.config.heuristic import best_estimated, conv_candidates, estimate
 from resnet_triton.ops.trace import Call, trace
 
 BATCHES = (1, 2, 7, 8, 16, 31, 32, 64, 100, 129, 256)
@@ -298,6 +299,20 @@ def test_legality_follows_the_shared_memory() -> None:
     chosen = replace(CONFIG, block_m=128, block_k=128, num_stages=4)  # 128 KiB of tiles
     assert is_legal(chosen, SHAPE, KNOWN[90])
     assert not is_legal(chosen, SHAPE, KNOWN[89])
+
+
+def test_boxes_of_two_rows_take_a_column_of_taps_at_a_time() -> None:
+    """Where they are few, at stride 1: a step is three taps, and a slot is as large."""
+    shape = ConvShape(8, 128, 28, 28, 128, 3, 3, padding=(1, 1))
+    two = ConvConfig(128, 64, 64, 4, 3, (2, 8, 8), kernel="hopper_conv")
+    assert conv_heuristic(shape, KNOWN[90]) == two
+    many = conv_candidates(replace(shape, n=128), KNOWN[90])
+    assert not any(taps(chosen, shape) > 1 for chosen in many)
+    strided = replace(shape, stride=(2, 2))
+    assert (steps(two, shape), steps(two, strided), steps(replace(two, box=(4, 4, 8)), shape)) == (6, 18, 18)
+    for change in ({"num_stages": 4}, {"split_k": 9}):
+        assert not is_legal(replace(two, **change), shape, KNOWN[90])
+        assert is_legal(replace(two, **change), strided, KNOWN[90])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

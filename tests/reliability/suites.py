@@ -65,7 +65,7 @@ INTERPRETED: dict[str, list[str]] = {
         "test_beyond_int32.py::test_global_avg_pool",
     ],
     "hopper.py": _GLUON,
-    "hopper_conv.py": _GLUON,
+    "hopper_conv.py": [*_GLUON, "test_hopper_conv.py::test_what_comes_before_the_wait_is_found"],
     "hopper_conv64.py": _GLUON,
     "hopper_few.py": [*_GLUON, "test_hopper_conv.py::test_what_comes_before_the_wait_is_found"],
     "hopper_stem.py": ["test_hopper_stem.py"],

@@ -321,6 +321,14 @@ def test_every_set_of_buffers_is_launched(monkeypatch: pytest.MonkeyPatch) -> No
     assert not any(out.isnan().any() for out in subject.outputs)
 
 
+def test_a_candidate_is_timed_as_a_graph_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial.interpreter, "active", lambda: False)
+    call = trial.random_call(ConvShape(1, 64, 8, 8, 64, 3, 3, padding=(1, 1)), CPU, 0)
+    few, plain = ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few"), ConvConfig(64, 64, 32, 4, 3)
+    made = [trial.launches_of(call, call.output(), chosen, "ieee")[0] for chosen in (few, plain)]
+    assert [launch.dependent for launch in made] == [True, False]
+
+
 # --- budget, resumption, interruption --------------------------------------------------------------------------------
 
 
@@ -585,8 +593,7 @@ def main():
             launches = trial.launches_of(call, torch.empty(shape.n, shape.k, shape.p, shape.q, dtype=call.x.dtype,
                                   memory_format=torch.channels_last), chosen, shape.precision)
         for launch in launches:
-            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-            launch.kernel.warmup(grid=launch.grid, **launch.arguments, **options)
+            launch.compile()
     print(json.dumps([faults, hits, torch.cuda.is_initialized()]))
 
 
