@@ -255,9 +255,11 @@ def test_shards(kind: str, sharded: Callable[[Any], None]) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("how", ["export", "trace"])
 @torch.no_grad()
-def test_onnx_gets_operators_of_pytorch(how: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_gets_operators_of_pytorch(
+    how: str, kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From both exporters, whatever the model's modes are; they say themselves that they are at work."""
-    model, x = MODELS[kind](), image()
+    model, x = MODELS[kind]().to(device), image().to(device)
     expected = model(x)
     optimize(model, kernels="triton")
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
@@ -300,22 +302,19 @@ def test_a_class_of_the_same_name_is_told_apart() -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_report_of_what_zeros_do_not_fit(kind: str) -> None:
-    model, said = (
-        optimize(Two(MODELS[kind]())),
-        r"^Two does not take zeros of \(1, 3, 9, 9\): .*'y'; give all arguments",
-    )
-    with pytest.raises(ValueError, match=said):
+    model = optimize(Two(MODELS[kind]()))
+    with pytest.raises(ValueError, match=r"^Two does not take zeros of \(1, 3, 9, 9\): .*'y'; give all arguments"):
         report(model, (1, 3, 9, 9))
 
 
-def test_filters_in_another_memory_format_are_reported() -> None:
+def test_filters_in_another_memory_format_are_reported(device: torch.device) -> None:
     """`optimize` moves them again."""
     changes: list[Callable[[Any], Any]] = [
         lambda m: m.load_state_dict({k: t.contiguous() for k, t in m.state_dict().items()}, assign=True),
         lambda m: m.to(memory_format=torch.contiguous_format),
-        lambda m: m.to("meta").to_empty(device="cpu"),  # which keeps the memory format
+        lambda m: m.to("meta").to_empty(device=device),  # which keeps the memory format
     ]
-    model = optimize(small(), kernels="triton")
+    model = optimize(small().to(device), kernels="triton")
     for change, copied in zip(changes, (5, 5, 0), strict=True):
         assert reported_copies(model) == 0
         change(model)
