@@ -227,7 +227,7 @@ def test_what_needs_contiguous_filters(tool: str, sharded: Callable[[Any], None]
 
 
 @pytest.mark.filterwarnings("ignore")  # FSDP's, about a single process
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["torchvision", pytest.param("other", marks=pytest.mark.slow)])
 def test_shards(kind: str, sharded: Callable[[Any], None]) -> None:
     """What FSDP2 shares out stays shared: a step of an optimizer shows. A model that was sharded is reverted, too."""
     plain, model = MODELS[kind](), MODELS[kind]()
