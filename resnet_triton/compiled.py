@@ -86,12 +86,19 @@ class Compiled(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle or a copy names the class that the module was, and is optimized in turn."""
         reduced: Any = super().__reduce_ex__(protocol)
-        ordinary = isinstance(reduced, tuple) and reduced[0] is _NEW and reduced[1][0] is type(self)
+        own = "written_class" in vars(type(self))
+        ordinary = own and isinstance(reduced, tuple) and reduced[0] is _NEW and reduced[1][0] is type(self)
         if not ordinary:
             return reduced  # the class makes its own, and knows nothing of ours
         _, (_, *arguments), state, *rest = reduced
         kept = {name: value for name, value in state.items() if name != "_programs"} if type(state) is dict else state
         return _new, (origin(self), *arguments), kept, *rest
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile an optimized {type(self).__name__}; use torch.jit.trace or torch.export, "
+            "or resnet_triton.revert it"
+        )
 
 
 _NEW: Any = object().__reduce_ex__(2)[0]
@@ -100,7 +107,7 @@ _NEW: Any = object().__reduce_ex__(2)[0]
 
 def origin(module: nn.Module) -> type[nn.Module] | None:
     """The class that `module` was made of, or None."""
-    cls: type[nn.Module] | None = vars(type(module)).get("written_class")
+    cls: type[nn.Module] | None = getattr(type(module), "written_class", None)
     return cls
 
 
@@ -147,6 +154,9 @@ class Program:
         function: Any = _fresh(call, written.__name__)
         self.code = function.__code__
         self.function: Callable[..., Any] = torch.compile(function, backend=backend)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Nothing: a copy of the module has its own."""
 
     def holds(self, module: Compiled) -> bool:
         return self.owner() is module and self.options == module._options and self.watch.holds()
@@ -270,14 +280,14 @@ def _moved(module: nn.Module) -> Callable[[], Iterator[nn.Parameter]]:
 
 
 def _move(module: Compiled) -> None:
-    if not module.training and "stay" not in vars(module).get("_programs", {}):
+    if not module.training and "stay" not in vars(module).get("_programs", {}) and not filters.sharded(module):
         kernels = module._options["kernels"]
         filters.move(module, ((name, w) for name, w in _filters(module) if dispatch.meant(kernels, w)))
 
 
 def put_back(module: nn.Module) -> None:
     """Lay the filters of a `Compiled` module out as they were."""
-    filters.move_back(module, _filters(module))
+    filters.move_back(module, ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Conv2d)))
 
 
 def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ from torch import nn
 
 from . import compiled, config, converted, copies, filters, models
 from .compiled import Compiled
+from .fusion import fuse
 from .graphs import runner
 from .graphs.replay import CudaGraph, check_mode
 from .ops import dispatch, original, specialised
@@ -39,12 +42,11 @@ def optimize(
     be compared. What changes:
 
     * The code of torchvision's ResNets and blocks, wherever they are in `model`, and the memory format of their
-      filters, which move to channels_last unless they lie in memory that others use. Subclasses with code of their own
-      are left alone, but not their blocks.
-    * A model that has none of these, or no batch norm in them any more, runs through our backend of torch.compile,
-      which takes whatever that takes. The first call compiles. Calls that want gradients, in training mode, or that a
-      tracer sees run as the model was written. The first compiled call moves its filters, too, where neither its code
-      nor a result shows it; `train()` moves them back. Else each call copies them, until
+      filters, which move to channels_last unless they lie in memory that others use, as FSDP does.
+    * A subclass with code of its own, and a model that has no ResNets, or no batch norm in them any more, run through
+      our backend of torch.compile, which takes whatever that takes. The first call compiles. Calls that want gradients,
+      in training mode, or that a tracer sees run as the model was written. The first compiled call moves its filters,
+      too, where neither its code nor a result shows it; `train()` moves them back. Else each call copies them, until
       `model.to(memory_format=torch.channels_last)`.
 
     Of a model that was optimized before only the modes change.
@@ -78,17 +80,18 @@ def optimize(
     if not chosen:
         _check_compilable(model)
     whole = any(isinstance(m, models.ResNet) or type(m).__name__ == "ResNet" for m in chosen)
-    if not whole and (asked := _only_whole(cuda_graph is True and bool(chosen), freeze, batch_invariant)):
+    blocks = bool(chosen) and not any(map(converted.is_derived, model.modules()))
+    if not whole and (asked := _only_whole(cuda_graph is True and blocks, freeze, batch_invariant)):
         raise ValueError(f"{type(model).__name__} contains no whole ResNet for {asked}")
     if not inplace:
         for module in model.modules():
             compiled.forget(module)  # which a copy cannot take along
         model = copies.independent(model)
         chosen = _chosen(model)
-    for module in chosen:
+    for module in chosen if not filters.sharded(model) else ():
         filters.move(module, _filters(module))  # before anything else, as memory may run out
-    if not chosen:
-        compiled.compile_in_place(model, kernels, cuda_graph)
+    for module in filter(converted.is_derived, model.modules()) if chosen else (model,):
+        compiled.compile_in_place(module, kernels, cuda_graph)
     for module in chosen:
         if converted.is_torchvision(module):
             _convert(module)
@@ -96,7 +99,27 @@ def optimize(
         if isinstance(module, models.ResNet):
             module.cuda_graph, module.frozen = cuda_graph, freeze
             runner.forget(module)
+    _warn_of_coverage(chosen)
     return model
+
+
+def _warn_of_coverage(modules: list[nn.Module]) -> None:
+    """Of most convolutions on a GPU left to PyTorch for what they are, which no call changes."""
+    found = [
+        fuse(conv, norm)
+        for module in modules
+        for _, conv, norm in _convolutions(module)
+        if any(map(dispatch.is_on_gpu, conv.parameters()))
+    ]
+    left = [why for why in found if isinstance(why, str) and why != "training mode"]
+    if 2 * len(left) > len(found):
+        most, _ = Counter(left).most_common(1)[0]
+        warnings.warn(
+            f"{len(left)} of {len(found)} convolutions run on PyTorch, most of them for this reason: {most}; "
+            "resnet_triton.report(model) lists them",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _chosen(model: nn.Module) -> list[nn.Module]:
@@ -139,23 +162,33 @@ def revert(model: nn.Module) -> nn.Module:
     that `optimize` did not convert.
     """
     _check_module(model)
-    found = [(m, cls) for m in model.modules() if (cls := converted.origin(m) or compiled.origin(m)) is not None]
+    found = [m for m in model.modules() if converted.origin(m) or compiled.origin(m)]
     if not found:
         raise ValueError(f"{type(model).__name__} was not converted by optimize, so there is nothing to revert")
-    for module, cls in found:
+    for module in found:
         its = vars(module)
         if isinstance(module, Compiled):
             compiled.put_back(module)
             compiled.forget(module)
             del its["_options"]
         else:
-            filters.move_back(module, _filters(module))
+            filters.move_back(module, ((name, conv) for name, conv, _ in _convolutions(module)))
             runner.forget(module)
             for name in (*_MODES, "_normalize"):
                 its.pop(name, None)
             its.update(its.pop("_before", {}))
-        module.__class__ = cls
+        module.__class__ = _without_ours(type(module))
     return model
+
+
+def _without_ours(cls: Any) -> Any:
+    """The class that ours was made of; of one that a library derived from ours, the same derived from that."""
+    if not issubclass(cls, (*_OURS, Compiled)):
+        return cls
+    if (written := vars(cls).get("torchvision_class") or vars(cls).get("written_class")) is not None:
+        return written
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(map(_without_ours, cls.__bases__)), members)
 
 
 def refresh(model: nn.Module) -> nn.Module:
@@ -232,8 +265,8 @@ def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Repor
     """Which layer of `model` runs on what, and why, for an input of `shape`, as inference would run now.
 
     For a model of several inputs, or of others than images, `shape` is the tuple of a call's arguments. Computes
-    nothing of a model that contains torchvision's ResNets: it is traced on fake tensors. Others are compiled anew and
-    called once, on zeros. TypeError if `model` is no module.
+    nothing where all that was optimized is torchvision's own: then it is traced on fake tensors. Others are compiled
+    anew and called once, on zeros. TypeError if `model` is no module, ValueError if it cannot be called so.
     """
     _check_module(model)
     if isinstance(model, nn.DataParallel):
@@ -241,9 +274,16 @@ def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Repor
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
     graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
-    chosen = _chosen(model)
-    limit = None if chosen else compiled.limit(model)
-    found = trace(model, shape) if chosen else compiled.trace(model, shape)
+    by_compiler = not _chosen(model) or any(isinstance(m, Compiled) for m in model.modules())
+    limit = compiled.limit(model) if by_compiler else None
+    try:
+        found = compiled.trace(model, shape) if by_compiler else trace(model, shape)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        given = f"zeros of {shape}" if all(isinstance(size, int) for size in shape) else "these arguments"
+        said = f"{type(model).__name__} does not take {given}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{said}; give all arguments of a call, or report a module in it") from error
     calls = [_explained(call, replaced) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.operator == "conv_bn_relu"]
     untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
@@ -293,12 +333,18 @@ def _detail(call: Call) -> str:
     return ", ".join(filter(None, how))
 
 
-def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The filters that a ResNet or a block reads itself, by name."""
-    for name, child in module.named_children():
+def _convolutions(module: nn.Module) -> Iterator[tuple[str, nn.Conv2d, nn.Module | None]]:
+    """Those that a ResNet or a block computes itself, by name, and the norm behind each."""
+    children = list(module.named_children())
+    for (name, child), (_, behind) in zip(children, [*children[1:], ("", None)], strict=True):
         if isinstance(child, nn.Sequential) and name == "downsample":
-            yield from ((f"{name}.{inner}", weight) for inner, weight in _filters(child))
-        elif type(child) is nn.Conv2d and (name.startswith("conv") or isinstance(module, nn.Sequential)):
-            weight = child._parameters["weight"]  # a parametrized or pruned one is computed
-            if weight is not None:
-                yield name, weight
+            yield from ((f"{name}.{inner}", conv, norm) for inner, conv, norm in _convolutions(child))
+        elif isinstance(child, nn.Conv2d) and (name.startswith("conv") or isinstance(module, nn.Sequential)):
+            yield name, child, behind
+
+
+def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, conv, _ in _convolutions(module):
+        weight = conv._parameters.get("weight") if type(conv) is nn.Conv2d else None  # else it is computed
+        if weight is not None:
+            yield name, weight

@@ -38,9 +38,15 @@ def is_torchvision(module: nn.Module) -> bool:
     return cls.__module__ == "torchvision.models.resnet" and cls.__name__ in OURS
 
 
+def is_derived(module: nn.Module) -> bool:
+    """A subclass of torchvision's ResNet, with code of its own around the blocks."""
+    bases = ((cls.__module__, cls.__name__) for cls in type(module).__mro__[1:])
+    return not isinstance(module, models.ResNet) and ("torchvision.models.resnet", "ResNet") in bases
+
+
 def origin(module: nn.Module) -> type[nn.Module] | None:
     """The class of torchvision's that `module` was converted from, or None."""
-    cls: type[nn.Module] | None = vars(type(module)).get("torchvision_class")
+    cls: type[nn.Module] | None = getattr(type(module), "torchvision_class", None)
     return cls
 
 

@@ -21,9 +21,10 @@ def move(module: nn.Module, filters: Filters) -> None:
         vars(module)["_moved"] = moved
 
 
-def move_back(module: nn.Module, filters: Filters) -> None:
-    """Undo `move`."""
-    for weight in moved(module, filters):
+def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) -> None:
+    """Undo `move`, whatever the filters of a convolution are called by now: they may have been parametrized."""
+    found = ((name, weight) for name, conv in convolutions for weight in conv.parameters() if weight.dim() == 4)
+    for weight in moved(module, found):
         _lay_out(weight, torch.contiguous_format)
     vars(module).pop("_moved", None)
 
@@ -32,6 +33,11 @@ def moved(module: nn.Module, filters: Filters) -> Iterator[nn.Parameter]:
     """Those of `filters` that `move` has moved."""
     names = vars(module).get("_moved", ())
     return (weight for name, weight in filters if name in names)
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 gathers its parameters, each in a place of its own, where it has to stay."""
+    return any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
 
 
 def _has_company(weight: nn.Parameter) -> bool:

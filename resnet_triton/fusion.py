@@ -35,7 +35,7 @@ def fuse(conv: Any, norm: Any) -> Fused | str:
     """What `norm(conv(x))` needs to be one fused call, or why it cannot be one. Asked before each call."""
     frozen = type(norm) in FROZEN
     if (type(conv), type(norm)) != (Conv2d, type(norm) if frozen else BatchNorm2d):
-        return f"{type(conv).__name__} and {type(norm).__name__} instead of Conv2d and BatchNorm2d"
+        return f"{_named(conv)} and {_named(norm)} instead of torch's Conv2d and BatchNorm2d"
     if norm.training and not frozen:
         return "training mode"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
@@ -60,6 +60,11 @@ def fuse(conv: Any, norm: Any) -> Fused | str:
         return "convolution with a bias"
     geometry = Geometry(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
     return Fused(weight, BatchNorm(mean, var, scale, shift, float(norm.eps)), geometry)
+
+
+def _named(module: nn.Module) -> str:
+    cls = type(module)
+    return f"{cls.__module__.partition('.')[0]}'s {cls.__name__}"
 
 
 def watched(module: nn.Module) -> bool:

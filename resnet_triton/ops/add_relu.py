@@ -11,7 +11,7 @@ from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from . import reference
-from .checks import channels_last, check_rank, check_tensors
+from .checks import channels_last, check_rank, check_tensors, in_channels_last
 from .dispatch import AUTO, HAS_TRITON, Modes, mixed_dtypes
 from .operation import Operation, Result, Shape, register
 
@@ -45,7 +45,7 @@ class AddRelu(Operation):
         return (launch,)
 
     def reference(self) -> Tensor:
-        return channels_last(reference.add_relu(self.x, self.other))
+        return in_channels_last(reference.add_relu(self.x, self.other))
 
     def cost(self) -> Cost:
         return cost.add_relu(numel=self.x.numel(), itemsize=self.x.element_size())

@@ -19,6 +19,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def in_channels_last(x: Tensor) -> Tensor:
+    """The same of a result of PyTorch's, except within vmap, where a tensor has no memory format."""
+    return x if torch._C._functorch.peek_interpreter_stack() is not None else channels_last(x)
+
+
 def at_aligned(x: Tensor) -> Tensor:
     """`x`, copied if its address is not a multiple of 16 bytes: by that Triton chooses loads, and from them layouts."""
     return x if aligned(x) else x.clone()

@@ -28,6 +28,7 @@ from .checks import (
     check_same_dtype,
     check_tensors,
     check_vectors,
+    in_channels_last,
     too_large,
     window,
 )
@@ -143,7 +144,7 @@ class ConvBnRelu(Operation):
             self.x, self.weight, *self.batch_norm, stride=stride, padding=padding, dilation=dilation, groups=groups,
             residual=residual, activation=activation, negative_slope=slope,
         )  # fmt: skip
-        return channels_last(y)
+        return in_channels_last(y)
 
     def cost(self) -> Cost:
         key = self.shape

@@ -9,6 +9,7 @@ launches, for the detour through the dispatcher costs more than one of them.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
@@ -30,6 +31,13 @@ Shape = tuple[int, ...]
 _library = torch.library.Library("resnet_triton", "DEF")
 _GRADIENT = "a gradient is asked for"
 _AUTOCAST = "autocast is on"
+_ways_out = {
+    _GRADIENT: "under torch.inference_mode() it runs on our kernels",
+    _AUTOCAST: "without it, a model that was converted, as by .half(), runs on our kernels",
+}
+"""What to do about these reasons, until somebody on a GPU was told."""
+_IMAGES = {"x", "other", "residual", "shortcut_x"}
+"""Arguments whose first dimension is the batch."""
 
 
 class Result(NamedTuple):
@@ -101,13 +109,13 @@ class Operation:
     def run(self) -> Tensor:
         """Compute the result on our kernels or on PyTorch, before torch's eyes where it looks."""
         if torch.compiler.is_compiling():
-            return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
+            return self.dispatched()
         try:
             if dispatch.is_watched(tensors := self.schema.tensors(self)):
                 self.schema.check(self)
-                if torch._C._is_tracing() and self.choose()[1].backend == "torch":
+                if torch._C._is_tracing() and self.backend_of_trace() == "torch":
                     return self.run_torch()  # so that the trace runs where this package is not
-                return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
+                return self.dispatched()
             if self.autocast and torch.is_autocast_enabled(self.x.device.type):
                 return self.refuse_kernels(_AUTOCAST)
             if dispatch.is_differentiated(tensors):
@@ -116,6 +124,22 @@ class Operation:
         except (AttributeError, IndexError):  # of what is no tensor, most likely; asking first would cost each call
             self.schema.check(self)
             raise
+
+    def dispatched(self) -> Tensor:
+        """The call as torch sees it: an operator of ours, or PyTorch's for ONNX, which knows no others."""
+        if torch.onnx.is_in_onnx_export():
+            return self.reference()
+        return getattr(torch.ops.resnet_triton, self.name)(*self.schema.flatten(self))
+
+    def backend_of_trace(self) -> str:
+        """Where it runs, decided beside torch.jit's trace, which would hold every size that is looked at."""
+        torch_c: Any = torch._C
+        tracing = torch_c._get_tracing_state()
+        torch_c._set_tracing_state(None)
+        try:
+            return self.choose()[1].backend
+        finally:
+            torch_c._set_tracing_state(tracing)
 
     def compute(self) -> Tensor:
         """The same where nothing looks: here the dispatcher comes in."""
@@ -168,6 +192,9 @@ class Operation:
     def refuse_kernels(self, reason: str) -> Tensor:
         """Validate and run on PyTorch, or raise if the kernels were asked for."""
         choose(self.modes.kernels, self.x.device, self.result().dtype, reason)
+        wanted = self.modes.kernels == "auto" and dispatch.is_on_gpu(self.x)
+        if wanted and (way_out := _ways_out.pop(reason, None)) is not None:
+            warnings.warn(f"{self.name} runs on PyTorch, for {reason}; {way_out}", RuntimeWarning, stacklevel=2)
         return self.run_torch()
 
     def run_torch(self) -> Tensor:
@@ -187,6 +214,13 @@ class Operation:
 def one_image(t: Tensor, i: int) -> Tensor:
     """A copy, because the layout and the alignment of the original could make a difference as well."""
     return t[i : i + 1].clone(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
+
+
+def _fold(t: Tensor | None, dim: int | None, n: int) -> Tensor | None:
+    """The images of `n` calls as one batch, split along `dim` or the same for all."""
+    if t is None:
+        return None
+    return (t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
 
 
 def _on(where: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -227,6 +261,16 @@ def register(name: str, cls: type[Operation]) -> None:
     def under_autocast(*values: Any) -> Tensor:
         return build(values).refuse_kernels(_AUTOCAST)
 
+    def vmapped(info: Any, dims: Sequence[Any], *values: Any) -> tuple[Tensor, int]:
+        """A batch of calls: as one of larger batches, or one after the other if their parameters differ."""
+        n, split = info.batch_size, [isinstance(d, int) for d in dims]  # a list of numbers has a list of Nones
+        known = list(zip(cls.schema.arguments, values, dims, split, strict=True))
+        if values[0].dim() - split[0] < 2 or any(s and a.name not in _IMAGES for a, _, _, s in known):
+            calls = ([v.select(d, i) if s else v for _, v, d, s in known] for i in range(n))
+            return torch.stack([build(call).dispatched() for call in calls]), 0
+        out = build([v if a.name not in _IMAGES else _fold(v, d, n) for a, v, d, _ in known]).dispatched()
+        return out.unflatten(0, (n, len(out) // n)), 0
+
     OPERATORS[name] = cls
     _library.define(name + cls.schema.text)
     _library.impl(name, compute, "CPU")
@@ -236,3 +280,4 @@ def register(name: str, cls: type[Operation]) -> None:
         _library.impl(name, under_autocast, "AutocastCPU")
         _library.impl(name, under_autocast, "AutocastCUDA")
     torch.library.register_fake(f"resnet_triton::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"resnet_triton::{name}", vmapped, lib=_library)

@@ -11,7 +11,7 @@ from ..kernels.cost import Cost
 from ..kernels.launch import Launch, next_power_of_2
 from ..kernels.values import Geometry
 from . import reference
-from .checks import at_aligned, channels_last, check_rank, check_tensors, too_large, window
+from .checks import at_aligned, channels_last, check_rank, check_tensors, in_channels_last, too_large, window
 from .dispatch import AUTO, HAS_TRITON, Modes
 from .operation import Operation, Result, Shape, register
 
@@ -53,7 +53,7 @@ class MaxPool2d(Operation):
         return (launch,)
 
     def reference(self) -> Tensor:
-        return channels_last(reference.max_pool2d(self.x, self.kernel_size, self.stride, self.padding))
+        return in_channels_last(reference.max_pool2d(self.x, self.kernel_size, self.stride, self.padding))
 
     def cost(self) -> Cost:
         (n, c, h, w), (_, _, p, q) = self.x.shape, self.result().shape
@@ -86,7 +86,7 @@ class GlobalAvgPool(Operation):
         return (global_avg_pool(out=out, x=x, block_p=block_p, block_c=block_c, num_warps=4),)
 
     def reference(self) -> Tensor:
-        return channels_last(reference.global_avg_pool(self.x))
+        return in_channels_last(reference.global_avg_pool(self.x))
 
     def cost(self) -> Cost:
         n, c, h, w = self.x.shape

@@ -42,7 +42,7 @@ def conv_bn_relu(
     """Convolution, batch norm with running statistics, residual add, activation."""
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     fp32 = y.dtype == torch.float32 == running_var.dtype and y.device.type == "cpu"
-    plain = fp32 and not torch.compiler.is_compiling() and not _differentiated(y, bn_weight, bn_bias)
+    plain = fp32 and not _written_down() and not _differentiated(y, bn_weight, bn_bias)
     if plain and y.numel() >= _LARGE:
         scale = (running_var + eps).rsqrt()
         scale = scale if bn_weight is None else scale * bn_weight
@@ -53,7 +53,8 @@ def conv_bn_relu(
         if len({t.dtype for t in vectors if t is not None}) > 1:  # which PyTorch's batch norm does not take
             running_mean, running_var, bn_weight, bn_bias = (None if t is None else t.float() for t in vectors)  # type: ignore[assignment]
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
-    z = y if residual is None else y + residual if _differentiated(y, residual) else y.add_(residual)
+    inplace = residual is not None and not _written_down() and not _differentiated(y, residual)
+    z = y if residual is None else y.add_(residual) if inplace else y + residual
     return activate(z, activation, negative_slope).to(y.dtype)  # a wider residual does not widen the result
 
 
@@ -85,7 +86,7 @@ def stem(
         y = conv_bn_relu(images, weight, *statistics, stride=(2, 2), padding=(3, 3))
         return max_pool2d(y, (3, 3), (2, 2), (1, 1))
 
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() != 4:  # a graph must not ask for sizes
+    if _written_down() or x.device.type != "cpu" or x.dim() != 4:
         return few(x)
     n, _, h, w = x.shape
     each = max(4 * _CACHED // max(weight.shape[0] * h * w, 1), 1)
@@ -115,6 +116,11 @@ def global_avg_pool(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`."""
     return F.linear(x, weight, bias)
+
+
+def _written_down() -> bool:
+    """Whether a compiler or a tracer takes the operators down, which then must not depend on sizes or the grad mode."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:

@@ -15,7 +15,7 @@ from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..kernels.values import BatchNorm, Geometry
 from . import reference, specialised
-from .checks import aligned, channels_last, check_pixels, check_rank, too_large
+from .checks import aligned, channels_last, check_pixels, check_rank, in_channels_last, too_large
 from .conv import ConvBnRelu
 from .dispatch import AUTO, HAS_TRITON, Modes
 from .operation import Operation, Result, Shape, register
@@ -137,7 +137,7 @@ class Stem(Operation):
         return reference.normalize(self.x, self.pixel_mean, self.pixel_std).to(self.weight.dtype)
 
     def reference(self) -> Tensor:
-        return channels_last(reference.stem(self._images(), self.weight, *self.batch_norm))
+        return in_channels_last(reference.stem(self._images(), self.weight, *self.batch_norm))
 
     def cost(self) -> Cost:
         (n, c, h, w), (_, k, p, q) = self.x.shape, self.result().shape

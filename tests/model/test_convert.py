@@ -22,7 +22,7 @@ from compiling import run
 from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import converted, disabled, models, optimize, precompile, refresh, report, revert
+from resnet_triton import compiled, converted, disabled, models, optimize, precompile, refresh, report, revert
 from resnet_triton.ops import dispatch
 from resnet_triton.support import vision
 
@@ -339,11 +339,14 @@ def test_a_subclass_keeps_its_code():
     torch.manual_seed(0)
     model = randomised(Doubled(tv.BasicBlock, [1, 1, 1, 1], num_classes=10))
     expected = model(image())
-    fast = optimize(model)
-    assert type(fast) is Doubled
-    assert {type(fast.get_submodule(f"layer{i}.0")) for i in range(1, 5)} == {converted.BasicBlock}
+    fast = optimize(nn.Sequential(model))
+    assert compiled.origin(model) is Doubled
+    assert {type(model.get_submodule(f"layer{i}.0")) for i in range(1, 5)} == {converted.BasicBlock}
+    before = Counter(dispatch.calls)
     close(fast(image()), expected)
-    assert type(revert(fast).layer1[0]) is tv.BasicBlock
+    assert [name for name, _ in dispatch.calls - before] == ["stem", "conv_bn_relu", "avg_pool_linear"]
+    assert [c.operator for c in report(fast).calls] == ["stem", *["conv_bn_relu"] * 8, "avg_pool_linear"]
+    assert (type(revert(fast)[0]), type(model.layer1[0])) == (Doubled, tv.BasicBlock)
 
 
 @torch.no_grad()
