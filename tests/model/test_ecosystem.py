@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from resnet_triton import functional, optimize, report, revert
 from resnet_triton.ops import dispatch, operation, reference
 
-swap = importlib.import_module("torch.nn.utils.fusion").fuse_conv_bn_eval
+fuse_conv_bn_eval = importlib.import_module("torch.nn.utils.fusion").fuse_conv_bn_eval
 
 
 class Other(nn.Module):
@@ -84,7 +84,7 @@ def wrapped(model: Any, x: Tensor) -> Tensor:
 
 
 def fused(model: Any, x: Tensor) -> Tensor:
-    model.conv1, model.bn1 = swap(model.conv1, model.bn1), nn.Identity()
+    model.conv1, model.bn1 = fuse_conv_bn_eval(model.conv1, model.bn1), nn.Identity()
     return model(x)
 
 
