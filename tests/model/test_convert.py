@@ -344,7 +344,7 @@ def test_a_subclass_keeps_its_code():
     assert {type(model.get_submodule(f"layer{i}.0")) for i in range(1, 5)} == {converted.BasicBlock}
     before = Counter(dispatch.calls)
     close(fast(image()), expected)
-    assert [name for name, _ in dispatch.calls - before] == ["stem", "conv_bn_relu", "avg_pool_linear"]
+    assert {name for name, _ in dispatch.calls - before} == {"stem", "conv_bn_relu", "avg_pool_linear"}
     assert [c.operator for c in report(fast).calls] == ["stem", *["conv_bn_relu"] * 8, "avg_pool_linear"]
     assert (type(revert(fast)[0]), type(model.layer1[0])) == (Doubled, tv.BasicBlock)
 
