@@ -194,6 +194,14 @@ def set_equal_attribute(model: Any, r: random.Random) -> Undo:
     return None
 
 
+def rename_attribute(model: Any, r: random.Random) -> Undo:
+    """The last one, so that all values stay in order."""
+    m = one(model, r, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+    name = list(vars(m))[-1]
+    vars(m)[f"{name}_"] = vars(m).pop(name)
+    return lambda: vars(m).update({name: vars(m).pop(f"{name}_")})
+
+
 def patch_instance(model: Any, r: random.Random) -> Undo:
     m = r.choice(list(model.modules())[1:])
     m.forward = lambda x: x * 0.5 + 0.1
@@ -224,36 +232,36 @@ def train(model: Any, r: random.Random) -> Undo:
 
 
 EDITS: dict[str, tuple[Edit, str | None]] = {
-    "tensor replaced": (replace_tensor, "dicts"),
-    "tensor replaced in its table": (replace_tensor_in_its_table, "dicts"),
-    "tensor removed": (remove_tensor, "dicts"),
+    "tensor replaced": (replace_tensor, "tensors"),
+    "tensor replaced in its table": (replace_tensor_in_its_table, "tensors"),
+    "tensor removed": (remove_tensor, "tensors"),
     "tensor moved": (move, "addresses"),
     "storage set": (swap, "addresses"),
     "tensor retyped": (retype, "layouts"),
     "tensor resized": (resize, "layouts"),
     "tensor transposed": (transpose, "layouts"),
     "tensor edited in place": (in_place, None),
-    "module replaced": (replace_module, "dicts"),
-    "module replaced in its table": (replace_module_in_its_table, "dicts"),
-    "module added": (append_block, "dicts"),
+    "module replaced": (replace_module, "modules"),
+    "module replaced in its table": (replace_module_in_its_table, "modules"),
+    "module added": (append_block, "modules"),
     "module added where none was": (fill_a_stage, "empty"),
     "hook added": (add_hook, "empty"),
-    "attribute set": (set_attribute, "dicts"),
-    "attribute set often": (set_attribute_hot, "dicts"),
-    "attribute set in its table": (set_attribute_in_its_table, "dicts"),
+    "attribute set": (set_attribute, "attributes"),
+    "attribute set often": (set_attribute_hot, "attributes"),
+    "attribute set in its table": (set_attribute_in_its_table, "attributes"),
     "attribute set to an equal value": (set_equal_attribute, None),
-    "code of an instance replaced": (patch_instance, "dicts"),
+    "attribute renamed": (rename_attribute, "attributes"),
+    "code of an instance replaced": (patch_instance, "attributes"),
     "code of a class replaced": (patch_class, "code"),
     "class replaced": (replace_class, "classes"),
-    "mode switched": (train, "dicts"),
+    "mode switched": (train, "attributes"),
 }
 """Edits, and the one check that sees each; None where there is nothing to see."""
 
 CHECKS: dict[str, Callable[[Fingerprint], object]] = {
-    "code": lambda f: vars(f).update(_places=([], []), _code=[]),
+    **{part: lambda f, part=part: f._parts.pop(part) for part in ("code", "modules", "attributes", "tensors")},
     "classes": lambda f: vars(f).update(_modules=[], _classes=[]),
     "empty": lambda f: vars(f).update(_empty=[]),
-    "dicts": lambda f: setattr(f._dicts, "hold", lambda: True),
     "layouts": lambda f: setattr(f._layouts, "hold", lambda: True),
     "addresses": lambda f: vars(f).update(_read=[], _addresses=[]),
 }
@@ -267,7 +275,7 @@ def answer(call: Callable[[Tensor], Tensor], x: Tensor) -> Any:
     """A call's result, or the class of its error."""
     try:
         return call(x)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (AttributeError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         return type(error)
 
 
