@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -30,8 +31,9 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._empty: list[Any] = []
+        self._full: list[Any] = []
         self._parts: dict[str, Callable[[], bool]] = {}
-        self._epoch: int | None = None
+        self._state: int | None = None
         classes = {cls for kind in set(map(type, self._modules)) for cls in kind.__mro__} - {object}
         self._add("code", map(_namespace, classes), values=_methods)
         self._add("modules", (d for m in self._modules for d in (m._modules, *_hooks(m))))
@@ -41,6 +43,7 @@ class Watch:
         dicts = list(dicts)
         self._empty += [d for d in dicts if not d]
         part = _Dicts([d for d in dicts if d], **how)
+        self._full += part.dicts
         self._parts[name] = part.hold
         return part.known[1]
 
@@ -48,11 +51,11 @@ class Watch:
         """Whether the model is still what it was."""
         if any(self._empty):  # no version tells of `update` on an empty dict
             return False
-        epoch = _epoch()  # before the parts: what is written meanwhile shows at the next call
-        if epoch is None or epoch != self._epoch:
+        state = _state(self._full)  # before the parts: what is written meanwhile shows at the next call
+        if state is None or state != self._state:
             if not all(hold() for hold in self._parts.values()):
                 return False
-            self._epoch = epoch
+            self._state = state
         return True
 
 
@@ -173,23 +176,28 @@ _TensorGuards = _trusted_guards(getattr(_guards, "TensorGuards", None))
 
 # --- the parts of a check --------------------------------------------------------------------------------------------
 
-_clock: dict[str, Any] = {"": None}
+_WATCHED = sys.version_info >= (3, 12)
+"""Whether versions count writes to those dicts only whose versions were asked for. Before, CPython counts all."""
+_clock: dict[str, Any] = {}
 _ticks = itertools.count(1)
 _ticking = threading.Lock()
 
 
-def _epoch() -> int | None:
-    """A number that grows once any dict has been written to whose version somebody has asked for.
-
-    Versions are taken from one counter: CPython's up to 3.11, which counts all dicts, then a watcher's. What is written
-    here is taken off. None if that cannot be told.
-    """
-    if _version is None or not _ticking.acquire(blocking=False):  # a fork may have left it taken for good
+def _state(dicts: list[dict[Any, Any]]) -> int | None:
+    """A number that every write to one of `dicts` changes, when their versions have been asked for; None if there is
+    none. Versions only grow, and all come from one counter: where that counts little else, it is asked alone."""
+    if _version is None or not _WATCHED:
+        return _newest(dicts)
+    if not _ticking.acquire(blocking=False):  # a fork may have left it taken for good
         return None
     try:
         return _tick(_clock, _version) - next(_ticks)
     finally:
         _ticking.release()
+
+
+def _newest(dicts: list[dict[Any, Any]]) -> int | None:
+    return None if _version is None else sum(map(_version, dicts))
 
 
 Contents = tuple[list[Any], list[Any]]
@@ -235,23 +243,19 @@ class _Dicts:
         values: Callable[[Iterable[Any]], Contents] = _contents,
         same: Callable[[list[Any], list[Any]], bool] = _are_identical,
     ) -> None:
-        self._dicts, self._values, self._same = dicts, values, same
-        self._version = self._newest()
+        self.dicts, self._values, self._same = dicts, values, same
+        self._version = _newest(dicts)
         self.known = values(dicts)
 
     def hold(self) -> bool:
-        version = self._newest()  # before the values: what is written meanwhile shows at the next call
+        version = _newest(self.dicts)  # before the values, too
         if version is not None and version == self._version:
             return True
-        names, values = self._values(self._dicts)
+        names, values = self._values(self.dicts)
         if names != self.known[0] or not self._same(values, self.known[1]):
             return False
         self._version = version
         return True
-
-    def _newest(self) -> int | None:
-        """A sum that every write changes: versions only grow."""
-        return None if _version is None else sum(map(_version, self._dicts))
 
 
 class _Layouts:
