@@ -93,7 +93,7 @@ def _hooks(m: nn.Module) -> list[dict[Any, Any]]:
 def _namespace(cls: type) -> dict[str, Any]:
     """The dict behind `vars(cls)`."""
     (namespace,) = gc.get_referents(vars(cls))
-    return namespace  # type: ignore[no-any-return]
+    return namespace
 
 
 # --- torch.compile's own means: not documented, so each is tried out first -------------------------------------------
@@ -132,7 +132,7 @@ def _trusted_version(version: Any) -> Any:
         return None
     box, clock = _Box(), {"": object()}
     vars(box).update(value=object(), kept=object())
-    cases = [(vars(box), box, write) for write in _WRITES]
+    cases: list[tuple[Any, Any, Any]] = [(vars(box), box, write) for write in _WRITES]
     cases += [(_namespace(_Box), _Box, write) for write in _CLASS_WRITES]
     for written, owner, write in cases:
         before, then = version(written), _tick(clock, version)
@@ -142,10 +142,10 @@ def _trusted_version(version: Any) -> Any:
     return version
 
 
-def _tick(clock: dict[str, Any], version: Any) -> int:
+def _tick(clock: dict[str, Any], version: Callable[[Any], int]) -> int:
     """The version of a dict after one write to it."""
     clock[""] = object()
-    return version(clock)  # type: ignore[no-any-return]
+    return version(clock)
 
 
 def _trusted_guards(guards: Any) -> Any:

@@ -52,7 +52,7 @@ class GraphedFunction(Graphs):
         return y
 
     def _entry(self, values: Sequence[Any], given: list[Tensor]) -> Entry:
-        values, buffers = list(values), tuple(map(torch.clone, given))  # an index that nobody wrote could be any
+        read, buffers = list(values), tuple(map(torch.clone, given))  # an index that nobody wrote could be any
 
         def fill(given: list[Tensor]) -> None:
             for buffer, t in zip(buffers, given, strict=True):
@@ -60,7 +60,7 @@ class GraphedFunction(Graphs):
 
         def body(buffers: tuple[Tensor, ...]) -> Any:
             for i, buffer in zip(self._inputs, buffers, strict=True):
-                values[i] = buffer
-            return tuple(self.function(*values))
+                read[i] = buffer
+            return tuple(self.function(*read))
 
         return Entry(buffers, fill, body)
