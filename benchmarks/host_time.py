@@ -53,7 +53,7 @@ def nothing(*arguments):
 
 def graph(entry, *arguments):
     takes = SimpleNamespace(copy_=nothing, clone=lambda: takes)
-    output = takes if entry.own else (logits,)  # a compiled function's is a tuple of tensors
+    output = takes if entry.own else (logits.as_subclass(Logits),)  # a compiled function's is a tuple of tensors
     return SimpleNamespace(input=takes, output=output, fill=nothing, replay=nothing, replays=0)
 
 def chain(compile=lambda model: model):
@@ -78,6 +78,9 @@ model = resnet18().eval().half()
 for module in model.modules():
     module.kernels = "triton"
 model.cuda_graph = False
+class Logits(torch.Tensor):
+    clone = lambda self: logits
+
 small, logits = torch.randn(1, 8, 8, 8).half(), torch.zeros(1, 8).half()
 x = torch.randn(1, 3, 224, 224).half().contiguous(memory_format=torch.channels_last)
 with torch.inference_mode():
