@@ -92,18 +92,13 @@ def resnet_triton(
 
 
 def _is_whole(functional: fx.Graph, written: fx.Graph, inputs: Sequence[Any]) -> bool:
-    """Whether what a CUDA graph may repeat is all that a call does: AOTAutograd's way there takes longer than a replay.
+    """Whether what a CUDA graph may repeat is all that a call does: AOTAutograd's way there costs as much as a check.
 
-    It would switch gradients and autocast off, unpack tensors of subclasses, and translate what it has added to inputs
-    and results, or left out.
+    It would switch gradients off, unpack tensors of subclasses, and translate what it has added to inputs and results.
     """
-    counts = [(len(g.find_nodes(op="placeholder")), len(g.output_node().args[0])) for g in (functional, written)]  # type: ignore[arg-type]
-    return (
-        counts[0] == counts[1]
-        and not torch.is_grad_enabled()
-        and not torch._C._is_any_autocast_enabled()
-        and not any(map(is_traceable_wrapper_subclass, inputs))
-    )
+    ends = [(g.find_nodes(op="placeholder"), g.output_node().args[0]) for g in (functional, written)]
+    sizes = [(len(arguments), len(results)) for arguments, results in ends]  # type: ignore[arg-type]
+    return sizes[0] == sizes[1] and not (torch.is_grad_enabled() or any(map(is_traceable_wrapper_subclass, inputs)))
 
 
 def _boxed(function: Function) -> Function:
