@@ -406,18 +406,25 @@ def test_a_call_takes_no_longer_than_a_loop_over_its_tensors(cuda: Any) -> None:
     assert cuda.graphs[0].replays == 1000
 
 
-def test_a_compiled_call_takes_little_longer_than_torchs_own_part(cuda: Any) -> None:
-    """Of ten layers, without the GPU's part, against a backend that returns a constant."""
+def python_calls(call: Callable[[], object]) -> int:
+    """How many functions written in Python a call runs, the fake's not counted."""
+    found: list[str] = []
+    sys.setprofile(lambda frame, event, argument: found.append(frame.f_code.co_filename) if event == "call" else None)
+    call()
+    sys.setprofile(None)
+    return sum("fake_cuda" not in name for name in found)
+
+
+@pytest.mark.skipif(fingerprint._version is None, reason="values are compared here")
+def test_a_compiled_call_makes_few_calls_more_than_torchs_own_part(cuda: Any) -> None:
+    """That is a call with a backend that returns a constant."""
     layers = [nn.Conv2d(4, 4, 1), *(nn.BatchNorm2d(4) for _ in range(9))]
-    own, x = nn.Sequential(*layers).eval(), images(1, 4)[:, :1].expand(1, 4, 4, 4).contiguous()
-    constant = torch.compile(copy.deepcopy(own), backend=lambda *graph: lambda *values: (x,))
-    compiled = resnet_triton.optimize(own, cuda_graph=True)
+    model, x = nn.Sequential(*layers).eval(), torch.ones(1, 4, 8, 8)
+    constant = torch.compile(copy.deepcopy(model), backend=lambda *graph: lambda *values: (x,))
+    compiled = resnet_triton.optimize(model, cuda_graph=True)
     for _ in range(4):
         compiled(x), constant(x)
-    (graph,) = cuda.graphs
-    (program,) = (p for p in compiled._programs.values() if not isinstance(p, int))
-    (function,) = program.functions
-    graph.replay = function._done.wait = function._done.record = lambda *arguments: None
-    ratio = cpu_time(lambda: compiled(x)) / cpu_time(lambda: constant(x))
-    assert ratio < 3.5, f"{ratio:.2f} times torch.compile's own part"  # 3.0 on an EPYC, Python 3.11
-    assert graph.replays > 1000
+    assert cuda.graphs[0].replays == 2
+    cuda.graphs[0].replay = lambda *arguments: None
+    more = python_calls(lambda: compiled(x)) - python_calls(lambda: constant(x))
+    assert more < 60, f"{more} calls more"  # 37 and 42 on Python 3.11 and 3.12; 97 through AOTAutograd's wrappers
