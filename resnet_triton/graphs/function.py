@@ -34,8 +34,8 @@ class GraphedFunction(Graphs):
     def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
         given = [values[i] for i in self._inputs]
         if self._first or not cuda.takes(given[0]):  # in the first call, torch.compile watches what operators return
-            self._first = False
             self._numbers = [i for i in range(len(values)) if i not in self._known]
+            self._first = False
             return self.function(*values)
         if (reason := watched_reason(given[0].device)) is not None:
             self.note(reason, self.cuda_graph)
