@@ -4,7 +4,9 @@
 
 Kernels are stubbed by one function, `Launch.run`, and CUDA's graphs by a module, so nothing is computed and no GPU is
 needed. What is left is what an eager call costs before and between its launches, and what a captured call costs beside
-its replay: with the check of the model, and frozen. Both commits are timed in turns, each in a process of its own.
+its replay: with the check of the model, and frozen. A chain of as many layers shows what compiled models cost: by
+torch.compile with a backend that returns a constant, with ours, and after `optimize`. Both commits are timed in turns,
+each in a process of its own, in CPU time.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _WORKER = """
 import contextlib, gc, json, sys, time
 from types import SimpleNamespace
 import torch
+from torch import nn
 from resnet_triton import optimize, resnet18
+from resnet_triton.backend import resnet_triton
 from resnet_triton.graphs import runner
 from resnet_triton.kernels.launch import Launch
 
@@ -47,9 +51,19 @@ def look(self):
 def nothing(*arguments):
     pass
 
-def graph(*arguments):
+def graph(entry, *arguments):
     takes = SimpleNamespace(copy_=nothing, clone=lambda: takes)
-    return SimpleNamespace(input=takes, output=takes, fill=nothing, replay=nothing, replays=0)
+    output = takes if entry.own else (logits.as_subclass(Logits),)  # a compiled function's is a tuple of tensors
+    return SimpleNamespace(input=takes, output=output, fill=nothing, replay=nothing, replays=0)
+
+def chain(compile=lambda model: model):
+    layers = [(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(20)]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8)
+    model = compile(nn.Sequential(*(layer for three in layers for layer in three), *head).eval().half())
+    call = lambda x: model(small)
+    for _ in range(50):
+        call(x)
+    return call
 
 def captured(frozen):
     model = optimize(resnet18().eval().half(), kernels="triton", cuda_graph=True, freeze=frozen, inplace=True)
@@ -64,6 +78,10 @@ model = resnet18().eval().half()
 for module in model.modules():
     module.kernels = "triton"
 model.cuda_graph = False
+class Logits(torch.Tensor):
+    clone = lambda self: logits
+
+small, logits = torch.randn(1, 8, 8, 8).half(), torch.zeros(1, 8).half()
 x = torch.randn(1, 3, 224, 224).half().contiguous(memory_format=torch.channels_last)
 with torch.inference_mode():
     Launch.run = look
@@ -85,20 +103,25 @@ with torch.inference_mode():
         takes=lambda x: True, capturing=lambda x: False, finish=nothing, capture=graph, current_stream=nothing,
         on=lambda device: contextlib.nullcontext(), event=lambda: SimpleNamespace(wait=nothing, record=nothing),
     )
-    for module in ("replay", "runner"):
+    for module in ("replay", "runner", "function"):
         if (found := sys.modules.get("resnet_triton.graphs." + module)) is not None:
             found.cuda = cuda
-    models = {"eager": model, "captured": captured(False), "frozen": captured(True)}
+    models = {
+        "eager": model, "captured": captured(False), "frozen": captured(True),
+        "constant": chain(lambda model: torch.compile(model, backend=lambda *graph: lambda *values: (logits,))),
+        "compiled": chain(lambda model: torch.compile(model, backend=resnet_triton, mode="reduce-overhead")),
+        "optimized": chain(lambda model: optimize(model, cuda_graph=True)),
+    }
     gc.disable()
     for line in sys.stdin:  # the conductor asks for one figure after another
         name, times = line.strip(), []
         for _ in range(FORWARDS):
-            start = time.perf_counter()
+            start = time.thread_time()
             models[name](x)
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
         print(sorted(times)[len(times) // 2], flush=True)
 """
-KINDS = ("eager", "captured", "frozen")
+KINDS = ("eager", "captured", "frozen", "constant", "compiled", "optimized")
 
 
 # The C library keeps what is freed, as CUDA's caching allocator does; else each output would be mapped and unmapped.

@@ -14,7 +14,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
-from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import filters
+from .graphs.fingerprint import Watch
 from .graphs.function import GraphedFunction
 from .graphs.replay import CudaGraph
 from .ops import dispatch, original
@@ -302,42 +302,3 @@ def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: A
         raise
     vars(module).setdefault("_programs", {})["stay"] = True
     return result
-
-
-class Watch:
-    """Of what torch.compile does not look at in a module: hooks, the modules that may have some, and methods."""
-
-    def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        self._children = [m._modules for m in modules]
-        self._hooks = [hooks for m in modules for hooks in _hooks(m)]
-        # Not Module's own methods: torch.compile itself replaces some when it first compiles.
-        classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__} - {object, nn.Module}
-        self._methods = [(vars(cls), itemgetter("__module__", "__doc__", *_methods(cls))) for cls in classes]
-        self._known = self._now()
-
-    def holds(self) -> bool:
-        """Whether all is as it was."""
-        try:
-            now = self._now()
-        except KeyError:  # a method was deleted
-            return False
-        return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(now, self._known, strict=True))
-
-    def _now(self) -> tuple[list[Any], ...]:
-        hooks = list(chain.from_iterable(chain.from_iterable(map(dict.items, self._hooks)))) if any(self._hooks) else []
-        children = list(chain.from_iterable(map(dict.values, self._children)))
-        methods = chain.from_iterable(chain((len(d),), get(d)) for d, get in self._methods)
-        return children, hooks, [nn.Module.__call__, nn.Module._call_impl, *methods]
-
-
-def _hooks(m: nn.Module) -> tuple[dict[Any, Any], ...]:
-    return (
-        m._forward_hooks, m._forward_hooks_with_kwargs, m._forward_hooks_always_called, m._forward_pre_hooks,
-        m._forward_pre_hooks_with_kwargs, m._backward_hooks, m._backward_pre_hooks,
-    )  # fmt: skip
-
-
-def _methods(cls: type) -> list[str]:
-    """Functions, properties and the like: what is called or looked up, and no numbers, which Dynamo looks at."""
-    return [name for name, value in vars(cls).items() if callable(value) or hasattr(type(value), "__get__")]

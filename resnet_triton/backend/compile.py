@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..graphs.function import GraphedFunction
 from ..graphs.replay import CudaGraph, check_mode
@@ -63,6 +64,8 @@ def resnet_triton(
     if layouts.show(moved(), graph, inputs):
         raise RuntimeError("results lie in memory as filters do")
 
+    whole: list[GraphedFunction] = []
+
     def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Function:
         layouts.note(gm.graph)
         rewrite(gm, modes)
@@ -78,12 +81,24 @@ def resnet_triton(
         graphed = _graphed(gm.graph, forward, cuda_graph)
         if functions is not None and graphed is not None:
             functions.append(graphed)
+        if graphed is not None and _is_whole(gm.graph, graph.graph, inputs):
+            whole.append(graphed)
         return _boxed(graphed or forward)
 
     compiled: Function = aot_module_simplified(
         graph, inputs, fw_compiler=compile_inference, keep_inference_input_mutations=True
     )
-    return compiled
+    return (lambda *values: whole[0](values)) if whole else compiled
+
+
+def _is_whole(functional: fx.Graph, written: fx.Graph, inputs: Sequence[Any]) -> bool:
+    """Whether what a CUDA graph may repeat is all that a call does: AOTAutograd's way there costs as much as a check.
+
+    It would switch gradients off, unpack tensors of subclasses, and translate what it has added to inputs and results.
+    """
+    ends = [(g.find_nodes(op="placeholder"), g.output_node().args[0]) for g in (functional, written)]
+    sizes = [(len(arguments), len(results)) for arguments, results in ends]  # type: ignore[arg-type]
+    return sizes[0] == sizes[1] and not (torch.is_grad_enabled() or any(map(is_traceable_wrapper_subclass, inputs)))
 
 
 def _boxed(function: Function) -> Function:

@@ -1,13 +1,20 @@
-"""What a captured graph has fixed about its model, and whether it still holds.
+"""What a captured graph or a compiled function has fixed about its model, and whether it still holds.
 
 A graph reads parameters and buffers by address, so edits in place need nothing. What it would miss: a tensor replaced
 or moved, a module replaced or given another class, an attribute set (`eps`, `training`, `kernels`, a patched
-`forward`), a hook, the code of a class replaced.
+`forward`), a hook, the code of a class replaced. torch.compile looks at all of these but hooks and code.
+
+Each part of a check is one C loop over a flat list. What is cheap is asked first; only if the answer is no, what it
+stands for is compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -15,33 +22,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import original
-
 _dtype = attrgetter("dtype")
 
 
-class Fingerprint:
-    """Of a model on which no hook is registered.
-
-    Each part of the check is one C loop over a flat list. Two parts ask what is cheap, and compare what they stand for
-    only if the answer is no: `_dicts` and `_layouts`.
-    """
+class Watch:
+    """Of what torch.compile misses: the code of a model's classes, its hooks, and the modules that may have some."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
+        self._empty: list[Any] = []
+        self._full: list[Any] = []
+        self._parts: dict[str, Callable[[], bool]] = {}
+        self._state: int | None = None
+        classes = {cls for kind in set(map(type, self._modules)) for cls in kind.__mro__} - {object}
+        self._add("code", map(_namespace, classes), values=_methods)
+        self._add("modules", (d for m in self._modules for d in (m._modules, *_hooks(m))))
+
+    def _add(self, name: str, dicts: Iterable[Any], **how: Any) -> list[Any]:
+        """Check what is in `dicts`, too, and return it. By `name`, tests leave it out."""
+        dicts = list(dicts)
+        self._empty += [d for d in dicts if not d]
+        part = _Dicts([d for d in dicts if d], **how)
+        self._full += part.dicts
+        self._parts[name] = part.hold
+        return part.known[1]
+
+    def holds(self) -> bool:
+        """Whether the model is still what it was."""
+        if any(self._empty):  # no version tells of `update` on an empty dict
+            return False
+        state = _state(self._full)  # before the parts: what is written meanwhile shows at the next call
+        if state is None or state != self._state:
+            if not all(hold() for hold in self._parts.values()):
+                return False
+            self._state = state
+        return True
+
+
+class Fingerprint(Watch):
+    """Of a model on which no hook is registered: attributes and tensors, too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self._classes = list(map(type, self._modules))
-        self._places = original.places({cls for kind in set(self._classes) for cls in kind.__mro__})
-        self._code = list(map(getattr, *self._places))
-        attributes = [d for m in self._modules for d in (vars(m), m._modules)]
-        owners = [d for m in self._modules for d in (m._parameters, m._buffers)]
-        hooks = [
-            d
-            for m in self._modules
-            for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
-        self._empty: list[Any] = [*hooks, *(d for d in chain(attributes, owners) if not d)]
-        self._dicts = _Dicts([d for d in attributes if d], [d for d in owners if d])
-        read = [t for t in self._dicts.tensors if t is not None and t.is_floating_point()]
+        self._add("attributes", map(vars, self._modules), same=_are_equal)
+        tensors = self._add("tensors", (d for m in self._modules for d in (m._parameters, m._buffers)))
+        read = [t for t in tensors if t is not None and t.is_floating_point()]
         self._read = tuple({id(t): t for t in read}.values())
         self._layouts = _Layouts(self._read)
         self._addresses = list(map(Tensor.data_ptr, self._read))
@@ -49,15 +75,25 @@ class Fingerprint:
         self._memory = [t.detach() for t in self._read]
 
     def holds(self) -> bool:
-        """Whether the model is still what it was."""
         return (
-            list(map(getattr, *self._places)) == self._code
+            super().holds()
             and list(map(type, self._modules)) == self._classes
-            and not any(self._empty)
-            and self._dicts.hold()
             and self._layouts.hold()
             and list(map(Tensor.data_ptr, self._read)) == self._addresses
         )
+
+
+def _hooks(m: nn.Module) -> list[dict[Any, Any]]:
+    """With how they are called, if there are some."""
+    hooks: list[Any] = [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
+    how = [m._forward_hooks_with_kwargs, m._forward_hooks_always_called, m._forward_pre_hooks_with_kwargs]
+    return hooks + how if any(hooks) else hooks
+
+
+def _namespace(cls: type) -> dict[str, Any]:
+    """The dict behind `vars(cls)`."""
+    (namespace,) = gc.get_referents(vars(cls))
+    return namespace
 
 
 # --- torch.compile's own means: not documented, so each is tried out first -------------------------------------------
@@ -82,20 +118,34 @@ _WRITES: tuple[Callable[[_Box], object], ...] = (
     lambda box: delattr(box, "value"),
     lambda box: vars(box).clear(),
 )
+_CLASS_WRITES: tuple[Callable[[Any], object], ...] = (
+    lambda cls: setattr(cls, "value", object()),
+    lambda cls: setattr(cls, "other", object()),
+    lambda cls: delattr(cls, "other"),
+)
 
 
 def _trusted_version(version: Any) -> Any:
-    """`version`, if it grows at every way to write to a dict that is not empty: not on CPython 3.13.0 (gh-125608)."""
+    """`version`, if every way to write to a dict that is not empty raises its version, and that of what is written
+    afterwards once more: not on CPython 3.13.0 (gh-125608)."""
     if version is None:
         return None
-    box = _Box()
+    box, clock = _Box(), {"": object()}
     vars(box).update(value=object(), kept=object())
-    for write in _WRITES:
-        before = version(vars(box))
-        write(box)
-        if not version(vars(box)) > before:
+    cases: list[tuple[Any, Any, Any]] = [(vars(box), box, write) for write in _WRITES]
+    cases += [(_namespace(_Box), _Box, write) for write in _CLASS_WRITES]
+    for written, owner, write in cases:
+        before, then = version(written), _tick(clock, version)
+        write(owner)
+        if not (version(written) > before and _tick(clock, version) > then + 1):
             return None
     return version
+
+
+def _tick(clock: dict[str, Any], version: Callable[[Any], int]) -> int:
+    """The version of a dict after one write to it."""
+    clock[""] = object()
+    return version(clock)
 
 
 def _trusted_guards(guards: Any) -> Any:
@@ -124,36 +174,88 @@ _TensorGuards = _trusted_guards(getattr(_guards, "TensorGuards", None))
 """None where they cannot be trusted: then everything is compared at every call."""
 
 
-# --- the parts of a fingerprint --------------------------------------------------------------------------------------
+# --- the parts of a check --------------------------------------------------------------------------------------------
+
+_WATCHED = sys.version_info >= (3, 12)
+"""Whether versions count writes to those dicts only whose versions were asked for. Before, CPython counts all."""
+_clock: dict[str, Any] = {}
+_ticks = itertools.count(1)
+_ticking = threading.Lock()
+
+
+def _state(dicts: list[dict[Any, Any]]) -> int | None:
+    """A number that every write to one of `dicts` changes, when their versions have been asked for; None if there is
+    none. Versions only grow, and all come from one counter: where that counts little else, it is asked alone."""
+    if _version is None or not _WATCHED:
+        return _newest(dicts)
+    if not _ticking.acquire(blocking=False):  # a fork may have left it taken for good
+        return None
+    try:
+        return _tick(_clock, _version) - next(_ticks)
+    finally:
+        _ticking.release()
+
+
+def _newest(dicts: list[dict[Any, Any]]) -> int | None:
+    return None if _version is None else sum(map(_version, dicts))
+
+
+Contents = tuple[list[Any], list[Any]]
+
+
+def _contents(dicts: Iterable[dict[Any, Any]]) -> Contents:
+    """Names and values."""
+    dicts = list(dicts)
+    return list(map(tuple, dicts)), list(chain.from_iterable(map(dict.values, dicts)))
+
+
+def _methods(namespaces: Iterable[dict[str, Any]]) -> Contents:
+    """Functions, properties and the like: what is called or looked up, and no numbers, which torch.compile looks at."""
+    return _contents({n: v for n, v in d.items() if _is_code(v) and (id(d), n) not in _REPLACED} for d in namespaces)
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or hasattr(type(value), "__get__")
+
+
+_REPLACED = [(id(_namespace(nn.Module)), name) for name in ("__init__", "__setstate__")]
+"""What torch.compile itself replaces when it first compiles."""
+
+
+def _are_identical(a: list[Any], b: list[Any]) -> bool:
+    return all(map(is_, a, b))
+
+
+def _are_equal(a: list[Any], b: list[Any]) -> bool:
+    """By identity, so nearly always without a call."""
+    try:
+        return a == b
+    except Exception:  # an array or a tensor was set as an attribute: it has no truth value to compare by
+        return False
 
 
 class _Dicts:
-    """Modules' attributes, which may be replaced by equal values, and their tensors, which may not."""
+    """Dicts that are not empty, and what is in them."""
 
-    def __init__(self, attributes: list[dict[str, Any]], owners: list[dict[str, Any]]) -> None:
-        self._attributes, self._owners = attributes, owners
-        self._all = attributes + owners
-        self._version = self._newest()
-        self._values, self.tensors = _values(attributes), _values(owners)
+    def __init__(
+        self,
+        dicts: list[dict[Any, Any]],
+        values: Callable[[Iterable[Any]], Contents] = _contents,
+        same: Callable[[list[Any], list[Any]], bool] = _are_identical,
+    ) -> None:
+        self.dicts, self._values, self._same = dicts, values, same
+        self._version = _newest(dicts)
+        self.known = values(dicts)
 
     def hold(self) -> bool:
-        version = self._newest()  # before the values: what is written meanwhile shows at the next call
+        version = _newest(self.dicts)  # before the values, too
         if version is not None and version == self._version:
             return True
-        tensors = _values(self._owners)
-        if len(tensors) != len(self.tensors) or not all(map(is_, tensors, self.tensors)):
-            return False
-        try:
-            if _values(self._attributes) != self._values:  # by identity, so nearly always without a call
-                return False
-        except Exception:  # an array or a tensor was set as an attribute: it has no truth value to compare by
+        names, values = self._values(self.dicts)
+        if names != self.known[0] or not self._same(values, self.known[1]):
             return False
         self._version = version
         return True
-
-    def _newest(self) -> int | None:
-        """A sum that every write changes: versions only grow. They are CPython's up to 3.11, then a watcher's."""
-        return None if _version is None else sum(map(_version, self._all))
 
 
 class _Layouts:
@@ -174,10 +276,6 @@ class _Layouts:
 
     def _guard(self) -> Any:
         return None if _TensorGuards is None else _check(_TensorGuards, self._tensors)
-
-
-def _values(dicts: list[dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, dicts)))
 
 
 def _layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:

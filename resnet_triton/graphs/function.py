@@ -31,17 +31,18 @@ class GraphedFunction(Graphs):
         self._known = inputs | static
         self._first = True
 
-    def __call__(self, values: list[Any]) -> Sequence[Any]:
+    def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
         given = [values[i] for i in self._inputs]
         if self._first or not cuda.takes(given[0]):  # in the first call, torch.compile watches what operators return
+            self._numbers = [i for i in range(len(values)) if i not in self._known]
             self._first = False
             return self.function(*values)
         if (reason := watched_reason(given[0].device)) is not None:
             self.note(reason, self.cuda_graph)
             return self.function(*values)
         first, *others = map(key_of, given)
-        where = tuple(values[i].data_ptr() for i in self._static)
-        numbers = tuple(v for i, v in enumerate(values) if i not in self._known)
+        where = tuple(map(Tensor.data_ptr, map(values.__getitem__, self._static)))
+        numbers = tuple(map(values.__getitem__, self._numbers))
         key = *first, *others, where, numbers, tf32() if self._widens else None
         replayed: Sequence[Any] | None = self.replay(key, given)
         if replayed is not None:
@@ -50,8 +51,8 @@ class GraphedFunction(Graphs):
         self.consider(key, self.cuda_graph, lambda: None, lambda: self._entry(values, given))
         return y
 
-    def _entry(self, values: list[Any], given: list[Tensor]) -> Entry:
-        values, buffers = list(values), tuple(map(torch.clone, given))  # an index that nobody wrote could be any
+    def _entry(self, values: Sequence[Any], given: list[Tensor]) -> Entry:
+        read, buffers = list(values), tuple(map(torch.clone, given))  # an index that nobody wrote could be any
 
         def fill(given: list[Tensor]) -> None:
             for buffer, t in zip(buffers, given, strict=True):
@@ -59,7 +60,7 @@ class GraphedFunction(Graphs):
 
         def body(buffers: tuple[Tensor, ...]) -> Any:
             for i, buffer in zip(self._inputs, buffers, strict=True):
-                values[i] = buffer
-            return tuple(self.function(*values))
+                read[i] = buffer
+            return tuple(self.function(*read))
 
         return Entry(buffers, fill, body)

@@ -125,7 +125,8 @@ class Graphs:
             if self.is_stale():
                 self._drop_all()
                 return None
-            self._graphs.move_to_end(key)
+            if len(self._graphs) > 1:
+                self._graphs.move_to_end(key)
             captured.replays += 1
             return y
 

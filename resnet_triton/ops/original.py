@@ -48,12 +48,6 @@ LAYERS: dict[type[nn.Module], Any] = {
 CONV_FORWARD = written(nn.Conv2d, "_conv_forward")
 
 
-def places(classes: Iterable[type]) -> tuple[list[type], list[str]]:
-    """Where the code of those classes is that were remembered: classes and, for each, a name."""
-    found = [(cls, name) for cls in classes for name in _written.get(cls, ())]
-    return [cls for cls, _ in found], [name for _, name in found]
-
-
 def replaced(module: nn.Module) -> str | None:
     """Which code of `module` is not what its authors wrote; None if all is."""
     for name in _NAMES:

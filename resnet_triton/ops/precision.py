@@ -8,29 +8,27 @@ from typing import Any
 
 import torch
 
+_SWITCHES: tuple[Any, Any] = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+
 
 def conv_precision(dtype: torch.dtype) -> str:
     """For convolutions: PyTorch's default allows TF32."""
-    return "tf32" if dtype == torch.float32 and _switches()[0].fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and _SWITCHES[0].fp32_precision == "tf32" else "ieee"
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """For matrix products, which PyTorch keeps IEEE by default."""
-    return "tf32" if dtype == torch.float32 and _switches()[1].fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and _SWITCHES[1].fp32_precision == "tf32" else "ieee"
 
 
 @contextmanager
 def fp32_precision(precision: str) -> Iterator[None]:
     """Both switches at `precision` for a while; PyTorch's operators and ours read them."""
-    before = [switch.fp32_precision for switch in _switches()]
-    for switch in _switches():
+    before = [switch.fp32_precision for switch in _SWITCHES]
+    for switch in _SWITCHES:
         switch.fp32_precision = precision
     try:
         yield
     finally:
-        for switch, value in zip(_switches(), before, strict=True):
+        for switch, value in zip(_SWITCHES, before, strict=True):
             switch.fp32_precision = value
-
-
-def _switches() -> tuple[Any, Any]:
-    return torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]

@@ -448,6 +448,15 @@ def test_a_shape_is_captured_at_its_second_call_and_replayed(cuda):
     assert torch.equal(kept, model(x)), "a result is the caller's"
 
 
+def test_a_graph_where_gradients_are_on_and_none_is_wanted(cuda):
+    """AOTAutograd switches them off around it."""
+    model, x = integral(sequence(conv(), nn.ReLU())).requires_grad_(False), images()
+    fast = graphed(model)
+    for _ in range(4):
+        assert torch.equal(fast(x), model(x))
+    assert [graph.replays for graph in cuda.graphs] == [1]
+
+
 @torch.no_grad()
 def test_the_graphs_of_an_optimized_model(cuda):
     """Each model has graphs of its own; an edit of the model is never missed; `report` counts."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 import sys
+import time
 import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -149,8 +151,11 @@ def append_block(model: Any, r: random.Random) -> Undo:
 
 
 def fill_a_stage(model: Any, r: random.Random) -> Undo:
-    stage = model.layer3
-    stage.append(nn.BatchNorm2d(8, eps=r.uniform(0.5, 1)).eval())
+    stage, norm = model.layer3, nn.BatchNorm2d(8, eps=r.uniform(0.5, 1)).eval()
+    if r.random() < 0.5:
+        stage.append(norm)
+    else:
+        stage._modules.update({"0": norm})  # into an empty dict, which versions from Python 3.12 on do not tell
     return lambda: stage.__delitem__(0)
 
 
@@ -194,6 +199,14 @@ def set_equal_attribute(model: Any, r: random.Random) -> Undo:
     return None
 
 
+def rename_attribute(model: Any, r: random.Random) -> Undo:
+    """The last one, so that all values stay in order."""
+    m = one(model, r, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+    name = list(vars(m))[-1]
+    vars(m)[f"{name}_"] = vars(m).pop(name)
+    return lambda: vars(m).update({name: vars(m).pop(f"{name}_")})
+
+
 def patch_instance(model: Any, r: random.Random) -> Undo:
     m = r.choice(list(model.modules())[1:])
     m.forward = lambda x: x * 0.5 + 0.1
@@ -224,36 +237,36 @@ def train(model: Any, r: random.Random) -> Undo:
 
 
 EDITS: dict[str, tuple[Edit, str | None]] = {
-    "tensor replaced": (replace_tensor, "dicts"),
-    "tensor replaced in its table": (replace_tensor_in_its_table, "dicts"),
-    "tensor removed": (remove_tensor, "dicts"),
+    "tensor replaced": (replace_tensor, "tensors"),
+    "tensor replaced in its table": (replace_tensor_in_its_table, "tensors"),
+    "tensor removed": (remove_tensor, "tensors"),
     "tensor moved": (move, "addresses"),
     "storage set": (swap, "addresses"),
     "tensor retyped": (retype, "layouts"),
     "tensor resized": (resize, "layouts"),
     "tensor transposed": (transpose, "layouts"),
     "tensor edited in place": (in_place, None),
-    "module replaced": (replace_module, "dicts"),
-    "module replaced in its table": (replace_module_in_its_table, "dicts"),
-    "module added": (append_block, "dicts"),
+    "module replaced": (replace_module, "modules"),
+    "module replaced in its table": (replace_module_in_its_table, "modules"),
+    "module added": (append_block, "modules"),
     "module added where none was": (fill_a_stage, "empty"),
     "hook added": (add_hook, "empty"),
-    "attribute set": (set_attribute, "dicts"),
-    "attribute set often": (set_attribute_hot, "dicts"),
-    "attribute set in its table": (set_attribute_in_its_table, "dicts"),
+    "attribute set": (set_attribute, "attributes"),
+    "attribute set often": (set_attribute_hot, "attributes"),
+    "attribute set in its table": (set_attribute_in_its_table, "attributes"),
     "attribute set to an equal value": (set_equal_attribute, None),
-    "code of an instance replaced": (patch_instance, "dicts"),
+    "attribute renamed": (rename_attribute, "attributes"),
+    "code of an instance replaced": (patch_instance, "attributes"),
     "code of a class replaced": (patch_class, "code"),
     "class replaced": (replace_class, "classes"),
-    "mode switched": (train, "dicts"),
+    "mode switched": (train, "attributes"),
 }
 """Edits, and the one check that sees each; None where there is nothing to see."""
 
 CHECKS: dict[str, Callable[[Fingerprint], object]] = {
-    "code": lambda f: vars(f).update(_places=([], []), _code=[]),
+    **{part: lambda f, part=part: f._parts.pop(part) for part in ("code", "modules", "attributes", "tensors")},
     "classes": lambda f: vars(f).update(_modules=[], _classes=[]),
     "empty": lambda f: vars(f).update(_empty=[]),
-    "dicts": lambda f: setattr(f._dicts, "hold", lambda: True),
     "layouts": lambda f: setattr(f._layouts, "hold", lambda: True),
     "addresses": lambda f: vars(f).update(_read=[], _addresses=[]),
 }
@@ -267,7 +280,7 @@ def answer(call: Callable[[Tensor], Tensor], x: Tensor) -> Any:
     """A call's result, or the class of its error."""
     try:
         return call(x)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (AttributeError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         return type(error)
 
 
@@ -287,6 +300,7 @@ def same(a: Any, b: Any) -> bool:
 )
 def test_no_answer_is_stale(cuda: Any, monkeypatch: Any, seed: int, edits: int, quick: bool) -> None:
     """An edit undone is another edit."""
+    monkeypatch.setattr(fingerprint, "_WATCHED", seed % 2 == 0)
     if not quick:
         monkeypatch.setattr(fingerprint, "_version", None)
         monkeypatch.setattr(fingerprint, "_TensorGuards", None)
@@ -348,12 +362,31 @@ def test_means_that_miss_an_edit_are_not_trusted() -> None:
     assert fingerprint._trusted_version(len) is None
     counter = itertools.count()
     assert fingerprint._trusted_version(lambda d: next(counter)) is not None
+    apart: dict[int, Iterator[int]] = {}
+    assert fingerprint._trusted_version(lambda d: next(apart.setdefault(id(d), itertools.count()))) is None
     assert fingerprint._trusted_guards(None) is None
     assert fingerprint._trusted_guards(Blind) is None
     assert fingerprint._trusted_guards(lambda tensor: None) is None
     assert fingerprint._TensorGuards is torch._C._dynamo.guards.TensorGuards
     version = torch._C._dynamo.guards.dict_version
     assert fingerprint._version is (None if sys.version_info[:3] == (3, 13, 0) else version)
+
+
+def test_a_check_while_another_thread_is_in_one(monkeypatch: Any) -> None:
+    monkeypatch.setattr(fingerprint, "_WATCHED", True)
+    norm = nn.BatchNorm2d(2)
+    check = Fingerprint(norm)
+    for _ in range(2):
+        with fingerprint._ticking:
+            assert check.holds()
+    with fingerprint._ticking:
+        norm.eps = 0.5
+        assert not check.holds()
+
+
+def cpu_time(call: Callable[[], object]) -> float:
+    """Of 20 calls, the least of many, whoever else is busy."""
+    return min(timeit.repeat(call, number=20, repeat=50, timer=time.thread_time))
 
 
 @pytest.mark.skipif(fingerprint._version is None, reason="values are compared here")
@@ -368,6 +401,30 @@ def test_a_call_takes_no_longer_than_a_loop_over_its_tensors(cuda: Any) -> None:
         for t in tensors:
             _ = t.data_ptr(), t.dtype, t.shape, t.stride()
 
-    call, plain = (min(timeit.repeat(f, number=20, repeat=50)) for f in (lambda: model(x), loop))
-    assert call < 1.5 * plain, f"{call / plain:.2f} times the loop"  # 0.9 on an EPYC, Python 3.11
+    ratio = cpu_time(lambda: model(x)) / cpu_time(loop)
+    assert ratio < 1.4, f"{ratio:.2f} times the loop"  # 0.9 on an EPYC, Python 3.11
     assert cuda.graphs[0].replays == 1000
+
+
+def python_calls(call: Callable[[], object]) -> int:
+    """How many functions written in Python a call runs, the fake's not counted."""
+    found: list[str] = []
+    sys.setprofile(lambda frame, event, argument: found.append(frame.f_code.co_filename) if event == "call" else None)
+    call()
+    sys.setprofile(None)
+    return sum("fake_cuda" not in name for name in found)
+
+
+@pytest.mark.skipif(fingerprint._version is None, reason="values are compared here")
+def test_a_compiled_call_makes_few_calls_more_than_torchs_own_part(cuda: Any) -> None:
+    """That is a call with a backend that returns a constant."""
+    layers = [nn.Conv2d(4, 4, 1), *(nn.BatchNorm2d(4) for _ in range(9))]
+    model, x = nn.Sequential(*layers).eval(), torch.ones(1, 4, 8, 8)
+    constant = torch.compile(copy.deepcopy(model), backend=lambda *graph: lambda *values: (x,))
+    compiled = resnet_triton.optimize(model, cuda_graph=True)
+    for _ in range(4):
+        compiled(x), constant(x)
+    assert cuda.graphs[0].replays == 2
+    cuda.graphs[0].replay = lambda *arguments: None
+    more = python_calls(lambda: compiled(x)) - python_calls(lambda: constant(x))
+    assert more < 60, f"{more} calls more"  # 37 and 42 on Python 3.11 and 3.12; 97 through AOTAutograd's wrappers
