@@ -329,7 +329,7 @@ def test_what_comes_before_the_wait_for_the_launch_before():
     assert faults(code=machine.replace(start, "")) == (
         "no ACQBULK in the machine code, expected that of griddepcontrol.wait",
     )
-    assert dependent.follow(groups.ptx(compiled()[-1]), "") == ((), ()), "one that waits for no launch"
+    assert dependent.follow(groups.ptx(compiled()[3]), "") == ((), ()), "one that waits for no launch"
 
 
 def parts(text: str) -> tuple[str, str, str]:
