@@ -78,7 +78,7 @@ def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
     h, w, n = box
     if h > 1:
         return h // 2, w, n
-    return (h, w // 2, n) if w > 1 else (h, w, n // 2)
+    return (1, w // 2, n) if w > 1 else (1, 1, n // 2)
 
 
 @gluon.jit

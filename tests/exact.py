@@ -62,10 +62,10 @@ def _one_of(g: torch.Generator, values: Sequence[float], size: int, dtype: torch
 
 
 def batch_norm(g: torch.Generator, k: int, dtype: torch.dtype = torch.float32, *, affine: bool = True) -> BatchNorm:
-    mean, var = integers(g, 3, k, dtype=dtype), _one_of(g, [0.25, 1, 4, 16], k, dtype)
+    mean, var = integers(g, 3, k, dtype=dtype), _one_of(g, [0, 0.75, 3.75, 15.75], k, dtype)
     if not affine:
-        return BatchNorm(mean, var, None, None, 0.0)
-    return BatchNorm(mean, var, _one_of(g, [0, 0.5, -0.5, 1, 2], k, dtype), integers(g, 4, k, dtype=dtype), 0.0)
+        return BatchNorm(mean, var, None, None, 0.25)
+    return BatchNorm(mean, var, _one_of(g, [0, 0.5, -0.5, 1, 2], k, dtype), integers(g, 4, k, dtype=dtype), 0.25)
 
 
 def channels_last(t: Tensor) -> Tensor:

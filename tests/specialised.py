@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from triton.language import core, math
 
 from resnet_triton.codegen.compiler import specialise, triton_compile
@@ -17,11 +19,16 @@ _LANGUAGE = [
 
 
 def ptx(launch: Launch) -> str:
-    """What a launch compiles to for sm_90. Gluon compiles here, too, where plain Triton interprets."""
+    """What a launch compiles to for sm_90."""
+    return compiled(launch).asm["ptx"]
+
+
+def compiled(launch: Launch) -> Any:
+    """Triton's compiled kernel for sm_90. Gluon compiles here, too, where plain Triton interprets."""
     interpreted = [(part, name, vars(part)[name]) for part, name, _ in _LANGUAGE]
     _become(_LANGUAGE)
     try:
-        return triton_compile(specialise(launch), 90).asm["ptx"]
+        return triton_compile(specialise(launch), 90)
     finally:
         _become(interpreted)
 

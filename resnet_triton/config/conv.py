@@ -94,7 +94,7 @@ def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def _specialised_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
-    """A ring of slots, buffers that results leave by, and barriers."""
+    """A ring of slots, buffers that results leave by; then barriers, and what spreads batch norms over threads."""
     if config.kernel == FEW:  # no slot twice
         blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
         return blocks * (config.block_m + config.block_k) * config.block_c * 2 + 2048
@@ -104,7 +104,7 @@ def _specialised_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     lines = config.block_m * (column + 1) // 2 + config.block_k * column
     slots = config.num_stages * lines * config.block_c
     results = config.block_m * config.block_k * (2 if shape.residual else 1)
-    return (slots + results) * shape.itemsize + 2048
+    return (slots + results) * shape.itemsize + 2560
 
 
 def boxes_of(pixels: int) -> list[tuple[int, int, int]]:

@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 
 from exact import assert_exact, channels_last, conv_call, conv_reference, generator, offset_by_one, rounded
 from simulator import simulate
-from specialised import ptx
+from specialised import compiled, ptx
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
+from resnet_triton.config.conv import shared_memory
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import NONE, RELU, Activation, specialised
@@ -107,7 +108,7 @@ CASES = {
     "stride 2": Case((9, 64, 8, 12), 64, (1, 8, 16), 64, 6, stride=2),
     "stride 2, rows": Case((5, 64, 9, 12), 64, (4, 4, 8), 64, 6, stride=2, programs=1),
     "stride 2, one image": Case((2, 40, 11, 18), 64, (4, 32, 1), 64, 6, stride=2),
-    "stride 2, 1x1": Case((9, 64, 8, 12), 128, (2, 8, 8), 128, 5, filter=1, stride=2),
+    "stride 2, 1x1": Case((9, 72, 8, 12), 128, (2, 8, 8), 128, 5, filter=1, stride=2),
     # shortcuts
     "shortcut": Case((9, 64, 5, 6), 72, (1, 16, 8), 64, 6, shortcut=72, programs=1),
     "shortcut, rows": Case((5, 64, 6, 7), 136, (4, 8, 4), 128, 5, shortcut=32, affine=False),
@@ -117,7 +118,7 @@ CASES = {
     "two rows by 128, shortcut": Case((5, 128, 4, 7), 128, (2, 8, 8), 128, 2, shortcut=96, programs=1),
     "two rows, split, shortcut": Case((2, 64, 5, 6), 64, (2, 8, 8), 64, 3, split=3, shortcut=128, programs=2),
     # shares of the reduction
-    "split": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, programs=2),
+    "split": Case((2, 128, 5, 6), 128, (4, 8, 4), 128, 5, split=2, programs=2),
     "split, residual": Case((2, 192, 5, 6), 64, (4, 8, 4), 64, 6, split=3, residual=True, programs=3),
     "split, shortcut": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, shortcut=64, programs=1),
     # the other type
@@ -162,7 +163,11 @@ SLOW = {
 
 def launch(case: Case) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch, the output that it fills, and what is right in fp64."""
-    call = conv_call(generator(torch.device("cpu"), 0), case.shape, activation=case.activation, affine=case.affine)
+    statistics = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
+    call = conv_call(
+        generator(torch.device("cpu"), 0), case.shape, activation=case.activation, affine=case.affine,
+        bn_dtype=statistics,
+    )  # fmt: skip
     out = torch.full_like(call.output(), float("nan"))
     with pinned(case.config):
         (found,) = call.launches(out)
@@ -177,7 +182,9 @@ def test_exact(name: str) -> None:
     case = CASES[name]
     assert is_legal(case.config, case.shape, KNOWN[90])
     found, out, expected = launch(case)
-    result = simulate(found, ptx(found), early=found.parameters)
+    code = compiled(found)
+    assert code.metadata.shared <= shared_memory(case.config, case.shape)
+    result = simulate(found, code.asm["ptx"], early=found.parameters)
     assert_exact(out, rounded(expected, out.dtype))
     assert not result.faults
     if case.split > 1:
@@ -206,9 +213,9 @@ def test_factors_are_rounded_to_tf32() -> None:
     """And not cut, which would make every sum smaller; nor is a residual rounded."""
     case = Case((1, 4, 8, 16), 64, (8, 16, 1), 64, 6, filter=1, residual=True, dtype="float32")
     call = conv_call(generator(torch.device("cpu"), 0), case.shape, affine=False)
-    mean, var, *_ = call.batch_norm
+    mean, var, *_, eps = call.batch_norm
     near, residual = 1 + 3 * 2**-12, 1 + 2**-20
-    for tensor, value in ((call.x, near), (call.weight, near), (call.residual, residual), (mean, 0), (var, 1)):
+    for tensor, value in ((call.x, near), (call.weight, near), (call.residual, residual), (mean, 0), (var, 1 - eps)):
         tensor.fill_(value)
     out = call.output()
     with pinned(case.config):

@@ -275,11 +275,13 @@ def compiled() -> dict[str, list[str]]:
 
 
 def simulated(name: str, case: Case, **options: Any) -> list[str]:
+    """What is found. Triton writes no fence behind the making of a barrier."""
+    checks = set(CHECKS) - {"init"} if name.startswith("conv_box") else CHECKS
     texts = zip(case.launches, compiled()[name], strict=True)
     return [
         fault
         for launch, text in texts
-        for fault in simulate(launch, text, **{"early": launch.parameters, **options}).faults
+        for fault in simulate(launch, text, checks=checks, **{"early": launch.parameters, **options}).faults
     ]
 
 
@@ -444,6 +446,7 @@ PLANTED: dict[str, tuple[str, Edit]] = {
     "a buffer reused before its store has read it": ("store", remove(r"bulk\.wait_group")),
     "a store without a barrier": ("race", remove(r"bar\.sync", behind="stmatrix")),
     "a read of nothing": ("uninitialised", elsewhere),
+    "a barrier made without a fence": ("init", remove(r"fence\.proxy", behind=r"mbarrier\.init")),
     "a store without a fence": ("proxy", remove(r"fence\.proxy", behind="stmatrix")),
     "sums read while they are summed": ("registers", read_sums),
     "a product without a fence": ("fence", remove(r"wgmma\.fence")),

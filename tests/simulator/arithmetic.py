@@ -130,6 +130,7 @@ def _reduce(reduce: Callable[..., Array], a: Array, members: Array) -> Array:
 
 
 INTEGERS = "s16 u16 s32 u32 s64 u64"
+_INF = np.float32(np.inf)
 COMPARE = {f"setp.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 SUMS = {"add": np.add, "sub": np.subtract}
 
@@ -145,7 +146,7 @@ _define("wtt", "s16 u16 s32 u32", {"mul.wide": lambda a, b: _wide(a) * _wide(b)}
 _define("wttw", "s16 u16 s32 u32", {"mad.wide": lambda a, b, c: _wide(a) * _wide(b) + c})
 _define("tt", " ".join(TYPES), {"mov": lambda a: a})
 _define("tttp", " ".join(TYPES), {"selp": lambda a, b, c: np.where(c, a, b)})
-_define("tt", "u32 u64", {"cvta.param": lambda a: a, "cvta.to.global": lambda a: a})
+_define("tt", "u32 u64", {"cvta.param": lambda a: a})
 _define("ttnn", "u32 s32", {"bfe": _field})
 _define("tttt", "b32", {"prmt": _permute})
 _define("tttn", "b32", {"shf.l.wrap": _funnel})
@@ -153,8 +154,7 @@ _define("ttnnn", "b32", {f"shfl.sync.{how}": partial(_shuffle, how) for how in (
 _define("ttn", "s32 u32", {"redux.sync.min": partial(_reduce, np.min), "redux.sync.max": partial(_reduce, np.max)})
 
 _define("ttt", "f16 f32", {**SUMS, "mul": np.multiply, "max.NaN": _maximum})
-_define("ttt", "f32", {"add.rn": np.add, "sub.rn": np.subtract, "mul.rn": np.multiply})
-_define("ttt", "f32", {"div.rn": np.divide, "div.full": np.divide})
+_define("ttt", "f32", {"add.rn": np.add, "div.rn": np.divide, "div.full": lambda a, b: np.nextafter(a / b, _INF)})
 _define("tttt", "f32", {"fma.rn": lambda a, b, c: a.astype(np.float64) * b + c})
 _define("tt", "s16 s32 s64 f32", {"neg": np.negative})
 _define("tt", "f32", {"sqrt.rn": np.sqrt, "abs": np.abs, "ex2.approx": np.exp2, "ex2.approx.ftz": np.exp2})

@@ -239,9 +239,10 @@ def shared_at(s: Strand, address: Address, lane: int) -> int:
 
 
 def barrier_at(s: Strand, at: int, w: int, verb: str) -> Barrier:
-    """The barrier at an address, made before this warp comes to it. No proxy fence is asked for: Triton has none."""
+    """The barrier at an address, made before this warp comes to it. A load ends there in the async proxy."""
     s.expect(at in s.program.barriers, f"a barrier at {at - SHARED:+d}")
-    s.program.shared.access(s.agent(np.array([32 * w])), np.array([at]), 8, verb)
+    agent = s.agent(np.array([32 * w]))._replace(proxy=int(verb == "ends at"))
+    s.program.shared.access(agent, np.array([at]), 8, verb)
     return s.program.barriers[at]
 
 
@@ -266,6 +267,7 @@ def arrive(s: Strand, args: Any, lane: int, expect: str | None) -> None:
 
 def wait(s: Strand, args: Any) -> bool:
     at, parity = s.uniform(args[1].base, "u32") + args[1].offset, s.uniform(args[2], "u32")
+    s.expect(parity in (0, 1), f"a parity, not {parity}")
     barrier = barrier_at(s, at, 0, "waits")
     targets = [barrier.target(clock, parity) for clock in s.clock]
     if max(targets) >= barrier.current:
@@ -289,7 +291,7 @@ def copy_box(s: Strand, args: Any, lane: int, store: str | None = None) -> None:
     if store:
         here, there = (s.agent(np.array([lane]), kind)._replace(proxy=1) for kind in ("bulk read", "bulk store"))
     else:
-        barrier = barrier_at(s, shared_at(s, args[2], lane), w, "loads")
+        barrier = barrier_at(s, shared_at(s, args[2], lane), w, "ends at")
         number = barrier.issue(s.clock[w], map_.bytes, s.place)
         epochs = [((barrier.loads,), barrier.base + number + 1)]
         here = there = Agent(s.clock[w][None], epochs, s.place, proxy=1)
@@ -379,10 +381,8 @@ def multiply_at_once(s: Strand, args: Any, kind: str) -> None:
     d, a, b, c = args
     left, right = (fragments(s.v["u32"], rows, kind) for rows in (a, b))
     total = left @ right.transpose(0, 2, 1)
-    lane = np.arange(32)
-    for number, (into, old) in enumerate(zip(d, c, strict=True)):
-        part = total[:, lane // 4 + number // 2 * 8, lane % 4 * 2 + number % 2].reshape(-1)
-        s.put(into, "f32", part + s.get(old, "f32"))
+    for into, old, row, column in zip(d, c, *_sums(8), strict=True):
+        s.put(into, "f32", total[:, row[:32], column[:32]].reshape(-1) + s.get(old, "f32"))
 
 
 _KIND = r"(?P<kind>f16|bf16|tf32)\.(?P=kind)"

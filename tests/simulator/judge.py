@@ -21,7 +21,8 @@ CHECKS = (
     "store",  # it is overwritten, or the program ends, while a bulk store may still read it
     "race",  # warps use it without a barrier in between
     "uninitialised",  # it is read, and nobody wrote it
-    "proxy",  # the async proxy uses what was written without fence.proxy.async
+    "init",  # a load ends at a barrier that was made without fence.proxy.async
+    "proxy",  # the async proxy uses what else was written without fence.proxy.async
     "registers",  # of a running product: written, or its sums read
     "fence",  # registers of a product were written since the last wgmma.fence
     "count",  # an arrival that may count for one phase or for another
@@ -121,7 +122,8 @@ class Memory:
         kind, name = self.judge.components[component]
         check, text = _NOBODY.get(kind, (_CHECK.get(kind, "global"), f", not after the write by {name}"))
         if agent.clock[row[first[0], 0], 0, component] >= written[first]:
-            check, text = "proxy", text.replace("not after", "no fence.proxy.async after")
+            check = "init" if verb == "ends at" else "proxy"
+            text = text.replace("not after", "no fence.proxy.async after")
         elif self.base and check in ("race", "arrival"):
             check = "global"
         self.judge.report(check, agent.place, f"{verb} {self.name} at byte {units[first] * self.unit}{text}")
@@ -219,7 +221,7 @@ class Barrier:
     def target(self, clock: Array, parity: int) -> int:
         """The phase that a wait with this parity ends at, for a warp with this clock; -1: it goes on at once."""
         known = self._known(clock)
-        return known if known % 2 == parity & 1 else known - 1
+        return known if known % 2 == parity else known - 1
 
     def wait(self, clock: Array, component: int, target: int, place: str) -> None:
         """A warp goes on because phase `target` is complete, and learns what was known there."""

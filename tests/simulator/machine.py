@@ -101,13 +101,13 @@ class Strand:
         """An operand's values, a lane each. Of a wider register, its lower bits."""
         if isinstance(operand, int):
             return constant(operand, t, 32 * self.warps)
-        if operand.width == BITS[t] and t[1:] != "8":
-            return self.v[t][operand.number]
-        return self.v[f"b{operand.width}"][operand.number].astype(TYPES[t])
+        view = _view(operand, t)
+        values = self.v[view][operand.number]
+        return values if view == t else values.astype(TYPES[t])
 
     def put(self, operand: Row, t: str, values: Array, lanes: Any = slice(None)) -> None:
         """Into a wider register, extended."""
-        self.v[t if operand.width == BITS[t] and t[1:] != "8" else f"b{operand.width}"][operand.number][lanes] = values
+        self.v[_view(operand, t)][operand.number][lanes] = values
 
     def uniform(self, operand: Any, t: str, lanes: slice = slice(None)) -> int:
         values = self.get(operand, t)[lanes]
@@ -241,6 +241,11 @@ class Program:
                 break
             moved = True
         return moved
+
+
+def _view(operand: Row, t: str) -> str:
+    """The type to read a register by: `t`, or all its bits."""
+    return t if operand.width == BITS[t] and t[1:] != "8" else f"b{operand.width}"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -139,7 +139,7 @@ def test_every_kernel_file_has_its_tests():
     texts = {path.name: path.read_text() for path in ROOT.glob("tests/*/test_*.py")}
     for pattern in {p for table in (suites.INTERPRETED, suites.COMPILED) for ps in table.values() for p in ps}:
         file, _, test = pattern.partition("::")
-        assert f"def {test}" in texts[file], pattern
+        assert f"def {test.partition('[')[0]}" in texts[file], pattern
 
 
 def test_every_entry_of_the_ledger_has_its_mutant():
