@@ -66,7 +66,7 @@ class Fingerprint(Watch):
         super().__init__(model)
         self._classes = list(map(type, self._modules))
         self._add("attributes", map(vars, self._modules), same=_are_equal)
-        tensors = self._add("tensors", (d for m in self._modules for d in (m._parameters, m._buffers)))
+        tensors = self._add("tensors", (d for m in self._modules for d in _tables(m)))
         read = [t for t in tensors if t is not None and t.is_floating_point()]
         self._read = tuple({id(t): t for t in read}.values())
         self._layouts = _Layouts(self._read)
@@ -81,6 +81,11 @@ class Fingerprint(Watch):
             and self._layouts.hold()
             and list(map(Tensor.data_ptr, self._read)) == self._addresses
         )
+
+
+def _tables(m: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """Of its own tensors."""
+    return (m._parameters, m._buffers)
 
 
 def _hooks(m: nn.Module) -> list[dict[Any, Any]]:

@@ -165,7 +165,7 @@ FAULTS = [
     Fault("a bound that forgets the stages", CONFIG, "shared_memory",
           "config.num_stages * (config.block_m + ...)", "config.block_m + ...",
           "test_config.py::test_legality_follows_the_shared_memory", r"assert not is_legal.*KNOWN\[89\]"),
-    Fault("a stale statistic in a graph", "resnet_triton/graphs/fingerprint.py", "Fingerprint.__init__",
+    Fault("a stale statistic in a graph", "resnet_triton/graphs/fingerprint.py", "_tables",
           "(m._parameters, m._buffers)", "(m._parameters,)",
           "test_fingerprint.py::test_other_edits_show_at_the_next_call[buffer]", "assert torch.equal"),
     Fault("a patch that a graph does not see", "resnet_triton/graphs/fingerprint.py", "Watch.__init__",
