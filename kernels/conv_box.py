@@ -66,10 +66,15 @@ def _fields(dtype: torch.dtype, shape: list[int], strides: list[int], block: lis
     return vars(TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), shape, strides, block))
 
 
-def _on(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
-    """The descriptor with these fields on `base`, which is aligned to 16 bytes."""
+def _on(base: Tensor, fields: dict[str, Any], precision: str = "") -> TensorDescriptor:
+    """The descriptor with these fields on `base`, which is aligned to 16 bytes.
+
+    A product's factor of fp32 is rounded to TF32 while it is loaded, or the product cuts it. Triton 3.6.0 cannot do it.
+    """
     desc = TensorDescriptor.__new__(TensorDescriptor)
     vars(desc).update(fields, base=base)
+    if "round_f32_to_tf32" in fields:
+        desc.round_f32_to_tf32 = precision == "tf32" and base.dtype == torch.float32
     return desc
 
 
@@ -234,9 +239,9 @@ def conv_box(
     early = residual if config.early_residual else None
     late = None if residual is early else residual
     arguments = {
-        "x_desc": _on(x, x_fields), "w_desc": _on(weight, w_fields), "y_desc": _on(out, y_fields),
+        "x_desc": _on(x, x_fields, precision), "w_desc": _on(weight, w_fields, precision), "y_desc": _on(out, y_fields),
         "res_desc": None if late is None else _on(late, y_fields), "res_ptr": early,
-        **batch_norm.arguments(), **_shortcut_arguments(shortcut, config),
+        **batch_norm.arguments(), **_shortcut_arguments(shortcut, precision, config),
         "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
     }  # fmt: skip
     return Launch(conv_box_kernel, grid, arguments, config.num_warps, config.num_stages)
@@ -265,14 +270,15 @@ def _constants(
     return constants, views, (tiles, config.split_k)
 
 
-def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[str, object]:
+def _shortcut_arguments(shortcut: Shortcut | None, precision: str, config: ConvConfig) -> dict[str, object]:
     if shortcut is None:
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
     fields, view = pixel_fields(x.shape, x.dtype, stride, config.box, config.block_c)
     w_fields = filter_fields(weight.shape, weight.dtype, config.block_k, config.block_c)
     return {
-        "short_x_desc": _on(x, fields), "short_w_desc": _on(weight, w_fields), **batch_norm.arguments("short_"),
+        "short_x_desc": _on(x, fields, precision), "short_w_desc": _on(weight, w_fields, precision),
+        **batch_norm.arguments("short_"),
         "SHORT_C": x.shape[1], "SHORT_STRIDE": stride, "SHORT_VIEW": view,
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.stem import pack, packed_shape, stem
-from resnet_triton.kernels.values import NONE, BatchNorm, ConvConfig, Geometry, has_several_sides, is_flat
+from resnet_triton.kernels.values import NONE, BatchNorm, ConvConfig, Geometry, Shortcut, has_several_sides, is_flat
 
 
 def images(*shape: int) -> Tensor:
@@ -100,6 +100,20 @@ def test_a_residual_comes_once(num_warps: int, where: str) -> None:
     assert tile.early_residual == (where == "res_ptr")
     arguments = conv_bn_relu(**CONVOLUTION | {"residual": Y}, config=tile).arguments
     assert [name for name in ("res_ptr", "res_desc") if arguments[name] is not None] == [where]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_factors_in_boxes_are_rounded_to_tf32(precision: str) -> None:
+    """While they are loaded, or products would cut them; nothing else is rounded."""
+    x, weight, y = X.float(), images(40, 24, 3, 3).float(), Y.float()
+    shortcut = Shortcut(x, images(40, 24, 1, 1).float(), NORM, (1, 1))
+    told = {"x": x, "weight": weight, "out": y, "precision": precision}
+    told["config"] = replace(TILE.on((1, 1, 64)), block_k=64, num_warps=1)
+    both = [conv_bn_relu(**CONVOLUTION | told | added) for added in ({"residual": y}, {"shortcut": shortcut})]
+    found = {name: d.round_f32_to_tf32 for launch in both for name, d in launch.arguments.items()
+             if name.endswith("_desc") and d is not None}  # fmt: skip
+    factors = {"x_desc", "w_desc", "short_x_desc", "short_w_desc"}
+    assert found == {name: precision == "tf32" and name in factors for name in (*factors, "y_desc", "res_desc")}
 
 
 def test_rounding_up() -> None:
