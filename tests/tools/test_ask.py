@@ -188,6 +188,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_command_asks_first(base: Path) -> None:
     ours = ("TRITON_", "TORCH", "XDG_", "CUDA_", "RESNET_TRITON_")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}

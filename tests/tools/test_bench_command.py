@@ -65,6 +65,7 @@ def test_a_wrong_answer_fails_the_command_and_claims_nothing(contest, tmp_path, 
     assert "as fast as" not in page
 
 
+@pytest.mark.slow
 def test_a_phase_that_fails_is_named_and_the_others_go_on(contest, tmp_path, capsys, monkeypatch):
     contest(planted.alternative(planted.right, ours=True))
     monkeypatch.setattr(race.Race, "_reference", lambda *args: 1 / 0)

@@ -191,6 +191,7 @@ def test_a_fork_that_does_not_end_is_ended():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_mutant_is_not_left_in_an_endless_loop(monkeypatch):
     class Endless(judge.Tests):
         def passes(self, name: str) -> bool:

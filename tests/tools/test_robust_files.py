@@ -313,6 +313,7 @@ def unprivileged() -> Iterator[dict[str, Any]]:
             (folder / name).chmod(0o755)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bench", "codegen"])
 def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(unprivileged: dict[str, Any], name: str) -> None:
     code, err = unprivileged[name]
@@ -322,6 +323,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(unprivilege
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_table_that_may_not_be_read_is_one_warning(unprivileged: dict[str, Any]) -> None:
     same, (warning,) = unprivileged["table"]
     assert same == [True, True]
@@ -329,6 +331,7 @@ def test_a_table_that_may_not_be_read_is_one_warning(unprivileged: dict[str, Any
     assert "Permission denied" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["closed", "sealed/cache"])
 def test_doctor_warns_of_a_cache_that_cannot_be_written_to(unprivileged: dict[str, Any], name: str) -> None:
     if os.getuid() == 0:  # the folder belongs to root, whom everybody trusts; else to the user

@@ -445,6 +445,7 @@ table.save(table.Table("GPU"), path)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_old_table(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     assert subprocess.run([sys.executable, "-c", KILLED, path]).returncode == -signal.SIGKILL
