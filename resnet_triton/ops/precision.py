@@ -12,7 +12,9 @@ _SWITCHES: tuple[Any, Any] = torch.backends.cudnn.conv, torch.backends.cuda.matm
 
 
 def conv_precision(dtype: torch.dtype) -> str:
-    """For convolutions: PyTorch's default allows TF32."""
+    """For convolutions: PyTorch's default allows TF32. Without cuDNN, PyTorch makes matrix products of them."""
+    if dtype == torch.float32 and not torch.backends.cudnn.enabled:
+        return matmul_precision(dtype)
     return "tf32" if dtype == torch.float32 and _SWITCHES[0].fp32_precision == "tf32" else "ieee"
 
 

@@ -26,7 +26,7 @@ from resnet_triton.config.device import KNOWN
 from resnet_triton.machine_code import Code, dependent, flow, groups, ordering
 from resnet_triton.machine_code.access import accesses, loads
 from resnet_triton.ops import OPERATORS
-from resnet_triton.ops.precision import fp32_precision
+from resnet_triton.ops.precision import conv_precision, fp32_precision
 from resnet_triton.ops.trace import trace
 
 PLANTED = """
@@ -407,6 +407,14 @@ def test_each_switch_rules_its_own_operators(conv, matmul):
         launches = [(call.operator, launch.arguments) for call in calls for launch in call.launches(KNOWN[80])]
     asked = {(name, arguments["PRECISION"]) for name, arguments in launches if "PRECISION" in arguments}
     assert asked == {("stem", conv), ("conv_bn_relu", conv), ("avg_pool_linear", matmul)}
+
+
+@pytest.mark.parametrize("matmul", ["ieee", "tf32"])
+def test_without_cudnn_the_switch_of_products_rules_convolutions(monkeypatch, matmul):
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    with fp32_precision("ieee" if matmul == "tf32" else "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = matmul
+        assert conv_precision(torch.float32) == matmul
 
 
 def test_narrow_loads_in_a_loop_and_wide_ones_of_unaligned_memory():
