@@ -44,8 +44,8 @@ _LIMITS = """
 
 * **Filters.** Kernels read filters in channels_last memory; where they lie otherwise, each call copies them. The first
   compiled call of a model that `optimize` was given moves its filters there, once, if nobody can tell: no code of the
-  model calls `view` on what would lie otherwise, writes what would be a view in one layout only, or draws random numbers
-  for it; no result would lie otherwise; and no other tensor of the model is in the filters' memory.
+  model calls `view` on what would lie otherwise, draws random numbers for it, or writes what is a view in one of the
+  layouts only; no result would lie otherwise; and no other tensor of the model is in the filters' memory.
   `model.train()` and `revert` move them back. Where somebody can tell (features or pixels come out, say), and for
   `torch.compile(model, backend="resnet_triton")`, filters stay; one warning and `report` say so, and
   `model.to(memory_format=torch.channels_last)` spares the copies.

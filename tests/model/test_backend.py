@@ -905,12 +905,8 @@ class Looks(nn.Module):
         self.conv, self.look = conv(), look
 
     def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
         return self.look(self.conv(x)).amax((2, 3))
-
-
-def _drop(y: Tensor) -> Tensor:
-    torch.manual_seed(0)
-    return F.dropout(y, 0.5, training=True)
 
 
 class Flatten(nn.Module):
@@ -931,7 +927,7 @@ MOVED: dict[str, Callable[[], nn.Module]] = {
     "a flat one, written": lambda: Looks(lambda y: (y.flatten(1).mul_(2), y)[1]),
     "one that was flat, written": lambda: Looks(lambda y: (y.contiguous(), y.mul_(2))[0]),
     "strides": lambda: Looks(lambda y: y.as_strided((2, 8, 4, 4), (512, 64, 8, 1))),
-    "random numbers": lambda: Looks(_drop),
+    "random numbers": lambda: Looks(lambda y: F.dropout(y, 0.5, training=True)),
     "ties": lambda: sequence(conv(), conv(), nn.AdaptiveAvgPool2d(1)),
     "pixels": lambda: sequence(conv(), norm()),
     "a view": lambda: Called(),
@@ -969,6 +965,27 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     revert(model)
     assert all(w.is_contiguous() for w in weights)
     assert "_moved" not in vars(model)
+
+
+class Times(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv()
+
+    def forward(self, x: Tensor, value: float) -> Tensor:
+        return (self.a(x) * value).amax((2, 3))
+
+
+@torch.no_grad()
+def test_moved_filters_and_a_number_that_changes():
+    """torch.compile makes a tensor of it."""
+    model, x = integral(Times()), images()
+    values = (0.5, 0.25, 2.0, 4.0)
+    expected = [model(x, v) for v in values]
+    optimize(model, kernels="triton")
+    assert all(torch.equal(model(x, v), y) for v, y in zip(values, expected, strict=True))
+    assert used(model, x, 8.0) == {("conv_bn_relu", "triton"): 1}
+    assert not model.a.weight.is_contiguous()
 
 
 class Flaky(nn.Module):
