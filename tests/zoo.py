@@ -66,7 +66,8 @@ Limits:
   `weight.data`) keeps the old one, so writing there changes the model no more. Write to the parameters.
 * Where moved filters turn out to show behind a graph break, the first call starts once more; what the model has counted
   or printed before the break is done twice.
-* A method that is replaced on an object that is no module shows only after `refresh(model)`.
+* A method that is replaced on an object that is no module shows only after `refresh(model)`; so does a hook on a module
+  in a plain list, which `model.modules()` does not name.
 * In the code of an optimized `Net`, `type(self) is Net` is False, for its class is a subclass; `isinstance` holds.
 * A graph with `as_strided` of a view runs on PyTorch as a whole.
 * `view` of a moved filter raises, as in `parameters_to_vector`, and so does that of a convolution's result in code that
