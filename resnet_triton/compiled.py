@@ -9,6 +9,7 @@ the class of some object that is no module.
 from __future__ import annotations
 
 import functools
+import re
 import types
 import warnings
 import weakref
@@ -290,10 +291,14 @@ def put_back(module: nn.Module) -> None:
     filters.move_back(module, ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Conv2d)))
 
 
+_OF_LAYOUT = re.compile(r"\bviews?\b|strid|contiguous|memory.format|lie in memory", re.IGNORECASE)
+"""What an error says that other filters may mend: ours of `layouts.show`, PyTorch's, or one of somebody's operator."""
+
+
 def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: Any) -> Any:
     """A call that has failed, with filters as they were: if that mends it, they stay so."""
-    if isinstance(error, torch.OutOfMemoryError) or not vars(module).get("_moved"):
-        raise error
+    if not (vars(module).get("_moved") and _OF_LAYOUT.search(str(error))):
+        raise error  # the module's own, too: what it has done before must not be done twice
     put_back(module)
     try:
         result = function(module, args, kwargs)

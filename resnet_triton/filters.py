@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,9 @@ Filters = Iterable[tuple[str, nn.Parameter]]
 
 def move(module: nn.Module, filters: Filters) -> None:
     """To channels_last memory, those that lie in memory of their own and are not there already."""
-    moved = set(vars(module).get("_moved", ()))
+    moved, users = set(vars(module).get("_moved", ())), _users(module)
     for name, weight in filters:
-        if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight):
+        if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight, users):
             _lay_out(weight, torch.channels_last)
             moved.add(name)
     if moved:
@@ -40,12 +42,21 @@ def sharded(model: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
 
 
-def _has_company(weight: nn.Parameter) -> bool:
-    """Whether its memory is meant for others too, who would lose it: a larger tensor, another process, a subclass."""
+def _users(module: nn.Module) -> Counter[int]:
+    """How many tensors of a module are in which memory: some tie weights by their `data`."""
+    tensors = {id(t): t for t in chain(module.parameters(), module.buffers())}.values()
+    plain = (t for t in tensors if type(t.data) is Tensor and t.layout == torch.strided)
+    return Counter(t.untyped_storage()._cdata for t in plain)
+
+
+def _has_company(weight: nn.Parameter, users: Counter[int]) -> bool:
+    """Whether its memory is meant for others too, who would lose it: another tensor, another process, a subclass."""
     if type(weight.data) is not Tensor:
         return True
-    larger = weight.untyped_storage().nbytes() > weight.nbytes
-    return larger or (weight.device.type == "cpu" and weight.is_shared())
+    memory = weight.untyped_storage()
+    if users[memory._cdata] > 1 or memory.nbytes() > weight.nbytes:
+        return True
+    return weight.device.type == "cpu" and weight.is_shared()
 
 
 def _lay_out(weight: nn.Parameter, memory_format: torch.memory_format) -> None:

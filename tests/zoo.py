@@ -44,7 +44,8 @@ _LIMITS = """
 
 * **Filters.** Kernels read filters in channels_last memory; where they lie otherwise, each call copies them. The first
   compiled call of a model that `optimize` was given moves its filters there, once, if nobody can tell: no code of the
-  model calls `view` on what would lie otherwise, no result would, and the filters share their memory with nothing.
+  model calls `view` on what would lie otherwise, draws random numbers for it, or writes what is a view in one of the
+  layouts only; no result would lie otherwise; and no other tensor of the model is in the filters' memory.
   `model.train()` and `revert` move them back. Where somebody can tell (features or pixels come out, say), and for
   `torch.compile(model, backend="resnet_triton")`, filters stay; one warning and `report` say so, and
   `model.to(memory_format=torch.channels_last)` spares the copies.
@@ -60,7 +61,13 @@ _LIMITS = """
 
 Limits:
 
-* A method that is replaced on an object that is no module shows only after `refresh(model)`.
+* Code that asks for strides of a convolution's result (`is_contiguous()`, `stride()`) gets those of channels_last.
+* A moved filter leaves its memory, as with `.to()`: what was taken before the first call (`model.state_dict()`,
+  `weight.data`) keeps the old one, so writing there changes the model no more. Write to the parameters.
+* Where moved filters turn out to show behind a graph break, the first call starts once more; what the model has counted
+  or printed before the break is done twice.
+* A method that is replaced on an object that is no module shows only after `refresh(model)`; so does a hook on a module
+  in a plain list, which `model.modules()` does not name.
 * In the code of an optimized `Net`, `type(self) is Net` is False, for its class is a subclass; `isinstance` holds.
 * A graph with `as_strided` of a view runs on PyTorch as a whole.
 * `view` of a moved filter raises, as in `parameters_to_vector`, and so does that of a convolution's result in code that

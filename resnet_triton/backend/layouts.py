@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import grad_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Order = tuple[int, ...]
 
@@ -26,21 +28,68 @@ _INDIFFERENT = {
     "unbind", "alias", "detach",
 }  # fmt: skip
 """Operators of PyTorch's, besides pointwise ones, that compute the same whatever the strides of their arguments."""
+_INFERENCE = (grad_mode._enter_inference_mode, grad_mode._exit_inference_mode)
 
 
 def show(moved: Iterable[Tensor], graph: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether results of a graph of Dynamo's would lie otherwise with the `moved` filters contiguous, as they were."""
+    """Whether a graph of Dynamo's shows that the `moved` filters are not contiguous, as they were: by the strides of a
+    result, by values that share memory or do not when one of them is written, or by what reads or draws in the order of
+    memory."""
     ids = set(map(id, moved))
     if ids.isdisjoint(map(id, inputs)):
         return False
     fakes = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
-    with next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), torch.no_grad():
+    mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
+    with mode, torch.inference_mode(False), torch.no_grad():
         before = [fake.contiguous() if id(x) in ids else fake for x, fake in zip(inputs, fakes, strict=True)]
-        before = [fake.clone() if isinstance(fake, Tensor) else fake for fake in before]  # in case it is written
-        output: Any = graph.graph.output_node().args[0]
-        results = zip(graph(*before), output, strict=True)
-    pairs = [(value, node.meta["example_value"]) for value, node in results if isinstance(value, Tensor)]
-    return any(_order(a) != _order(b) for a, b in pairs)
+        then, now = _Seen(graph).of(before), _Seen(graph).of(fakes)
+    shared = zip(then.shared, now.shared, strict=True)
+    return then.orders != now.orders or any(a != b and (wrote or writes) for (a, wrote), (b, writes) in shared)
+
+
+class _Seen(fx.Interpreter):
+    """What a graph's run on fake tensors shows of their layout."""
+
+    def of(self, values: Sequence[Any]) -> _Seen:
+        self.orders: list[Order] = []
+        """Of what is read or drawn in the order of memory, and of results."""
+        made: list[tuple[bool, Tensor, int]] = []
+        self._made = made
+        with _Draws(self.orders):
+            results = self.run(*(v.clone() if isinstance(v, Tensor) else v for v in values))  # in case it is written
+        self.orders += [_order(value) for value in results if isinstance(value, Tensor)]
+        self.shared = [(shared, value._version != version) for shared, value, version in made]
+        """For each value, whether it shares memory with what it was made of, and whether that is written afterwards."""
+        return self
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target in _INFERENCE:  # whose tensors have no versions
+            return None
+        if isinstance(known := n.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool):
+            return known  # of a tensor that was made of a number, which others do not have
+        taken = [self.env[node] for node in n.all_input_nodes]
+        if n.target in ("as_strided", torch.as_strided):
+            self.orders.append(_order(taken[0]))
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op.startswith("call"):
+            place = value.untyped_storage()._cdata
+            shared = any(isinstance(t, Tensor) and t.untyped_storage()._cdata == place for t in taken)
+            self._made.append((shared, value, value._version))
+        return value
+
+
+class _Draws(TorchDispatchMode):
+    """Note how values lie that random numbers are drawn for."""
+
+    def __init__(self, orders: list[Order]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._orders = orders
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags and isinstance(result, Tensor):
+            self._orders.append(_order(result))
+        return result
 
 
 def note(graph: fx.Graph) -> None:

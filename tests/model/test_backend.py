@@ -540,6 +540,9 @@ UNGRAPHED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an input that is written": (lambda: lambdas(lambda m, x: m.a(x.add_(1)), a=conv()), "changes an input"),
     "training": (lambda: sequence(conv(), nn.BatchNorm2d(8, momentum=0.5)).train(), "changes an input"),
     "random numbers": (lambda: lambdas(lambda m, x: m.a(x) + torch.rand(()), a=conv()), "the same each time"),
+    "what lies beside an input": (
+        lambda: lambdas(lambda m, x: m.a(x) + x.as_strided((1,), (1,)), a=conv()), "as_strided may read past an input",
+    ),
     "two results of one tensor": (
         lambda: lambdas(lambda m, x: (lambda y: (y, y[0]))(m.a(x)), a=conv()), "results share memory",  # type: ignore[return-value]
     ),
@@ -894,9 +897,38 @@ def test_report_names_each_convolution():
     assert kernels == ["triton", "triton", "triton", "torch", "triton"]
 
 
+class Looks(nn.Module):
+    """A convolution, and code that shows how its result lies in memory."""
+
+    def __init__(self, look: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.look = conv(), look
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return self.look(self.conv(x)).amax((2, 3))
+
+
+class Flatten(nn.Module):
+    """Its result is a view of contiguous memory only, but nobody writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = conv(), nn.Linear(512, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv(x), inplace=True).flatten(1)).relu_()
+
+
 COPIES = "each call copies"
 MOVED: dict[str, Callable[[], nn.Module]] = {
     "logits": Outer,
+    "flat logits": Flatten,
+    "a flat one, written": lambda: Looks(lambda y: (y.flatten(1).mul_(2), y)[1]),
+    "one that was flat, written": lambda: Looks(lambda y: (y.contiguous(), y.mul_(2))[0]),
+    "strides": lambda: Looks(lambda y: y.as_strided((2, 8, 4, 4), (512, 64, 8, 1))),
+    "random numbers": lambda: Looks(lambda y: F.dropout(y, 0.5, training=True)),
+    "ties": lambda: sequence(conv(), conv(), nn.AdaptiveAvgPool2d(1)),
     "pixels": lambda: sequence(conv(), norm()),
     "a view": lambda: Called(),
     "parts of one tensor": Outer,
@@ -912,7 +944,9 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     if name == "parts of one tensor":
         weights[0].data = torch.cat([weights[0].data] * 2)[8:]
-    expected, state, moves = model(x), model.state_dict(), name == "logits"
+    if name == "ties":
+        weights[0].data = weights[1].data
+    expected, state, moves = model(x), model.state_dict(), "logits" in name
     optimize(model, kernels="triton")
     for training in (False, True, False):
         model.train(training)
@@ -926,11 +960,56 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     assert all(w.is_contiguous() for w in weights) is not moves
     model.load_state_dict({n: t.clone(memory_format=torch.contiguous_format) for n, t in state.items()}, assign=True)
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert all(w.is_contiguous() for w in weights) is (name not in ("logits", "parts of one tensor"))
+    assert all(w.is_contiguous() for w in weights) is not (moves or name in ("parts of one tensor", "ties"))
     assert model._programs["made"] == 1
     revert(model)
     assert all(w.is_contiguous() for w in weights)
     assert "_moved" not in vars(model)
+
+
+class Times(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv()
+
+    def forward(self, x: Tensor, value: float) -> Tensor:
+        return (self.a(x) * value).amax((2, 3))
+
+
+@torch.no_grad()
+def test_moved_filters_and_a_number_that_changes():
+    """torch.compile makes a tensor of it."""
+    model, x = integral(Times()), images()
+    values = (0.5, 0.25, 2.0, 4.0)
+    expected = [model(x, v) for v in values]
+    optimize(model, kernels="triton")
+    assert all(torch.equal(model(x, v), y) for v, y in zip(values, expected, strict=True))
+    assert used(model, x, 8.0) == {("conv_bn_relu", "triton"): 1}
+    assert not model.a.weight.is_contiguous()
+
+
+class Flaky(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = conv(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.conv(x).amax((2, 3))
+        torch._dynamo.graph_break()
+        if self.calls == 1:
+            raise RuntimeError("busy")
+        return y
+
+
+@torch.no_grad()
+def test_an_error_of_the_model_is_raised_once():
+    """Other filters would not mend it."""
+    model = optimize(integral(Flaky()), kernels="triton")
+    with pytest.raises(RuntimeError, match="busy"):
+        model(images())
+    assert model.calls == 1
+    assert not model.conv.weight.is_contiguous()
 
 
 class FeatureList(nn.ModuleDict):
