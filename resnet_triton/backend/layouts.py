@@ -65,7 +65,8 @@ class _Seen(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.target in _INFERENCE:  # whose tensors have no versions
             return None
-        if isinstance(known := n.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool):
+        known = n.meta.get("example_value")
+        if n.op != "placeholder" and isinstance(known, torch.SymInt | torch.SymFloat | torch.SymBool):
             return known  # of a tensor that was made of a number, which others do not have
         taken = [self.env[node] for node in n.all_input_nodes]
         if n.target in ("as_strided", torch.as_strided):

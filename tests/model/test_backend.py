@@ -952,6 +952,8 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
         model.train(training)
         assert training or torch.equal(model(x), expected)
         assert all(w.is_contiguous() for w in weights) is (training or not moves)
+    assert torch.equal(model(torch.cat([x, x]))[:2], expected)  # compiled anew, for any number of images
+    assert all(w.is_contiguous() for w in weights) is not moves
     assert strides(model(x)) == strides(expected)
     assert (COPIES in str(report(model, x.shape))) is not moves
     with pytest.raises(RuntimeError, match="expected input"):
