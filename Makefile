@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[dev]' >&2
 	touch $@
 
-# Half a minute and half a gigabyte that only one slow test needs.
+# Half a minute and half a gigabyte that only slow tests need.
 $(RAY): $(STAMP)
 	$(PIP) -c constraints.txt -e '.[ray]' >&2
 	touch $@
@@ -77,7 +77,7 @@ test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the
 $(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
 	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m 'not slow' $(INTERPRETED) $(ARGS)
 
-slow: $(STAMP) $(RAY) ## run the tests that take long by themselves
+slow: $(STAMP) $(RAY) $(ZOO) ## run the tests that take long by themselves
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m slow $(ARGS)
 
 zoo: $(STAMP) $(ZOO) ## optimize models of timm, transformers and torchvision, and compare their answers
