@@ -316,6 +316,7 @@ def test_compiled_gradients(device, recompiles):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_model_with_a_dynamic_batch(device, recompiles):
     torch.manual_seed(0)

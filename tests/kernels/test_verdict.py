@@ -32,6 +32,7 @@ WRONG = Path(__file__).with_name("machine_code") / "wrong_triton_3.7.1.sass"
 PAIR = "import json; from resnet_triton.machine_code import verdict; print(json.dumps(verdict.compilers()))"
 
 
+@pytest.mark.slow
 def test_the_pairs_are_those_that_the_checks_compile_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """CI with the oldest Triton and the one of constraints.txt, `make verify` with the newest, too."""
     makefile = (ROOT / "Makefile").read_text()

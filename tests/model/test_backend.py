@@ -813,6 +813,7 @@ def test_a_part_and_then_the_whole():
     assert torch.equal(revert(model)(images()), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_who_changes_a_model_at_each_call_is_not_compiled_each_time():
     model, x = optimize(integral(Outer())), images()
