@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -112,14 +110,7 @@ def _warn_of_coverage(modules: list[nn.Module]) -> None:
         if any(map(dispatch.is_on_gpu, conv.parameters()))
     ]
     left = [why for why in found if isinstance(why, str) and why != "training mode"]
-    if 2 * len(left) > len(found):
-        most, _ = Counter(left).most_common(1)[0]
-        warnings.warn(
-            f"{len(left)} of {len(found)} convolutions run on PyTorch, most of them for this reason: {most}; "
-            "resnet_triton.report(model) lists them",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    dispatch.warn_of_coverage(left, len(found))
 
 
 def _chosen(model: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -205,14 +204,7 @@ def _warn_of_coverage(graph: fx.Graph) -> None:
     """Once for a graph on a GPU most of whose convolutions our operators do not take."""
     ours = sum(str(node.target) in _OURS for node in graph.nodes)
     left = [n for n in graph.nodes if n.target is torch.ops.aten.convolution.default and n.meta["val"].is_cuda]
-    if len(left) > ours:
-        most, _ = Counter(node.meta.get("reason", "") for node in left).most_common(1)[0]
-        warnings.warn(
-            f"{len(left)} of {len(left) + ours} convolutions run on PyTorch, most of them for this reason: {most}; "
-            "resnet_triton.report(model, shape) lists them",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    dispatch.warn_of_coverage([node.meta.get("reason", "") for node in left], len(left) + ours)
 
 
 def _warn_of_copies(graph: fx.Graph, modes: Modes) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Literal, NamedTuple, get_args
 
@@ -82,6 +83,19 @@ def refuse(kernels: str, reason: str) -> None:
     """NotImplementedError if the kernels were asked for, which cannot run a call for this reason."""
     if kernels == "triton":
         raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}')
+
+
+def warn_of_coverage(reasons: Sequence[str], convolutions: int) -> None:
+    """One warning for whoever called the caller's caller, if most of so many convolutions are left to PyTorch, each for
+    one of these reasons."""
+    if 2 * len(reasons) > convolutions:
+        most, _ = Counter(reasons).most_common(1)[0]
+        warnings.warn(
+            f"{len(reasons)} of {convolutions} convolutions run on PyTorch, most of them for this reason: {most}; "
+            "resnet_triton.report(model, shape) lists them",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def meant(kernels: str, t: Tensor) -> bool:
