@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from resnet_triton.codegen import CompiledLaunch
 from resnet_triton.machine_code import Code
@@ -15,6 +18,14 @@ def run(script: str, *arguments: str) -> str:
     done = subprocess.run([sys.executable, "-c", script, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
+
+
+def oldest() -> Path:
+    """The folder of the oldest supported Triton; the test is skipped where there is none."""
+    folder = Path(sys.prefix, "triton-3.6.0")
+    if not (folder / ".installed").exists():
+        pytest.skip("no Triton 3.6.0: `make codegen-oldest` installs it")
+    return folder
 
 
 CODE = Code(

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import run as run_compiled
 from torch import Tensor
 
 from resnet_triton.kernels.add_relu import add_relu
@@ -158,49 +157,6 @@ def test_a_launch_repeated_has_one_other_argument(grid: tuple[int, ...]) -> None
     again(5)
     again(6)
     assert seen == [((*grid, 1, 1)[:3], (1, x, 3, 4)) for x in (5, 6)]
-
-
-REPEATED = """
-import torch
-from types import SimpleNamespace
-from triton.runtime.driver import driver
-from resnet_triton.kernels.hopper_stem import hopper_stem
-from resnet_triton.kernels.values import BatchNorm
-from resnet_triton.tuner import precompile
-
-calls = []
-
-class Driver(precompile._AbsentDriver):
-    utils = SimpleNamespace(
-        load_binary=lambda *arguments: (1, 2, 0, 0, 1024),
-        get_device_properties=lambda device: {"max_shared_mem": 1 << 20},
-    )
-
-    def launcher_cls(self, source, metadata):
-        return lambda *arguments: calls.append(arguments)
-
-driver.set_active(Driver(90))
-def last(*size):
-    return torch.zeros(size, dtype=torch.float16).to(memory_format=torch.channels_last)
-x, other, ones = last(2, 3, 32, 32), last(2, 3, 32, 32), torch.ones(64)
-launch = hopper_stem(out=last(2, 64, 8, 8), x=x, weight=last(64, 3, 7, 7), mean=None, std=None, strip=2, programs=4,
-                     batch_norm=BatchNorm(ones, ones, ones, None, 0.5))
-launch.run()
-again = launch.repeat("x_ptr")
-launch.kernel.run = None  # which looks everything up
-again(x)
-again(other)
-told = [[vars(a) if type(a).__name__ == "LazyDict" else a for a in call] for call in calls]  # what profilers are told
-assert told[0][:3] == [4, 1, 1] and len(told[0]) > 40
-for arguments, images in zip(told, (x, x, other), strict=True):
-    for a, b in zip(arguments, told[0], strict=True):
-        assert a is images if b is x else a is b if isinstance(a, torch.Tensor) else a == b, (a, b)
-"""
-
-
-def test_a_launch_repeated_is_the_launch() -> None:
-    """Triton's launcher is given what an ordinary launch gives it, but for the argument that changes."""
-    run_compiled(REPEATED)
 
 
 def test_values():

@@ -23,7 +23,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from compiling import run
+from compiling import oldest, run
 from exact import (
     KERNELS,
     channels_last,
@@ -325,10 +325,7 @@ def test_the_race_of_registers_is_in_the_ptx():
 
 @pytest.mark.slow
 def test_the_oldest_triton():
-    folder = Path(sys.prefix, "triton-3.6.0")
-    if not (folder / ".installed").exists():
-        pytest.skip("no Triton 3.6.0: `make codegen-oldest` installs it")
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(oldest()), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "exact and hopper or race_of_registers"]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True
