@@ -12,6 +12,7 @@ from torch import nn
 
 from . import compiled, config, converted, copies, filters, models
 from .compiled import Compiled
+from .copies import Model
 from .fusion import fuse
 from .graphs import runner
 from .graphs.replay import CudaGraph, check_mode
@@ -25,14 +26,14 @@ _OURS = tuple(converted.OURS.values())
 
 
 def optimize(
-    model: nn.Module,
+    model: Model,
     *,
     kernels: Kernels = "auto",
     cuda_graph: CudaGraph = "auto",
     freeze: bool = False,
     batch_invariant: bool = False,
     inplace: bool = True,
-) -> nn.Module:
+) -> Model:
     """Make a model with convolutions run on our kernels where they apply. Returns `model`.
 
     It stays the model that it is, as with `.half()`: same parameters, buffers, hooks and names, and still an instance
@@ -146,7 +147,7 @@ def _only_whole(cuda_graph: CudaGraph, freeze: bool, batch_invariant: bool) -> s
     return ", ".join(mode for mode, wanted in asked.items() if wanted)
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Undo `optimize` in place: the classes and the memory formats that were there before. Returns `model`.
 
     The classes of its modules change, so no call may be under way in another thread. Raises ValueError for a model
@@ -182,7 +183,7 @@ def _without_ours(cls: Any) -> Any:
     return type(cls)(cls.__name__, tuple(map(_without_ours, cls.__bases__)), members)
 
 
-def refresh(model: nn.Module) -> nn.Module:
+def refresh(model: Model) -> Model:
     """Drop what was captured, frozen and compiled: the next call sees `model` as it is then. Returns `model`.
 
     Only a frozen model needs it; others see what was done to them by themselves. Raises ValueError if `model` contains

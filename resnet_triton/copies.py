@@ -8,15 +8,16 @@ import types
 import weakref
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+Model = TypeVar("Model", bound=nn.Module)
 _WAY_OUT = "optimize(model, inplace=True) copies nothing"
 
 
-def independent(model: nn.Module) -> nn.Module:
+def independent(model: Model) -> Model:
     """A deep copy with parameters, buffers and attributes of its own, whatever mode the caller is in.
 
     TypeError, naming the attribute, if something cannot be copied, or if a copy would go on using `model`.

@@ -440,12 +440,12 @@ def _parser() -> argparse.ArgumentParser:
     r = command(
         "compare", _compare, "compare two results of bench; exit code 1 if ours became wrong or worse than a limit, or "
         "cannot be compared",
-        "resnet-triton compare old/results.json new/results.json --fail-if p50:+5%% --fail-if speedup:-3%%",
+        "resnet-triton compare old/results.json new/results.json --fail-if p50:+5% --fail-if speedup:-3%",
     )  # fmt: skip
     r.add_argument("old", type=Path, metavar="OLD", help="a results.json, or the folder it is in")
     r.add_argument("new", type=Path, metavar="NEW", help="the same, later")
     r.add_argument(
-        "--fail-if", action="append", default=[], metavar="METRIC:+N%%",
+        "--fail-if", action="append", default=[], metavar="METRIC:+N%",
         help="the change that is too much, of p20, p50, p80, first_call, peak_memory or speedup; may be repeated",
     )  # fmt: skip
     r.add_argument(

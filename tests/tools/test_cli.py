@@ -89,10 +89,11 @@ def picture(tmp_path: Path) -> Path:
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version") == (0, f"resnet-triton {__version__}\n", "")
-    for arguments in (["--help"], *([name, "--help"] for name in ("doctor", "predict", "demo", "codegen"))):
+    for arguments in (["--help"], *([name, "--help"] for name in ("doctor", "predict", "demo", "codegen", "compare"))):
         outcome = run(*arguments)
         assert (outcome.code, outcome.err) == (0, "")
         assert outcome.out.startswith("usage: resnet-triton")
+        assert "%%" not in outcome.out
 
 
 def test_module_survives_a_closed_pipe() -> None:
