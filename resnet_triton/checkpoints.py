@@ -62,7 +62,7 @@ def load_checkpoint(file: str | os.PathLike[str] | BinaryIO, *, key: str | None 
     model and its moving average (whose key has the word "ema") the average is taken by default; a warning says so.
 
     Weights have to be dense, finite floating-point numbers of the right shapes. Raises ValueError, in one line, if
-    anything is wrong, and OSError if the file cannot be opened.
+    anything is wrong, OSError if the file cannot be opened, and TypeError if `file` is neither.
     """
     found = read(file, key)
     if found.others and key is None:
@@ -77,8 +77,10 @@ def which(found: Checkpoint) -> str:
 
 def read(file: str | os.PathLike[str] | BinaryIO, key: str | None = None) -> Checkpoint:
     """As `load_checkpoint`, with what it found on the way, and without a warning."""
-    if not isinstance(file, str | os.PathLike):
+    if hasattr(file, "read"):
         return _read(file, key)
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
     path = Path(file)
     if not stat.S_ISREG(path.stat().st_mode):
         what = "a folder" if path.is_dir() else "not a regular file"

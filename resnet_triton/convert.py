@@ -141,6 +141,11 @@ def _check_module(model: object) -> None:
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
+def _check_shape(shape: object) -> None:
+    if not isinstance(shape, tuple | list):
+        raise TypeError(f"shape is a {type(shape).__name__}, expected a tuple of sizes, as (1, 3, 224, 224)")
+
+
 def _only_whole(cuda_graph: CudaGraph, freeze: bool, batch_invariant: bool) -> str:
     """Those of the modes asked for that only a whole ResNet has."""
     asked = {"cuda_graph=True": cuda_graph is True, "freeze=True": freeze, "batch_invariant=True": batch_invariant}
@@ -258,9 +263,11 @@ def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Repor
 
     For a model of several inputs, or of others than images, `shape` is the tuple of a call's arguments. Computes
     nothing where all that was optimized is torchvision's own: then it is traced on fake tensors. Others are compiled
-    anew and called once, on zeros. TypeError if `model` is no module, ValueError if it cannot be called so.
+    anew and called once, on zeros. TypeError if `model` is no module or `shape` no tuple, ValueError if it cannot
+    be called so.
     """
     _check_module(model)
+    _check_shape(shape)
     if isinstance(model, nn.DataParallel):
         model = model.module
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
@@ -287,9 +294,10 @@ def precompile(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> N
 
     A first call finds them then; by itself it compiles one after another. What is in Triton's cache is only loaded, and
     a kernel that does not compile is left to the call. Runs nothing: the model is traced on fake tensors. TypeError if
-    `model` is no module, ValueError if it contains no ResNet or block of one.
+    `model` is no module or `shape` no tuple, ValueError if it contains no ResNet or block of one.
     """
     _check_module(model)
+    _check_shape(shape)
     if not _chosen(model):
         raise ValueError(f"{type(model).__name__} contains no ResNet to precompile; its first call compiles")
     compile_calls(trace(model, shape), cores())

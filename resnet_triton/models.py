@@ -266,7 +266,9 @@ class ResNet(_Modal, Graphed):
         self._normalize = statistics
 
     def _floats(self, x: Any) -> Any:
-        if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8 and self.normalize is not None:
+        if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8:
+            if self.normalize is None:
+                raise TypeError("x has dtype torch.uint8, expected a floating-point dtype; set normalize to give bytes")
             check_pixels(*self.normalize, x.shape[1])
             return reference.normalize(x, *self.normalize).to(self.conv1.weight.dtype)
         return x
@@ -355,7 +357,8 @@ def _resnet(
         pretrained = vision.find_weights(name, weights)
         classes = len(pretrained.meta["categories"])
         if kwargs.setdefault("num_classes", classes) != classes:
-            raise ValueError(f"num_classes={kwargs['num_classes']}, expected {classes} for weights {pretrained}")
+            given = f"num_classes={kwargs['num_classes']}, expected {classes} for weights {pretrained}"
+            raise ValueError(f"{given}; replace model.fc afterwards")
         state = pretrained.get_state_dict(progress=progress, check_hash=True, weights_only=True)
     model = ResNet(block, layers, **kwargs)
     if state is not None:

@@ -50,7 +50,7 @@ def check_tensors(x: Tensor, **others: Tensor | None) -> None:
         if t is None:
             continue
         if t.device != device:
-            raise ValueError(f"{name} is on {t.device}, expected {device} like x")
+            raise ValueError(f"x is on {device}, {name} on {t.device}; expected one device")
         if not t.dtype.is_floating_point:
             raise TypeError(f"{name} has dtype {t.dtype}, expected a floating-point dtype")
 
@@ -88,7 +88,7 @@ def check_pixels(mean: tuple[float, ...], std: tuple[float, ...], channels: int)
 def check_same_dtype(x: Tensor, **others: Tensor | None) -> None:
     for name, t in others.items():
         if t is not None and t.dtype != x.dtype:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected {x.dtype} like x")
+            raise TypeError(f"x has dtype {x.dtype}, {name} {t.dtype}; expected one dtype")
 
 
 def window(name: str, x: Size, size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:

@@ -51,8 +51,8 @@ def _wrong(case: str, subject: str, promise: str, edit: Any, words: str, **other
     return Term(case, subject, promise, edit, raises=(TypeError, words), **other)
 
 
-_WEIGHT = "weight has dtype torch.float32, expected torch.float16 like x"
-_BIAS = "bias has dtype torch.float32, expected torch.float16 like x"
+_WEIGHT = "x has dtype torch.float16, weight torch.float32; expected one dtype"
+_BIAS = "x has dtype torch.float16, bias torch.float32; expected one dtype"
 _ONE_DTYPE = "the result has x's dtype, whatever is added"
 _REAL = "activations are real floating-point numbers; anything else is a mistake that is named"
 ROWS = [
@@ -70,7 +70,8 @@ ROWS = [
     _wrong(MIXED, "model", "images wider than the model", _to(FP32, "x"), _WEIGHT.replace("32", "__").replace(
         "16", "32").replace("__", "16")),
     *(_wrong(BYTES, s, "bytes are no activations", _to(torch.uint8, "x"), "x has dtype torch.uint8")
-      for s in (*FILTERED, "global_avg_pool", "linear", "avg_pool_linear", "model")),
+      for s in (*FILTERED, "global_avg_pool", "linear", "avg_pool_linear")),
+    _wrong(BYTES, "model", "bytes are no activations", _to(torch.uint8, "x"), "set normalize to give bytes"),
     *(_wrong(BYTES, s, "bytes are no activations", _to(torch.uint8), "x has dtype torch.uint8", theirs=None,
              because=_REAL) for s in ("add_relu", "max_pool2d")),
     Term(BYTES, "stem", "bytes with their mean and deviation", lambda a: (pixels(a), a.update(PIXELS)),

@@ -344,6 +344,8 @@ def test_paths_without_a_file(tmp_path: Path) -> None:
         resnet_triton.load_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="/dev/zero: not a regular file"):
         resnet_triton.load_checkpoint("/dev/zero")
+    with pytest.raises(TypeError, match="file is a dict, expected a path or a binary file"):
+        resnet_triton.load_checkpoint({})
 
 
 class Malicious(NamedTuple):

@@ -296,6 +296,13 @@ def test_what_is_no_module(function, model):
         function(model)
 
 
+@pytest.mark.parametrize("function", [report, precompile])
+@pytest.mark.parametrize("shape", [224, torch.rand(1, 3, 8, 8)], ids=["int", "tensor"])
+def test_what_is_no_shape(function, shape):
+    with pytest.raises(TypeError, match=f"shape is a {type(shape).__name__}, expected a tuple of sizes"):
+        function(small(), shape)
+
+
 @torch.no_grad()
 def test_inside_another_model():
     head = nn.Conv2d(10, 4, 1)
