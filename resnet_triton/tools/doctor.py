@@ -223,8 +223,8 @@ def _conv(device: str, images: int, edge: int, stride: int, residual: bool, c: i
     return got, wanted
 
 
-def _stem(device: str) -> tuple[Tensor, Tensor]:
-    shapes = [(2, 3, 14, 18), (16, 3, 7, 7), (16,), (16,), (16,)]
+def _stem(device: str, filters: int = 16) -> tuple[Tensor, Tensor]:
+    shapes = [(2, 3, 14, 18), (filters, 3, 7, 7), (filters,), (filters,), (filters,)]
     ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
     x, weight, mean, gamma, beta = ours
     got = F.stem(x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, kernels="triton")
@@ -267,11 +267,13 @@ def _specialised(device: str, tile: config.ConvConfig) -> tuple[Tensor, Tensor]:
 _TILES = [
     config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_conv"),
     config.ConvConfig(128, 64, 64, 4, 11, (2, 2, 32), kernel="hopper_conv64"),
+    config.ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few"),
 ]
 
 
 # From 32 images on, whatever can be loaded through descriptors is.
 _CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
+    ("stem", "hopper_stem", functools.partial(_stem, filters=64)),
     ("stem", "descriptor", _stem),
     ("stem", "pointer", _stem),
     *(("conv_bn_relu, 3x3 + residual", tile.kernel, functools.partial(_specialised, tile=tile)) for tile in _TILES),
