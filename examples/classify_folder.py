@@ -9,6 +9,7 @@ and its labels mean nothing. The command `resnet-triton predict` does the same w
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,13 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", help="torchvision's name of trained weights: DEFAULT or IMAGENET1K_V1")
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args(argv)
+    folder = args.folder or photographs()
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        sys.exit(f"{folder}: no pictures, expected files ending in {', '.join(sorted(SUFFIXES))}")
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = resnet_triton.resnet18(weights=args.weights).eval().to(device, dtype)
     model.normalize = MEAN, STD  # now it takes bytes, and normalises them on the device
     labels = torchvision().models.ResNet18_Weights.DEFAULT.meta["categories"]
 
-    paths = sorted(path for path in (args.folder or photographs()).iterdir() if path.suffix.lower() in SUFFIXES)
     for start in range(0, len(paths), args.batch):
         chosen = paths[start : start + args.batch]
         with torch.inference_mode():

@@ -10,6 +10,7 @@ most pieces to their own photograph: random filters tell textures and colours ap
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read(folder: Path) -> tuple[list[str], Tensor]:
     """The pictures of a folder: names, and bytes (N, 3, SIZE, SIZE)."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"})
+    if len(paths) < 2:
+        sys.exit(f"{folder}: {len(paths)} pictures, expected at least two")
     squares = [numpy.array(ImageOps.fit(load_image(path), (SIZE, SIZE))) for path in paths]
     return [path.name for path in paths], torch.from_numpy(numpy.stack(squares)).permute(0, 3, 1, 2)
 

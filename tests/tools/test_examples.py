@@ -30,6 +30,9 @@ def test_classify_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "notes.txt").write_text("no picture")
     run("classify_folder.py")
     run("classify_folder.py", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="empty: no pictures"):
+        run("classify_folder.py", str(tmp_path / "empty"))
     names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["china.jpg", "flower.jpg", "grey.png"]
 
@@ -42,6 +45,8 @@ def test_find_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     from PIL import Image
 
+    with pytest.raises(SystemExit, match="0 pictures, expected at least two"):
+        run("find_neighbours.py", str(tmp_path))
     for name, shade in (("a", 40), ("b", 45), ("c", 200)):
         Image.effect_noise((60, 50), shade).save(tmp_path / f"{name}.png")
     run("find_neighbours.py", str(tmp_path))
