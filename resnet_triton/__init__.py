@@ -1,9 +1,8 @@
 """ResNet inference on hand-written Triton kernels, with torchvision's names, weights and answers."""
 
-from . import functional
+from . import entry_point, functional
 from .checkpoints import load_checkpoint
 from .convert import Report, disabled, optimize, precompile, refresh, report, revert
-from .entry_point import offer
 from .models import (
     BasicBlock,
     Bottleneck,
@@ -22,7 +21,7 @@ from .models import (
 
 __version__ = "0.1.0"
 
-offer()
+entry_point.offer()
 
 __all__ = [
     "BasicBlock",

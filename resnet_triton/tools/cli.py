@@ -33,6 +33,8 @@ EXTRAS = {
 }  # fmt: skip
 """Optional packages by import name, and the extra of ours that installs them."""
 
+_MODELS = "resnet18, resnet34 or resnet50"
+_DTYPES = "float16, bfloat16, tf32 or float32"
 
 _REMEDIES = {
     errno.ENOSPC: "; free some space, or choose another place",
@@ -413,15 +415,16 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument("--kernels", dest="only_kernel", action="store_true", help="single layers only")
     b.add_argument(
         "--models", type=_names, default=["resnet18"], metavar="M,M",
-        help="whose layers to time; the first one is timed as a whole, too (default: resnet18)",
+        help=f"whose layers to time: {_MODELS}; the first one is timed as a whole, too (default: resnet18)",
     )  # fmt: skip
     b.add_argument(
         "--batches", type=_positives, default=[], metavar="N,N",
         help="images at a time (default: 1,2,4,...,256 on a GPU, 1,4,16 on a CPU)",
     )  # fmt: skip
     b.add_argument(
-        "--dtypes", type=_names, default=[], metavar="T,T", help="(default: float16 on a GPU, float32 on a CPU)"
-    )
+        "--dtypes", type=_names, default=[], metavar="T,T",
+        help="float16, bfloat16 or float32 (default: float16 on a GPU, float32 on a CPU)",
+    )  # fmt: skip
     b.add_argument(
         "--image", type=positive, default=224, metavar="N", help="height and width of images (default: %(default)s)"
     )
@@ -467,7 +470,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     c.add_argument(
         "--dtype", nargs="+", default=["float16"], metavar="T",
-        help="float16, bfloat16, tf32 or float32 (default: float16)",
+        help=f"{_DTYPES} (default: float16)",
     )  # fmt: skip
     c.add_argument("--out", type=Path, metavar="DIR", help="write a summary there, codegen.json")
     c.add_argument("--budget", type=Path, metavar="FILE", help="fail if a row is worse than in this codegen.json")
@@ -484,9 +487,9 @@ def _parser() -> argparse.ArgumentParser:
         "--arch", metavar="ARCH",
         help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120 (default: the GPU here, or sm_90 if there is none)",
     )  # fmt: skip
-    w.add_argument("--models", type=_names, default=["resnet18"], metavar="M,M", help="(default: resnet18)")
+    w.add_argument("--models", type=_names, default=["resnet18"], metavar="M,M", help=f"{_MODELS} (default: resnet18)")
     w.add_argument("--batches", type=_positives, default=[1, 8, 32, 256], metavar="N,N", help="(default: 1,8,32,256)")
-    w.add_argument("--dtypes", type=_names, default=["float16"], metavar="T,T", help="(default: float16)")
+    w.add_argument("--dtypes", type=_names, default=["float16"], metavar="T,T", help=f"{_DTYPES} (default: float16)")
 
     t = command(
         "tune", _tune, "find the fastest tiles for this GPU and write them to its table; go on where an earlier run "
@@ -499,8 +502,8 @@ def _parser() -> argparse.ArgumentParser:
         "--batches", type=_positives, default=[1, 8, 32, 128, 256], metavar="N,N",
         help="images at a time (default: 1,8,32,128,256); lookups reach to half and twice a batch",
     )  # fmt: skip
-    t.add_argument("--dtypes", type=_names, default=["float16"], metavar="T,T", help="(default: float16)")
-    t.add_argument("--models", type=_names, default=["resnet18"], metavar="M,M", help="(default: resnet18)")
+    t.add_argument("--dtypes", type=_names, default=["float16"], metavar="T,T", help=f"{_DTYPES} (default: float16)")
+    t.add_argument("--models", type=_names, default=["resnet18"], metavar="M,M", help=f"{_MODELS} (default: resnet18)")
     t.add_argument(
         "--out", type=Path, metavar="FILE", help="the table to go on with (default: the one in this package)"
     )
