@@ -77,10 +77,10 @@ def which(found: Checkpoint) -> str:
 
 def read(file: str | os.PathLike[str] | BinaryIO, key: str | None = None) -> Checkpoint:
     """As `load_checkpoint`, with what it found on the way, and without a warning."""
-    if hasattr(file, "read"):
-        return _read(file, key)
     if not isinstance(file, str | os.PathLike):
-        raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
+        if not hasattr(file, "read"):
+            raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
+        return _read(file, key)
     path = Path(file)
     if not stat.S_ISREG(path.stat().st_mode):
         what = "a folder" if path.is_dir() else "not a regular file"

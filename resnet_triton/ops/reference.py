@@ -41,6 +41,9 @@ def conv_bn_relu(
 ) -> Tensor:
     """Convolution, batch norm with running statistics, residual add, activation."""
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    vectors, wide = (running_mean, running_var, bn_weight, bn_bias), torch.promote_types(y.dtype, torch.float32)
+    if {t.dtype for t in vectors if t is not None} not in ({y.dtype}, {wide}):  # others PyTorch's batch norm refuses
+        running_mean, running_var, bn_weight, bn_bias = (None if t is None else t.to(wide) for t in vectors)  # type: ignore[assignment]
     fp32 = y.dtype == torch.float32 == running_var.dtype and y.device.type == "cpu"
     plain = fp32 and not _written_down() and not _differentiated(y, bn_weight, bn_bias)
     if plain and y.numel() >= _LARGE:
@@ -49,9 +52,6 @@ def conv_bn_relu(
         shift = (0.0 if bn_bias is None else bn_bias) - running_mean * scale
         torch.addcmul(shift[:, None, None], y, scale[:, None, None], out=y)
     else:
-        vectors = (running_mean, running_var, bn_weight, bn_bias)
-        if len({t.dtype for t in vectors if t is not None}) > 1:  # which PyTorch's batch norm does not take
-            running_mean, running_var, bn_weight, bn_bias = (None if t is None else t.float() for t in vectors)  # type: ignore[assignment]
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
     inplace = residual is not None and not _written_down() and not _differentiated(y, residual)
     z = y if residual is None else y.add_(residual) if inplace else y + residual

@@ -190,6 +190,19 @@ def test_statistics_may_be_strided(device, kernels):
     torch.testing.assert_close(F.conv_bn_relu(x, weight, *strided, kernels=kernels), expected)
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("changed", [slice(4), slice(2, 4)], ids=["all", "affine"])
+def test_statistics_may_be_of_another_dtype(device, changed, dtype, kernels):
+    size = 258 if kernels == "torch" else 4  # large enough for batch norm in place
+    x, weight, *norm = conv_tensors(device, 1, 4, size, size, 4, 1, 1)
+    norm = [t.half().float() for t in norm]
+    given = list(norm)
+    given[changed] = [t.to(dtype) for t in norm[changed]]
+    expected = F.conv_bn_relu(x, weight, *norm, kernels=kernels)
+    torch.testing.assert_close(F.conv_bn_relu(x, weight, *given, kernels=kernels), expected)
+
+
 # --- what the kernels do not do --------------------------------------------------------------------------------------
 
 
