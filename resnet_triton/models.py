@@ -268,7 +268,7 @@ class ResNet(_Modal, Graphed):
     def _floats(self, x: Any) -> Any:
         if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8:
             if self.normalize is None:
-                raise TypeError("x has dtype torch.uint8, expected a floating-point dtype; set normalize to give bytes")
+                raise TypeError("x has dtype torch.uint8, expected a floating one; set model.normalize to pass bytes")
             check_pixels(*self.normalize, x.shape[1])
             return reference.normalize(x, *self.normalize).to(self.conv1.weight.dtype)
         return x

@@ -71,7 +71,7 @@ ROWS = [
         "16", "32").replace("__", "16")),
     *(_wrong(BYTES, s, "bytes are no activations", _to(torch.uint8, "x"), "x has dtype torch.uint8")
       for s in (*FILTERED, "global_avg_pool", "linear", "avg_pool_linear")),
-    _wrong(BYTES, "model", "bytes are no activations", _to(torch.uint8, "x"), "set normalize to give bytes"),
+    _wrong(BYTES, "model", "bytes are no activations", _to(torch.uint8, "x"), "set model.normalize to pass bytes"),
     *(_wrong(BYTES, s, "bytes are no activations", _to(torch.uint8), "x has dtype torch.uint8", theirs=None,
              because=_REAL) for s in ("add_relu", "max_pool2d")),
     Term(BYTES, "stem", "bytes with their mean and deviation", lambda a: (pixels(a), a.update(PIXELS)),
