@@ -62,7 +62,10 @@ class _Modal(nn.Module):
 
 
 class BasicBlock(_Modal):
-    """Two 3x3 convolutions and a shortcut: ResNet-18 and 34."""
+    """Two 3x3 convolutions and a shortcut, of ResNet-18 and 34: (N, inplanes, H, W) to (N, planes, P, Q).
+
+    Raises ValueError for groups, another base_width, or dilation.
+    """
 
     expansion = 1
 
@@ -92,7 +95,7 @@ class BasicBlock(_Modal):
 
 
 class Bottleneck(_Modal):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut: ResNet-50, 101 and 152."""
+    """1x1, 3x3, 1x1 convolutions and a shortcut, of ResNet-50 and up: (N, inplanes, H, W) to (N, 4 * planes, P, Q)."""
 
     expansion = 4
 
@@ -126,7 +129,8 @@ class Bottleneck(_Modal):
 class ResNet(_Modal, Graphed):
     """torchvision's `ResNet`, argument for argument; `kernels` and `batch_invariant` on it and its blocks are modes.
 
-    Takes images (N, 3, H, W) in the weights' floating dtype, returns logits (N, num_classes) in it.
+    Takes images (N, 3, H, W) in the weights' floating dtype, returns logits (N, num_classes) in it. A call raises
+    TypeError for another dtype, ValueError for another shape or device.
 
     With `normalize` set to a mean and a standard deviation for each channel, images may also be bytes (torch.uint8),
     which become `(x / 255 - mean) / std` on the way in. `cuda_graph` and `frozen` are as `optimize` sets them.
