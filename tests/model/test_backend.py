@@ -1031,10 +1031,8 @@ def test_a_list_that_is_called():
 
 
 def test_what_cannot_be_compiled_is_refused():
-    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
-        traced = torch.jit.trace(conv(), images())
     with pytest.raises(ValueError, match="compiled by TorchScript; optimize the module"):
-        optimize(traced)
+        optimize(torch.jit.trace(conv(), images()))
     with pytest.raises(ValueError, match="ModuleList is never called itself; optimize the modules in it"):
         optimize(nn.ModuleList([conv()]))
 

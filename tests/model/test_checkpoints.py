@@ -330,7 +330,6 @@ OTHER_FILES: dict[str, tuple[Callable[[], bytes], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("case", OTHER_FILES)
 def test_what_is_no_checkpoint_is_called_by_its_name(case: str) -> None:
     content, words = OTHER_FILES[case]

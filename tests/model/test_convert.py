@@ -431,7 +431,6 @@ def test_compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("make", [small, lambda: resnet_triton.resnet18(), lambda: nn.Sequential(small())])
 def test_scripting_names_the_way_out(make):
     model = optimize(make())

@@ -133,7 +133,7 @@ TOOLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.*weight_norm:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("tool", TOOLS)
@@ -251,7 +251,6 @@ def test_shards(kind: str, sharded: Callable[[Any], None]) -> None:
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("how", ["export", "trace"])
 @torch.no_grad()
@@ -271,7 +270,6 @@ def test_onnx_gets_operators_of_pytorch(
     close(made(x), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_scripting_a_compiled_model_names_the_way_out() -> None:
     with pytest.raises(NotImplementedError, match=r"script cannot compile an optimized Other; use .*revert it"):
         torch.jit.script(nn.Sequential(optimize(other())))
