@@ -14,13 +14,11 @@ Filters = Iterable[tuple[str, nn.Parameter]]
 
 def move(module: nn.Module, filters: Filters) -> None:
     """To channels_last memory, those that lie in memory of their own and are not there already."""
-    moved, users = set(vars(module).get("_moved", ())), _users(module)
+    users = _users(module)
     for name, weight in filters:
         if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight, users):
             _lay_out(weight, torch.channels_last)
-            moved.add(name)
-    if moved:
-        vars(module)["_moved"] = moved
+            vars(module).setdefault("_moved", set()).add(name)  # at once, as memory may run out at the next one
 
 
 def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) -> None:

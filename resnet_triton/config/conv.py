@@ -75,7 +75,6 @@ def supports_descriptors(shape: ConvShape) -> bool:
         and shape.padding == (shape.r // 2, shape.s // 2)
         and shape.dilation == (1, 1)
         and all(c % granule == 0 for c in channels)
-        and shape.n * shape.p * shape.q > 0
     )
 
 

@@ -157,7 +157,6 @@ NOT_SERVED = {
     "stride 3": replace(SHAPE, stride=(3, 3)),
     "two strides": replace(SHAPE, stride=(1, 2)),
     "dilation": replace(SHAPE, dilation=(2, 2)),
-    "no images": replace(SHAPE, n=0),
 }
 
 
@@ -175,8 +174,7 @@ def test_descriptors_serve(shape: ConvShape) -> None:
 def test_descriptors_do_not_serve(shape: ConvShape) -> None:
     assert not supports_descriptors(shape)
     assert not is_legal(BOX, shape, KNOWN[90])
-    if shape.n:
-        assert conv_heuristic(shape, KNOWN[90]).path == "pointer"
+    assert conv_heuristic(shape, KNOWN[90]).path == "pointer"
 
 
 @ALL_DEVICES

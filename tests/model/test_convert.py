@@ -22,7 +22,7 @@ from compiling import run
 from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import compiled, converted, disabled, models, optimize, precompile, refresh, report, revert
+from resnet_triton import compiled, converted, disabled, filters, models, optimize, precompile, refresh, report, revert
 from resnet_triton.ops import dispatch
 from resnet_triton.support import vision
 
@@ -526,6 +526,24 @@ def test_revert_of_a_part():
     revert(model)
     for (key, now), was in zip(model.named_parameters(), before.parameters(), strict=True):
         assert now.stride() == was.stride(), key
+
+
+def test_filters_that_were_moved_when_memory_ran_out_are_moved_back(monkeypatch):
+    model = small()
+    before = [p.stride() for p in model.parameters()]
+    room = [filters._lay_out, filters._lay_out]  # for the stem's filters, and for one of the two of a block
+
+    def scarce(*filter_and_format):
+        if not room:
+            raise torch.OutOfMemoryError
+        room.pop()(*filter_and_format)
+
+    monkeypatch.setattr(filters, "_lay_out", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimize(model)
+    monkeypatch.undo()
+    revert(optimize(model))
+    assert [p.stride() for p in model.parameters()] == before
 
 
 @torch.no_grad()
