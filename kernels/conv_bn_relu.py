@@ -20,54 +20,20 @@ None skips a filter tap that falls into the padding: a NaN or Inf weight there m
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .conv_box import conv_box
 from .conv_pointer import conv_pointer
 from .hopper_conv import hopper_conv
 from .hopper_conv64 import hopper_conv64
 from .hopper_few import hopper_few
 from .launch import Launch
-from .values import Activation, BatchNorm, ConvConfig, Geometry, Shortcut
+from .values import Convolution
+
+_LAUNCHERS = {
+    "pointer": conv_pointer, "descriptor": conv_box,
+    "hopper_conv": hopper_conv, "hopper_conv64": hopper_conv64, "hopper_few": hopper_few,
+}  # fmt: skip
 
 
-def conv_bn_relu(
-    *,
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    batch_norm: BatchNorm,
-    geometry: Geometry,
-    residual: Tensor | None,
-    shortcut: Shortcut | None,
-    activation: Activation,
-    precision: str,
-    config: ConvConfig,
-    programs: int,
-    partials: Tensor | None,
-    semaphores: Tensor | None,
-) -> Launch:
-    """The launch that writes `out` (N, K, P, Q); allocates nothing and chooses nothing.
-
-    All 4-D tensors are NCHW-shaped, dense in channels_last memory and of one dtype (fp32, fp16 or bf16). `precision`
-    is "ieee" or "tf32" and matters for fp32 alone. `config` is legal for this call: `resnet_triton.config.is_legal`
-    says what each kernel asks for. If it splits the reduction, `partials` is fp32 with `split_k * block_m * block_k`
-    elements a tile, and `semaphores` int32 with two zeros a tile, which the launch leaves at zero. `programs` run at a
-    time, one a multiprocessor: a warp-specialised launch has no more.
-    """
-    if config.kernel == "hopper_few":
-        return hopper_few(
-            out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,
-            activation=activation, config=config, partials=partials, semaphores=semaphores,
-        )  # fmt: skip
-    if config.kernel:
-        specialised = hopper_conv64 if config.kernel == "hopper_conv64" else hopper_conv
-        return specialised(
-            out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,
-            activation=activation, config=config, programs=programs, partials=partials, semaphores=semaphores,
-        )  # fmt: skip
-    conv = conv_pointer if config.box is None else conv_box
-    return conv(
-        out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=geometry, residual=residual, shortcut=shortcut,
-        activation=activation, precision=precision, config=config, partials=partials, semaphores=semaphores,
-    )  # fmt: skip
+def conv_bn_relu(call: Convolution) -> Launch:
+    """The launch that computes a call, of the kernel that its configuration names."""
+    return _LAUNCHERS[call.config.path](call)

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, cdiv
 from .tiles import activate, batch_norm_scale_shift, sum_partials
-from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size
+from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size
 
 IMAGES, ROWS, ONE_IMAGE = 0, 1, 2
 """Views of NHWC memory. At stride 2, columns (and, of one image, rows) are split by parity, so that every second one is
@@ -211,29 +211,17 @@ def conv_box_kernel(
     store_pixels(y_desc, acc, p0, q0, n0, k0, Y_VIEW, BOX_H, BOX_W, BOX_N)
 
 
-def conv_box(
-    *,
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    batch_norm: BatchNorm,
-    geometry: Geometry,
-    residual: Tensor | None,
-    shortcut: Shortcut | None,
-    activation: Activation,
-    precision: str,
-    config: ConvConfig,
-    partials: Tensor | None,
-    semaphores: Tensor | None,
-) -> Launch:
-    """The launch through descriptors: see `conv_bn_relu.py`.
+def conv_box(call: Convolution) -> Launch:
+    """The launch through descriptors.
 
     They ask for filters 1x1 or 3x3, padding R // 2, stride 1 or 2, 16-byte aligned pointers and channel rows, and at
     stride 2 for an even input width and one box row (one image of even height: any). A box with several sides longer
     than 1 has to be swapped.
     """
+    x, weight, out, residual = call.x, call.weight, call.out, call.residual
+    precision, config = call.precision, call.config
     constants, views, grid = _constants(
-        x.shape, weight.shape, out.shape, x.dtype, geometry, activation, precision, config
+        x.shape, weight.shape, out.shape, x.dtype, call.geometry, call.activation, precision, config
     )
     x_fields, w_fields, y_fields = views
     early = residual if config.early_residual else None
@@ -241,8 +229,8 @@ def conv_box(
     arguments = {
         "x_desc": _on(x, x_fields, precision), "w_desc": _on(weight, w_fields, precision), "y_desc": _on(out, y_fields),
         "res_desc": None if late is None else _on(late, y_fields), "res_ptr": early,
-        **batch_norm.arguments(), **_shortcut_arguments(shortcut, precision, config),
-        "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
+        **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, precision, config),
+        "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
     return Launch(conv_box_kernel, grid, arguments, config.num_warps, config.num_stages)
 

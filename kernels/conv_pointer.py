@@ -6,11 +6,10 @@ import functools
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .launch import Launch, cdiv
 from .tiles import activate, batch_norm_scale_shift, sum_partials
-from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size, is_flat
+from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size, is_flat
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])
@@ -110,26 +109,16 @@ def conv_pointer_kernel(
     tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
-def conv_pointer(
-    *,
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    batch_norm: BatchNorm,
-    geometry: Geometry,
-    residual: Tensor | None,
-    shortcut: Shortcut | None,
-    activation: Activation,
-    precision: str,
-    config: ConvConfig,
-    partials: Tensor | None,
-    semaphores: Tensor | None,
-) -> Launch:
-    """The launch for any geometry: see `conv_bn_relu.py`."""
-    constants, grid = _constants(x.shape, weight.shape, out.shape, geometry, activation, precision, config)
+def conv_pointer(call: Convolution) -> Launch:
+    """The launch for any geometry."""
+    x, weight, out, config = call.x, call.weight, call.out, call.config
+    constants, grid = _constants(
+        x.shape, weight.shape, out.shape, call.geometry, call.activation, call.precision, config
+    )
     arguments = {
-        "x_ptr": x, "w_ptr": weight, "y_ptr": out, "res_ptr": residual, **batch_norm.arguments(),
-        **_shortcut_arguments(shortcut), "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
+        "x_ptr": x, "w_ptr": weight, "y_ptr": out, "res_ptr": call.residual, **call.batch_norm.arguments(),
+        **_shortcut_arguments(call.shortcut),
+        "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
     return Launch(conv_pointer_kernel, grid, arguments, config.num_warps, config.num_stages)
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import triton.language.extra.cuda as cuda
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -43,7 +42,7 @@ from .hopper import (
     sum_partials,
 )
 from .launch import Launch, cdiv
-from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size, taps_at_once
+from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size, taps_at_once
 
 IMAGES, ROWS = 0, 1
 """Views of NHWC memory. At stride 2 columns are split by parity, so that every second one is again a box, and a box of
@@ -367,36 +366,25 @@ def hopper_conv_kernel(
     ], [4, 1], [232, 40])  # fmt: skip
 
 
-def hopper_conv(
-    *,
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    batch_norm: BatchNorm,
-    geometry: Geometry,
-    residual: Tensor | None,
-    shortcut: Shortcut | None,
-    activation: Activation,
-    config: ConvConfig,
-    programs: int,
-    partials: Tensor | None,
-    semaphores: Tensor | None,
-) -> Launch:
-    """The launch of at most `programs` programs: see `conv_bn_relu.py`.
+def hopper_conv(call: Convolution) -> Launch:
+    """The launch of at most `programs` programs.
 
     It asks for fp16, bf16, or fp32 that may be multiplied as TF32, filters 1x1 or 3x3, padding R // 2, stride 1 or 2
     (at 2 an even input width), 16-byte aligned pointers and channel rows. If `config` splits the reduction, a tile has
     two of `semaphores`.
     """
-    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, activation, config)
+    x, weight, out, residual, config = call.x, call.weight, call.out, call.residual, call.config
+    constants, views, items = _constants(
+        x.shape, weight.shape, out.shape, x.dtype, call.geometry, call.activation, config
+    )
     x_fields, w_fields, y_fields = views
     arguments = {
         "x_desc": on(x, x_fields), "w_desc": on(weight, w_fields), "y_desc": on(out, y_fields),
         "res_desc": None if residual is None else on(residual, y_fields),
-        **batch_norm.arguments(), **_shortcut_arguments(shortcut, config),
-        "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
+        **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, config),
+        "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
-    return Launch(hopper_conv_kernel, (min(programs, items),), arguments, num_warps=4)
+    return Launch(hopper_conv_kernel, (min(call.programs, items),), arguments, num_warps=4)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import triton.language.extra.cuda as cuda
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper import SWIZZLED, async_load, async_store, batch_norm_scale_shift, on, put, reinterpret
 from .hopper_conv import filter_fields, pixel_fields
 from .launch import Launch, cdiv
-from .values import Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size
+from .values import Activation, ConvConfig, Convolution, Size
 
 
 @gluon.jit
@@ -177,34 +176,21 @@ def hopper_conv64_kernel(
     ], [4, 1], [232, 40])  # fmt: skip
 
 
-def hopper_conv64(
-    *,
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    batch_norm: BatchNorm,
-    geometry: Geometry,
-    residual: Tensor | None,
-    shortcut: Shortcut | None,
-    activation: Activation,
-    config: ConvConfig,
-    programs: int,
-    partials: Tensor | None,
-    semaphores: Tensor | None,
-) -> Launch:
-    """The launch of at most `programs` programs: see `conv_bn_relu.py`.
+def hopper_conv64(call: Convolution) -> Launch:
+    """The launch of at most `programs` programs.
 
     It asks for fp16 or bf16, 64 channels and 64 filters of 3x3, stride 1, padding 1, no shortcut (None), 16-byte
     aligned pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images and at most 11 stages, which
     does not split the reduction: `partials` and `semaphores` are None.
     """
-    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, activation, config)
+    x, weight, out, residual = call.x, call.weight, call.out, call.residual
+    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, call.activation, call.config)
     x_fields, w_fields, y_fields = views
     arguments = {
         "x_desc": on(x, x_fields), "w_desc": on(weight, w_fields), "y_desc": on(out, y_fields),
-        "res_desc": None if residual is None else on(residual, y_fields), **batch_norm.arguments(), **constants,
+        "res_desc": None if residual is None else on(residual, y_fields), **call.batch_norm.arguments(), **constants,
     }  # fmt: skip
-    return Launch(hopper_conv64_kernel, (min(programs, items),), arguments, num_warps=4)
+    return Launch(hopper_conv64_kernel, (min(call.programs, items),), arguments, num_warps=4)
 
 
 @functools.lru_cache(maxsize=4096)

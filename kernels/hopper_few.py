@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import triton.language.extra.cuda as cuda
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -39,7 +38,7 @@ from .hopper import (
     on,
 )
 from .launch import Launch, cdiv
-from .values import NO_BATCH_NORM, Activation, BatchNorm, ConvConfig, Geometry, Shortcut, Size
+from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size
 
 MOST = gl.constexpr(8)
 """Programs that may share a tile. Their sum is no loop, in which each turn would wait for its load."""
@@ -179,30 +178,20 @@ def hopper_few_kernel(
         gl.store(y_ptr + offs_y, activate(y, ACTIVATION).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def hopper_few(
-    *,
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    batch_norm: BatchNorm,
-    geometry: Geometry,
-    residual: Tensor | None,
-    shortcut: Shortcut | None,
-    activation: Activation,
-    config: ConvConfig,
-    partials: Tensor | None,
-    semaphores: Tensor | None,
-) -> Launch:
-    """The launch of a program for each share of each tile: see `conv_bn_relu.py`.
+def hopper_few(call: Convolution) -> Launch:
+    """The launch of a program for each share of each tile.
 
     It asks for fp16 or bf16, channels and filters in multiples of 64, filters 1x1 or 3x3, padding R // 2, stride 1 or 2
     (at 2, under 3x3, even rows and columns) and 16-byte aligned pointers. A shortcut has at most 64 channels a share.
     """
-    constants, fields, programs = _constants(x.shape, weight.shape, out.shape, x.dtype, geometry, activation, config)
+    x, weight, out, config = call.x, call.weight, call.out, call.config
+    constants, fields, programs = _constants(
+        x.shape, weight.shape, out.shape, x.dtype, call.geometry, call.activation, config
+    )
     arguments = {
-        "x_desc": on(x, fields[0]), "w_desc": on(weight, fields[1]), "y_ptr": out, "res_ptr": residual,
-        **batch_norm.arguments(), **_shortcut_arguments(shortcut, config),
-        "partials_ptr": partials, "semaphores_ptr": semaphores, **constants,
+        "x_desc": on(x, fields[0]), "w_desc": on(weight, fields[1]), "y_ptr": out, "res_ptr": call.residual,
+        **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, config),
+        "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
     return Launch(hopper_few_kernel, (programs,), arguments, num_warps=4)
 

@@ -117,6 +117,31 @@ class ConvConfig:
         return self.box is not None and self.split_k == 1 and self.block_m * self.block_k <= 2048 * self.num_warps
 
 
+class Convolution(NamedTuple):
+    """A call of a convolution kernel, with nothing left to allocate or to choose.
+
+    `out` (N, K, P, Q) is written. 4-D tensors are NCHW-shaped, dense in channels_last memory and of one dtype (fp32,
+    fp16 or bf16); `precision` is "ieee" or "tf32" and matters for fp32 alone. `config` is legal for this call:
+    `resnet_triton.config.is_legal` says what each kernel asks for. If it splits the reduction, `partials` is fp32 with
+    `split_k * block_m * block_k` elements a tile, and `semaphores` int32 with two zeros a tile, which the launch leaves
+    at zero. `programs` run at a time, one a multiprocessor: a warp-specialised launch has no more.
+    """
+
+    out: Tensor
+    x: Tensor
+    weight: Tensor
+    batch_norm: BatchNorm
+    geometry: Geometry
+    residual: Tensor | None
+    shortcut: Shortcut | None
+    activation: Activation
+    precision: str
+    config: ConvConfig
+    programs: int
+    partials: Tensor | None
+    semaphores: Tensor | None
+
+
 def has_several_sides(box: tuple[int, int, int]) -> bool:
     """Whether more than one side of a box is longer than 1, so that its pixels must not be the rows of a product.
 

@@ -18,7 +18,7 @@ from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
-from ..kernels.values import ACTIVATIONS, RELU, Activation, BatchNorm, Geometry, Shortcut, Size
+from ..kernels.values import ACTIVATIONS, RELU, Activation, BatchNorm, Convolution, Geometry, Shortcut, Size
 from . import interpreter, reference, specialised
 from .checks import (
     aligned,
@@ -120,9 +120,10 @@ class ConvBnRelu(Operation):
             partials = torch.empty(elements, dtype=torch.float32, device=x.device)
             semaphores = _semaphores(x.device, 2 * tiles)  # a warp-specialised tile has two halves
         launch = conv_bn_relu(
-            out=out, x=x, weight=weight, batch_norm=batch_norm, geometry=self.geometry,
-            residual=residual, shortcut=shortcut, activation=self.activation, precision=sizes.precision,
-            config=chosen, programs=facts.sm_count, partials=partials, semaphores=semaphores,
+            Convolution(
+                out, x, weight, batch_norm, self.geometry, residual, shortcut, self.activation, sizes.precision,
+                config=chosen, programs=facts.sm_count, partials=partials, semaphores=semaphores,
+            )
         )  # fmt: skip
         pairs = [(self.weight, weight), *zip(self.batch_norm, batch_norm, strict=True)]
         if self.shortcut is not None and shortcut is not None:

@@ -92,7 +92,7 @@ from dataclasses import asdict, replace
 from resnet_triton import codegen, resnet18
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.hopper_conv import hopper_conv
-from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Geometry
+from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Convolution, Geometry
 from resnet_triton.ops.trace import trace
 
 folder, planted = sys.argv[1], json.loads(sys.argv[2])
@@ -121,12 +121,12 @@ def images(channels, size=7, **options):
     return x.to(memory_format=torch.channels_last)
 
 v, tile = torch.ones(128), ConvConfig(128, 128, 64, 4, 4, (1, 4, 32), 2)
-specialised = hopper_conv(
-    out=images(128), x=images(128), weight=images(128, 3)[:1].expand(128, -1, -1, -1).contiguous(
-        memory_format=torch.channels_last), batch_norm=BatchNorm(v, v, v, v, 1e-5),
-    geometry=Geometry((1, 1), (1, 1)), residual=images(128), shortcut=None, activation=RELU, config=tile, programs=132,
+specialised = hopper_conv(Convolution(
+    images(128), images(128), images(128, 3)[:1].expand(128, -1, -1, -1).contiguous(memory_format=torch.channels_last),
+    BatchNorm(v, v, v, v, 1e-5), Geometry((1, 1), (1, 1)), residual=images(128), shortcut=None, activation=RELU,
+    precision="ieee", config=tile, programs=132,
     partials=torch.empty(1), semaphores=torch.empty(1, dtype=torch.int32),
-)
+))
 places = ((launch, 90), (older, 80), (specialised, 90))
 texts = [codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"] for launch, arch in places]
 calls = trace(resnet18().eval(), (1, 3, 224, 224), torch.float16)

@@ -26,7 +26,7 @@ from resnet_triton.kernels.global_avg_pool import global_avg_pool
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
-from resnet_triton.kernels.values import NONE, BatchNorm, ConvConfig, Geometry, Shortcut
+from resnet_triton.kernels.values import NONE, BatchNorm, ConvConfig, Convolution, Geometry, Shortcut
 from resnet_triton.ops import interpreter
 
 pytestmark = pytest.mark.skipif(not interpreter.active(), reason="a GPU's memory has no pages that do not exist")
@@ -131,7 +131,7 @@ def conv(out: Tensor, x: Tensor, weight: Tensor, **changes: Any) -> Launch:
         "batch_norm": IDENTITY, "geometry": Geometry(padding=(1, 1)), "residual": None, "shortcut": None,
         "activation": NONE, "precision": "ieee", "config": TILE, "programs": 132, "partials": None, "semaphores": None,
     }  # fmt: skip
-    return conv_bn_relu(out=out, x=x, weight=weight, **default | changes)
+    return conv_bn_relu(Convolution(out, x, weight, **default | changes))
 
 
 def flat(launch: Launch) -> Launch:

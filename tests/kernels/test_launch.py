@@ -17,7 +17,16 @@ from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.stem import pack, packed_shape, stem
-from resnet_triton.kernels.values import NONE, BatchNorm, ConvConfig, Geometry, Shortcut, has_several_sides, is_flat
+from resnet_triton.kernels.values import (
+    NONE,
+    BatchNorm,
+    ConvConfig,
+    Convolution,
+    Geometry,
+    Shortcut,
+    has_several_sides,
+    is_flat,
+)
 
 
 def images(*shape: int) -> Tensor:
@@ -35,7 +44,7 @@ TILE = ConvConfig(block_m=64, block_k=32, block_c=16, num_warps=8, num_stages=3)
 
 
 def _convolution(**tiles: Any) -> Launch:
-    return conv_bn_relu(**CONVOLUTION, config=ConvConfig(**tiles))
+    return conv_bn_relu(Convolution(**CONVOLUTION, config=ConvConfig(**tiles)))
 
 
 def _pack(**tiles: Any) -> Launch:
@@ -97,7 +106,7 @@ def test_a_residual_comes_once(num_warps: int, where: str) -> None:
     """Early where registers have room for it."""
     tile = replace(TILE.on((1, 1, 64)), block_k=64, num_warps=num_warps)
     assert tile.early_residual == (where == "res_ptr")
-    arguments = conv_bn_relu(**CONVOLUTION | {"residual": Y}, config=tile).arguments
+    arguments = conv_bn_relu(Convolution(**CONVOLUTION | {"residual": Y}, config=tile)).arguments
     assert [name for name in ("res_ptr", "res_desc") if arguments[name] is not None] == [where]
 
 
@@ -108,8 +117,8 @@ def test_factors_in_boxes_are_rounded_to_tf32(precision: str) -> None:
     shortcut = Shortcut(x, images(40, 24, 1, 1).float(), NORM, (1, 1))
     told = {"x": x, "weight": weight, "out": y, "precision": precision}
     told["config"] = replace(TILE.on((1, 1, 64)), block_k=64, num_warps=1)
-    both = [conv_bn_relu(**CONVOLUTION | told | added) for added in ({"residual": y}, {"shortcut": shortcut})]
-    found = {name: d.round_f32_to_tf32 for launch in both for name, d in launch.arguments.items()
+    calls = [Convolution(**CONVOLUTION | told | added) for added in ({"residual": y}, {"shortcut": shortcut})]
+    found = {name: d.round_f32_to_tf32 for launch in map(conv_bn_relu, calls) for name, d in launch.arguments.items()
              if name.endswith("_desc") and d is not None}  # fmt: skip
     factors = {"x_desc", "w_desc", "short_x_desc", "short_w_desc"}
     assert found == {name: precision == "tf32" and name in factors for name in (*factors, "y_desc", "res_desc")}

@@ -48,6 +48,7 @@ from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.hopper_stem import hopper_stem
 from resnet_triton.kernels.launch import Launch
+from resnet_triton.kernels.values import Convolution
 from resnet_triton.ops.stem import POOL
 
 FACTS = """
@@ -132,9 +133,10 @@ def conv(shape: ConvShape, config: ConvConfig, programs: int = 2, legal: bool = 
         partials = torch.full((16 * config.split_k * config.block_m * config.block_k,), float("nan"))
         semaphores = torch.zeros(16, dtype=torch.int32)
     launch = conv_bn_relu(
-        out=out, x=call.x, weight=call.weight, batch_norm=call.batch_norm, geometry=call.geometry,
-        residual=call.residual, shortcut=call.shortcut, activation=call.activation, precision=shape.precision,
-        config=config, programs=programs, partials=partials, semaphores=semaphores,
+        Convolution(
+            out, call.x, call.weight, call.batch_norm, call.geometry, call.residual, call.shortcut, call.activation,
+            shape.precision, config, programs, partials, semaphores,
+        )
     )  # fmt: skip
     return Case([launch], out, rounded(conv_reference(call), out.dtype))
 

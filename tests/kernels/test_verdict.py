@@ -159,7 +159,7 @@ import json, sys, warnings
 from pathlib import Path
 import torch
 from resnet_triton.kernels.hopper_conv import hopper_conv
-from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Geometry
+from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Convolution, Geometry
 from resnet_triton.machine_code import verdict
 from resnet_triton.tuner import precompile
 
@@ -170,11 +170,11 @@ def nhwc(*size):
     return torch.empty(size, dtype=torch.float16).to(memory_format=torch.channels_last)
 
 v = torch.ones(64)
-launch = hopper_conv(
-    out=nhwc(128, 64, 2, 2), x=nhwc(128, 64, 2, 2), weight=nhwc(64, 64, 3, 3), batch_norm=BatchNorm(v, v, v, v, 1e-5),
-    geometry=Geometry((1, 1), (1, 1)), residual=None, shortcut=None, activation=RELU, programs=4, partials=None,
-    config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), semaphores=None,
-)
+launch = hopper_conv(Convolution(
+    nhwc(128, 64, 2, 2), nhwc(128, 64, 2, 2), nhwc(64, 64, 3, 3), BatchNorm(v, v, v, v, 1e-5),
+    Geometry((1, 1), (1, 1)), residual=None, shortcut=None, activation=RELU, precision="ieee",
+    config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), programs=4, partials=None, semaphores=None,
+))
 object.__setattr__(launch, "own", False)
 found = [verdict.unsafe_reason(launch)]
 verdict._known.clear()

@@ -238,17 +238,17 @@ import torch
 from resnet_triton.codegen import compile_for, specialise, target
 from resnet_triton.codegen.rows import _compiled, _Planned
 from resnet_triton.kernels.hopper_conv import hopper_conv
-from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Geometry
+from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Convolution, Geometry
 
 def nhwc(*size):
     return torch.empty(size, dtype=torch.float16).to(memory_format=torch.channels_last)
 
 v = torch.ones(64)
-launch = hopper_conv(
-    out=nhwc(128, 64, 28, 28), x=nhwc(128, 64, 28, 28), weight=nhwc(64, 64, 3, 3), residual=None, shortcut=None,
-    batch_norm=BatchNorm(v, v, v, v, 1e-5), geometry=Geometry((1, 1), (1, 1)), activation=RELU, programs=132,
-    config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), partials=None, semaphores=None,
-)
+launch = hopper_conv(Convolution(
+    nhwc(128, 64, 28, 28), nhwc(128, 64, 28, 28), nhwc(64, 64, 3, 3), BatchNorm(v, v, v, v, 1e-5),
+    Geometry((1, 1), (1, 1)), residual=None, shortcut=None, activation=RELU, precision="ieee",
+    config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), programs=132, partials=None, semaphores=None,
+))
 planned = _Planned("layer", "conv_bn_relu", 128, "float16", 0, launch, target(90), specialise(launch))
 print(json.dumps(_compiled(planned, compile_for(planned.source, 90)).record()))
 """
