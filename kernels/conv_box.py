@@ -17,10 +17,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Launch, cdiv
+from .launch import Launch, cdiv, on, rounding
 from .tiles import activate, batch_norm_scale_shift, sum_partials
 from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size
 
@@ -35,47 +34,43 @@ again a box:
 
 
 @functools.lru_cache(maxsize=4096)
-def pixel_fields(size: Size, dtype: torch.dtype, stride: int, box: Any, block_c: int) -> tuple[dict[str, Any], int]:
+def pixel_descriptor(
+    size: Size, dtype: torch.dtype, stride: int, box: Any, block_c: int, factor: bool = False
+) -> tuple[TensorDescriptor, int]:
     """A descriptor of images (N, C, H, W) that loads `box` at `stride`, `block_c` channels at a time, and its view."""
     n, c, h, w = size
     box_h, box_w, box_n = box
     row, image = w * c, h * w * c
     if stride == 1 and box_n > 1:
-        return _fields(dtype, [h, w, n, c], [row, c, image, 1], [box_h, box_w, box_n, block_c]), IMAGES
-    if stride == 1:
-        return _fields(dtype, [n, h, w, c], [image, row, c, 1], [1, box_h, box_w, block_c]), ROWS
-    if box_n > 1:
-        shape, strides = [h, w // 2, 2, n, c], [row, 2 * c, c, image, 1]
-        return _fields(dtype, shape, strides, [box_h, box_w, 1, box_n, block_c]), IMAGES
-    if n == 1 and h % 2 == 0:
-        shape, strides = [2, 2, h // 2, w // 2, c], [row, c, 2 * row, 2 * c, 1]
-        return _fields(dtype, shape, strides, [1, 1, box_h, box_w, block_c]), ONE_IMAGE
-    shape, strides = [n, h, 2, w // 2, c], [image, row, c, 2 * c, 1]
-    return _fields(dtype, shape, strides, [1, box_h, 1, box_w, block_c]), ROWS
+        view, shape, strides = IMAGES, [h, w, n, c], [row, c, image, 1]
+        block = [box_h, box_w, box_n, block_c]
+    elif stride == 1:
+        view, shape, strides = ROWS, [n, h, w, c], [image, row, c, 1]
+        block = [1, box_h, box_w, block_c]
+    elif box_n > 1:
+        view, shape, strides = IMAGES, [h, w // 2, 2, n, c], [row, 2 * c, c, image, 1]
+        block = [box_h, box_w, 1, box_n, block_c]
+    elif n == 1 and h % 2 == 0:
+        view, shape, strides = ONE_IMAGE, [2, 2, h // 2, w // 2, c], [row, c, 2 * row, 2 * c, 1]
+        block = [1, 1, box_h, box_w, block_c]
+    else:
+        view, shape, strides = ROWS, [n, h, 2, w // 2, c], [image, row, c, 2 * c, 1]
+        block = [1, box_h, 1, box_w, block_c]
+    return _descriptor(dtype, shape, strides, block, factor), view
 
 
 @functools.lru_cache(maxsize=4096)
-def filter_fields(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> dict[str, Any]:
+def filter_descriptor(size: Size, dtype: torch.dtype, block_k: int, block_c: int, factor: bool) -> TensorDescriptor:
     """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
     k, c, r, s = size
-    return _fields(dtype, [r * s, k, c], [c, r * s * c, 1], [1, block_k, block_c])
+    return _descriptor(dtype, [r * s, k, c], [c, r * s * c, 1], [1, block_k, block_c], factor)
 
 
-def _fields(dtype: torch.dtype, shape: list[int], strides: list[int], block: list[int]) -> dict[str, Any]:
-    """A descriptor without its memory, as Triton has checked it: once for a layout, for that costs 3 us each time."""
-    return vars(TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), shape, strides, block))
-
-
-def _on(base: Tensor, fields: dict[str, Any], precision: str = "") -> TensorDescriptor:
-    """The descriptor with these fields on `base`, which is aligned to 16 bytes.
-
-    A product's factor of fp32 is rounded to TF32 while it is loaded, or the product cuts it. Triton 3.6.0 cannot do it.
-    """
-    desc = TensorDescriptor.__new__(TensorDescriptor)
-    vars(desc).update(fields, base=base)
-    if "round_f32_to_tf32" in fields:
-        desc.round_f32_to_tf32 = precision == "tf32" and base.dtype == torch.float32
-    return desc
+def _descriptor(
+    dtype: torch.dtype, shape: list[int], strides: list[int], block: list[int], factor: bool
+) -> TensorDescriptor:
+    """A descriptor without its memory: once for a layout, for Triton's checks take 3 us each time."""
+    return rounding(TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), shape, strides, block), factor)
 
 
 @triton.jit
@@ -218,18 +213,16 @@ def conv_box(call: Convolution) -> Launch:
     stride 2 for an even input width and one box row (one image of even height: any). A box with several sides longer
     than 1 has to be swapped.
     """
-    x, weight, out, residual = call.x, call.weight, call.out, call.residual
-    precision, config = call.precision, call.config
-    constants, views, grid = _constants(
-        x.shape, weight.shape, out.shape, x.dtype, call.geometry, call.activation, precision, config
+    x, weight, out, residual, config = call.x, call.weight, call.out, call.residual, call.config
+    constants, (x_desc, w_desc, y_desc), grid = _constants(
+        x.shape, weight.shape, out.shape, x.dtype, call.geometry, call.activation, call.precision, config
     )
-    x_fields, w_fields, y_fields = views
     early = residual if config.early_residual else None
     late = None if residual is early else residual
     arguments = {
-        "x_desc": _on(x, x_fields, precision), "w_desc": _on(weight, w_fields, precision), "y_desc": _on(out, y_fields),
-        "res_desc": None if late is None else _on(late, y_fields), "res_ptr": early,
-        **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, precision, config),
+        "x_desc": on(x, x_desc), "w_desc": on(weight, w_desc), "y_desc": on(out, y_desc),
+        "res_desc": None if late is None else on(late, y_desc), "res_ptr": early,
+        **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, call.precision, config),
         "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
     return Launch(conv_box_kernel, grid, arguments, config.num_warps, config.num_stages)
@@ -239,33 +232,35 @@ def conv_box(call: Convolution) -> Launch:
 def _constants(
     x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, precision: str,
     config: ConvConfig,
-) -> tuple[dict[str, object], list[dict[str, Any]], tuple[int, int]]:  # fmt: skip
+) -> tuple[dict[str, object], list[TensorDescriptor], tuple[int, int]]:  # fmt: skip
     """Of a launch, what depends on sizes alone: constants, the descriptors of x, weight and out, and the grid."""
     (n, _, p, q), (k, c, r, s) = out, weight
     box, stride, block_k, block_c = config.box, geometry.stride[0], config.block_k, config.block_c
     if box is None:
         raise ValueError(f"{config} has no box, expected one: conv_pointer.py takes the others")
     box_h, box_w, box_n = box
-    x_fields, view = pixel_fields(x, dtype, stride, box, block_c)
-    y_fields, y_view = pixel_fields(out, dtype, 1, box, block_k)
+    factor = precision == "tf32"
+    x_desc, view = pixel_descriptor(x, dtype, stride, box, block_c, factor)
+    y_desc, y_view = pixel_descriptor(out, dtype, 1, box, block_k)
     constants: dict[str, object] = {
         "N": n, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view,
         "ACTIVATION": activation, "PRECISION": precision, "SPLIT_K": config.split_k, "SWAP": config.swap,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     tiles = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k)
-    views = [x_fields, filter_fields(weight, dtype, block_k, block_c), y_fields]
-    return constants, views, (tiles, config.split_k)
+    w_desc = filter_descriptor(weight, dtype, block_k, block_c, factor)
+    return constants, [x_desc, w_desc, y_desc], (tiles, config.split_k)
 
 
 def _shortcut_arguments(shortcut: Shortcut | None, precision: str, config: ConvConfig) -> dict[str, object]:
     if shortcut is None:
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
-    fields, view = pixel_fields(x.shape, x.dtype, stride, config.box, config.block_c)
-    w_fields = filter_fields(weight.shape, weight.dtype, config.block_k, config.block_c)
+    factor = precision == "tf32"
+    x_desc, view = pixel_descriptor(x.shape, x.dtype, stride, config.box, config.block_c, factor)
+    w_desc = filter_descriptor(weight.shape, weight.dtype, config.block_k, config.block_c, factor)
     return {
-        "short_x_desc": _on(x, fields, precision), "short_w_desc": _on(weight, w_fields, precision),
+        "short_x_desc": on(x, x_desc), "short_w_desc": on(weight, w_desc),
         **batch_norm.arguments("short_"),
         "SHORT_C": x.shape[1], "SHORT_STRIDE": stride, "SHORT_VIEW": view,
     }  # fmt: skip

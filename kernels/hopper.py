@@ -8,16 +8,15 @@ slot is handed over by two barriers: `full` when its bytes are there, `empty` wh
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import tiles
+from .launch import rounding
 from .values import Size
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9.0 renames them
@@ -32,33 +31,20 @@ SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bit
 
 
 @functools.lru_cache(maxsize=4096)
-def descriptor_fields(
+def descriptor_of(
     dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], factor: bool = False
-) -> dict[str, Any]:
-    """A descriptor without its memory, checked once for a layout. Rows of a block are swizzled as wgmma reads them.
-
-    A product's `factor` of fp32 is rounded to TF32 while it is loaded, for wgmma cuts it. Triton 3.6.0 cannot do that.
-    """
+) -> TensorDescriptor:
+    """A descriptor without its memory. Rows of a block are swizzled as wgmma reads them."""
     row = min(block[-1] * dtype.itemsize, 128)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=row, element_bitwidth=8 * dtype.itemsize, rank=len(block))
     base = torch.empty(0, dtype=dtype, device="meta")
-    fields = vars(TensorDescriptor(base, list(shape), list(strides), list(block), layout))
-    if factor and "round_f32_to_tf32" in fields:
-        fields["round_f32_to_tf32"] = dtype == torch.float32
-    return fields
+    return rounding(TensorDescriptor(base, list(shape), list(strides), list(block), layout), factor)
 
 
-def filter_fields(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> dict[str, Any]:
+def filter_descriptor(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> TensorDescriptor:
     """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
     k, c, r, s = size
-    return descriptor_fields(dtype, (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c), factor=True)
-
-
-def on(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
-    """The descriptor with these fields on `base`, which is aligned to 16 bytes."""
-    desc = TensorDescriptor.__new__(TensorDescriptor)
-    vars(desc).update(fields, base=base)
-    return desc
+    return descriptor_of(dtype, (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c), factor=True)
 
 
 @gluon.jit

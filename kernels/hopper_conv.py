@@ -29,19 +29,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper import (
     async_load,
     async_store,
     batch_norm_scale_shift,
-    descriptor_fields,
-    filter_fields,
-    on,
+    descriptor_of,
+    filter_descriptor,
     put,
     reinterpret,
     sum_partials,
 )
-from .launch import Launch, cdiv
+from .launch import Launch, cdiv, on
 from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size, taps_at_once
 
 IMAGES, ROWS = 0, 1
@@ -54,9 +54,9 @@ several rows is loaded row by row:
 
 
 @functools.lru_cache(maxsize=4096)
-def pixel_fields(
+def pixel_descriptor(
     size: Size, dtype: torch.dtype, stride: int, box: Any, block_c: int, factor: bool = False
-) -> tuple[dict[str, Any], int]:
+) -> tuple[TensorDescriptor, int]:
     """A descriptor of images (N, C, H, W) that loads `box` (at stride 2: one row of it), and its view."""
     n, c, h, w = size
     box_h, box_w, box_n = box
@@ -69,7 +69,7 @@ def pixel_fields(
         shape, strides, block = (h, w // 2, 2, n, c), (row, 2 * c, c, image, 1), (1, box_w, 1, box_n, block_c)
     else:
         shape, strides, block = (n, h, 2, w // 2, c), (image, row, c, 2 * c, 1), (1, 1, 1, box_w, block_c)
-    return descriptor_fields(dtype, shape, strides, block, factor), IMAGES if box_n > 1 else ROWS
+    return descriptor_of(dtype, shape, strides, block, factor), IMAGES if box_n > 1 else ROWS
 
 
 def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -374,13 +374,12 @@ def hopper_conv(call: Convolution) -> Launch:
     two of `semaphores`.
     """
     x, weight, out, residual, config = call.x, call.weight, call.out, call.residual, call.config
-    constants, views, items = _constants(
+    constants, (x_desc, w_desc, y_desc), items = _constants(
         x.shape, weight.shape, out.shape, x.dtype, call.geometry, call.activation, config
     )
-    x_fields, w_fields, y_fields = views
     arguments = {
-        "x_desc": on(x, x_fields), "w_desc": on(weight, w_fields), "y_desc": on(out, y_fields),
-        "res_desc": None if residual is None else on(residual, y_fields),
+        "x_desc": on(x, x_desc), "w_desc": on(weight, w_desc), "y_desc": on(out, y_desc),
+        "res_desc": None if residual is None else on(residual, y_desc),
         **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, config),
         "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
@@ -390,7 +389,7 @@ def hopper_conv(call: Convolution) -> Launch:
 @functools.lru_cache(maxsize=4096)
 def _constants(
     x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, config: ConvConfig
-) -> tuple[dict[str, object], list[dict[str, Any]], int]:
+) -> tuple[dict[str, object], list[TensorDescriptor], int]:
     """Of a launch, what depends on sizes alone: constants, descriptors of x, weight and out, pieces of work."""
     (n, _, p, q), (k, c, r, s) = out, weight
     box, stride, block_k, block_c = config.box, geometry.stride[0], config.block_k, config.block_c
@@ -398,8 +397,8 @@ def _constants(
         raise ValueError(f"{config} has no box, expected one")
     box_h, box_w, box_n = box
     taps = taps_at_once(box, r, stride)
-    x_fields, view = pixel_fields(x, dtype, stride, (box_h + taps - 1, box_w, box_n), block_c, factor=True)
-    y_fields, y_view = pixel_fields(out, dtype, 1, half(box), block_k)
+    x_desc, view = pixel_descriptor(x, dtype, stride, (box_h + taps - 1, box_w, box_n), block_c, factor=True)
+    y_desc, y_view = pixel_descriptor(out, dtype, 1, half(box), block_k)
     items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
     constants: dict[str, object] = {
         "items": items, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
@@ -407,17 +406,17 @@ def _constants(
         "SPLIT_K": config.split_k, "STAGES": config.num_stages, "TAPS": taps,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
-    return constants, [x_fields, filter_fields(weight, dtype, block_k, block_c), y_fields], items
+    return constants, [x_desc, filter_descriptor(weight, dtype, block_k, block_c), y_desc], items
 
 
 def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[str, object]:
     if shortcut is None:
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
-    fields, view = pixel_fields(x.shape, x.dtype, stride, config.box, config.block_c, factor=True)
+    x_desc, view = pixel_descriptor(x.shape, x.dtype, stride, config.box, config.block_c, factor=True)
     return {
-        "short_x_desc": on(x, fields),
-        "short_w_desc": on(weight, filter_fields(weight.shape, weight.dtype, config.block_k, config.block_c)),
+        "short_x_desc": on(x, x_desc),
+        "short_w_desc": on(weight, filter_descriptor(weight.shape, weight.dtype, config.block_k, config.block_c)),
         **batch_norm.arguments("short_"), "SHORT_C": x.shape[1], "SHORT_STRIDE": stride, "SHORT_VIEW": view,
     }  # fmt: skip
 

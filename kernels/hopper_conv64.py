@@ -14,7 +14,6 @@ loader has the first of these back, STAGES slots later, it asks for the residual
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton.language.extra.cuda as cuda
@@ -27,10 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import SWIZZLED, async_load, async_store, batch_norm_scale_shift, on, put, reinterpret
-from .hopper_conv import filter_fields, pixel_fields
-from .launch import Launch, cdiv
+from .hopper import SWIZZLED, async_load, async_store, batch_norm_scale_shift, put, reinterpret
+from .hopper_conv import filter_descriptor, pixel_descriptor
+from .launch import Launch, cdiv, on
 from .values import Activation, ConvConfig, Convolution, Size
 
 
@@ -184,11 +184,12 @@ def hopper_conv64(call: Convolution) -> Launch:
     does not split the reduction: `partials` and `semaphores` are None.
     """
     x, weight, out, residual = call.x, call.weight, call.out, call.residual
-    constants, views, items = _constants(x.shape, weight.shape, out.shape, x.dtype, call.activation, call.config)
-    x_fields, w_fields, y_fields = views
+    constants, (x_desc, w_desc, y_desc), items = _constants(
+        x.shape, weight.shape, out.shape, x.dtype, call.activation, call.config
+    )
     arguments = {
-        "x_desc": on(x, x_fields), "w_desc": on(weight, w_fields), "y_desc": on(out, y_fields),
-        "res_desc": None if residual is None else on(residual, y_fields), **call.batch_norm.arguments(), **constants,
+        "x_desc": on(x, x_desc), "w_desc": on(weight, w_desc), "y_desc": on(out, y_desc),
+        "res_desc": None if residual is None else on(residual, y_desc), **call.batch_norm.arguments(), **constants,
     }  # fmt: skip
     return Launch(hopper_conv64_kernel, (min(call.programs, items),), arguments, num_warps=4)
 
@@ -196,16 +197,16 @@ def hopper_conv64(call: Convolution) -> Launch:
 @functools.lru_cache(maxsize=4096)
 def _constants(
     x: Size, weight: Size, out: Size, dtype: torch.dtype, activation: Activation, config: ConvConfig
-) -> tuple[dict[str, object], list[dict[str, Any]], int]:
+) -> tuple[dict[str, object], list[TensorDescriptor], int]:
     """Of a launch, what depends on sizes alone: constants, descriptors of x, weight and out, tiles."""
     n, _, p, q = out
     if config.box is None:
         raise ValueError(f"{config} has no box, expected one")
     box_n = config.box[2]
-    x_fields, _ = pixel_fields(x, dtype, 1, (1, 1, box_n), 64)
-    y_fields, _ = pixel_fields(out, dtype, 1, (1, 1, box_n), 64)
+    x_desc, _ = pixel_descriptor(x, dtype, 1, (1, 1, box_n), 64)
+    y_desc, _ = pixel_descriptor(out, dtype, 1, (1, 1, box_n), 64)
     items = cdiv(p, 2) * cdiv(q, 2) * cdiv(n, box_n)
     constants: dict[str, object] = {
         "items": items, "P": p, "Q": q, "ACTIVATION": activation, "BOX_N": box_n, "STAGES": config.num_stages,
     }  # fmt: skip
-    return constants, [x_fields, filter_fields(weight, dtype, 64, 64), y_fields], items
+    return constants, [x_desc, filter_descriptor(weight, dtype, 64, 64), y_desc], items

@@ -15,7 +15,6 @@ take half a dozen compilations.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton.language.extra.cuda as cuda
@@ -27,17 +26,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper import (
     activate,
     async_load,
     batch_norm_scale_shift,
-    descriptor_fields,
-    filter_fields,
+    descriptor_of,
+    filter_descriptor,
     hand_in,
-    on,
 )
-from .launch import Launch, cdiv
+from .launch import Launch, cdiv, on
 from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size
 
 MOST = gl.constexpr(8)
@@ -45,7 +44,7 @@ MOST = gl.constexpr(8)
 _WIDTH = 8  # columns of a box: a row of it is one pattern of swizzled shared memory
 
 
-def pixel_fields(size: Size, dtype: torch.dtype, stride: int, rows: int, *, halo: bool) -> dict[str, Any]:
+def pixel_descriptor(size: Size, dtype: torch.dtype, stride: int, rows: int, *, halo: bool) -> TensorDescriptor:
     """A descriptor of images (N, C, H, W) that loads `rows` rows of 8 pixels of 64 channels.
 
     The view is (N, H, W, C). At stride 2 with a halo, rows and columns are split by parity, and odd columns count as
@@ -54,9 +53,9 @@ def pixel_fields(size: Size, dtype: torch.dtype, stride: int, rows: int, *, halo
     n, c, h, w = size
     if stride == 2 and halo:
         shape, strides = (n, h // 2, 2, w // 2, 2 * c), (h * w * c, 2 * w * c, w * c, 2 * c, 1)
-        return descriptor_fields(dtype, shape, strides, (1, rows, 1, _WIDTH, 64))
+        return descriptor_of(dtype, shape, strides, (1, rows, 1, _WIDTH, 64))
     shape = (n, cdiv(h, stride), cdiv(w, stride), c)
-    return descriptor_fields(dtype, shape, (h * w * c, stride * w * c, stride * c, 1), (1, rows, _WIDTH, 64))
+    return descriptor_of(dtype, shape, (h * w * c, stride * w * c, stride * c, 1), (1, rows, _WIDTH, 64))
 
 
 @gluon.jit
@@ -185,11 +184,11 @@ def hopper_few(call: Convolution) -> Launch:
     (at 2, under 3x3, even rows and columns) and 16-byte aligned pointers. A shortcut has at most 64 channels a share.
     """
     x, weight, out, config = call.x, call.weight, call.out, call.config
-    constants, fields, programs = _constants(
+    constants, (x_desc, w_desc), programs = _constants(
         x.shape, weight.shape, out.shape, x.dtype, call.geometry, call.activation, config
     )
     arguments = {
-        "x_desc": on(x, fields[0]), "w_desc": on(weight, fields[1]), "y_ptr": out, "res_ptr": call.residual,
+        "x_desc": on(x, x_desc), "w_desc": on(weight, w_desc), "y_ptr": out, "res_ptr": call.residual,
         **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, config),
         "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
@@ -199,7 +198,7 @@ def hopper_few(call: Convolution) -> Launch:
 @functools.lru_cache(maxsize=4096)
 def _constants(
     x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, config: ConvConfig
-) -> tuple[dict[str, object], list[dict[str, Any]], int]:
+) -> tuple[dict[str, object], list[TensorDescriptor], int]:
     """Of a launch, what depends on sizes alone: numbers, descriptors of x and weight, programs."""
     (n, k, p, q), (_, c, r, _), (stride, _) = out, weight, geometry.stride
     if config.box is None:
@@ -210,8 +209,8 @@ def _constants(
         "P": p, "Q": q, "C": c, "TILES_K": k // 64, "SPLIT_K": config.split_k,
         "R": r, "STRIDE": stride, "SLABS": c // 64 // config.split_k, "ACTIVATION": activation, "BOX_H": box_h,
     }  # fmt: skip
-    fields = [pixel_fields(x, dtype, stride, box_h, halo=r > 1), filter_fields(weight, dtype, 64, 64)]
-    return constants, fields, programs
+    views = [pixel_descriptor(x, dtype, stride, box_h, halo=r > 1), filter_descriptor(weight, dtype, 64, 64)]
+    return constants, views, programs
 
 
 def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[str, object]:
@@ -219,8 +218,8 @@ def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[s
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
     return {
-        "short_x_desc": on(x, pixel_fields(x.shape, x.dtype, stride, config.box[0], halo=False)),
-        "short_w_desc": on(weight, filter_fields(weight.shape, weight.dtype, 64, 64)),
+        "short_x_desc": on(x, pixel_descriptor(x.shape, x.dtype, stride, config.box[0], halo=False)),
+        "short_w_desc": on(weight, filter_descriptor(weight.shape, weight.dtype, 64, 64)),
         **batch_norm.arguments("short_"),
     }
 

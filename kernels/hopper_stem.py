@@ -51,13 +51,12 @@ from triton.language.core import PropagateNan
 from .hopper import (
     async_store,
     batch_norm_scale_shift,
-    descriptor_fields,
+    descriptor_of,
     group_barrier,
-    on,
     reinterpret,
     relu,
 )
-from .launch import Launch, cdiv
+from .launch import Launch, cdiv, on
 from .values import BatchNorm
 
 STAGES = gl.constexpr(6)
@@ -523,6 +522,6 @@ def _row_descriptors(out: Tensor) -> list[TensorDescriptor | None]:
     found: list[TensorDescriptor | None] = []
     for first, columns, count in ((0, 7, groups), (7 * groups, rest, 1)):
         if columns and count:
-            fields = descriptor_fields(out.dtype, (n, pool_p, columns, count, k), strides, (1, 1, 8, 8, k))
-            found.append(on(out[..., first:], fields))
+            like = descriptor_of(out.dtype, (n, pool_p, columns, count, k), strides, (1, 1, 8, 8, k))
+            found.append(on(out[..., first:], like))
     return [*found, None][:2]

@@ -76,6 +76,19 @@ class Launch:
         return options
 
 
+def on(base: Any, like: Any) -> Any:
+    """A tensor descriptor of `base`, which is aligned to 16 bytes, as `like` is: that was checked once for a layout."""
+    desc = object.__new__(type(like))
+    vars(desc).update(vars(like), base=base)
+    return desc
+
+
+def rounding(desc: Any, factor: bool) -> Any:
+    """`desc`, which as a product's `factor` rounds fp32 to TF32 while it loads: wgmma would cut it."""
+    desc.round_f32_to_tf32 = factor and desc.base.dtype.itemsize == 4  # Triton 3.6.0 does not look at it
+    return desc
+
+
 def cdiv(a: int, b: int) -> int:
     """Integer division, rounded up."""
     return -(-a // b)

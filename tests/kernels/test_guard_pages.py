@@ -111,7 +111,7 @@ FAULTS = {
     "conv_pointer, a column before the first": Fault(pointer, False, (
         *POINTER, "(h >= 0) & ... & (w >= 0) & ... & mask_m", "(h >= -1) & ... & (w >= -1) & ... & mask_m")),
     "conv_box, an image too many": Fault(box, True, (
-        "conv_box.py", "pixel_fields", "[h, w, n, c]", "[h, w, n + 1, c]")),
+        "conv_box.py", "pixel_descriptor", "[h, w, n, c]", "[h, w, n + 1, c]")),
     "stem, a window too many": Fault(stem, True, (
         "stem.py", "stem", "[rows, n, q, WINDOW]", "[rows, n, q + 1, WINDOW]")),
     "max_pool, a column too many": Fault(max_pool, True, (*MAX_POOL, "w0 + s < W", "w0 + s <= W")),
