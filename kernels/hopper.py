@@ -47,18 +47,9 @@ def filter_descriptor(size: Size, dtype: torch.dtype, block_k: int, block_c: int
     return descriptor_of(dtype, (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c), factor=True)
 
 
-@gluon.jit
-def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k):
-    """As in `tiles.py`, fp32 in the layout of `offs_k`."""
-    mean = gl.load(mean_ptr + offs_k, mask=mask_k, other=0.0).to(gl.float32)
-    var = gl.load(var_ptr + offs_k, mask=mask_k, other=1.0).to(gl.float32)
-    scale = gl.div_rn(1.0, gl.sqrt_rn(var + eps))
-    if weight_ptr is not None:
-        scale *= gl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(gl.float32)
-    shift = 0.0 - mean * scale
-    if bias_ptr is not None:
-        shift = gl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(gl.float32) - mean * scale
-    return scale, shift
+relu, activate, scale_and_shift, maximum = (
+    gluon.jit(function.fn) for function in (tiles.relu, tiles.activate, tiles.scale_and_shift, tiles.maximum)
+)
 
 
 @gluon.jit
@@ -93,14 +84,6 @@ def sum_partials(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: gl.con
         for i in range(1, SPLIT_K):
             acc += gl.load(partials + i * SIZE, cache_modifier=".cg")
     return acc, last
-
-
-@gluon.jit
-def relu(x):
-    return gl.where(x < 0, 0.0, x)  # a maximum would drop NaN
-
-
-activate = gluon.jit(tiles.activate.fn)
 
 
 @gluon.jit

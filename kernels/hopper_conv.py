@@ -34,11 +34,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import (
     async_load,
     async_store,
-    batch_norm_scale_shift,
     descriptor_of,
     filter_descriptor,
     put,
     reinterpret,
+    scale_and_shift,
     sum_partials,
 )
 from .launch import Launch, cdiv, on
@@ -269,7 +269,7 @@ def multiplier(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         split, tile, k, p, q, n = place(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
         offs_k = k + gl.arange(0, BLOCK_K, layout=flat)
-        scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < K)
+        scale, shift = scale_and_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < K)
         if SPLIT_K > 1:
             shift = gl.where(split == 0, shift, 0.0)
         acc, i = reduce(group, pixels, filters, full, empty, i, STEPS, STAGES, TAPS, TAPS, HALF, BLOCK_K, mma)
@@ -280,7 +280,7 @@ def multiplier(
                 acc, i = reduce(
                     group, pixels, filters, full, empty, i, SHORT_STEPS, STAGES, TAPS, 1, HALF, BLOCK_K, mma
                 )
-                scale, shift = batch_norm_scale_shift(
+                scale, shift = scale_and_shift(
                     short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, offs_k < K
                 )
                 y += normalised(acc, scale, shift, mma)

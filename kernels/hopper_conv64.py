@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import SWIZZLED, async_load, async_store, batch_norm_scale_shift, put, reinterpret
+from .hopper import SWIZZLED, async_load, async_store, put, reinterpret, scale_and_shift
 from .hopper_conv import filter_descriptor, pixel_descriptor
 from .launch import Launch, cdiv, on
 from .values import Activation, ConvConfig, Convolution, Size
@@ -109,7 +109,7 @@ def multiplier(
     """One of the two groups that multiply: a column of two output pixels."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BOX_N, 16])
     offs_k = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < 64)
+    scale, shift = scale_and_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < 64)
     scale, shift = gl.expand_dims(scale, 1), gl.expand_dims(shift, 1)
     results = reinterpret(out, y_desc.dtype, [4, BOX_N, 64], SWIZZLED)
     cuda.gdc_wait()

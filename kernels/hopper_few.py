@@ -31,10 +31,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import (
     activate,
     async_load,
-    batch_norm_scale_shift,
     descriptor_of,
     filter_descriptor,
     hand_in,
+    scale_and_shift,
 )
 from .launch import Launch, cdiv, on
 from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size
@@ -115,9 +115,9 @@ def hopper_few_kernel(
         load_pixels(short_x_desc, near, short_pixels, 0, -BOX_H, 0, 0, 0, 0, C, False)
     offs_k = k + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     everywhere = offs_k >= 0
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, everywhere)
+    scale, shift = scale_and_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, everywhere)
     if short_x_desc is not None:
-        short_scale, short_shift = batch_norm_scale_shift(
+        short_scale, short_shift = scale_and_shift(
             short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, everywhere
         )
         shift += short_shift

@@ -46,15 +46,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import PropagateNan
 
 from .hopper import (
     async_store,
-    batch_norm_scale_shift,
     descriptor_of,
     group_barrier,
+    maximum,
     reinterpret,
     relu,
+    scale_and_shift,
 )
 from .launch import Launch, cdiv, on
 from .values import BatchNorm
@@ -69,7 +69,6 @@ WINDOWS = gl.constexpr(gl.DistributedLinearLayout(
     reg_bases=[], lane_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0]], warp_bases=[[2, 0], [4, 0]], block_bases=[],
     shape=[32, 4],
 ))  # fmt: skip
-NAN_WINS = gl.constexpr(PropagateNan.ALL)
 
 
 @gluon.jit
@@ -88,11 +87,6 @@ def filter_row(w_ptr, ROW: gl.constexpr, C: gl.constexpr):
     c = e % 4
     mask = (k >= 0) & (s >= 0) & (c < C)
     return gl.load(w_ptr + (k * (49 * C) + (ROW * 7 + s) * C + c), mask=mask, other=0.0)
-
-
-@gluon.jit
-def maximum(a, b):
-    return gl.maximum(a, b, propagate_nan=NAN_WINS)
 
 
 @gluon.jit
@@ -170,7 +164,7 @@ def multiplier(
         filter_row(w_ptr, 4, C), filter_row(w_ptr, 5, C), filter_row(w_ptr, 6, C),
     )  # fmt: skip
     k = gl.arange(0, 64, layout=gl.SliceLayout(1, ACCUMULATOR))
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, k, k < 64)
+    scale, shift = scale_and_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, k, k < 64)
     slot = 0
     for item in range(gl.program_id(0) + group * gl.num_programs(0), items, 2 * gl.num_programs(0)):
         together = (group == 1) | (item + gl.num_programs(0) < items)  # else group 0 has the last item alone

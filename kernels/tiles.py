@@ -1,4 +1,8 @@
-"""Device functions that more than one kernel uses."""
+"""Device functions that more than one kernel uses.
+
+Gluon compiles `relu`, `activate`, `scale_and_shift` and `maximum`, too (`hopper.py`). They call no other function of
+ours, so that it can where these are interpreted.
+"""
 
 import triton
 import triton.language as tl
@@ -16,7 +20,6 @@ def activate(x, ACTIVATION: tl.constexpr):
 
     GELU is x times the normal distribution's integral, within 2e-7: a polynomial fits the binary logarithm of its tail.
     tl.erf would take twice the instructions, and so many registers that large tiles would spill.
-    It calls no other function of ours, so that Gluon can compile it where they are interpreted (`hopper.py`).
     """
     NAME: tl.constexpr = ACTIVATION[0]
     if NAME == "relu":
@@ -61,12 +64,10 @@ def sum_partials(
 
 
 @triton.jit
-def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k, BLOCK_K: tl.constexpr):
-    """Scale and shift, both fp32 [BLOCK_K], such that batch norm with running statistics is `x * scale + shift`.
+def scale_and_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k):
+    """Both fp32, in the layout of `offs_k`, such that batch norm with running statistics is `x * scale + shift`.
 
     Square root and division are the correctly rounded ones: the approximate forms flush denormal variances to zero.
-    The gathers move nothing (element i goes to place i); they let the compiler spread the vectors over the threads
-    once, before the main loop, instead of doubling the accumulator tile's registers in the epilogue.
     """
     mean = tl.load(mean_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + offs_k, mask=mask_k, other=1.0).to(tl.float32)
@@ -77,6 +78,17 @@ def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k,
     shift = 0.0 - mean * scale
     if bias_ptr is not None:
         shift = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32) - mean * scale
+    return scale, shift
+
+
+@triton.jit
+def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k, BLOCK_K: tl.constexpr):
+    """`scale_and_shift`, both [BLOCK_K].
+
+    The gathers move nothing (element i goes to place i); they let the compiler spread the vectors over the threads
+    once, before the main loop, instead of doubling the accumulator tile's registers in the epilogue.
+    """
+    scale, shift = scale_and_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k)
     place = tl.arange(0, BLOCK_K)
     return tl.gather(scale, place, 0), tl.gather(shift, place, 0)
 

@@ -119,7 +119,7 @@ def test_bound_notices_tf32(device: torch.device, row: Series) -> None:
 
 
 def root(becomes: str) -> contextlib.AbstractContextManager[None]:
-    return planted("tiles.py", "batch_norm_scale_shift", "tl.sqrt_rn(var + eps)", becomes)
+    return planted("tiles.py", "scale_and_shift", "tl.sqrt_rn(var + eps)", becomes)
 
 
 FEW = CONV._replace(shapes=EIGHT_CHANNELS)

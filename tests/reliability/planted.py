@@ -37,7 +37,7 @@ POINTER, BOX = ("conv_pointer.py", "conv_pointer_kernel"), ("conv_box.py", "conv
 ADD, MAX_POOL = ("add_relu.py", "add_relu_kernel"), ("max_pool.py", "max_pool_kernel")
 AVERAGE, HEAD = ("global_avg_pool.py", "global_avg_pool_kernel"), ("avg_pool_linear.py", "avg_pool_linear_kernel")
 LINEAR, STRIP = ("linear.py", "linear_kernel"), ("stem.py", "_strip")
-BATCH_NORM, PARTIALS = ("tiles.py", "batch_norm_scale_shift"), ("tiles.py", "sum_partials")
+BATCH_NORM, PARTIALS = ("tiles.py", "scale_and_shift"), ("tiles.py", "sum_partials")
 CONFIG = "resnet_triton/config/conv.py"
 RACE = "no barrier and arrival in between"
 

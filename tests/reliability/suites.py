@@ -115,7 +115,7 @@ COMPILED: dict[str, list[str]] = {
     "avg_pool_linear.py:avg_pool_linear_kernel": [_ROUNDED],
     "global_avg_pool.py:global_avg_pool_kernel": [_ROUNDED],
     "stem.py:pack_kernel": [_ROUNDED],
-    "tiles.py:batch_norm_scale_shift": [_ROUNDED],
+    "tiles.py:scale_and_shift": [_ROUNDED],
     "tiles.py:sum_partials": [_BARRIER],
 }
 """Of these functions, what has survived the others comes before tests that read machine code."""
