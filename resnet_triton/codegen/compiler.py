@@ -16,7 +16,8 @@ from ..machine_code import Code, read_amd, read_nvidia
 from .targets import target
 
 _POINTER = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
 
 

@@ -26,9 +26,9 @@ from .flow import Flow, sass
 
 # In these, the first operand that is no predicate is the result, if it is a register.
 _WRITE = {
-    "CS2R", "F2FP", "F2I", "FADD", "FFMA", "FMNMX", "FMUL", "FSEL", "HADD2", "HFMA2", "I2F", "IABS", "IADD3", "IMAD",
-    "LDC", "LDG", "LDL", "LDS", "LDSM", "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL", "SGXT",
-    "SHF", "SHFL", "SYNCS", "VIADD", "VIMNMX",
+    "CS2R", "F2F", "F2FP", "F2I", "FADD", "FFMA", "FMNMX", "FMUL", "FSEL", "HADD2", "HFMA2", "I2F", "IABS", "IADD3",
+    "IMAD", "LDC", "LDG", "LDL", "LDS", "LDSM", "LEA", "LOP3", "MOV", "MUFU", "P2R", "POPC", "PRMT", "S2R", "SEL",
+    "SGXT", "SHF", "SHFL", "SYNCS", "VIADD", "VIMNMX",
 }  # fmt: skip
 # In these, no register is a result.
 _READ = {

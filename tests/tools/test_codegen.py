@@ -243,7 +243,7 @@ from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Convolutio
 def nhwc(*size):
     return torch.empty(size, dtype=torch.float16).to(memory_format=torch.channels_last)
 
-v = torch.ones(64)
+v = torch.ones(64, dtype=torch.float64)
 launch = hopper_conv(Convolution(
     nhwc(128, 64, 28, 28), nhwc(128, 64, 28, 28), nhwc(64, 64, 3, 3), BatchNorm(v, v, v, v, 1e-5),
     Geometry((1, 1), (1, 1)), residual=None, shortcut=None, activation=RELU, precision="ieee",
