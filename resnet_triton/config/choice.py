@@ -30,10 +30,20 @@ def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors).
 
     The table's entry for the very shape, else a form measured for it, else the table's entry for the nearest batch size
-    within a factor of two if that does well here by the cost model, else that model. Every launch asks, so answers are
-    kept.
+    within a factor of two if that does well here by the cost model, else that model.
     """
-    return _pinned.get() or _choose(shape, device, descriptors)
+    if (only := _pinned.get()) is not None:
+        return only
+    known = _table(device.name)
+    exact = known.entries.get(shape)
+    if exact is not None and (descriptors or exact.config.box is None) and is_legal(exact.config, shape, device):
+        return exact.config
+    if best_measured(shape, device, descriptors=descriptors) is None:
+        for tuned in _nearest(known, shape):
+            config = adapt(known.entries[tuned].config, tuned, shape, device, descriptors=descriptors)
+            if config is not None:
+                return config
+    return conv_heuristic(shape, device, descriptors=descriptors)
 
 
 def untuned(device: DeviceFacts) -> str | None:
@@ -56,24 +66,8 @@ def pinned(config: ConvConfig) -> Iterator[None]:
 def forget() -> None:
     """Read the tables anew at the next lookup: one of them has been written."""
     global _forgotten
-    _choose.cache_clear()
     _table.cache_clear()
     _forgotten += 1  # last: what another thread looks up meanwhile is kept under the state before
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(shape: ConvShape, device: DeviceFacts, descriptors: bool) -> ConvConfig:
-    known = _table(device.name)
-    exact = known.entries.get(shape)
-    if exact is not None and (descriptors or exact.config.box is None) and is_legal(exact.config, shape, device):
-        return exact.config
-    if best_measured(shape, device, descriptors=descriptors) is not None:
-        return conv_heuristic(shape, device, descriptors=descriptors)
-    for tuned in _nearest(known, shape):
-        config = adapt(known.entries[tuned].config, tuned, shape, device, descriptors=descriptors)
-        if config is not None:
-            return config
-    return conv_heuristic(shape, device, descriptors=descriptors)
 
 
 def _nearest(known: table.Table, shape: ConvShape) -> list[ConvShape]:

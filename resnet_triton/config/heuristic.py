@@ -88,7 +88,7 @@ class Latencies(NamedTuple):
 LATENCIES = Latencies()
 
 
-@functools.lru_cache(maxsize=4096)  # every launch asks, and weighing the candidates takes milliseconds
+@functools.lru_cache(maxsize=4096)  # weighing the candidates takes milliseconds
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
     chosen = best_estimated(shape, device, descriptors=descriptors)

@@ -22,7 +22,6 @@ BATCHES = (1, 4, 16, 64, 256)
 _DRAM_BYTES_PER_NS = 4300  # an H200's, as in the estimate
 
 
-@functools.lru_cache(maxsize=4096)  # every launch asks
 def invariant(shape: ConvShape, device: DeviceFacts) -> ConvConfig:
     """The configuration for `shape`, which at another batch size differs in its box alone.
 
