@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,19 +80,25 @@ def arguments(model: nn.Module, shape: tuple[Any, ...], dtype: torch.dtype | Non
 def trace(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224), dtype: torch.dtype | None = None) -> list[Call]:
     """Every call of our operators, and every sizeable one PyTorch runs itself, in `model(*arguments(model, shape))`.
 
-    `dtype` reads the model as if it had been converted; by default it is taken as it is. Forward hooks run, on fakes.
+    By default the model is taken as it is, and other threads may call it meanwhile. `dtype` reads it as if it had been
+    converted, which they would notice. Forward hooks run, on fakes.
     """
-    named = {name: t.detach() for name, t in chain(model.named_parameters(), model.named_buffers())}
+    named = dict(chain(model.named_parameters(), model.named_buffers()))
+    own = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     with FakeTensorMode() as fake:
-        tensors = {name: _as(fake.from_tensor(t), dtype) for name, t in named.items()}
-        recorder = _Recorder({id(t): name.rpartition(".")[0] for name, t in tensors.items()})
+        tensors = {} if dtype is None else {name: _as(fake.from_tensor(t), dtype) for name, t in named.items()}
+        recorder = _Recorder({id(t): name.rpartition(".")[0] for name, t in (tensors or named).items()}, fake)
         args = tree_map_only(Tensor, fake.from_tensor, arguments(model, shape, dtype))
         token = tracer.set(recorder.explain)
         try:
             with torch.no_grad(), recorder:
-                functional_call(model, tensors, args, strict=True)
+                functional_call(model, tensors, args)
         finally:
             tracer.reset(token)
+            for buffers, before in own:
+                if any(isinstance(t, FakeTensor) for t in buffers.values()):  # which the module has set itself
+                    buffers.clear()
+                    buffers.update(before)
     return list(map(_without_memory, recorder.calls))
 
 
@@ -158,14 +164,14 @@ def compile_calls(calls: Iterable[Call], jobs: int) -> None:
                 launch.compile()
 
 
-def _as(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return t.to(dtype) if dtype is not None and t.is_floating_point() else t
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.detach().to(dtype) if t.is_floating_point() else t
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, names: dict[int, str], fake: FakeTensorMode | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names = names
+        self.names, self.fake = names, fake
         self.calls: list[Call] = []
         self.here, self.reason = "", ""
 
@@ -174,9 +180,13 @@ class _Recorder(TorchDispatchMode):
         self.reason = reason
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = next((self.names[id(a)] for a in args if id(a) in self.names), self.here)
+        if (fake := self.fake) is not None:  # the model's own tensors stay in it, for other threads
+            args, kwargs = tree_map_only(
+                Tensor, lambda t: t if isinstance(t, FakeTensor) else fake.from_tensor(t), (args, kwargs)
+            )
         out = func(*args, **(kwargs or {}))
         operator = func._schema.name.partition("::")[2]
-        name = next((self.names[id(a)] for a in args if id(a) in self.names), self.here)
         if func.namespace == "resnet_triton":
             self.reason = ""
             operation = OPERATORS[operator].schema.build(args)

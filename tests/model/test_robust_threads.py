@@ -16,7 +16,7 @@ import pytest
 import torch
 from fake_cuda import captured, images, small
 
-from resnet_triton import functional, ops, optimize, refresh, revert
+from resnet_triton import functional, ops, optimize, refresh, report, revert
 from resnet_triton.graphs import runner
 from resnet_triton.ops import AddRelu, GlobalAvgPool, dispatch, interpreter
 from resnet_triton.ops.dispatch import Modes
@@ -66,7 +66,8 @@ def move(model: Any) -> None:
 
 
 STORMS: dict[str, Callable[[Any], object]] = {
-    "refreshed": forget, "edited": edit, "replaced": replace, "switched": change_modes, "moved": move
+    "refreshed": forget, "edited": edit, "replaced": replace, "switched": change_modes, "moved": move,
+    "reported": lambda model: report(model, (1, 3, 8, 8)),
 }  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_threads_call_a_model_that_is(cuda: Any, storm: str) -> None:
     for thread in threads:
         thread.start()
     try:
-        for _ in range(30):
+        for _ in range(3 if storm == "reported" else 30):
             STORMS[storm](model)
     finally:
         stop.set()
