@@ -252,14 +252,14 @@ def may_depend(where: torch.device, parameters: Iterable[tuple[object, object]])
 
 def _semaphores(where: torch.device, tiles: int) -> Tensor:
     """Zeros for launches that follow each other, on a stream or in a graph, and leave them at zero."""
-    stream = 0
-    if where.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: semaphores of its own
-            prepared = graph_semaphores.get()
-            if prepared is not None and prepared.numel() >= tiles:
-                return prepared
-            return torch.zeros(tiles, dtype=torch.int32, device=where)
-        stream = torch.cuda.current_stream(where).cuda_stream
+    if where.type != "cuda":  # an interpreted launch may be interrupted, and leaves them at something
+        return torch.zeros(tiles, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: semaphores of its own
+        prepared = graph_semaphores.get()
+        if prepared is not None and prepared.numel() >= tiles:
+            return prepared
+        return torch.zeros(tiles, dtype=torch.int32, device=where)
+    stream = torch.cuda.current_stream(where).cuda_stream
     semaphores = _kept.get((where, stream))
     if semaphores is None or semaphores.numel() < tiles:
         semaphores = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=where)

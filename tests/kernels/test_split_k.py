@@ -1,9 +1,11 @@
 """Several programs a tile: exact, repeatable, counters left at zero, and ordered in the machine code."""
 
 import contextlib
+import itertools
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import shadow
@@ -13,7 +15,7 @@ from exact import conv_call, conv_reference, generator
 
 from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal, pinned
 from resnet_triton.config.device import KNOWN
-from resnet_triton.ops import ConvBnRelu, interpreter
+from resnet_triton.ops import ConvBnRelu, conv, interpreter
 
 TILE = ConvConfig(16, 32, 16, 4, 2)
 PATHS = {"pointer": TILE, "box": TILE.on((4, 4, 1)), "one row": TILE.on((1, 8, 2))}
@@ -68,17 +70,42 @@ def test_only_the_last_share_writes_the_output(device, path):
     out = call.output().fill_(float("nan"))
     with pinned(split_config(shape, 3, path)):
         (planned,) = call.launches(out)
-    semaphores = torch.zeros_like(planned.arguments["semaphores_ptr"])
-    arguments = planned.arguments | {"semaphores_ptr": semaphores}
+    semaphores = planned.arguments["semaphores_ptr"]
     with contextlib.ExitStack() as stack:
         if out.is_cuda:
             stack.enter_context(torch.cuda.device(device))
         else:
             stack.enter_context(shadow.watch(whole=False))
             stack.enter_context(interpreter.ready())
-        replace(planned, grid=(planned.grid[0], 2), arguments=arguments).run()
+        replace(planned, grid=(planned.grid[0], 2)).run()
     assert out.isnan().all()
     assert semaphores[: planned.grid[0]].eq(2).all()
+    if out.is_cuda:
+        semaphores.zero_()
+    assert torch.equal(launch(call, split_config(shape, 3, path)), conv_reference(call).half()), "as if interrupted"
+
+
+def test_semaphores_are_of_a_stream_or_a_graph(monkeypatch):
+    """Launches that may run at once share none."""
+    zeros, now = torch.zeros, SimpleNamespace(cuda_stream=1, capturing=False)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: now)
+    monkeypatch.setattr(conv, "_kept", {})
+    taken = {}
+    for where, now.cuda_stream in itertools.product((torch.device("cuda:0"), torch.device("cuda:1")), (1, 2)):
+        assert conv._semaphores(where, 8).numel() < 1025
+        taken[where, now.cuda_stream] = conv._semaphores(where, 1025)
+        assert conv._semaphores(where, 8) is taken[where, now.cuda_stream]
+        assert taken[where, now.cuda_stream].numel() == 1025
+    now.capturing = True
+    taken["a capture"], taken["another"] = conv._semaphores(where, 8), conv._semaphores(where, 8)
+    lent = conv.graph_semaphores.set(zeros(16, dtype=torch.int32))
+    taken["a graph of a model"] = conv._semaphores(where, 16)
+    assert taken["a graph of a model"] is conv.graph_semaphores.get()
+    taken["a larger layer"] = conv._semaphores(where, 17)
+    conv.graph_semaphores.reset(lent)
+    assert len({t.data_ptr() for t in taken.values()}) == len(taken) == 8
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -114,6 +141,7 @@ def test_only_small_launches_are_split():
 
 ASSEMBLY = """
 import contextlib
+import itertools
 import json
 import torch
 import resnet_triton
