@@ -119,7 +119,7 @@ CASES = {
     "two rows, split, shortcut": Case((2, 64, 5, 6), 64, (2, 8, 8), 64, 3, split=3, shortcut=128, programs=2),
     # shares of the reduction
     "split": Case((2, 128, 5, 6), 128, (4, 8, 4), 128, 5, split=2, programs=2),
-    "split, residual": Case((2, 192, 5, 6), 64, (4, 8, 4), 64, 6, split=3, residual=True, programs=3),
+    "split, residual": Case((2, 64, 9, 6), 64, (4, 8, 4), 64, 6, split=3, residual=True, programs=3),
     "split, shortcut": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, shortcut=64, programs=1),
     # the other type
     "bfloat16": Case((9, 72, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, dtype="bfloat16", activation=LEAKY),
