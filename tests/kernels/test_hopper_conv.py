@@ -88,6 +88,7 @@ def few(
     )  # fmt: skip
 
 
+NAN, INF = float("nan"), float("inf")
 LEAKY = Activation("leaky_relu", 0.25)
 CASES = {
     # every tile form, with tails of images, rows, columns, channels and filters
@@ -161,14 +162,16 @@ SLOW = {
 """What differs from another case in one respect, in which a third differs, too."""
 
 
-def launch(case: Case) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """The launch, the output that it fills, and what is right in fp64."""
+def launch(case: Case, *, special: bool = False) -> tuple[Launch, torch.Tensor, torch.Tensor]:
+    """The launch, the output that it fills, and what is right in fp64; if `special`, of data that are not finite."""
     statistics = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
     call = conv_call(
         generator(torch.device("cpu"), 0), case.shape, activation=case.activation, affine=case.affine,
         bn_dtype=statistics,
     )  # fmt: skip
-    out = torch.full_like(call.output(), float("nan"))
+    if special:
+        call.x[0, 0, 0, 0], call.weight[1, 0, 0, -1], call.weight[2, -1, -1, 0] = INF, -INF, NAN
+    out = torch.full_like(call.output(), 777.0 if special else NAN)
     with pinned(case.config):
         (found,) = call.launches(out)
     if case.programs:
@@ -199,6 +202,15 @@ def test_any_share_may_be_the_last(name: str, order: tuple[int, ...]) -> None:
     places = [(i, 0, 0) for i in (*order, *range(3, found.grid[0]))]
     assert not simulate(found, ptx(found), programs=places, early=found.parameters).faults
     assert_exact(out, rounded(expected, out.dtype))
+
+
+@pytest.mark.parametrize("name", ["two rows, split, shortcut", "64, one pixel", "few, stride 2"])
+def test_padding_times_infinity_is_nan(name: str) -> None:
+    """No tap is skipped, nothing that is not finite gets beside its place, and an activation keeps it."""
+    found, out, expected = launch(CASES[name], special=True)
+    assert not simulate(found, ptx(found), early=found.parameters).faults
+    torch.testing.assert_close(out, expected.to(out.dtype), rtol=0, atol=0, equal_nan=True)
+    assert expected.isnan().any()
 
 
 @pytest.mark.parametrize(("name", "activation"), [("one image", "silu"), ("few", "gelu")])
