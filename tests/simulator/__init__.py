@@ -54,7 +54,7 @@ def simulate(
     places = [place[::-1] for place in np.ndindex(grid[::-1])] if programs is None else list(programs)
     barriers = 16 + sum("mbarrier.init" in i.op for i in kernel.code)
     judge = Judge(checks, len(places) * (kernel.threads // 32 * len(KINDS) + barriers))
-    machine = Machine(judge, grid, kernel.threads // 32, schedule)
+    machine = Machine(judge, grid, kernel.threads // 32, kernel.maxnreg, schedule)
     _place(launch, machine)
     scratch = len(kernel.parameters) - len(machine.values)  # of Triton's own, which no kernel here uses
     if not 0 <= scratch <= 2:

@@ -136,6 +136,18 @@ def leave(s: Strand, args: Any) -> None:
     s.done = True
 
 
+def give_registers(s: Strand, args: Any, way: str) -> bool:
+    """More than the program has left are waited for."""
+    before, after = s.program.maxnreg, s.program.maxnreg.copy()
+    after[s.first : s.last] = args[0]
+    s.expect((after >= before if way == "inc" else after <= before).all(), "no fewer registers by inc, no more by dec")
+    s.waiting = f"{args[0]} registers a thread"
+    if after.sum() > s.machine.maxnreg * s.machine.warps:
+        return True
+    s.program.maxnreg = after
+    return False
+
+
 def let_in(s: Strand, args: list[Any]) -> None:
     """The next launch may begin, and must not meet the one before."""
     if not s.clock[:, 0, GRID].all():
@@ -394,7 +406,7 @@ INSTRUCTIONS: list[Any] = [
     (r"bra(\.uni)?", branch, "lanes"),
     (r"brx\.idx", lambda s, args: s.part(args[1][s.get(args[0], "u32")].reshape(-1, 32))),
     (r"ret", leave),
-    (r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32", lambda s, args: None),  # there are enough
+    (r"setmaxnreg\.(?P<way>inc|dec)\.sync\.aligned\.u32", give_registers),
     (r"bar\.warp\.sync", lambda s, args: None),  # lanes of a warp are in lockstep
     (r"griddepcontrol\.launch_dependents", let_in),
     (r"griddepcontrol\.wait", lambda s, args: s.clock[:, :, GRID].fill(1)),

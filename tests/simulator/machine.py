@@ -42,8 +42,8 @@ class Work(NamedTuple):
 class Machine:
     """What the programs of a launch share."""
 
-    def __init__(self, judge: Judge, grid: tuple[int, ...], warps: int, seed: int | None) -> None:
-        self.judge, self.grid, self.warps = judge, grid, warps
+    def __init__(self, judge: Judge, grid: tuple[int, ...], warps: int, maxnreg: int, seed: int | None) -> None:
+        self.judge, self.grid, self.warps, self.maxnreg = judge, grid, warps, maxnreg
         # None: everything asynchronous is done at once, and strands take turns. Else all as late as it may be.
         self.rng = None if seed is None else np.random.default_rng(seed)
         self.noise = np.random.default_rng(0)
@@ -193,6 +193,7 @@ class Program:
         self.barriers: dict[int, Barrier] = {}  # mbarriers by address, and those of bar.sync by number
         self.retired: dict[int, Barrier] = {}
         self.loads: list[Callable[[], None]] = []  # those that have not landed
+        self.maxnreg = np.full(machine.warps, machine.maxnreg)  # registers of a thread, by warp
         self.places: dict[Any, str] = {}
         self.strands: list[Strand] = []
         self.strands.append(Strand(self, 0, machine.warps, 0))

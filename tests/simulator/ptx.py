@@ -25,6 +25,7 @@ class Kernel:
 
     name: str
     threads: int
+    maxnreg: int  # registers that a thread begins with, where it says so
     shared: str  # what its shared memory is called
     parameters: list[str]
     code: list[Instruction] = field(default_factory=list)
@@ -50,7 +51,8 @@ def parse(text: str) -> Kernel:
         raise Unknown(f"{len(entries)} entry functions with .reqntid and {len(shared)} shared memories, expected one")
     name, parameters, threads = entries[0].groups()
     names = re.findall(r"([$\w]+)(?:\[\d+\])?\s*(?:,|$)", parameters)
-    kernel = Kernel(name, math.prod(map(int, threads.split(","))), "".join(shared), names)
+    maxnreg = int("".join(re.findall(r"\.maxnreg\s+(\d+)", entries[0][0])) or 0)
+    kernel = Kernel(name, math.prod(map(int, threads.split(","))), maxnreg, "".join(shared), names)
     for line, statement in _statements(kernel, text, entries[0].end()):
         place = f"line {line}, {' '.join(statement.split()):.90}"
         negated, guard, op, operands = _GUARDED.fullmatch(statement).groups()
