@@ -148,7 +148,7 @@ CASES = {
     "few, stride 2, split": few(2, 128, 10, 6, 64, 4, stride=2, split=2, dtype="bfloat16", activation=LEAKY),
     "few, split": few(1, 192, 5, 7, 64, 4, split=3, residual=True),
     "few, shortcut": few(1, 64, 5, 7, 64, 4, shortcut=64),
-    "few, split, shortcut": few(1, 256, 3, 9, 64, 2, split=4, shortcut=128, affine=False),
+    "few, split, shortcut": few(1, 512, 3, 7, 64, 2, split=8, shortcut=128, affine=False),
 }
 
 
