@@ -43,11 +43,15 @@ class Case(NamedTuple):
     activation: Activation = RELU
     affine: bool = True
     kernel: str = "hopper_conv"
+    short_stride: int = 2
 
     @property
     def shape(self) -> ConvShape:
         r, strides = self.filter, (self.stride, self.stride)
-        short = (self.shortcut, *(2 * side for side in self.out), (2, 2)) if self.shortcut else ()
+        short = ()
+        if self.shortcut:
+            apart = self.short_stride
+            short = (self.shortcut, *(apart * side for side in self.out), (apart, apart))
         return ConvShape(
             *self.size, self.k, r, r, strides, (r // 2, r // 2), (1, 1), self.dtype,
             "tf32" if self.dtype == "float32" else "ieee", self.residual, *short,
@@ -117,7 +121,9 @@ CASES = {
     "two rows": Case((3, 72, 5, 6), 72, (2, 8, 8), 64, 3, residual=True, programs=2),
     "two rows, one image": Case((1, 64, 5, 70), 64, (2, 64, 1), 64, 3, programs=3, dtype="bfloat16"),
     "two rows by 128, shortcut": Case((5, 128, 4, 7), 128, (2, 8, 8), 128, 2, shortcut=96, programs=1),
-    "two rows, split, shortcut": Case((2, 64, 5, 6), 64, (2, 8, 8), 64, 3, split=3, shortcut=128, programs=2),
+    "two rows, split, shortcut": Case(
+        (2, 64, 5, 6), 64, (2, 8, 8), 64, 3, split=3, shortcut=128, programs=2, short_stride=1
+    ),
     # shares of the reduction
     "split": Case((2, 128, 5, 6), 128, (4, 8, 4), 128, 5, split=2, programs=2),
     "split, residual": Case((2, 64, 9, 6), 64, (4, 8, 4), 64, 6, split=3, residual=True, programs=3),
@@ -147,7 +153,7 @@ CASES = {
     "few, stride 2": few(1, 64, 10, 18, 128, 2, stride=2),
     "few, stride 2, split": few(2, 128, 10, 6, 64, 4, stride=2, split=2, dtype="bfloat16", activation=LEAKY),
     "few, split": few(1, 192, 5, 7, 64, 4, split=3, residual=True),
-    "few, shortcut": few(1, 64, 5, 7, 64, 4, shortcut=64),
+    "few, shortcut": few(1, 64, 5, 7, 64, 4, shortcut=64)._replace(short_stride=1),
     "few, split, shortcut": few(1, 512, 3, 7, 64, 2, split=8, shortcut=128, affine=False),
 }
 
