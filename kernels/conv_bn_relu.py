@@ -13,7 +13,7 @@ kernels differ in how they load and in who does what:
 Few output pixels leave most of a GPU idle. Then SPLIT_K programs share a tile: each reduces over an equal part of the
 (channel slab, tap) steps and applies the scale, the first adds the shift and the last the shortcut, and whoever
 finishes last sums the partials. Equal parts, because a loop of unknown length makes ptxas serialise wgmma (C7513,
-sm_90).
+sm_90). Where a scale is infinite, as a variance and an epsilon of 0 make it, parts of opposite signs sum to NaN.
 
 None skips a filter tap that falls into the padding: a NaN or Inf weight there must give NaN, as in PyTorch.
 """

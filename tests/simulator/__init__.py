@@ -5,9 +5,10 @@ for is an error, never skipped. Values are exact on integers. The order of event
 (`judge.py`), from one execution; a schedule executes another order, with everything asynchronous as late as its waits
 allow, and has to give the same values.
 
-Not seen: time; lanes of one warp against each other; what ptxas makes of registers. The race of triton-lang/triton#9433
-is in the PTX of Triton 3.6.0 and 3.7.1, so it is found here; 3.8.0's is made by ptxas, and `machine_code/products.py`
-finds it in machine code.
+Not seen: time; lanes of one warp against each other; what ptxas makes of registers; fence.proxy.async between reads and
+the load that overwrites what was read, which compilers leave out. The race of triton-lang/triton#9433 is in the PTX of
+Triton 3.6.0 and 3.7.1, so it is found here; 3.8.0's is made by ptxas, and `machine_code/products.py` finds it in
+machine code.
 """
 
 from collections.abc import Iterable
