@@ -104,8 +104,8 @@ CASES = {
     "images alone": Case((130, 128, 2, 3), 64, (1, 1, 128), 64, 6, programs=3),
     "two columns": Case((70, 64, 3, 3), 64, (1, 2, 64), 64, 6),
     "one image": Case((1, 64, 11, 13), 64, (8, 16, 1), 64, 6),
-    # residuals: one tile, two and many by a program
-    "residual": Case((9, 64, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, programs=1),
+    # residuals: one tile, two and many by a program, halves of images and of rows; of columns, see "bfloat16"
+    "residual": Case((130, 64, 1, 2), 72, (1, 1, 128), 64, 6, residual=True, programs=1),
     "residual, wide": Case((5, 64, 6, 7), 136, (4, 8, 4), 128, 5, residual=True, programs=3),
     "residual, 2x128": Case((3, 64, 6, 9), 64, (4, 8, 8), 64, 4, residual=True, activation=NONE),
     "residual, one image": Case((3, 64, 9, 13), 64, (8, 16, 1), 64, 6, residual=True),
@@ -129,7 +129,7 @@ CASES = {
     "split, residual": Case((2, 64, 9, 6), 64, (4, 8, 4), 64, 6, split=3, residual=True, programs=3),
     "split, shortcut": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, shortcut=64, programs=1),
     # the other type
-    "bfloat16": Case((9, 72, 5, 6), 72, (1, 16, 8), 64, 6, residual=True, dtype="bfloat16", activation=LEAKY),
+    "bfloat16": Case((9, 72, 5, 6), 72, (1, 8, 16), 64, 6, residual=True, dtype="bfloat16", activation=LEAKY),
     # TF32
     "tf32, residual": Case((3, 36, 2, 5), 68, (1, 16, 8), 64, 6, residual=True, dtype="float32", programs=1),
     "tf32, wide, stride 2": Case((5, 44, 6, 8), 132, (2, 8, 8), 128, 5, stride=2, dtype="float32"),
