@@ -253,7 +253,7 @@ def may_depend(where: torch.device, parameters: Iterable[tuple[object, object]])
 def _semaphores(where: torch.device, tiles: int) -> Tensor:
     """Zeros for launches that follow each other, on a stream or in a graph, and leave them at zero."""
     if where.type != "cuda":  # an interpreted launch may be interrupted, and leaves them at something
-        return torch.zeros(tiles, dtype=torch.int32)
+        return torch.zeros(tiles, dtype=torch.int32, device=where)
     if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: semaphores of its own
         prepared = graph_semaphores.get()
         if prepared is not None and prepared.numel() >= tiles:
