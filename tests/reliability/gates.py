@@ -51,13 +51,13 @@ GATES = (
     Gate("types", "annotations hold (mypy, strict)"),
     _of_pytest("test", "kernels: bit for bit or within bounds of fp64, no access outside, no race; models and tools",
                "{tests}"),
-    _of_pytest("test-newest", "the same of the kernels, bit for bit, interpreted by the newest Triton"),
+    _of_pytest("test-newest", "the same for the kernels, bit for bit, interpreted by the newest Triton"),
     _of_pytest("slow", "machine code within its budget; every planted fault is caught by the test named for it",
                "{tests}"),
-    _of_pytest("zoo", "models of other people's give their own answers, and each row of docs/models.md"),
+    _of_pytest("zoo", "other people's models give their own answers, and each row of docs/models.md holds"),
     _of_pytest("package", "wheel and sdist build, install, import and hold what they should"),
-    Gate("codegen", "machine code: tensor cores, no register of a running product touched, no spills, ordered atomics, "
-         "NaN kept, nothing approximate",
+    Gate("codegen", "machine code: tensor cores used, no register of a running product touched, no spills, atomics "
+         "ordered, NaN kept, nothing approximate",
          record="--out {records}/codegen"),
     Gate("codegen-oldest", "the same, by the oldest Triton supported", record="--out {records}/codegen-oldest"),
     Gate("codegen-newest", "the same, by the newest Triton", record="--out {records}/codegen-newest"),

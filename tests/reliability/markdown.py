@@ -15,10 +15,5 @@ def bullets(*items: str) -> str:
     return "\n".join(f"* {item}" for item in items)
 
 
-def folded(summary: str, text: str) -> str:
-    """What GitHub shows when it is clicked at."""
-    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
-
-
 def number(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"

@@ -9,9 +9,10 @@ from typing import Any
 
 import contract as the_contract
 from robustness import ROBUST
+from sums import CUTS, LAM
 
 from .gates import GATES, ROOT
-from .markdown import bullets, folded, number, table
+from .markdown import bullets, number, table
 from .records import Records
 
 HEADROOM = ROOT / "tests" / "headroom.json"
@@ -22,50 +23,37 @@ PLANTED = "test_planted::test_a_planted_fault_is_caught"
 
 
 def planted(records: Records) -> str:
-    """From the properties of `test_planted.py`."""
+    """From `test_planted.py`."""
     tests = [case for case in records.tests("slow") if case.name.startswith(PLANTED)]
     if not tests:
         return NOT_RUN
-    caught = [case.properties for case in tests if case.verdict == "passed"]
     missed = [case.name for case in tests if case.verdict != "passed"]
-    rows = sorted((f"`{p['planted in']}`", p["fault"], f"`{p['caught by']}`") for p in caught)
-    text = [
-        f"Each fault is planted in the source, and the test named for it has to fail with the message that belongs to "
-        f"it, and pass without: {len(caught)} of {len(tests)} were caught.",
-        bullets(*(f"**Not caught**: {name}" for name in missed)),
-        folded("every fault, and what caught it", table(("planted in", "fault", "caught by"), rows)),
-    ]
-    return "\n\n".join(filter(None, text))
+    text = (
+        "`tests/reliability/planted.py` lists faults and the test that has to catch each. The fault is planted in the "
+        "source; the test has to fail with the fault's message, and to pass without the fault. "
+        f"{len(tests) - len(missed)} of {len(tests)} were caught."
+    )
+    return "\n\n".join(filter(None, (text, bullets(*(f"**Not caught**: {name}" for name in missed)))))
 
 
 def mutants(records: Records) -> str:
     """From `make mutate`."""
     if not (found := records.json("mutate.json")):
         return NOT_RUN
-    counts: dict[str, Counter[str]] = {}
-    for mutant in found["mutants"]:
-        counts.setdefault(mutant["file"], Counter())[mutant["verdict"]] += 1
-    counts = dict(sorted(counts.items()))
-    total, existing = sum(counts.values(), Counter()), Counter(found["files"])
-    rows = [
-        (name, *(count[verdict] for verdict in VERDICTS), count.total(), f"{of:,}")
-        for name, count, of in (
-            *((f"`{name}`", count, existing[name]) for name, count in counts.items()),
-            ("all", total, existing.total()),
-        )
-    ]
+    count = Counter(mutant["verdict"] for mutant in found["mutants"])
+    row = (*(count[verdict] for verdict in VERDICTS), count.total(), f"{sum(found['files'].values()):,}")
     survivors = [
         f"Survived: `{m['file']}:{m['line']}` `{m['before']}` became `{m['after']}`."
         for m in found["mutants"]
         if m["verdict"] == "survived"
     ]
     intro = (
-        "A random sample of all small faults (a `<=` for a `<`, a dropped mask or cast, rows for columns). Equivalent "
-        "ones compute the same, those of speed the same at another time: `tests/reliability/equivalent.toml` has the "
-        "reasons" + (", and they were run, too." if found["verify"] else "; they were not run.")
+        "A random sample of small faults in kernels and launchers (a `<=` for a `<`, a dropped mask or cast, rows for "
+        "columns). An equivalent mutant computes the same; one of speed does, too, but takes another time. "
+        "`tests/reliability/equivalent.toml` gives the reason for each; these mutants were "
+        + ("run, too." if found["verify"] else "not run.")
     )
-    headings = ("file", *VERDICTS, "judged", "of")
-    return "\n\n".join(filter(None, (intro, table(headings, rows), bullets(*survivors))))
+    return "\n\n".join(filter(None, (intro, table((*VERDICTS, "judged", "of"), [row]), bullets(*survivors))))
 
 
 def headroom(records: Records) -> str:
@@ -85,9 +73,10 @@ def _headroom(where: str, entry: dict[str, Any]) -> str:
         key = f"`{row['operator']}`, {row['path']}", row["shapes"]
         rows.setdefault(key, {})[_numbers(row)] = f"{most:.2g} ({data})"
     intro = (
-        f"On `{where}`, {entry['cases']} calls of each kind of data (seed {entry['seed']}): the largest part of an "
-        "element's error bound that was needed beyond the rounding of the result. 1 is a random walk of one fp32 "
-        "rounding for each product of the sum; with TF32, one cut of each operand. Path `torch` is PyTorch's."
+        f"On `{where}`, {entry['cases']} calls of each kind of data (seed {entry['seed']}): how much of its error "
+        "bound an element needed at most, beyond the rounding of the result, and with which data. 1 is a random walk "
+        "of one fp32 rounding for each product of the sum; with TF32, one cut of each operand. The tests allow "
+        f"the kernels {LAM:g}, and {CUTS:g} with TF32. Path `torch` is PyTorch's own."
     )
     cells = [(*key, *(values.get(column, "–") for column in columns)) for key, values in rows.items()]
     return f"{intro}\n\n{table(('operator, path', 'shapes', *columns), cells)}"
@@ -99,7 +88,6 @@ def _numbers(row: dict[str, str]) -> str:
 
 def contract(records: Records) -> str:
     """From the contract's own rows, and from what their tests say that they checked."""
-    of = Counter(row.subject for row in the_contract.ROWS)
     deviating = [row for row in the_contract.ROWS if row.because]
     deviations: dict[tuple[str, str, str], list[str]] = {}
     for row in deviating:
@@ -107,17 +95,16 @@ def contract(records: Records) -> str:
         deviations.setdefault(key, []).append(f"`{row.subject}`")
     rows = [(name, what, ", ".join(subjects), why) for (name, what, why), subjects in deviations.items()]
     parts = (
-        f"{len(the_contract.CASES)} edge cases in {of.total()} rows. {_checks(records)}"
+        f"{len(the_contract.CASES)} edge cases in {len(the_contract.ROWS)} rows. {_checks(records)}"
         f"{_ran(records, 'test_contract')}",
-        "Rows: " + ", ".join(f"`{name}` {count}" for name, count in of.items()) + ".",
-        f"Where the answer is on purpose not PyTorch's ({len(deviating)} rows):",
+        f"The answer differs from PyTorch's on purpose in {len(deviating)} rows:",
         table(("case", "what happens", "for", "because"), rows),
     )
     return "\n\n".join(parts)
 
 
 def _checks(records: Records) -> str:
-    """How many ran, on which way; a row's test ends with its way and names the dtypes that it took."""
+    """How many ran, on which path; a row's test ends with its path and names the dtypes that it took."""
     ran: Counter[str] = Counter()
     for case in records.tests("test"):
         if case.verdict != "skipped" and "dtypes" in case.properties:
@@ -126,17 +113,18 @@ def _checks(records: Records) -> str:
         return ""
     declared = sum(len(the_contract.ways(row)) * len(row.dtypes) for row in the_contract.ROWS)
     ways = ", ".join(f"{way} {number(count)}" for way, count in ran.most_common())
-    turns = "Where kernels are interpreted, a row takes one of its dtypes in turn on each way of theirs. "
+    turns = "Without a GPU, each row tries one of its dtypes on each path of the kernels. "
     return (
-        f"A check is a row on one way in one dtype: {number(ran.total())} of the {number(declared)} that the table "
+        f"A check is a row on one path in one dtype: {number(ran.total())} of the {number(declared)} that the table "
         f"declares ran ({ways}). {'' if records.on_gpu else turns}"
     )
 
 
 def robustness(records: Records) -> str:
     """From the table of what goes wrong outside, and what became of its tests."""
-    rows = [(row.trouble, row.outcome, f"`{row.test}`") for row in ROBUST]
-    return f"{table(('trouble', 'outcome', 'test'), rows)}\n\n{_ran(records, 'test_robust')}"
+    intro = "`tests/robustness.py` names the test of each row."
+    rows = [(row.trouble, row.outcome) for row in ROBUST]
+    return f"{intro} {_ran(records, 'test_robust')}\n\n{table(('trouble', 'outcome'), rows)}"
 
 
 def _ran(records: Records, files: str) -> str:
@@ -161,9 +149,9 @@ def compiled(records: Records) -> str:
         counts = (entry[key] for key in ("launches", "configurations", "spill", "faulty"))
         run = sum(count for device, count in ran.items() if name in device)
         rows.append((f"{entry['arch']}, {name}", *counts, run or "none"))
-    headings = ("for", "launches compiled", "configurations", "of the launches spill", "have faults", "runs recorded")
+    headings = ("for", "launches compiled", "configurations", "launches that spill", "with faults", "runs recorded")
     gates = [gate.name for gate in GATES if gate.name.startswith("codegen")]
-    versions = [("the table above", found["triton"])]
+    versions = [("for this table", found["triton"])]
     versions += [(f"`make {gate}`", records.json(f"{gate}/codegen.json").get("triton", "not run")) for gate in gates]
     compilers = ", ".join(f"{where} {version}" for where, version in versions)
     gpus = ", ".join(f"{device} ({count} rows)" for device, count in ran.items()) or "none"
