@@ -1,4 +1,4 @@
-"""Residual add + ReLU, elementwise over dense memory: the path where no convolution can take the add with it."""
+"""Residual add + ReLU, elementwise over dense memory, for where no convolution's epilogue can do the add."""
 
 from __future__ import annotations
 

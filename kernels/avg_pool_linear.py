@@ -1,10 +1,10 @@
 """Global average pooling and the linear layer behind it in one launch: a classifier's head, for few images.
 
-One program takes one image and BLOCK_K classes. It averages the whole image itself, which costs less than the launch it
-saves while images are few: the result is a matrix-vector product, bound by the weights, so no tensor core is used. With
-many images the two kernels `global_avg_pool` and `linear` read less.
+One program computes BLOCK_K classes of one image. It averages the whole image itself, which for few images costs less
+than the launch that it saves. The rest is a matrix-vector product, bound by reading the weights, so no tensor core is
+used. For many images the two kernels `global_avg_pool` and `linear` read less.
 
-A dependent launch has asked for weights and bias when the kernel before is done.
+As a dependent launch it loads weights and bias while the kernel before still runs.
 """
 
 from __future__ import annotations

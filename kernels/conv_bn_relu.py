@@ -2,20 +2,20 @@
 
 Implicit GEMM over channels-last memory: M = N*P*Q output pixels, K output channels, reduction over R*S*C. Batch norm is
 applied to the fp32 accumulator from the running statistics as they are at the launch; no folded weights exist. The
-kernels differ in how they load and in who does what:
+kernels differ in how they load and in which warps do what:
 
 * `hopper_conv.py`, and for 64 channels `hopper_conv64.py` (sm_90): warp-specialised, one warp loads, two groups
   multiply; 16 bits, the first also fp32 as TF32, filters 1x1 and 3x3;
-* `hopper_few.py` (sm_90): for few images, without a loop, launched before the kernel ahead is done;
+* `hopper_few.py` (sm_90): for few images, without a loop, launched while the previous kernel still runs;
 * `conv_box.py` (sm_90 and newer): tensor descriptors; the M tile is a box of output rows x columns x images;
 * `conv_pointer.py` (everywhere): masked pointers over consecutive output pixels, for any geometry.
 
-Few output pixels leave most of a GPU idle. Then SPLIT_K programs share a tile: each reduces over an equal part of the
-(channel slab, tap) steps and applies the scale, the first adds the shift and the last the shortcut, and whoever
-finishes last sums the partials. Equal parts, because a loop of unknown length makes ptxas serialise wgmma (C7513,
-sm_90). Where a scale is infinite, as a variance and an epsilon of 0 make it, parts of opposite signs sum to NaN.
+Few output pixels leave most of a GPU idle. Then SPLIT_K programs share a tile. Each reduces over an equal part of the
+(channel slab, tap) steps and applies the scale; the first also adds the shift, and the last the shortcut. The one that
+finishes last sums the partials. The parts are equal because a loop of unknown length makes ptxas serialise wgmma
+(C7513, sm_90). If a scale is infinite, because a variance and epsilon are both 0, parts of opposite signs sum to NaN.
 
-None skips a filter tap that falls into the padding: a NaN or Inf weight there must give NaN, as in PyTorch.
+No kernel skips a filter tap that falls into the padding: a NaN or Inf weight there must give NaN, as in PyTorch.
 """
 
 from __future__ import annotations

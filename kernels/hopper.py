@@ -1,8 +1,9 @@
 """What the warp-specialised kernels share (compute capability 9.0), and all that differs between versions of Gluon.
 
-Such a kernel is persistent: each program takes tiles in turn. One warp asks for data (TMA) and keeps a ring of slots
-filled; groups of four warps multiply what has come, and while one of them stores its results, another multiplies. A
-slot is handed over by two barriers: `full` when its bytes are there, `empty` when every group has done with it.
+Such a kernel is persistent: each program computes one tile after another. One warp issues TMA loads and keeps a ring of
+slots filled; groups of four warps multiply what has arrived, and while one group stores its results, another
+multiplies. Each slot has two barriers: `full` when its bytes have arrived, `empty` when every group has finished with
+it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """Convolution for Hopper (compute capability 9.0): warp-specialised and persistent, in Gluon.
 
-A tile is a box of output rows x columns x images by BLOCK_K filters. One warp loads (TMA): for each step, a slab of
-128 bytes of channels under one filter tap, the input box shifted by the tap and the filters. Two groups of four warps
-multiply, each one half of the box, so that while one is in its epilogue the other keeps the tensor cores busy. Both
-operands are read from shared memory whatever the form of the box: no product has pixels in registers.
+A tile is a box of output rows x columns x images by BLOCK_K filters. One warp loads (TMA). A step is a slab
+of 128 bytes of channels under one filter tap; for each, it loads the input box shifted by the tap, and the filters. Two
+groups of four warps multiply, each one half of the box, so that while one is in its epilogue the other keeps the tensor
+cores busy. Both operands are read from shared memory whatever the form of the box: no product has pixels in registers.
 
 Under a 3x3 filter at stride 1, a box of two rows is loaded with the rows above and below it, once for each column of
-taps: a group has one row, and four rows under three taps are two thirds of three boxes.
+taps, and each group multiplies one row. Four rows serve three taps, which is two thirds of the bytes of three boxes.
 
-A residual comes through the buffer that the result leaves by. Each group has two, so the next tile's residual is loaded
-while this tile's result is stored. A shortcut's convolution is a second reduction into accumulators of its own, through
-the same ring. With SPLIT_K programs a tile, each reduces an equal share of the steps; see `tiles.sum_partials`.
+A residual is loaded into the buffer from which the result is stored. Each group has two such buffers, so the next
+tile's residual is loaded while this tile's result is stored. A shortcut's convolution is a second reduction into
+accumulators of its own, through the same ring. With SPLIT_K programs a tile, each reduces an equal share of the steps;
+see `tiles.sum_partials`.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """3x3 convolution of 64 channels for Hopper (compute capability 9.0): warp-specialised and persistent, in Gluon.
 
 A tile is 2 x 2 output pixels of BOX_N images and all 64 filters, which stay in shared memory: 4 x 4 input pixels feed
-36 products. One warp loads (TMA) the input pixels in turn, a slot each; two groups of four warps multiply, one output
-column each, two accumulators. Filters are the rows of a product and pixels its columns, so that it reads 64 rows and
-BOX_N columns from shared memory: at 128 images three quarters of what pixels as rows would read.
+36 products. One warp loads (TMA) the input pixels in turn, each into a slot. Two groups of four warps multiply; each
+computes one output column, in two accumulators. Filters are the rows of a product and pixels its columns, so a product
+reads 64 rows and BOX_N columns from shared memory: at 128 images three quarters of what pixels as rows would read.
 
-A residual comes through the buffer that the result leaves by, one buffer a pixel: filters, buffers and five slots of
-128 images take 216 of 227 KiB, and two buffers a pixel would leave one slot. One is enough, and needs no barrier of its
-own: a group waits until its last results have left before it gives back slots of a tile's second row. So when the
-loader has the first of these back, STAGES slots later, it asks for the residual, which then has eleven slots' time.
+A residual is loaded into the buffer from which the result is stored, one buffer a pixel: filters, buffers and five
+slots of 128 images take 216 of 227 KiB, and two buffers a pixel would leave one slot. One is enough, and needs no
+barrier of its own: a group waits until its last results have been stored before it gives back slots of a tile's second
+row. When the loader has the first of these back, STAGES slots later, it loads the residual, which has eleven slots'
+time to arrive.
 """
 
 from __future__ import annotations

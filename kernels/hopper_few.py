@@ -1,15 +1,16 @@
-"""Convolution for few images on Hopper (compute capability 9.0): one short chain of latencies, in Gluon.
+"""Convolution for few images on Hopper (compute capability 9.0), in Gluon. It is made for short latency.
 
 A program computes a box of output rows x 8 columns of one image by 64 filters, over all taps of its share of the slabs
-of 64 channels, most often one: all that it reads fits shared memory. So there is no loop, no slot is used twice, and
-everything is asked for as early as it can be:
+of 64 channels, most often one slab. All that it reads fits shared memory. So there is no loop, no slot is used twice,
+and every load is issued as early as possible:
 
-* before the wait for the kernel before: filters, batch norm, the descriptors of what that kernel writes;
-* behind it: the whole input and the residual. Products follow as their bytes come, all of them in flight.
+* before it waits for the previous kernel: filters, batch norm, the descriptors of what that kernel writes;
+* after the wait: the whole input and the residual. A product is issued as soon as its bytes arrive, and none is waited
+  for before the next.
 
-Filters are the rows of the products, so 16 pixels are enough for one. Programs that share a tile hand in their parts as
-in `tiles.sum_partials`. How many channels, filters and programs there are is no constant: the convolutions of a network
-take half a dozen compilations.
+Filters are the rows of the products, so a product can have as few as 16 pixels. Programs that share a tile sum their
+parts as in `tiles.sum_partials`. The numbers of channels, filters and programs are no compile-time constants, so half a
+dozen compilations serve all convolutions of a network.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ batch norm + ReLU + 3x3/2 max pool in one launch, from images as they are. Nothi
 **The product.** A row of the convolution is W X, where W (64 x 224) is the filters and column n of X the window of one
 column of the convolution: 7 image rows x 8 pixels x 4 channels. Windows are 7 pixels wide and begin at an odd pixel;
 with the pixel before they are four pairs, 64 bytes an image row. That pixel, which has no weight, and channels that
-the image does not have are zeros in X, too: zero times infinity would be NaN. W stays in registers for good.
+the image does not have are zeros in X, too: zero times infinity would be NaN. W stays in registers throughout.
 
 **The order of columns.** Pooled column j is the maximum of columns 2j - 1, 2j and 2j + 1 of the convolution. In the
 accumulator of a product (wgmma) a thread has two neighbours of every eight columns, so in their natural order the three
@@ -17,16 +17,16 @@ would mostly be in different threads. Therefore column n = 8 r + m of X is colum
     r = 14      13    27    41         111
     r = 15       -     -     -           -
 
-A thread has two columns of this table from top to bottom, and in column m is all that pooled columns 7 m to 7 m + 6
-ask for: no value leaves its thread. Of 128 columns, seven are computed twice and eight for nothing.
+A thread has two whole columns of this table, and column m has all that pooled columns 7 m to 7 m + 6 need, so no value
+has to move to another thread. Of 128 columns, seven are computed twice and eight are not used.
 
 **The work.** An item is a strip of pooled rows of one image, 56 columns wide. A group of four warps walks down its
 strip: for each pooled row it computes two rows of the convolution, and keeps the horizontal maxima of the second for
-the row below. Two such groups of a program take turns: while one has the tensor cores, the other normalises, takes
-maxima and stores.
+the row below. A program has two such groups, which take turns: while one uses the tensor cores, the other
+normalises, takes maxima and stores.
 
-**The images.** For each of the two, four more warps pack: they read two image rows, make windows of them and put them
-into a slot of a ring. A row of the convolution reads four slots, the next one begins a slot later.
+**The images.** For each of the two groups, four more warps pack: they read two image rows, build windows from them and
+write these into a slot of a ring. A row of the convolution reads four slots; the next row begins one slot later.
 """
 
 from __future__ import annotations

@@ -3,15 +3,16 @@
 Two kernels. The first packs images of any layout (or raw bytes, which it normalises) into blocks of 2 x 2 pixels x 4
 channels, zero-padded. In blocks, the convolution has stride 1 and 4 x 4 taps, and four neighbouring blocks of a row are
 64 consecutive elements: an overlapping view, whose columns step by 16 elements, makes it 4 taps of 64 channels, which
-tensor descriptors and tensor cores take as they are. That is 1.74 times the arithmetic of 7 x 7 x 3, without a gather.
+tensor descriptors and tensor cores take as they are. That is 1.74 times the arithmetic of 7 x 7 x 3, but needs no
+gather.
 
 The second walks down a strip of pooled rows. For each it computes two rows of the convolution from five shared loads,
-takes the vertical maximum in registers together with the row above, and the horizontal one across the tile: the large
+and takes the vertical maximum with the row above in registers, then the horizontal maximum across the tile. The large
 tensor between convolution and pool (four times the stem's result) never exists.
 
-A block window covers 8 x 8 pixels, so one row and one column of it have no weight. Zero times infinity is NaN, hence an
-image with a NaN or an infinity must not be multiplied there: the packer marks such rows, and the strips of a marked
-image zero what lies outside their windows, which is slower.
+A block window covers 8 x 8 pixels, so one row and one column of it have no weight. Zero times infinity is NaN, so a NaN
+or an infinity there must not be multiplied. The first kernel marks rows that have one, and for a marked image the
+second kernel zeroes what lies outside the 7x7 windows, which is slower.
 """
 
 from __future__ import annotations
