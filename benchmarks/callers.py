@@ -1,4 +1,4 @@
-"""What a call of a captured ResNet-18 costs beside its graph, and what several callers get."""
+"""What a call of a captured ResNet-18 costs on top of its graph, and the throughput of several callers."""
 
 from __future__ import annotations
 

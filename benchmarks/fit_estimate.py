@@ -1,8 +1,9 @@
 """Fit the rates of `config/heuristic.py` to what was timed on an H200: `python -m benchmarks.fit_estimate`.
 
 Rows are the exact, safe forms of `nvidia-h200.measured.json` that do not spill, and prototypes of the warp-specialised
-kernels, timed on the same day and GPU. Printed are the rates, and for each layer at each batch size, with rates that
-are fitted to all other layers, the error of its times (root mean square of the logarithm) and the form that is chosen.
+kernels, timed on the same day and GPU. It prints the rates. Then, for each layer at each batch size, it fits rates to
+all other layers, and prints the error of the times that they give (root mean square of the logarithm) and the form
+chosen.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/classify_folder.py FOLDER --weights DEFAULT
 
-Without a folder it takes scikit-learn's two photographs. Without --weights the network is not trained: everything runs,
-and its labels mean nothing. The command `resnet-triton predict` does the same with more options.
+Without a folder it takes scikit-learn's two photographs. Without --weights the network is not trained: it runs, but its
+labels mean nothing. The command `resnet-triton predict` does the same with more options.
 """
 
 from __future__ import annotations
