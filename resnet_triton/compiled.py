@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import is_lazy
 
 from . import filters
 from .graphs.fingerprint import Watch
@@ -33,7 +34,7 @@ from .ops.trace import Call, arguments
 class Compiled(nn.Module):
     """First base of what a module becomes; the second is the class that it was."""
 
-    _options: dict[str, Any]
+    _triton_options: dict[str, Any]
     """The backend's: kernels and cuda_graph."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -53,7 +54,7 @@ class Compiled(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """With `assign=True` the filters are others afterwards."""
         loaded = super().load_state_dict(*args, **kwargs)
-        if "_programs" in vars(self):
+        if "_triton_programs" in vars(self):
             _move(self)
         return loaded
 
@@ -62,7 +63,7 @@ class Compiled(nn.Module):
         trained = super().train(mode)
         if mode:
             put_back(self)
-        elif "_programs" in vars(self):
+        elif "_triton_programs" in vars(self):
             _move(self)
         return trained
 
@@ -74,14 +75,14 @@ class Compiled(nn.Module):
             return "disabled"
         if self.training:
             return "training mode"
-        if torch.is_grad_enabled() and ("_original" in vars(self) or _wants_gradients(self, args, kwargs)):
+        if torch.is_grad_enabled() and ("_triton_original" in vars(self) or _wants_gradients(self, args, kwargs)):
             return "grad mode is on"
         return "a hook on all modules" if _has_any_global_hook() else None
 
     def _replicate_for_data_parallel(self) -> Any:
         """One of DataParallel's replicas, which are others at each call: what is compiled for them is kept here."""
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        vars(replica)["_original"] = self
+        vars(replica)["_triton_original"] = self
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -92,7 +93,7 @@ class Compiled(nn.Module):
         if not ordinary:
             return reduced  # the class makes its own, and knows nothing of ours
         _, (_, *arguments), state, *rest = reduced
-        kept = {name: value for name, value in state.items() if name != "_programs"} if type(state) is dict else state
+        kept = {k: v for k, v in state.items() if k != "_triton_programs"} if type(state) is dict else state
         return _new, (origin(self), *arguments), kept, *rest
 
     def __prepare_scriptable__(self) -> Any:
@@ -117,7 +118,7 @@ def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph)
     if not isinstance(module, Compiled):
         cls: Any = type(module)
         module.__class__ = _joined(cls)
-    vars(module)["_options"] = {"kernels": kernels, "cuda_graph": cuda_graph}
+    vars(module)["_triton_options"] = {"kernels": kernels, "cuda_graph": cuda_graph}
 
 
 @functools.cache
@@ -145,7 +146,7 @@ class Program:
 
     def __init__(self, module: Compiled, replicas: bool) -> None:
         self.owner = weakref.ref(module)
-        self.options = module._options
+        self.options = module._triton_options
         self.watch = Watch(module)
         self.functions: list[GraphedFunction] = []
         options = {**self.options, "cuda_graph": False} if replicas else self.options  # their parameters are new ones
@@ -156,11 +157,12 @@ class Program:
         self.code = function.__code__
         self.function: Callable[..., Any] = torch.compile(function, backend=backend)
 
-    def __deepcopy__(self, memo: Any) -> None:
-        """Nothing: a copy of the module has its own."""
+    def __reduce__(self) -> Any:
+        """None, in copies and pickles: a copy of the module has its own."""
+        return type(None), ()
 
     def holds(self, module: Compiled) -> bool:
-        return self.owner() is module and self.options == module._options and self.watch.holds()
+        return self.owner() is module and self.options == module._triton_options and self.watch.holds()
 
 
 def trace(model: nn.Module, shape: tuple[Any, ...]) -> list[Call]:
@@ -168,7 +170,7 @@ def trace(model: nn.Module, shape: tuple[Any, ...]) -> list[Call]:
     found: list[Call] = []
     settings: dict[str, Any] = {"options": {"kernels": "auto"}}
     if isinstance(model, Compiled):
-        settings = {"options": {"kernels": model._options["kernels"]}, "moved": _moved(model)}
+        settings = {"options": {"kernels": model._triton_options["kernels"]}, "moved": _moved(model)}
         _move(model)
     function = torch.compile(_fresh(_call, "report"), backend=_backend(record=found, **settings), dynamic=False)
     args = arguments(model, shape)
@@ -207,9 +209,9 @@ compiler at each call."""
 
 def _program(module: Compiled) -> Program | None:
     """What a call runs; None if the module has changed too often."""
-    original = vars(module).get("_original", module)
+    original = vars(module).get("_triton_original", module)
     replicas, module = original is not module, original
-    programs = vars(module).setdefault("_programs", {})
+    programs = vars(module).setdefault("_triton_programs", {})
     key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), replicas
     program: Program | None = programs.get(key)
     if program is not None and program.holds(module):
@@ -231,35 +233,33 @@ def _program(module: Compiled) -> Program | None:
 
 
 def _programs(module: nn.Module) -> list[Program]:
-    return [p for p in list(vars(module).get("_programs", {}).values()) if isinstance(p, Program)]
+    return [p for p in list(vars(module).get("_triton_programs", {}).values()) if isinstance(p, Program)]
 
 
 def describe(module: Compiled) -> str:
     """What CUDA graphs have done for its calls, for `report`."""
     said = [function.describe() for program in _programs(module) for function in program.functions]
-    return f"cuda_graph={module._options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
+    return f"cuda_graph={module._triton_options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
 
 
 def limit(model: nn.Module) -> str | None:
     """Whether torch.compile has compiled `model` as often as it does, for `report`."""
     from torch._dynamo import config, eval_frame  # not above: importing Dynamo takes two seconds
 
+    from .backend.compile import at_limit
+
     codes = [program.code for program in _programs(model)]
     if not isinstance(model, Compiled):  # a module that somebody has compiled, or what torch.compile returned
         written: Any = getattr(model, "_orig_mod", model)
         called: Any = getattr(model.forward, "_torchdynamo_orig_callable", model.forward)
         codes = [f.__code__ for f in (type(written).forward, called) if hasattr(f, "__code__")]
-    if any(len(eval_frame._debug_get_cache_entry_list(code)) >= config.recompile_limit for code in codes):
-        return (
-            f"torch.compile has compiled the model {config.recompile_limit} times, its limit: calls of other dtypes, "
-            "sizes or modes run as it was written; raise torch._dynamo.config.recompile_limit"
-        )
-    return None
+    full = any(len(eval_frame._debug_get_cache_entry_list(code)) >= config.recompile_limit for code in codes)
+    return at_limit("the model") if full else None
 
 
 def forget(module: nn.Module) -> None:
     """Drop what was compiled."""
-    vars(module).pop("_programs", None)
+    vars(module).pop("_triton_programs", None)
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def forget(module: nn.Module) -> None:
 def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, child in module.named_modules():
         weight = child._parameters.get("weight") if isinstance(child, nn.Conv2d) and child.groups == 1 else None
-        if weight is not None:
+        if weight is not None and not is_lazy(weight):
             yield name, weight
 
 
@@ -281,8 +281,8 @@ def _moved(module: nn.Module) -> Callable[[], Iterator[nn.Parameter]]:
 
 
 def _move(module: Compiled) -> None:
-    if not module.training and "stay" not in vars(module).get("_programs", {}) and not filters.sharded(module):
-        kernels = module._options["kernels"]
+    if not module.training and "stay" not in vars(module).get("_triton_programs", {}) and not filters.sharded(module):
+        kernels = module._triton_options["kernels"]
         filters.move(module, ((name, w) for name, w in _filters(module) if dispatch.meant(kernels, w)))
 
 
@@ -297,7 +297,7 @@ _OF_LAYOUT = re.compile(r"\bviews?\b|strid|contiguous|memory.format|lie in memor
 
 def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: Any) -> Any:
     """A call that has failed, with filters as they were: if that mends it, they stay so."""
-    if not (vars(module).get("_moved") and _OF_LAYOUT.search(str(error))):
+    if not (vars(module).get("_triton_moved") and _OF_LAYOUT.search(str(error))):
         raise error  # the module's own, too: what it has done before must not be done twice
     put_back(module)
     try:
@@ -305,5 +305,5 @@ def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: A
     except Exception:
         _move(module)
         raise
-    vars(module).setdefault("_programs", {})["stay"] = True
+    vars(module).setdefault("_triton_programs", {})["stay"] = True
     return result

@@ -167,7 +167,7 @@ def revert(model: Model) -> Model:
         if isinstance(module, Compiled):
             compiled.put_back(module)
             compiled.forget(module)
-            del its["_options"]
+            del its["_triton_options"]
         else:
             filters.move_back(module, ((name, conv) for name, conv, _ in _convolutions(module)))
             runner.forget(module)

@@ -1,4 +1,4 @@
-"""The memory format of filters: kernels read channels_last. `_moved` of a module names those that were moved there."""
+"""The memory format of filters: kernels read channels_last. A module's `_triton_moved` names those that were moved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Filters = Iterable[tuple[str, nn.Parameter]]
 
@@ -18,20 +19,21 @@ def move(module: nn.Module, filters: Filters) -> None:
     for name, weight in filters:
         if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight, users):
             _lay_out(weight, torch.channels_last)
-            vars(module).setdefault("_moved", set()).add(name)  # at once, as memory may run out at the next one
+            vars(module).setdefault("_triton_moved", set()).add(name)  # at once, as memory may run out at the next one
 
 
 def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) -> None:
     """Undo `move`, whatever the filters of a convolution are called by now: they may have been parametrized."""
-    found = ((name, weight) for name, conv in convolutions for weight in conv.parameters() if weight.dim() == 4)
+    weights = ((name, weight) for name, conv in convolutions for weight in conv.parameters())
+    found = ((name, weight) for name, weight in weights if not is_lazy(weight) and weight.dim() == 4)
     for weight in moved(module, found):
         _lay_out(weight, torch.contiguous_format)
-    vars(module).pop("_moved", None)
+    vars(module).pop("_triton_moved", None)
 
 
 def moved(module: nn.Module, filters: Filters) -> Iterator[nn.Parameter]:
     """Those of `filters` that `move` has moved."""
-    names = vars(module).get("_moved", ())
+    names = vars(module).get("_triton_moved", ())
     return (weight for name, weight in filters if name in names)
 
 
@@ -43,7 +45,7 @@ def sharded(model: nn.Module) -> bool:
 def _users(module: nn.Module) -> Counter[int]:
     """How many tensors of a module are in which memory: some tie weights by their `data`."""
     tensors = {id(t): t for t in chain(module.parameters(), module.buffers())}.values()
-    plain = (t for t in tensors if type(t.data) is Tensor and t.layout == torch.strided)
+    plain = (t for t in tensors if not is_lazy(t) and type(t.data) is Tensor and t.layout == torch.strided)
     return Counter(t.untyped_storage()._cdata for t in plain)
 
 

@@ -40,6 +40,14 @@ CPU, images of {size} x {size} pixels. Written by `tests/zoo.py`; `tests/model/t
 | --- | --- | --- | --- | --- | --- |
 """
 _LIMITS = """
+Beyond the table, one small member each of 25 of timm's 98 families (1.0.31), 20 models of torchvision (0.28), 31 of
+transformers (5.24) and 63 networks as people write them were compared once with themselves as they were, in fp32 with
+torch 2.13 on a CPU, with filters moved, about half of them at two batch sizes: outputs with their structure, dtypes and
+strides, `state_dict`, copies, pickles and `revert`. All agreed but for the limits below; the strides of features of
+torchvision's own blocks, which are channels_last, of a parameter that is itself a result, and of empty results; and
+those of UperNet, which `backend="aot_eager"` changes alike. A network without `Conv2d` is refused. torch.compile itself
+leaves one with a TorchScript module in it to Python. Faster R-CNN and most of timm's families were not tried.
+
 ## What holds, and what does not
 
 * **Filters.** Kernels read filters in channels_last memory; where they lie otherwise, each call copies them. The first
@@ -61,7 +69,8 @@ _LIMITS = """
 
 Limits:
 
-* Code that asks for strides of a convolution's result (`is_contiguous()`, `stride()`) gets those of channels_last.
+* Code that asks for strides of a convolution's result (`is_contiguous()`, `stride()`) gets those of channels_last. So
+  does who gets results of convolutions that torch.compile leaves to Python, as those beside a TorchScript module.
 * A moved filter leaves its memory, as with `.to()`: what was taken before the first call (`model.state_dict()`,
   `weight.data`) keeps the old one, so writing there changes the model no more. Write to the parameters.
 * Where moved filters turn out to show behind a graph break, the first call starts once more; what the model has counted
@@ -70,6 +79,8 @@ Limits:
   in a plain list, which `model.modules()` does not name.
 * In the code of an optimized `Net`, `type(self) is Net` is False, for its class is a subclass; `isinstance` holds.
 * A graph with `as_strided` of a view runs on PyTorch as a whole.
+* With moved filters, a Fourier transform behind a convolution raises at the second batch size.
+* An optimized `torch.fx.GraphModule` cannot be deep-copied; what comes out of its pickle is the module as it was.
 * `view` of a moved filter raises, as in `parameters_to_vector`, and so does that of a convolution's result in code that
   only runs with gradients on, in eval mode. After `model.train()` or `revert` neither does.
 """

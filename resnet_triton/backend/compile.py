@@ -60,6 +60,10 @@ def resnet_triton(
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         _warn_of_gradients(modes, inputs)
         return graph.forward
+    if any(isinstance(x, Tensor) and x.is_inference() for x in inputs):  # of which nothing is saved for a gradient
+        for node in graph.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+            node.args = (False,)
+        graph.recompile()
     if layouts.show(moved(), graph, inputs):
         raise RuntimeError("results lie in memory as filters do")
 
@@ -183,14 +187,17 @@ def _names(graph: fx.Graph) -> dict[fx.Node, str]:
 
 def _warn_of_limit() -> None:
     """Once for a function, when torch.compile compiles it for the last time."""
-    compilation, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
-    if compilation is not None and compilation.frame_compile_id == limit - 1:
-        warnings.warn(
-            f"torch.compile has now compiled a function {limit} times, its limit: calls of other dtypes, sizes or "
-            "modes run without our kernels; raise torch._dynamo.config.recompile_limit",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    compilation = CompileContext.current_compile_id()
+    if compilation is not None and compilation.frame_compile_id == torch._dynamo.config.recompile_limit - 1:
+        warnings.warn(at_limit("a function"), RuntimeWarning, stacklevel=2)
+
+
+def at_limit(what: str) -> str:
+    """What it means that torch.compile will not compile `what` again."""
+    return (
+        f"torch.compile has compiled {what} {torch._dynamo.config.recompile_limit} times, its limit: calls of other "
+        "dtypes, sizes or modes run without our kernels; raise torch._dynamo.config.recompile_limit"
+    )
 
 
 def _warn_of_gradients(modes: Modes, inputs: Sequence[Any]) -> None:

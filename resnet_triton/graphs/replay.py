@@ -184,8 +184,17 @@ class Graphs:
 def _cloned(output: Any) -> Any:
     """Results of a graph for its caller: the graph writes its own again."""
     if isinstance(output, tuple):
-        return [t.clone() if isinstance(t, Tensor) else t for t in output]
+        return [_like(t) if isinstance(t, Tensor) else t for t in output]
     return output.clone()
+
+
+def _like(t: Tensor) -> Tensor:
+    """A copy with the strides of `t`, which may have gaps or repeat elements."""
+    copy = t.clone()
+    if copy.stride() == t.stride() or t.numel() == 0:
+        return copy
+    extent = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((extent,), (1,)).clone().as_strided(t.shape, t.stride())
 
 
 def key_of(x: Tensor) -> Key:

@@ -502,7 +502,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, step: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         y = self.conv(x) + self.steps(step)[:, :, None, None]
-        return {"y": (y if mask is None else y * mask, y.sum((2, 3))), "pixels": x[0, 0].numel(), "mask": None}
+        parts = y[:, 1:5:2, 1:] * 1, y.amax(1)[:, ::2], y[:, :1].neg().expand(-1, 4, -1, -1)
+        return {"y": (y if mask is None else y * mask, y.sum((2, 3)), *parts), "pixels": x[0, 0].numel(), "mask": None}
 
 
 @torch.no_grad()
@@ -523,6 +524,7 @@ def test_a_graph_of_several_inputs_and_results(cuda):
     assert sum(graph.replays for graph in cuda.graphs) >= 4
     for expected, actual in answers:
         assert all(map(torch.equal, actual["y"], expected["y"]))
+        assert [t.stride() for t in actual["y"]] == [t.stride() for t in expected["y"]]
         assert (actual["pixels"], actual["mask"]) == (expected["pixels"], None)
 
 
@@ -764,6 +766,16 @@ def test_with_gradients_the_model_runs_as_it_was_written():
     assert used(model, images())
 
 
+@torch.inference_mode()
+def test_a_model_that_switches_gradients_on_in_inference_mode():
+    """There are none, whatever the switch says."""
+    model = integral(lambdas(torch.enable_grad()(lambda m, x: m.a(x).relu()), a=conv()))
+    x = images()
+    expected = model(x)
+    assert torch.equal(optimize(model)(x), expected)
+    assert used(model, x) == {(CBR, "torch"): 1}
+
+
 class Called(nn.Module):
     """Names that are also modes of ours, a call and a subclass hook of its own, and a view of what comes out."""
 
@@ -774,7 +786,7 @@ class Called(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.cuda_graph = conv(), 3
+        self.conv, self.cuda_graph, self._options, self._programs, self._moved, self._original = conv(), 3, 0, 0, 0, 0
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.kernels == "its own"
@@ -801,6 +813,9 @@ def test_a_model_of_an_unusual_class(training):
 def test_a_class_that_pickles_itself():
     model = optimize(torch.compile(conv(), backend="eager"))
     assert torch.equal(copy.deepcopy(model)(images()), model(images()))
+    traced = optimize(torch.fx.symbolic_trace(sequence(conv())).eval())
+    expected = traced(images())
+    assert torch.equal(pickle.loads(pickle.dumps(traced))(images()), expected)
 
 
 @torch.no_grad()
@@ -873,7 +888,7 @@ def test_replicas_of_data_parallel_stay_compiled_and_use_their_own_parameters(mo
         assert torch.equal(one(x), expected)
         assert not torch.equal(other(x), expected)
         assert used(other, x) == {("conv_bn_relu", "torch"): 1, ("avg_pool_linear", "torch"): 1}
-    (program,) = (p for p in model._programs.values() if isinstance(p, compiled.Program))
+    (program,) = (p for p in model._triton_programs.values() if isinstance(p, compiled.Program))
     assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(program.code)) == 1
 
 
@@ -964,10 +979,10 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     model.load_state_dict({n: t.clone(memory_format=torch.contiguous_format) for n, t in state.items()}, assign=True)
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert all(w.is_contiguous() for w in weights) is not (moves or name in ("parts of one tensor", "ties"))
-    assert model._programs["made"] == 1
+    assert model._triton_programs["made"] == 1
     revert(model)
     assert all(w.is_contiguous() for w in weights)
-    assert "_moved" not in vars(model)
+    assert "_triton_moved" not in vars(model)
 
 
 class Times(nn.Module):
@@ -1028,6 +1043,15 @@ def test_a_list_that_is_called():
     expected = model(x)
     assert all(map(torch.equal, optimize(model)(x), expected))
     assert used(model, x) == {("conv_bn_relu", "torch"): 2}
+
+
+@torch.no_grad()
+def test_a_model_whose_first_call_makes_its_parameters():
+    model = revert(optimize(nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.AdaptiveAvgPool2d(1)).eval()))
+    y = optimize(model)(images())
+    with disabled(model):
+        torch.testing.assert_close(y, model(images()))
+    assert used(model, images()) == {(CBR, "torch"): 1, ("global_avg_pool", "torch"): 1}
 
 
 def test_what_cannot_be_compiled_is_refused():
