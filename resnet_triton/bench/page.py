@@ -14,7 +14,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 
 from ..support.terminal import printable
-from .report import Roof, Table, Task, case, digits, headlines, no_ratio_reason, roof, tables, views
+from .report import Table, Task, case, headlines, no_ratio_reason, tables, views
 from .results import Results, best, speedup
 
 _CSS = """
@@ -37,8 +37,8 @@ _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "font.size": 9,
 }
-_OURS, _OTHER, _LOSS = "#d55e00", "#0072b2", "#999999"
-_OTHERS = (_OTHER, "#009e73", "#cc79a7", "#56b4e9", "black")
+_OURS, _LOSS = "#d55e00", "#999999"
+_OTHERS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "black")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -92,13 +92,6 @@ def charts(results: Results) -> Iterator[tuple[str, Figure]]:
             some = [task for task in tasks if task[0].batch == batch]
             names = [str(task[0].layer) for task in some]
             yield printable(f"Speed-up of each layer at batch {batch}. {view}"), speedups(some, names)
-            yield printable(f"Roofline at batch {batch}. {view}"), roofline(some, roof(results, view.dtype))
-
-
-def _figure(height: float) -> tuple[Figure, Any]:
-    """An empty figure. Nothing goes through pyplot, so no state is shared."""
-    figure = Figure(figsize=(8, height), layout="constrained")
-    return figure, figure.add_subplot()
 
 
 def _name(text: str, most: int = 60) -> str:
@@ -109,7 +102,8 @@ def _name(text: str, most: int = 60) -> str:
 def speedups(tasks: Sequence[Task], names: Sequence[str]) -> Figure:
     """A bar for each task, grey where ours is slower; where nothing can be claimed, the reason instead."""
     ratios = [speedup(task) for task in tasks]
-    figure, axes = _figure(1 + 0.25 * len(tasks))
+    figure = Figure(figsize=(8, 1 + 0.25 * len(tasks)), layout="constrained")  # pyplot would share its state
+    axes = figure.add_subplot()
     colours = [_OURS if ratio is not None and ratio >= 1 else _LOSS for ratio in ratios]
     bars = axes.barh(range(len(tasks)), [ratio or 0 for ratio in ratios], color=colours)
     notes = []
@@ -150,32 +144,4 @@ def curves(tasks: Sequence[Task]) -> Figure:
         axes.minorticks_off()
     if names:
         figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-def roofline(tasks: Sequence[Task], limits: Roof) -> Figure:
-    """Every layer with FLOPs, ours and the best alternative, under what plain code reached on the same device."""
-    figure, axes = _figure(5)
-    xs: list[float] = []
-    for ours, colour, marker, label in ((False, _OTHER, "s", "best alternative"), (True, _OURS, "o", "ours")):
-        points = []
-        for task in tasks:
-            row = best(task, ours=ours)
-            if row is not None and row.flops and row.bytes and row.p50_s and no_ratio_reason(task) != "ours is WRONG":
-                points.append((row.flops / row.bytes, row.flops / row.p50_s / 1e9, row.layer))
-        xs += [x for x, *_ in points]
-        axes.scatter([x for x, *_ in points], [y for _, y, _ in points], color=colour, marker=marker, label=label, s=16)
-        for x, y, layer in points if ours else ():
-            axes.annotate(_name(str(layer)), (x, y), (3, 3), textcoords="offset points", fontsize=6)
-    axes.set(xscale="log", yscale="log", ylabel="performance (GFLOP/s)",
-             xlabel="arithmetic intensity (FLOP per byte of least traffic)")  # fmt: skip
-    if limits.flops_per_s:
-        rate = limits.flops_per_s / 1e9
-        axes.axhline(rate, color="black", label=f"matmul {digits(rate)} GFLOP/s")
-    if limits.bytes_per_s and xs:
-        rate, x = limits.bytes_per_s / 1e9, min(xs)
-        axes.axline((x, x * rate), (2 * x, 2 * x * rate), color="black", ls="--", label=f"copy {digits(rate)} GB/s")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    figure.legend(loc="outside lower center", ncols=4)
     return figure

@@ -1,20 +1,17 @@
-"""Results for people: in a terminal, as Markdown and as CSV; `page.py` makes charts of them.
+"""Results for people: in a terminal and as Markdown; `page.py` makes charts of them.
 
 Everything here is a function of `Results`; nothing is measured.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..support import terminal
-from .results import FIELDS, Measurement, Results, best, geometric_mean, speedup
+from .results import Measurement, Results, best, geometric_mean, speedup
 
 Task = list[Measurement]
 """All alternatives for one thing to do."""
@@ -264,25 +261,3 @@ def as_markdown(results: Results) -> str:
 def _markdown(text: str) -> str:
     """`text`, meaning itself: no markup, no HTML, no end of a cell. An underscore within a word is none."""
     return re.sub(r"[\\`*\[\]|~<>&$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
-
-
-def as_csv(results: Results) -> str:
-    """One line a row, without its samples; the environment's fields are columns of their own."""
-    names = [name for name in FIELDS if name not in ("samples_s", "environment")]
-    places = list(dict.fromkeys(name for row in results.rows for name in row.environment))
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*names, *places])
-    for row in results.rows:
-        cells = [*(getattr(row, name) for name in names), *(row.environment.get(name) for name in places)]
-        writer.writerow([_plain(cell) for cell in cells])
-    return file.getvalue()
-
-
-def _plain(cell: Any) -> Any:
-    """A configuration as JSON; text that a spreadsheet would run as a formula behind an apostrophe."""
-    if isinstance(cell, dict):
-        cell = json.dumps(cell)
-    if not isinstance(cell, str):
-        return cell
-    return terminal.printable(f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell)

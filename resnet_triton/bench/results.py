@@ -12,7 +12,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +253,3 @@ def _validator() -> Any:
     import jsonschema
 
     return jsonschema.Draft202012Validator(json.loads(Path(__file__).with_name("schema.json").read_text("utf-8")))
-
-
-FIELDS = tuple(f.name for f in fields(Measurement))

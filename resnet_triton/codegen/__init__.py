@@ -6,7 +6,7 @@ whether registers spill, whether shared memory fits, whether ptxas serialised th
 whether memory is ordered on every path, whether NaN and IEEE rounding survive, and how many programs a multiprocessor
 holds.
 
-    targets -> compiler -> roofline -> rows -> budget -> report
+    targets -> compiler, occupancy -> rows -> report -> budget
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def _bench(args: argparse.Namespace) -> int:
     if unwritten:  # what was measured has just been shown
         raise unwritten[0]
     if found.timed:
-        print(f"Written: {args.out}/results.html and, as data, .json, .csv and .md", file=sys.stderr)
+        print(f"Written: {args.out}/results.html, .md and, as data, .json", file=sys.stderr)
     return fail(command.faults(found))
 
 
@@ -436,7 +436,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     b.add_argument(
         "--out", type=Path, default=Path("resnet-triton-bench"), metavar="DIR",
-        help="folder for results.json, .md, .csv and .html (default: %(default)s)",
+        help="folder for results.json, .md and .html (default: %(default)s)",
     )  # fmt: skip
     device(b)
 

@@ -15,7 +15,7 @@ from resnet_triton.tools import cli
 pytest.importorskip("matplotlib")
 BENCH = ["bench", "--device", "cpu", "--image", "32", "--batches", "1", "--budget", "200", "--out"]
 TINY = Spec(image=32, tiny=True)
-FILES = ["results.csv", "results.html", "results.json", "results.md"]
+FILES = ["results.html", "results.json", "results.md"]
 
 
 @pytest.fixture

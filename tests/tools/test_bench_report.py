@@ -1,8 +1,6 @@
 """Tables, charts and the page of made-up results, against values worked out by hand."""
 
 import base64
-import csv
-import io
 import math
 import re
 import subprocess
@@ -162,19 +160,6 @@ def test_markdown_keeps_its_columns_whatever_the_names():
     assert "resnet_triton" in text, "an underscore within a word needs no backslash"
 
 
-def test_csv_has_a_line_for_each_row_and_a_column_for_each_fact():
-    results = wrong()
-    results.rows.append(row("=HYPERLINK(1)", config={"BLOCK_M": 64}))
-    read = list(csv.DictReader(io.StringIO(report.as_csv(results))))
-    assert len(read) == len(results.rows)
-    assert "samples_s" not in read[0]
-    assert (read[0]["p50_s"], read[0]["device"], read[0]["commit"]) == ("0.002", CPU["device"], CPU["commit"])
-    assert (read[2]["correct"], read[2]["error_after"]) == ("False", "0.25")
-    assert NAME in {line["alternative"] for line in read}
-    assert read[-1]["alternative"] == "'=HYPERLINK(1)"
-    assert read[-1]["config"] == '{"BLOCK_M": 64}'
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -204,17 +189,6 @@ def test_curves_show_the_medians_and_break_where_there_is_none():
     ours = latency.lines[0].get_ydata()
     assert [math.isnan(y) for y in ours] == [False, True, True, False, False, False]
     assert [y for y in latency.lines[1].get_ydata() if y == y] == pytest.approx([3, 9, 12])
-
-
-def test_occupancy_has_every_layer_and_both_ceilings():
-    tasks = only(report.views(gpu(), "kernel"))
-    axes = page.roofline(tasks, report.roof(gpu(), "float16")).axes[0]
-    work = [task for task in tasks if task[0].flops]
-    for points, which in zip(axes.collections, (1, 0), strict=True):
-        expected = [(task[0].flops / task[0].bytes, task[0].flops / task[which].p50_s / 1e9) for task in work]
-        assert points.get_offsets().tolist() == [pytest.approx(point) for point in expected]
-    assert [text.get_text() for text in axes.texts] == ["conv1", "layer1.0.conv1"]
-    assert [line.get_label() for line in axes.lines] == ["matmul 790,000 GFLOP/s", "copy 4,100 GB/s"]
 
 
 class Reader(HTMLParser):
@@ -278,7 +252,7 @@ def test_names_in_any_script_need_no_font_here():
 
 def test_files_are_written_and_read_back(tmp_path):
     output.write(gpu(), tmp_path / "new")
-    names = ["results.csv", "results.html", "results.json", "results.md"]
+    names = ["results.html", "results.json", "results.md"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     assert load(tmp_path / "new") == gpu()
 
