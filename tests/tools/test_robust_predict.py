@@ -73,8 +73,8 @@ def frames(kind: str, **options: Any) -> bytes:
     return saved(grey("RGB", GREY), kind, save_all=True, append_images=[grey("RGB", (0, 0, 0))], duration=50, **options)
 
 
-BOMB = png(60_000, 60_000, bytes(60_001 * 600))
-TEXT_BOMB = png(4, 3, bytes(5 * 3), chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200 << 20), 9)))
+BOMB = png(60_000, 60_000, bytes(60_001))
+TEXT_BOMB = png(4, 3, bytes(5 * 3), chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2 << 20))))
 
 HOSTILE = {
     "bomb.png": (BOMB, "pixels; scale it down first"),
