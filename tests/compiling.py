@@ -1,23 +1,69 @@
-"""Scripts that compile kernels: in processes of their own, for what is interpreted here cannot be compiled."""
+"""Scripts that compile kernels: in processes of their own, for what is interpreted here cannot be compiled.
+
+They are forks of one process, which has imported what nearly all of them need: that takes three seconds.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from resnet_triton.codegen import CompiledLaunch
 from resnet_triton.machine_code import Code
 
+SERVER = """
+import json, os, sys
+import torch._dynamo
+import resnet_triton.codegen
+for line in sys.stdin:
+    script, sys.argv[1:], environ, outputs = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+for number, path in enumerate(outputs, start=1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+os.environ.clear()
+os.environ.update(environ)
+exec(script)
+"""
+
+
+@functools.cache
+def server() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], env=_environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(process.communicate)  # it ends at the end of its input
+    return process
+
 
 def run(script: str, *arguments: str) -> str:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script, *arguments], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+    """What a script prints, without TRITON_INTERPRET."""
+    process = server()
+    assert process.stdin
+    assert process.stdout
+    with TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("out", "err")]
+        print(json.dumps([script, arguments, _environ(), [*map(str, outputs)]]), file=process.stdin, flush=True)
+        code = process.stdout.readline()
+        out, err = (path.read_text() for path in outputs)
+    assert code == "0\n", out[-2000:] + err[-2000:]
+    return out
+
+
+def _environ() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def oldest() -> Path:
