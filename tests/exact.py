@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import pytest
 import shadow
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,17 @@ Layout = Callable[[Tensor], Tensor]
 def dtype_id(dtype: torch.dtype) -> str:
     """A dtype as a test's id: torch.float16 -> "float16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def in_turn(*axes: Any, dtypes: Sequence[torch.dtype] = DTYPES, slow: Any = None) -> list[Any]:
+    """Every combination, each with one of the dtypes: which values are tried does not depend on it, nor on an axis."""
+    cases = []
+    for places in itertools.product(*map(range, map(len, axes))):
+        values = [list(axis)[i] for axis, i in zip(axes, places, strict=True)]
+        dtype = dtypes[sum(places) % len(dtypes)]
+        name = "-".join(map(str, (*values, dtype_id(dtype))))
+        cases.append(pytest.param(*values, dtype, id=name, marks=pytest.mark.slow if slow in values else ()))
+    return cases
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from exact import (
     conv_reference,
     dtype_id,
     generator,
+    in_turn,
     integers,
     offset_by_one,
     rounded,
@@ -207,9 +208,7 @@ EPILOGUES: dict[str, dict[str, Any]] = {
 }
 
 
-@ALL_DTYPES
-@pytest.mark.parametrize("path", ["pointer", "descriptor, one row"])
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize(("epilogue", "path", "dtype"), in_turn(EPILOGUES, ["pointer", "descriptor, one row"]))
 def test_conv_epilogue(device: torch.device, path: str, epilogue: str, dtype: torch.dtype) -> None:
     options = EPILOGUES[epilogue]
     geometry = {name: options[name] for name in ("residual", "shortcut_c", "shortcut_stride") if name in options}
@@ -275,29 +274,26 @@ def test_random_cases_are_diverse() -> None:
 # --- the other kernels -----------------------------------------------------------------------------------------------
 
 
-@ALL_DTYPES
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("shape", "size", "stride", "padding"),
-    [
-        pytest.param((2, 64, 13, 15), (3, 3), (2, 2), (1, 1), id="ResNet"),
-        pytest.param((3, 5, 7, 4), (2, 3), (1, 2), (0, 1), id="not square"),
-        pytest.param((1, 65, 5, 5), (5, 5), (5, 5), (0, 0), id="whole image"),
-        pytest.param((2, 1, 1, 3), (1, 1), (3, 1), (0, 0), id="1x1"),
-    ],
-)
-def test_max_pool(
-    device: torch.device, shape: Any, size: Any, stride: Any, padding: Any, layout: str, dtype: torch.dtype
-) -> None:
+POOLS: dict[str, Any] = {
+    "ResNet": ((2, 64, 13, 15), (3, 3), (2, 2), (1, 1)),
+    "not square": ((3, 5, 7, 4), (2, 3), (1, 2), (0, 1)),
+    "whole image": ((1, 65, 5, 5), (5, 5), (5, 5), (0, 0)),
+    "1x1": ((2, 1, 1, 3), (1, 1), (3, 1), (0, 0)),
+}
+
+
+@pytest.mark.parametrize(("pool", "layout", "dtype"), in_turn(POOLS, LAYOUTS))
+def test_max_pool(device: torch.device, pool: str, layout: str, dtype: torch.dtype) -> None:
+    shape, size, stride, padding = POOLS[pool]
     x = torch.randn(shape, generator=generator(device, 0), device=device) - 2  # a padding of zeros would win
     x = LAYOUTS[layout](x.to(dtype))
     expected = F.max_pool2d(x.double(), size, stride, padding).to(dtype)
     assert_exact(run(ops.MaxPool2d(x, size, stride, padding)), expected)
 
 
-@ALL_DTYPES
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 512, 7, 7), (3, 65, 9, 11), (1, 3, 1, 1), (5, 40, 2, 41)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype"), in_turn([(2, 512, 7, 7), (3, 65, 9, 11), (1, 3, 1, 1), (5, 40, 2, 41)], LAYOUTS)
+)
 def test_global_avg_pool(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
     g = generator(device, 0)
     n, c, h, w = shape
@@ -307,9 +303,7 @@ def test_global_avg_pool(device: torch.device, shape: Any, layout: str, dtype: t
     assert_exact(run(ops.GlobalAvgPool(x)), rounded(x.double().mean((2, 3), keepdim=True), dtype))
 
 
-@ALL_DTYPES
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 65, 3, 7), (1, 1, 1, 1), (2, 64, 4, 2)], ids=str)
+@pytest.mark.parametrize(("shape", "layout", "dtype"), in_turn([(2, 65, 3, 7), (1, 1, 1, 1), (2, 64, 4, 2)], LAYOUTS))
 def test_add_relu(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
     g = generator(device, 0)
     x, other = integers(g, 9, *shape, dtype=dtype), LAYOUTS[layout](integers(g, 9, *shape, dtype=dtype))
@@ -341,9 +335,9 @@ def test_linear_layouts(device: torch.device, dtype: torch.dtype) -> None:
 # --- the operators as they are called --------------------------------------------------------------------------------
 
 
-@ALL_DTYPES
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 512, 7, 7, 50), (16, 40, 3, 2, 1), (1, 300, 9, 8, 17)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype"), in_turn([(2, 512, 7, 7, 50), (16, 40, 3, 2, 1), (1, 300, 9, 8, 17)], LAYOUTS)
+)
 def test_avg_pool_linear(device: torch.device, shape: Any, layout: str, dtype: torch.dtype) -> None:
     """Every pixel of a channel the same: means are whole, and so are the products."""
     *size, k = shape
@@ -377,9 +371,7 @@ def test_many_images_take_two_launches(device: torch.device) -> None:
     assert_exact(run(call), rounded(x.double().mean((2, 3)) @ weight.double().T, x.dtype))
 
 
-@ALL_DTYPES
-@pytest.mark.parametrize("extra", ["residual", "shortcut"])
-@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 12)], ids=str)
+@pytest.mark.parametrize(("size", "extra", "dtype"), in_turn([(8, 8), (6, 10), (7, 12)], ["residual", "shortcut"]))
 def test_one_image_at_stride_2(device: torch.device, size: tuple[int, int], extra: str, dtype: torch.dtype) -> None:
     """Boxes of several rows where rows and columns are split by parity; an odd number of rows has no such view."""
     shape = ConvShape(
@@ -420,7 +412,7 @@ def _every_box(device: torch.device, shape: ConvShape, short_size: tuple[int, in
     call = conv_call(generator(device, shape.n), shape, short_size=short_size)
     expected = rounded(conv_reference(call), torch.float16)
     assert call.shape == shape
-    forms = [ConvConfig(16, 16, 16, 4, 2, box, swap=swap) for box in BOXES for swap in (False, True)]
+    forms = [ConvConfig(16, 16, 16, 4, 2, box, swap=(i + shape.h) % 2 == 0) for i, box in enumerate(BOXES)]  # in turns
     legal = [c for c in forms if is_legal(c, shape, KNOWN[90])]
     assert bool(legal) == supports_descriptors(shape)
     for chosen in legal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -17,6 +16,7 @@ from exact import (
     assert_exact,
     dtype_id,
     generator,
+    in_turn,
     integers,
     run,
     stem_call,
@@ -46,16 +46,9 @@ SIZES = [
 ]  # fmt: skip
 
 
-def in_turn(*axes: Any, slow: Any = None) -> list[Any]:
-    """Every combination, in one of the halves or the other: which values are tried does not depend on the dtype."""
-    cases = []
-    for values, dtype in zip(itertools.product(*axes), itertools.cycle(DTYPES[1:]), strict=False):
-        name = "-".join(map(str, (*values, dtype_id(dtype))))
-        cases.append(pytest.param(*values, dtype, id=name, marks=pytest.mark.slow if slow in values else ()))
-    return cases
-
-
-@pytest.mark.parametrize(("size", "strip", "block_q", "dtype"), in_turn(SIZES, (1, 3, 100), (16, 32, 128), slow=32))
+@pytest.mark.parametrize(
+    ("size", "strip", "block_q", "dtype"), in_turn(SIZES, (1, 3, 100), (16, 32, 128), dtypes=DTYPES[1:], slow=32)
+)
 def test_stem(device, size, strip, block_q, dtype):
     call = stem_call(generator(device, 0), *size, dtype)
     with tiled(block_q, strip):
@@ -92,7 +85,7 @@ def test_stem_of_resnet18_at_the_chosen_tiles(device, batch):
         assert_exact(run(call, kernel="stem_kernel"), stem_reference(call))
 
 
-@pytest.mark.parametrize(("layout", "dtype"), in_turn(LAYOUTS))
+@pytest.mark.parametrize(("layout", "dtype"), in_turn(LAYOUTS, dtypes=DTYPES[1:]))
 def test_stem_reads_any_layout(device, layout, dtype):
     call = stem_call(generator(device, 2), 2, 3, 13, 15, 16, dtype)
     call = replace(call, x=LAYOUTS[layout](call.x), weight=LAYOUTS[layout](call.weight))
