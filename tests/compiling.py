@@ -40,17 +40,19 @@ exec(script)
 
 
 @functools.cache
-def server() -> subprocess.Popen[str]:
+def server(folder: str, path: str | None) -> subprocess.Popen[str]:
+    """Both say which package and which Triton it imports: those of `folder` come before those of `path`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=_environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", SERVER], cwd=folder, env=_environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
     atexit.register(process.communicate)  # it ends at the end of its input
     return process
 
 
 def run(script: str, *arguments: str) -> str:
     """What a script prints, without TRITON_INTERPRET."""
-    process = server()
+    process = server(os.getcwd(), os.environ.get("PYTHONPATH"))
     assert process.stdin
     assert process.stdout
     with TemporaryDirectory() as folder:

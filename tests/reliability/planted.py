@@ -143,7 +143,7 @@ FAULTS = [
           EXACT + "test_max_pool", "stores outside y_ptr"),
     Fault("a result into the residual", *POINTER, "tl.store(y_ptr + ..., ..., mask=...)",
           "tl.store(res_ptr + ..., ..., mask=...)",
-          EXACT + "test_conv_epilogue[residual-pointer-float32]", r"stores res_ptr\[0, 0, 0, 0\], an input"),
+          EXACT + "test_conv_epilogue[residual-pointer-bfloat16]", r"stores res_ptr\[0, 0, 0, 0\], an input"),
     Fault("a channel tail that reads the next tap", *POINTER,
           "tl.load((w_filter + tap * C)[None, :] + offs_c[:, None], mask=mask_c[:, None] & ..., other=0.0)",
           "tl.load((w_filter + tap * C)[None, :] + offs_c[:, None],"
@@ -155,7 +155,7 @@ FAULTS = [
     Fault("a tail of taps that reads the next filter", *POINTER, "offs_c < R * S * C", "offs_c >= 0",
           EXACT + "test_windows_read_no_neighbours", "loads outside w_ptr"),
     Fault("a tail of channels that reads the next class", *HEAD, "(offs_c < C)[None, :]", "(offs_c >= 0)[None, :]",
-          EXACT + "test_avg_pool_linear[(16, 40, 3, 2, 1)-contiguous-float32]", "loads outside w_ptr"),
+          EXACT + "test_avg_pool_linear[(16, 40, 3, 2, 1)-contiguous-float16]", "loads outside w_ptr"),
     # What is round the kernels.
     Fault("a configuration that exceeds shared memory", CONFIG, "is_legal",
           "shared_memory(..., ...) <= device.shared_memory", "True",
