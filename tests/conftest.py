@@ -27,8 +27,10 @@ def shadow_memory() -> Iterator[None]:
     if HAS_GPU:
         yield
         return
+    import interned
     import shadow
 
+    interned.install()
     with shadow.everywhere():
         yield
 
