@@ -272,9 +272,9 @@ def _output(command: list[str], run: Run, **environ: str) -> tuple[int | None, s
     with subprocess.Popen(command, env={**os.environ, **environ}, **how) as process:
         try:
             output, _ = process.communicate(timeout=max(run.left() - 3, 1))
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as late:  # its children may keep the pipe open: they end with this process
             process.kill()
-            return None, process.communicate()[0]
+            return None, (late.output or b"").decode(errors="replace")
     return process.returncode, output
 
 

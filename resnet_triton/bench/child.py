@@ -33,9 +33,9 @@ class Child:
     def end(self) -> None:
         """End the process and all it has started."""
         if self.process.pid is not None:
-            for kill in (os.kill, os.killpg):  # it leads a group once it runs
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    kill(self.process.pid, signal.SIGKILL)
+            self.process.kill()  # not by its number, which is another's once it has been waited for
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group once it runs
         self.process.join()
 
     def last_words(self) -> str:

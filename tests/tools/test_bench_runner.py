@@ -186,6 +186,13 @@ def test_tools_are_read(tmp_path, monkeypatch):
         list(step())
 
 
+def test_a_tool_out_of_time_is_not_waited_for_with_its_children(tmp_path):
+    start = time.monotonic()
+    late = Run(torch.device("cuda"), tmp_path, Results(), start, print)
+    assert gpu_phases._output(["sh", "-c", "echo begun; sleep 20 & wait"], late) == (None, "begun\n")
+    assert time.monotonic() - start < 15
+
+
 @pytest.mark.parametrize(("code", "failure"), [(1, "exit code 1; tests/a.py::b - wrong"), (None, "no time to finish")])
 def test_tests_are_counted(tmp_path, monkeypatch, code, failure):
     text = "a PASSED\nb FAILED\n" + "=== short test summary info\nFAILED tests/a.py::b - wrong\n" * (code is not None)
