@@ -6,7 +6,6 @@ import functools
 import json
 import re
 import threading
-import timeit
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from exact import conv_call, generator
 
 from resnet_triton import resnet18, resnet50
 from resnet_triton.config import (
@@ -644,11 +644,21 @@ def test_threads_see_only_what_they_have_pinned_and_overridden() -> None:
         assert [*pool.map(inside, *zip(*given, strict=True))] == given
 
 
-def test_a_lookup_is_cheap(folder: Path) -> None:
-    """Every launch asks. 0.7 us were measured; the bound allows for a busy machine, and for no table being read."""
-    tabled(folder, (AT_128, WIDE))
-    lookup(SHAPE, GPU)
-    assert min(timeit.repeat(lambda: lookup(SHAPE, GPU), number=1000, repeat=20)) < 1000 * 5e-6
+def test_launches_alike_look_up_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weighing what may be chosen takes milliseconds. A table that is written is asked again."""
+    asked = []
+
+    def counted(shape: ConvShape, *arguments: Any, **options: Any) -> ConvConfig:
+        asked.append(shape)
+        return lookup(shape, *arguments, **options)
+
+    monkeypatch.setattr("resnet_triton.config.lookup", counted)
+    call = conv_call(generator(torch.device("cpu"), 0), ConvShape(1, 16, 4, 4, 16, 1, 1))
+    for forgotten in (False, True):
+        call.launches(call.output())
+        call.launches(call.output())
+        assert asked == [call.shape] * (1 + forgotten)
+        choice.forget()
 
 
 # --- what was measured -----------------------------------------------------------------------------------------------
