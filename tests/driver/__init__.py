@@ -1,8 +1,9 @@
 """A stand-in for NVIDIA's driver library: what a launch hands to the driver, without a GPU.
 
 Triton's own launcher runs, compiled as it is for a GPU; only the library below it is another (`libcuda.c`). It refuses
-what the driver's documentation refuses (`cuda.h`, beside `cuTensorMapEncodeTiled`), and tells what arrives. A process
-that has it has it for good, and must not interpret kernels.
+what the driver's documentation refuses (`cuda.h`, beside `cuTensorMapEncodeTiled`), and tells what arrives. It lets
+strides come in any order, though: the documentation's formula has them grow, those of boxes of images do not, and an
+H200's driver took these. A process that has it has it for good, and must not interpret kernels.
 """
 
 from __future__ import annotations
