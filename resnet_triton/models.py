@@ -272,6 +272,8 @@ class ResNet(_Modal, Graphed):
     def _floats(self, x: Any) -> Any:
         if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8:
             if self.normalize is None:
+                if not plain(self.conv1, nn.Conv2d):  # a hook, or somebody's own layer, may take bytes
+                    return x
                 raise TypeError("x has dtype torch.uint8, expected a floating one; set model.normalize to pass bytes")
             check_pixels(*self.normalize, x.shape[1])
             return reference.normalize(x, *self.normalize).to(self.conv1.weight.dtype)

@@ -669,6 +669,30 @@ def test_disabled_with_bytes_and_modes():
     close(model(pixels), expected)
 
 
+class OfBytes(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() / 255)
+
+
+def takes_bytes_by_a_hook(model: Any) -> None:
+    model.conv1.register_forward_pre_hook(lambda conv, args: (args[0].float() / 255,))
+
+
+def takes_bytes_by_a_layer(model: Any) -> None:
+    model.conv1.__class__ = OfBytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [takes_bytes_by_a_hook, takes_bytes_by_a_layer])
+def test_who_takes_bytes_by_a_hook_or_a_layer_still_does(change):
+    pixels, model = (image() * 50 + 120).clamp(0, 255).byte(), small()
+    change(model)
+    expected = model(pixels)
+    close(optimize(model)(pixels), expected)
+    with disabled(model):
+        close(model(pixels), expected)
+
+
 @torch.no_grad()
 def test_disabled_reaches_compiled_code():
     torch._dynamo.reset()
