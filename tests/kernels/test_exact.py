@@ -412,8 +412,9 @@ def _every_box(device: torch.device, shape: ConvShape, short_size: tuple[int, in
     call = conv_call(generator(device, shape.n), shape, short_size=short_size)
     expected = rounded(conv_reference(call), torch.float16)
     assert call.shape == shape
-    forms = [ConvConfig(16, 16, 16, 4, 2, box, swap=(i + shape.h) % 2 == 0) for i, box in enumerate(BOXES)]  # in turns
-    legal = [c for c in forms if is_legal(c, shape, KNOWN[90])]
+    forms = [[ConvConfig(16, 16, 16, 4, 2, box, swap=swap) for swap in (False, True)] for box in BOXES]
+    both = [[c for c in pair if is_legal(c, shape, KNOWN[90])] for pair in forms]
+    legal = [pair[(i + shape.h) % len(pair)] for i, pair in enumerate(both) if pair]  # in turns where both are legal
     assert bool(legal) == supports_descriptors(shape)
     for chosen in legal:
         assert_exact(run_conv(call, chosen), expected, (chosen.box, chosen.swap))
