@@ -9,6 +9,7 @@ import atexit
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,9 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     sys.exit()
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 for number, path in enumerate(outputs, start=1):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.dup2(os.open(path, os.O_WRONLY), number)
 os.environ.clear()
 os.environ.update(environ)
 exec(script)
@@ -44,7 +46,7 @@ def server(folder: str, path: str | None) -> subprocess.Popen[str]:
     """Both say which package and which Triton it imports: those of `folder` come before those of `path`."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER], cwd=folder, env=_environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True,
+        text=True, start_new_session=True,
     )  # fmt: skip
     atexit.register(process.communicate)  # it ends at the end of its input
     return process
@@ -57,10 +59,18 @@ def run(script: str, *arguments: str) -> str:
     assert process.stdout
     with TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("out", "err")]
-        print(json.dumps([script, arguments, _environ(), [*map(str, outputs)]]), file=process.stdin, flush=True)
-        code = process.stdout.readline()
+        for path in outputs:
+            path.touch()
+        code = ""
+        try:
+            print(json.dumps([script, arguments, _environ(), [*map(str, outputs)]]), file=process.stdin, flush=True)
+            code = process.stdout.readline()
+        finally:
+            if not code:  # it has ended, or the wait was interrupted: its next answer would be about this script
+                server.cache_clear()
+                os.killpg(process.pid, signal.SIGKILL)
         out, err = (path.read_text() for path in outputs)
-    assert code == "0\n", out[-2000:] + err[-2000:]
+    assert code == "0\n", f"exit code {code.strip() or 'unknown'}: {out[-2000:]}{err[-2000:]}"
     return out
 
 
