@@ -6,9 +6,11 @@ each value anew. Nothing here has a part in the values themselves.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 
+@functools.cache  # `make mutate` sets a session's fixtures up again for each test
 def install() -> None:
     """For all kernels of this process."""
     import triton.language as tl
@@ -39,7 +41,7 @@ def install() -> None:
     def tensor(self: Any, handle: Any, type: Any) -> None:
         if type.name not in tensors:
             of_tensor(self, handle, type)
-            tensors[type.name] = dict(vars(self))
+            tensors[type.name] = {**vars(self), "handle": None}
         vars(self).update(tensors[type.name], handle=handle, type=type, dtype=type.scalar)
 
     interpreter._get_np_dtype = numpy_type
