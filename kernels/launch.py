@@ -85,7 +85,8 @@ def on(base: Any, like: Any) -> Any:
 
 def rounding(desc: Any, factor: bool) -> Any:
     """`desc`, which as a product's `factor` rounds fp32 to TF32 while it loads: wgmma would cut it."""
-    desc.round_f32_to_tf32 = factor and desc.base.dtype.itemsize == 4  # Triton 3.6.0 does not look at it
+    if hasattr(desc, "round_f32_to_tf32"):  # Triton 3.6.0 cannot do that
+        desc.round_f32_to_tf32 = factor and desc.base.dtype.itemsize == 4
     return desc
 
 

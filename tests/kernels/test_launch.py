@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from resnet_triton.kernels.add_relu import add_relu
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
-from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2
+from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2, rounding
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.stem import pack, packed_shape, stem
@@ -122,6 +123,16 @@ def test_factors_in_boxes_are_rounded_to_tf32(precision: str) -> None:
              if name.endswith("_desc") and d is not None}  # fmt: skip
     factors = {"x_desc", "w_desc", "short_x_desc", "short_w_desc"}
     assert found == {name: precision == "tf32" and name in factors for name in (*factors, "y_desc", "res_desc")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("factor", [True, False])
+def test_what_is_rounded_to_tf32(dtype: torch.dtype, factor: bool) -> None:
+    desc = SimpleNamespace(base=torch.empty(0, dtype=dtype), round_f32_to_tf32=None)
+    assert rounding(desc, factor) is desc
+    assert desc.round_f32_to_tf32 is (factor and dtype == torch.float32)
+    older = SimpleNamespace(base=desc.base)  # Triton 3.6.0's
+    assert not hasattr(rounding(older, factor), "round_f32_to_tf32")
 
 
 def test_rounding_up() -> None:
