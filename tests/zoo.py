@@ -70,7 +70,7 @@ leaves one with a TorchScript module in it to Python. Faster R-CNN and most of t
 Limits:
 
 * Code that asks for strides of a convolution's result (`is_contiguous()`, `stride()`) gets those of channels_last. So
-  does who gets results of convolutions that torch.compile leaves to Python, as those beside a TorchScript module.
+  have results of convolutions that torch.compile leaves to Python, such as those beside a TorchScript module.
 * A moved filter leaves its memory, as with `.to()`: what was taken before the first call (`model.state_dict()`,
   `weight.data`) keeps the old one, so writing there changes the model no more. Write to the parameters.
 * Where moved filters turn out to show behind a graph break, the first call starts once more; what the model has counted

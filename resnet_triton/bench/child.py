@@ -33,7 +33,7 @@ class Child:
     def end(self) -> None:
         """End the process and all it has started."""
         if self.process.pid is not None:
-            self.process.kill()  # not by its number, which is another's once it has been waited for
+            self.process.kill()
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group once it runs
         self.process.join()
