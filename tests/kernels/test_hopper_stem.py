@@ -130,6 +130,8 @@ def test_layouts_that_it_reads():
     assert supports(pixels[:, :3].contiguous(), filters, None, None)
     assert supports(pixels[:, :3].contiguous(memory_format=torch.channels_last), filters, None, None)
     assert not supports(pixels[:, :3], filters, None, None), "a fourth channel lies between"
+    for c in (4, 5):
+        assert supports(torch.zeros(2, c, 8, 8), filters.new_zeros(64, c, 7, 7), None, None) == (c == 4), "four fit"
     for dtype in (torch.uint8, torch.float16, torch.float32):
         memory = torch.zeros(80, dtype=dtype)
         for first in range(8):
