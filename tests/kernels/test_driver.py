@@ -24,6 +24,7 @@ from simulator.memory import TensorMap
 from resnet_triton import codegen, models
 from resnet_triton.codegen.rows import DTYPES
 from resnet_triton.config.device import KNOWN
+from resnet_triton.kernels.launch import on
 from resnet_triton.ops.precision import fp32_precision
 from resnet_triton.ops.trace import trace
 
@@ -41,10 +42,7 @@ def on_memory(value):
     '''An argument with memory of its own, untouched.'''
     if isinstance(value, torch.Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    if hasattr(value, "base"):
-        fields, value = dict(vars(value), base=on_memory(value.base)), object.__new__(type(value))
-        vars(value).update(fields)
-    return value
+    return on(on_memory(value.base), value) if hasattr(value, "base") else value
 
 def expected(launch):
     '''The parameters, and the boxes that the simulator moves.'''
@@ -94,7 +92,7 @@ for batch, dtype in [case.split() for case in sys.argv[2:]]:
         for call in trace(models.resnet18().eval(), (int(batch), 3, 224, 224), torch_dtype):
             for launch in call.launches(KNOWN[90]):
                 launch = replace(launch, arguments={n: on_memory(v) for n, v in launch.arguments.items()})
-                launch = replace(launch, dependent=launch.specialised and batch == "1")  # of others it is no other code
+                launch = replace(launch, dependent=launch.specialised and batch == "1")  # an attribute, no other code
                 check(launch, launch.run)
                 kernels.add(launch.kernel.fn.__name__)
                 if launch.arguments.get("x_ptr") is not None:
