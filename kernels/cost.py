@@ -22,16 +22,16 @@ class Cost(NamedTuple):
 
 def conv_bn_relu(
     *, n: int, c: int, h: int, w: int, k: int, p: int, q: int, r: int, s: int, itemsize: int,
-    stride: tuple[int, int] = (1, 1), residual: bool = False, shortcut_c: int = 0,
+    stride: tuple[int, int] = (1, 1), groups: int = 1, residual: bool = False, shortcut_c: int = 0,
 ) -> Cost:  # fmt: skip
-    """Convolution of (n, c, h, w) by (k, c, r, s) to (n, k, p, q), with a residual or a 1x1 shortcut."""
+    """Convolution of (n, c, h, w) by (k, c / groups, r, s) to (n, k, p, q), with a residual or a 1x1 shortcut."""
     pixels = n * p * q
-    flops = 2 * pixels * k * (c * r * s + shortcut_c)
+    taps = c // groups * r * s + shortcut_c
+    flops = 2 * pixels * k * taps
     rows = p * r if r < stride[0] else h  # a filter narrower than its stride skips the rows in between
     columns = q * s if s < stride[1] else w
     read = n * c * rows * columns
-    weights = k * (c * r * s + shortcut_c)
-    elements = read + weights + pixels * k * (2 if residual else 1) + pixels * shortcut_c
+    elements = read + k * taps + pixels * k * (2 if residual else 1) + pixels * shortcut_c
     return Cost(flops, elements * itemsize)
 
 

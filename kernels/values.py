@@ -159,6 +159,14 @@ def taps_at_once(box: tuple[int, int, int], r: int, stride: int) -> int:
     return 3 if (box[0], r, stride) == (2, 3, 1) else 1
 
 
+def is_depthwise(c: int, weight: Size, groups: int) -> bool:
+    """Whether `conv_depthwise` takes filters `weight` (K, C / groups, R, S) for c channels: one for each channel.
+
+    A row of more columns would be loaded in more registers than there are.
+    """
+    return groups == c == weight[0] and weight[3] <= 7
+
+
 def is_flat(c: int) -> bool:
     """Whether the pointer path reduces over one (tap, channel) index: few channels, or rows too odd for wide loads."""
     return c < 16 or c % 8 != 0

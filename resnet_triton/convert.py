@@ -284,7 +284,7 @@ def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Repor
         said = f"{type(model).__name__} does not take {given}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"{said}; give all arguments of a call, or report a module in it") from error
     calls = [_explained(call, replaced) for call in found]
-    tiled = [call.device for call in calls if call.backend == "triton" and call.operator == "conv_bn_relu"]
+    tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
     untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
     return Report(calls, dict(dispatch.calls), graphs, replaced, untuned, limit)
 
@@ -324,8 +324,9 @@ def _detail(call: Call) -> str:
         if moved or call.backend != "triton"
         else "each call copies its filters, which are not in channels_last memory"
     )
-    if call.backend != "triton" or call.operator != "conv_bn_relu":
-        return ", ".join(filter(None, (call.reason, copied)))
+    if call.backend != "triton" or not call.tiled:
+        path = "depthwise path" if call.backend == "triton" and call.operator == "conv_bn_relu" else ""
+        return ", ".join(filter(None, (path, call.reason, copied)))
     here = specialised.facts(call.device)
     chosen = config.invariant(call.shape, here) if call.ours.modes.batch_invariant else config.lookup(call.shape, here)
     shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""

@@ -116,6 +116,25 @@ def conv_call(
     return ConvBnRelu(x, weight, norm, geometry, residual, shortcut, activation, KERNELS)
 
 
+def depthwise_call(
+    g: torch.Generator,
+    size: tuple[int, int, int, int],
+    filter: tuple[int, int],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    layout: Layout = channels_last,
+) -> ConvBnRelu:
+    """A depthwise convolution's call on exact data, of images of this size."""
+    c = size[1]
+    x, weight = (layout(integers(g, 3, *shape, dtype=dtype)) for shape in (size, (c, 1, *filter)))
+    call = ConvBnRelu(x, weight, batch_norm(g, c), geometry._replace(groups=c), modes=KERNELS)
+    if residual:
+        call.residual = layout(integers(g, 3, *call.output().shape, dtype=dtype))
+    return call
+
+
 def stem_call(
     g: torch.Generator, n: int, c: int, h: int, w: int, k: int, dtype: torch.dtype, affine: bool = True
 ) -> Stem:

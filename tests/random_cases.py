@@ -18,6 +18,7 @@ from exact import (
     assert_exact,
     conv_call,
     conv_reference,
+    depthwise_call,
     dtype_id,
     generator,
     integers,
@@ -37,7 +38,17 @@ from resnet_triton.config.conv import may_have_rows
 from resnet_triton.config.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.kernels.values import has_several_sides
-from resnet_triton.ops import NONE, RELU, AddRelu, AvgPoolLinear, ConvBnRelu, GlobalAvgPool, Linear, MaxPool2d
+from resnet_triton.ops import (
+    NONE,
+    RELU,
+    AddRelu,
+    AvgPoolLinear,
+    ConvBnRelu,
+    Geometry,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+)
 
 Check = Callable[[random.Random, torch.device, torch.dtype], None]
 
@@ -121,6 +132,18 @@ def check_conv(rng: random.Random, device: torch.device, dtype: torch.dtype) -> 
     assert_exact(run_conv(call, chosen), rounded(conv_reference(call), dtype), (call.shape, chosen))
 
 
+def check_depthwise(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
+    filter, stride = (rng.randint(1, 7), rng.randint(1, 7)), (rng.randint(1, 3), rng.randint(1, 3))
+    padding, dilation = (rng.randint(0, 3), rng.randint(0, 3)), (rng.choice([1, 1, 2]), rng.choice([1, 1, 2]))
+    h, w = (rng.randint(max(d * (s - 1) + 1 - 2 * p, 1), 20) for s, p, d in zip(filter, padding, dilation, strict=True))
+    size = rng.choice([1, 2, 5]), rng.choice([c for c in CHANNELS if c > 1]), h, w
+    call = depthwise_call(
+        _generator(rng, device), size, filter, Geometry(stride, padding, dilation), dtype,
+        residual=rng.random() < 0.5, layout=lambda t: _laid(rng, t),
+    )  # fmt: skip
+    assert_exact(run(call, kernel="conv_depthwise_kernel"), rounded(conv_reference(call), dtype), (size, call.geometry))
+
+
 def check_stem(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
     size = (rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 3, 4]), rng.randint(1, 24), rng.randint(1, 24))
     k, affine = rng.choice([8, 16, 24, 64, 70]), rng.random() < 0.8
@@ -176,7 +199,7 @@ def check_avg_pool_linear(rng: random.Random, device: torch.device, dtype: torch
 
 
 CHECKS: dict[str, Check] = {
-    "conv_bn_relu": check_conv, "stem": check_stem, "max_pool2d": check_max_pool,
+    "conv_bn_relu": check_conv, "depthwise": check_depthwise, "stem": check_stem, "max_pool2d": check_max_pool,
     "global_avg_pool": check_global_avg_pool, "add_relu": check_add_relu, "linear": check_linear,
     "avg_pool_linear": check_avg_pool_linear,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ..ops import NONE, RELU, Activation  # which registers torch.ops.resnet_triton
+from ..ops import NONE, RELU, Activation, is_depthwise  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
 from ..ops.stem import CONV, POOL
 from .layouts import base_of
@@ -196,7 +196,7 @@ class _Rewriter:
             return
         tail = min(mine, key=lambda t: (chains[t].is_shortcut(), t is a))  # of two, not the one that may ride along
         chain, other = chains.pop(tail), b if tail is a else a
-        if other in mine and chains[other].is_shortcut():
+        if other in mine and chains[other].is_shortcut() and chain.geometry[-1] == 1:
             chain.shortcut = chains.pop(other)
         else:
             chain.residual = other
@@ -339,10 +339,10 @@ def _reason(conv: Node) -> str | None:
         return f"a convolution in {len(_shape(conv)) - 2} dimensions"
     if transposed:
         return "transposed convolution"
-    if groups != 1:
-        return "grouped convolution"
     if not isinstance(_shape(conv)[1], int):
         return "a number of filters that may change"
+    if groups != 1 and not is_depthwise(_shape(x)[1], _shape(weight), groups):
+        return "grouped convolution"
     if not _dtype(x) == _dtype(weight) == _dtype(conv):
         return "mixed dtypes"
     return None if _dtype(x) in DTYPES else f"dtype {_dtype(x)}"

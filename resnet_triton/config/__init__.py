@@ -8,7 +8,15 @@ and device facts; nothing searches or times anything at call time.
 from ..kernels.values import ConvConfig
 from .choice import lookup, pinned, state, untuned
 from .conv import ConvShape, is_legal, supports_descriptors, tiles
-from .heuristic import StemConfig, conv_heuristic, head_classes, hopper_strip, linear_heuristic, stem_heuristic
+from .heuristic import (
+    StemConfig,
+    conv_heuristic,
+    depthwise_tile,
+    head_classes,
+    hopper_strip,
+    linear_heuristic,
+    stem_heuristic,
+)
 from .invariant import invariant, invariant_stem
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "ConvShape",
     "StemConfig",
     "conv_heuristic",
+    "depthwise_tile",
     "head_classes",
     "hopper_strip",
     "invariant",

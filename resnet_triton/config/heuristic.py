@@ -151,6 +151,21 @@ def head_classes(n: int, k: int, device: DeviceFacts) -> int:
     return 8 if share <= 8 else 16 if share <= 16 else 64  # 32 would spill
 
 
+@functools.lru_cache(maxsize=4096)
+def depthwise_tile(c: int, p: int, q: int) -> tuple[tuple[int, int], int]:
+    """Rows and columns, and channels, of a tile of `conv_depthwise`: 4,096 elements, in as few tiles as can be.
+
+    Of these the one with most channels, which are read in long rows, then the squarest, which shares most pixels.
+    """
+    forms = [((1 << i, 4096 // block >> i), block) for block in (64, 32, 16) for i in range(9) if 4096 // block >> i]
+
+    def order(form: tuple[tuple[int, int], int]) -> tuple[int, int, int]:
+        (rows, columns), block = form
+        return -(-p // rows) * -(-q // columns) * -(-c // block), -block, rows + columns
+
+    return min(forms, key=order)
+
+
 @dataclass(frozen=True)
 class StemConfig:
     """Tile of the stem's second launch: `strip` pooled rows of `block_q // 2 - 1` columns by `block_k` channels."""

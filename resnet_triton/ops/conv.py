@@ -18,7 +18,17 @@ from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
-from ..kernels.values import ACTIVATIONS, RELU, Activation, BatchNorm, Convolution, Geometry, Shortcut, Size
+from ..kernels.values import (
+    ACTIVATIONS,
+    RELU,
+    Activation,
+    BatchNorm,
+    Convolution,
+    Geometry,
+    Shortcut,
+    Size,
+    is_depthwise,
+)
 from . import interpreter, reference, specialised
 from .checks import (
     aligned,
@@ -38,6 +48,7 @@ from .precision import conv_precision
 
 if HAS_TRITON:
     from ..kernels.conv_bn_relu import conv_bn_relu
+    from ..kernels.conv_depthwise import conv_depthwise
 
 
 @dataclass(eq=False)
@@ -62,6 +73,11 @@ class ConvBnRelu(Operation):
     def shape(self) -> ConvShape:
         """The key under which the configuration of this call is looked up."""
         return _shape(self._sizes())
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether our kernels compute it without products of matrices, and so no configuration is looked up."""
+        return self.geometry.groups != 1
 
     def _sizes(self) -> _Sizes:
         x, short = self.x, self.shortcut
@@ -95,7 +111,7 @@ class ConvBnRelu(Operation):
     def fallback_reason(self, shape: Shape) -> str | None:
         x, residual, shortcut, (_, padding, _, groups) = self.x, self.residual, self.shortcut, self.geometry
         check_same_dtype(x, weight=self.weight)
-        if groups != 1:
+        if groups != 1 and (shortcut is not None or not is_depthwise(x.shape[1], self.weight.shape, groups)):
             return "grouped convolution"
         others = () if shortcut is None else shortcut[:2]
         return mixed_dtypes(x, residual, *others) or too_large(shape, x, padding[1])
@@ -109,6 +125,14 @@ class ConvBnRelu(Operation):
             images, filters, norm, stride = self.shortcut
             shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
         batch_norm = self.batch_norm.contiguous()
+        if self.depthwise:
+            box, block_c = config.depthwise_tile(*out.shape[1:])
+            return (
+                conv_depthwise(
+                    out=out, x=x, weight=weight.contiguous(), batch_norm=batch_norm, geometry=self.geometry,
+                    residual=residual, activation=self.activation, box=box, block_c=block_c, num_warps=4,
+                ),
+            )  # fmt: skip
         descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
         sizes, facts = self._sizes(), specialised.facts(x.device)
         chosen, own, tiles = _choose(
@@ -151,7 +175,7 @@ class ConvBnRelu(Operation):
         key = self.shape
         return cost.conv_bn_relu(
             n=key.n, c=key.c, h=key.h, w=key.w, k=key.k, p=key.p, q=key.q, r=key.r, s=key.s, itemsize=key.itemsize,
-            stride=key.stride, residual=key.residual, shortcut_c=key.shortcut_c,
+            stride=key.stride, groups=self.geometry.groups, residual=key.residual, shortcut_c=key.shortcut_c,
         )  # fmt: skip
 
     def image(self, i: int) -> Self:

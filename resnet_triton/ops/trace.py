@@ -57,10 +57,15 @@ class Call:
         return self.operation
 
     @property
+    def tiled(self) -> bool:
+        """Whether our kernels would compute it with a configuration that is looked up."""
+        return isinstance(self.operation, ConvBnRelu) and not self.operation.depthwise
+
+    @property
     def shape(self) -> ConvShape:
         """The configuration key of a convolution."""
-        if not isinstance(self.operation, ConvBnRelu):
-            raise ValueError(f"{self.operator} has no such key, expected conv_bn_relu")
+        if not isinstance(self.operation, ConvBnRelu) or self.operation.depthwise:
+            raise ValueError(f"{self.operator} has no such key, expected conv_bn_relu of one group")
         return self.operation.shape
 
     def launches(self, facts: DeviceFacts) -> tuple[Launch, ...]:

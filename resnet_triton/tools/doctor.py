@@ -205,20 +205,22 @@ def _integers(device: str, *shape: int) -> tuple[Tensor, Tensor]:
     return values.to(device, torch.float16), values
 
 
-def _conv(device: str, images: int, edge: int, stride: int, residual: bool, c: int = 16) -> tuple[Tensor, Tensor]:
+def _conv(
+    device: str, images: int, edge: int, stride: int = 1, residual: bool = True, c: int = 16, groups: int = 1
+) -> tuple[Tensor, Tensor]:
     """A 3x3 convolution of `c` channels."""
     result = (images, c, edge // stride, edge // stride)
-    shapes = [(images, c, edge, edge), (c, c, 3, 3), (c,), (c,), (c,), result]
+    shapes = [(images, c, edge, edge), (c, c // groups, 3, 3), (c,), (c,), (c,), result]
     ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
     x, weight, mean, gamma, beta, add = ours
     got = F.conv_bn_relu(
-        x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=stride, padding=1,
+        x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=stride, padding=1, groups=groups,
         residual=add if residual else None, kernels="triton",
     )  # fmt: skip
     x, weight, mean, gamma, beta, add = plain
     wanted = reference.conv_bn_relu(
         x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=(stride, stride), padding=(1, 1),
-        residual=add if residual else None,
+        groups=groups, residual=add if residual else None,
     )  # fmt: skip
     return got, wanted
 
@@ -280,6 +282,7 @@ _CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
     ("conv_bn_relu, 3x3 + residual", "descriptor", lambda device: _conv(device, 32, 8, 1, True)),
     ("conv_bn_relu, 3x3/2", "descriptor", lambda device: _conv(device, 32, 8, 2, False)),
     ("conv_bn_relu, 3x3 + residual", "pointer", lambda device: _conv(device, 2, 8, 1, True)),
+    ("conv_bn_relu, 3x3 + residual", "depthwise", functools.partial(_conv, images=2, edge=8, groups=16)),
     ("max_pool2d", "", _max_pool),
     ("global_avg_pool", "", _global_avg_pool),
     ("avg_pool_linear", "", _avg_pool_linear),
@@ -358,7 +361,7 @@ def _exposed(existing: Path, cache: Path) -> str | None:
 
 
 def _detail(call: Any) -> str:
-    if call.backend != "triton" or call.operator != "conv_bn_relu":
+    if call.backend != "triton" or not call.tiled:
         return str(call.reason)
     return f"{config.lookup(call.shape, specialised.facts(call.device)).path} path"
 

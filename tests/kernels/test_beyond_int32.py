@@ -22,6 +22,7 @@ from resnet_triton.kernels import stem as stem_kernels
 from resnet_triton.kernels.add_relu import add_relu
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
+from resnet_triton.kernels.conv_depthwise import conv_depthwise
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.kernels.linear import linear
@@ -163,6 +164,32 @@ def test_conv_pointer(how: str) -> None:
     launch = conv(out, x, weight, **options)
     run(flat(launch) if how == "flat" else launch, *wide_tiles())
     assert_exact(out[:, :, 1:, -16:], expected[:, :, 1:, -16:].half())
+
+
+def test_conv_depthwise() -> None:
+    x, out, weight = pixels(1, 64, 3, WIDE), pixels(1, 64, 3, WIDE), filled(sparse(64, 1, 3, 3), 1)
+    end = filled(x[..., -20:])
+    launch = conv_depthwise(
+        out=out, x=x, weight=weight, batch_norm=IDENTITY, geometry=Geometry(padding=(1, 1)), residual=x,
+        activation=NONE, box=(1, 16), block_c=64, num_warps=4,
+    )  # fmt: skip
+    run(launch, *wide_tiles())
+    expected = F.conv2d(end.double(), weight.double(), padding=1, groups=64) + end.double()
+    assert_exact(out[:, :, 1:, -16:], expected[:, :, 1:, -16:].half())
+
+
+def test_filters_of_conv_depthwise() -> None:
+    c = 2**26
+    x, out, weight = pixels(1, c, 1, 1), pixels(1, c, 1, 1), sparse(c, 1, 7, 7)
+    filled(x[:, -64:])
+    filled(weight[-64:], 1)
+    norm = BatchNorm(sparse(c, dtype=torch.float32), sparse(c), None, None, 1.0)
+    launch = conv_depthwise(
+        out=out, x=x, weight=weight, batch_norm=norm, geometry=Geometry(padding=(3, 3)), residual=None,
+        activation=NONE, box=(1, 1), block_c=64, num_warps=4,
+    )  # fmt: skip
+    run(launch, -1)
+    assert_exact(out[:, -64:, 0, 0], x[:, -64:, 0, 0] * weight[-64:, 0, 3, 3])
 
 
 @pytest.mark.parametrize("how", ["plain", "flat"])

@@ -54,6 +54,8 @@ def test_no_size_is_taken_for_another():
     image = {"n": n, "c": c, "h": h, "w": w}
     full = {**image, "k": k, "p": p, "q": q, "itemsize": item}
     assert cost.conv_bn_relu(**full, r=r, s=s) == (2 * y * c * r * s, item * (x + k * c * r * s + y))
+    grouped = cost.conv_bn_relu(**full | {"c": 6}, r=r, s=s, groups=3)
+    assert grouped == (2 * y * 2 * r * s, item * (2 * x + k * 2 * r * s + y))
     assert cost.stem(**full) == (2 * n * 3 * 4 * k * c * 49, item * (x + k * c * 49 + y))
     assert cost.stem(**full | {"w": 8}).flops == 2 * n * 3 * 4 * k * c * 49
     assert cost.max_pool(**image, p=p, q=q, itemsize=item) == (0, item * (x + n * c * p * q))

@@ -26,6 +26,7 @@ from exact import (
     channels_last,
     conv_call,
     conv_reference,
+    depthwise_call,
     dtype_id,
     generator,
     in_turn,
@@ -272,6 +273,37 @@ def test_random_cases_are_diverse() -> None:
 
 
 # --- the other kernels -----------------------------------------------------------------------------------------------
+
+
+DEPTHWISE: dict[str, Any] = {
+    # images, filter, stride, padding, dilation, residual
+    "3x3": ((2, 72, 11, 13), (3, 3), Geometry(padding=(1, 1)), True),
+    "5x5, stride 2": ((1, 20, 19, 37), (5, 5), Geometry((2, 2), (2, 2)), False),
+    "7x7": ((2, 33, 9, 10), (7, 7), Geometry(padding=(3, 3)), True),
+    "not square": ((1, 130, 9, 5), (2, 7), Geometry((3, 1), (0, 3), (2, 1)), False),
+    "one pixel": ((5, 3, 1, 1), (3, 3), Geometry(padding=(1, 1)), False),
+}
+
+
+@pytest.mark.parametrize(
+    ("depthwise", "layout", "dtype"), in_turn(DEPTHWISE, ["channels_last", "slice", "offset by one"])
+)
+def test_depthwise(device: torch.device, depthwise: str, layout: str, dtype: torch.dtype) -> None:
+    size, filter, geometry, residual = DEPTHWISE[depthwise]
+    call = depthwise_call(
+        generator(device, 0), size, filter, geometry, dtype, residual=residual, layout=LAYOUTS[layout]
+    )
+    assert_exact(run(call, kernel="conv_depthwise_kernel"), rounded(conv_reference(call), dtype))
+
+
+def test_tiles_of_depthwise_convolutions() -> None:
+    """As few as can be, then of most channels, then the squarest."""
+    assert config.depthwise_tile(64, 56, 56) == ((8, 8), 64)
+    assert config.depthwise_tile(960, 7, 7) == ((8, 8), 64)
+    assert config.depthwise_tile(96, 28, 28) == ((4, 32), 32), "no tile of channels is half empty"
+    assert config.depthwise_tile(64, 28, 28) == ((4, 16), 64), "fewer columns beside the image"
+    assert config.depthwise_tile(64, 1, 4096) == ((1, 64), 64)
+    assert config.depthwise_tile(16, 256, 1) == ((256, 1), 16)
 
 
 POOLS: dict[str, Any] = {
@@ -570,6 +602,25 @@ def test_no_tap_is_skipped_in_the_padding(device: torch.device, path: str, dtype
     expected[:, 0, :] = NAN
     expected[:, :, 4] = NAN
     assert same(y, expected)
+
+
+@ALL_DTYPES
+@SPECIAL_VALUES
+def test_depthwise_of_special_values(device: torch.device, dtype: torch.dtype) -> None:
+    """No tap is skipped in the padding, and no channel or window reads its neighbours."""
+    x = torch.ones(2, 20, 4, 5, dtype=dtype, device=device)
+    w = torch.ones(20, 1, 3, 3, dtype=dtype, device=device)
+    expected = F.conv2d(x.double(), w.double(), padding=1, groups=20).to(dtype)
+    w[3, 0, 0, 2] = INF  # reads one row up and one column to the right
+    expected[:, 3] = INF
+    expected[:, 3, 0, :] = expected[:, 3, :, 4] = NAN
+    x[1, 7, 1, 4] = INF
+    expected[1, 7, 0:3, 3:5] = INF
+    x[0, 19, 3, 0] = NAN  # ReLU keeps it
+    expected[0, 19, 2:4, 0:2] = NAN
+    norm = BatchNorm(x.new_zeros(20), x.new_ones(20), None, None, 0.0)
+    call = ConvBnRelu(channels_last(x), w, norm, Geometry(padding=(1, 1), groups=20))
+    assert same(run(call), expected)
 
 
 @ALL_DTYPES

@@ -232,6 +232,21 @@ def test_grouped_convolution(device):
         F.conv_bn_relu(*tensors, padding=1, groups=4, kernels="triton")
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_depthwise_convolution(device, kernels):
+    *tensors, _ = conv_tensors(device, 2, 8, 9, 12, 8, 5, 7, groups=8)
+    options: dict[str, Any] = {"stride": 2, "padding": 3, "groups": 8, "kernels": kernels}
+    expected = torch_conv(*tensors, None, 1e-5, stride=2, padding=3, groups=8)
+    torch.testing.assert_close(F.conv_bn_relu(*tensors, **options), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("k", "columns"), [(16, 3), (8, 8)], ids=["two filters a channel", "a long row"])
+def test_what_is_no_depthwise_convolution_of_ours(device, k, columns):
+    tensors = conv_tensors(device, 2, 8, 5, 9, k, 3, columns, groups=8)
+    with pytest.raises(NotImplementedError, match="grouped"):
+        F.conv_bn_relu(*tensors, groups=8, kernels="triton")
+
+
 # --- bad inputs ------------------------------------------------------------------------------------------------------
 
 

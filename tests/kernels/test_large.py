@@ -101,6 +101,14 @@ def check_max_pool(shape: Sequence[int]) -> None:
     assert_exact(out[-1:, :, -1:, -4:], F.max_pool2d(x[-1:, :, -16:, -64:], 3, 1, 1)[:, :, -1:, -4:])
 
 
+def check_depthwise(shape: Sequence[int]) -> None:
+    x, weight = images(*shape), integers(generator(CPU, 1), 2, 64, 1, 3, 3, dtype=HALF)
+    out = run_last(ops.ConvBnRelu(x, weight, IDENTITY, ops.Geometry(padding=(1, 1), groups=64), x), programs=4)
+    crop = x[-1:, :, -16:, -64:].double()
+    expected = (F.conv2d(crop, weight.double(), padding=1, groups=64) + crop).relu().to(HALF)
+    assert_exact(out[-1:, :, -1:, -2:], expected[:, :, -1:, -2:])
+
+
 def check_avg_pool() -> None:
     x = images(2**21 + 1, 1024, 1, 1)
     assert_exact(run_last(ops.GlobalAvgPool(x), programs=16)[-1], x[-1])
@@ -168,6 +176,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "boxes of rows, stride 2": lambda: check_conv(box(1, 16, 1), MANY, 2),
     "boxes of one image, stride 2": lambda: check_conv(box(4, 4, 1), TALL, 2),
     "boxes, partials": lambda: check_conv(box(1, 1, 16, split_k=3), MANY),
+    "depthwise, many images": lambda: check_depthwise(MANY),
+    "depthwise, a wide image": lambda: check_depthwise(WIDE),
     "stem": check_stem,
     "max pool, many images": lambda: check_max_pool(MANY),
     "max pool, a tall image": lambda: check_max_pool(TALL),
@@ -179,11 +189,14 @@ CHECKS: dict[str, Callable[[], None]] = {
     "add": check_add_relu,
 }
 POINTERS = ("conv_pointer.py", "conv_pointer_kernel")
+DEPTHWISE = ("conv_depthwise.py", "conv_depthwise_kernel")
 NARROW = [
     ("pointers, many images", *POINTERS, "offs_m.to(tl.int64)", "offs_m"),
     ("pointers, a tall image", *POINTERS, "row = W.to(tl.int64) * C", "n, row = (n.to(tl.int32), W * C)"),
     ("pointers, partials", "tiles.py", "sum_partials", "tile.to(tl.int64)", "tile"),
     ("boxes of images", "conv_box.py", "box_offsets", "n.to(tl.int64)", "n"),
+    ("depthwise, many images", *DEPTHWISE, "(rest // (tiles_q * tiles_p)).to(tl.int64)", "rest // (tiles_q * tiles_p)"),
+    ("depthwise, a wide image", *DEPTHWISE, "row = W.to(tl.int64) * C", "row = W * C"),
     ("stem", "stem.py", "pack_kernel", "(tl.program_id(0) // ROWS).to(tl.int64)", "tl.program_id(0) // ROWS"),
     ("stem", "stem.py", "_strip", "n.to(tl.int64)", "n"),
     ("max pool, a wide image", "max_pool.py", "max_pool_kernel", "offs_m.to(tl.int64)", "offs_m"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from resnet_triton.kernels.add_relu import add_relu
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
+from resnet_triton.kernels.conv_depthwise import conv_depthwise
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
 from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2, rounding
 from resnet_triton.kernels.linear import linear
@@ -83,6 +84,13 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
         {"out": X, "x": X, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1)},
         {"block_m": 64, "block_c": 16, "num_warps": 8},
         (14,),
+    ),
+    "conv_depthwise": (
+        conv_depthwise,
+        {"out": X, "x": X, "weight": torch.zeros(24, 1, 3, 3), "batch_norm": NORM, "residual": None,
+         "geometry": Geometry(padding=(1, 1), groups=24), "activation": NONE},
+        {"box": (4, 8), "block_c": 16, "num_warps": 8},
+        (40,),
     ),
     "pack": (_pack, {}, {"block": 64, "num_warps": 8}, (35,)),
     "stem": (_stem, {}, {"block_q": 16, "block_k": 32, "strip": 3, "num_warps": 8, "num_stages": 3}, (60,)),

@@ -29,6 +29,7 @@ from exact import (
     channels_last,
     conv_call,
     conv_reference,
+    depthwise_call,
     generator,
     integers,
     rounded,
@@ -207,6 +208,10 @@ CASES = {
     ),
     "conv_pointer": lambda: conv(ConvShape(1, 32, 10, 6, 40, **PADDED, residual=True), ConvConfig(16, 32, 16, 4, 2)),
     "conv_pointer by wgmma": lambda: conv(ConvShape(1, 32, 10, 12, 64, **PADDED), ConvConfig(64, 64, 32, 4, 3)),
+    "conv_depthwise": lambda: call(
+        depthwise_call(generator(CPU, 0), (1, 24, 9, 10), (3, 3), ops.Geometry((2, 1), (1, 1)), torch.float16,
+                       residual=True)
+    ),
     "stem": lambda: call(stem_call(generator(CPU, 0), 1, 3, 20, 16, 64, torch.float16)),
     "linear": lambda: call(ops.Linear(data(3, 64), data(10, 64), data(10), KERNELS)),
     "avg_pool_linear": lambda: call(ops.AvgPoolLinear(data(2, 64, 2, 2), data(10, 64), data(10), KERNELS)),

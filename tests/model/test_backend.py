@@ -196,6 +196,13 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "integers": (lambda: lambdas(lambda m, x: F.max_pool2d(x.long(), 2).float()), []),
     "complex numbers": (lambda: lambdas(lambda m, x: torch.complex(x, x).mean((2, 3), True).real), []),
     "grouped": (lambda: sequence(conv(groups=2), norm(), nn.ReLU()), [LEFT]),
+    "depthwise": (lambda: sequence(conv(groups=8), norm(), nn.ReLU6()), [CBR]),
+    "two filters a channel": (lambda: nn.Conv2d(8, 16, 3, groups=8), [LEFT]),
+    "depthwise, no shortcut": (
+        lambda: lambdas(lambda m, x: m.b(m.a(x)) + m.d(m.c(x)),
+                        a=conv(groups=8), b=norm(), c=nn.Conv2d(8, 8, 1), d=norm()),
+        [CBR, CBR],
+    ),
     "transposed": (lambda: nn.ConvTranspose2d(8, 8, 3), [LEFT]),
     "fp64": (lambda: sequence(conv(), norm()).double(), [LEFT]),
 }  # fmt: skip
@@ -900,17 +907,18 @@ def test_report_takes_the_arguments_of_a_call():
 
 @torch.no_grad()
 def test_report_names_each_convolution():
-    model = integral(nn.Sequential(_stem(), Residual(_downsample()), conv(groups=2), _head()))
+    model = integral(nn.Sequential(_stem(), Residual(_downsample()), conv(groups=2), conv(groups=8), _head()))
     lines = str(report(model, (1, 8, 32, 32))).splitlines()
     rows = [line.split(maxsplit=3) for line in lines[1:-1]]
     assert [row[:2] for row in rows] == [
         ["0.0", "stem"], ["1.conv1", "conv_bn_relu"], ["1.conv2", "conv_bn_relu"], ["2", "aten.convolution"],
-        ["3.2", "avg_pool_linear"],
+        ["3", "conv_bn_relu"], ["4.2", "avg_pool_linear"],
     ]  # fmt: skip
     assert lines[4].endswith("grouped convolution")
     optimize(model, kernels="triton")
     kernels = [c.backend for c in report(model, (1, 8, 32, 32)).calls]
-    assert kernels == ["triton", "triton", "triton", "torch", "triton"]
+    assert kernels == ["triton", "triton", "triton", "torch", "triton", "triton"]
+    assert "depthwise path" in str(report(model, (1, 8, 32, 32)))
 
 
 class Looks(nn.Module):

@@ -34,6 +34,7 @@ EXACT, SPLIT, INT32 = "test_exact.py::", "test_split_k.py::", "test_beyond_int32
 STEM, CONTRACT = "test_stem.py::test_stem", "test_contract.py::test_row"
 WIDER_RESIDUAL = CONTRACT + "[residual: mixed dtypes: a wider residual does not widen the result: "
 POINTER, BOX = ("conv_pointer.py", "conv_pointer_kernel"), ("conv_box.py", "conv_box_kernel")
+DEPTHWISE = ("conv_depthwise.py", "conv_depthwise_kernel")
 ADD, MAX_POOL = ("add_relu.py", "add_relu_kernel"), ("max_pool.py", "max_pool_kernel")
 AVERAGE, HEAD = ("global_avg_pool.py", "global_avg_pool_kernel"), ("avg_pool_linear.py", "avg_pool_linear_kernel")
 LINEAR, STRIP = ("linear.py", "linear_kernel"), ("stem.py", "_strip")
@@ -60,6 +61,8 @@ FAULTS = [
           EXACT + "test_conv_epilogue", "loads outside w_desc"),
     Fault("a column too many in a pool", *MAX_POOL, "w0 + s < W", "w0 + s <= W",
           EXACT + "test_max_pool", "loads outside x_ptr"),
+    Fault("a column too many of depthwise filters", *DEPTHWISE, "inside_h & (w >= 0) & (w < W)",
+          "inside_h & (w >= 0) & (w <= W)", EXACT + "test_depthwise", "loads outside x_ptr"),
     Fault("a pixel too many in a mean", *AVERAGE, "offs_p < PIXELS", "offs_p <= PIXELS",
           EXACT + "test_global_avg_pool", "loads outside x_ptr"),
     Fault("a channel too many in a product", *LINEAR, "offs_c < C", "offs_c <= C",

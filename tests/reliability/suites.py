@@ -51,6 +51,13 @@ INTERPRETED: dict[str, list[str]] = {
     ],
     "conv_bn_relu.py": [*_LAUNCH, "test_launch.py::test_a_residual_comes_once", *_BOXES, "test_hopper_conv.py"],
     "conv_box.py": [*_LAUNCH, *_BOXES],
+    "conv_depthwise.py": [
+        *_LAUNCH,
+        "test_exact.py::test_depthwise",
+        "test_exact.py::test_depthwise_of_special_values",
+        "test_beyond_int32.py::test_conv_depthwise",
+        "test_beyond_int32.py::test_filters_of_conv_depthwise",
+    ],
     "conv_pointer.py": [
         *_LAUNCH,
         *_CONVOLUTION,
