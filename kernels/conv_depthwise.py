@@ -1,7 +1,7 @@
 """Depthwise convolution + batch norm [+ residual] [+ activation]: each channel has a filter of its own.
 
 There is nothing to multiply matrices of, so memory is the limit. A program computes a box of output rows x columns by
-BLOCK_C channels, one filter row after another. Neighbouring pixels share most of what they read, and find it in L1.
+BLOCK_C channels, one filter tap after another. Neighbouring pixels share most of what they read, and find it in L1.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def conv_depthwise_kernel(
     acc = tl.zeros((BOX_H * BOX_W, BLOCK_C), tl.float32)
     for r in range(R):
         h = h0 + r * DILATION_H
-        inside_h = (h >= 0) & (h < H) & mask_m
-        for s in tl.static_range(S):
+        inside_h = (h >= 0) & (h < H)
+        for s in range(S):
             w = w0 + s * DILATION_W
             inside = inside_h & (w >= 0) & (w < W)
             x = tl.load(

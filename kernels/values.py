@@ -160,11 +160,8 @@ def taps_at_once(box: tuple[int, int, int], r: int, stride: int) -> int:
 
 
 def is_depthwise(c: int, weight: Size, groups: int) -> bool:
-    """Whether `conv_depthwise` takes filters `weight` (K, C / groups, R, S) for c channels: one for each channel.
-
-    A row of more columns would be loaded in more registers than there are.
-    """
-    return groups == c == weight[0] and weight[3] <= 7
+    """Whether filters `weight` (K, C / groups, R, S) are one for each of c channels, as `conv_depthwise` takes them."""
+    return groups == c == weight[0]
 
 
 def is_flat(c: int) -> bool:

@@ -116,6 +116,35 @@ def test_shared_memory_bound_holds_and_is_not_wild():
         assert used <= bound <= 3 * used + 8192
 
 
+DEPTHWISE = """
+import json
+import torch
+from resnet_triton import codegen
+from resnet_triton.ops import Activation, BatchNorm, ConvBnRelu, Geometry
+found = []
+for arch, dtype, size, c in (
+    *((arch, torch.float16, size, c) for arch in (80, 90) for size in (3, 7) for c in (20, 64)),
+    (80, torch.float32, 7, 20), (90, torch.float16, 5, 64),
+):
+    x = torch.empty(1, c, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
+    v, geometry = torch.ones(c), Geometry(padding=(size // 2, size // 2), groups=c)
+    call = ConvBnRelu(x, torch.empty(c, 1, size, size, dtype=dtype), BatchNorm(v, v, v, v, 1e-5), geometry, x, None,
+                      Activation("hardswish"))
+    (launch,) = call.launches(call.output())
+    code = codegen.compile_for(codegen.specialise(launch), arch)
+    found.append([c, code.spill_bytes, code.dropped_nans, code.approximations, code.widest_access, code.shared_memory])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_depthwise_is_sound():
+    """No spills, the arithmetic that was written, pixels 16 bytes at a time, and no exchange between threads."""
+    found = json.loads(run(DEPTHWISE))
+    assert found == [[c, 0, 0, 0, 16 if c == 64 else widest, 0] for c, *_, widest, _ in found]
+    assert {widest for c, *_, widest, _ in found if c == 20} <= {8, 16}
+
+
 FAULTS = """
 import torch
 import resnet_triton
