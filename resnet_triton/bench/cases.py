@@ -13,12 +13,29 @@ from torch import Tensor
 
 from .. import models
 from ..kernels.cost import Cost
-from ..ops import AddRelu, AvgPoolLinear, ConvBnRelu, GlobalAvgPool, Linear, MaxPool2d, Operation, Stem
+from ..ops import (
+    Activation,
+    AddRelu,
+    AvgPoolLinear,
+    BatchNorm,
+    ConvBnRelu,
+    Geometry,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+    Operation,
+    Stem,
+)
 from ..ops.dispatch import Kernels
 from ..ops.stem import POOL
 from ..ops.trace import Call, trace
 
 MODELS = ("resnet18", "resnet34", "resnet50")
+_DEPTHWISE = (
+    (32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (384, 14, 3, 1), (960, 7, 3, 1),  # of MobileNetV2
+    (96, 56, 7, 1), (768, 7, 7, 1),  # of ConvNeXt-T
+)  # fmt: skip
+"""Channels, rows and columns, those of the filter, stride."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,23 @@ def cases(
                     key = (call.operator, *map(_key, call.operation.schema.flatten(call.operation)))
                     found.setdefault(key, Case(family, call.name, batch, image, dtype, call))
     return list(found.values())
+
+
+def depthwise(batches: Sequence[int], dtypes: Sequence[str]) -> list[Case]:
+    """Depthwise convolutions, batch norm and ReLU6, which no ResNet has."""
+    return [_depthwise(*sizes, n, dtype) for n, dtype in product(batches, dtypes) for sizes in _DEPTHWISE]
+
+
+def _depthwise(c: int, edge: int, size: int, stride: int, n: int, dtype: str) -> Case:
+    with torch.device("meta"):
+        shapes = (n, c, edge, edge), (c, 1, size, size)
+        x, weight = (torch.empty(shape, dtype=getattr(torch, dtype)) for shape in shapes)
+        mean, var, gamma, beta = torch.empty(4, c)
+    geometry = Geometry((stride, stride), (size // 2, size // 2), groups=c)
+    norm = BatchNorm(mean, var, gamma, beta, 1e-5)
+    operation = ConvBnRelu(x, weight, norm, geometry, activation=Activation("relu6"))
+    name = f"{c} channels, {edge}x{edge}, {size}x{size}" + f", stride {stride}" * (stride > 1)
+    return Case("depthwise", name, n, edge, dtype, Call(name, operation.name, operation, x.device, "triton", ""))
 
 
 def _key(argument: Any) -> Any:

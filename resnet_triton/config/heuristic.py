@@ -152,18 +152,13 @@ def head_classes(n: int, k: int, device: DeviceFacts) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def depthwise_tile(c: int, p: int, q: int) -> tuple[tuple[int, int], int]:
-    """Rows and columns, and channels, of a tile of `conv_depthwise`: 4,096 elements, in as few tiles as can be.
+def depthwise_tile(c: int, q: int) -> tuple[int, int]:
+    """Columns and channels of a tile of `conv_depthwise`: 1,024 elements of each row, in as few tiles as can be.
 
-    Of these the one with most channels, which are read in long rows, then the squarest, which shares most pixels.
+    Of these the one with most channels, which are read in the longest rows.
     """
-    forms = [((1 << i, 4096 // block >> i), block) for block in (64, 32, 16) for i in range(9) if 4096 // block >> i]
-
-    def order(form: tuple[tuple[int, int], int]) -> tuple[int, int, int]:
-        (rows, columns), block = form
-        return -(-p // rows) * -(-q // columns) * -(-c // block), -block, rows + columns
-
-    return min(forms, key=order)
+    forms = [(1024 // block, block) for block in (128, 64, 32, 16)]
+    return min(forms, key=lambda form: -(-q // form[0]) * -(-c // form[1]))
 
 
 @dataclass(frozen=True)

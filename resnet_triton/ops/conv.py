@@ -126,11 +126,11 @@ class ConvBnRelu(Operation):
             shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
         batch_norm = self.batch_norm.contiguous()
         if self.depthwise:
-            box, block_c = config.depthwise_tile(*out.shape[1:])
+            box_w, block_c = config.depthwise_tile(out.shape[1], out.shape[3])
             return (
                 conv_depthwise(
                     out=out, x=x, weight=weight.contiguous(), batch_norm=batch_norm, geometry=self.geometry,
-                    residual=residual, activation=self.activation, box=box, block_c=block_c, num_warps=4,
+                    residual=residual, activation=self.activation, rows=4, box_w=box_w, block_c=block_c, num_warps=4,
                 ),
             )  # fmt: skip
         descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))

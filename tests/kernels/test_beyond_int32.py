@@ -171,7 +171,7 @@ def test_conv_depthwise() -> None:
     end = filled(x[..., -20:])
     launch = conv_depthwise(
         out=out, x=x, weight=weight, batch_norm=IDENTITY, geometry=Geometry(padding=(1, 1)), residual=x,
-        activation=NONE, box=(1, 16), block_c=64, num_warps=4,
+        activation=NONE, rows=1, box_w=16, block_c=64, num_warps=4,
     )  # fmt: skip
     run(launch, *wide_tiles())
     expected = F.conv2d(end.double(), weight.double(), padding=1, groups=64) + end.double()
@@ -186,7 +186,7 @@ def test_filters_of_conv_depthwise() -> None:
     norm = BatchNorm(sparse(c, dtype=torch.float32), sparse(c), None, None, 1.0)
     launch = conv_depthwise(
         out=out, x=x, weight=weight, batch_norm=norm, geometry=Geometry(padding=(3, 3)), residual=None,
-        activation=NONE, box=(1, 1), block_c=64, num_warps=4,
+        activation=NONE, rows=1, box_w=1, block_c=64, num_warps=4,
     )  # fmt: skip
     run(launch, -1)
     assert_exact(out[:, -64:, 0, 0], x[:, -64:, 0, 0] * weight[-64:, 0, 3, 3])

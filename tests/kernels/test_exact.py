@@ -280,7 +280,8 @@ DEPTHWISE: dict[str, Any] = {
     "3x3": ((2, 72, 8, 13), (3, 3), Geometry(padding=(1, 1)), True),
     "5x5, stride 2": ((1, 20, 19, 37), (5, 5), Geometry((2, 2), (2, 2)), False),
     "7x7": ((2, 33, 9, 10), (7, 7), Geometry(padding=(3, 3)), True),
-    "not square": ((1, 129, 9, 5), (3, 7), Geometry((3, 1), (1, 3), (2, 1)), False),
+    "not square": ((1, 129, 17, 5), (3, 7), Geometry((3, 1), (1, 3), (2, 1)), False),
+    "a column of taps": ((1, 16, 9, 3), (5, 1), Geometry(padding=(2, 0)), False),
     "one pixel": ((5, 3, 1, 1), (3, 3), Geometry(padding=(1, 1)), False),
 }
 
@@ -297,13 +298,11 @@ def test_depthwise(device: torch.device, depthwise: str, layout: str, dtype: tor
 
 
 def test_tiles_of_depthwise_convolutions() -> None:
-    """As few as can be, then of most channels, then the squarest."""
-    assert config.depthwise_tile(64, 56, 56) == ((8, 8), 64)
-    assert config.depthwise_tile(960, 7, 7) == ((8, 8), 64)
-    assert config.depthwise_tile(96, 28, 28) == ((4, 32), 32), "no tile of channels is half empty"
-    assert config.depthwise_tile(64, 28, 28) == ((4, 16), 64), "fewer columns beside the image"
-    assert config.depthwise_tile(64, 1, 4096) == ((1, 64), 64)
-    assert config.depthwise_tile(16, 256, 1) == ((256, 1), 16)
+    """Columns and channels: as few tiles as can be, then of most channels."""
+    assert config.depthwise_tile(960, 7) == (8, 128)
+    assert config.depthwise_tile(96, 56) == (32, 32), "six tiles; others seven or eight"
+    assert config.depthwise_tile(64, 28) == (16, 64), "no tile of channels is half empty"
+    assert config.depthwise_tile(16, 112) == (64, 16)
 
 
 POOLS: dict[str, Any] = {

@@ -89,7 +89,7 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
         conv_depthwise,
         {"out": X, "x": X, "weight": torch.zeros(24, 1, 3, 3), "batch_norm": NORM, "residual": None,
          "geometry": Geometry(padding=(1, 1), groups=24), "activation": NONE},
-        {"box": (4, 8), "block_c": 16, "num_warps": 8},
+        {"rows": 4, "box_w": 8, "block_c": 16, "num_warps": 8},
         (40,),
     ),
     "pack": (_pack, {}, {"block": 64, "num_warps": 8}, (35,)),

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 pytest.importorskip("jsonschema")
 
 from resnet_triton.bench import baselines, ceilings, layers, results
-from resnet_triton.bench.cases import cases, filled
+from resnet_triton.bench.cases import cases, depthwise, filled
 from resnet_triton.bench.layers import Problem, applicable
 from resnet_triton.bench.runner import OutOfTime, Run
 from resnet_triton.kernels.launch import Launch
@@ -105,6 +105,17 @@ def test_models_share_their_cases():
     kinds = [("float32", 1), ("bfloat16", 1), ("float32", 3), ("bfloat16", 3)]
     assert list(dict.fromkeys((case.dtype, case.batch) for case in several)) == kinds
     assert len(several) == 4 * len(cases(["resnet18"]))
+
+
+def test_depthwise_convolutions():
+    found = depthwise([1, 2], ["float32"])
+    assert [case.layer for case in found][3::7] == ["384 channels, 14x14, 3x3"] * 2
+    assert found[1].call.ours.output().shape == (1, 96, 56, 56)
+    assert found[6].cost.flops == 2 * 49 * 49 * 768
+    ours, eager = measure(found[6])
+    assert ours.correct
+    assert eager.correct
+    assert (ours.batch, ours.config) == (1, None)
 
 
 def test_what_is_unknown_is_refused():
