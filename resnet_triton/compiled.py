@@ -14,6 +14,8 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import filters
 from .graphs.fingerprint import Watch
@@ -28,7 +31,10 @@ from .graphs.function import GraphedFunction
 from .graphs.replay import CudaGraph
 from .ops import dispatch, original
 from .ops.dispatch import Kernels
-from .ops.trace import Call, arguments
+from .ops.trace import Call, arguments, recorded
+
+_traced: ContextVar[Callable[..., Any] | None] = ContextVar("traced", default=None)
+"""Set while a model around compiled modules is traced: it runs these, and takes down what they call."""
 
 
 class Compiled(nn.Module):
@@ -42,6 +48,8 @@ class Compiled(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._uncompiled_reason(args, kwargs) is not None:
+            if not torch.compiler.is_compiling() and (traced := _traced.get()) is not None:
+                return traced(self, args, kwargs)
             return super().__call__(*args, **kwargs)
         program = _program(self)
         if program is None:
@@ -165,21 +173,51 @@ class Program:
         return self.owner() is module and self.options == module._triton_options and self.watch.holds()
 
 
-def trace(model: nn.Module, shape: tuple[Any, ...]) -> list[Call]:
-    """The calls of our operators, and every sizeable one of PyTorch's, in `model(*arguments(shape))` once compiled."""
+def is_whole(model: nn.Module) -> bool:
+    """Whether `model` itself is compiled, by `optimize` or by torch.compile, and not only what is in it."""
+    return isinstance(model, Compiled) or hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+
+
+def trace(model: nn.Module, shape: tuple[Any, ...], whole: bool) -> list[Call]:
+    """The calls of our operators, and every sizeable one of PyTorch's, in `model(*arguments(shape))` once compiled: the
+    `whole` model, or the modules in it that `optimize` has compiled, if there are any."""
+    args = arguments(model, shape)
+    parts = {id(m): name for name, m in model.named_modules() if isinstance(m, Compiled)}
+    if whole or not parts:
+        return _trace(model, args, {})[0]
+
+    def traced(module: Compiled, args: Any, kwargs: Any) -> Any:
+        with _disable_current_modes():
+            if module._uncompiled_reason(args, kwargs) is None:
+                found, result = _trace(module, args, kwargs)
+                prefix = parts[id(module)]
+                calls.extend(replace(call, name=f"{prefix}.{call.name}".rstrip(".")) for call in found)
+                return result
+        return super(Compiled, module).__call__(*args, **kwargs)
+
+    with torch.no_grad(), recorded(model) as calls:
+        token = _traced.set(traced)
+        try:
+            model(*args)
+        finally:
+            _traced.reset(token)
+    return calls
+
+
+def _trace(model: nn.Module, args: Any, kwargs: Any) -> tuple[list[Call], Any]:
+    """The calls of a compiled call, and its result."""
     found: list[Call] = []
     settings: dict[str, Any] = {"options": {"kernels": "auto"}}
     if isinstance(model, Compiled):
         settings = {"options": {"kernels": model._triton_options["kernels"]}, "moved": _moved(model)}
         _move(model)
     function = torch.compile(_fresh(_call, "report"), backend=_backend(record=found, **settings), dynamic=False)
-    args = arguments(model, shape)
     with torch.no_grad():
         try:
-            function(model, args, {})
+            result = function(model, args, kwargs)
         except RuntimeError as error:
-            _again(error, model, function, args, {})
-    return found
+            result = _again(error, model, function, args, kwargs)
+    return found, result
 
 
 def _backend(**settings: Any) -> Callable[..., Any]:

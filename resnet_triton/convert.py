@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from . import compiled, config, converted, copies, filters, models
 from .compiled import Compiled
@@ -270,15 +271,20 @@ def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Repor
     _check_shape(shape)
     if isinstance(model, nn.DataParallel):
         model = model.module
+    whole = compiled.is_whole(model)
+    by_compiler = whole or not _chosen(model) or any(isinstance(m, Compiled) for m in model.modules())
+    limit = compiled.limit(model) if by_compiler else None
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
     graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
-    by_compiler = not _chosen(model) or any(isinstance(m, Compiled) for m in model.modules())
-    limit = compiled.limit(model) if by_compiler else None
     try:
-        found = compiled.trace(model, shape) if by_compiler else trace(model, shape)
+        found = compiled.trace(model, shape, whole) if by_compiler else trace(model, shape)
     except NotImplementedError:
         raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        said = f"{type(model).__name__} cannot be traced, for what it does depends on values ({error.func})"
+        raise ValueError(f"{said}; report a module in it, as a detector's backbone") from error
     except Exception as error:
         given = f"zeros of {shape}" if all(isinstance(size, int) for size in shape) else "these arguments"
         said = f"{type(model).__name__} does not take {given}: {str(error).partition(chr(10))[0]}"

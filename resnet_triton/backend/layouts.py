@@ -124,7 +124,7 @@ def restore_results(graph: fx.Graph) -> None:
             for user in list(base.users):
                 if user.target is in_order and user is not again:
                     user.replace_all_uses_with(again)
-                elif user.op == "output" or _is_view(user):
+                elif user.op == "output" or is_view(user):
                     user.replace_input_with(base, again)
 
 
@@ -139,7 +139,7 @@ def base_of(node: fx.Node) -> fx.Node:
     while True:
         first = next(iter(node.all_input_nodes), None)
         if first is not None and (
-            node.target is in_order or _is_view(node) or (node.target is operator.getitem and _is_view(first))
+            node.target is in_order or is_view(node) or (node.target is operator.getitem and is_view(first))
         ):
             node = first
         else:
@@ -166,6 +166,6 @@ def _is_indifferent(target: Any) -> bool:
     return target.namespace == "aten" and target._schema.name.removeprefix("aten::") in _INDIFFERENT
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(a.alias_info is not None for a in schema.arguments)

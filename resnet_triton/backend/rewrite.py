@@ -7,6 +7,7 @@ Patterns are matched on what the graph computes, never on names. What is left ru
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from ..ops import NONE, RELU, Activation, is_depthwise  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
 from ..ops.stem import CONV, POOL
-from .layouts import base_of
+from .layouts import base_of, is_view
 
 aten = torch.ops.aten
 Node = fx.Node
@@ -88,7 +89,7 @@ class _Rewriter:
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
-            if _strides_are_its_own(node):  # as an average pool in channels_last ends
+            if _strides_are_its_own(node) or _is_times_one(node):  # an average pool in channels_last ends in the first
                 node.replace_all_uses_with(_args(node)[0])
                 self.graph.erase_node(node)
         nodes = list(self.graph.nodes)
@@ -131,6 +132,8 @@ class _Rewriter:
             if found is not None and _dtype(found[0]) == _dtype(conv):
                 chain.tail, chain.norm = found
                 break
+        if (found := self._scaled(chain)) is not None:
+            chain.tail, chain.norm = found
         return chain
 
     def _batch_norm(self, conv: Node) -> tuple[Node, Callable[[], Norm]] | None:
@@ -167,6 +170,29 @@ class _Rewriter:
 
         return summed, norm
 
+    def _scaled(self, chain: Chain) -> tuple[Node, Callable[[], Norm]] | None:
+        """The chain times a number, as residual branches are weighed: its norm's weight and bias are."""
+        unscaled, scaled = chain.norm, _only_user(chain.tail, aten.mul.Tensor)
+        if scaled is None or _dtype(scaled) != _dtype(chain.conv):
+            return None
+        number: Any = _args(scaled)[1]
+        if type(number) not in (int, float) or not math.isfinite(number):
+            return None
+
+        def times(vector: Node) -> Node:
+            with self.graph.inserting_before(scaled):
+                return self._call(aten.mul.Tensor, self._wide(vector), number)
+
+        def norm() -> Norm:
+            mean, var, weight, bias, eps = unscaled()
+            if weight is None:
+                weights = self._constant(float(number), _shape(chain.conv)[1], chain.conv)
+            else:
+                weights = times(weight)
+            return Norm(mean, var, weights, None if bias is None else times(bias), eps)
+
+        return scaled, norm
+
     def _identity(self, conv: Node) -> Norm:
         """Of a convolution alone: its bias is the norm's."""
         channels = _shape(conv)[1]
@@ -179,9 +205,11 @@ class _Rewriter:
         if bias is None:
             return mean
         with self.graph.inserting_before(norm):
-            if _dtype(mean) != torch.float32:
-                mean = self._call(aten._to_copy.default, mean, dtype=torch.float32)
-            return self._call(aten.sub.Tensor, mean, bias)
+            return self._call(aten.sub.Tensor, self._wide(mean), bias)
+
+    def _wide(self, vector: Node) -> Node:
+        wide = _dtype(vector) == torch.float32
+        return vector if wide else self._call(aten._to_copy.default, vector, dtype=torch.float32)
 
     def _add(self, node: Node, chains: dict[Node, Chain]) -> None:
         """Let one of the convolutions whose sum this is compute the sum."""
@@ -248,7 +276,7 @@ class _Rewriter:
         if _dtype(_args(node)[0]) not in DTYPES:
             return
         used = [user for user in node.users if user.users]
-        if len(used) != 1 or _args(used[0])[1] != 0 or len(_args(node)) > 4 or node.kwargs:
+        if len(used) != 1 or _args(used[0])[1] != 0 or node.kwargs or not _rounds_down(node):
             return
         window = _window(node)
         if any(2 * pad > size for size, pad in zip(window[0], window[2], strict=True)):
@@ -323,6 +351,16 @@ def _strides_are_its_own(node: Node) -> bool:
     return tuple(size) == _shape(x) and all(n == 1 or a == b for n, a, b in same)
 
 
+def _is_times_one(node: Node) -> bool:
+    """Whether this multiplies or divides by one, as blocks do whose scale is an option, and nobody sees the copy."""
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs or _args(node)[1] != 1:
+        return False
+    x: Any = _args(node)[0]
+    same = _dtype(x) == _dtype(node) and x.meta["val"].stride() == node.meta["val"].stride()
+    seen = base_of(x).op == "placeholder" or any(user.op == "output" or is_view(user) for user in node.users)
+    return same and not seen
+
+
 def _looks_past_a_view(node: Node) -> bool:
     """Whether this is `as_strided`, and may read what its argument is a view of: not an input, which nobody moves."""
     if not isinstance(node.target, torch._ops.OpOverload) or "as_strided" not in node.target._schema.name:
@@ -378,6 +416,12 @@ def _stem_pool(chain: Chain) -> Node | None:
         return None
     used = [user for user in pool.users if user.users]
     return used[0] if len(used) == 1 and _args(used[0])[1] == 0 else None
+
+
+def _rounds_down(pool: Node) -> bool:
+    """Whether its window has no gaps, and its result the size that is rounded down: with steps of one it always has."""
+    dilation, *up = _args(pool)[4:] or [[1]]
+    return set(dilation) == {1} and (not any(up) or _window(pool)[1] == (1, 1))
 
 
 def _window(pool: Node) -> tuple[tuple[int, int], ...]:

@@ -6,9 +6,9 @@ is now: hooks, replaced layers, training mode. Reports, ahead-of-time compilatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -105,6 +105,20 @@ def trace(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224), dtype: to
                     buffers.clear()
                     buffers.update(before)
     return list(map(_without_memory, recorder.calls))
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[Call]]:
+    """The calls that are made in this block, on real tensors; whole when it ends."""
+    named = chain(model.named_parameters(), model.named_buffers())
+    recorder = _Recorder({id(t): name.rpartition(".")[0] for name, t in named})
+    token = tracer.set(recorder.explain)
+    try:
+        with recorder:
+            yield recorder.calls
+    finally:
+        tracer.reset(token)
+        recorder.calls[:] = map(_without_memory, recorder.calls)
 
 
 Before = Callable[[fx.Node, dict[fx.Node, Any]], None]

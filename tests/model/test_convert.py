@@ -341,6 +341,13 @@ class Doubled(tv.ResNet):
         return super().forward(x) * 2
 
 
+class Layers(tv.ResNet):
+    """A subclass of which only the first layers are called, as encoders are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+
+
 @torch.no_grad()
 def test_a_subclass_keeps_its_code():
     torch.manual_seed(0)
@@ -867,6 +874,35 @@ def test_report_before_optimize():
     calls = report(small()).calls
     assert {c.backend for c in calls} == {"torch"}
     assert "layer1.0.conv1" in {c.name for c in calls}
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["as it is", "optimized"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["returned", "in place"])
+@torch.no_grad()
+def test_report_of_what_torch_compile_was_given(in_place, optimized):
+    """All of it is compiled, torchvision's ResNet and what is around it."""
+    model = nn.Sequential(Layers(tv.BasicBlock, [1, 1, 1, 1]), nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8)).eval()
+    if optimized:
+        optimize(model)
+    if in_place:
+        model.compile(backend="resnet_triton")
+    else:
+        model = torch.compile(model, backend="resnet_triton")
+    result = report(model, (1, 3, 32, 32))
+    assert ([c.operator for c in result.calls], result.replaced) == (["stem"] + ["conv_bn_relu"] * 3, {})
+
+
+@torch.no_grad()
+def test_report_of_a_model_around_a_compiled_part():
+    """What surrounds the part is not compiled, and is reported as it runs; so is the part where it runs as written."""
+    layers = Layers(tv.BasicBlock, [1, 1, 1, 1])
+    model = optimize(nn.Sequential(layers, nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8)).eval())
+    rows = [(c.name, c.operator) for c in report(model, (1, 3, 32, 32)).calls]
+    assert [name.partition(".")[0] for name, _ in rows] == ["0", "0", "0", "1", "2"]
+    assert [operator for _, operator in rows[:3]] == ["stem", "conv_bn_relu", "conv_bn_relu"]
+    assert [operator for _, operator in rows[3:]] == ["aten.convolution", "aten.native_batch_norm"]
+    with disabled(layers):
+        assert {c.operator.partition(".")[0] for c in report(model, (1, 3, 32, 32)).calls} == {"aten"}
 
 
 # --- precompile ------------------------------------------------------------------------------------------------------

@@ -305,6 +305,23 @@ def test_report_of_what_zeros_do_not_fit(kind: str) -> None:
         report(model, (1, 3, 9, 9))
 
 
+class Detector(nn.Module):
+    """Goes on with what it has found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x)
+        return y[y > 0].nonzero()
+
+
+def test_report_of_a_model_that_looks_at_values() -> None:
+    with pytest.raises(ValueError, match=r"^Detector cannot be traced, .*\(aten.*\); report a module in it"):
+        report(optimize(Detector().eval()))
+
+
 def test_filters_in_another_memory_format_are_reported(device: torch.device) -> None:
     """`optimize` moves them again."""
     changes: list[Callable[[Any], Any]] = [
