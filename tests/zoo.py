@@ -46,7 +46,20 @@ torch 2.13 on a CPU, with filters moved, about half of them at two batch sizes: 
 strides, `state_dict`, copies, pickles and `revert`. All agreed but for the limits below; the strides of features of
 torchvision's own blocks, which are channels_last, of a parameter that is itself a result, and of empty results; and
 those of UperNet, which `backend="aot_eager"` changes alike. A network without `Conv2d` is refused. torch.compile itself
-leaves one with a TorchScript module in it to Python. Faster R-CNN and most of timm's families were not tried.
+leaves one with a TorchScript module in it to Python. Most of timm's families were not tried.
+
+So were, on one batch of small images each, 15 more models of torchvision (Faster, Mask and Keypoint R-CNN, RetinaNet,
+FCOS, SSD, SSDlite, LR-ASPP, DeepLabV3, RAFT, quantizable ones) and 95 networks of segmentation_models_pytorch 0.6.0,
+ultralytics 8.4.190, pytorchcv 0.0.74, monai 1.6.1, spandrel 0.4.2, diffusers 0.42.1, super-image 0.2.0, torchsr 1.0.4,
+kornia 0.9.0, fastai 2.8.12, facenet-pytorch 2.6.0, open_clip_torch 3.3.0, easyocr 1.7.2, python-doctr 1.1.0, yolox
+0.3.0, lightly 1.6.0, pytorch-lightning 2.6.6, efficientnet_pytorch 0.7.1, torchxrayvision 1.5.7, retinaface-pytorch
+0.0.8, resnest 0.0.5, pretrainedmodels 0.7.4 and lpips 0.1.4; 18 of them with copies, gradients and `revert`, eight at a
+second size, and with the packages' own ways: Lightning's `fit` and `predict`, ultralytics' `predict`, `fuse` and
+`export`, smp's `encoder`, a pipeline of diffusers, `torch.jit.trace`, torch.export and ONNX. All agreed but for the
+limits below, for masks whose strides follow from torchvision's blocks, and where rounding alone, as by channels_last
+memory without this package, makes the same difference (Faster and Mask R-CNN, a VQModel, an IGCV3, gradients of a
+U-Net). A decoder of diffusers by itself has other strides; `backend="aot_eager"` raises there. Video networks have no
+`Conv2d`, and are refused.
 
 ## What holds, and what does not
 
@@ -59,6 +72,9 @@ leaves one with a TorchScript module in it to Python. Faster R-CNN and most of t
   `model.to(memory_format=torch.channels_last)` spares the copies.
 * **CUDA graphs** take any number of tensors in, and tensors, numbers and None out, in tuples, dicts and data classes.
   They are kept for the sizes, strides and dtypes of all inputs and the addresses of all parameters.
+* **A ResNet within a model.** `optimize` converts torchvision's ResNets in it and leaves what is around them, such as
+  a decoder or a detector's heads, to PyTorch; a subclass is compiled by itself.
+  `torch.compile(model, backend="resnet_triton")` takes what is around them, too.
 * **The rest**, what is not ours in a graph, runs as PyTorch's operators. With `options={"rest": "inductor"}` Inductor
   compiles it, which takes longer to compile. Whether that is faster on a GPU was not measured.
 * **Recompilations.** torch.compile compiles a function at most 8 times: for each dtype, memory format and mode, for
@@ -77,7 +93,11 @@ Limits:
   or printed before the break is done twice.
 * A method that is replaced on an object that is no module shows only after `refresh(model)`; so does a hook on a module
   in a plain list, which `model.modules()` does not name.
+* Only calls of the optimized module are compiled, as with `Module.compile`. Other methods (`vae.decode(z)`,
+  `clip.encode_image(x)`, smp's `predict`) run as written: optimize the modules that they call, such as `vae.decoder`.
 * In the code of an optimized `Net`, `type(self) is Net` is False, for its class is a subclass; `isinstance` holds.
+* What a model computes in its first call and keeps, as YOLO's anchors, may leave it compiled in many small parts, with
+  any backend. Call it once before `optimize`, or `refresh(model)` after its first call.
 * A graph with `as_strided` of a view runs on PyTorch as a whole.
 * With moved filters, a Fourier transform behind a convolution raises at the second batch size.
 * An optimized `torch.fx.GraphModule` cannot be deep-copied; what comes out of its pickle is the module as it was.
