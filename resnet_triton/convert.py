@@ -263,9 +263,9 @@ def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Repor
     """Which layer of `model` runs on what, and why, for an input of `shape`, as inference would run now.
 
     For a model of several inputs, or of others than images, `shape` is the tuple of a call's arguments. If all that was
-    optimized is torchvision's own, nothing is computed: the model is traced on fake tensors. Any other model is
-    compiled again for this, and called once, on zeros. TypeError if `model` is no module or `shape` no tuple,
-    ValueError if it cannot be called so.
+    optimized is torchvision's own, nothing is computed: the model is traced on fake tensors. Any other model, and one
+    that torch.compile was given, is compiled again for this, with our backend, and called once, on zeros. TypeError if
+    `model` is no module or `shape` no tuple, ValueError if it cannot be called so.
     """
     _check_module(model)
     _check_shape(shape)

@@ -53,7 +53,7 @@ FCOS, SSD, SSDlite, LR-ASPP, DeepLabV3, RAFT, quantizable ones) and 95 networks 
 ultralytics 8.4.190, pytorchcv 0.0.74, monai 1.6.1, spandrel 0.4.2, diffusers 0.42.1, super-image 0.2.0, torchsr 1.0.4,
 kornia 0.9.0, fastai 2.8.12, facenet-pytorch 2.6.0, open_clip_torch 3.3.0, easyocr 1.7.2, python-doctr 1.1.0, yolox
 0.3.0, lightly 1.6.0, pytorch-lightning 2.6.6, efficientnet_pytorch 0.7.1, torchxrayvision 1.5.7, retinaface-pytorch
-0.0.8, resnest 0.0.5, pretrainedmodels 0.7.4 and lpips 0.1.4; 18 of them with copies, gradients and `revert`, eight at a
+0.0.8, resnest 0.0.5, pretrainedmodels 0.7.4 and lpips 0.1.4; 17 of them with copies, gradients and `revert`, nine at a
 second size, and with the packages' own ways: Lightning's `fit` and `predict`, ultralytics' `predict`, `fuse` and
 `export`, smp's `encoder`, a pipeline of diffusers, `torch.jit.trace`, torch.export and ONNX. All agreed but for the
 limits below, for masks whose strides follow from torchvision's blocks, and where rounding alone, as by channels_last
