@@ -95,6 +95,7 @@ Limits:
   in a plain list, which `model.modules()` does not name.
 * Only calls of the optimized module are compiled, as with `Module.compile`. Other methods (`vae.decode(z)`,
   `clip.encode_image(x)`, smp's `predict`) run as written: optimize the modules that they call, such as `vae.decoder`.
+  Of ultralytics, optimize `yolo.model`: around it is code that reads files, which torch.compile may refuse.
 * In the code of an optimized `Net`, `type(self) is Net` is False, for its class is a subclass; `isinstance` holds.
 * What a model computes in its first call and keeps, as YOLO's anchors, may leave it compiled in many small parts, with
   any backend. Call it once before `optimize`, or `refresh(model)` after its first call.
