@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import grad_mode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Order = tuple[int, ...]
 
@@ -40,7 +42,7 @@ def show(moved: Iterable[Tensor], graph: fx.GraphModule, inputs: Sequence[Any]) 
         return False
     fakes = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
     mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
-    with mode, torch.inference_mode(False), torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.inference_mode(False), torch.no_grad():
         before = [fake.contiguous() if id(x) in ids else fake for x, fake in zip(inputs, fakes, strict=True)]
         then, now = _Seen(graph).of(before), _Seen(graph).of(fakes)
     shared = zip(then.shared, now.shared, strict=True)
@@ -88,8 +90,8 @@ class _Draws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags and isinstance(result, Tensor):
-            self._orders.append(_order(result))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._orders += [_order(value) for value in tree_leaves(result) if isinstance(value, Tensor)]
         return result
 
 

@@ -960,6 +960,7 @@ COPIES = "each call copies"
 MOVED: dict[str, Callable[[], nn.Module]] = {
     "logits": Outer,
     "flat logits": Flatten,
+    "scaled logits": lambda: Looks(lambda y: torch.addcmul(torch.ones(8, 1, 1), y, torch.full((8, 1, 1), 2.0))),
     "a flat one, written": lambda: Looks(lambda y: (y.flatten(1).mul_(2), y)[1]),
     "one that was flat, written": lambda: Looks(lambda y: (y.contiguous(), y.mul_(2))[0]),
     "strides": lambda: Looks(lambda y: y.as_strided((2, 8, 4, 4), (512, 64, 8, 1))),
