@@ -101,15 +101,17 @@ def max_pool2d(
     stride: IntOrPair | None = None,
     padding: IntOrPair = 0,
     *,
+    ceil_mode: bool = False,
     kernels: Kernels = "auto",
 ) -> Tensor:
     """Max pooling of x (N, C, H, W), of any floating dtype, to (N, C, P, Q).
 
-    NaN wins; padding counts as -inf; the stride defaults to the window. ValueError if padding is over half the window.
+    NaN wins; padding counts as -inf; the stride defaults to the window. With `ceil_mode` a last window may reach over
+    the end of the image. ValueError if padding is over half the window.
     """
     size = pair(kernel_size, "kernel_size")
     step = size if stride is None else pair(stride, "stride")
-    return ops.MaxPool2d(x, size, step, pair(padding, "padding"), Modes(kernels=kernels)).run()
+    return ops.MaxPool2d(x, size, step, pair(padding, "padding"), ceil_mode, Modes(kernels=kernels)).run()
 
 
 def global_avg_pool(x: Tensor, *, batch_invariant: bool = False, kernels: Kernels = "auto") -> Tensor:

@@ -313,7 +313,7 @@ class ResNet(_Modal, Graphed):
         pool = self.maxpool
         if plain_pool(pool) and not isinstance(x, fx.Proxy):
             window = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
-            return ops.MaxPool2d(x, *window, self.modes).run()
+            return ops.MaxPool2d(x, *window, modes=self.modes).run()
         return by_module(pool, x, self.modes)
 
     def _average(self, x: Tensor) -> Any:

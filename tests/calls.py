@@ -46,7 +46,7 @@ def small(name: str, device: Any, dtype: torch.dtype = torch.float32, kernels: s
         case "add_relu":
             return ops.AddRelu(x, randn(2, 4, 5, 6), modes)
         case "max_pool2d":
-            return ops.MaxPool2d(x, *POOL, modes)
+            return ops.MaxPool2d(x, *POOL, modes=modes)
         case "global_avg_pool":
             return ops.GlobalAvgPool(x, modes)
         case "linear":

@@ -157,12 +157,14 @@ def check_stem(rng: random.Random, device: torch.device, dtype: torch.dtype) -> 
 def check_max_pool(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
     size, stride = (rng.randint(1, 5), rng.randint(1, 5)), (rng.randint(1, 3), rng.randint(1, 3))
     padding = (rng.randint(0, size[0] // 2), rng.randint(0, size[1] // 2))
-    h, w = (rng.randint(max(s - 2 * p, 1), 14) for s, p in zip(size, padding, strict=True))
+    ceil_mode = rng.random() < 0.3
+    least = [s - 2 * p - ceil_mode * (step - 1) for s, p, step in zip(size, padding, stride, strict=True)]
+    h, w = (rng.randint(max(pixels, 1), 14) for pixels in least)
     x = integers(_generator(rng, device), 9, rng.choice([1, 2, 5]), rng.choice(CHANNELS), h, w, dtype=dtype)
     x = _laid(rng, x - 20)  # a padding of zeros would win
-    expected = F.max_pool2d(x.double(), size, stride, padding).to(dtype)
-    note = (x.shape, size, stride, padding)
-    assert_exact(run(MaxPool2d(x, size, stride, padding)), expected, note)
+    expected = F.max_pool2d(x.double(), size, stride, padding, ceil_mode=ceil_mode).to(dtype)
+    note = (x.shape, size, stride, padding, ceil_mode)
+    assert_exact(run(MaxPool2d(x, size, stride, padding, ceil_mode)), expected, note)
 
 
 def check_global_avg_pool(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:

@@ -100,7 +100,6 @@ Limits:
 * What a model computes in its first call and keeps, as YOLO's anchors, may leave it compiled in many small parts, with
   any backend. Call it once before `optimize`, or `refresh(model)` after its first call.
 * A graph with `as_strided` of a view runs on PyTorch as a whole.
-* With moved filters, a Fourier transform behind a convolution raises at the second batch size.
 * An optimized `torch.fx.GraphModule` cannot be deep-copied; what comes out of its pickle is the module as it was.
 * `view` of a moved filter raises, as in `parameters_to_vector`, and so does that of a convolution's result in code that
   only runs with gradients on, in eval mode. After `model.train()` or `revert` neither does.

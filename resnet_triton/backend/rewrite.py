@@ -276,13 +276,13 @@ class _Rewriter:
         if _dtype(_args(node)[0]) not in DTYPES:
             return
         used = [user for user in node.users if user.users]
-        if len(used) != 1 or _args(used[0])[1] != 0 or node.kwargs or not _rounds_down(node):
+        if len(used) != 1 or _args(used[0])[1] != 0 or node.kwargs:
             return
-        window = _window(node)
-        if any(2 * pad > size for size, pad in zip(window[0], window[2], strict=True)):
+        window, dilation, ceil_mode = _window(node), (*_args(node)[4:], [1])[0], any(_args(node)[5:])
+        if _pair(dilation) != (1, 1) or any(2 * pad > size for size, pad in zip(window[0], window[2], strict=True)):
             return
         with self.graph.inserting_before(node):
-            new = self._ours("max_pool2d", _args(node)[0], *window)
+            new = self._ours("max_pool2d", _args(node)[0], *window, ceil_mode)
         self._replace(used[0], new)
 
     def _mean(self, node: Node) -> None:

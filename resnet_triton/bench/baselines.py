@@ -65,7 +65,7 @@ def _normed(y: Tensor, batch_norm: BatchNorm) -> Tensor:
 EAGER: dict[str, Callable[[Any], Tensor]] = {
     "conv_bn_relu": _eager_conv,
     "stem": lambda c: F.max_pool2d(_eager_conv(c.convolution(c.x)), *POOL),
-    "max_pool2d": lambda c: F.max_pool2d(c.x, c.kernel_size, c.stride, c.padding),
+    "max_pool2d": lambda c: F.max_pool2d(c.x, c.kernel_size, c.stride, c.padding, ceil_mode=c.ceil_mode),
     "add_relu": lambda c: F.relu(c.x + c.other, inplace=True),
     "global_avg_pool": lambda c: F.adaptive_avg_pool2d(c.x, 1),
     "linear": lambda c: F.linear(c.x, c.weight, c.bias),

@@ -109,7 +109,7 @@ def _unfused(call: Call) -> Iterator[Call]:
 
     fused = call.operation
     if isinstance(fused, Stem):
-        yield other(MaxPool2d(fused.convolution(fused.x).output(), *POOL, fused.modes))
+        yield other(MaxPool2d(fused.convolution(fused.x).output(), *POOL, modes=fused.modes))
     elif isinstance(fused, ConvBnRelu) and (fused.residual is not None or fused.shortcut is not None):
         y = fused.output()
         yield other(AddRelu(y, y, fused.modes))

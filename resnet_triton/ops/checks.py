@@ -91,8 +91,11 @@ def check_same_dtype(x: Tensor, **others: Tensor | None) -> None:
             raise TypeError(f"x has dtype {x.dtype}, {name} {t.dtype}; expected one dtype")
 
 
-def window(name: str, x: Size, size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
-    """Output rows and columns of a sliding window; ValueError where it does not fit."""
+def window(name: str, x: Size, size: tuple[int, int], geometry: Geometry, ceil_mode: bool = False) -> tuple[int, int]:
+    """Output rows and columns of a sliding window; ValueError where it does not fit.
+
+    With `ceil_mode` a last one may reach over the end, if it starts before it: not in the padding behind.
+    """
     (r, s), ((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _) = size, geometry
     positive = r > 0 and s > 0 and stride_h > 0 and stride_w > 0 and dilation_h > 0 and dilation_w > 0
     if not positive or pad_h < 0 or pad_w < 0:
@@ -103,9 +106,14 @@ def window(name: str, x: Size, size: tuple[int, int], geometry: Geometry) -> tup
     _, c, h, w = x
     rows, columns = dilation_h * (r - 1) + 1, dilation_w * (s - 1) + 1
     spare_h, spare_w = h + 2 * pad_h - rows, w + 2 * pad_w - columns
-    if spare_h < 0 or spare_w < 0 or c == 0 or h == 0 or w == 0:
+    p, q = spare_h // stride_h + 1, spare_w // stride_w + 1
+    if ceil_mode and spare_h % stride_h > 0 and p * stride_h < h + pad_h:
+        p += 1
+    if ceil_mode and spare_w % stride_w > 0 and q * stride_w < w + pad_w:
+        q += 1
+    if p < 1 or q < 1 or c == 0 or h == 0 or w == 0:
         raise ValueError(f"{name} has shape {tuple(x)}, expected at least {(rows, columns)} pixels with padding")
-    return spare_h // stride_h + 1, spare_w // stride_w + 1
+    return p, q
 
 
 def too_large(shape: Shape, x: Tensor, padding: int) -> str | None:

@@ -30,13 +30,14 @@ class MaxPool2d(Operation):
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
+    ceil_mode: bool = False
     modes: Modes = AUTO
 
     def result(self) -> Result:
         x = self.x
         check_rank("x", x.shape, 4, "(N, C, H, W)")
         check_tensors(x)
-        p, q = window("x", x.shape, self.kernel_size, Geometry(self.stride, self.padding))
+        p, q = window("x", x.shape, self.kernel_size, Geometry(self.stride, self.padding), self.ceil_mode)
         if any(2 * pad > edge for pad, edge in zip(self.padding, self.kernel_size, strict=True)):
             raise ValueError(f"padding is {self.padding}, expected at most half of kernel_size {self.kernel_size}")
         return Result((x.shape[0], x.shape[1], p, q), x.dtype)
@@ -53,7 +54,8 @@ class MaxPool2d(Operation):
         return (launch,)
 
     def reference(self) -> Tensor:
-        return in_channels_last(reference.max_pool2d(self.x, self.kernel_size, self.stride, self.padding))
+        y = reference.max_pool2d(self.x, self.kernel_size, self.stride, self.padding, self.ceil_mode)
+        return in_channels_last(y)
 
     def cost(self) -> Cost:
         (n, c, h, w), (_, _, p, q) = self.x.shape, self.result().shape

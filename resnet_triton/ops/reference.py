@@ -103,9 +103,9 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return (x.float() / 255 - per_channel(mean)) / per_channel(std)
 
 
-def max_pool2d(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
+def max_pool2d(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, ceil_mode: bool = False) -> Tensor:
     """Max pooling."""
-    return F.max_pool2d(x, kernel_size, stride, padding)
+    return F.max_pool2d(x, kernel_size, stride, padding, ceil_mode=ceil_mode)
 
 
 def global_avg_pool(x: Tensor) -> Tensor:

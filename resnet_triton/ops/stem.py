@@ -129,7 +129,7 @@ class Stem(Operation):
         """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""
         convolution = self.convolution(self._images())
         between = convolution.result().empty(out.device)
-        return *convolution.launches(between), *MaxPool2d(between, *POOL, self.modes).launches(out)
+        return *convolution.launches(between), *MaxPool2d(between, *POOL, modes=self.modes).launches(out)
 
     def _images(self) -> Tensor:
         if self.pixel_mean is None or self.pixel_std is None:

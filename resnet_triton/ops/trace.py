@@ -29,7 +29,9 @@ from . import OPERATORS, ConvBnRelu, Operation, interpreter, specialised
 from .dispatch import tracer
 
 _HEAVY = (
-    "convolution", "native_batch_norm", "mm", "addmm", "max_pool2d_with_indices", "mean", "add",
+    "convolution", "mm", "addmm", "max_pool2d_with_indices", "mean", "add",
+    "native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update", "cudnn_batch_norm",
+    "native_group_norm", "native_layer_norm",
     "relu", "hardtanh", "leaky_relu", "hardswish", "silu", "gelu",
 )  # fmt: skip
 
@@ -134,7 +136,8 @@ def trace_graph(graph: fx.GraphModule, names: dict[fx.Node, str], before: Before
 
     def enter(node: fx.Node, values: dict[fx.Node, Any]) -> None:
         before(node, values)
-        recorder.here, recorder.reason = names.get(node, ""), node.meta.get("reason", "")
+        reason = node.meta.get("reason", "none of our operators computes it")
+        recorder.here, recorder.reason = names.get(node, ""), reason
 
     token = tracer.set(recorder.explain)
     try:

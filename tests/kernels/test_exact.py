@@ -310,16 +310,18 @@ POOLS: dict[str, Any] = {
     "not square": ((3, 5, 7, 4), (2, 3), (1, 2), (0, 1)),
     "whole image": ((1, 65, 5, 5), (5, 5), (5, 5), (0, 0)),
     "1x1": ((2, 1, 1, 3), (1, 1), (3, 1), (0, 0)),
+    "over the end": ((2, 5, 8, 2), (3, 3), (2, 2), (0, 0), True),
+    "not in the padding": ((1, 5, 8, 7), (3, 2), (3, 2), (1, 1), True),
 }
 
 
 @pytest.mark.parametrize(("pool", "layout", "dtype"), in_turn(POOLS, LAYOUTS))
 def test_max_pool(device: torch.device, pool: str, layout: str, dtype: torch.dtype) -> None:
-    shape, size, stride, padding = POOLS[pool]
+    shape, size, stride, padding, ceil_mode = (*POOLS[pool], False)[:5]
     x = torch.randn(shape, generator=generator(device, 0), device=device) - 2  # a padding of zeros would win
     x = LAYOUTS[layout](x.to(dtype))
-    expected = F.max_pool2d(x.double(), size, stride, padding).to(dtype)
-    assert_exact(run(ops.MaxPool2d(x, size, stride, padding)), expected)
+    expected = F.max_pool2d(x.double(), size, stride, padding, ceil_mode=ceil_mode).to(dtype)
+    assert_exact(run(ops.MaxPool2d(x, size, stride, padding, ceil_mode)), expected)
 
 
 @pytest.mark.parametrize(

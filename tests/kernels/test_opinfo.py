@@ -62,8 +62,8 @@ def padded(x: Any) -> Tensor:
     return x[(None,) * (4 - x.dim())]
 
 
-def max_pool2d(x: Tensor, *args: Any, dilation: Any = 1, ceil_mode: bool, return_indices: bool, **kwargs: Any) -> Call:
-    unless(indices=return_indices, ceil_mode=ceil_mode, dilation=dilation not in (1, (1, 1)))
+def max_pool2d(x: Tensor, *args: Any, dilation: Any = 1, return_indices: bool, **kwargs: Any) -> Call:
+    unless(indices=return_indices, dilation=dilation not in (1, (1, 1)))
     return Call(*(partial(pool, padded(x), *args, **kwargs) for pool in (F.max_pool2d, TF.max_pool2d)))
 
 

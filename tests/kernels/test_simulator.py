@@ -216,7 +216,7 @@ CASES = {
     "linear": lambda: call(ops.Linear(data(3, 64), data(10, 64), data(10), KERNELS)),
     "avg_pool_linear": lambda: call(ops.AvgPoolLinear(data(2, 64, 2, 2), data(10, 64), data(10), KERNELS)),
     "avg_pool_linear, dependent": lambda: dependent_head(),
-    "max_pool": lambda: call(ops.MaxPool2d(channels_last(data(1, 8, 9, 9)), *POOL, KERNELS)),
+    "max_pool": lambda: call(ops.MaxPool2d(channels_last(data(1, 8, 9, 9)), *POOL, modes=KERNELS)),
     "add_relu": lambda: call(ops.AddRelu(channels_last(data(1, 8, 9, 9)), channels_last(data(1, 8, 9, 9)), KERNELS)),
     "global_avg_pool": lambda: call(ops.GlobalAvgPool(channels_last(data(2, 8, 4, 4)), KERNELS)),
 }  # fmt: skip

@@ -174,9 +174,9 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "stem": (_stem, ["stem"]),
     "stem without relu": (lambda: sequence(_stem()[0], _stem()[1], _stem()[3]), [CBR, POOL]),
     "another pool": (lambda: sequence(*list(_stem())[:3], nn.MaxPool2d(2)), [CBR, POOL]),
-    "pool with ceil_mode": (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), []),
-    "pool with ceil_mode in steps of one": (lambda: nn.MaxPool2d(3, 1, 1, ceil_mode=True), [POOL]),
-    "pool with gaps": (lambda: nn.MaxPool2d(3, 1, 1, dilation=2, ceil_mode=True), []),
+    "pool with ceil_mode": (lambda: nn.MaxPool2d(3, 2, ceil_mode=True), [POOL]),
+    "dilated pool": (lambda: nn.MaxPool2d(3, 2, 1, dilation=2), []),
+    "dilated pool with ceil_mode": (lambda: nn.MaxPool2d(3, 2, 1, dilation=2, ceil_mode=True), []),
     "pool with indices": (lambda: lambdas(lambda m, x: F.max_pool2d_with_indices(x, 2)[1].float()), []),
     "head": (_head, ["avg_pool_linear"]),
     "head without bias": (lambda: sequence(_head()[0], nn.Flatten(), nn.Linear(8, 4, bias=False)), ["avg_pool_linear"]),
@@ -919,17 +919,20 @@ def test_report_takes_the_arguments_of_a_call():
 
 @torch.no_grad()
 def test_report_names_each_convolution():
-    model = integral(nn.Sequential(_stem(), Residual(_downsample()), conv(groups=2), conv(groups=8), _head()))
+    model = integral(
+        nn.Sequential(_stem(), Residual(_downsample()), conv(groups=2), norm(), conv(groups=8), _head())
+    )
     lines = str(report(model, (1, 8, 32, 32))).splitlines()
     rows = [line.split(maxsplit=3) for line in lines[1:-1]]
     assert [row[:2] for row in rows] == [
         ["0.0", "stem"], ["1.conv1", "conv_bn_relu"], ["1.conv2", "conv_bn_relu"], ["2", "aten.convolution"],
-        ["3", "conv_bn_relu"], ["4.2", "avg_pool_linear"],
+        ["3", "aten._native_batch_norm_legit_no_training"], ["4", "conv_bn_relu"], ["5.2", "avg_pool_linear"],
     ]  # fmt: skip
     assert lines[4].endswith("grouped convolution")
+    assert lines[5].endswith("none of our operators computes it")
     optimize(model, kernels="triton")
     kernels = [c.backend for c in report(model, (1, 8, 32, 32)).calls]
-    assert kernels == ["triton", "triton", "triton", "torch", "triton", "triton"]
+    assert kernels == ["triton", "triton", "triton", "torch", "torch", "triton", "triton"]
     assert "depthwise path" in str(report(model, (1, 8, 32, 32)))
 
 
