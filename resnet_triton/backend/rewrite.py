@@ -1,8 +1,8 @@
 """Find what our operators compute in a functional ATen graph, and put them there.
 
 A convolution is fused with what follows it: batch norm with running statistics, as one node or as the multiplication
-and addition of a frozen one; the sum with a residual or with a shortcut's convolution and batch norm; an activation.
-Patterns are matched on what the graph computes, never on names. What is left runs as PyTorch's own operators.
+and addition of a frozen one, or a layer scale; the sum with a residual or with a shortcut's convolution and batch norm;
+an activation. Patterns are matched on what the graph computes, never on names. What is left runs as PyTorch's own operators.
 """
 
 from __future__ import annotations
@@ -150,14 +150,15 @@ class _Rewriter:
         return result, lambda: Norm(self._less_bias(mean, conv, norm), var, weight, bias, _args(norm)[eps])
 
     def _frozen_norm(self, conv: Node) -> tuple[Node, Callable[[], Norm]] | None:
-        """`conv * scale + shift`, where both hold a number for each channel."""
-        scaled = _only_user(conv, aten.mul.Tensor)
+        """`conv * scale + shift`, where both hold a number for each channel; of a layer scale, there is no shift."""
+        scaled, channels = _only_user(conv, aten.mul.Tensor), _shape(conv)[1]
         scale = None if scaled is None else _other_operand(scaled, conv)
-        summed = None if scaled is None else _only_user(scaled, aten.add.Tensor)
-        shift = None if summed is None or summed.kwargs else _other_operand(summed, scaled)
-        channels = _shape(conv)[1]
-        if summed is None or not _is_channelwise(scale, channels) or not _is_channelwise(shift, channels):
+        if scaled is None or not _is_channelwise(scale, channels):
             return None
+        summed = _only_user(scaled, aten.add.Tensor)
+        shift = None if summed is None or summed.kwargs else _other_operand(summed, scaled)
+        if summed is None or not _is_channelwise(shift, channels):
+            summed, shift = scaled, None
         buffers = _frozen_buffers(scale, shift, channels)
 
         def norm() -> Norm:
@@ -165,7 +166,7 @@ class _Rewriter:
                 return buffers._replace(mean=self._less_bias(buffers.mean, conv, summed))
             mean, var = self._constant(0.0, channels, conv), self._constant(1.0, channels, conv)
             with self.graph.inserting_before(summed):
-                weight, bias = (self._call(aten.reshape.default, t, [channels]) for t in (scale, shift))
+                weight, bias = (t and self._call(aten.reshape.default, t, [channels]) for t in (scale, shift))
             return Norm(self._less_bias(mean, conv, summed), var, weight, bias, 0.0)
 
         return summed, norm
@@ -466,7 +467,7 @@ def _is_channelwise(node: Node | None, channels: Any) -> bool:
 
 def _frozen_buffers(scale: Any, shift: Any, channels: Any) -> Norm | None:
     """The four buffers of a FrozenBatchNorm2d: scale = weight / sqrt(var + eps), shift = bias - mean * scale."""
-    if scale.target is not aten.mul.Tensor or shift.target is not aten.sub.Tensor or shift.kwargs:
+    if shift is None or scale.target is not aten.mul.Tensor or shift.target is not aten.sub.Tensor or shift.kwargs:
         return None
     for weight, root in (_args(scale), _args(scale)[::-1]):
         summed = _args(root)[0] if isinstance(root, Node) and root.target is aten.rsqrt.default else None

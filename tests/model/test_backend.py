@@ -143,6 +143,9 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "conv, frozen norm, relu": (lambda: sequence(conv(), Frozen(8), nn.ReLU()), [CBR]),
     "conv with bias, frozen norm": (lambda: sequence(conv(bias=True), Frozen(8)), [CBR]),
     "conv, scale and shift": (lambda: sequence(conv(), Affine(8), nn.ReLU()), [CBR]),
+    "conv with bias, layer scale": (
+        lambda: lambdas(lambda m, x: (x + m.b.scale * m.a(x)).relu(), a=conv(bias=True), b=Affine(8)), [CBR],
+    ),
     "conv, norm, relu6": (lambda: sequence(conv(), norm(), nn.ReLU6()), [CBR]),
     "residual": (lambda: Residual(None), [CBR, CBR]),
     "residual first": (lambda: Residual(None, order=1), [CBR, CBR]),
