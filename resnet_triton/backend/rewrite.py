@@ -2,7 +2,8 @@
 
 A convolution is fused with what follows it: batch norm with running statistics, as one node or as the multiplication
 and addition of a frozen one, or a layer scale; the sum with a residual or with a shortcut's convolution and batch norm;
-an activation. Patterns are matched on what the graph computes, never on names. What is left runs as PyTorch's own operators.
+an activation. Patterns are matched on what the graph computes, never on names. What is left runs as PyTorch's own
+operators.
 """
 
 from __future__ import annotations
