@@ -90,7 +90,7 @@ class _Rewriter:
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
-            if _strides_are_its_own(node) or _is_times_one(node):  # an average pool in channels_last ends in the first
+            if _strides_are_its_own(node) or _is_times_one(node) or _is_needless_copy(node):
                 node.replace_all_uses_with(_args(node)[0])
                 self.graph.erase_node(node)
         nodes = list(self.graph.nodes)
@@ -342,7 +342,10 @@ class _Rewriter:
 
 
 def _strides_are_its_own(node: Node) -> bool:
-    """Whether this is `as_strided` and changes nothing but the strides of dimensions of size one."""
+    """Whether this is `as_strided` and changes nothing but the strides of dimensions of size one.
+
+    An average pool in channels_last ends so.
+    """
     if node.target is not aten.as_strided.default or node.kwargs:
         return False
     x: Any = _args(node)[0]
@@ -361,6 +364,19 @@ def _is_times_one(node: Node) -> bool:
     same = _dtype(x) == _dtype(node) and x.meta["val"].stride() == node.meta["val"].stride()
     seen = base_of(x).op == "placeholder" or any(user.op == "output" or is_view(user) for user in node.users)
     return same and not seen
+
+
+def _is_needless_copy(node: Node) -> bool:
+    """Whether this is a copy that nobody can tell from what it copies, as dropout makes one where nothing is dropped.
+
+    A caller could, by an input that changes later, or by two results that share memory.
+    """
+    if node.target is not aten.clone.default:
+        return False
+    x: Any = _args(node)[0]
+    base, results = base_of(x), set(map(base_of, node.graph.output_node().all_input_nodes))
+    seen = base.op != "call_function" or {node, base} <= results
+    return not seen and x.meta["val"].stride() == node.meta["val"].stride()
 
 
 def _looks_past_a_view(node: Node) -> bool:
@@ -418,12 +434,6 @@ def _stem_pool(chain: Chain) -> Node | None:
         return None
     used = [user for user in pool.users if user.users]
     return used[0] if len(used) == 1 and _args(used[0])[1] == 0 else None
-
-
-def _rounds_down(pool: Node) -> bool:
-    """Whether its window has no gaps, and its result the size that is rounded down: with steps of one it always has."""
-    dilation, *up = _args(pool)[4:] or [[1]]
-    return set(dilation) == {1} and (not any(up) or _window(pool)[1] == (1, 1))
 
 
 def _window(pool: Node) -> tuple[tuple[int, int], ...]:

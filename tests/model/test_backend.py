@@ -173,6 +173,8 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "used twice": (lambda: lambdas(lambda m, x: (lambda y: m.b(y).relu() + y)(m.a(x)), a=conv(), b=norm()), [CBR]),
     "written in place": (lambda: lambdas(lambda m, x: m.b(m.a(x)).mul_(2).relu_().add_(1), a=conv(), b=norm()), [CBR]),
     "a written view": (lambda: lambdas(lambda m, x: (lambda y: (y[:, :4].zero_(), y)[1])(m.a(x)), a=conv()), [CBR]),
+    "dropout": (lambda: lambdas(lambda m, x: F.relu(m.drop(m.a(x)) + x), a=conv(), drop=nn.Dropout()), [CBR]),
+    "dropout in a head": (lambda: sequence(*_head()[:2], nn.Dropout(), _head()[2]), ["avg_pool_linear"]),
     "add, relu": (lambda: lambdas(lambda m, x: F.relu(F.avg_pool2d(x, 1) + x)), [ADD]),
     "stem": (_stem, ["stem"]),
     "stem without relu": (lambda: sequence(_stem()[0], _stem()[1], _stem()[3]), [CBR, POOL]),
@@ -304,8 +306,9 @@ class Features(nn.Module):
         first = self.a(x)
         second = self.norm(self.b(first.relu()))
         flat, (part, _) = first.view(len(x), -1), second.chunk(2, 1)
-        row = second.sigmoid().squeeze(0)
-        return {"first": first, "flat": flat, "second": second, "part": part, "row": row, "x": x}
+        row, third = second.sigmoid().squeeze(0), first.sigmoid()
+        copies = {"copy": first.clone(), "another": third.clone(), "third": third.clone(), "of x": x.clone()}
+        return {"first": first, "flat": flat, "second": second, "part": part, "row": row, "x": x, **copies}
 
 
 @torch.no_grad()
@@ -317,9 +320,12 @@ def test_results_have_the_strides_and_the_aliases_that_the_model_gives_them(n):
         assert torch.equal(actual[name], value), name
         assert strides(actual[name]) == strides(value), name
     assert actual["x"] is x
+    actual["another"].fill_(77)
     for part, whole in (("flat", "first"), ("part", "second")):
         actual[part].fill_(77)
         assert (actual[whole] == 77).sum() == actual[part].numel(), f"{part} is no part of {whole} any more"
+    for copied, value in (("copy", "first"), ("third", "third"), ("of x", "x")):
+        assert torch.equal(actual[copied], expected[value]), copied
 
 
 @torch.no_grad()
