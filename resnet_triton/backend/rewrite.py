@@ -369,14 +369,16 @@ def _is_times_one(node: Node) -> bool:
 def _is_needless_copy(node: Node) -> bool:
     """Whether this is a copy that nobody can tell from what it copies, as dropout makes one where nothing is dropped.
 
-    A caller could, by an input that changes later, or by two results that share memory.
+    A caller could, by an input that changes later, or by two results that share memory; and `as_strided`, by where they
+    start.
     """
     if node.target is not aten.clone.default:
         return False
     x: Any = _args(node)[0]
     base, results = base_of(x), set(map(base_of, node.graph.output_node().all_input_nodes))
     seen = base.op != "call_function" or {node, base} <= results
-    return not seen and x.meta["val"].stride() == node.meta["val"].stride()
+    places = [(t.stride(), t.storage_offset()) for t in (x.meta["val"], node.meta["val"])]
+    return not seen and places[0] == places[1]
 
 
 def _looks_past_a_view(node: Node) -> bool:

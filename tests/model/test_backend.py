@@ -201,6 +201,9 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         [CBR],
     ),
     "a slice looked at": (lambda: lambdas(lambda m, x: m.a(x)[1:].as_strided((1, 4), (4, 1), 0) + 0, a=conv()), [LEFT]),
+    "a copy looked at": (
+        lambda: lambdas(lambda m, x: m.a(x)[1:].clone().as_strided((1, 4), (4, 1), 0) + 0, a=conv()), [CBR],
+    ),
     "a gate that is a convolution": (
         lambda: lambdas(lambda m, x: (lambda p: m.a(x) * m.b(p) + m.c(p))(x[:1].mean((2, 3), True)),
                         a=conv(), b=nn.Conv2d(8, 8, 1), c=nn.Conv2d(8, 8, 1)),
