@@ -216,6 +216,7 @@ def _trace(model: nn.Module, args: Any, kwargs: Any) -> tuple[list[Call], Any]:
         try:
             result = function(model, args, kwargs)
         except RuntimeError as error:
+            found.clear()
             result = _again(error, model, function, args, kwargs)
     return found, result
 

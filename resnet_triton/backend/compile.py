@@ -51,7 +51,7 @@ def resnet_triton(
     or False), which mean what they mean for `optimize`, and `rest`: "eager" runs the rest operator by operator,
     "inductor" has torch.compile's own backend compile it. `mode` is torch.compile's: "reduce-overhead" and
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
-    For `report`, `record` takes the calls that the graph makes, and `functions` what CUDA graphs repeat. `moved`
+    For `report`, `record` takes the calls that the graph makes, each time that it runs, and `functions` what CUDA graphs repeat. `moved`
     returns the filters that `optimize` has moved to channels_last memory; RuntimeError if that shows in results.
     """
     modes, cuda_graph, rest = settings(mode, options)
@@ -77,10 +77,13 @@ def resnet_triton(
             _warn_of_copies(gm.graph, modes)
             propagate(gm, layouts.restore_arguments)
         else:
-            record.extend(trace_graph(gm, _names(gm.graph), layouts.restore_arguments))
+            calls = trace_graph(gm, _names(gm.graph), layouts.restore_arguments)
         layouts.restore_results(gm.graph)
         gm.recompile()
-        forward = compile_rest(gm) if rest == "inductor" and record is None else gm.forward
+        if record is not None:
+            forward = _recorded(gm.forward, calls, record)
+        else:
+            forward = compile_rest(gm) if rest == "inductor" else gm.forward
         graphed = _graphed(gm.graph, forward, cuda_graph)
         if functions is not None and graphed is not None:
             functions.append(graphed)
@@ -102,6 +105,16 @@ def _is_whole(functional: fx.Graph, written: fx.Graph, inputs: Sequence[Any]) ->
     ends = [(g.find_nodes(op="placeholder"), g.output_node().args[0]) for g in (functional, written)]
     sizes = [(len(arguments), len(results)) for arguments, results in ends]  # type: ignore[arg-type]
     return sizes[0] == sizes[1] and not (torch.is_grad_enabled() or any(map(is_traceable_wrapper_subclass, inputs)))
+
+
+def _recorded(function: Function, calls: list[Call], record: list[Call]) -> Function:
+    """`function`, which is one for every module of a class where the graph ends within it."""
+
+    def run(*values: Any) -> Any:
+        record.extend(calls)
+        return function(*values)
+
+    return run
 
 
 def _boxed(function: Function) -> Function:

@@ -929,6 +929,26 @@ def test_report_takes_the_arguments_of_a_call():
     assert (calls[0].name, calls[0].operator) == ("conv", CBR)
 
 
+class Broken(nn.Module):
+    """torch.compile compiles it once for all of its kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        torch._dynamo.graph_break()
+        return y.view(x.shape).relu()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@torch.no_grad()
+def test_report_counts_each_call_of_a_graph(kernels):
+    model = optimize(integral(sequence(Broken(), Broken(), Broken())), kernels=kernels)
+    assert ours(report(model, (2, 8, 8, 8)).calls) == [CBR] * 3
+
+
 @torch.no_grad()
 def test_report_names_each_convolution():
     model = integral(
