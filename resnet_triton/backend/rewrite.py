@@ -394,7 +394,7 @@ def _reason(conv: Node) -> str | None:
     """Why our operators cannot compute a convolution."""
     x, weight, *_, transposed, _, groups = _args(conv)
     if len(_shape(conv)) != 4:
-        return f"a convolution in {len(_shape(conv)) - 2} dimensions"
+        return f"{len(_shape(conv)) - 2}-D convolution"
     if transposed:
         return "transposed convolution"
     if not isinstance(_shape(conv)[1], int):

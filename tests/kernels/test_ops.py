@@ -148,7 +148,7 @@ SIGNATURES = {
     ),
     "stem": ("x", "weight", *_NORM, "pixel_mean", "pixel_std", *_MODES),
     "add_relu": ("x", "other", *_MODES),
-    "max_pool2d": ("x", "kernel_size", "stride", "padding", *_MODES),
+    "max_pool2d": ("x", "kernel_size", "stride", "padding", "ceil_mode", *_MODES),
     "global_avg_pool": ("x", *_MODES),
     "linear": ("x", "weight", "bias", *_MODES),
     "avg_pool_linear": ("x", "weight", "bias", *_MODES),
