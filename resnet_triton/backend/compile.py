@@ -51,9 +51,9 @@ def resnet_triton(
     or False), which mean what they mean for `optimize`, and `rest`: "eager" runs the rest operator by operator,
     "inductor" has torch.compile's own backend compile it. `mode` is torch.compile's: "reduce-overhead" and
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
-    For `report`, `record` takes the calls that the graph makes, each time that it runs, and `functions` what CUDA graphs
-    repeat. `moved` returns the filters that `optimize` has moved to channels_last memory; RuntimeError if that shows in
-    results.
+    For `report`, `record` takes the calls that the graph makes, each time that it runs, and `functions` what CUDA
+    graphs repeat. `moved` returns the filters that `optimize` has moved to channels_last memory; RuntimeError if that
+    shows in results.
     """
     modes, cuda_graph, rest = settings(mode, options)
     if record is None:
