@@ -40,15 +40,15 @@ CPU, images of {size} x {size} pixels. Written by `tests/zoo.py`; `tests/model/t
 | --- | --- | --- | --- | --- | --- |
 """
 _LIMITS = """
-Beyond the table, one small member each of 93 of timm's 98 families (1.0.31; some with fewer blocks), 20 models of
+Beyond the table, one small member of each of timm's 98 families (1.0.31; some with fewer blocks), 20 models of
 torchvision (0.28), 31 of transformers (5.24) and 63 networks as people write them were compared once with themselves as
-they were, in fp32 with torch 2.13 on a CPU, with filters moved, timm's and about half of the others at two batch sizes:
-outputs with their structure, dtypes and strides, `state_dict`, copies, pickles and `revert`; of timm's also a training
-step with its gradients, and that `report` counts each convolution. All agreed but for the limits below; the strides of
-features of torchvision's own blocks, which are channels_last, of a parameter that is itself a result, and of empty
-results; and those of UperNet, which `backend="aot_eager"` changes alike. A network without `Conv2d` is refused, such as
-timm's Gemma 4 and NaFlex ViTs. torch.compile itself leaves one with a TorchScript module in it to Python, and an LSTM.
-Faster R-CNN was not tried, nor were timm's Inception-ResNet, NASNet and PNASNet.
+they were, in fp32 with torch 2.13 on a CPU, with filters moved, most of timm's and half of the others at two batch
+sizes: outputs with their structure, dtypes and strides, `state_dict`, copies, pickles and `revert`; of timm's also a
+training step with its gradients, and that `report` counts each convolution. All agreed but for the limits below; the
+strides of features of torchvision's own blocks, which are channels_last, of a parameter that is itself a result, and of
+empty results; and those of UperNet, which `backend="aot_eager"` changes alike. A network without `Conv2d` is refused,
+as two of timm's families, Gemma 4 and NaFlex ViT. torch.compile itself leaves to Python one with a TorchScript module in
+it, and an LSTM. Faster R-CNN was not tried.
 
 So were, on one batch of small images each, 15 more models of torchvision (Faster, Mask and Keypoint R-CNN, RetinaNet,
 FCOS, SSD, SSDlite, LR-ASPP, DeepLabV3, RAFT, quantizable ones) and 95 networks of segmentation_models_pytorch 0.6.0,
