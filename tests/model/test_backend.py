@@ -951,9 +951,7 @@ def test_report_counts_each_call_of_a_graph(kernels):
 
 @torch.no_grad()
 def test_report_names_each_convolution():
-    model = integral(
-        nn.Sequential(_stem(), Residual(_downsample()), conv(groups=2), norm(), conv(groups=8), _head())
-    )
+    model = integral(nn.Sequential(_stem(), Residual(_downsample()), conv(groups=2), norm(), conv(groups=8), _head()))
     lines = str(report(model, (1, 8, 32, 32))).splitlines()
     rows = [line.split(maxsplit=3) for line in lines[1:-1]]
     assert [row[:2] for row in rows] == [
