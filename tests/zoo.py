@@ -48,7 +48,7 @@ training step with its gradients, and that `report` counts each convolution. All
 strides of features of torchvision's own blocks, which are channels_last, of a parameter that is itself a result, and of
 empty results; and those of UperNet, which `backend="aot_eager"` changes alike. A network without `Conv2d` is refused,
 as two of timm's families, Gemma 4 and NaFlex ViT. torch.compile itself leaves to Python one with a TorchScript module
-in it, and an LSTM. Faster R-CNN was not tried.
+in it, and an LSTM.
 
 So were, on one batch of small images each, 15 more models of torchvision (Faster, Mask and Keypoint R-CNN, RetinaNet,
 FCOS, SSD, SSDlite, LR-ASPP, DeepLabV3, RAFT, quantizable ones) and 95 networks of segmentation_models_pytorch 0.6.0,

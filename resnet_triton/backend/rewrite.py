@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ..ops import NONE, RELU, Activation, is_depthwise  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
 from ..ops.stem import CONV, POOL
-from .layouts import base_of, is_view
+from .layouts import base_of
 
 aten = torch.ops.aten
 Node = fx.Node
@@ -90,7 +90,7 @@ class _Rewriter:
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
-            if _strides_are_its_own(node) or _is_times_one(node) or _is_needless_copy(node):
+            if _strides_are_its_own(node) or _is_needless_copy(node):
                 node.replace_all_uses_with(_args(node)[0])
                 self.graph.erase_node(node)
         nodes = list(self.graph.nodes)
@@ -356,23 +356,17 @@ def _strides_are_its_own(node: Node) -> bool:
     return tuple(size) == _shape(x) and all(n == 1 or a == b for n, a, b in same)
 
 
-def _is_times_one(node: Node) -> bool:
-    """Whether this multiplies or divides by one, as blocks do whose scale is an option, and nobody sees the copy."""
-    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs or _args(node)[1] != 1:
-        return False
-    x: Any = _args(node)[0]
-    same = _dtype(x) == _dtype(node) and x.meta["val"].stride() == node.meta["val"].stride()
-    seen = base_of(x).op == "placeholder" or any(user.op == "output" or is_view(user) for user in node.users)
-    return same and not seen
-
-
 def _is_needless_copy(node: Node) -> bool:
-    """Whether this is a copy that nobody can tell from what it copies, as dropout makes one where nothing is dropped.
+    """Whether this is a copy that nobody can tell from what it copies.
 
-    A caller could, by an input that changes later, or by two results that share memory; and `as_strided`, by where they
-    start.
+    Dropout makes one where nothing is dropped; blocks whose scale is an option multiply or divide by one. A caller
+    could tell, by an input that changes later, or by two results that share memory; `as_strided`, by where they start.
     """
-    if node.target is not aten.clone.default:
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        copies = not node.kwargs and _args(node)[1] == 1 and _dtype(node) == _dtype(_args(node)[0])
+    else:
+        copies = node.target is aten.clone.default
+    if not copies:
         return False
     x: Any = _args(node)[0]
     base, results = base_of(x), set(map(base_of, node.graph.output_node().all_input_nodes))
