@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import resnet_triton
 
 from ..ops.dispatch import Kernels
-from . import engines
 
 Model = Callable[[Tensor], Tensor]
 Build = Callable[[nn.Module, Tensor], Model]
@@ -63,7 +62,6 @@ def alternatives(device: torch.device) -> dict[str, Alternative]:
         for freezing in (False, True):
             name = f"compile {mode}" + " freezing" * freezing
             found.append(Alternative(name, partial(_compiled, mode, freezing), cold=True))
-    found += [Alternative(name, build) for name, build in engines.installed().items()]
     found.append(Alternative("ours", partial(_ours, False), ours=True, cold=cuda))
     if cuda:
         found.append(Alternative("ours graph", partial(_ours, True), ours=True, cold=True))
