@@ -133,6 +133,7 @@ CONDITIONS = {
         "gpu --rehearse --out foreign": (2, ELSEWHERE), "gpu --rehearse --out blank": (2, ELSEWHERE),
         f"{CODEGEN} --budget foreign/results.json": (2, 'expected an object with "triton" and "rows"'),
         f"{CODEGEN} --budget blank/results.json": (2, "error: blank/results.json: not JSON (Expecting value"),
+        f"{CODEGEN} --out file/new": (2, "error: file/new: Not a directory\n"),
     }),
     "no Triton": Condition("triton", {}, {
         "doctor --json": (0, "Triton is not installed"), PREDICT: (0, "0 layer calls ran on Triton kernels"),
