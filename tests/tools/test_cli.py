@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,19 +304,6 @@ def test_a_bad_image_is_named_and_the_others_go_on(
     assert outcome.err.endswith("\n0 layer calls ran on Triton kernels, 18 on PyTorch\n"), "one batch of two"
 
 
-@pytest.mark.parametrize("limit", [1000, 500])  # at half the pixels Pillow warns, at a quarter it raises
-def test_decompression_bomb(
-    run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, picture: Path, limit: int
-) -> None:
-    monkeypatch.setattr(PIL_Image, "MAX_IMAGE_PIXELS", limit)
-    fails(run("predict", picture, "--weights", checkpoint, "--device", "cpu"), str(picture), f"over {limit} pixels")
-
-
-def test_sliver(run: Run, tmp_path: Path, checkpoint: Path) -> None:
-    PIL_Image.new("RGB", (1, 1000)).save(tmp_path / "sliver.png")
-    fails(run("predict", tmp_path / "sliver.png", "--weights", checkpoint), "1x1000 pixels")
-
-
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
@@ -333,16 +319,6 @@ def test_unknown_weights(
 ) -> None:
     monkeypatch.chdir(picture.parent)
     fails(run("predict", picture, "--weights", weights), *words)
-
-
-@pytest.mark.parametrize("name", ["DEFAULT", "ResNet18_Weights.IMAGENET1K_V1"])
-def test_download_fails(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path, name: str) -> None:
-    def offline(*_: object, **__: object) -> None:
-        print("Downloading ...")  # as torch.hub does, on stdout
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    fails(run("predict", picture, "--weights", name), "no route to host", "--weights FILE")
 
 
 def test_bad_image_is_found_before_a_download(run: Run, tmp_path: Path) -> None:
