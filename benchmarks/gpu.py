@@ -61,8 +61,6 @@ PHASES = (
     _models("batches", *_FAST, sizes=(2, 8, 64, 128, 129), limit=150, **_TUNED),
     _tests("test-exact-rest", "tests/kernels/test_exact.py", f"not ({_LAYERS})", processes=14, limit=300),
     _models("bfloat16", *_FAST, dtype="bfloat16", **_TUNED),
-    Phase("sanitizer", gpu.sanitizer, 200, 60),
-    Phase("counters", gpu.counters, 100, 40),
     Phase("layers-compile", partial(gpu.layer_times, alternatives=["ours", "compile"]), 200, 60),
     _tests("test-invariant", "tests/kernels/test_invariant.py", "test", processes=8, limit=90),
     _models("invariant", "ours graph", "ours invariant graph", sizes=(1, 8, 32, 128, 256), **_TUNED),

@@ -1,16 +1,10 @@
-"""What a lent GPU checks beside the suites: runs that have to be exact, the tests, a tuned table, NVIDIA's own tools.
-
-`python -m benchmarks.gpu_phases LAYER DTYPE BATCH DEVICE IMAGE` runs one layer a few times, for a profiler to look at.
-"""
+"""What a lent GPU checks beside the suites: runs that have to be exact, the tests, a tuned table."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib.util
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -210,87 +204,13 @@ def _tests(file: str, select: str, processes: int, run: Run) -> Iterator[Found]:
         raise AssertionError("; ".join([how, *failures[:3]]) if failures else f"{how}: {output[-300:]}")
 
 
-SELECTIONS = (
-    "test_conv_epilogue and float16", "test_max_pool and float16", "test_global_avg_pool and float16",
-    "test_add_relu and float16", "test_linear and float16", "test_avg_pool_linear and float16",
-)  # fmt: skip
-
-
-def sanitizer(run: Run) -> Steps:
-    """The tests on small shapes under memcheck; a rehearsal runs the first of them without."""
-    for select in SELECTIONS[:1] if rehearsed(run) else SELECTIONS:
-        yield select, partial(_sanitize, select, run)
-
-
-def _sanitize(select: str, run: Run) -> Iterator[Found]:
-    tool = [] if rehearsed(run) else [_find("compute-sanitizer"), "--tool", "memcheck", "--target-processes", "all"]
-    pytest = [*PYTEST, "-q", "-x", "tests/kernels/test_exact.py", "-k", select]
-    code, output = _output([*tool, *pytest], run, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    errors = max(map(int, re.findall(r"ERROR SUMMARY: (\d+) error", output)), default=None)
-    yield {"errors": errors}
-    if code != 0 or not (errors == 0 or rehearsed(run)):
-        raise AssertionError(f"exit code {code}, {errors} errors: {output[-300:]}")
-
-
-METRICS = (
-    "gpu__time_duration.sum", "dram__bytes.sum", "lts__t_bytes.sum", "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__warps_active.avg.pct_of_peak_sustained_active", "sm__inst_executed_pipe_tensor.sum",
-)  # fmt: skip
-
-
-def counters(run: Run) -> Steps:
-    """Hardware counters of the layers that take longest; a rehearsal runs one of them without a profiler."""
-    rows = [row for row in run.results.rows if row.suite == "kernel" and row.ours and row.p50_s]
-    rows.sort(key=lambda row: row.p50_s or 0.0, reverse=True)
-    for row in rows[: 1 if rehearsed(run) else 3]:
-        key = [str(row.layer), row.dtype, str(row.batch)]
-        yield " ".join(key), partial(_count, key, run)
-
-
-def _count(key: list[str], run: Run) -> Iterator[Found]:
-    options = ["--clock-control", "none", "--csv", "--metrics", ",".join(METRICS)]
-    options += ["--kernel-name", "regex:conv|stem|pack|sum", "--launch-skip", "2", "--launch-count", "2"]
-    profiler = [] if rehearsed(run) else [_find("ncu"), *options]
-    work = [sys.executable, "-m", "benchmarks.gpu_phases", *key, run.device.type, str(image(run))]
-    code, output = _output([*profiler, *work], run)
-    if code != 0:
-        raise RuntimeError(f"exit code {code}: {output[-300:]}")
-    lines = output.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    columns = ("Kernel Name", "Metric Name", "Metric Value", "Metric Unit")
-    yield {"metrics": [[row[name] for name in columns] for row in csv.DictReader(lines[start:])]}
-
-
-def _find(tool: str) -> str:
-    found = shutil.which(tool) or shutil.which(tool, path="/usr/local/cuda/bin")
-    if found is None:
-        raise RuntimeError(f"no {tool} here, expected one on the PATH or in /usr/local/cuda/bin")
-    return found
-
-
-def _output(command: list[str], run: Run, **environ: str) -> tuple[int | None, str]:
+def _output(command: list[str], run: Run) -> tuple[int | None, str]:
     """Exit code and output of a program; code None if its time was up before."""
     how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
-    with subprocess.Popen(command, env={**os.environ, **environ}, **how) as process:
+    with subprocess.Popen(command, **how) as process:
         try:
             output, _ = process.communicate(timeout=max(run.left() - 3, 1))
         except subprocess.TimeoutExpired as late:  # its children may keep the pipe open: they end with this process
             process.kill()
             return None, (late.output or b"").decode(errors="replace")
     return process.returncode, output
-
-
-def main(layer: str, dtype: str, batch: str, where: str, size: str) -> None:
-    """Run a layer of ResNet-18 a few times."""
-    found = cases(["resnet18"], [int(batch)], [dtype], int(size))
-    call = next(case.call for case in found if case.layer == layer)
-    with torch.inference_mode():
-        (launch, *_) = Problem(call.ours, torch.device(where), kernels="triton").build("ours")
-        for _ in range(1 if where == "cpu" else 5):
-            launch()
-    if where == "cuda":
-        torch.cuda.synchronize()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
