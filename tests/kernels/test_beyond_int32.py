@@ -1,7 +1,6 @@
 """Tensors of more than 2^31 elements, of which only the pages that a test touches exist.
 
-A launch of millions of programs is run as the few whose pixels lie beyond what int32 counts. `test_large.py` asks more
-of more kernels, in a process of its own; these are quick, and judge mutants.
+A launch of millions of programs is run as the few whose pixels lie beyond what int32 counts.
 """
 
 from __future__ import annotations
