@@ -1,10 +1,9 @@
 """Compile the kernels for GPUs that are not here, and judge the machine code.
 
-Every call of a traced model is planned exactly as it would be launched on the target and compiled by Triton and ptxas
-(AMD: LLVM), all of which run on a CPU. A row then says whether the tensor cores and the bulk copy engine are used,
-whether registers spill, whether shared memory fits, whether ptxas serialised the asynchronous matrix instructions,
-whether memory is ordered on every path, whether NaN and IEEE rounding survive, and how many programs a multiprocessor
-holds.
+Every call of a traced model is planned exactly as it would be launched on the target and compiled by Triton and ptxas,
+which run on a CPU. A row then says whether the tensor cores and the bulk copy engine are used, whether registers spill,
+whether shared memory fits, whether ptxas serialised the asynchronous matrix instructions, whether memory is ordered on
+every path, whether NaN and IEEE rounding survive, and how many programs a multiprocessor holds.
 
     targets -> compiler, occupancy -> rows -> report -> budget
 """

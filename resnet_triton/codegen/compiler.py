@@ -1,4 +1,4 @@
-"""Compile a launch for a GPU that is not here: Triton, then ptxas and nvdisasm (AMD: LLVM), all on a CPU."""
+"""Compile a launch for a GPU that is not here: Triton, then ptxas and nvdisasm, all on a CPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.launch import Launch
-from ..machine_code import Code, read_amd, read_nvidia
-from .targets import target
+from ..machine_code import Code, read
 
 _POINTER = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -60,24 +59,22 @@ def _type(value: Any) -> str:
     return f"tensordesc<{_POINTER[value.base.dtype][1:]}[{block}]{layout}>"
 
 
-def compile_for(source: Specialisation, arch: int | str) -> Code:
-    """Compile for an architecture (90 for sm_90, "gfx942") and read the vital signs. Raises what Triton raises."""
+def compile_for(source: Specialisation, arch: int) -> Code:
+    """Compile for a compute capability (90 for sm_90) and read the vital signs. Raises what Triton raises."""
     return vital_signs(triton_compile(source, arch))
 
 
 def vital_signs(compiled: Any) -> Code:
     """Those of Triton's compiled kernel."""
     texts, shared_memory = compiled.asm, compiled.metadata.shared
-    if "amdgcn" in texts:
-        return read_amd(ttir=texts["ttir"], llir=texts["llir"], assembly=texts["amdgcn"], shared_memory=shared_memory)
     ptx = texts["ptx"]
     log, sass = _assemble(ptx, compiled.metadata.target.arch)
-    return read_nvidia(
+    return read(
         ttir=texts.get("ttir", ""), ttgir=texts["ttgir"], ptx=ptx, sass=sass, log=log, shared_memory=shared_memory
     )
 
 
-def triton_compile(source: Specialisation, arch: int | str) -> Any:
+def triton_compile(source: Specialisation, arch: int) -> Any:
     """Triton's compiled kernel; its `asm` holds every stage as text, "ttgir" and "ptx" among them."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -91,7 +88,7 @@ def triton_compile(source: Specialisation, arch: int | str) -> Any:
     attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
     return triton.compile(
         language(fn=kernel, signature=signature, constexprs=dict(source.constants), attrs=attrs),
-        target=GPUTarget(*target(arch).compiler),
+        target=GPUTarget("cuda", arch, 32),
         options={"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True},
     )
 

@@ -9,13 +9,13 @@ from .targets import Multiprocessor, Target
 def programs_per_sm(code: Code, num_warps: int, sm: Multiprocessor) -> int:
     """Programs a multiprocessor holds at a time; 0 if not even one fits.
 
-    Registers are given to a warp in steps of 8 a thread, shared memory to a program in steps of 128 bytes (CUDA
-    occupancy calculator; AMD's vector registers come in steps of 8 as well). Tensor memory (sm_100) is not counted.
+    Registers are given to a warp in steps of 8 a thread, shared memory to a program in steps of 128 bytes, and the
+    system takes 1 KB for every program (CUDA occupancy calculator). The 65536 registers lie in four equal parts, one
+    for each scheduler, and a warp's come from one of them. Tensor memory (sm_100) is not counted.
     """
-    warp = _round_up(max(code.registers, 1), 8) * sm.warp_size
-    by_registers = 4 * (sm.registers // 4 // warp) // num_warps
-    memory = _round_up(code.shared_memory, 128) + sm.reserved
-    by_memory = sm.shared_memory // memory if memory else sm.programs
+    warp = _round_up(max(code.registers, 1), 8) * 32
+    by_registers = 4 * (65536 // 4 // warp) // num_warps
+    by_memory = sm.shared_memory // (_round_up(code.shared_memory, 128) + 1024)
     return min(by_registers, by_memory, sm.warps // num_warps, sm.programs)
 
 

@@ -27,17 +27,17 @@ def compile_all(archs: Sequence[str], batches: Sequence[int], dtypes: Sequence[s
 
     found = []
     with bar("compiling", None) as step:
-        for row in rows(models.resnet18().eval(), [t.compiler[1] for t in targets], batches, dtypes, jobs=jobs):
+        for row in rows(models.resnet18().eval(), [t.facts.arch for t in targets], batches, dtypes, jobs=jobs):
             found.append(row.record())
             step()
     return {
         "triton": triton.__version__,
-        "ptxas": {t.name: ptxas_version(t.compiler[1]) for t in targets if t.compiler[0] == "cuda"},
+        "ptxas": {t.name: ptxas_version(t.facts.arch) for t in targets},
         "rows": found,
     }
 
 
-def ptxas_version(arch: int | str) -> str:
+def ptxas_version(arch: int) -> str:
     """The version of the assembler Triton uses for an architecture; newer ones have one of their own."""
     from triton.backends.nvidia.compiler import get_ptxas
 

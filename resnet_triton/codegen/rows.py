@@ -81,7 +81,7 @@ class CompiledLaunch:
             found.append(f"needs {code.shared_memory} bytes of shared memory")
         if code.dots and not ieee and code.tensor_core == "none":
             found.append("no tensor-core instruction")
-        if ieee and code.tensor_core not in ("none", "mfma-fp32"):
+        if ieee and code.tensor_core != "none":
             found.append(f"IEEE fp32 on tensor cores ({code.tensor_core})")
         large = self.arch == "sm_90" and self.batch >= 32 and self.filter in ("1x1", "3x3") and not ieee
         if code.dots and (large or code.specialised):
@@ -145,7 +145,7 @@ class _Planned(NamedTuple):
 
 def rows(
     model: nn.Module,
-    archs: Sequence[int | str],
+    archs: Sequence[int],
     batches: Sequence[int],
     dtypes: Sequence[str],
     *,
@@ -161,10 +161,10 @@ def rows(
         for launch in _plan(model, target(arch), batch, dtype, image)
     ]
     with Pool(jobs) as pool:
-        distinct = dict.fromkeys((p.source, p.target.compiler[1]) for p in planned)
+        distinct = dict.fromkeys((p.source, p.target.facts.arch) for p in planned)
         compiled = {key: pool.submit(compile_for, *key) for key in distinct}
         for p in planned:
-            yield _compiled(p, compiled[p.source, p.target.compiler[1]].result())
+            yield _compiled(p, compiled[p.source, p.target.facts.arch].result())
 
 
 def _plan(model: nn.Module, where: Target, batch: int, dtype: str, image: int) -> Iterator[_Planned]:

@@ -6,6 +6,6 @@ products -> verdict (at run time)
 
 from __future__ import annotations
 
-from .assembly import Code, read_amd, read_nvidia
+from .assembly import Code, read
 
-__all__ = ["Code", "read_amd", "read_nvidia"]
+__all__ = ["Code", "read"]

@@ -6,22 +6,16 @@ import re
 from dataclasses import dataclass
 
 from . import dependent, groups
-from . import flow as flows
 from .access import accesses, loads
-from .ordering import AMD_RULES, NVIDIA_RULES, broken
+from .ordering import broken
 from .products import follow
 
 _TENSOR_CORE = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
 # A bulk reduction's text does not name its type; kernels have no use for one anyway.
 _FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.[\w.:]*\.b?f(?:16|32|64)(?:x2)?\b|\bcp\.reduce\.async\.bulk")
-_AMD_FLOAT_ATOMIC = re.compile(r"_atomic_(?:pk_)?add_b?f(?:16|32|64)\b")
 # In PTX: ptxas (12.9, for sm_80) may use the same instruction where it knows an operand, and test for NaN beside it.
 _DROPS_NAN = re.compile(r"\b(?:max|min)\.(?![\w.]*NaN)[\w.]*\bb?f(?:16|32|64)(?:x2)?\b")
 _APPROXIMATE = re.compile(r"\b[a-z][\w.]*\.(?:approx|full|ftz)\b")
-# These three are read in LLVM's IR: in machine code they also are steps of exact sequences, and of integer division.
-_AMD_APPROXIMATE = re.compile(r"\bcall\b.*@llvm\.amdgcn\.(?:rcp|rsq|sqrt)\.")
-_AMD_MAXIMUM = re.compile(r"@llvm\.(?:(?:max|min)num|amdgcn\.fmed3)\.\w+\(\S+ ([^\s,]+), \S+ ([^\s,)]+)")
-_AMD_NAN = re.compile(r"\bfcmp (?:uno|ord) \S+ ([^\s,]+), ([^\s,]+)")
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class Code:
     spill_bytes: int
     shared_memory: int
     instructions: int
-    tensor_core: str  # "wgmma", "tcgen05", "mma", "mfma", "mfma-fp32" (which rounds no operand) or "none"
+    tensor_core: str  # "wgmma", "tcgen05", "mma" or "none"
     tma: bool = False
     dots: int = 0
     wgmma: int = 0
@@ -74,7 +68,7 @@ class Code:
         return round(self.wgmma / max(self.wgmma_waits, 1), 2) if self.wgmma else None
 
 
-def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_memory: int) -> Code:
+def read(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_memory: int) -> Code:
     """From Triton's texts, nvdisasm's and what `ptxas -v` wrote to stderr."""
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
@@ -91,7 +85,9 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         instructions=sum(name != "NOP" for name in instructions),  # NOPs pad the end
         tensor_core=next((name for text, name in _TENSOR_CORE.items() if text in ptx), "none"),
         tma="cp.async.bulk.tensor" in ptx,
-        dots=_dots(ttir) if ttir else len(re.findall(r"\bttng\.warp_group_dot\b(?!_)", ttgir)),
+        dots=len(re.findall(r"= tt\.dot\b", ttir))
+        if ttir
+        else len(re.findall(r"\bttng\.warp_group_dot\b(?!_)", ttgir)),
         wgmma=followed.products,
         wgmma_waits=sum(name.startswith("WARPGROUP.DEPBAR") for name in instructions),
         wgmma_registers=len(re.findall(r"\b[A-Z]GMMA\S* R\d+, R\d+, gdesc", sass)),
@@ -99,7 +95,7 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         messages=tuple(dict.fromkeys(line.partition(": ")[2] for line in said)),
         hazards=followed.hazards,
         float_atomics=len(_FLOAT_ATOMIC.findall(ptx)),
-        disorder=broken(flow, NVIDIA_RULES) + early.faults,
+        disorder=broken(flow) + early.faults,
         early=early.parameters,
         dropped_nans=len(_DROPS_NAN.findall(ptx)),
         approximations=len(_APPROXIMATE.findall(ptx)),
@@ -109,43 +105,3 @@ def read_nvidia(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_
         specialised="ttg.warp_specialize" in ttgir,
         setmaxnreg="setmaxnreg." in ptx,
     )
-
-
-def read_amd(*, ttir: str, llir: str, assembly: str, shared_memory: int) -> Code:
-    """From LLVM's IR and assembly. Registers are vector registers; `spill_bytes` counts each spilt one once."""
-    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
-    spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)
-    if registers is None or spills is None:
-        raise ValueError("no .vgpr_count and .vgpr_spill_count in the assembly's metadata")
-    flow = flows.amd(assembly)
-    return Code(
-        registers=int(registers[1]),
-        spill_bytes=4 * int(spills[1]),
-        shared_memory=shared_memory,
-        instructions=sum(bool(re.match(r"\s+(?:[sv]|ds|global|buffer|flat|scratch)_\w+", line)) for line in flow.lines),
-        tensor_core=_amd_tensor_core(assembly),
-        dots=_dots(ttir),
-        float_atomics=len(_AMD_FLOAT_ATOMIC.findall(assembly)),
-        disorder=broken(flow, AMD_RULES),
-        dropped_nans=_amd_dropped_nans(llir),
-        approximations=len(_AMD_APPROXIMATE.findall(llir)),
-        narrowest_load=min(loads(flow.looped()), default=0),
-        widest_access=max(accesses(flow.lines), default=0),
-    )
-
-
-def _dots(ttir: str) -> int:
-    return len(re.findall(r"= tt\.dot\b", ttir))
-
-
-def _amd_tensor_core(assembly: str) -> str:
-    products = re.findall(r"\bv_mfma_\w+", assembly)
-    if not products:
-        return "none"
-    return "mfma-fp32" if all(re.fullmatch(r"\w+_f32", name) for name in products) else "mfma"
-
-
-def _amd_dropped_nans(llir: str) -> int:
-    """Maxima and minima whose operands are not also tested for NaN."""
-    tested = {frozenset(pair) for pair in _AMD_NAN.findall(llir)}
-    return sum(frozenset(pair) not in tested for pair in _AMD_MAXIMUM.findall(llir))

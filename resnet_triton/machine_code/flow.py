@@ -17,11 +17,6 @@ def ptx(text: str) -> Flow:
     )
 
 
-def amd(text: str) -> Flow:
-    """That of AMD's assembly."""
-    return Flow(text, comment=";", jump=r"\bs_(?P<maybe>c)?branch\w*\s+(?P<label>\S+)", leave=r"^\s*s_endpgm\b")
-
-
 def sass(text: str) -> Flow:
     """That of NVIDIA's machine code, as nvdisasm writes it. A call may lead into the subroutine, and past it."""
     maybe = r"(?P<maybe>@\S+\s+BRA\b[^`]*|\bCALL\b[^`]*|\bBRA[\w.]*\s+[^`\s][^`]*)"

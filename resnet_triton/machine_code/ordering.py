@@ -35,8 +35,6 @@ NO_BARRIER_AFTER_COPY = "no barrier between the wait for a copy to shared memory
 NO_BARRIER_BEFORE_COPY = "no barrier between a load of shared memory and the copy after it"
 NO_BARRIER_AFTER_PRODUCT = "no barrier between the wait for a matrix product and the copy to shared memory after it"
 NO_BARRIER_BEFORE_HANDOVER = "no barrier between a use of shared memory and the arrival after it"
-NO_RELEASE = "no write-back between a store and the atomic after it"
-NO_ACQUIRE = "no invalidation between an atomic and the load after it"
 
 _STORE = r"\bst\.[\w.:]*global"
 _LOAD = r"\bld\.[\w.:]*global|\bcp\.async\.[\w.:]*shared[\w.:]*\.global"
@@ -58,7 +56,7 @@ _LEAVE = r"^\s*(?:@\S+\s+)?(?:ret|exit)\b"
 _WRITTEN = r"\s*cp\.async\.bulk\.wait_group\s+0\b"
 _READ = r"\s*cp\.async\.bulk\.wait_group(?:\.read)?\s+0\b"
 
-NVIDIA_RULES = (
+RULES = (
     Rule(WEAK_ATOMIC, _ANYWHERE, _WEAK_ATOMIC, _NEVER),
     Rule(NO_BARRIER_BEFORE_ATOMIC, _STORE, _ATOMIC, _BARRIER),
     Rule(NO_BARRIER_AFTER_ATOMIC, _ATOMIC, _LOAD, _BARRIER),
@@ -78,16 +76,7 @@ NVIDIA_RULES = (
     Rule(NO_BARRIER_BEFORE_HANDOVER, _USE, _ARRIVAL, _BARRIER),
 )
 
-_AMD_STORE, _AMD_LOAD = r"\b(?:global|buffer|flat)_store", r"\b(?:global|buffer|flat)_load"
-_AMD_ATOMIC, _AMD_BARRIER = r"\b(?:global|buffer|flat)_atomic_", r"\s*s_barrier\b"
-AMD_RULES = (
-    Rule(NO_BARRIER_BEFORE_ATOMIC, _AMD_STORE, _AMD_ATOMIC, _AMD_BARRIER),
-    Rule(NO_BARRIER_AFTER_ATOMIC, _AMD_ATOMIC, _AMD_LOAD, _AMD_BARRIER),
-    Rule(NO_RELEASE, _AMD_STORE, _AMD_ATOMIC, r"\s*buffer_wbl2 sc1\b"),
-    Rule(NO_ACQUIRE, _AMD_ATOMIC, _AMD_LOAD, r"\s*buffer_inv sc1\b"),
-)
 
-
-def broken(flow: Flow, rules: tuple[Rule, ...]) -> tuple[str, ...]:
+def broken(flow: Flow) -> tuple[str, ...]:
     """What the rules say of those that some path breaks."""
-    return tuple(rule.broken for rule in rules if flow.meets(*rule[1:]))
+    return tuple(rule.broken for rule in RULES if flow.meets(*rule[1:]))

@@ -462,7 +462,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     c.add_argument(
         "--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], metavar="ARCH",
-        help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 or gfx942; 90 means sm_90 (default: sm_80 sm_90 sm_100)",
+        help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120; 90 means sm_90 (default: sm_80 sm_90 sm_100)",
     )  # fmt: skip
     c.add_argument(
         "--batch", type=positive, nargs="+", default=[1, 8, 32, 128, 256], metavar="N",

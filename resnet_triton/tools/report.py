@@ -48,10 +48,7 @@ def run(arch: str | None, names: Sequence[str], batches: Sequence[int], dtypes: 
 def _facts(arch: str | None) -> DeviceFacts:
     if arch is None and torch.cuda.is_available():
         return specialised.facts(torch.device("cuda"))
-    facts = target(arch or "sm_90").facts
-    if not facts.arch:
-        raise ValueError(f"no kernels run on {arch}, expected an NVIDIA GPU such as sm_90")
-    return facts
+    return target(arch or "sm_90").facts
 
 
 def _row(call: Call, facts: DeviceFacts) -> Json:

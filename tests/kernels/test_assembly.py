@@ -100,10 +100,10 @@ sys.path.insert(0, folder)
 found = {}
 assemble = codegen.compiler._assemble
 codegen.compiler._assemble = lambda ptx, arch: ("Used 1 registers", "")  # what is planted shows in the texts before
-for name, (arch, kernel, types, constants, aligned) in planted.items():
+for name, (kernel, types, constants, aligned) in planted.items():
     signature = (*types.items(), *((constant, "constexpr") for constant in constants))
     source = codegen.Specialisation("planted", kernel, signature, tuple(constants.items()), 4, 2, aligned)
-    found[name] = asdict(codegen.compile_for(source, arch))
+    found[name] = asdict(codegen.compile_for(source, 80))
 
 widths = {}
 for batch in (1, 32):
@@ -168,10 +168,6 @@ SOURCES = {
 
 
 UNALIGNED = ("unaligned", "claimed")
-ON_AMD = (
-    "sound", "barrier on one path", "relaxed", "float atomic", "maximum", "propagating maximum", "rsqrt", "exact",
-    "ieee", "tf32",
-)  # fmt: skip
 
 
 @cache
@@ -181,16 +177,15 @@ def compiled() -> Any:
     shares its tiles and loads and stores them in bulk, of one that copies its operands, and of one whose warps have
     different parts.
     """
-    places = [(80, name) for name in SOURCES] + [("gfx942", name) for name in ON_AMD]
-    wanted = {f"{name}, {arch}": (arch, *SOURCES[name], name not in UNALIGNED) for arch, name in places}
+    wanted = {name: (*source, name not in UNALIGNED) for name, source in SOURCES.items()}
     with TemporaryDirectory() as folder:
         Path(folder, "planted.py").write_text(PLANTED)
         return json.loads(run(COMPILE, folder, json.dumps(wanted)))
 
 
-def signs(name: str, arch: int | str = 80) -> Code:
+def signs(name: str) -> Code:
     planted, *_ = compiled()
-    return Code(**planted[f"{name}, {arch}"])
+    return Code(**planted[name])
 
 
 @pytest.mark.slow
@@ -210,16 +205,8 @@ def test_an_arrival_that_orders_nothing(name, broken):
     assert signs(name).disorder == ([] if broken is None or mended else [broken])
 
 
-def test_an_arrival_that_orders_nothing_on_amd():
-    assert signs("sound", "gfx942").disorder == []
-    unmended = [] if ADDS_BARRIERS else [ordering.NO_BARRIER_BEFORE_ATOMIC]
-    assert signs("barrier on one path", "gfx942").disorder == unmended
-    assert signs("relaxed", "gfx942").disorder == [ordering.NO_RELEASE, ordering.NO_ACQUIRE]
-
-
-@pytest.mark.parametrize("arch", [80, "gfx942"])
-def test_a_floating_point_atomic(arch):
-    assert [signs(name, arch).float_atomics for name in ("float atomic", "sound")] == [1, 0]
+def test_a_floating_point_atomic():
+    assert [signs(name).float_atomics for name in ("float atomic", "sound")] == [1, 0]
 
 
 def without(text: str, guard: str, near: str, *, after: bool = False, count: int = 1) -> str:
@@ -243,11 +230,11 @@ def test_every_rule_guards_a_real_kernel():
 
     def broken(text: str) -> tuple[str, ...]:
         assert text != sound
-        return ordering.broken(groups.ptx(text), ordering.NVIDIA_RULES)
+        return ordering.broken(groups.ptx(text))
 
     store, wait, fence = "bulk_group [", "cp.async.bulk.wait_group", "fence.proxy.async"
     arrival, write = "atom.global.gpu.acq_rel.add.u32 %r1, [%rd1], 1;", "st.shared.b32 [%r1], %r2;"
-    assert ordering.broken(groups.ptx(sound), ordering.NVIDIA_RULES) == ()
+    assert ordering.broken(groups.ptx(sound)) == ()
     barriers = 1 + ADDS_BARRIERS  # ours, and the compiler's
     assert broken(without(sound, "bar.sync", "atom.", count=barriers)) == (ordering.NO_BARRIER_BEFORE_ATOMIC,)
     unguarded = without(sound, "bar.sync", "atom.", after=True, count=barriers)
@@ -267,11 +254,11 @@ def test_every_rule_guards_a_real_kernel():
 def test_rules_of_operands_in_shared_memory():
     _, _, _, bulk, copied, _ = compiled()
     for sound in (bulk, copied):
-        assert ordering.broken(groups.ptx(sound), ordering.NVIDIA_RULES) == ()
+        assert ordering.broken(groups.ptx(sound)) == ()
 
     def broken(text: str) -> set[str]:
         assert text not in (bulk, copied)
-        return set(ordering.broken(groups.ptx(text), ordering.NVIDIA_RULES))
+        return set(ordering.broken(groups.ptx(text)))
 
     # Barriers behind the wait in the loop: for pixels, for filters and, by some Tritons, for the wait itself.
     barrier, wait, load, copy = "bar.sync", "cp.async.wait_group", "ldmatrix.", "cp.async.cg."
@@ -346,11 +333,11 @@ def test_rules_of_a_kernel_whose_warps_have_different_parts():
     sound = compiled()[-1]
     head, group, tail = parts(sound)
     barrier, wait = "bar.sync", "cp.async.bulk.wait_group"
-    assert ordering.broken(groups.ptx(sound), ordering.NVIDIA_RULES) == ()
+    assert ordering.broken(groups.ptx(sound)) == ()
 
     def broken(changed: str, before: str = head, after: str = tail) -> set[str]:
         assert before + changed + after != sound
-        return set(ordering.broken(groups.ptx(before + changed + after), ordering.NVIDIA_RULES))
+        return set(ordering.broken(groups.ptx(before + changed + after)))
 
     everything = {
         ordering.NO_BARRIER_BEFORE_ATOMIC, ordering.NO_BARRIER_AFTER_ATOMIC, ordering.NO_BARRIER_BEFORE_BULK_STORE,
@@ -378,28 +365,18 @@ def test_rules_of_a_kernel_whose_warps_have_different_parts():
     assert broken(announced) == {ordering.UNFINISHED_BULK_STORE}, "what the bulk store itself wrote"
 
 
-@pytest.mark.parametrize("arch", [80, "gfx942"])
-def test_a_maximum_that_drops_nan(arch):
-    assert signs("maximum", arch).dropped_nans == 1
-    assert signs("propagating maximum", arch).dropped_nans == 0
-
-
-def test_relu_as_we_write_it_keeps_nan():
-    assert signs("where").dropped_nans == 0
+def test_a_maximum_that_drops_nan():
+    """ReLU as we write it keeps it."""
+    assert [signs(name).dropped_nans for name in ("maximum", "propagating maximum", "where")] == [1, 0, 0]
 
 
 def test_an_approximate_root_or_quotient():
     assert [signs(name).approximations for name in ("sqrt", "rsqrt", "divide", "exact")] == [1, 1, 1, 0]
-    assert [signs(name, "gfx942").approximations for name in ("rsqrt", "exact")] == [1, 0]
 
 
 def test_tf32_where_ieee_was_asked_for():
-    def found(name: str, arch: int | str) -> list[str]:
-        return replace(ROW, dtype="float32", code=signs(name, arch), batch=1).faults()
-
-    assert found("ieee", 80) == found("ieee", "gfx942") == [], "AMD's matrix unit has an fp32 of its own"
-    assert found("tf32", 80) == ["IEEE fp32 on tensor cores (mma)"]
-    assert found("tf32", "gfx942") == ["IEEE fp32 on tensor cores (mfma)"]
+    found = {name: replace(ROW, dtype="float32", code=signs(name), batch=1).faults() for name in ("ieee", "tf32")}
+    assert found == {"ieee": [], "tf32": ["IEEE fp32 on tensor cores (mma)"]}
 
 
 @pytest.mark.parametrize(("conv", "matmul"), [("tf32", "ieee"), ("ieee", "tf32")])  # the first is PyTorch's default
@@ -439,13 +416,9 @@ def test_widths_are_read():
     @%p1 st.global.v2.b64 [ %rd1 + 0 ], { %rd2, %rd3 };
     ld.shared.b8 %r1, [%r2];
     ld.param.b64 %rd1, [x];
-    global_load_dwordx3 v[0:2], v[4:5], off
-    buffer_load_short_d16_hi v4, v2, s[36:39], 0 offen
-    buffer_store_byte v4, v2, s[36:39], 0 offen
-    s_load_dwordx8 s[4:11], s[0:1], 0x8
     """.splitlines()
-    assert list(accesses(lines)) == [32, 2, 4, 16, 12, 2, 1]
-    assert list(loads(lines)) == [32, 2, 4, 12, 2]
+    assert list(accesses(lines)) == [32, 2, 4, 16]
+    assert list(loads(lines)) == [32, 2, 4]
 
 
 PATHS = """
@@ -482,7 +455,7 @@ top:
 
 def test_each_bulk_store_has_stores_of_its_own():
     def unread(text: str) -> bool:
-        return ordering.UNREAD_BULK_STORE in ordering.broken(groups.ptx(text), ordering.NVIDIA_RULES)
+        return ordering.UNREAD_BULK_STORE in ordering.broken(groups.ptx(text))
 
     assert not unread(TWO), "two buffers, each stored to and then stored from"
     wait = "    cp.async.bulk.wait_group.read 0;\n"

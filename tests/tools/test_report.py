@@ -156,7 +156,6 @@ def test_a_table_of_the_tuners_will_do(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--arch", "gfx942"], "no kernels run on gfx942, expected an NVIDIA GPU such as sm_90"),
         (["--arch", "sm_1"], "cannot compile for 'sm_1', expected one of sm_80"),
         (["--models", "vgg"], "no model 'vgg', expected some of resnet18"),
         (["--dtypes", "int8"], "no dtype 'int8', expected some of float16"),
