@@ -45,7 +45,7 @@ exec(script)
 def server(folder: str, path: str | None) -> subprocess.Popen[str]:
     """Both say which package and which Triton it imports: those of `folder` come before those of `path`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=folder, env=_environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", SERVER], cwd=folder, env=environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True, start_new_session=True,
     )  # fmt: skip
     atexit.register(process.communicate)  # it ends at the end of its input
@@ -63,7 +63,7 @@ def run(script: str, *arguments: str) -> str:
             path.touch()
         code = ""
         try:
-            print(json.dumps([script, arguments, _environ(), [*map(str, outputs)]]), file=process.stdin, flush=True)
+            print(json.dumps([script, arguments, environ(), [*map(str, outputs)]]), file=process.stdin, flush=True)
             code = process.stdout.readline()
         finally:
             if not code:  # it has ended, or the wait was interrupted: its next answer would be about this script
@@ -74,7 +74,8 @@ def run(script: str, *arguments: str) -> str:
     return out
 
 
-def _environ() -> dict[str, str]:
+def environ() -> dict[str, str]:
+    """That of processes which compile."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 

@@ -36,6 +36,12 @@ def shadow_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """CUDA graphs on CPU tensors: see `fake_cuda.py`."""
     from fake_cuda import FakeCuda

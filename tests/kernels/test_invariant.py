@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compiling import run
 from exact import offset_by_one
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -275,10 +273,7 @@ print(json.dumps(found))
     [("float16", "conv1,layer2.0.conv1,layer3.1.conv2,layer4.1.conv2,fc"), ("tf32", "layer2.0.conv1,layer3.1.conv2")],
 )
 def test_machine_code_adds_in_the_same_order_for_all_batches(precision: str, names: str) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", ARITHMETIC, names, precision], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = json.loads(run(ARITHMETIC, names, precision))
     assert {name.split()[0] for name in found} == set(names.split(","))
     for name, (one, three, many) in found.items():
         assert re.search("mma|fma|add|div", " ".join(one)) or name == "conv1 0", name

@@ -25,10 +25,7 @@ Undo = Callable[[], object] | None
 Edit = Callable[[Any, random.Random], Undo]
 
 
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def narrow() -> models.ResNet:

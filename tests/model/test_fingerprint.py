@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resnet_triton import models, report
 from resnet_triton.graphs import fingerprint, runner
 
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 IN_PLACE: dict[str, Callable[[Any], Any]] = {

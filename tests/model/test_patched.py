@@ -7,7 +7,7 @@ import functools
 import importlib
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,10 +23,7 @@ torchvision = vision.torchvision()
 tv = importlib.import_module("torchvision.models.resnet")
 
 
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def pair(origin: str) -> tuple[Any, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,11 +12,7 @@ from torch import Tensor, nn
 from resnet_triton import functional, optimize, refresh
 from resnet_triton.graphs import fingerprint, snapshot
 
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import planted_alternatives as planted
 import pytest
 import torch
+from test_robust_processes import ended
 
 from resnet_triton import functional, optimize
 from resnet_triton.bench import alternatives, check, race, results, worker
@@ -23,11 +24,6 @@ from resnet_triton.bench.worker import Spec, network
 from resnet_triton.ops import dispatch
 
 SPEC = Spec(image=32, tiny=True)
-
-
-def gone(pid):
-    state = Path(f"/proc/{pid}/stat")
-    return not state.exists() or state.read_text().split()[2] == "Z"
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +179,7 @@ def test_processes_crash_and_hang_alone_and_start_again(tmp_path, monkeypatch):
     assert rows["hang", 1].good
     assert rows["hang", 2].failure.startswith("took more than")
     assert rows["forks", 2].good, "one that was ready in time is timed all the same"
-    assert gone(int((tmp_path / "pid").read_text())), "what an alternative has started is ended with it"
+    assert ended({int((tmp_path / "pid").read_text())}), "what an alternative has started is ended with it"
     assert not folder.exists()
     assert rows["counts_starts", 1].first_call_cold_s > 0.5 > again["counts_starts"]
     assert set(again) == {"counts_starts"}, "nothing else was kept that a second start could find"
@@ -222,10 +218,7 @@ def test_workers_do_not_outlive_a_conductor_that_was_killed(tmp_path):
     conductor.kill()
     conductor.wait()
     conductor.stdout.close()
-    deadline = time.monotonic() + 20
-    while gone(pid) is False and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert gone(pid)
+    assert ended({pid})
 
 
 # --- alternatives ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import compiling
 import pytest
 import torch
 
@@ -28,10 +29,9 @@ STOPS = {"ctrl-c": (signal.SIGINT, 130), "terminated": (signal.SIGTERM, 143)}
 
 def start(*arguments: str, **environ: str) -> subprocess.Popen[str]:
     """A command of ours in a session of its own, as a terminal would start it."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.Popen(
         [sys.executable, "-m", "resnet_triton", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env={**inherited, **environ}, start_new_session=True,
+        cwd=ROOT, env={**compiling.environ(), **environ}, start_new_session=True,
         # A shell starts what runs in its background with the signal ignored, and that is inherited.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
@@ -51,6 +51,7 @@ def stop(process: subprocess.Popen[str], how: str) -> str:
 
 
 def ended(pids: set[int]) -> bool:
+    """Whether these processes end within 20 seconds."""
     deadline = time.monotonic() + 20
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -164,8 +165,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_a_compiler_that_dies_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(DIES)
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environ = {**inherited, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environ = {**compiling.environ(), "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, tmp_path / "script.py"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
     assert done.stdout == "[]\n", done.stderr[-2000:]
