@@ -284,12 +284,3 @@ def test_a_rehearsal_and_a_gpu_do_not_go_on_with_each_other(folder, monkeypatch,
     rehearse = ["--rehearse"] * (kind == "cuda")
     assert programme(folder, monkeypatch, lambda *args: None, *rehearse) == 2
     assert "cannot go on with; choose another --out\n" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"benchmarks": []}'])
-def test_results_of_another_program_are_left_alone(folder, monkeypatch, capsys, text):
-    (folder / results.FILE).write_text(text)
-    assert programme(folder, monkeypatch, lambda *args: None) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"resnet-triton: error: {folder}/results.json: ")
-    assert (err.count("\n"), (folder / results.FILE).read_text()) == (1, text)

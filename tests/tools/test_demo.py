@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,34 +46,16 @@ def test_demo(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert cli.main(["demo"]) == 0
     assert "checks values, says nothing about speed" in capsys.readouterr().out
 
+    monkeypatch.setattr(demo, "run", lambda **_: {**result, "failures": ["our kernels: logits differ"]})
+    assert cli.main(["demo", "--json"]) == 1
+    error = "resnet-triton: error: the demo failed: our kernels: logits differ; resnet-triton doctor tests each kernel"
+    assert capsys.readouterr().err == f"{error} by itself\n"
+
     (sample,) = cache.glob("digit-*.png")
     assert cli.main(["predict", str(sample), "--weights", result["checkpoint"], "--json", "--device", "cpu"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert {top["label"] for top in answer["top"]} <= set("0123456789")
     assert sorted(path.suffix for path in cache.iterdir()) == [".png", ".pt"]
-
-
-@pytest.mark.slow
-def test_a_wrong_kernel_fails_the_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The interpreter's process gets a copy of the package whose classifier subtracts the bias."""
-    package = tmp_path / "broken" / "resnet_triton"
-    shutil.copytree(Path(demo.__file__).parents[1], package)
-    kernel = package / "kernels" / "avg_pool_linear.py"
-    source = kernel.read_text(encoding="utf-8")
-    assert source.count("acc += bias") == 1
-    kernel.write_text(source.replace("acc += bias", "acc -= bias"), encoding="utf-8")
-    monkeypatch.syspath_prepend(package.parent)
-    real = demo.run
-    monkeypatch.setattr(demo, "run", lambda **options: real(RECIPE, kernel_images=1, **{**options, "device": "cpu"}))
-    assert cli.main(["demo", "--json"]) == 1
-    out, err = capsys.readouterr()
-    (failure,) = json.loads(out)["failures"]
-    assert "our kernels" in failure
-    assert "logits differ by" in failure
-    assert err.startswith("resnet-triton: error: the demo failed: ")
-    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
