@@ -1,4 +1,4 @@
-"""Results of a run as data, kept in one JSON file whose form `schema.json` states.
+"""Results of a run as data, kept in one JSON file.
 
 A row carries everything that is needed to judge it: where it ran, on what, in which state, every sample, and whether
 the answer was right. The file is also the run's journal: it names the steps that are done and the one under way. Files
@@ -7,7 +7,6 @@ are checked when they are read; whatever is wrong with one is said in one line.
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 from collections import Counter
@@ -25,7 +24,15 @@ MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Measurement:
-    """One alternative, doing one thing, timed in one way; `schema.json` says what each field means."""
+    """One alternative, doing one thing, timed in one way. Times are seconds, what was not measured is None.
+
+    `suite` is "model" or "kernel", which has a `layer`; `image` the height and width of the model's input; `clock`
+    "wall" or, between events on the device, "gpu"; `l2` whether a GPU's L2 cache was flushed: "cold", "warm" or
+    "uncontrolled". Errors are relative to fp64, before and after the timing; `correct` says that both are within the
+    limit. First calls are in a new process, with the compiler's caches empty or full; `peak_bytes` are those above
+    parameters and images; `flops` are the operation's, however computed, and `bytes` the least traffic of any
+    implementation; `config` are a kernel's tiles; `failure` is why there are no samples.
+    """
 
     suite: str
     model: str
@@ -191,13 +198,9 @@ def save(results: Results, path: Path) -> None:
 
 
 def load(path: Path) -> Results:
-    """Read and check a file, or the one in a folder. ValueError says in one line what is wrong with it."""
-    if path.is_dir():
-        path = path / FILE
-    data = files.read_json(path, MAX_BYTES)
-    if problem := check(data):
-        raise ValueError(f"{path}: {problem}")
-    results = _results(data)
+    """Read a file, or the one in a folder. ValueError says in one line what is wrong with it."""
+    path = path / FILE if path.is_dir() else path
+    results = _read(path)
     count = Counter(row.key for row in results.rows)
     if twice := next((key for key, times in count.items() if times > 1), None):
         raise ValueError(f"{path}: {count[twice]} rows of {twice}, expected one")
@@ -205,51 +208,25 @@ def load(path: Path) -> Results:
 
 
 def resume(folder: Path) -> Results:
-    """What an earlier run of ours left in a folder; ValueError if the file there is none of ours.
-
-    A GPU may be lent with a machine that cannot check schemas, so this does not.
-    """
-    path = folder / FILE
-    if not path.exists():
-        return Results()
+    """What an earlier run of ours left in a folder; ValueError if the file there is none of ours."""
     try:
-        data = files.read_json(path)
-        if problem := _format(data):
-            raise ValueError(f"{path}: {problem}")
-        return _results(data)
-    except (KeyError, TypeError, ValueError) as error:
-        what = error if isinstance(error, ValueError) else f"{path}: damaged, {one_line(error)}"
-        raise ValueError(f"{what}; move it away, or choose another folder with --out") from None
+        return _read(folder / FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return Results()
+    except ValueError as error:
+        raise ValueError(f"{error}; move it away, or choose another folder with --out") from None
 
 
-def _results(data: dict[str, Any]) -> Results:
-    return Results(
-        [Measurement(**row) for row in data["rows"]], [Ceiling(**c) for c in data["ceilings"]],
-        [Step(**step) for step in data["steps"]], data["complete"], data["running"],
-    )  # fmt: skip
-
-
-def check(data: Any) -> str | None:
-    """What is wrong with `data` as the content of a results file, in one line."""
-    if problem := _format(data):
-        return problem
-    error = next(iter(_validator().iter_errors(data)), None)
-    if error is None:
-        return None
-    where = ".".join(map(str, error.absolute_path)) or "the file"
-    return f"{where}: {' '.join(error.message.split())[:300]}"
-
-
-def _format(data: Any) -> str | None:
+def _read(path: Path) -> Results:
+    data = files.read_json(path, MAX_BYTES)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        return f'no results of bench, expected an object with "format": "{FORMAT}"'
+        raise ValueError(f'{path}: no results of bench, expected an object with "format": "{FORMAT}"')
     if data.get("version") != VERSION:
-        return f"is of version {data.get('version')!r}, expected {VERSION}; run the benchmark again"
-    return None
-
-
-@functools.cache
-def _validator() -> Any:
-    import jsonschema
-
-    return jsonschema.Draft202012Validator(json.loads(Path(__file__).with_name("schema.json").read_text("utf-8")))
+        raise ValueError(f"{path}: is of version {data.get('version')!r}, expected {VERSION}; run the benchmark again")
+    try:
+        return Results(
+            [Measurement(**row) for row in data["rows"]], [Ceiling(**c) for c in data["ceilings"]],
+            [Step(**step) for step in data["steps"]], data["complete"], data["running"],
+        )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, {one_line(error)}") from None

@@ -54,35 +54,15 @@ def bar(description: str, total: int | None = None) -> Iterator[Callable[[], Non
         yield lambda: display.advance(task)
 
 
-@contextmanager
-def clock(description: str, seconds: float) -> Iterator[Callable[[str], None]]:
-    """Show on stderr how much of a time is used up; call what it yields with what happens now.
-
-    A bar if stderr is a terminal, else a line for each call, for work that is long enough to need a sign of life.
-    """
+def clock() -> Callable[[str], None]:
+    """What prints on stderr what happens now, and after how many seconds: a sign of life of long work."""
     start = time.monotonic()
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
 
-        def line(text: str) -> None:
-            with suppress(OSError):  # a terminal that is gone must not cost the work
-                print(f"{time.monotonic() - start:5.0f} s  {printable(text)}", file=sys.stderr, flush=True)
+    def say(text: str) -> None:
+        with suppress(OSError):  # a terminal that is gone must not cost the work
+            print(f"{time.monotonic() - start:5.0f} s  {printable(text)}", file=sys.stderr, flush=True)
 
-        yield line
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.TimeElapsedColumn(),
-        progress.TextColumn(f"of at most {seconds:.0f} s"),
-    )  # fmt: skip
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as display:
-        task = display.add_task(description, total=seconds)
-
-        def say(text: str) -> None:
-            display.update(task, description=printable(text), completed=min(time.monotonic() - start, seconds))
-
-        yield say
+    return say
 
 
 def printable(text: str) -> str:

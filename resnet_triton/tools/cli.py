@@ -29,7 +29,7 @@ from ..support.terminal import bar, printable
 
 EXTRAS = {
     "rich": "cli", "sklearn": "cli", "torchvision": "vision", "PIL": "vision", "safetensors": "vision",
-    "jsonschema": "bench", "matplotlib": "bench",
+    "matplotlib": "bench",
 }  # fmt: skip
 """Optional packages by import name, and the extra of ours that installs them."""
 
@@ -224,8 +224,7 @@ def _bench(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
 
     def work() -> Any:
-        with clock("benchmarking", plan.budget) as say:
-            return command.run(plan, say, unwritten.append)
+        return command.run(plan, clock(), unwritten.append)
 
     found = _emit(args, work, report.show, results.as_text)
     if unwritten:  # what was measured has just been shown

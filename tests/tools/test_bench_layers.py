@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
-pytest.importorskip("jsonschema")
 
 from resnet_triton.bench import baselines, ceilings, layers, results
 from resnet_triton.bench.cases import cases, depthwise, filled

@@ -3,17 +3,14 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import pytest
 import synthetic_results as synthetic
 from synthetic_results import CPU, GPU
 
 from resnet_triton.bench import compare, results
-from resnet_triton.bench.results import Ceiling, Measurement, Results, Step
+from resnet_triton.bench.results import Results, Step
 from resnet_triton.tools import cli
-
-SCHEMA = json.loads(Path(results.__file__).with_name("schema.json").read_text())
 
 
 def row(alternative="ours", us=100.0, **more):
@@ -29,12 +26,6 @@ def write(path, *rows):
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "kind"), [("row", Measurement), ("ceiling", Ceiling), ("step", Step)])
-def test_the_schema_has_the_fields_of(name, kind):
-    found = SCHEMA["$defs"][name]
-    assert set(found["properties"]) == set(found["required"]) == {f.name for f in dataclasses.fields(kind)}
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -62,14 +53,10 @@ DAMAGE = {
     "a list": (lambda text: "[]", 'no results of bench, expected an object with "format"'),
     "another program's": (lambda text: '{"benchmarks": []}', 'no results of bench, expected an object with "format"'),
     "NaN": (lambda text: re.sub('"p50_s": [^,]*', '"p50_s": NaN', text, count=1), "not JSON .NaN is no number"),
-    "infinity": (lambda text: re.sub('"p50_s": [^,]*', '"p50_s": 1e999', text, count=1), "rows.0.p50_s: .* maximum"),
-    "a huge number": (lambda text: re.sub('"p50_s": ', '"p50_s": ' + "1" * 400, text, count=1), "rows.0.p50_s: "),
     "a row twice": (lambda text: re.sub(r"(\n\{.suite.*)", r"\1,\1", text, count=1), "2 rows of .*, expected one"),
     "another version": (lambda text: text.replace('"version": 2', '"version": 1'), "is of version 1, expected 2"),
-    "a missing field": (lambda text: text.replace('"batch": 8, ', "", 1), "rows.0: 'batch' is a required property"),
-    "an unknown field": (lambda text: text.replace('"batch"', '"size": 1, "batch"', 1), "rows.0: .*'size'"),
-    "a negative time": (lambda text: text.replace('"p50_s": ', '"p50_s": -', 1), "rows.0.p50_s: -"),
-    "a wrong type": (lambda text: text.replace('"batch": 8', '"batch": "8"', 1), "rows.0.batch: '8' is not of type"),
+    "a missing field": (lambda text: text.replace('"batch": 8, ', "", 1), "damaged, TypeError: .*'batch'"),
+    "an unknown field": (lambda text: text.replace('"batch"', '"size": 1, "batch"', 1), "damaged, TypeError: .*'size'"),
     "deep nesting": (lambda text: "[" * 100_000, "not JSON"),
 }  # fmt: skip
 

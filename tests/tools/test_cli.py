@@ -171,7 +171,6 @@ def test_bugs_keep_their_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         ("safetensors.torch", ["predict", "a.png", "--weights", "w.safetensors"], "vision"),
         ("sklearn.datasets", ["demo"], "cli"),
         ("matplotlib", ["bench", "--device", "cpu"], "bench"),
-        ("jsonschema", ["compare", "old", "new"], "bench"),
     ],
 )
 def test_missing_packages(
