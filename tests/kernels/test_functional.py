@@ -83,20 +83,6 @@ def test_conv_bn_relu(device, geometry, kernels):
     torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
-@pytest.mark.parametrize("affine", [False, True], ids=["no-affine", "affine"])
-def test_conv_bn_relu_options(device, affine, relu, residual, kernels):
-    x, weight, mean, var, gamma, beta = conv_tensors(device, 2, 6, 5, 4, 8, 3, 3)
-    gamma, beta = (gamma, beta) if affine else (None, None)
-    options = {"padding": 1, "relu": relu, "residual": torch.randn(2, 8, 5, 4, device=device) if residual else None}
-    actual = F.conv_bn_relu(x, weight, mean, var, gamma, beta, **options, kernels=kernels)
-    torch.testing.assert_close(
-        actual, torch_conv(x, weight, mean, var, gamma, beta, 1e-5, **options), rtol=1e-5, atol=1e-5
-    )
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu6": TF.relu6,
