@@ -73,16 +73,6 @@ def forks(model, images):
     return model
 
 
-def counts_starts(model, images):
-    """Slow to start unless its compiler cache says that it was here before."""
-    mark = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "mark")
-    if not os.path.exists(mark):
-        os.makedirs(os.path.dirname(mark), exist_ok=True)
-        open(mark, "w").close()
-        time.sleep(0.5)
-    return model
-
-
 def alternative(build, **more):
     return Alternative(build.__name__, build, **more)
 

@@ -44,7 +44,7 @@ def gpu() -> Results:
         for batch in (1, 8, 256):
             for name, (fixed, each) in names.items():
                 ms = more + fixed + each * batch * (1.13 if batch == 256 and name == "resnet_triton" else 1)
-                first = {"first_call_cold_s": 24.0, "first_call_warm_s": 3.1} if batch == 1 else {}
+                first = {"first_call_s": 24.0} if batch == 1 else {}
                 rows.append(row(name, batch, ms, clock=clock, l2=l2, dtype="float16", environment=GPU,
                                 peak_bytes=3_000_000 * batch, **first))  # fmt: skip
     for layer, flops in (("conv1", 236_000_000), ("layer1.0.conv1", 231_000_000), ("maxpool", 0)):

@@ -30,7 +30,7 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 class Alternative:
     """One way to run the model. Images come to it in the memory format it likes best, and no one pays for that.
 
-    `cold` says that a first call leaves something in a compiler's cache that the next process finds there.
+    `cold` says that a first call compiles, which takes long.
     """
 
     name: str

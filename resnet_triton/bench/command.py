@@ -99,7 +99,7 @@ def phases(plan: Plan) -> Iterator[Phase]:
     share = (0.6 if "kernel" in plan.suites else 1.0) * plan.budget / len(plan.dtypes)
     for dtype in plan.dtypes if "model" in plan.suites else ():
         spec = Spec(plan.models[0], dtype, str(plan.device), plan.image)
-        steps = partial(race.steps, spec, plan.alternatives, plan.batches, second_starts=True)
+        steps = partial(race.steps, spec, plan.alternatives, plan.batches)
         yield Phase(f"model {dtype}", steps, limit=share)
     if "kernel" in plan.suites:
         todo = cases.cases(plan.models, plan.batches, plan.dtypes, plan.image)

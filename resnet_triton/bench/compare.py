@@ -17,7 +17,7 @@ METRICS: dict[str, Callable[[Measurement], float | None]] = {
     "p20": lambda row: row.p20_s,
     "p50": lambda row: row.p50_s,
     "p80": lambda row: row.p80_s,
-    "first_call": lambda row: row.first_call_cold_s,
+    "first_call": lambda row: row.first_call_s,
     "peak_memory": lambda row: row.peak_bytes,
 }
 Tasks = dict[tuple[Any, ...], list[Measurement]]

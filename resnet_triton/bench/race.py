@@ -36,30 +36,19 @@ FP64_CHUNK = 16  # images
 
 
 def steps(
-    spec: Spec, chosen: Sequence[Alternative], batches: Sequence[int], run: Run, *,
-    seconds: float = float("inf"), rounds: tuple[int, int] = ROUNDS, second_starts: bool = False,
-) -> Steps:  # fmt: skip
-    """A step for each batch size, with at most about `seconds` of timing, then one for starts with full caches."""
-    say = partial(_prefixed, run.say, spec.dtype)
-    with Race(spec, chosen, say) as race:
+    spec: Spec, chosen: Sequence[Alternative], batches: Sequence[int], run: Run, *, rounds: tuple[int, int] = ROUNDS
+) -> Steps:
+    """A step for each batch size, with an equal share of the time."""
+    with Race(spec, chosen, partial(_prefixed, run.say, spec.dtype)) as race:
 
         def measure(i: int, batch: int) -> Iterator[list[Measurement]]:
             race.line_up(batch, run.deadline)
-            # Half a share is for the second starts; the first batch size, whose compilers start cold, gets two.
-            mine = 1 if i else 2
-            left = run.left() * mine / (len(batches) - i - 1 + mine + 0.5 * second_starts)
-            yield from race.measure(batch, min(seconds, left), time.monotonic() + left, rounds)
-
-        def again() -> Iterator[list[Measurement]]:
-            for name, first in race.second_starts(batches[0], run.deadline):
-                key = ("model", spec.dtype, batches[0], name)
-                rows = [r for r in run.results.rows if (r.suite, r.dtype, r.batch, r.alternative) == key]
-                yield [replace(row, first_call_warm_s=first) for row in rows]
+            mine = 1 if i else 2  # shares: the first batch size's compilers start cold
+            left = run.left() * mine / (len(batches) - i - 1 + mine)
+            yield from race.measure(batch, left, time.monotonic() + left, rounds)
 
         for i, batch in enumerate(batches):
             yield f"{spec.dtype} {batch}", partial(measure, i, batch)
-        if second_starts:
-            yield f"{spec.dtype} {batches[0]}, second starts", again
 
 
 def together(
@@ -271,22 +260,6 @@ class Race:
                 c.turn()
             yield [row for c in self.contenders for row in self._rows(c, batch)]
 
-    def second_starts(self, batch: int, deadline: float) -> Iterator[tuple[str, float]]:
-        """Seconds of a first call in a second process that finds the first one's compiler caches, by alternative."""
-        for c in self.contenders:
-            if not c.alternative.cold or c.failure or time.monotonic() > deadline:
-                continue
-            self.say(f"batch {batch}: second start of {c.alternative.name}")
-            worker = Worker(self.spec, c.alternative, c.folder)
-            try:
-                worker.ask("hello", deadline - time.monotonic())
-                answer = worker.ask("prepare", deadline - time.monotonic(), file=self._file(batch))
-                yield c.alternative.name, answer["first_s"]
-            except (Lost, RuntimeError):
-                pass  # the first start's rows say what there is to say
-            finally:
-                worker.end()
-
     def _file(self, batch: int) -> str:
         return str(self.folder / f"batch-{batch}.pt")
 
@@ -311,7 +284,7 @@ class Race:
         row = Measurement(
             suite="model", model=spec.model, layer=None, alternative=c.alternative.name, ours=c.alternative.ours,
             batch=batch, image=spec.image, dtype=spec.dtype, clock="wall", l2="warm" if cuda else "uncontrolled",
-            environment=c.facts["environment"], first_call_cold_s=c.facts.get("first_s"),
+            environment=c.facts["environment"], first_call_s=c.facts.get("first_s"),
             peak_bytes=c.facts.get("peak_bytes"), failure=c.failure,
         )  # fmt: skip
         if c.failure:

@@ -225,8 +225,8 @@ def _summary(task: Task, limits: Roof) -> list[object]:
 
 def details(results: Results) -> Iterator[Table]:
     """Whole models: every alternative at every batch size, in each way it was timed."""
-    columns = [">batch", "alternative", ">p50, ms", ">p20, ms", ">p80, ms", ">images/s", ">first call cold, s",
-               ">first call warm, s", ">peak, MiB", "remarks"]  # fmt: skip
+    columns = [">batch", "alternative", ">p50, ms", ">p20, ms", ">p80, ms", ">images/s", ">first call, s",
+               ">peak, MiB", "remarks"]  # fmt: skip
     for view, tasks in views(results, "model").items():
         yield _table(f"All alternatives: {view}", columns, (_detail(row) for task in tasks for row in task))
 
@@ -235,8 +235,8 @@ def _detail(row: Measurement) -> list[object]:
     return [
         row.batch, row.alternative + (" (ours)" if row.ours else ""),
         *(digits(t, 1e3) for t in (row.p50_s, row.p20_s, row.p80_s)),
-        digits(row.batch / row.p50_s) if row.p50_s else "", digits(row.first_call_cold_s),
-        digits(row.first_call_warm_s), digits(row.peak_bytes, 2**-20), remark(row),
+        digits(row.batch / row.p50_s) if row.p50_s else "", digits(row.first_call_s),
+        digits(row.peak_bytes, 2**-20), remark(row),
     ]  # fmt: skip
 
 
