@@ -9,7 +9,7 @@ import synthetic_results as synthetic
 from synthetic_results import CPU, GPU
 
 from resnet_triton.bench import compare, results
-from resnet_triton.bench.results import Results, Step
+from resnet_triton.bench.results import Ceiling, Results, Step
 from resnet_triton.tools import cli
 
 
