@@ -87,7 +87,7 @@ def exact(run: Run, *, dtypes: Sequence[str]) -> Steps:
     pairs, others = {}, {}
     for case in found:
         name = f"{case.layer} {case.dtype} {case.batch}"
-        if case.call.operator == "conv_bn_relu":
+        if case.call.tiled:
             pairs[name] = case.call.shape, config.lookup(case.call.shape, facts)
         else:
             others[name] = case

@@ -160,8 +160,11 @@ def taps_at_once(box: tuple[int, int, int], r: int, stride: int) -> int:
 
 
 def is_depthwise(c: int, weight: Size, groups: int) -> bool:
-    """Whether filters `weight` (K, C / groups, R, S) are one for each of c channels, as `conv_depthwise` takes them."""
-    return groups == c == weight[0]
+    """Whether `conv_depthwise` takes filters `weight` (K, C / groups, R, S) for c channels: one for each.
+
+    Code for more rows takes long to compile.
+    """
+    return groups == c == weight[0] and weight[2] <= 31
 
 
 def is_flat(c: int) -> bool:

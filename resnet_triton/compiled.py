@@ -183,15 +183,15 @@ def trace(model: nn.Module, shape: tuple[Any, ...], whole: bool) -> list[Call]:
     `whole` model, or the modules in it that `optimize` has compiled, if there are any."""
     args = arguments(model, shape)
     parts = {id(m): name for name, m in model.named_modules() if isinstance(m, Compiled)}
-    if whole or not parts:
+    if whole or not parts or any(is_whole(m) and not isinstance(m, Compiled) for m in model.modules()):
         return _trace(model, args, {})[0]
 
     def traced(module: Compiled, args: Any, kwargs: Any) -> Any:
         with _disable_current_modes():
             if module._uncompiled_reason(args, kwargs) is None:
                 found, result = _trace(module, args, kwargs)
-                prefix = parts[id(module)]
-                calls.extend(replace(call, name=f"{prefix}.{call.name}".rstrip(".")) for call in found)
+                prefix = parts.get(id(module), "")  # a module in a plain list has no name
+                calls.extend(replace(call, name=f"{prefix}.{call.name}".strip(".")) for call in found)
                 return result
         return super(Compiled, module).__call__(*args, **kwargs)
 
@@ -207,9 +207,10 @@ def trace(model: nn.Module, shape: tuple[Any, ...], whole: bool) -> list[Call]:
 def _trace(model: nn.Module, args: Any, kwargs: Any) -> tuple[list[Call], Any]:
     """The calls of a compiled call, and its result."""
     found: list[Call] = []
-    settings: dict[str, Any] = {"options": {"kernels": "auto"}}
+    options: dict[str, Any] = {"kernels": "auto", "cuda_graph": False}  # a replay would record nothing
+    settings: dict[str, Any] = {"options": options}
     if isinstance(model, Compiled):
-        settings = {"options": {"kernels": model._triton_options["kernels"]}, "moved": _moved(model)}
+        options["kernels"], settings["moved"] = model._triton_options["kernels"], _moved(model)
         _move(model)
     function = torch.compile(_fresh(_call, "report"), backend=_backend(record=found, **settings), dynamic=False)
     with torch.no_grad():

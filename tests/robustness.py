@@ -44,7 +44,7 @@ ROBUST = (
            "test_bench_results.py::test_what_compares_nothing_does_not_pass"),
     Robust("a folder that may not be written to", "named before the work begins",
            "test_ask.py::test_every_command_asks_first"),
-    Robust("a read-only Triton cache", "`doctor` warns, with the remedy",
+    Robust("a Triton cache that cannot be written", "`doctor` warns, with the remedy",
            FILES + "test_doctor_warns_of_a_full_disk_and_of_no_folder"),
     Robust("a Triton cache that is somebody else's", "`doctor` warns: it executes code",
            FILES + "test_doctor_warns_of_a_cache_that_is_somebody_elses"),

@@ -103,6 +103,8 @@ Limits:
 * In the code of an optimized `Net`, `type(self) is Net` is False, for its class is a subclass; `isinstance` holds.
 * What a model computes in its first call and keeps, as YOLO's anchors, may leave it compiled in many small parts, with
   any backend. Call it once before `optimize`, or `refresh(model)` after its first call.
+* A factor behind a convolution (a layer scale, a weight of a branch) is applied inside it: an infinite one gives NaN
+  where PyTorch gives infinities, and one below zero makes 0.0 of a sum of zero, not -0.0.
 * A graph with `as_strided` of a view runs on PyTorch as a whole.
 * An optimized `torch.fx.GraphModule` cannot be deep-copied; what comes out of its pickle is the module as it was.
 * `view` of a moved filter raises, as in `parameters_to_vector`, and so does that of a convolution's result in code that

@@ -141,7 +141,9 @@ def base_of(node: fx.Node) -> fx.Node:
     while True:
         first = next(iter(node.all_input_nodes), None)
         if first is not None and (
-            node.target is in_order or is_view(node) or (node.target is operator.getitem and is_view(first))
+            node.target in (in_order, torch.ops.aten._unsafe_view.default)
+            or is_view(node)
+            or (node.target is operator.getitem and is_view(first))
         ):
             node = first
         else:

@@ -8,7 +8,6 @@ operators.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -178,7 +177,7 @@ class _Rewriter:
         if scaled is None or _dtype(scaled) != _dtype(chain.conv):
             return None
         number: Any = _args(scaled)[1]
-        if type(number) not in (int, float) or not math.isfinite(number):
+        if type(number) not in (int, float) or not abs(number) <= torch.finfo(torch.float32).max:
             return None
 
         def times(vector: Node) -> Node:
@@ -360,7 +359,8 @@ def _is_needless_copy(node: Node) -> bool:
     """Whether this is a copy that nobody can tell from what it copies.
 
     Dropout makes one where nothing is dropped; blocks whose scale is an option multiply or divide by one. A caller
-    could tell, by an input that changes later, or by two results that share memory; `as_strided`, by where they start.
+    could tell, by an input that changes later, by two results that share memory, or by one that keeps more alive than
+    itself; `as_strided`, by where they start; whoever looks at pairs of numbers, by a conjugation that is put off.
     """
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         copies = not node.kwargs and _args(node)[1] == 1 and _dtype(node) == _dtype(_args(node)[0])
@@ -370,9 +370,10 @@ def _is_needless_copy(node: Node) -> bool:
         return False
     x: Any = _args(node)[0]
     base, results = base_of(x), set(map(base_of, node.graph.output_node().all_input_nodes))
-    seen = base.op != "call_function" or {node, base} <= results
-    places = [(t.stride(), t.storage_offset()) for t in (x.meta["val"], node.meta["val"])]
-    return not seen and places[0] == places[1]
+    seen = base.op != "call_function" or (node in results and (base in results or base is not x))
+    before, after = x.meta["val"], node.meta["val"]
+    same = (before.stride(), before.storage_offset()) == (after.stride(), after.storage_offset())
+    return same and not (seen or before.is_complex() or before.is_neg())
 
 
 def _looks_past_a_view(node: Node) -> bool:
@@ -469,7 +470,8 @@ def _other_operand(node: Node, one: Node | None) -> Node | None:
 
 
 def _is_channelwise(node: Node | None, channels: Any) -> bool:
-    return _shape(node) in ((1, channels, 1, 1), (channels, 1, 1))
+    dtype = _dtype(node)
+    return dtype is not None and dtype.is_floating_point and _shape(node) in ((1, channels, 1, 1), (channels, 1, 1))
 
 
 def _frozen_buffers(scale: Any, shift: Any, channels: Any) -> Norm | None:

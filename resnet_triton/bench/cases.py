@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import models
 from ..kernels.cost import Cost
 from ..ops import (
-    Activation,
     AddRelu,
     AvgPoolLinear,
     BatchNorm,
@@ -79,7 +78,7 @@ def cases(
 
 
 def depthwise(batches: Sequence[int], dtypes: Sequence[str]) -> list[Case]:
-    """Depthwise convolutions, batch norm and ReLU6, which no ResNet has."""
+    """Depthwise convolutions, batch norm and ReLU, which no ResNet has."""
     return [_depthwise(*sizes, n, dtype) for n, dtype in product(batches, dtypes) for sizes in _DEPTHWISE]
 
 
@@ -90,7 +89,7 @@ def _depthwise(c: int, edge: int, size: int, stride: int, n: int, dtype: str) ->
         mean, var, gamma, beta = torch.empty(4, c)
     geometry = Geometry((stride, stride), (size // 2, size // 2), groups=c)
     norm = BatchNorm(mean, var, gamma, beta, 1e-5)
-    operation = ConvBnRelu(x, weight, norm, geometry, activation=Activation("relu6"))
+    operation = ConvBnRelu(x, weight, norm, geometry)
     name = f"{c} channels, {edge}x{edge}, {size}x{size}" + f", stride {stride}" * (stride > 1)
     return Case("depthwise", name, n, edge, dtype, Call(name, operation.name, operation, x.device, "triton", ""))
 

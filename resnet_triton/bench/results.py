@@ -17,7 +17,7 @@ from typing import Any
 
 from ..support import files, timing
 
-FORMAT, VERSION = "resnet-triton-benchmark", 2
+FORMAT, VERSION = "resnet-triton-benchmark", 3
 FILE = "results.json"
 MAX_BYTES = 64 << 20
 
@@ -223,9 +223,17 @@ def _read(path: Path) -> Results:
     if data.get("version") != VERSION:
         raise ValueError(f"{path}: is of version {data.get('version')!r}, expected {VERSION}; run the benchmark again")
     try:
-        return Results(
+        found = Results(
             [Measurement(**row) for row in data["rows"]], [Ceiling(**c) for c in data["ceilings"]],
             [Step(**step) for step in data["steps"]], data["complete"], data["running"],
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged, {one_line(error)}") from None
+    for row in found.rows:
+        if not isinstance(row.environment, dict) or type(row.batch) is not int:
+            raise ValueError(f"{path}: batch {row.batch!r}, environment {row.environment!r}, expected int and object")
+        for name in ("p20_s", "p50_s", "p80_s"):
+            seconds = getattr(row, name)
+            if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < float("inf")):
+                raise ValueError(f"{path}: {name} is {seconds!r:.40}, expected seconds above 0")
+    return found

@@ -106,13 +106,15 @@ def window(name: str, x: Size, size: tuple[int, int], geometry: Geometry, ceil_m
     _, c, h, w = x
     rows, columns = dilation_h * (r - 1) + 1, dilation_w * (s - 1) + 1
     spare_h, spare_w = h + 2 * pad_h - rows, w + 2 * pad_w - columns
-    p, q = spare_h // stride_h + 1, spare_w // stride_w + 1
-    if ceil_mode and spare_h % stride_h > 0 and p * stride_h < h + pad_h:
-        p += 1
-    if ceil_mode and spare_w % stride_w > 0 and q * stride_w < w + pad_w:
-        q += 1
+    over_h, over_w = (stride_h - 1, stride_w - 1) if ceil_mode else (0, 0)
+    p, q = (spare_h + over_h) // stride_h + 1, (spare_w + over_w) // stride_w + 1
+    if ceil_mode and (p - 1) * stride_h >= h + pad_h:
+        p -= 1
+    if ceil_mode and (q - 1) * stride_w >= w + pad_w:
+        q -= 1
     if p < 1 or q < 1 or c == 0 or h == 0 or w == 0:
-        raise ValueError(f"{name} has shape {tuple(x)}, expected at least {(rows, columns)} pixels with padding")
+        least = rows - over_h, columns - over_w
+        raise ValueError(f"{name} has shape {tuple(x)}, expected at least {least} pixels with padding")
     return p, q
 
 

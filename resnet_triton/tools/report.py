@@ -58,7 +58,7 @@ def _row(call: Call, facts: DeviceFacts) -> Json:
         "kernels": [launch.kernel.__name__.removesuffix("_kernel") for launch in launches],
         "programs": [launch.grid[0] for launch in launches],
     }  # fmt: skip
-    if call.operator == "conv_bn_relu":
+    if call.tiled:
         chosen = config.lookup(call.shape, facts)
         row |= {"tile": f"{chosen.block_m}x{chosen.block_k}", "split_k": chosen.split_k}
     return row

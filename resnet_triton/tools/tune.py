@@ -85,7 +85,7 @@ def workload(families: list[str], batches: list[int], dtypes: list[str], image: 
             for batch in batches:
                 with fp32_precision(precision):
                     for call in trace(model, (batch, 3, image, image), torch_dtype):
-                        if call.operator == "conv_bn_relu":
+                        if call.tiled:
                             layers.setdefault(call.shape, []).append(call.name)
     return layers
 

@@ -204,6 +204,7 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "a copy looked at": (
         lambda: lambdas(lambda m, x: m.a(x)[1:].clone().as_strided((1, 4), (4, 1), 0) + 0, a=conv()), [CBR],
     ),
+    "a conjugate": (lambda: lambdas(lambda m, x: torch.view_as_real(torch.complex(x, x).conj() * 1)[..., 1]), []),
     "a gate that is a convolution": (
         lambda: lambdas(lambda m, x: (lambda p: m.a(x) * m.b(p) + m.c(p))(x[:1].mean((2, 3), True)),
                         a=conv(), b=nn.Conv2d(8, 8, 1), c=nn.Conv2d(8, 8, 1)),
@@ -216,6 +217,9 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "integers": (lambda: lambdas(lambda m, x: F.max_pool2d(x.long(), 2).float()), []),
     "complex numbers": (lambda: lambdas(lambda m, x: torch.complex(x, x).mean((2, 3), True).real), []),
     "grouped": (lambda: sequence(conv(groups=2), norm(), nn.ReLU()), [LEFT]),
+    "a mask of channels": (lambda: lambdas(lambda m, x: m.a(x) * (m.v[:, None, None] > 0), a=conv()), [CBR]),
+    "a large weight": (lambda: lambdas(lambda m, x: (m.a(x) * 1e300).nan_to_num(), a=conv()), [CBR]),
+    "more taps than we compile": (lambda: nn.Conv2d(8, 8, (32, 1), padding=(16, 0), groups=8), [LEFT]),
     "depthwise": (lambda: sequence(conv(groups=8), norm(), nn.ReLU6()), [CBR]),
     "two filters a channel": (lambda: nn.Conv2d(8, 16, 3, groups=8), [LEFT]),
     "depthwise, no shortcut": (
@@ -924,6 +928,46 @@ def test_replicas_of_data_parallel_stay_compiled_and_use_their_own_parameters(mo
 
 
 @torch.no_grad()
+def test_a_copy_of_a_part_keeps_no_more_alive():
+    model = lambdas(lambda m, x: m.a(x).relu()[0].clone(), a=conv())
+    y = torch.compile(model, backend="resnet_triton")(images(4))
+    assert y.untyped_storage().size() == y.numel() * y.element_size()
+
+
+@torch.no_grad()
+def test_sizes_of_a_pool_with_ceil_mode_compile_nothing_new():
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return resnet_triton(graph, inputs)
+
+    fast = torch.compile(sequence(conv(), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)), backend=counted)
+    for size in (40, 41, 50, 43, 37, 60):
+        fast(images(2, size=size))
+    assert len(graphs) == 2
+
+
+class Listed(nn.Module):
+    """One compiled module by name, and one in a plain list, in which nobody finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named, self.listed = optimize(integral(sequence(conv()))), [optimize(integral(sequence(conv())))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.listed[0](self.named(x))
+
+
+@torch.no_grad()
+def test_report_of_parts_that_are_not_named_or_that_torch_compile_was_given():
+    assert [call.name for call in report(Listed().eval(), (2, 8, 8, 8)).calls] == ["named.0", "0"]
+    part = torch.compile(optimize(integral(sequence(conv()))), backend="aot_eager")
+    names = [call.name for call in report(nn.Sequential(part, conv()).eval(), (2, 8, 8, 8)).calls]
+    assert [name.partition(".")[0] for name in names] == ["0", "1"]
+
+
+@torch.no_grad()
 def test_report_takes_the_arguments_of_a_call():
     calls = report(nn.DataParallel(optimize(Denoiser().eval())), (images(), torch.tensor([3, 5]))).calls
     assert (calls[0].name, calls[0].operator) == ("conv", CBR)
@@ -947,6 +991,12 @@ class Broken(nn.Module):
 def test_report_counts_each_call_of_a_graph(kernels):
     model = optimize(integral(sequence(Broken(), Broken(), Broken())), kernels=kernels)
     assert ours(report(model, (2, 8, 8, 8)).calls) == [CBR] * 3
+
+
+@torch.no_grad()
+def test_report_counts_calls_and_not_replays(cuda):
+    one = Broken()
+    assert ours(report(optimize(integral(sequence(*[one] * 5))), (2, 8, 8, 8)).calls) == [CBR] * 5
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ def test_earlier_results_stay_until_something_is_timed(
     assert all(content(tmp_path / "used")[name] != before[name] for name in before)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"format": "resnet-triton-benchmark", "version": 2, "rows": 1}'])
+@pytest.mark.parametrize("text", ["[]", '{"format": "resnet-triton-benchmark", "version": 3, "rows": 1}'])
 @pytest.mark.usefixtures("measured")
 def test_a_file_of_somebody_elses_is_not_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
