@@ -49,7 +49,8 @@ def conv_depthwise_kernel(
         inside_w = (w >= 0) & (w < W)
         rows = ()
         for i in tl.static_range(READ):  # the compiler drops those that no tap reads
-            inside = inside_w & (h + i >= 0) & (h + i < H)
+            # Not `&` of a number and a vector, which Triton 3.9's interpreter makes an integer.
+            inside = tl.where((h + i >= 0) & (h + i < H), inside_w, False)
             x = tl.load(
                 (x_pixel + (i * row + s * DILATION_W * C))[:, None] + offs_c[None, :],
                 mask=inside[:, None] & mask_c[None, :],
@@ -67,9 +68,10 @@ def conv_depthwise_kernel(
     for i in tl.static_range(ROWS):
         y = sums[i] * scale[None, :] + shift[None, :]
         offs_y = ((n * P + p + i) * Q + offs_q)[:, None] * C + offs_c[None, :]
+        mask = tl.where(p + i < P, mask_y, False)
         if res_ptr is not None:
-            y += tl.load(res_ptr + offs_y, mask=mask_y & (p + i < P), other=0.0).to(tl.float32)
-        tl.store(y_ptr + offs_y, activate(y, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask_y & (p + i < P))
+            y += tl.load(res_ptr + offs_y, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offs_y, activate(y, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def conv_depthwise(
