@@ -66,9 +66,10 @@ class Call:
     @property
     def shape(self) -> ConvShape:
         """The configuration key of a convolution."""
-        if not isinstance(self.operation, ConvBnRelu) or self.operation.depthwise:
+        convolution: Any = self.operation
+        if not self.tiled:
             raise ValueError(f"{self.operator} has no such key, expected conv_bn_relu of one group")
-        return self.operation.shape
+        return convolution.shape
 
     def launches(self, facts: DeviceFacts) -> tuple[Launch, ...]:
         """The launches our kernels would make of this call on a device with these facts, in order."""
