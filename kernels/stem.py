@@ -94,33 +94,29 @@ def _inside(a, ROW: tl.constexpr):
 
 
 @triton.jit
-def _row(x_desc, w0, w1, w2, w3, p, n, q0, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GUARD: tl.constexpr):
+def _row(x_desc, filters, p, n, q0, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GUARD: tl.constexpr):
     """BLOCK_Q columns of row p of the convolution, fp32 [BLOCK_Q, BLOCK_K]."""
     acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     for ROW in tl.static_range(4):
         a = _window(x_desc, p + ROW, n, q0, BLOCK_Q)
         if GUARD:
             a = _inside(a, ROW)
-        acc = tl.dot(a, w0 if ROW == 0 else w1 if ROW == 1 else w2 if ROW == 2 else w3, acc)
+        acc = tl.dot(a, filters[ROW], acc)
     return acc
 
 
 @triton.jit
-def _two_rows(x_desc, w0, w1, w2, w3, p, n, q0, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows p and p + 1, which share three of their four loads."""
-    a0 = _window(x_desc, p, n, q0, BLOCK_Q)  # [BLOCK_Q, 64]
-    a1 = _window(x_desc, p + 1, n, q0, BLOCK_Q)
-    a2 = _window(x_desc, p + 2, n, q0, BLOCK_Q)
-    a3 = _window(x_desc, p + 3, n, q0, BLOCK_Q)
-    a4 = _window(x_desc, p + 4, n, q0, BLOCK_Q)
-    even = tl.dot(a0, w0, tl.zeros((BLOCK_Q, BLOCK_K), tl.float32))
-    even = tl.dot(a1, w1, even)
-    even = tl.dot(a2, w2, even)
-    even = tl.dot(a3, w3, even)
-    odd = tl.dot(a1, w0, tl.zeros((BLOCK_Q, BLOCK_K), tl.float32))
-    odd = tl.dot(a2, w1, odd)
-    odd = tl.dot(a3, w2, odd)
-    odd = tl.dot(a4, w3, odd)
+def _two_rows(x_desc, filters, p, n, q0, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows p and p + 1, which share three of their five loads."""
+    windows = ()
+    for i in tl.static_range(5):
+        windows = windows + (_window(x_desc, p + i, n, q0, BLOCK_Q),)  # [BLOCK_Q, 64]
+    even = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    for i in tl.static_range(4):
+        even = tl.dot(windows[i], filters[i], even)
+    odd = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    for i in tl.static_range(4):
+        odd = tl.dot(windows[i + 1], filters[i], odd)
     return even, odd
 
 
@@ -131,7 +127,7 @@ def _norm(acc, scale, shift, row, P, inside_q):
 
 @triton.jit
 def _strip(
-    x_desc, y_ptr, w0, w1, w2, w3, scale, shift, n, j0, first_row, last_row, offs_k, mask_k, P, Q, POOL_P, POOL_Q,
+    x_desc, y_ptr, filters, scale, shift, n, j0, first_row, last_row, offs_k, mask_k, P, Q, POOL_P, POOL_Q,
     K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Pooled rows [first_row, last_row) of a column of the image: BLOCK_Q columns of the convolution, from 2 j0 - 1."""
@@ -145,16 +141,16 @@ def _strip(
     offs_y = (j0 + offs_j)[:, None] * K + offs_k[None, :]
 
     p = first_row * 2 - 1
-    above = _row(x_desc, w0, w1, w2, w3, p, n, q0, BLOCK_Q, BLOCK_K, GUARD)
+    above = _row(x_desc, filters, p, n, q0, BLOCK_Q, BLOCK_K, GUARD)
     above = _norm(above, scale, shift, p, P, inside_q)
     STAGES: tl.constexpr = 1 if GUARD else None
     for i in tl.range(first_row, last_row, num_stages=STAGES):
         p = i * 2
         if GUARD:
-            even = _row(x_desc, w0, w1, w2, w3, p, n, q0, BLOCK_Q, BLOCK_K, True)
-            odd = _row(x_desc, w0, w1, w2, w3, p + 1, n, q0, BLOCK_Q, BLOCK_K, True)
+            even = _row(x_desc, filters, p, n, q0, BLOCK_Q, BLOCK_K, True)
+            odd = _row(x_desc, filters, p + 1, n, q0, BLOCK_Q, BLOCK_K, True)
         else:
-            even, odd = _two_rows(x_desc, w0, w1, w2, w3, p, n, q0, BLOCK_Q, BLOCK_K)
+            even, odd = _two_rows(x_desc, filters, p, n, q0, BLOCK_Q, BLOCK_K)
         even = _norm(even, scale, shift, p, P, inside_q)
         odd = _norm(odd, scale, shift, p + 1, P, inside_q)
         column = relu(maximum(maximum(above, even), odd)).to(y_ptr.dtype.element_ty)
@@ -181,10 +177,9 @@ def stem_kernel(
     first_row = pid // (TILES_K * tiles_q) % strips * STRIP
     last_row = min(first_row + STRIP, POOL_P)
     n = pid // (TILES_K * tiles_q * strips)
-    w0 = _filter(w_ptr, offs_k, mask_k, 0, C)
-    w1 = _filter(w_ptr, offs_k, mask_k, 1, C)
-    w2 = _filter(w_ptr, offs_k, mask_k, 2, C)
-    w3 = _filter(w_ptr, offs_k, mask_k, 3, C)
+    filters = ()
+    for ROW in tl.static_range(4):
+        filters = filters + (_filter(w_ptr, offs_k, mask_k, ROW, C),)
     scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
     marked = tl.zeros((), tl.int32)
     for start in range(0, ROWS, BLOCK_ROWS):
@@ -193,12 +188,12 @@ def stem_kernel(
         marked = tl.maximum(marked, tl.max(marks))
     if marked == 0:
         _strip(
-            x_desc, y_ptr, w0, w1, w2, w3, scale, shift, n, j0, first_row, last_row, offs_k, mask_k, P, Q, POOL_P,
+            x_desc, y_ptr, filters, scale, shift, n, j0, first_row, last_row, offs_k, mask_k, P, Q, POOL_P,
             POOL_Q, K, BLOCK_Q, BLOCK_K, False,
         )  # fmt: skip
     else:
         _strip(
-            x_desc, y_ptr, w0, w1, w2, w3, scale, shift, n, j0, first_row, last_row, offs_k, mask_k, P, Q, POOL_P,
+            x_desc, y_ptr, filters, scale, shift, n, j0, first_row, last_row, offs_k, mask_k, P, Q, POOL_P,
             POOL_Q, K, BLOCK_Q, BLOCK_K, True,
         )  # fmt: skip
 
