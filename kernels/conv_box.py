@@ -13,7 +13,6 @@ gives wrong answers (triton-lang/triton#9433; `resnet_triton/machine_code/produc
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -22,72 +21,53 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, cdiv, on, rounding
 from .tiles import activate, batch_norm_scale_shift, sum_partials
-from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size
-
-IMAGES, ROWS, ONE_IMAGE = 0, 1, 2
-"""Views of NHWC memory. At stride 2, columns (and, of one image, rows) are split by parity, so that every second one is
-again a box:
-
-* IMAGES, boxes of several images: (H, W, N, C), at stride 2 (H, W/2, 2, N, C);
-* ROWS, boxes within an image: (N, H, W, C), at stride 2 (N, H, 2, W/2, C);
-* ONE_IMAGE, only at stride 2, the only view there in which boxes of several rows exist: (2, 2, H/2, W/2, C).
-"""
+from .values import (
+    NO_BATCH_NORM,
+    Activation,
+    ConvConfig,
+    Convolution,
+    Geometry,
+    Shortcut,
+    Size,
+    filter_view,
+    pixel_view,
+)
 
 
 @functools.lru_cache(maxsize=4096)
 def pixel_descriptor(
-    size: Size, dtype: torch.dtype, stride: int, box: Any, block_c: int, factor: bool = False
-) -> tuple[TensorDescriptor, int]:
+    size: Size, dtype: torch.dtype, stride: int, box: tuple[int, int, int], block_c: int, factor: bool = False
+) -> tuple[TensorDescriptor, str]:
     """A descriptor of images (N, C, H, W) that loads `box` at `stride`, `block_c` channels at a time, and its view."""
-    n, c, h, w = size
-    box_h, box_w, box_n = box
-    row, image = w * c, h * w * c
-    if stride == 1 and box_n > 1:
-        view, shape, strides = IMAGES, [h, w, n, c], [row, c, image, 1]
-        block = [box_h, box_w, box_n, block_c]
-    elif stride == 1:
-        view, shape, strides = ROWS, [n, h, w, c], [image, row, c, 1]
-        block = [1, box_h, box_w, block_c]
-    elif box_n > 1:
-        view, shape, strides = IMAGES, [h, w // 2, 2, n, c], [row, 2 * c, c, image, 1]
-        block = [box_h, box_w, 1, box_n, block_c]
-    elif n == 1 and h % 2 == 0:
-        view, shape, strides = ONE_IMAGE, [2, 2, h // 2, w // 2, c], [row, c, 2 * row, 2 * c, 1]
-        block = [1, 1, box_h, box_w, block_c]
-    else:
-        view, shape, strides = ROWS, [n, h, 2, w // 2, c], [image, row, c, 2 * c, 1]
-        block = [1, box_h, 1, box_w, block_c]
+    view, shape, strides, block = pixel_view(size, stride, box, block_c)
     return _descriptor(dtype, shape, strides, block, factor), view
 
 
 @functools.lru_cache(maxsize=4096)
 def filter_descriptor(size: Size, dtype: torch.dtype, block_k: int, block_c: int, factor: bool) -> TensorDescriptor:
-    """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
-    k, c, r, s = size
-    return _descriptor(dtype, [r * s, k, c], [c, r * s * c, 1], [1, block_k, block_c], factor)
+    return _descriptor(dtype, *filter_view(size, block_k, block_c), factor)
 
 
-def _descriptor(
-    dtype: torch.dtype, shape: list[int], strides: list[int], block: list[int], factor: bool
-) -> TensorDescriptor:
+def _descriptor(dtype: torch.dtype, shape: Size, strides: Size, block: Size, factor: bool) -> TensorDescriptor:
     """A descriptor without its memory: once for a layout, for Triton's checks take 3 us each time."""
-    return rounding(TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), shape, strides, block), factor)
+    base = torch.empty(0, dtype=dtype, device="meta")
+    return rounding(TensorDescriptor(base, list(shape), list(strides), list(block)), factor)
 
 
 @triton.jit
 def load_pixels(desc, p, q, n, r, s, c, STRIDE: tl.constexpr, VIEW: tl.constexpr, BLOCK_M: tl.constexpr):
     """The input box under output box (p, q, n), shifted by r rows and s columns, as [BLOCK_M, channels]."""
     if STRIDE == 1:
-        if VIEW == 0:
+        if VIEW == "images":
             a = desc.load([p + r, q + s, n, c])
         else:
             a = desc.load([n, p + r, q + s, c])
     else:  # column 2q + s is number q + floor(s / 2) among those of its parity; s is -1, 0 or 1
         column = q + (s + 2) // 2 - 1
         parity = (s + 2) % 2
-        if VIEW == 0:
+        if VIEW == "images":
             a = desc.load([p * 2 + r, column, parity, n, c])
-        elif VIEW == 1:
+        elif VIEW == "rows":
             a = desc.load([n, p * 2 + r, parity, column, c])
         else:
             a = desc.load([(r + 2) % 2, parity, p + (r + 2) // 2 - 1, column, c])
@@ -99,7 +79,7 @@ def store_pixels(
     desc, y, p, q, n, k, VIEW: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BOX_N: tl.constexpr
 ):
     y = y.to(desc.dtype)
-    if VIEW == 0:
+    if VIEW == "images":
         desc.store([p, q, n, k], y.reshape(BOX_H, BOX_W, BOX_N, desc.block_shape[-1]))
     else:
         desc.store([n, p, q, k], y.reshape(1, BOX_H, BOX_W, desc.block_shape[-1]))
@@ -273,5 +253,5 @@ _NO_SHORTCUT: dict[str, object] = {
     **NO_BATCH_NORM.arguments("short_"),
     "SHORT_C": 0,
     "SHORT_STRIDE": 1,
-    "SHORT_VIEW": 0,
+    "SHORT_VIEW": "rows",
 }

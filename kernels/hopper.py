@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import tiles
 from .launch import rounding
-from .values import Size
+from .values import Size, filter_view
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9.0 renames them
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -43,9 +43,7 @@ def descriptor_of(
 
 
 def filter_descriptor(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> TensorDescriptor:
-    """KRSC memory as (R*S, K, C): with taps and channels apart, a channel tail reads zeros, not the next tap."""
-    k, c, r, s = size
-    return descriptor_of(dtype, (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c), factor=True)
+    return descriptor_of(dtype, *filter_view(size, block_k, block_c), factor=True)
 
 
 relu, activate, scale_and_shift, maximum = (

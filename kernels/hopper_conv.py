@@ -17,7 +17,6 @@ see `tiles.sum_partials`.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton.language.extra.cuda as cuda
@@ -43,34 +42,27 @@ from .hopper import (
     sum_partials,
 )
 from .launch import Launch, cdiv, on
-from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size, taps_at_once
-
-IMAGES, ROWS = 0, 1
-"""Views of NHWC memory. At stride 2 columns are split by parity, so that every second one is again a box, and a box of
-several rows is loaded row by row:
-
-* IMAGES, boxes of several images: (H, W, N, C), at stride 2 (H, W/2, 2, N, C);
-* ROWS, boxes within an image: (N, H, W, C), at stride 2 (N, H, 2, W/2, C).
-"""
+from .values import (
+    NO_BATCH_NORM,
+    Activation,
+    ConvConfig,
+    Convolution,
+    Geometry,
+    Shortcut,
+    Size,
+    pixel_view,
+    taps_at_once,
+)
 
 
 @functools.lru_cache(maxsize=4096)
 def pixel_descriptor(
-    size: Size, dtype: torch.dtype, stride: int, box: Any, block_c: int, factor: bool = False
-) -> tuple[TensorDescriptor, int]:
+    size: Size, dtype: torch.dtype, stride: int, box: tuple[int, int, int], block_c: int, factor: bool = False
+) -> tuple[TensorDescriptor, str]:
     """A descriptor of images (N, C, H, W) that loads `box` (at stride 2: one row of it), and its view."""
-    n, c, h, w = size
-    box_h, box_w, box_n = box
-    row, image = w * c, h * w * c
-    if stride == 1 and box_n > 1:
-        shape, strides, block = (h, w, n, c), (row, c, image, 1), (box_h, box_w, box_n, block_c)
-    elif stride == 1:
-        shape, strides, block = (n, h, w, c), (image, row, c, 1), (1, box_h, box_w, block_c)
-    elif box_n > 1:
-        shape, strides, block = (h, w // 2, 2, n, c), (row, 2 * c, c, image, 1), (1, box_w, 1, box_n, block_c)
-    else:
-        shape, strides, block = (n, h, 2, w // 2, c), (image, row, c, 2 * c, 1), (1, 1, 1, box_w, block_c)
-    return descriptor_of(dtype, shape, strides, block, factor), IMAGES if box_n > 1 else ROWS
+    _, box_w, box_n = box
+    view, *layout = pixel_view(size, stride, box if stride == 1 else (1, box_w, box_n), block_c)
+    return descriptor_of(dtype, *layout, factor), view
 
 
 def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -102,7 +94,7 @@ def load_pixels(desc, full, ring, slot, p, q, n, r, s, c,
                 STRIDE: gl.constexpr, VIEW: gl.constexpr, LOADS: gl.constexpr):  # fmt: skip
     """Ask for the input box under output box (p, q, n), shifted by r rows and s columns, in LOADS parts."""
     if STRIDE == 1:
-        if VIEW == 0:
+        if VIEW == "images":
             async_load(desc, [p + r, q + s, n, c], full, ring.index(slot))
         else:
             async_load(desc, [n, p + r, q + s, c], full, ring.index(slot))
@@ -111,7 +103,7 @@ def load_pixels(desc, full, ring, slot, p, q, n, r, s, c,
         parity = (s + 2) % 2
         for row in gl.static_range(LOADS):
             part = ring.index(slot * LOADS + row)
-            if VIEW == 0:
+            if VIEW == "images":
                 async_load(desc, [(p + row) * 2 + r, column, parity, n, c], full, part)
             else:
                 async_load(desc, [n, (p + row) * 2 + r, parity, column, c], full, part)
@@ -127,7 +119,7 @@ def load_filters(desc, full, ring, slot, step, k, COLUMNS: gl.constexpr, TAPS: g
 
 @gluon.jit
 def load_result(desc, full, part, p, q, n, k, VIEW: gl.constexpr):
-    if VIEW == 0:
+    if VIEW == "images":
         async_load(desc, [p, q, n, k], full, part)
     else:
         async_load(desc, [n, p, q, k], full, part)
@@ -135,7 +127,7 @@ def load_result(desc, full, part, p, q, n, k, VIEW: gl.constexpr):
 
 @gluon.jit
 def store_result(desc, part, p, q, n, k, VIEW: gl.constexpr):
-    if VIEW == 0:
+    if VIEW == "images":
         async_store(desc, [p, q, n, k], part)
     else:
         async_store(desc, [n, p, q, k], part)
@@ -424,5 +416,5 @@ def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[s
 
 _NO_SHORTCUT: dict[str, object] = {
     "short_x_desc": None, "short_w_desc": None, **NO_BATCH_NORM.arguments("short_"),
-    "SHORT_C": 0, "SHORT_STRIDE": 1, "SHORT_VIEW": 0,
+    "SHORT_C": 0, "SHORT_STRIDE": 1, "SHORT_VIEW": "rows",
 }  # fmt: skip

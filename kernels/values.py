@@ -142,6 +142,42 @@ class Convolution(NamedTuple):
     semaphores: Tensor | None
 
 
+def pixel_view(
+    size: Size, stride: int, box: tuple[int, int, int], block_c: int
+) -> tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """How to look at images (N, C, H, W) in NHWC memory such that `box` (rows, columns, images) of `block_c` channels
+    at `stride` is a block: name, shape, strides and block.
+
+    At stride 2 columns are split by parity, so that every second one is again a box; so are rows where several are in
+    one box, which only one image of even height can have:
+
+    * "images", boxes of several images: (H, W, N, C), at stride 2 (H, W/2, 2, N, C);
+    * "rows", boxes within an image: (N, H, W, C), at stride 2 (N, H, 2, W/2, C);
+    * "one image", at stride 2 alone, boxes of several rows: (2, 2, H/2, W/2, C).
+    """
+    n, c, h, w = size
+    box_h, box_w, box_n = box
+    row, image = w * c, h * w * c
+    if stride == 1 and box_n > 1:
+        return "images", (h, w, n, c), (row, c, image, 1), (box_h, box_w, box_n, block_c)
+    if stride == 1:
+        return "rows", (n, h, w, c), (image, row, c, 1), (1, box_h, box_w, block_c)
+    if box_n > 1:
+        return "images", (h, w // 2, 2, n, c), (row, 2 * c, c, image, 1), (box_h, box_w, 1, box_n, block_c)
+    if box_h > 1:
+        return "one image", (2, 2, h // 2, w // 2, c), (row, c, 2 * row, 2 * c, 1), (1, 1, box_h, box_w, block_c)
+    return "rows", (n, h, 2, w // 2, c), (image, row, c, 2 * c, 1), (1, 1, 1, box_w, block_c)
+
+
+def filter_view(size: Size, block_k: int, block_c: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Filters (K, C, R, S) in KRSC memory as (R*S, K, C), and the strides and block of one tap.
+
+    With taps and channels apart, a channel tail reads zeros, not the next tap.
+    """
+    k, c, r, s = size
+    return (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c)
+
+
 def has_several_sides(box: tuple[int, int, int]) -> bool:
     """Whether more than one side of a box is longer than 1, so that its pixels must not be the rows of a product.
 

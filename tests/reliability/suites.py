@@ -79,7 +79,13 @@ INTERPRETED: dict[str, list[str]] = {
     "hopper_few.py": [*(f"{test}[few" for test in _GLUON), _EARLY],
     "hopper_stem.py": ["test_hopper_stem.py"],
     "launch.py": ["test_launch.py", "test_hopper_conv.py"],
-    "values.py": ["test_launch.py", "test_config.py::test_boxes_of_two_rows_take_a_column_of_taps_at_a_time"],
+    "values.py": [
+        "test_launch.py",
+        "test_config.py::test_boxes_of_two_rows_take_a_column_of_taps_at_a_time",
+        "test_exact.py::test_one_image_at_stride_2",
+        "test_exact.py::test_every_legal_box_is_exact",
+        "test_exact.py::test_tails_of_tiles_read_no_neighbours",
+    ],
     "linear.py": [
         *_LAUNCH,
         "test_exact.py::test_linear",
