@@ -119,16 +119,12 @@ def test_lines_of_the_readme_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(resnet_triton.resnet34(num_classes=3).state_dict(), "trained.ckpt")
-    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    lines = lines.replace('weights="IMAGENET1K_V1"', "")
-    if not torch.cuda.is_available():
-        lines = lines.replace(".cuda()", "")
-    yours, theirs = (vision.torchvision().models.resnet18().eval() for _ in range(2))
-    names: dict[str, Any] = {"images": torch.rand(2, 3, 32, 32), "yours": yours, "theirs": theirs}
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    names = {name: value.to(where, torch.float16) for name, value in names.items()}
-    exec(lines, names)
-    assert names["logits"].shape == (2, 1000)
+    lines = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL))
+    where, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    yours, theirs = (vision.torchvision().models.resnet18().eval().to(where, dtype) for _ in range(2))
+    names: dict[str, Any] = {"yours": yours, "theirs": theirs}
+    exec(lines.replace("224, 224, device", "64, 64, device"), names)
+    assert names["logits"].shape == (8, 1000)
     assert isinstance(names["yours"], resnet_triton.ResNet)
     assert len(names["trained"].layer3) == 6
     assert "layer4.1.conv2" in capsys.readouterr().out
