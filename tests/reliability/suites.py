@@ -82,9 +82,7 @@ INTERPRETED: dict[str, list[str]] = {
     "values.py": [
         "test_launch.py",
         "test_config.py::test_boxes_of_two_rows_take_a_column_of_taps_at_a_time",
-        "test_exact.py::test_one_image_at_stride_2",
-        "test_exact.py::test_every_legal_box_is_exact",
-        "test_exact.py::test_tails_of_tiles_read_no_neighbours",
+        *_BOXES,
     ],
     "linear.py": [
         *_LAUNCH,
