@@ -82,6 +82,7 @@ INTERPRETED: dict[str, list[str]] = {
     "values.py": [
         "test_launch.py",
         "test_config.py::test_boxes_of_two_rows_take_a_column_of_taps_at_a_time",
+        "test_config.py::test_neighbours_are_one_step_away",
         *_BOXES,
     ],
     "linear.py": [
