@@ -1,13 +1,15 @@
 """Models of other people, and what `optimize` makes of each: the rows of docs/models.md.
 
-    PYTHONPATH=tests:. python tests/zoo.py > docs/models.md
+    PYTHONPATH=tests:. python tests/zoo.py
 
-needs the extra `zoo`. Weights are random, for what is compared is the optimized model with itself as it was.
+writes the rows there again. It needs the extra `zoo`. Weights are random, for what is compared is the optimized model
+with itself as it was.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import types
 from collections import Counter
@@ -24,92 +26,7 @@ from resnet_triton import disabled, optimize, report
 from resnet_triton.ops import ConvBnRelu
 from resnet_triton.support import vision
 
-_INTRODUCTION = """# Other people's models
-
-`resnet_triton.optimize(model)` takes any model with convolutions: torchvision's ResNets in it are converted, a model
-without them runs through `torch.compile(model, backend="resnet_triton")`. This table says what each model's
-convolutions become. Those that our operators take run on the kernels on a GPU; the others run on PyTorch. Whether that
-is faster than torch.compile's own backend is measured for ResNet-18 only.
-
-Activations inside are those that a convolution's kernel computes: no pass over memory of their own.
-
-The difference is the largest one of the outputs to those of the model as it was, by the largest output, in fp32 on a
-CPU, images of {size} x {size} pixels. Written by `tests/zoo.py`; `tests/model/test_zoo.py` holds each row.
-
-| model | from | convolutions taken | activations inside | difference | left to PyTorch |
-| --- | --- | --- | --- | --- | --- |
-"""
-_LIMITS = """
-Beyond the table, one small member of each of timm's 98 families (1.0.31; some with fewer blocks), 20 models of
-torchvision (0.28), 31 of transformers (5.24) and 63 networks as people write them were compared once with themselves as
-they were, in fp32 with torch 2.13 on a CPU, with filters moved, most of timm's and half of the others at two batch
-sizes: outputs with their structure, dtypes and strides, `state_dict`, copies, pickles and `revert`; of timm's also a
-training step with its gradients, and that `report` counts each convolution. All agreed but for the limits below; the
-strides of features of torchvision's own blocks, which are channels_last, of a parameter that is itself a result, and of
-empty results; and those of UperNet, which `backend="aot_eager"` changes alike. A network without `Conv2d` is refused,
-as two of timm's families, Gemma 4 and NaFlex ViT. torch.compile itself leaves to Python one with a TorchScript module
-in it, and an LSTM.
-
-So were, on one batch of small images each, 15 more models of torchvision (Faster, Mask and Keypoint R-CNN, RetinaNet,
-FCOS, SSD, SSDlite, LR-ASPP, DeepLabV3, RAFT, quantizable ones) and 95 networks of segmentation_models_pytorch 0.6.0,
-ultralytics 8.4.190, pytorchcv 0.0.74, monai 1.6.1, spandrel 0.4.2, diffusers 0.42.1, super-image 0.2.0, torchsr 1.0.4,
-kornia 0.9.0, fastai 2.8.12, facenet-pytorch 2.6.0, open_clip_torch 3.3.0, easyocr 1.7.2, python-doctr 1.1.0, yolox
-0.3.0, lightly 1.6.0, pytorch-lightning 2.6.6, efficientnet_pytorch 0.7.1, torchxrayvision 1.5.7, retinaface-pytorch
-0.0.8, resnest 0.0.5, pretrainedmodels 0.7.4 and lpips 0.1.4; 17 of them with copies, gradients and `revert`, nine at a
-second size, and with the packages' own ways: Lightning's `fit` and `predict`, ultralytics' `predict`, `fuse` and
-`export`, smp's `encoder`, a pipeline of diffusers, `torch.jit.trace`, torch.export and ONNX. All agreed but for the
-limits below, for masks whose strides follow from torchvision's blocks, and where rounding alone, as by channels_last
-memory without this package, makes the same difference (Faster and Mask R-CNN, a VQModel, an IGCV3, gradients of a
-U-Net). A decoder of diffusers by itself has other strides; `backend="aot_eager"` raises there. Video networks have no
-`Conv2d`, and are refused.
-
-## What holds, and what does not
-
-* **Filters.** Kernels read filters in channels_last memory; where they lie otherwise, each call copies them. The first
-  compiled call of a model that `optimize` was given moves its filters there, once, if nobody can tell: no code of the
-  model calls `view` on what would lie otherwise, draws random numbers for it, or writes what is a view in one of the
-  layouts only; no result would lie otherwise; and no other tensor of the model is in the filters' memory.
-  `model.train()` and `revert` move them back. Where somebody can tell (features or pixels come out, say), and for
-  `torch.compile(model, backend="resnet_triton")`, filters stay; one warning and `report` say so, and
-  `model.to(memory_format=torch.channels_last)` spares the copies.
-* **CUDA graphs** take any number of tensors in, and tensors, numbers and None out, in tuples, dicts and data classes.
-  They are kept for the sizes, strides and dtypes of all inputs and the addresses of all parameters.
-* **A ResNet within a model.** `optimize` converts torchvision's ResNets in it and leaves what is around them, such as
-  a decoder or a detector's heads, to PyTorch; a subclass is compiled by itself.
-  `torch.compile(model, backend="resnet_triton")` takes what is around them, too.
-* **The rest**, what is not ours in a graph, runs as PyTorch's operators. With `options={"rest": "inductor"}` Inductor
-  compiles it, which takes longer to compile. Whether that is faster on a GPU was not measured.
-* **Recompilations.** torch.compile compiles a function at most 8 times: for each dtype, memory format and mode, for
-  one image and for many. Models of one class share these. `optimize` gives each model, with and without inference mode,
-  functions of its own. At the limit one warning and `report` say how to raise it.
-* **DataParallel.** Replicas run compiled, with their own parameters, which are copied at each call, and without CUDA
-  graphs.
-
-Limits:
-
-* Code that asks for strides of a convolution's result (`is_contiguous()`, `stride()`) gets those of channels_last. So
-  have results of convolutions that torch.compile leaves to Python, such as those beside a TorchScript module.
-* Other methods than `forward`, such as timm's `forward_features`, run as they were written, on the moved filters: their
-  results lie in channels_last.
-* A moved filter leaves its memory, as with `.to()`: what was taken before the first call (`model.state_dict()`,
-  `weight.data`) keeps the old one, so writing there changes the model no more. Write to the parameters.
-* Where moved filters turn out to show behind a graph break, the first call starts once more; what the model has counted
-  or printed before the break is done twice.
-* A method that is replaced on an object that is no module shows only after `refresh(model)`; so does a hook on a module
-  in a plain list, which `model.modules()` does not name.
-* Only calls of the optimized module are compiled, as with `Module.compile`. Other methods (`vae.decode(z)`,
-  `clip.encode_image(x)`, smp's `predict`) run as written: optimize the modules that they call, such as `vae.decoder`.
-  Of ultralytics, optimize `yolo.model`: around it is code that reads files, which torch.compile may refuse.
-* In the code of an optimized `Net`, `type(self) is Net` is False, for its class is a subclass; `isinstance` holds.
-* What a model computes in its first call and keeps, as YOLO's anchors, may leave it compiled in many small parts, with
-  any backend. Call it once before `optimize`, or `refresh(model)` after its first call.
-* A factor behind a convolution (a layer scale, a weight of a branch) is applied inside it: an infinite one gives NaN
-  where PyTorch gives infinities, and one below zero makes 0.0 of a sum of zero, not -0.0.
-* A graph with `as_strided` of a view runs on PyTorch as a whole.
-* An optimized `torch.fx.GraphModule` cannot be deep-copied; what comes out of its pickle is the module as it was.
-* `view` of a moved filter raises, as in `parameters_to_vector`, and so does that of a convolution's result in code that
-  only runs with gradients on, in eval mode. After `model.train()` or `revert` neither does.
-"""
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 SIZE = 64
 vision.torchvision()  # the others import it themselves, which a CPU-only torch does not survive
 
@@ -363,7 +280,10 @@ def line(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(_INTRODUCTION.format(size=SIZE), end="")
+    rows = []
     for name in MODELS:
-        print(line(name), flush=True)
-    print(_LIMITS, end="")
+        rows.append(line(name))
+        print(rows[-1], flush=True)
+    before, head, behind = re.split(r"(?m)(^\|(?: --- \|)+\n)", PAGE.read_text(encoding="utf-8"), maxsplit=1)
+    _, _, rest = behind.partition("\n\n")
+    PAGE.write_text(before + head + "\n".join(rows) + "\n\n" + rest, encoding="utf-8")

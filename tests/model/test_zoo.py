@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import zoo
 
-TABLE = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+TABLE = zoo.PAGE.read_text(encoding="utf-8")
 
 
 def needs(package: str) -> None:
