@@ -9,11 +9,13 @@ the class of some object that is no module.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from itertools import chain
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from . import filters
 from .graphs.fingerprint import Watch
@@ -181,7 +184,7 @@ def is_whole(model: nn.Module) -> bool:
 def trace(model: nn.Module, shape: tuple[Any, ...], whole: bool) -> list[Call]:
     """The calls of our operators, and every sizeable one of PyTorch's, in `model(*arguments(shape))` once compiled: the
     `whole` model, or the modules in it that `optimize` has compiled, if there are any."""
-    args = arguments(model, shape)
+    args = tree_map_only(Tensor, torch.clone, arguments(model, shape))  # for a model may write its inputs
     parts = {id(m): name for name, m in model.named_modules() if isinstance(m, Compiled)}
     if whole or not parts or any(is_whole(m) and not isinstance(m, Compiled) for m in model.modules()):
         return _trace(model, args, {})[0]
@@ -208,18 +211,51 @@ def _trace(model: nn.Module, args: Any, kwargs: Any) -> tuple[list[Call], Any]:
     """The calls of a compiled call, and its result."""
     found: list[Call] = []
     options: dict[str, Any] = {"kernels": "auto", "cuda_graph": False}  # a replay would record nothing
-    settings: dict[str, Any] = {"options": options}
+    names = {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
+    settings: dict[str, Any] = {"options": options, "names": names}
     if isinstance(model, Compiled):
         options["kernels"], settings["moved"] = model._triton_options["kernels"], _moved(model)
         _move(model)
-    function = torch.compile(_fresh(_call, "report"), backend=_backend(record=found, **settings), dynamic=False)
+    apart: Any = {"isolate_recompiles": True} if _ISOLATES else {}
+    backend = _backend(record=found, **settings)
+    function: Any = torch.compile(_fresh(_call, "report"), backend=backend, dynamic=False, **apart)
+    token = dispatch.tracer.set(lambda reason: None)  # these calls do not count
     with torch.no_grad():
         try:
             result = function(model, args, kwargs)
         except RuntimeError as error:
             found.clear()
             result = _again(error, model, function, args, kwargs)
+        finally:
+            dispatch.tracer.reset(token)
     return found, result
+
+
+_ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether this torch can compile without using up how often the methods of a class are compiled at most."""
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """In this block buffers are copies, where nothing else is in their memory, and so is the state that random numbers
+    are drawn from. What a call assigns, to a buffer or to another attribute, stays."""
+    users, tables = filters.users_of(model), [(m._buffers, dict(m._buffers)) for m in model.modules()]
+    plain = filter(filters.is_plain, model.buffers())
+    copies = {id(t): _copy(t) for t in plain if users[t.untyped_storage()._cdata] == 1}
+    for table, own in tables:
+        table.update({name: copies.get(id(t), t) for name, t in own.items()})
+    devices = {t.device.index for t in chain(model.parameters(), model.buffers()) if t.is_cuda}
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        for table, own in tables:
+            table.update({name: t for name, t in own.items() if table.get(name) is copies.get(id(t), t)})
+
+
+def _copy(t: Tensor) -> Tensor:
+    with torch.inference_mode(t.is_inference()), torch.no_grad():
+        return t.clone()
 
 
 def _backend(**settings: Any) -> Callable[..., Any]:

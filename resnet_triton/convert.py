@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -264,8 +264,9 @@ def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Repor
 
     For a model of several inputs, or of others than images, `shape` is the tuple of a call's arguments. If all that was
     optimized is torchvision's own, nothing is computed: the model is traced on fake tensors. Any other model, and one
-    that torch.compile was given, is compiled again for this, with our backend, and called once, on zeros. TypeError if
-    `model` is no module or `shape` no tuple, ValueError if it cannot be called so.
+    that torch.compile was given, is compiled again for this, with our backend, and called once, on zeros; what it
+    writes into its buffers, as batch norms do in training mode, is undone. TypeError if `model` is no module or `shape`
+    no tuple, ValueError if it cannot be called so.
     """
     _check_module(model)
     _check_shape(shape)
@@ -279,7 +280,8 @@ def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Repor
     graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
     try:
-        found = compiled.trace(model, shape, whole) if by_compiler else trace(model, shape)
+        with compiled.undone(model) if by_compiler else nullcontext():
+            found = compiled.trace(model, shape, whole) if by_compiler else trace(model, shape)
     except NotImplementedError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -15,7 +15,7 @@ Filters = Iterable[tuple[str, nn.Parameter]]
 
 def move(module: nn.Module, filters: Filters) -> None:
     """To channels_last memory, those that lie in memory of their own and are not there already."""
-    users = _users(module)
+    users = users_of(module)
     for name, weight in filters:
         if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight, users):
             _lay_out(weight, torch.channels_last)
@@ -42,11 +42,15 @@ def sharded(model: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
 
 
-def _users(module: nn.Module) -> Counter[int]:
+def users_of(module: nn.Module) -> Counter[int]:
     """How many tensors of a module are in which memory: some tie weights by their `data`."""
     tensors = {id(t): t for t in chain(module.parameters(), module.buffers())}.values()
-    plain = (t for t in tensors if not is_lazy(t) and type(t.data) is Tensor and t.layout == torch.strided)
-    return Counter(t.untyped_storage()._cdata for t in plain)
+    return Counter(t.untyped_storage()._cdata for t in tensors if is_plain(t))
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether it has memory, with elements in it."""
+    return not is_lazy(t) and type(t.data) is Tensor and t.layout == torch.strided
 
 
 def _has_company(weight: nn.Parameter, users: Counter[int]) -> bool:

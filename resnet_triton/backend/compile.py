@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def resnet_triton(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     record: list[Call] | None = None,
+    names: Mapping[int, str] | None = None,
     functions: list[GraphedFunction] | None = None,
     moved: Callable[[], Iterable[Tensor]] = tuple,
 ) -> Function:
@@ -51,9 +53,9 @@ def resnet_triton(
     or False), which mean what they mean for `optimize`, and `rest`: "eager" runs the rest operator by operator,
     "inductor" has torch.compile's own backend compile it. `mode` is torch.compile's: "reduce-overhead" and
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
-    For `report`, `record` takes the calls that the graph makes, each time that it runs, and `functions` what CUDA
-    graphs repeat. `moved` returns the filters that `optimize` has moved to channels_last memory; RuntimeError if that
-    shows in results.
+    For `report`, `record` takes the calls that the graph makes, each time that it runs, `names` are of modules, by the
+    ids of their parameters, and `functions` takes what CUDA graphs repeat. `moved` returns the filters that `optimize`
+    has moved to channels_last memory; RuntimeError if that shows in results.
     """
     modes, cuda_graph, rest = settings(mode, options)
     if record is None:
@@ -78,11 +80,11 @@ def resnet_triton(
             _warn_of_copies(gm.graph, modes)
             propagate(gm, layouts.restore_arguments)
         else:
-            calls = trace_graph(gm, _names(gm.graph), layouts.restore_arguments)
+            calls = trace_graph(gm, {node: node.name for node in gm.graph.nodes}, layouts.restore_arguments)
         layouts.restore_results(gm.graph)
         gm.recompile()
         if record is not None:
-            forward = _recorded(gm.forward, calls, record)
+            forward = _recorded(gm, calls, record, names or {})
         else:
             forward = compile_rest(gm) if rest == "inductor" else gm.forward
         graphed = _graphed(gm.graph, forward, cuda_graph)
@@ -108,12 +110,16 @@ def _is_whole(functional: fx.Graph, written: fx.Graph, inputs: Sequence[Any]) ->
     return sizes[0] == sizes[1] and not (torch.is_grad_enabled() or any(map(is_traceable_wrapper_subclass, inputs)))
 
 
-def _recorded(function: Function, calls: list[Call], record: list[Call]) -> Function:
-    """`function`, which is one for every module of a class where the graph ends within it."""
+def _recorded(gm: fx.GraphModule, calls: list[Call], record: list[Call], names: Mapping[int, str]) -> Function:
+    """What computes a graph, which is one for every module of a class where it ends within that. The name of each of
+    its calls is so far that of a node."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    inputs = gm.graph.find_nodes(op="placeholder")
 
     def run(*values: Any) -> Any:
-        record.extend(calls)
-        return function(*values)
+        owners = {node: names.get(id(value)) for node, value in zip(inputs, values, strict=True)}
+        record.extend(replace(call, name=_name(nodes[call.name], owners)) for call in calls)
+        return gm.forward(*values)
 
     return run
 
@@ -189,14 +195,12 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Modes
     return Modes(asked["batch_invariant"], asked["kernels"]), asked["cuda_graph"], asked["rest"]
 
 
-def _names(graph: fx.Graph) -> dict[fx.Node, str]:
-    """The module that each node belongs to, as the model names it."""
-    names = {}
-    for node in graph.nodes:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if stack:
-            names[node] = re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0])
-    return names
+def _name(node: fx.Node, owners: Mapping[fx.Node, str | None]) -> str:
+    """The module that a node belongs to: the innermost one called, or one in it that only lends its parameters."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    called = re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else ""
+    owner = next(filter(None, map(owners.get, node.all_input_nodes)), "")
+    return owner if not called or f".{called}." in f".{owner}." else called
 
 
 def _warn_of_limit() -> None:

@@ -990,7 +990,39 @@ class Broken(nn.Module):
 @torch.no_grad()
 def test_report_counts_each_call_of_a_graph(kernels):
     model = optimize(integral(sequence(Broken(), Broken(), Broken())), kernels=kernels)
-    assert ours(report(model, (2, 8, 8, 8)).calls) == [CBR] * 3
+    calls = report(model, (2, 8, 8, 8)).calls
+    assert ours(calls) == [CBR] * 3
+    assert [call.name for call in calls if call.operator == CBR] == ["0.conv", "1.conv", "2.conv"]
+
+
+@torch.no_grad()
+def test_report_names_convolutions_that_are_not_called():
+    model = integral(sequence(lambdas(lambda m, x: F.conv2d(F.conv2d(x, m.a.weight), m.b.weight), a=conv(), b=conv())))
+    assert [call.name for call in report(model, (2, 8, 8, 8)).calls] == ["0.a", "0.b"]
+
+
+@pytest.mark.parametrize("make", [optimize, functools.partial(torch.compile, backend="resnet_triton"), sequence])
+def test_report_changes_nothing(make):
+    inner = lambdas(lambda m, x: m.d(m.b(m.a(x.add_(1)))), a=conv(), b=norm(), d=nn.Dropout())
+    model, x = make(inner.train()), images()
+    before = {name: t.clone() for name, t in model.state_dict().items()}, x.clone(), dispatch.calls.copy()
+    random, buffers = torch.get_rng_state(), dict(inner.b.named_buffers())
+    report(model, (x,))
+    report(model.eval(), (x,))
+    assert all(torch.equal(t, before[0][name]) for name, t in model.state_dict().items())
+    assert all(t is buffers[name] for name, t in inner.b.named_buffers())
+    assert torch.equal(x, before[1])
+    assert torch.equal(torch.get_rng_state(), random)
+    assert dispatch.calls == before[2]
+
+
+@pytest.mark.skipif(not compiled._ISOLATES, reason="this torch counts all that it compiles of a method together")
+@torch.no_grad()
+def test_reports_do_not_use_up_what_torch_compiles():
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(2):
+            assert ours(report(integral(Broken()), (2, 8, 8, 8)).calls) == [CBR]
+        assert used(optimize(integral(Broken())), images())
 
 
 @torch.no_grad()
