@@ -340,8 +340,8 @@ def forget(module: nn.Module) -> None:
 
 # --- filters ---------------------------------------------------------------------------------------------------------
 
-# Kernels read filters in channels_last memory, and else each call copies them. So compiled calls move them there,
-# unless somebody can tell: code that views what a convolution returns, or the caller, by the strides of a result.
+# Kernels read filters in channels_last memory, and else each call copies them. So compiled calls move them there, and
+# values lie as if they had not. Where torch.compile fails by that, on a view of what a convolution returns, they stay.
 
 
 def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -368,7 +368,7 @@ def put_back(module: nn.Module) -> None:
 
 
 _OF_LAYOUT = re.compile(r"\bviews?\b|strid|contiguous|memory.format|lie in memory", re.IGNORECASE)
-"""What an error says that other filters may mend: ours of `layouts.show`, PyTorch's, or one of somebody's operator."""
+"""What an error says that other filters may mend: ours of `layouts`, PyTorch's, or one of somebody's operator."""
 
 
 def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: Any) -> Any:

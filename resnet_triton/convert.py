@@ -46,7 +46,7 @@ def optimize(
     * A subclass with code of its own, and a model that has no ResNets, or no batch norm in them any more, run through
       our backend of torch.compile, which takes whatever that takes. The first call compiles. Calls that want gradients,
       in training mode, or that a tracer sees run as the model was written. The first compiled call moves its filters,
-      too, where neither its code nor a result shows it; `train()` moves them back. Else each call copies them, until
+      too, unless its code would notice; `train()` moves them back. Else each call copies them, until
       `model.to(memory_format=torch.channels_last)`.
 
     Of a model that was optimized before only the modes change.

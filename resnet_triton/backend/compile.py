@@ -55,7 +55,7 @@ def resnet_triton(
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
     For `report`, `record` takes the calls that the graph makes, each time that it runs, `names` are of modules, by the
     ids of their parameters, and `functions` takes what CUDA graphs repeat. `moved` returns the filters that `optimize`
-    has moved to channels_last memory; RuntimeError if that shows in results.
+    has moved to channels_last memory: values lie as if it had not. RuntimeError where that cannot be.
     """
     modes, cuda_graph, rest = settings(mode, options)
     if record is None:
@@ -67,18 +67,17 @@ def resnet_triton(
         for node in graph.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
             node.args = (False,)
         graph.recompile()
-    if layouts.show(moved(), graph, inputs):
-        raise RuntimeError("results lie in memory as filters do")
-
+    examples = layouts.as_they_were(moved(), graph, inputs)
     whole: list[GraphedFunction] = []
 
     def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Function:
         layouts.note(gm.graph)
+        layouts.move(gm.graph, inputs, examples)
         rewrite(gm, modes)
         if record is None:
             _warn_of_coverage(gm.graph)
-            _warn_of_copies(gm.graph, modes)
             propagate(gm, layouts.restore_arguments)
+            _warn_of_copies(gm.graph, modes)
         else:
             calls = trace_graph(gm, {node: node.name for node in gm.graph.nodes}, layouts.restore_arguments)
         layouts.restore_results(gm.graph)
@@ -95,7 +94,7 @@ def resnet_triton(
         return _boxed(graphed or forward)
 
     compiled: Function = aot_module_simplified(
-        graph, inputs, fw_compiler=compile_inference, keep_inference_input_mutations=True
+        graph, examples, fw_compiler=compile_inference, keep_inference_input_mutations=True
     )
     return (lambda *values: whole[0](values)) if whole else compiled
 
@@ -168,10 +167,12 @@ def _ungraphed_reason(graph: fx.Graph) -> str | None:
     if len({value.device for value in values}) > 1:
         return "tensors are on several devices"
     for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return f"{node.target} may take another branch each time"
         if isinstance(node.target, torch._ops.OpOverload):
             if "as_strided" in node.target._schema.name and layouts.base_of(node).op == "placeholder":
                 return "as_strided may read past an input"  # of which a graph has a copy
-            if node.target._schema.is_mutable:
+            if layouts.is_mutable(node):
                 return f"{node.target} changes an input"
             if not _CHANGING.isdisjoint(node.target.tags):
                 return f"{node.target} does not compute the same each time"

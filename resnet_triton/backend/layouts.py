@@ -12,11 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import grad_mode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Order = tuple[int, ...]
 
@@ -30,69 +26,39 @@ _INDIFFERENT = {
     "unbind", "alias", "detach",
 }  # fmt: skip
 """Operators of PyTorch's, besides pointwise ones, that compute the same whatever the strides of their arguments."""
-_INFERENCE = (grad_mode._enter_inference_mode, grad_mode._exit_inference_mode)
 
 
-def show(moved: Iterable[Tensor], graph: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether a graph of Dynamo's shows that the `moved` filters are not contiguous, as they were: by the strides of a
-    result, by values that share memory or do not when one of them is written, or by what reads or draws in the order of
-    memory."""
-    ids = set(map(id, moved))
-    if ids.isdisjoint(map(id, inputs)):
-        return False
+def as_they_were(moved: Iterable[Tensor], graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """The inputs of a graph of Dynamo's; for filters that were moved to channels_last memory, contiguous fakes.
+
+    RuntimeError if the graph may hold strides that follow from where they are now.
+    """
+    ids = set(map(id, moved)) & set(map(id, inputs))
+    if ids and any("as_strided" in str(node.target) for node in graph.graph.nodes):
+        raise RuntimeError("as_strided takes strides, and filters lie in memory in another order")
     fakes = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
-    mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
-    with mode, enable_python_dispatcher(), torch.inference_mode(False), torch.no_grad():
-        before = [fake.contiguous() if id(x) in ids else fake for x, fake in zip(inputs, fakes, strict=True)]
-        then, now = _Seen(graph).of(before), _Seen(graph).of(fakes)
-    shared = zip(then.shared, now.shared, strict=True)
-    return then.orders != now.orders or any(a != b and (wrote or writes) for (a, wrote), (b, writes) in shared)
+    known = zip(inputs, fakes, strict=True)
+    return [_laid_out(fake, torch.contiguous_format) if id(x) in ids else x for x, fake in known]
 
 
-class _Seen(fx.Interpreter):
-    """What a graph's run on fake tensors shows of their layout."""
+def move(graph: fx.Graph, inputs: Sequence[Any], given: Sequence[Any]) -> None:
+    """In a functional graph, traced with fakes `given` for some `inputs`, let those lie in channels_last memory.
 
-    def of(self, values: Sequence[Any]) -> _Seen:
-        self.orders: list[Order] = []
-        """Of what is read or drawn in the order of memory, and of results."""
-        made: list[tuple[bool, Tensor, int]] = []
-        self._made = made
-        with _Draws(self.orders):
-            results = self.run(*(v.clone() if isinstance(v, Tensor) else v for v in values))  # in case it is written
-        self.orders += [_order(value) for value in results if isinstance(value, Tensor)]
-        self.shared = [(shared, value._version != version) for shared, value, version in made]
-        """For each value, whether it shares memory with what it was made of, and whether that is written afterwards."""
-        return self
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target in _INFERENCE:  # whose tensors have no versions
-            return None
-        known = n.meta.get("example_value")
-        if n.op != "placeholder" and isinstance(known, torch.SymInt | torch.SymFloat | torch.SymBool):
-            return known  # of a tensor that was made of a number, which others do not have
-        taken = [self.env[node] for node in n.all_input_nodes]
-        if n.target in ("as_strided", torch.as_strided):
-            self.orders.append(_order(taken[0]))
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op.startswith("call"):
-            place = value.untyped_storage()._cdata
-            shared = any(isinstance(t, Tensor) and t.untyped_storage()._cdata == place for t in taken)
-            self._made.append((shared, value, value._version))
-        return value
+    RuntimeError if it returns or changes one.
+    """
+    fakes, taken = [x is not fake for x, fake in zip(inputs, given, strict=True)], graph.find_nodes(op="placeholder")
+    if any(fakes) and len(taken) != len(fakes):
+        raise RuntimeError("inputs are taken apart, and filters lie in memory in another order")
+    results = set(map(base_of, graph.output_node().all_input_nodes))
+    for node in (node for node, is_fake in zip(taken, fakes, strict=False) if is_fake):
+        if node in results or any(is_mutable(user) for user in node.users):
+            raise RuntimeError("filters are returned or changed, and lie in memory in another order")
+        node.meta["val"] = _laid_out(node.meta["val"], torch.channels_last)
 
 
-class _Draws(TorchDispatchMode):
-    """Note how values lie that random numbers are drawn for."""
-
-    def __init__(self, orders: list[Order]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._orders = orders
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self._orders += [_order(value) for value in tree_leaves(result) if isinstance(value, Tensor)]
-        return result
+def _laid_out(fake: FakeTensor, memory_format: torch.memory_format) -> Tensor:
+    with fake.fake_mode, torch.inference_mode(fake.is_inference()), torch.no_grad():
+        return fake.contiguous(memory_format=memory_format)
 
 
 def note(graph: fx.Graph) -> None:
@@ -163,11 +129,16 @@ def _order(value: Tensor) -> Order:
 
 
 def _is_indifferent(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
-        return True  # an element of a tuple, arithmetic of sizes
+    if not isinstance(target, torch._ops.OpOverload):  # an element of a tuple, arithmetic of sizes; or of graphs
+        return not isinstance(target, torch._ops.HigherOrderOperator)
     if target.namespace == "resnet_triton" or torch.Tag.pointwise in target.tags:
         return True
     return target.namespace == "aten" and target._schema.name.removeprefix("aten::") in _INDIFFERENT
+
+
+def is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def is_view(node: fx.Node) -> bool:

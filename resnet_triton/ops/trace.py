@@ -166,7 +166,8 @@ class _Propagation(FakeTensorProp):
         return super().run_node(n)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._mode.from_tensor(super().get_attr(target, args, kwargs))
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value  # a branch is a graph
 
 
 def compile_calls(calls: Iterable[Call], jobs: int) -> None:
@@ -192,6 +193,8 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Recorder(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, names: dict[int, str], fake: FakeTensorMode | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names, self.fake = names, fake
@@ -209,6 +212,8 @@ class _Recorder(TorchDispatchMode):
                 Tensor, lambda t: t if isinstance(t, FakeTensor) else fake.from_tensor(t), (args, kwargs)
             )
         out = func(*args, **(kwargs or {}))
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return out  # what its branches do stays unsaid
         operator = func._schema.name.partition("::")[2]
         if func.namespace == "resnet_triton":
             self.reason = ""
