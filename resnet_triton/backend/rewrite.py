@@ -1,8 +1,8 @@
 """Find what our operators compute in a functional ATen graph, and put them there.
 
 A convolution is fused with what follows it: batch norm with running statistics, as one node or as the multiplication
-and addition of a frozen one, or a layer scale; the sum with a residual or with a shortcut's convolution and batch norm;
-an activation. Patterns are matched on what the graph computes, never on names. What is left runs as PyTorch's own
+and addition of a frozen one; a layer scale; the sum with a residual or with a shortcut's convolution and batch norm; an
+activation. Patterns are matched on what the graph computes, never on names. What is left runs as PyTorch's own
 operators.
 """
 
@@ -172,25 +172,27 @@ class _Rewriter:
         return summed, norm
 
     def _scaled(self, chain: Chain) -> tuple[Node, Callable[[], Norm]] | None:
-        """The chain times a number, as residual branches are weighed: its norm's weight and bias are."""
-        unscaled, scaled = chain.norm, _only_user(chain.tail, aten.mul.Tensor)
+        """The chain times a number, as residual branches are weighed, or one for each channel, as a layer scale: its
+        norm's weight and bias are."""
+        unscaled, scaled, channels = chain.norm, _only_user(chain.tail, aten.mul.Tensor), _shape(chain.conv)[1]
         if scaled is None or _dtype(scaled) != _dtype(chain.conv):
             return None
         number: Any = _args(scaled)[1]
-        if type(number) not in (int, float) or not abs(number) <= torch.finfo(torch.float32).max:
+        vector = _other_operand(scaled, chain.tail)
+        weighs = type(number) in (int, float) and abs(number) <= torch.finfo(torch.float32).max
+        if not (weighs or _is_channelwise(vector, channels)):
             return None
-
-        def times(vector: Node) -> Node:
-            with self.graph.inserting_before(scaled):
-                return self._call(aten.mul.Tensor, self._wide(vector), number)
 
         def norm() -> Norm:
             mean, var, weight, bias, eps = unscaled()
-            if weight is None:
-                weights = self._constant(float(number), _shape(chain.conv)[1], chain.conv)
-            else:
-                weights = times(weight)
-            return Norm(mean, var, weights, None if bias is None else times(bias), eps)
+            zero = self._constant(0.0, channels, chain.conv)  # in fp32, and so are the products
+            if vector is None:
+                factor = self._constant(float(number), channels, chain.conv)
+            with self.graph.inserting_before(scaled):
+                if vector is not None:
+                    factor = self._call(aten.reshape.default, vector, [channels])
+                weight, bias = (t and self._call(aten.addcmul.default, zero, t, factor) for t in (weight, bias))
+            return Norm(mean, var, factor if weight is None else weight, bias, eps)
 
         return scaled, norm
 
@@ -205,12 +207,9 @@ class _Rewriter:
         bias = _args(conv)[2]
         if bias is None:
             return mean
+        minus = self._constant(-1.0, _shape(conv)[1], conv)  # in fp32, and so is the sum
         with self.graph.inserting_before(norm):
-            return self._call(aten.sub.Tensor, self._wide(mean), bias)
-
-    def _wide(self, vector: Node) -> Node:
-        wide = _dtype(vector) == torch.float32
-        return vector if wide else self._call(aten._to_copy.default, vector, dtype=torch.float32)
+            return self._call(aten.addcmul.default, mean, bias, minus)
 
     def _add(self, node: Node, chains: dict[Node, Chain]) -> None:
         """Let one of the convolutions whose sum this is compute the sum."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from resnet_triton import compiled, disabled, optimize, refresh, report, revert
+from resnet_triton import backend, compiled, disabled, optimize, refresh, report, revert
 from resnet_triton.backend import resnet_triton
 from resnet_triton.ops import NONE, Activation, dispatch
 from resnet_triton.ops.trace import Call
@@ -146,6 +146,11 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "conv with bias, layer scale": (
         lambda: lambdas(lambda m, x: (x + m.b.scale * m.a(x)).relu(), a=conv(bias=True), b=Affine(8)), [CBR],
     ),
+    "conv, norm, layer scale": (
+        lambda: lambdas(lambda m, x: (m.c(x) * m.s.scale + m.s.scale * m.b(m.a(x))).relu(),
+                        a=conv(bias=True), b=norm(), c=sequence(conv(), nn.BatchNorm2d(8, affine=False)), s=Affine(8)),
+        [CBR, CBR],
+    ),
     "conv, norm, relu6": (lambda: sequence(conv(), norm(), nn.ReLU6()), [CBR]),
     "residual": (lambda: Residual(None), [CBR, CBR]),
     "residual first": (lambda: Residual(None, order=1), [CBR, CBR]),
@@ -266,6 +271,19 @@ def test_patterns(name, kernels):
     assert {call.backend for call in found if call.operation is not None} <= {kernels}
     assert torch.equal(y, answer)
     assert strides(y) == strides(answer)
+
+
+@torch.no_grad()
+def test_vectors_of_16_bits_are_made_in_one_step_each(monkeypatch):
+    """In fp32, without a cast first."""
+    graphs, rewrite = [], backend.rewrite.rewrite
+    monkeypatch.setattr(backend.compile, "rewrite", lambda gm, modes: (rewrite(gm, modes), graphs.append(gm.graph)))
+    model = integral(lambdas(lambda m, x: m.b(m.a(x)) * 0.5, a=conv(bias=True), b=norm())).half()
+    x = exact.channels_last(images().half())
+    expected = model(x)
+    assert torch.equal(torch.compile(model, backend="resnet_triton")(x), expected)
+    targets = Counter(node.target for node in graphs[0].nodes if node.op == "call_function")
+    assert targets == {torch.ops.aten.addcmul.default: 3, torch.ops.resnet_triton.conv_bn_relu.default: 1}
 
 
 def _swish(x: Tensor) -> Tensor:
