@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Order = tuple[int, ...]
 
@@ -44,16 +45,28 @@ def as_they_were(moved: Iterable[Tensor], graph: fx.GraphModule, inputs: Sequenc
 def move(graph: fx.Graph, inputs: Sequence[Any], given: Sequence[Any]) -> None:
     """In a functional graph, traced with fakes `given` for some `inputs`, let those lie in channels_last memory.
 
-    RuntimeError if it returns or changes one.
+    RuntimeError if it returns or changes one, or changes another input that is in their memory.
     """
     fakes, taken = [x is not fake for x, fake in zip(inputs, given, strict=True)], graph.find_nodes(op="placeholder")
-    if any(fakes) and len(taken) != len(fakes):
+    if not any(fakes):
+        return
+    if len(taken) != len(fakes):
         raise RuntimeError("inputs are taken apart, and filters lie in memory in another order")
+    memory = {_memory(x) for x, is_fake in zip(inputs, fakes, strict=True) if is_fake}
     results = set(map(base_of, graph.output_node().all_input_nodes))
-    for node in (node for node, is_fake in zip(taken, fakes, strict=False) if is_fake):
-        if node in results or any(is_mutable(user) for user in node.users):
+    for node, x, is_fake in zip(taken, inputs, fakes, strict=True):
+        written = any(map(is_mutable, node.users))
+        if is_fake and (written or node in results):
             raise RuntimeError("filters are returned or changed, and lie in memory in another order")
-        node.meta["val"] = _laid_out(node.meta["val"], torch.channels_last)
+        if written and _memory(x) in memory:
+            raise RuntimeError("an input that the model writes is a part of its filters, expected a copy")
+        if is_fake:
+            node.meta["val"] = _laid_out(node.meta["val"], torch.channels_last)
+
+
+def _memory(x: Any) -> int | None:
+    plain = isinstance(x, Tensor) and x.layout == torch.strided and not is_traceable_wrapper_subclass(x)
+    return x.untyped_storage()._cdata if plain else None
 
 
 def _laid_out(fake: FakeTensor, memory_format: torch.memory_format) -> Tensor:

@@ -1158,6 +1158,14 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     assert "_triton_moved" not in vars(model)
 
 
+@torch.no_grad()
+def test_an_input_that_is_part_of_a_moved_filter_and_written():
+    model = optimize(integral(lambdas(lambda m, x: m.a(x.mul_(2)).amax((2, 3)), a=conv())), kernels="triton")
+    model(images())
+    with pytest.raises(RuntimeError, match="writes is a part of its filters, expected a copy"):
+        model(model.a.weight.data[2:5])
+
+
 class Times(nn.Module):
     def __init__(self) -> None:
         super().__init__()
