@@ -21,7 +21,7 @@ import resnet_triton
 from resnet_triton import config
 from resnet_triton.bench import layers, race
 from resnet_triton.bench.alternatives import Alternative, Model, alternatives
-from resnet_triton.bench.cases import Case, cases, depthwise
+from resnet_triton.bench.cases import Case, cases, grouped
 from resnet_triton.bench.layers import Problem
 from resnet_triton.bench.runner import Found, OutOfTime, Run, Steps
 from resnet_triton.bench.worker import Spec
@@ -91,7 +91,7 @@ def exact(run: Run, *, dtypes: Sequence[str]) -> Steps:
             pairs[name] = case.call.shape, config.lookup(case.call.shape, facts)
         else:
             others[name] = case
-    more = depthwise(sizes[-1:], dtypes)[-1 if rehearsed(run) else 0 :]
+    more = grouped(sizes[-1:], dtypes)[-1 if rehearsed(run) else 0 :]
     others |= {f"{case.layer} {case.dtype} {case.batch}": case for case in more}
     with contextlib.nullcontext() if rehearsed(run) else Compilers(facts, cores()) as compilers:
         siblings = {} if rehearsed(run) else SIBLINGS
@@ -158,7 +158,7 @@ def ours(tables: str | None, graph: bool, invariant: bool, model: nn.Module, ima
 def layer_times(run: Run, *, alternatives: Sequence[str], dtype: str = "float16") -> Steps:
     """Each layer, ours against PyTorch's ways to compute it."""
     todo = cases(["resnet18"], batches(run, 1, 32, 256), [dtype], image(run))
-    todo = todo[1:4] if rehearsed(run) else todo + depthwise([256], [dtype])
+    todo = todo[1:4] if rehearsed(run) else todo + grouped([256], [dtype])
     names = [name for name in alternatives if not (rehearsed(run) and name == "compile")]
     return layers.steps(todo, run, alternatives=names, kernels="triton", seconds=0.1)
 

@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     batches, dtypes = [int(batch) for batch in listed(config, "--batches")], listed(config, "--dtypes")
     found = cases.cases(listed(config, "--models"), batches, dtypes, config.getoption("--image"))
-    found += cases.depthwise(batches, dtypes)
+    found += cases.grouped(batches, dtypes)
     asked = listed(config, "--alternatives") or layers.ALTERNATIVES
     pairs = [(case, name) for case in found for name in layers.applicable(case.call, DEVICE, asked)]
     ids = [f"{case.model}-{case.layer}-{case.dtype}-{case.batch}-{name}".replace(" ", "_") for case, name in pairs]

@@ -1,4 +1,8 @@
-"""Convolution through masked pointers: consecutive output pixels, any geometry, any GPU."""
+"""Convolution through masked pointers: consecutive output pixels, any geometry, any groups of channels, any GPU.
+
+A program's filters belong to BLOCK_G groups, and it reads only their channels. Where that is more than one, for groups
+too narrow for a product, the filters become a block-diagonal matrix while they are loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,25 @@ import triton.language as tl
 
 from .launch import Launch, cdiv
 from .tiles import activate, batch_norm_scale_shift, sum_partials
-from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size, is_flat
+from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size, groups_at_once, is_flat
+
+
+@triton.jit
+def load_filters(
+    w_filter, offs_c, mask_c, mask_k, ours_k, GROUP_C: tl.constexpr, GROUP_K: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """Filters `ours_k` of BLOCK_G groups, which begin at `w_filter`, at channels or (tap, channel) pairs of all groups.
+
+    [BLOCK_C, BLOCK_K], zero where a filter does not read a channel.
+    """
+    offs_w = offs_c
+    if BLOCK_G > 1:
+        offs_w = offs_c // (BLOCK_G * GROUP_C) * GROUP_C + offs_c % GROUP_C
+    pointers = w_filter[None, :] + offs_w[:, None]
+    mask = mask_c[:, None] & mask_k[None, :]
+    if BLOCK_G > 1:
+        mask &= (offs_c // GROUP_C % BLOCK_G)[:, None] == (ours_k // GROUP_K)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])
@@ -17,18 +39,31 @@ def conv_pointer_kernel(
     x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     short_x_ptr, short_w_ptr, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
     partials_ptr, semaphores_ptr, M, H, W, P, Q, SHORT_H, SHORT_W,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     SHORT_C: tl.constexpr, SHORT_STRIDE_H: tl.constexpr, SHORT_STRIDE_W: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    GROUP_C: tl.constexpr = C // GROUPS
+    READ_C: tl.constexpr = BLOCK_G * GROUP_C  # channels that a program reads
+    GROUP_K: tl.constexpr = K // GROUPS
+    BLOCKS_K: tl.constexpr = (BLOCK_G * GROUP_K + BLOCK_K - 1) // BLOCK_K  # of the same groups
+    TILES_K: tl.constexpr = (GROUPS + BLOCK_G - 1) // BLOCK_G * BLOCKS_K
     pid = tl.program_id(0)
     split = tl.program_id(1)
-    offs_k = (pid % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
+    if GROUPS == 1:
+        ours_k = (pid % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+        offs_k = ours_k
+        mask_k = offs_k < K
+    else:
+        group = pid % TILES_K // BLOCKS_K * BLOCK_G  # the first of the program's
+        ours_k = pid % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+        offs_k = group * GROUP_K + ours_k
+        mask_k = (ours_k < BLOCK_G * GROUP_K) & (offs_k < K)
+        first = group * GROUP_C
+        x_ptr += first
     offs_m = (pid // TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     q = offs_m % Q
@@ -40,30 +75,32 @@ def conv_pointer_kernel(
     w0 = q * STRIDE_W - PAD_W
     row = W.to(tl.int64) * C  # elements from one input row to the next
     x_pixel = x_ptr + (n * H + h0) * row + w0.to(tl.int64) * C
-    w_filter = w_ptr + offs_k.to(tl.int64) * (R * S * C)
+    w_filter = w_ptr + offs_k.to(tl.int64) * (R * S * GROUP_C)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     if FLAT:  # few or unaligned channels: one reduction index over (tap, channel) wastes least
-        for start in range(0, R * S * C, BLOCK_C):
+        for start in range(0, R * S * READ_C, BLOCK_C):
             offs_c = start + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < R * S * C
-            r = offs_c // (S * C) * DILATION_H
-            s = offs_c // C % S * DILATION_W
+            mask_c = offs_c < R * S * READ_C
+            r = offs_c // (S * READ_C) * DILATION_H
+            s = offs_c // READ_C % S * DILATION_W
+            if GROUPS % BLOCK_G != 0:
+                mask_c &= group + offs_c // GROUP_C % BLOCK_G < GROUPS
             h = h0[:, None] + r[None, :]
             w = w0[:, None] + s[None, :]
             inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m[:, None] & mask_c[None, :]
-            offs_x = r * row + s * C + offs_c % C
+            offs_x = r * row + s * C + offs_c % READ_C
             a = tl.load(x_pixel[:, None] + offs_x[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_C]
-            b = tl.load(
-                w_filter[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0
-            )  # [BLOCK_C, BLOCK_K]
+            b = load_filters(w_filter, offs_c, mask_c, mask_k, ours_k, GROUP_C, GROUP_K, BLOCK_G)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:  # channel slabs outside, taps inside: the nine shifted reads of a slab stay close in time
-        STEPS: tl.constexpr = R * S * ((C + BLOCK_C - 1) // BLOCK_C)
+        STEPS: tl.constexpr = R * S * ((READ_C + BLOCK_C - 1) // BLOCK_C)
         for j in range(STEPS // SPLIT_K):
             i = split * (STEPS // SPLIT_K) + j
             tap = i % (R * S)
             offs_c = i // (R * S) * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C
+            mask_c = offs_c < READ_C
+            if GROUPS % BLOCK_G != 0:
+                mask_c &= group + offs_c // GROUP_C < GROUPS
             r = tap // S * DILATION_H
             s = tap % S * DILATION_W
             h = h0 + r
@@ -74,10 +111,25 @@ def conv_pointer_kernel(
                 mask=inside[:, None] & mask_c[None, :],
                 other=0.0,
             )  # [BLOCK_M, BLOCK_C]
-            b = tl.load(
-                (w_filter + tap * C)[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0
-            )  # [BLOCK_C, BLOCK_K]
+            b = load_filters(w_filter + tap * GROUP_C, offs_c, mask_c, mask_k, ours_k, GROUP_C, GROUP_K, BLOCK_G)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    if BLOCK_G > 1:  # zero times another group's infinity or NaN is NaN: such sums are summed again, of their own group
+        total = tl.sum(acc)
+        if total != total:
+            own = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            for i in range(R * S * READ_C):
+                tap = i // READ_C
+                c = i % READ_C
+                r = tap // S * DILATION_H
+                s = tap % S * DILATION_W
+                h = h0 + r
+                w = w0 + s
+                inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m
+                mine = (ours_k // GROUP_K == c // GROUP_C) & mask_k
+                a = tl.load(x_pixel + (r * row + s * C + c), mask=tl.where(c < C - first, inside, False), other=0.0)
+                b = tl.load(w_filter + (tap * GROUP_C + c % GROUP_C), mask=mine, other=0.0)
+                own += tl.where(mine[None, :], a.to(tl.float32)[:, None] * b.to(tl.float32)[None, :], 0.0)
+            acc = tl.where(acc != acc, own, acc)
     if SPLIT_K > 1:
         shift = tl.where(split == 0, shift, 0.0)
     acc = acc * scale[None, :] + shift[None, :]
@@ -129,15 +181,18 @@ def _constants(
 ) -> tuple[dict[str, object], tuple[int, int]]:
     """Of a launch, what depends on sizes alone, and the grid."""
     (n, k, p, q), (_, c, h, w), (_, _, r, s) = out, x, weight
-    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = geometry
+    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), groups = geometry
+    together = groups_at_once(c, k, groups, config.block_k)
     constants: dict[str, object] = {
-        "M": n * p * q, "H": h, "W": w, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
+        "M": n * p * q, "H": h, "W": w, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "GROUPS": groups,
         "STRIDE_H": stride_h, "STRIDE_W": stride_w, "PAD_H": pad_h, "PAD_W": pad_w,
         "DILATION_H": dilation_h, "DILATION_W": dilation_w,
-        "ACTIVATION": activation, "PRECISION": precision, "FLAT": is_flat(c), "SPLIT_K": config.split_k,
-        "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c,
+        "ACTIVATION": activation, "PRECISION": precision, "SPLIT_K": config.split_k,
+        "FLAT": is_flat(together * c // groups),
+        "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_C": config.block_c, "BLOCK_G": together,
     }  # fmt: skip
-    return constants, (cdiv(n * p * q, config.block_m) * cdiv(k, config.block_k), config.split_k)
+    tiles_k = cdiv(groups, together) * cdiv(together * k // groups, config.block_k)
+    return constants, (cdiv(n * p * q, config.block_m) * tiles_k, config.split_k)
 
 
 def _shortcut_arguments(shortcut: Shortcut | None) -> dict[str, object]:

@@ -203,6 +203,15 @@ def is_depthwise(c: int, weight: Size, groups: int) -> bool:
     return groups == c == weight[0] and weight[2] <= 31
 
 
+def groups_at_once(c: int, k: int, groups: int, block_k: int) -> int:
+    """Of how many groups a program of `conv_pointer` computes filters: all that fit its block, but at least of one.
+
+    Fewer where their channels then begin at multiples of 8, for wide loads.
+    """
+    most = min(max(block_k * groups // k, 1), groups)
+    return next((n for n in range(most, 0, -1) if n * c // groups % 8 == 0), most)
+
+
 def is_flat(c: int) -> bool:
     """Whether the pointer path reduces over one (tap, channel) index: few channels, or rows too odd for wide loads."""
     return c < 16 or c % 8 != 0

@@ -346,7 +346,7 @@ def forget(module: nn.Module) -> None:
 
 def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, child in module.named_modules():
-        weight = child._parameters.get("weight") if isinstance(child, nn.Conv2d) and child.groups == 1 else None
+        weight = child._parameters.get("weight") if isinstance(child, nn.Conv2d) else None
         if weight is not None and not is_lazy(weight):
             yield name, weight
 

@@ -17,7 +17,7 @@ from .copies import Model
 from .fusion import fuse
 from .graphs import runner
 from .graphs.replay import CudaGraph, check_mode
-from .ops import dispatch, original, specialised
+from .ops import ConvBnRelu, dispatch, original, specialised
 from .ops.dispatch import Kernels
 from .ops.trace import Call, compile_calls, trace
 from .support.processes import cores
@@ -333,7 +333,10 @@ def _detail(call: Call) -> str:
         else "each call copies its filters, which are not in channels_last memory"
     )
     if call.backend != "triton" or not call.tiled:
-        path = "depthwise path" if call.backend == "triton" and call.operator == "conv_bn_relu" else ""
+        convolution = call.operation if call.backend == "triton" else None
+        path = ""
+        if isinstance(convolution, ConvBnRelu):
+            path = "depthwise path" if convolution.depthwise else "grouped path"
         return ", ".join(filter(None, (path, call.reason, copied)))
     here = specialised.facts(call.device)
     chosen = config.invariant(call.shape, here) if call.ours.modes.batch_invariant else config.lookup(call.shape, here)

@@ -50,7 +50,7 @@ def conv_bn_relu(
     (N, K, P, Q). x, weight and residual share a dtype, the result's: fp32 (TF32 if
     `torch.backends.cudnn.conv.fp32_precision` says so; without cuDNN, `torch.backends.cuda.matmul.fp32_precision`),
     fp16 and bf16 run on the kernels, accumulate in fp32 and round once. Batch norm's tensors may be of another floating
-    dtype. Of grouped convolutions the kernels take those of one filter for each channel, of at most 31 rows.
+    dtype.
 
     `activation` is one of torch.nn.functional: "relu", "relu6", "leaky_relu" with `negative_slope`, "hardswish",
     "silu", "gelu" (by erf), or "none", which `relu=False` says as well.

@@ -116,23 +116,37 @@ def conv_call(
     return ConvBnRelu(x, weight, norm, geometry, residual, shortcut, activation, KERNELS)
 
 
-def depthwise_call(
+def grouped_call(
     g: torch.Generator,
     size: tuple[int, int, int, int],
-    filter: tuple[int, int],
+    filters: tuple[int, int, int],
     geometry: Geometry,
     dtype: torch.dtype,
     *,
     residual: bool = False,
     layout: Layout = channels_last,
 ) -> ConvBnRelu:
-    """A depthwise convolution's call on exact data, of images of this size."""
-    c = size[1]
-    x, weight = (layout(integers(g, 3, *shape, dtype=dtype)) for shape in (size, (c, 1, *filter)))
-    call = ConvBnRelu(x, weight, batch_norm(g, c), geometry._replace(groups=c), modes=KERNELS)
+    """A grouped convolution's call on exact data: the size of its images, the number of its filters and their size."""
+    k, r, s = filters
+    shapes = size, (k, size[1] // geometry.groups, r, s)
+    x, weight = (layout(integers(g, 3, *shape, dtype=dtype)) for shape in shapes)
+    call = ConvBnRelu(x, weight, batch_norm(g, k), geometry, modes=KERNELS)
     if residual:
         call.residual = layout(integers(g, 3, *call.output().shape, dtype=dtype))
     return call
+
+
+def depthwise_call(
+    g: torch.Generator,
+    size: tuple[int, int, int, int],
+    filter: tuple[int, int],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    **options: Any,
+) -> ConvBnRelu:
+    """The same with a filter for each channel."""
+    c = size[1]
+    return grouped_call(g, size, (c, *filter), geometry._replace(groups=c), dtype, **options)
 
 
 def stem_call(

@@ -21,6 +21,7 @@ from exact import (
     depthwise_call,
     dtype_id,
     generator,
+    grouped_call,
     integers,
     rounded,
     run,
@@ -144,6 +145,19 @@ def check_depthwise(rng: random.Random, device: torch.device, dtype: torch.dtype
     assert_exact(run(call, kernel="conv_depthwise_kernel"), rounded(conv_reference(call), dtype), (size, call.geometry))
 
 
+def check_grouped(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
+    groups, c, k = rng.choice([2, 3, 5, 8, 16]), rng.choice([1, 2, 3, 4, 8, 17, 24]), rng.choice([1, 2, 4, 5, 8, 24, 33])
+    filter, stride = (rng.randint(1, 4), rng.randint(1, 4)), (rng.randint(1, 3), rng.randint(1, 3))
+    padding, dilation = (rng.randint(0, 2), rng.randint(0, 2)), (rng.choice([1, 1, 2]), rng.choice([1, 1, 2]))
+    h, w = (rng.randint(max(d * (s - 1) + 1 - 2 * p, 1), 10) for s, p, d in zip(filter, padding, dilation, strict=True))
+    size, filters = (rng.choice([1, 2, 5]), c * groups, h, w), ((k + (c == k == 1)) * groups, *filter)
+    call = grouped_call(
+        _generator(rng, device), size, filters, Geometry(stride, padding, dilation, groups), dtype,
+        residual=rng.random() < 0.5, layout=lambda t: _laid(rng, t),
+    )  # fmt: skip
+    assert_exact(run(call, kernel="conv_pointer_kernel"), rounded(conv_reference(call), dtype), (size, call.geometry))
+
+
 def check_stem(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
     size = (rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 3, 4]), rng.randint(1, 24), rng.randint(1, 24))
     k, affine = rng.choice([8, 16, 24, 64, 70]), rng.random() < 0.8
@@ -201,8 +215,8 @@ def check_avg_pool_linear(rng: random.Random, device: torch.device, dtype: torch
 
 
 CHECKS: dict[str, Check] = {
-    "conv_bn_relu": check_conv, "depthwise": check_depthwise, "stem": check_stem, "max_pool2d": check_max_pool,
-    "global_avg_pool": check_global_avg_pool, "add_relu": check_add_relu, "linear": check_linear,
-    "avg_pool_linear": check_avg_pool_linear,
+    "conv_bn_relu": check_conv, "depthwise": check_depthwise, "grouped": check_grouped, "stem": check_stem,
+    "max_pool2d": check_max_pool, "global_avg_pool": check_global_avg_pool, "add_relu": check_add_relu,
+    "linear": check_linear, "avg_pool_linear": check_avg_pool_linear,
 }  # fmt: skip
 """By operator."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ..ops import NONE, RELU, Activation, is_depthwise  # which registers torch.ops.resnet_triton
+from ..ops import NONE, RELU, Activation  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
 from ..ops.stem import CONV, POOL
 from .layouts import base_of
@@ -386,15 +386,13 @@ def _looks_past_a_view(node: Node) -> bool:
 
 def _reason(conv: Node) -> str | None:
     """Why our operators cannot compute a convolution."""
-    x, weight, *_, transposed, _, groups = _args(conv)
+    x, weight, *_, transposed, _, _ = _args(conv)
     if len(_shape(conv)) != 4:
         return f"{len(_shape(conv)) - 2}-D convolution"
     if transposed:
         return "transposed convolution"
     if not isinstance(_shape(conv)[1], int):
         return "a number of filters that may change"
-    if groups != 1 and not is_depthwise(_shape(x)[1], _shape(weight), groups):
-        return "grouped convolution"
     if not _dtype(x) == _dtype(weight) == _dtype(conv):
         return "mixed dtypes"
     return None if _dtype(x) in DTYPES else f"dtype {_dtype(x)}"

@@ -41,7 +41,7 @@ def ours(call: Operation) -> Answer:
 
 def tiles(call: Operation) -> dict[str, Any] | None:
     """The tiles of a convolution by our kernels."""
-    if not isinstance(call, ConvBnRelu) or call.depthwise or call.choose()[1].backend == "torch":
+    if not isinstance(call, ConvBnRelu) or not call.tiled or call.choose()[1].backend == "torch":
         return None
     chosen = asdict(config.lookup(call.shape, specialised.facts(call.x.device)))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}

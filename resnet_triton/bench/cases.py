@@ -30,11 +30,13 @@ from ..ops.stem import POOL
 from ..ops.trace import Call, trace
 
 MODELS = ("resnet18", "resnet34", "resnet50")
-_DEPTHWISE = (
-    (32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (384, 14, 3, 1), (960, 7, 3, 1),  # of MobileNetV2
-    (96, 56, 7, 1), (768, 7, 7, 1),  # of ConvNeXt-T
+_GROUPED = (
+    (32, 1, 112, 3, 1), (96, 1, 112, 3, 2), (144, 1, 56, 3, 1), (384, 1, 14, 3, 1), (960, 1, 7, 3, 1),  # of MobileNetV2
+    (96, 1, 56, 7, 1), (768, 1, 7, 7, 1),  # of ConvNeXt-T
+    (128, 4, 56, 3, 1), (256, 8, 28, 3, 1), (512, 16, 14, 3, 1), (1024, 32, 7, 3, 1),  # of ResNeXt-50 32x4d
+    (216, 24, 28, 3, 1), (576, 24, 14, 3, 1), (448, 112, 28, 3, 1), (1392, 232, 14, 3, 1),  # of RegNetY-3.2GF, 16GF, 32GF
 )  # fmt: skip
-"""Channels, rows and columns, those of the filter, stride."""
+"""Channels, those of a group, rows and columns, those of the filter, stride."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,22 @@ def cases(
     return list(found.values())
 
 
-def depthwise(batches: Sequence[int], dtypes: Sequence[str]) -> list[Case]:
-    """Depthwise convolutions, batch norm and ReLU, which no ResNet has."""
-    return [_depthwise(*sizes, n, dtype) for n, dtype in product(batches, dtypes) for sizes in _DEPTHWISE]
+def grouped(batches: Sequence[int], dtypes: Sequence[str]) -> list[Case]:
+    """Depthwise and other grouped convolutions, batch norm and ReLU, which no ResNet has."""
+    return [_grouped(*sizes, n, dtype) for n, dtype in product(batches, dtypes) for sizes in _GROUPED]
 
 
-def _depthwise(c: int, edge: int, size: int, stride: int, n: int, dtype: str) -> Case:
+def _grouped(c: int, width: int, edge: int, size: int, stride: int, n: int, dtype: str) -> Case:
     with torch.device("meta"):
-        shapes = (n, c, edge, edge), (c, 1, size, size)
+        shapes = (n, c, edge, edge), (c, width, size, size)
         x, weight = (torch.empty(shape, dtype=getattr(torch, dtype)) for shape in shapes)
         mean, var, gamma, beta = torch.empty(4, c)
-    geometry = Geometry((stride, stride), (size // 2, size // 2), groups=c)
+    geometry = Geometry((stride, stride), (size // 2, size // 2), groups=c // width)
     norm = BatchNorm(mean, var, gamma, beta, 1e-5)
     operation = ConvBnRelu(x, weight, norm, geometry)
+    kind = "depthwise" if width == 1 else f"groups of {width}"
     name = f"{c} channels, {edge}x{edge}, {size}x{size}" + f", stride {stride}" * (stride > 1)
-    return Case("depthwise", name, n, edge, dtype, Call(name, operation.name, operation, x.device, "triton", ""))
+    return Case(kind, name, n, edge, dtype, Call(name, operation.name, operation, x.device, "triton", ""))
 
 
 def _key(argument: Any) -> Any:

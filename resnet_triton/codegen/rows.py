@@ -44,7 +44,8 @@ class CompiledLaunch:
     """One launch of a layer at one batch size and dtype, compiled for one architecture.
 
     `launch` counts from 0 within the layer; `filter` is "3x3" and the like, "" for kernels without one; `programs` the
-    size of the grid, `channels` those of the input (0: the kernel does not know of any). `early` are the arguments that
+    size of the grid, `channels` those of the input (0: the kernel does not know of any,
+    or reads them by groups). `early` are the arguments that
     it reads before it waits for the launch before.
     """
 
@@ -194,7 +195,7 @@ def _compiled(p: _Planned, code: Code) -> CompiledLaunch:
         dtype=p.dtype,
         path="specialised" if launch.specialised else "descriptor" if descriptors else "pointer",
         filter=f"{arguments['R']}x{arguments['S']}" if {"R", "S"} <= set(arguments) else "",
-        channels=arguments.get("C", 0),
+        channels=0 if arguments.get("GROUPS", 1) > 1 else arguments.get("C", 0),
         tile="x".join(str(arguments[name]) for name in sizes),
         split_k=arguments.get("SPLIT_K", 1),
         num_warps=num_warps,

@@ -10,7 +10,8 @@ import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..kernels.values import ConvConfig, has_several_sides, is_flat
+from ..kernels.launch import next_power_of_2
+from ..kernels.values import ConvConfig, groups_at_once, has_several_sides, is_flat
 from . import hopper
 from .conv import (
     CONV64,
@@ -159,6 +160,24 @@ def depthwise_tile(c: int, q: int) -> tuple[int, int]:
     """
     forms = [(1024 // block, block) for block in (128, 64, 32, 16)]
     return min(forms, key=lambda form: -(-q // form[0]) * -(-c // form[1]))
+
+
+def grouped_tile(shape: ConvShape, groups: int) -> ConvConfig:
+    """The configuration of a grouped convolution, which does not depend on the number of images.
+
+    A block of filters is of one group, except where groups are narrower than a product: then of several.
+    """
+    ieee = shape.dtype == "float32" and shape.precision == "ieee"
+    c, k = shape.c // groups, shape.k // groups
+    least = 32 if max(c, k) <= 16 and not ieee else 16
+    block_k = min(max(next_power_of_2(k), least), 128 if shape.itemsize == 2 else 64)
+    stages = 1 if c * shape.itemsize % 4 else 3  # filters of 2 bytes are not copied while the product before runs
+    c *= groups_at_once(shape.c, shape.k, groups, block_k)
+    widest = 16 if ieee else 128 // shape.itemsize
+    if is_flat(c):
+        return ConvConfig(64, block_k, widest, 8, min(stages, 2))
+    block_c = max(min(next_power_of_2(c), widest), 16)
+    return ConvConfig(64 if ieee else 128, block_k, block_c, 8 if block_k > 32 and not ieee else 4, stages)
 
 
 @dataclass(frozen=True)

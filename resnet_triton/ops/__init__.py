@@ -4,7 +4,7 @@ Each is a class whose fields are its arguments: what it returns (here calls are 
 kernels, the launches that compute it, and its PyTorch form. `operation.py` makes an operator of that.
 """
 
-from ..kernels.values import NONE, RELU, Activation, BatchNorm, Geometry, Shortcut, is_depthwise
+from ..kernels.values import NONE, RELU, Activation, BatchNorm, Geometry, Shortcut
 from .add_relu import AddRelu
 from .conv import ConvBnRelu
 from .linear import AvgPoolLinear, Linear
@@ -28,5 +28,4 @@ __all__ = [
     "Operation",
     "Shortcut",
     "Stem",
-    "is_depthwise",
 ]

@@ -75,9 +75,14 @@ class ConvBnRelu(Operation):
         return _shape(self._sizes())
 
     @property
+    def tiled(self) -> bool:
+        """Whether our kernels compute it with a configuration that is looked up: not a grouped one."""
+        return self.geometry.groups == 1
+
+    @property
     def depthwise(self) -> bool:
-        """Whether our kernels compute it without products of matrices, and so no configuration is looked up."""
-        return self.geometry.groups != 1
+        """Whether our kernels compute it without products of matrices."""
+        return is_depthwise(self.x.shape[1], self.weight.shape, self.geometry.groups)
 
     def _sizes(self) -> _Sizes:
         x, short = self.x, self.shortcut
@@ -111,8 +116,8 @@ class ConvBnRelu(Operation):
     def fallback_reason(self, shape: Shape) -> str | None:
         x, residual, shortcut, (_, padding, _, groups) = self.x, self.residual, self.shortcut, self.geometry
         check_same_dtype(x, weight=self.weight)
-        if groups != 1 and (shortcut is not None or not is_depthwise(x.shape[1], self.weight.shape, groups)):
-            return "grouped convolution"
+        if groups != 1 and shortcut is not None:
+            return "grouped convolution with a shortcut"
         others = () if shortcut is None else shortcut[:2]
         return mixed_dtypes(x, residual, *others) or too_large(shape, x, padding[1])
 
@@ -244,6 +249,8 @@ def _choose(
     `lookup` and its `state` are part of the key, for what it answers depends on them.
     """
     shape = _shape(s)
+    if s.geometry.groups != 1:
+        return config.grouped_tile(shape, s.geometry.groups), True, 0
     if invariant:
         chosen, own = config.invariant(shape, facts), True
     else:

@@ -61,7 +61,7 @@ class Call:
     @property
     def tiled(self) -> bool:
         """Whether our kernels would compute it with a configuration that is looked up."""
-        return isinstance(self.operation, ConvBnRelu) and not self.operation.depthwise
+        return isinstance(self.operation, ConvBnRelu) and self.operation.tiled
 
     @property
     def shape(self) -> ConvShape:

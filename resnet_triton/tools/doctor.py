@@ -282,6 +282,7 @@ _CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
     ("conv_bn_relu, 3x3 + residual", "descriptor", lambda device: _conv(device, 32, 8, 1, True)),
     ("conv_bn_relu, 3x3/2", "descriptor", lambda device: _conv(device, 32, 8, 2, False)),
     ("conv_bn_relu, 3x3 + residual", "pointer", lambda device: _conv(device, 2, 8, 1, True)),
+    ("conv_bn_relu, 3x3 + residual", "grouped", functools.partial(_conv, images=2, edge=8, groups=4)),
     ("conv_bn_relu, 3x3 + residual", "depthwise", functools.partial(_conv, images=2, edge=8, groups=16)),
     ("max_pool2d", "", _max_pool),
     ("global_avg_pool", "", _global_avg_pool),

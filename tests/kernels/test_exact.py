@@ -29,6 +29,7 @@ from exact import (
     depthwise_call,
     dtype_id,
     generator,
+    grouped_call,
     in_turn,
     integers,
     offset_by_one,
@@ -43,7 +44,7 @@ from resnet_triton.config import ConvConfig, ConvShape, is_legal, supports_descr
 from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.device import KNOWN, facts
 from resnet_triton.kernels.launch import cdiv
-from resnet_triton.kernels.values import ACTIVATIONS, is_flat
+from resnet_triton.kernels.values import ACTIVATIONS, groups_at_once, is_flat
 from resnet_triton.ops import NONE, RELU, Activation, BatchNorm, ConvBnRelu, Geometry, dispatch, reference
 from resnet_triton.ops.trace import trace
 
@@ -303,6 +304,60 @@ def test_tiles_of_depthwise_convolutions() -> None:
     assert config.depthwise_tile(96, 56) == (32, 32), "six tiles; others seven or eight"
     assert config.depthwise_tile(64, 28) == (16, 64), "no tile of channels is half empty"
     assert config.depthwise_tile(16, 112) == (64, 16)
+
+
+def same_padding(groups: int, filter: int = 3) -> Geometry:
+    return Geometry(padding=(filter // 2, filter // 2), groups=groups)
+
+
+GROUPED: dict[str, Any] = {
+    # images, filters and their size, geometry, residual
+    "ResNeXt 4d": ((2, 128, 7, 10), (128, 3, 3), same_padding(32), True),
+    "ResNeXt 8d, stride 2": ((1, 256, 9, 7), (256, 3, 3), Geometry((2, 2), (1, 1), groups=32), False),
+    "RegNet 8, ragged": ((1, 56, 5, 6), (56, 3, 3), same_padding(7), True),
+    "RegNet 16": ((1, 48, 5, 6), (48, 3, 3), same_padding(3), False),
+    "RegNet 24": ((1, 48, 5, 6), (48, 3, 3), same_padding(2), True),
+    "RegNet 48": ((1, 96, 4, 5), (96, 3, 3), same_padding(2), False),
+    "RegNet 56": ((1, 168, 4, 5), (168, 3, 3), same_padding(3), False),
+    "RegNet 64": ((3, 128, 7, 7), (128, 3, 3), Geometry((2, 2), (1, 1), groups=2), True),
+    "RegNet 112": ((1, 224, 3, 4), (224, 3, 3), same_padding(2), False),
+    "1x1": ((2, 60, 4, 5), (90, 1, 1), same_padding(3, 1), True),
+    "RegNet 232": ((1, 464, 2, 3), (464, 3, 3), same_padding(2), True),
+    "AlexNet": ((1, 96, 6, 5), (256, 5, 5), same_padding(2, 5), False),
+    "more channels than filters": ((1, 64, 5, 4), (24, 3, 3), same_padding(4), False),
+    "many channels, one filter": ((1, 96, 4, 5), (3, 3, 3), same_padding(3), True),
+    "odd channels": ((2, 27, 6, 5), (45, 3, 2), Geometry((2, 1), (1, 0), (1, 2), 9), True),
+    "two filters a channel": ((1, 40, 5, 9), (80, 3, 3), same_padding(40), False),
+    "two filters an odd channel": ((2, 13, 5, 6), (26, 3, 3), same_padding(13), True),
+    "one channel, wide": ((1, 3, 5, 6), (60, 3, 3), Geometry(dilation=(2, 1), padding=(2, 1), groups=3), False),
+    "more rows than a depthwise kernel has": ((1, 7, 5, 6), (7, 32, 1), Geometry(padding=(16, 0), groups=7), True),
+}
+
+
+@pytest.mark.parametrize(("groups", "layout", "dtype"), in_turn(GROUPED, ["channels_last", "offset by one"]))
+def test_grouped(device: torch.device, groups: str, layout: str, dtype: torch.dtype) -> None:
+    size, filters, geometry, residual = GROUPED[groups]
+    call = grouped_call(
+        generator(device, 0), size, filters, geometry, dtype, residual=residual, layout=LAYOUTS[layout]
+    )
+    assert_exact(run(call, kernel="conv_pointer_kernel"), rounded(conv_reference(call), dtype))
+
+
+def test_tiles_of_grouped_convolutions() -> None:
+    """Legal everywhere, alike for all batches; several groups only where these are narrower than a product."""
+    for size, filters, geometry, residual in GROUPED.values():
+        for dtype, precision in (("float16", "ieee"), ("float32", "tf32"), ("float32", "ieee")):
+            n, c, h, w = size
+            shape = ConvShape(n, c, h, w, *filters, *geometry[:3], dtype, precision, residual)
+            chosen, groups = config.grouped_tile(shape, geometry.groups), geometry.groups
+            assert chosen == config.grouped_tile(replace(shape, n=256), groups)
+            assert all(is_legal(chosen, shape, known) for known in KNOWN.values())
+            together = groups_at_once(c, filters[0], groups, chosen.block_k)
+            assert together == 1 or min(c, filters[0]) <= 16 * groups
+            assert together * filters[0] // groups <= chosen.block_k or together == 1
+    assert [groups_at_once(c, k, 32, 32) for c, k in ((128, 128), (96, 96), (32, 64), (1024, 1024))] == [8, 8, 16, 1]
+    assert groups_at_once(27, 27, 9, 32) == 8, "their 24 channels begin at multiples of 8"
+    assert groups_at_once(20, 12, 4, 32) == 4, "they do not, whatever is taken"
 
 
 POOLS: dict[str, Any] = {
@@ -622,6 +677,22 @@ def test_depthwise_of_special_values(device: torch.device, dtype: torch.dtype) -
     norm = BatchNorm(x.new_zeros(20), x.new_ones(20), None, None, 0.0)
     call = ConvBnRelu(channels_last(x), w, norm, Geometry(padding=(1, 1), groups=20))
     assert same(run(call), expected)
+
+
+@SPECIAL_VALUES
+@pytest.mark.parametrize(("size", "dtype"), in_turn([(24, 24, 6), (18, 18, 9), (48, 48, 2), (9, 15, 3)]))
+def test_groups_read_no_neighbours(device: torch.device, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """What is not finite shows in its own group and window alone, where several groups share a product, too."""
+    g, (c, k, groups) = generator(device, 0), size
+    x, w = integers(g, 3, 2, c, 4, 5, dtype=dtype), integers(g, 1, k, c // groups, 3, 3, dtype=dtype)
+    x[0, 1, 0, 1], x[1, c - 1, 3, 4], x[1, 0, 2, 0] = INF, NAN, -INF
+    w[k // 2, 0, 0, 2] = INF  # reads one row up and one column to the right
+    norm = BatchNorm(x.new_zeros(k), x.new_ones(k), None, None, 0.0)
+    call = ConvBnRelu(channels_last(x), channels_last(w), norm, same_padding(groups), activation=NONE)
+    y = run(call, kernel="conv_pointer_kernel")
+    padded = F.pad(x.double(), (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).unflatten(1, (groups, -1))
+    terms = padded[:, :, None] * w.double().unflatten(0, (groups, -1))[None, :, :, :, None, None]
+    assert same(y, terms.sum((3, 6, 7)).flatten(1, 2).to(dtype))
 
 
 @ALL_DTYPES

@@ -14,6 +14,7 @@ from calls import WITH_SHORTCUT, small
 from torch import Tensor
 
 from resnet_triton import functional as F
+from resnet_triton import ops
 from resnet_triton.ops import dispatch
 
 BACKENDS = ("torch", "triton", "auto")
@@ -206,16 +207,15 @@ def test_backend_is_counted(device, ran):
     }
 
 
-def test_grouped_convolution(device):
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_grouped_convolution(device, kernels):
     tensors = conv_tensors(device, 2, 8, 5, 5, 12, 3, 3, groups=4)
     torch.testing.assert_close(
-        F.conv_bn_relu(*tensors, padding=1, groups=4),
+        F.conv_bn_relu(*tensors, padding=1, groups=4, kernels=kernels),
         torch_conv(*tensors, 1e-5, padding=1, groups=4),
         rtol=1e-5,
         atol=1e-5,
     )
-    with pytest.raises(NotImplementedError, match="grouped"):
-        F.conv_bn_relu(*tensors, padding=1, groups=4, kernels="triton")
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
@@ -226,9 +226,13 @@ def test_depthwise_convolution(device, kernels):
     torch.testing.assert_close(F.conv_bn_relu(*tensors, **options), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_two_filters_a_channel(device):
-    with pytest.raises(NotImplementedError, match="grouped"):
-        F.conv_bn_relu(*conv_tensors(device, 2, 8, 5, 9, 16, 3, 3, groups=8), groups=8, kernels="triton")
+def test_a_grouped_convolution_takes_no_shortcut(device):
+    x, weight, *norm = conv_tensors(device, 2, 8, 5, 9, 16, 1, 1, groups=8)
+    shortcut = ops.Shortcut(x, torch.randn(16, 8, 1, 1, device=device), ops.BatchNorm(*norm, 1e-5), (1, 1))
+    geometry, modes = ops.Geometry(groups=8), dispatch.Modes(kernels="triton")
+    call = ops.ConvBnRelu(x, weight, ops.BatchNorm(*norm, 1e-5), geometry, shortcut=shortcut, modes=modes)
+    with pytest.raises(NotImplementedError, match="grouped convolution with a shortcut"):
+        call.run()
 
 
 # --- bad inputs ------------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ OPERATIONS: dict[str, tuple[Operation, tuple[int, int, int]]] = {
     "3x3 with a residual": (conv(64, 64, residual=True), (64, 9, 11)),
     "3x3 at stride 2": (conv(64, 96, stride=2), (64, 8, 10)),
     "1x1": (conv(72, 48, size=1), (72, 5, 7)),
+    "groups": (conv(4, 56, groups=14), (56, 7, 9)),
     "split": (conv(256, 32), (256, 3, 3)),
     "odd channels": (conv(21, 19), (21, 6, 7)),
     "stem": (stem, (3, 15, 18)),

@@ -49,6 +49,12 @@ def _convolution(**tiles: Any) -> Launch:
     return conv_bn_relu(Convolution(**CONVOLUTION, config=ConvConfig(**tiles)))
 
 
+def _grouped(**tiles: Any) -> Launch:
+    """Of eight groups: a program's 32 filters are of five, each of three channels."""
+    told = {"weight": images(40, 3, 3, 3), "geometry": Geometry(padding=(1, 1), groups=8)}
+    return conv_bn_relu(Convolution(**CONVOLUTION | told, config=ConvConfig(**tiles)))
+
+
 def _pack(**tiles: Any) -> Launch:
     marks = torch.zeros(packed_shape(5, 7, 12)[:2], dtype=torch.int32)
     return pack(out=torch.zeros(packed_shape(5, 7, 12)), marks=marks, x=X[:, :3], mean=None, std=None, **tiles)
@@ -95,6 +101,7 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
     "pack": (_pack, {}, {"block": 64, "num_warps": 8}, (35,)),
     "stem": (_stem, {}, {"block_q": 16, "block_k": 32, "strip": 3, "num_warps": 8, "num_stages": 3}, (60,)),
     "conv through pointers": (_convolution, {}, asdict(replace(TILE, split_k=3)), (14, 3)),
+    "conv of groups": (_grouped, {}, asdict(TILE), (14, 1)),
     "conv in boxes": (_convolution, {}, asdict(replace(TILE.on((2, 8, 4)), split_k=3)), (32, 3)),
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ from exact import (
     conv_reference,
     depthwise_call,
     generator,
+    grouped_call,
     integers,
     rounded,
     stem_call,
@@ -208,6 +209,10 @@ CASES = {
     ),
     "conv_pointer": lambda: conv(ConvShape(1, 32, 10, 6, 40, **PADDED, residual=True), ConvConfig(16, 32, 16, 4, 2)),
     "conv_pointer by wgmma": lambda: conv(ConvShape(1, 32, 10, 12, 64, **PADDED), ConvConfig(64, 64, 32, 4, 3)),
+    "conv_pointer of groups": lambda: call(
+        grouped_call(generator(CPU, 0), (1, 28, 9, 10), (28, 3, 3), ops.Geometry((2, 1), (1, 1), groups=7),
+                     torch.float16, residual=True)
+    ),
     "conv_depthwise": lambda: call(
         depthwise_call(generator(CPU, 0), (1, 24, 9, 10), (3, 3), ops.Geometry((2, 1), (1, 1)), torch.float16,
                        residual=True)

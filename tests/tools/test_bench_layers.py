@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from resnet_triton.bench import baselines, ceilings, layers, results
-from resnet_triton.bench.cases import cases, depthwise, filled
+from resnet_triton.bench.cases import cases, filled, grouped
 from resnet_triton.bench.layers import Problem, applicable
 from resnet_triton.bench.runner import OutOfTime, Run
 from resnet_triton.kernels.launch import Launch
@@ -90,9 +90,11 @@ def test_models_share_their_cases():
     assert len(several) == 4 * len(cases(["resnet18"]))
 
 
-def test_depthwise_convolutions():
-    found = depthwise([1, 2], ["float32"])
-    assert [case.layer for case in found][3::7] == ["384 channels, 14x14, 3x3"] * 2
+def test_grouped_convolutions():
+    found = grouped([1, 2], ["float32"])
+    assert [case.layer for case in found][3::15] == ["384 channels, 14x14, 3x3"] * 2
+    assert [case.model for case in found][6:9] == ["depthwise", "groups of 4", "groups of 8"]
+    assert found[7].cost.flops == 2 * 56 * 56 * 128 * 9 * 4
     assert found[1].call.ours.output().shape == (1, 96, 56, 56)
     assert found[6].cost.flops == 2 * 49 * 49 * 768
     ours, eager = measure(found[6])
