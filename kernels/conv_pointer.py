@@ -34,6 +34,30 @@ def load_filters(
     return tl.load(pointers, mask=mask, other=0.0)
 
 
+@triton.jit
+def sum_alone(
+    x_pixel, w_filter, row, h0, w0, H, W, mask_m, mask_k, ours_k, channels,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    GROUP_C: tl.constexpr, GROUP_K: tl.constexpr, READ_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same sums as the kernel's products, each of its own group's channels alone: slowly, for pixels that are not
+    finite."""
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for i in range(R * S * READ_C):
+        tap = i // READ_C
+        c = i % READ_C
+        r = tap // S * DILATION_H
+        s = tap % S * DILATION_W
+        h = h0 + r
+        w = w0 + s
+        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m
+        mine = (ours_k // GROUP_K == c // GROUP_C) & mask_k
+        a = tl.load(x_pixel + (r * row + s * C + c), mask=tl.where(c < channels, inside, False), other=0.0)
+        b = tl.load(w_filter + (tap * GROUP_C + c % GROUP_C), mask=mine, other=0.0)
+        acc += tl.where(mine[None, :], a.to(tl.float32)[:, None] * b.to(tl.float32)[None, :], 0.0)
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])
 def conv_pointer_kernel(
     x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
@@ -113,22 +137,13 @@ def conv_pointer_kernel(
             )  # [BLOCK_M, BLOCK_C]
             b = load_filters(w_filter + tap * GROUP_C, offs_c, mask_c, mask_k, ours_k, GROUP_C, GROUP_K, BLOCK_G)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    if BLOCK_G > 1:  # zero times another group's infinity or NaN is NaN: such sums are summed again, of their own group
+    if BLOCK_G > 1:  # zero times another group's infinity or NaN is NaN
         total = tl.sum(acc)
         if total != total:
-            own = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-            for i in range(R * S * READ_C):
-                tap = i // READ_C
-                c = i % READ_C
-                r = tap // S * DILATION_H
-                s = tap % S * DILATION_W
-                h = h0 + r
-                w = w0 + s
-                inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m
-                mine = (ours_k // GROUP_K == c // GROUP_C) & mask_k
-                a = tl.load(x_pixel + (r * row + s * C + c), mask=tl.where(c < C - first, inside, False), other=0.0)
-                b = tl.load(w_filter + (tap * GROUP_C + c % GROUP_C), mask=mine, other=0.0)
-                own += tl.where(mine[None, :], a.to(tl.float32)[:, None] * b.to(tl.float32)[None, :], 0.0)
+            own = sum_alone(
+                x_pixel, w_filter, row, h0, w0, H, W, mask_m, mask_k, ours_k, C - first, C, R, S, DILATION_H, DILATION_W,
+                GROUP_C, GROUP_K, READ_C, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
             acc = tl.where(acc != acc, own, acc)
     if SPLIT_K > 1:
         shift = tl.where(split == 0, shift, 0.0)

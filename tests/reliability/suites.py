@@ -61,6 +61,8 @@ INTERPRETED: dict[str, list[str]] = {
     "conv_pointer.py": [
         *_LAUNCH,
         *_CONVOLUTION,
+        "test_exact.py::test_grouped",
+        "test_exact.py::test_groups_read_no_neighbours",
         "test_beyond_int32.py::test_conv_pointer",
         "test_beyond_int32.py::test_filters_of_conv_pointer",
         "test_beyond_int32.py::test_filters_of_a_shortcut",
@@ -81,6 +83,7 @@ INTERPRETED: dict[str, list[str]] = {
     "launch.py": ["test_launch.py", "test_hopper_conv.py"],
     "values.py": [
         "test_launch.py",
+        "test_exact.py::test_tiles_of_grouped_convolutions",
         "test_config.py::test_boxes_of_two_rows_take_a_column_of_taps_at_a_time",
         "test_config.py::test_neighbours_are_one_step_away",
         *_BOXES,
@@ -133,6 +136,7 @@ COMPILED: dict[str, list[str]] = {
 """Of these functions, what has survived the others comes before tests that read machine code."""
 
 EVERY = {
+    "test_exact.py::test_grouped": 3,
     "test_exact.py::test_every_legal_box_is_exact": 4,
     "test_split_k.py::test_any_number_of_partials_is_exact": 5,
     "test_stem.py::test_stem": 5,

@@ -159,6 +159,7 @@ _define("tttt", "f32", {"fma.rn": lambda a, b, c: a.astype(np.float64) * b + c})
 _define("tt", "s16 s32 s64 f32", {"neg": np.negative})
 _define("tt", "f32", {"sqrt.rn": np.sqrt, "abs": np.abs, "ex2.approx": np.exp2, "ex2.approx.ftz": np.exp2})
 _define("ptt", "f16 f32", {**COMPARE, "setp.nan": lambda a, b: np.isnan(a) | np.isnan(b)})
+_define("ptt", "f32", {"setp.num": lambda a, b: ~(np.isnan(a) | np.isnan(b))})
 _define("bbb", "f16x2", {"max.NaN": lambda a, b: _maximum(a.view(np.float16), b.view(np.float16)).view(np.uint32)})
 
 for t in (SIZED := "s8 u8 " + INTEGERS).split():
