@@ -8,7 +8,7 @@ kernels differ in how they load and in which warps do what:
   multiply; 16 bits, the first also fp32 as TF32, filters 1x1 and 3x3;
 * `hopper_few.py` (sm_90): for few images, without a loop, launched while the previous kernel still runs;
 * `conv_box.py` (sm_90 and newer): tensor descriptors; the M tile is a box of output rows x columns x images;
-* `conv_pointer.py` (everywhere): masked pointers over consecutive output pixels, for any geometry.
+* `conv_pointer.py` (everywhere): masked pointers over consecutive output pixels, for any geometry and groups.
 
 Few output pixels leave most of a GPU idle. Then SPLIT_K programs share a tile. Each reduces over an equal part of the
 (channel slab, tap) steps and applies the scale; the first also adds the shift, and the last the shortcut. The one that

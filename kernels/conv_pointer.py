@@ -13,7 +13,17 @@ import triton.language as tl
 
 from .launch import Launch, cdiv
 from .tiles import activate, batch_norm_scale_shift, sum_partials
-from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size, groups_at_once, is_flat
+from .values import (
+    NO_BATCH_NORM,
+    Activation,
+    ConvConfig,
+    Convolution,
+    Geometry,
+    Shortcut,
+    Size,
+    groups_at_once,
+    is_flat,
+)
 
 
 @triton.jit
@@ -40,8 +50,7 @@ def sum_alone(
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     GROUP_C: tl.constexpr, GROUP_K: tl.constexpr, READ_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same sums as the kernel's products, each of its own group's channels alone: slowly, for pixels that are not
-    finite."""
+    """The kernel's sums of products, each of the channels of its own group alone; slowly."""
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for i in range(R * S * READ_C):
         tap = i // READ_C
@@ -141,8 +150,8 @@ def conv_pointer_kernel(
         total = tl.sum(acc)
         if total != total:
             own = sum_alone(
-                x_pixel, w_filter, row, h0, w0, H, W, mask_m, mask_k, ours_k, C - first, C, R, S, DILATION_H, DILATION_W,
-                GROUP_C, GROUP_K, READ_C, BLOCK_M, BLOCK_K,
+                x_pixel, w_filter, row, h0, w0, H, W, mask_m, mask_k, ours_k, C - first, C, R, S,
+                DILATION_H, DILATION_W, GROUP_C, GROUP_K, READ_C, BLOCK_M, BLOCK_K,
             )  # fmt: skip
             acc = tl.where(acc != acc, own, acc)
     if SPLIT_K > 1:

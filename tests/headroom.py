@@ -44,6 +44,10 @@ ROWS = [
         for number in (*((dtype,) for dtype in DTYPES), TF32)
     ),
     *(Series("conv_bn_relu", "pointer", dtype, shapes=real_cases.EIGHT_CHANNELS) for dtype in DTYPES),
+    *(
+        Series("conv_bn_relu", "pointer", *number, shapes=real_cases.GROUPS_OF_4)
+        for number in (*((dtype,) for dtype in DTYPES), TF32)
+    ),
     *(Series("stem", "descriptor", dtype) for dtype in DTYPES[1:]),
     *(
         Series(operator, "pointer", dtype)

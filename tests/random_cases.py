@@ -146,7 +146,8 @@ def check_depthwise(rng: random.Random, device: torch.device, dtype: torch.dtype
 
 
 def check_grouped(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:
-    groups, c, k = rng.choice([2, 3, 5, 8, 16]), rng.choice([1, 2, 3, 4, 8, 17, 24]), rng.choice([1, 2, 4, 5, 8, 24, 33])
+    groups = rng.choice([2, 3, 5, 8, 16])
+    c, k = rng.choice([1, 2, 3, 4, 8, 17, 24]), rng.choice([1, 2, 4, 5, 8, 24, 33])
     filter, stride = (rng.randint(1, 4), rng.randint(1, 4)), (rng.randint(1, 3), rng.randint(1, 3))
     padding, dilation = (rng.randint(0, 2), rng.randint(0, 2)), (rng.choice([1, 1, 2]), rng.choice([1, 1, 2]))
     h, w = (rng.randint(max(d * (s - 1) + 1 - 2 * p, 1), 10) for s, p, d in zip(filter, padding, dilation, strict=True))

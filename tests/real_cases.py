@@ -43,6 +43,10 @@ EIGHT_CHANNELS = "8 channels"
 """A convolution of so few products that the rounding of batch norm shows."""
 
 
+GROUPS_OF_4 = "groups of 4 channels"
+"""A convolution whose products have eight groups each, seven of them times zero."""
+
+
 class Series(NamedTuple):
     """What is measured separately."""
 
@@ -52,7 +56,7 @@ class Series(NamedTuple):
     dtype: torch.dtype
     precision: str = "ieee"
     shapes: str = "ResNet-18"
-    """Or `EIGHT_CHANNELS`."""
+    """Or `EIGHT_CHANNELS` or `GROUPS_OF_4`."""
 
     def __str__(self) -> str:
         number = "tf32" if self.precision == "tf32" else dtype_id(self.dtype)
@@ -196,7 +200,19 @@ def _norm(take: Take, k: int, prefix: str = "") -> BatchNorm:
     return BatchNorm(*(take(prefix + name, k) for name in BatchNorm._fields[:4]), eps=1e-5)
 
 
+def _grouped(row: Series, data: str, rng: random.Random) -> Case:
+    take = _take(data, rng, "conv_bn_relu", 1)
+    x, weight, residual = (
+        channels_last(take(name, *size).to(row.dtype))
+        for name, *size in (("x", 2, 64, 8, 8), ("weight", 64, 4, 3, 3), ("residual", 2, 64, 8, 8))
+    )
+    geometry = Geometry(padding=(1, 1), groups=16)
+    return Case(row, ConvBnRelu(x, weight, _norm(take, 64), geometry, residual, activation=NONE))
+
+
 def _conv(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
+    if row.shapes == GROUPS_OF_4:
+        return _grouped(row, data, rng)
     if row.path != "descriptor":
         gpu = dataclasses.replace(gpu, arch=80)  # has none
     while True:

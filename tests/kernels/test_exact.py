@@ -337,9 +337,7 @@ GROUPED: dict[str, Any] = {
 @pytest.mark.parametrize(("groups", "layout", "dtype"), in_turn(GROUPED, ["channels_last", "offset by one"]))
 def test_grouped(device: torch.device, groups: str, layout: str, dtype: torch.dtype) -> None:
     size, filters, geometry, residual = GROUPED[groups]
-    call = grouped_call(
-        generator(device, 0), size, filters, geometry, dtype, residual=residual, layout=LAYOUTS[layout]
-    )
+    call = grouped_call(generator(device, 0), size, filters, geometry, dtype, residual=residual, layout=LAYOUTS[layout])
     assert_exact(run(call, kernel="conv_pointer_kernel"), rounded(conv_reference(call), dtype))
 
 
@@ -680,19 +678,19 @@ def test_depthwise_of_special_values(device: torch.device, dtype: torch.dtype) -
 
 
 @SPECIAL_VALUES
-@pytest.mark.parametrize(("size", "dtype"), in_turn([(24, 24, 6), (18, 18, 9), (48, 48, 2), (9, 15, 3)]))
+@pytest.mark.parametrize(("size", "dtype"), in_turn([(24, 24, 6), (18, 18, 9), (32, 32, 2), (9, 15, 3)]))
 def test_groups_read_no_neighbours(device: torch.device, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     """What is not finite shows in its own group and window alone, where several groups share a product, too."""
     g, (c, k, groups) = generator(device, 0), size
-    x, w = integers(g, 3, 2, c, 4, 5, dtype=dtype), integers(g, 1, k, c // groups, 3, 3, dtype=dtype)
+    x, w = integers(g, 3, 2, c, 4, 5, dtype=dtype), integers(g, 1, k, c // groups, 2, 3, dtype=dtype)
     x[0, 1, 0, 1], x[1, c - 1, 3, 4], x[1, 0, 2, 0] = INF, NAN, -INF
     w[k // 2, 0, 0, 2] = INF  # reads one row up and one column to the right
-    norm = BatchNorm(x.new_zeros(k), x.new_ones(k), None, None, 0.0)
-    call = ConvBnRelu(channels_last(x), channels_last(w), norm, same_padding(groups), activation=NONE)
-    y = run(call, kernel="conv_pointer_kernel")
-    padded = F.pad(x.double(), (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).unflatten(1, (groups, -1))
-    terms = padded[:, :, None] * w.double().unflatten(0, (groups, -1))[None, :, :, :, None, None]
-    assert same(y, terms.sum((3, 6, 7)).flatten(1, 2).to(dtype))
+    norm, geometry = BatchNorm(x.new_zeros(k), x.new_ones(k), None, None, 0.0), Geometry((1, 1), (1, 1), (2, 1), groups)
+    y = run(ConvBnRelu(channels_last(x), channels_last(w), norm, geometry, activation=NONE))
+    parts = zip(x.double().chunk(groups, 1), w.double().chunk(groups), strict=True)
+    expected = torch.cat([F.conv2d(*part, None, *geometry[:3]) for part in parts], 1)
+    assert expected.isnan().sum() < expected.numel() / 4
+    assert same(y, expected.to(dtype))
 
 
 @ALL_DTYPES

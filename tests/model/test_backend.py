@@ -1063,7 +1063,8 @@ def test_report_counts_calls_and_not_replays(cuda):
 
 @torch.no_grad()
 def test_report_names_each_convolution():
-    model = integral(nn.Sequential(_stem(), Residual(_downsample()), nn.ConvTranspose2d(8, 8, 1), norm(), conv(groups=4), conv(groups=8), _head()))
+    layers = nn.ConvTranspose2d(8, 8, 1), norm(), conv(groups=4), conv(groups=8)
+    model = integral(nn.Sequential(_stem(), Residual(_downsample()), *layers, _head()))
     lines = str(report(model, (1, 8, 32, 32))).splitlines()
     rows = [line.split(maxsplit=3) for line in lines[1:-1]]
     assert [row[:2] for row in rows] == [

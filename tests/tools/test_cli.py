@@ -405,8 +405,8 @@ def test_doctor(run: Run) -> None:
     assert set(tested) == {
         ("stem", "descriptor"), ("stem", "pointer"), ("conv_bn_relu", "descriptor"), ("conv_bn_relu", "pointer"),
         ("stem", "hopper_stem"), *(("conv_bn_relu", f"hopper_{kind}") for kind in ("conv", "conv64", "few")),
-        ("conv_bn_relu", "grouped"), ("conv_bn_relu", "depthwise"), ("max_pool2d", ""), ("global_avg_pool", ""), ("avg_pool_linear", ""),
-        ("add_relu", ""), ("linear", ""),
+        ("conv_bn_relu", "grouped"), ("conv_bn_relu", "depthwise"), ("max_pool2d", ""), ("global_avg_pool", ""),
+        ("avg_pool_linear", ""), ("add_relu", ""), ("linear", ""),
     }  # fmt: skip
     assert all(ok is not False for ok in tested.values())
     assert len(findings["layers"]) == 18

@@ -81,31 +81,39 @@ def test_shared_memory_bound_holds_and_is_not_wild():
         assert used <= bound <= 3 * used + 8192
 
 
-DEPTHWISE = """
+GROUPED = """
 import json
+import re
 import torch
 from resnet_triton import codegen
 from resnet_triton.ops import Activation, BatchNorm, ConvBnRelu, Geometry
 found = []
-for arch, dtype, size, c in (
-    *((arch, torch.float16, size, 64) for arch in (80, 90) for size in (3, 5, 7)),
-    (80, torch.float32, 3, 20), (90, torch.float32, 7, 64),
+for arch, dtype, size, c, width in (
+    *((arch, torch.float16, size, 64, 1) for arch in (80, 90) for size in (3, 5, 7)),
+    (80, torch.float32, 3, 20, 1), (90, torch.float32, 7, 64, 1),
+    *((arch, torch.float16, 3, 6 * width, width) for arch in (80, 90, 120) for width in (4, 24, 232)),
+    (100, torch.float16, 3, 24, 4), (90, torch.float32, 3, 24, 4),
 ):
-    x = torch.empty(1, c, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
-    v, geometry = torch.ones(c), Geometry(padding=(size // 2, size // 2), groups=c)
-    call = ConvBnRelu(x, torch.empty(c, 1, size, size, dtype=dtype), BatchNorm(v, v, v, v, 1e-5), geometry, x, None,
-                      Activation("hardswish"))
+    x, w = torch.empty(1, c, 28, 28, dtype=dtype), torch.empty(c, width, size, size, dtype=dtype)
+    x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+    v, geometry = torch.ones(c), Geometry(padding=(size // 2, size // 2), groups=c // width)
+    call = ConvBnRelu(x, w, BatchNorm(v, v, v, v, 1e-5), geometry, x, None, Activation("hardswish"))
     (launch,) = call.launches(call.output())
-    code = codegen.compile_for(codegen.specialise(launch), arch)
-    found.append([code.spill_bytes, code.dropped_nans, code.approximations, code.widest_access])
+    compiled = codegen.triton_compile(codegen.specialise(launch), arch)
+    code = codegen.vital_signs(compiled)
+    copies = re.findall(r"cp\\.async\\.c[ag]\\..*, (0x\\w+),", compiled.asm["ptx"])
+    wrong = [code.spill_bytes, code.dropped_nans, code.approximations, len(code.hazards), len(code.disorder)]
+    found.append([*wrong, code.widest_access, *sorted(set(copies))])
 print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
-def test_depthwise_is_sound():
-    """No spills, the arithmetic that was written, pixels 16 bytes at a time."""
-    assert json.loads(run(DEPTHWISE)) == [[0, 0, 0, 16]] * 8
+def test_grouped_convolutions_are_sound():
+    """No spills, the arithmetic that was written, pixels 16 bytes at a time, and filters as far as a group goes."""
+    sound = [0, 0, 0, 0, 0, 16]
+    narrow, wide = [*sound, "0x10", "0x8"], [*sound, "0x10"]
+    assert json.loads(run(GROUPED)) == [sound] * 8 + [narrow, wide, wide] * 3 + [narrow, wide]
 
 
 ROUNDED = """
