@@ -3,6 +3,11 @@
 There is nothing to multiply matrices of, so memory and the number of instructions are the limit. A program computes
 ROWS output rows x BOX_W columns by BLOCK_C channels. For each column of taps it loads the input rows under these once,
 into registers, and multiplies each by all taps that read it. Columns that are shared are read again, from L1.
+
+A program is best a single warp. Filters lie R * S elements apart, so a load of one tap of many channels touches as many
+lines of L1. One warp loads each once and hands it round; several would each load all that their own threads need.
+
+Every result adds its taps in the same order, column after column, whatever the tile.
 """
 
 from __future__ import annotations
@@ -28,12 +33,12 @@ def conv_depthwise_kernel(
     pid = tl.program_id(0)
     offs_c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    rest = pid // TILES_C
     tiles_q = (Q + BOX_W - 1) // BOX_W
     tiles_p = (P + ROWS - 1) // ROWS
-    offs_q = rest % tiles_q * BOX_W + tl.arange(0, BOX_W)
-    p = rest // tiles_q % tiles_p * ROWS
-    n = (rest // (tiles_q * tiles_p)).to(tl.int64)
+    offs_q = pid // TILES_C % tiles_q * BOX_W + tl.arange(0, BOX_W)
+    strip = pid // TILES_C // tiles_q
+    p = strip % tiles_p * ROWS
+    n = (strip // tiles_p).to(tl.int64)
     scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_c, mask_c, BLOCK_C)
 
     h = p * STRIDE_H - PAD_H

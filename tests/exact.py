@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_triton import config
-from resnet_triton.config import ConvConfig, ConvShape
+from resnet_triton.config import ConvConfig, ConvShape, DepthwiseTile
 from resnet_triton.ops import (
     RELU,
     Activation,
@@ -147,6 +147,12 @@ def depthwise_call(
     """The same with a filter for each channel."""
     c = size[1]
     return grouped_call(g, size, (c, *filter), geometry._replace(groups=c), dtype, **options)
+
+
+def depthwise_tiled(rows: int, block_c: int) -> Any:
+    """Depthwise convolutions in tiles of so many rows and channels, until the context ends."""
+    tile = DepthwiseTile(rows, 256 // block_c, block_c)
+    return mock.patch("resnet_triton.ops.conv._depthwise_tile", return_value=tile)
 
 
 def stem_call(

@@ -19,6 +19,7 @@ from exact import (
     conv_call,
     conv_reference,
     depthwise_call,
+    depthwise_tiled,
     dtype_id,
     generator,
     grouped_call,
@@ -142,7 +143,10 @@ def check_depthwise(rng: random.Random, device: torch.device, dtype: torch.dtype
         _generator(rng, device), size, filter, Geometry(stride, padding, dilation), dtype,
         residual=rng.random() < 0.5, layout=lambda t: _laid(rng, t),
     )  # fmt: skip
-    assert_exact(run(call, kernel="conv_depthwise_kernel"), rounded(conv_reference(call), dtype), (size, call.geometry))
+    tile = rng.choice([1, 2, 4, 7]), rng.choice([16, 32, 64, 128])
+    with depthwise_tiled(*tile):
+        actual = run(call, kernel="conv_depthwise_kernel")
+    assert_exact(actual, rounded(conv_reference(call), dtype), (size, call.geometry, tile))
 
 
 def check_grouped(rng: random.Random, device: torch.device, dtype: torch.dtype) -> None:

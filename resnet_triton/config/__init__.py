@@ -9,6 +9,7 @@ from ..kernels.values import ConvConfig
 from .choice import lookup, pinned, state, untuned
 from .conv import ConvShape, is_legal, supports_descriptors, tiles
 from .heuristic import (
+    DepthwiseTile,
     StemConfig,
     conv_heuristic,
     depthwise_tile,
@@ -23,6 +24,7 @@ from .invariant import invariant, invariant_stem
 __all__ = [
     "ConvConfig",
     "ConvShape",
+    "DepthwiseTile",
     "StemConfig",
     "conv_heuristic",
     "depthwise_tile",

@@ -152,14 +152,47 @@ def head_classes(n: int, k: int, device: DeviceFacts) -> int:
     return 8 if share <= 8 else 16 if share <= 16 else 64  # 32 would spill
 
 
-@functools.lru_cache(maxsize=4096)
-def depthwise_tile(c: int, q: int) -> tuple[int, int]:
-    """Columns and channels of a tile of `conv_depthwise`: 1,024 elements of each row, in as few tiles as can be.
+class DepthwiseTile(NamedTuple):
+    """Output rows, columns and channels of a program of `conv_depthwise`, one warp."""
 
-    Of these the one with most channels, which are read in the longest rows.
+    rows: int
+    box_w: int
+    block_c: int
+
+
+def depthwise_tile(shape: ConvShape, device: DeviceFacts) -> DepthwiseTile:
+    """Columns and channels with the fewest instructions in all, then rows with the fewest for the busiest scheduler.
+
+    So batch sizes differ in rows alone. A thread has eight channels of a pixel. Fewer than 64 bytes of channels would
+    leave parts of L2's lines. A thread has registers for about 20 rows of pixels; where a filter is larger, each row is
+    needed for a short time only.
     """
-    forms = [(1024 // block, block) for block in (128, 64, 32, 16)]
-    return min(forms, key=lambda form: -(-q // form[0]) * -(-c // form[1]))
+
+    def tiles(tile: DepthwiseTile) -> int:
+        return -(-shape.q // tile.box_w) * -(-shape.c // tile.block_c)
+
+    def in_all(tile: DepthwiseTile) -> int:
+        return tiles(tile) * _depthwise_instructions(tile, shape)
+
+    def busiest(tile: DepthwiseTile) -> int:
+        programs = shape.n * -(-shape.p // tile.rows) * tiles(tile)
+        return -(-programs // (4 * device.sm_count)) * _depthwise_instructions(tile, shape)
+
+    rows = [rows for rows in (7, 4, 2, 1) if _rows_read(rows, shape) <= max(20, shape.r + 3)]
+    blocks = [block for block in (128, 64, 32, 16) if block * shape.itemsize >= 64 or block >= shape.c]
+    best = min((DepthwiseTile(rows[0], 256 // block, block) for block in blocks), key=in_all)
+    return min((best._replace(rows=some) for some in rows), key=busiest)
+
+
+def _depthwise_instructions(tile: DepthwiseTile, shape: ConvShape) -> int:
+    """Those of a warp, fitted to machine code: for each column of taps its pixels, its filters and their products."""
+    rows, a_tap = tile.rows, 28 if tile.block_c > 64 else 16  # 28 for twice the loads
+    return 270 + 60 * rows + shape.s * (14 * _rows_read(rows, shape) + shape.r * (a_tap + 8 * rows))
+
+
+def _rows_read(rows: int, shape: ConvShape) -> int:
+    """Input rows that these output rows read."""
+    return len({i * shape.stride[0] + r * shape.dilation[0] for i in range(rows) for r in range(shape.r)})
 
 
 def grouped_tile(shape: ConvShape, groups: int) -> ConvConfig:

@@ -131,11 +131,11 @@ class ConvBnRelu(Operation):
             shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
         batch_norm = self.batch_norm.contiguous()
         if self.depthwise:
-            box_w, block_c = config.depthwise_tile(out.shape[1], out.shape[3])
+            tile = _depthwise_tile(specialised.facts(x.device), self._sizes())
             return (
                 conv_depthwise(
                     out=out, x=x, weight=weight.contiguous(), batch_norm=batch_norm, geometry=self.geometry,
-                    residual=residual, activation=self.activation, rows=4, box_w=box_w, block_c=block_c, num_warps=4,
+                    residual=residual, activation=self.activation, **tile._asdict(), num_warps=1,
                 ),
             )  # fmt: skip
         descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
@@ -238,6 +238,11 @@ def _shape(s: _Sizes) -> ConvShape:
         n, c, h, w, k, rows, columns, stride, padding, dilation, dtype, s.precision, s.residual,
         short_c, short_h, short_w, s.short_stride,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _depthwise_tile(facts: DeviceFacts, s: _Sizes) -> config.DepthwiseTile:
+    return config.depthwise_tile(_shape(s), facts)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -27,6 +27,7 @@ from exact import (
     conv_call,
     conv_reference,
     depthwise_call,
+    depthwise_tiled,
     dtype_id,
     generator,
     grouped_call,
@@ -43,6 +44,7 @@ from resnet_triton import config, ops, resnet18
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, supports_descriptors
 from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.device import KNOWN, facts
+from resnet_triton.kernels.conv_depthwise import conv_depthwise
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.kernels.values import ACTIVATIONS, groups_at_once, is_flat
 from resnet_triton.ops import NONE, RELU, Activation, BatchNorm, ConvBnRelu, Geometry, dispatch, reference
@@ -277,13 +279,13 @@ def test_random_cases_are_diverse() -> None:
 
 
 DEPTHWISE: dict[str, Any] = {
-    # images, filter, stride, padding, dilation, residual
-    "3x3": ((2, 72, 8, 13), (3, 3), Geometry(padding=(1, 1)), True),
-    "5x5, stride 2": ((1, 20, 19, 37), (5, 5), Geometry((2, 2), (2, 2)), False),
-    "7x7": ((2, 33, 9, 10), (7, 7), Geometry(padding=(3, 3)), True),
-    "not square": ((1, 129, 17, 5), (3, 7), Geometry((3, 1), (1, 3), (2, 1)), False),
-    "a column of taps": ((1, 16, 9, 3), (5, 1), Geometry(padding=(2, 0)), False),
-    "one pixel": ((5, 3, 1, 1), (3, 3), Geometry(padding=(1, 1)), False),
+    # images, filter, stride, padding, dilation, residual, rows and channels of a tile
+    "3x3": ((2, 72, 8, 13), (3, 3), Geometry(padding=(1, 1)), True, 7, 64),
+    "5x5, stride 2": ((1, 20, 19, 37), (5, 5), Geometry((2, 2), (2, 2)), False, 4, 16),
+    "7x7": ((2, 33, 9, 10), (7, 7), Geometry(padding=(3, 3)), True, 4, 32),
+    "not square": ((1, 129, 17, 5), (3, 7), Geometry((3, 1), (1, 3), (2, 1)), False, 4, 128),
+    "a column of taps": ((1, 16, 9, 3), (5, 1), Geometry(padding=(2, 0)), False, 2, 16),
+    "one pixel": ((5, 3, 1, 1), (3, 3), Geometry(padding=(1, 1)), False, 1, 32),
 }
 
 
@@ -291,19 +293,55 @@ DEPTHWISE: dict[str, Any] = {
     ("depthwise", "layout", "dtype"), in_turn(DEPTHWISE, ["channels_last", "slice", "offset by one"])
 )
 def test_depthwise(device: torch.device, depthwise: str, layout: str, dtype: torch.dtype) -> None:
-    size, filter, geometry, residual = DEPTHWISE[depthwise]
+    size, filter, geometry, residual, *tile = DEPTHWISE[depthwise]
     call = depthwise_call(
         generator(device, 0), size, filter, geometry, dtype, residual=residual, layout=LAYOUTS[layout]
     )
-    assert_exact(run(call, kernel="conv_depthwise_kernel"), rounded(conv_reference(call), dtype))
+    with depthwise_tiled(*tile):
+        assert_exact(run(call, kernel="conv_depthwise_kernel"), rounded(conv_reference(call), dtype))
+
+
+def depthwise_tile(n: int, c: int, edge: int, r: int = 3, arch: int = 90, **others: Any) -> tuple[int, int, int]:
+    shape = ConvShape(n, c, edge, edge, c, r, r, padding=(r // 2, r // 2), **others)
+    return config.depthwise_tile(shape, KNOWN[arch])
 
 
 def test_tiles_of_depthwise_convolutions() -> None:
-    """Columns and channels: as few tiles as can be, then of most channels."""
-    assert config.depthwise_tile(960, 7) == (8, 128)
-    assert config.depthwise_tile(96, 56) == (32, 32), "six tiles; others seven or eight"
-    assert config.depthwise_tile(64, 28) == (16, 64), "no tile of channels is half empty"
-    assert config.depthwise_tile(16, 112) == (64, 16)
+    """Rows, columns and channels: few images are cut into more programs, and many into those that do most at once."""
+    assert depthwise_tile(256, 960, 7) == (7, 4, 64)
+    assert depthwise_tile(1, 960, 7) == (1, 4, 64), "210 programs for 132 multiprocessors, else 30"
+    assert depthwise_tile(8, 144, 112) == (7, 8, 32), "64 bytes of channels, though 16 would divide them"
+    assert depthwise_tile(8, 144, 112, dtype="float32") == (7, 16, 16)
+    assert depthwise_tile(256, 16, 112) == (7, 16, 16), "there are no more"
+    assert depthwise_tile(1, 144, 56, arch=90) != depthwise_tile(1, 144, 56, arch=80), "of other multiprocessors"
+    assert depthwise_tile(0, 144, 56) == (7, 8, 32), "an empty batch"
+
+
+def test_depthwise_tiles_hold_no_more_rows_than_there_are_registers_for() -> None:
+    assert [depthwise_tile(256, 64, 56, r)[0] for r in (7, 13, 15, 31)] == [7, 7, 4, 4]
+    assert [depthwise_tile(256, 64, 56, 13, stride=(stride, 1))[0] for stride in (1, 2, 3)] == [7, 4, 2]
+    assert [depthwise_tile(256, 64, 56, 3, dilation=(d, 1))[0] for d in (1, 2, 12)] == [7, 7, 4]
+
+
+@pytest.mark.parametrize(("c", "edge", "r"), [(144, 56, 3), (960, 7, 3), (240, 28, 5), (384, 14, 7)])
+def test_batch_sizes_compile_few_depthwise_kernels(c: int, edge: int, r: int) -> None:
+    for arch in KNOWN:
+        assert len({depthwise_tile(n, c, edge, r, arch) for n in range(1, 257)}) <= 4
+
+
+def test_a_depthwise_sum_does_not_depend_on_the_tile() -> None:
+    """So images give the same bits in every batch."""
+    torch.manual_seed(0)
+    x, weight, norm = channels_last(torch.randn(1, 40, 9, 10)), torch.randn(40, 1, 3, 5), torch.rand(4, 40)
+    found = []
+    for rows, box_w, block_c in ((7, 2, 128), (4, 4, 64), (2, 8, 32), (1, 16, 16)):
+        out = torch.empty_like(x)
+        conv_depthwise(
+            out=out, x=x, weight=weight, batch_norm=BatchNorm(*norm, 1e-5), residual=x, activation=Activation("silu"),
+            geometry=Geometry(padding=(1, 2), groups=40), rows=rows, box_w=box_w, block_c=block_c, num_warps=1,
+        ).run()  # fmt: skip
+        found.append(out)
+    assert all(torch.equal(out, found[0]) for out in found)
 
 
 def same_padding(groups: int, filter: int = 3) -> Geometry:
@@ -674,7 +712,8 @@ def test_depthwise_of_special_values(device: torch.device, dtype: torch.dtype) -
     expected[0, 19, 2:4, 0:2] = NAN
     norm = BatchNorm(x.new_zeros(20), x.new_ones(20), None, None, 0.0)
     call = ConvBnRelu(channels_last(x), w, norm, Geometry(padding=(1, 1), groups=20))
-    assert same(run(call), expected)
+    with depthwise_tiled(2, 32):
+        assert same(run(call), expected)
 
 
 @SPECIAL_VALUES

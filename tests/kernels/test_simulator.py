@@ -31,6 +31,7 @@ from exact import (
     conv_call,
     conv_reference,
     depthwise_call,
+    depthwise_tiled,
     generator,
     grouped_call,
     integers,
@@ -165,6 +166,14 @@ def infinite_group() -> Case:
     return call(made)
 
 
+def depthwise(rows: int, block_c: int) -> Case:
+    made = depthwise_call(
+        generator(CPU, 0), (1, 24, 9, 10), (3, 3), ops.Geometry((2, 1), (1, 1)), torch.float16, residual=True
+    )
+    with depthwise_tiled(rows, block_c):
+        return call(made)
+
+
 def dependent_head() -> Case:
     """Two slabs of channels: weights of one are asked for before the wait."""
     made = ops.AvgPoolLinear(channels_last(data(2, 64, 2, 2)), data(10, 64), data(10), KERNELS)
@@ -220,10 +229,7 @@ CASES = {
     "conv_pointer": lambda: conv(ConvShape(1, 32, 10, 6, 40, **PADDED, residual=True), ConvConfig(16, 32, 16, 4, 2)),
     "conv_pointer by wgmma": lambda: conv(ConvShape(1, 32, 10, 12, 64, **PADDED), ConvConfig(64, 64, 32, 4, 3)),
     "conv_pointer of groups": lambda: infinite_group(),
-    "conv_depthwise": lambda: call(
-        depthwise_call(generator(CPU, 0), (1, 24, 9, 10), (3, 3), ops.Geometry((2, 1), (1, 1)), torch.float16,
-                       residual=True)
-    ),
+    "conv_depthwise": lambda: depthwise(4, 64),
     "stem": lambda: call(stem_call(generator(CPU, 0), 1, 3, 20, 16, 64, torch.float16)),
     "linear": lambda: call(ops.Linear(data(3, 64), data(10, 64), data(10), KERNELS)),
     "avg_pool_linear": lambda: call(ops.AvgPoolLinear(data(2, 64, 2, 2), data(10, 64), data(10), KERNELS)),
