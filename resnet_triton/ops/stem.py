@@ -20,6 +20,7 @@ from .conv import ConvBnRelu
 from .dispatch import AUTO, HAS_TRITON, Modes
 from .operation import Operation, Result, Shape, register
 from .pool import MaxPool2d
+from .precision import conv_precision
 
 if HAS_TRITON:
     from ..kernels.hopper_stem import hopper_stem, supports
@@ -129,7 +130,20 @@ class Stem(Operation):
         """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""
         convolution = self.convolution(self._images())
         between = convolution.result().empty(out.device)
+        if self._pays_to_widen(between):
+            convolution = replace(convolution, x=_of_four(convolution.x), weight=_of_four(self.weight))
         return *convolution.launches(between), *MaxPool2d(between, *POOL, modes=self.modes).launches(out)
+
+    def _pays_to_widen(self, between: Tensor) -> bool:
+        """Whether three channels had better be four: a load brings four, but three have to come one by one.
+
+        In fp32 the products take more than the loads, and there would be a third more of them. Two copies, each after
+        zeros, pay from about four tiles of 128 pixels an SM on. A batch-invariant call must not look at that.
+        """
+        if self.x.shape[1] != 3 or (self.weight.dtype == torch.float32 and conv_precision(torch.float32) == "ieee"):
+            return False
+        pixels = between.numel() // between.shape[1]
+        return self.modes.batch_invariant or pixels >= 4 * 128 * specialised.facts(self.x.device).sm_count
 
     def _images(self) -> Tensor:
         if self.pixel_mean is None or self.pixel_std is None:
@@ -142,6 +156,17 @@ class Stem(Operation):
     def cost(self) -> Cost:
         (n, c, h, w), (_, k, p, q) = self.x.shape, self.result().shape
         return cost.stem(n=n, c=c, h=h, w=w, k=k, p=p, q=q, itemsize=self.weight.element_size())
+
+
+def _of_four(t: Tensor) -> Tensor:
+    """`t` in channels_last memory, with zeros behind its three channels, which meet zeros: NaN stays where it is.
+
+    A copy for this call: the next one reads the parameters again.
+    """
+    n, c, h, w = t.shape
+    wide = t.new_zeros(n, h, w, 4).permute(0, 3, 1, 2)
+    wide[:, :c] = t
+    return wide
 
 
 def _scratch(n: int, h: int, w: int, dtype: torch.dtype, where: torch.device) -> tuple[Tensor, Tensor]:

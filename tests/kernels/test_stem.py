@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from calls import with_tensors
 from exact import (
     DTYPES,
+    KERNELS,
     LAYOUTS,
     assert_exact,
     dtype_id,
@@ -28,8 +29,10 @@ from resnet_triton import config, functional
 from resnet_triton.config import StemConfig, hopper_strip, stem_heuristic
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.kernels import stem as kernels
-from resnet_triton.ops import dispatch, interpreter, reference
+from resnet_triton.ops import BatchNorm, dispatch, interpreter, reference
 from resnet_triton.ops.dispatch import Modes
+from resnet_triton.ops.precision import fp32_precision
+from resnet_triton.ops.stem import Stem
 
 INF, NAN = float("inf"), float("nan")
 HALVES = pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
@@ -238,6 +241,40 @@ def test_elsewhere_convolution_and_pool_are_two_launches(device, arch, c, dtype)
         names = [launch.kernel.__name__ for launch in call.launches(call.output())]
         assert names == ["conv_pointer_kernel", "max_pool_kernel"]
         assert_exact(run(call), stem_reference(call))
+
+
+@SPECIAL_VALUES
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_three_channels_become_four(device, dtype):
+    """A channel of zeros: on exact data it changes nothing, and NaN and infinity stay where they were."""
+    call = stem_call(generator(device, 16), 2, 3, 12, 14, 16, dtype)
+    call.modes = call.modes._replace(batch_invariant=True)
+    special = replace(call, x=call.x.clone(), weight=call.weight.clone())
+    special.x[0, 2, 0, 0], special.x[1, 0, 11, 13], special.weight[3, 1, 0, 6] = NAN, INF, INF
+    with override(KNOWN[80]), fp32_precision("tf32"):
+        (conv, _) = call.launches(call.output())
+        assert conv.arguments["x_ptr"].shape[1] == conv.arguments["w_ptr"].shape[1] == 4
+        assert_exact(run(call), stem_reference(call))
+        actual, expected = run(special), run(replace(special, modes=KERNELS))  # of few images: three channels
+    assert expected.isnan().any()
+    assert expected.isinf().any()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "dtype", "channels"),
+    [
+        (1, 3, torch.float16, 3), (8, 3, torch.float16, 4), (8, 1, torch.float16, 1), (8, 5, torch.float16, 5),
+        (8, 3, torch.float32, 3),
+    ],
+    ids=["few images", "many", "one channel", "five", "fp32"],
+)  # fmt: skip
+def test_where_three_channels_become_four(n, c, dtype, channels):
+    with torch.device("meta"), override(KNOWN[80]), fp32_precision("ieee"):
+        x, weight, ones = torch.empty(n, c, 224, 224).to(dtype), torch.empty(64, c, 7, 7).to(dtype), torch.ones(64)
+        call = Stem(x, weight, BatchNorm(ones, ones, None, None, 0.0))
+        (conv, _) = call.launches(call.output())
+    assert conv.arguments["x_ptr"].shape[1] == conv.arguments["w_ptr"].shape[1] == channels
 
 
 @pytest.mark.parametrize(
