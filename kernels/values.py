@@ -200,7 +200,7 @@ def is_depthwise(c: int, weight: Size, groups: int) -> bool:
 
     Code for more rows takes long to compile.
     """
-    return groups == c == weight[0] and weight[2] <= 31
+    return 1 < groups == c == weight[0] and weight[2] <= 31
 
 
 def groups_at_once(c: int, k: int, groups: int, block_k: int) -> int:
