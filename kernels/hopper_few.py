@@ -1,8 +1,9 @@
 """Convolution for few images on Hopper (compute capability 9.0), in Gluon. It is made for short latency.
 
 A program computes a box of output rows x 8 columns of one image by 64 filters, over all taps of its share of the slabs
-of 64 channels, most often one slab. All that it reads fits shared memory. So there is no loop, no slot is used twice,
-and every load is issued as early as possible:
+of 64 channels, most often one slab. (8 pixels are one pattern of swizzled shared memory.) Under a 1x1 filter it may be
+a run of pixels instead. All that it reads fits shared memory. So there is no loop, no slot is used twice, and every
+load is issued as early as possible:
 
 * before it waits for the previous kernel: filters, batch norm, the descriptors of what that kernel writes;
 * after the wait: the whole input and the residual. A product is issued as soon as its bytes arrive, and none is waited
@@ -42,21 +43,28 @@ from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry
 
 MOST = gl.constexpr(8)
 """Programs that may share a tile. Their sum is no loop, in which each turn would wait for its load."""
-_WIDTH = 8  # columns of a box: a row of it is one pattern of swizzled shared memory
 
 
-def pixel_descriptor(size: Size, dtype: torch.dtype, stride: int, rows: int, *, halo: bool) -> TensorDescriptor:
-    """A descriptor of images (N, C, H, W) that loads `rows` rows of 8 pixels of 64 channels.
+def in_a_row(size: Size, box: tuple[int, int, int]) -> Size:
+    """Images (N, C, H, W) as they are; for a box of images alone, of one pixel each, as one row: (1, C, 1, N)."""
+    return (1, size[1], 1, size[0]) if box[2] > 1 else size
+
+
+def pixel_descriptor(
+    size: Size, dtype: torch.dtype, stride: int, box: tuple[int, int, int], *, halo: bool
+) -> TensorDescriptor:
+    """A descriptor of images (N, C, H, W) that loads a box of pixels of 64 channels.
 
     The view is (N, H, W, C). At stride 2 with a halo, rows and columns are split by parity, and odd columns count as
     further channels: (N, H/2, 2, W/2, 2C). Without a halo the view has even rows and columns alone: (N, H/2, W/2, C).
     """
-    n, c, h, w = size
+    n, c, h, w = in_a_row(size, box)
+    rows, width = box[0], box[1] * box[2]
     if stride == 2 and halo:
         shape, strides = (n, h // 2, 2, w // 2, 2 * c), (h * w * c, 2 * w * c, w * c, 2 * c, 1)
-        return descriptor_of(dtype, shape, strides, (1, rows, 1, _WIDTH, 64))
+        return descriptor_of(dtype, shape, strides, (1, rows, 1, width, 64))
     shape = (n, cdiv(h, stride), cdiv(w, stride), c)
-    return descriptor_of(dtype, shape, (h * w * c, stride * w * c, stride * c, 1), (1, rows, _WIDTH, 64))
+    return descriptor_of(dtype, shape, (h * w * c, stride * w * c, stride * c, 1), (1, rows, width, 64))
 
 
 @gluon.jit
@@ -73,11 +81,12 @@ def hopper_few_kernel(
     x_desc, w_desc, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
     partials_ptr, semaphores_ptr, P, Q, C, TILES_K, SPLIT_K,
-    R: gl.constexpr, STRIDE: gl.constexpr, SLABS: gl.constexpr, ACTIVATION: gl.constexpr, BOX_H: gl.constexpr,
+    R: gl.constexpr, STRIDE: gl.constexpr, SLABS: gl.constexpr, ACTIVATION: gl.constexpr,
+    BOX_H: gl.constexpr, BOX_W: gl.constexpr,
 ):  # fmt: skip
     TAPS: gl.constexpr = R * R
     STEPS: gl.constexpr = SLABS * TAPS
-    PIXELS: gl.constexpr = BOX_H * 8
+    PIXELS: gl.constexpr = BOX_H * BOX_W
     BYTES: gl.constexpr = (64 + PIXELS) * 64 * 2  # of a step
     PARITY: gl.constexpr = STRIDE == 2 and R == 3
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIXELS, 16])
@@ -86,9 +95,9 @@ def hopper_few_kernel(
     tile = gl.program_id(0) // SPLIT_K
     k = tile % TILES_K * 64
     rest = tile // TILES_K
-    tiles_q = (Q + 7) // 8
+    tiles_q = (Q + BOX_W - 1) // BOX_W
     tiles_p = (P + BOX_H - 1) // BOX_H
-    q = rest % tiles_q * 8
+    q = rest % tiles_q * BOX_W
     p = rest // tiles_q % tiles_p * BOX_H
     n = rest // (tiles_q * tiles_p)
 
@@ -135,8 +144,8 @@ def hopper_few_kernel(
     if short_x_desc is not None:
         load_pixels(short_x_desc, full.index(STEPS), short_pixels, n, p, q, 0, 0, split * 64, C, False)
     pixel = gl.arange(0, PIXELS, layout=gl.SliceLayout(1, spread))
-    offs_p = p + pixel // 8
-    offs_q = q + pixel % 8
+    offs_p = p + pixel // BOX_W
+    offs_q = q + pixel % BOX_W
     offs_m = (n.to(gl.int64) * P + offs_p) * Q + offs_q
     column = k + gl.arange(0, 64, layout=gl.SliceLayout(0, spread))
     offs_y = gl.expand_dims(offs_m * (TILES_K * 64), 1) + gl.expand_dims(column, 0)
@@ -201,16 +210,18 @@ def _constants(
     x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, config: ConvConfig
 ) -> tuple[dict[str, object], list[TensorDescriptor], int]:
     """Of a launch, what depends on sizes alone: numbers, descriptors of x and weight, programs."""
-    (n, k, p, q), (_, c, r, _), (stride, _) = out, weight, geometry.stride
-    if config.box is None:
+    (_, c, r, _), (stride, _), box = weight, geometry.stride, config.box
+    if box is None:
         raise ValueError(f"{config} has no box, expected one")
-    box_h = config.box[0]
-    programs = n * cdiv(p, box_h) * cdiv(q, _WIDTH) * (k // 64) * config.split_k
+    n, k, p, q = in_a_row(out, box)
+    box_h, box_w = box[0], box[1] * box[2]
+    programs = n * cdiv(p, box_h) * cdiv(q, box_w) * (k // 64) * config.split_k
     constants: dict[str, object] = {
         "P": p, "Q": q, "C": c, "TILES_K": k // 64, "SPLIT_K": config.split_k,
-        "R": r, "STRIDE": stride, "SLABS": c // 64 // config.split_k, "ACTIVATION": activation, "BOX_H": box_h,
+        "R": r, "STRIDE": stride, "SLABS": c // 64 // config.split_k, "ACTIVATION": activation,
+        "BOX_H": box_h, "BOX_W": box_w,
     }  # fmt: skip
-    views = [pixel_descriptor(x, dtype, stride, box_h, halo=r > 1), filter_descriptor(weight, dtype, 64, 64)]
+    views = [pixel_descriptor(x, dtype, stride, box, halo=r > 1), filter_descriptor(weight, dtype, 64, 64)]
     return constants, views, programs
 
 
@@ -219,7 +230,7 @@ def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[s
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
     return {
-        "short_x_desc": on(x, pixel_descriptor(x.shape, x.dtype, stride, config.box[0], halo=False)),
+        "short_x_desc": on(x, pixel_descriptor(x.shape, x.dtype, stride, config.box, halo=False)),
         "short_w_desc": on(weight, filter_descriptor(weight.shape, weight.dtype, 64, 64)),
         **batch_norm.arguments("short_"),
     }

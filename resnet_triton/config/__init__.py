@@ -7,7 +7,7 @@ and device facts; nothing searches or times anything at call time.
 
 from ..kernels.values import ConvConfig
 from .choice import lookup, pinned, state, untuned
-from .conv import ConvShape, is_legal, supports_descriptors, tiles
+from .conv import ConvShape, is_legal, is_run, supports_descriptors, tiles
 from .heuristic import (
     DepthwiseTile,
     StemConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "invariant",
     "invariant_stem",
     "is_legal",
+    "is_run",
     "linear_heuristic",
     "lookup",
     "pinned",

@@ -54,6 +54,11 @@ class ConvShape:
         return (self.w + 2 * self.padding[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
 
     @property
+    def pointwise(self) -> bool:
+        """Whether an output pixel depends on no input pixel but the one in its place."""
+        return (self.r, self.s) == self.stride == self.shortcut_stride == (1, 1) and self.padding == (0, 0)
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element."""
         return 4 if self.dtype == "float32" else 2
@@ -112,9 +117,19 @@ def boxes_of(pixels: int) -> list[tuple[int, int, int]]:
     return [(h, w, pixels // (h * w)) for h, w in product(sides, sides) if h * w <= pixels]
 
 
+def is_run(box: tuple[int, int, int] | None, shape: ConvShape) -> bool:
+    """Whether a tile is a run of consecutive pixels, whichever images they belong to: one piece of memory.
+
+    So a pointwise convolution takes a box of images alone, with each pixel as an image of its own.
+    """
+    return box is not None and box[:2] == (1, 1) and shape.pointwise
+
+
 def covering(box: tuple[int, int, int], shape: ConvShape) -> tuple[int, int, int]:
     """How many such boxes cover the output; then more images, then columns: the least is the best of equal boxes."""
     h, w, n = box
+    if is_run(box, shape):
+        return -(-shape.n * shape.p * shape.q // n), -n, h
     return -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n), -n, h
 
 
@@ -135,8 +150,7 @@ def tiles(config: ConvConfig, shape: ConvShape) -> int:
     if config.box is None:
         pixels = -(-shape.n * shape.p * shape.q // config.block_m)
     else:
-        h, w, n = config.box
-        pixels = -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n)
+        pixels = covering(config.box, shape)[0]
     return pixels * -(-shape.k // config.block_k)
 
 
@@ -233,4 +247,4 @@ def _is_legal_few(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int
         return False
     if (config.block_k, config.num_stages) != (64, 1) or short_slabs > config.split_k or shape.shortcut_c % 64:
         return False
-    return box[0] in (2, 4, 8) and box[1:] == (8, 1)
+    return prod(box) in (16, 32, 64) and (box[1:] == (8, 1) or is_run(box, shape))

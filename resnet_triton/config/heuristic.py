@@ -127,7 +127,8 @@ def conv_candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool 
         found += hopper.candidates(shape, device)
     if boxes:
         for m, k, c, warps, stages in _BOX_TILES:
-            tile = ConvConfig(m, k, min(c, widest), warps, stages).on(best_box(shape, m))
+            swap = m < _MATRIX_ROWS and shape.pointwise  # as boxes of other shapes mostly are, which have several sides
+            tile = ConvConfig(m, k, min(c, widest), warps, stages, swap=swap).on(best_box(shape, m))
             if (k if tile.swap else m) >= _MATRIX_ROWS:
                 found += [replace(tile, split_k=split) for split in SPLITS]
     return [config for config in found if is_legal(config, shape, device) and _fits_registers(config, device)]
@@ -275,7 +276,8 @@ def estimate(
     """Nanoseconds that a launch might take, with what an H200's SM does. Those in Gluon are taken for dependent ones.
 
     A program's products and loads keep an SM busy, several programs side by side all the more; but however few there
-    are, each is a chain: what comes before its loop, turn after turn, its result.
+    are, each is a chain: what comes before its loop, turn after turn, its result. DRAM is left out, as what it moves
+    hardly depends on the tile: a pointwise convolution of many images may take longer than this.
     """
     if config.kernel == FEW:
         return _estimate_few(config, shape, device, rates, chained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 
 from ..kernels.values import ConvConfig
 from .conv import CONV, CONV64, FEW, SPLITS, ConvShape, boxes_of, covering, is_legal
@@ -13,7 +14,7 @@ from .device import DeviceFacts
 _TILES = ((128, 64, 6), (128, 128, 5), (128, 256, 3), (256, 64, 4), (256, 128, 3))
 _TWO_ROWS = (128, 64, 3)  # of boxes of two rows, where a slot holds a column of taps
 _TILES64 = ((128, 5), (64, 11), (32, 11))  # (images, num_stages)
-_ROWS = (2, 4, 8)  # of a box of few images
+_ROWS = (2, 4, 8)  # of 8 pixels, of a box of few images
 FEW_IMAGES = 16
 """More leave no multiprocessor idle, and what `hopper_few` has no loop for is then asked for many times."""
 
@@ -39,6 +40,6 @@ def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
         if is_legal(config, shape, device):
             yield config
     if shape.n <= FEW_IMAGES:
-        boxes = [ConvConfig(8 * rows, 64, 64, 4, 1, (rows, 8, 1), kernel=FEW) for rows in _ROWS]
-        few = (replace(box, split_k=split) for box in boxes for split in SPLITS)
+        boxes = [(1, 1, 8 * rows) if shape.pointwise else (rows, 8, 1) for rows in _ROWS]
+        few = (ConvConfig(prod(box), 64, 64, 4, 1, box, split, kernel=FEW) for box in boxes for split in SPLITS)
         yield from (config for config in few if is_legal(config, shape, device))

@@ -19,7 +19,7 @@ from .device import DeviceFacts
 from .heuristic import StemConfig, best_box, conv_candidates, estimate, stem_tiles, strip_turns
 
 BATCHES = (1, 4, 16, 64, 256)
-_DRAM_BYTES_PER_NS = 4300  # an H200's, as in the estimate
+_DRAM_BYTES_PER_NS = 4300  # an H200's
 
 
 def invariant(shape: ConvShape, device: DeviceFacts) -> ConvConfig:

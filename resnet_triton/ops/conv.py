@@ -140,9 +140,12 @@ class ConvBnRelu(Operation):
             )  # fmt: skip
         descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
         sizes, facts = self._sizes(), specialised.facts(x.device)
-        chosen, own, tiles = _choose(
+        chosen, own, tiles, runs = _choose(
             config.lookup, config.state(), facts, descriptors, self.modes.batch_invariant, sizes
         )
+        if runs:
+            out, x, residual = _pixels(out), _pixels(x), residual if residual is None else _pixels(residual)
+            shortcut = shortcut if shortcut is None else shortcut._replace(x=_pixels(shortcut.x))
         partials = semaphores = None
         if chosen.split_k > 1:
             elements = tiles * chosen.split_k * chosen.block_m * chosen.block_k
@@ -248,10 +251,10 @@ def _depthwise_tile(facts: DeviceFacts, s: _Sizes) -> config.DepthwiseTile:
 @functools.lru_cache(maxsize=4096)
 def _choose(
     lookup: Callable[..., ConvConfig], state: object, facts: DeviceFacts, descriptors: bool, invariant: bool, s: _Sizes
-) -> tuple[ConvConfig, bool, int]:
-    """The configuration, whether it is this project's own choice, and how many tiles it makes: once for calls alike.
+) -> tuple[ConvConfig, bool, int, bool]:
+    """The configuration, whether it is this project's own choice, how many tiles it makes and whether these are runs.
 
-    `lookup` and its `state` are part of the key, for what it answers depends on them.
+    Once for calls alike. `lookup` and its `state` are part of the key, for what it answers depends on them.
     """
     shape = _shape(s)
     if s.geometry.groups != 1:
@@ -261,7 +264,13 @@ def _choose(
     else:
         chosen = lookup(shape, facts, descriptors=descriptors)
         own = chosen == config.conv_heuristic(shape, facts, descriptors=descriptors)
-    return chosen, own, config.tiles(chosen, shape)
+    return chosen, own, config.tiles(chosen, shape), config.is_run(chosen.box, shape)
+
+
+def _pixels(t: Tensor) -> Tensor:
+    """Images (N, C, H, W) in channels_last memory, seen as images of one pixel each."""
+    n, c, h, w = t.shape
+    return t.as_strided((n * h * w, c, 1, 1), (c, 1, c, c))
 
 
 def _aligned_channels_last(t: Tensor) -> Tensor:

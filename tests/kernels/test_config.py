@@ -32,10 +32,12 @@ from resnet_triton.config import (
     supports_descriptors,
     table,
 )
-from resnet_triton.config.conv import steps, taps
+from resnet_triton.config.conv import steps, taps, tiles
 from resnet_triton.config.device import KNOWN, DeviceFacts, facts, override
 from resnet_triton.config.heuristic import best_estimated, conv_candidates, estimate
+from resnet_triton.kernels.launch import cdiv
 from resnet_triton.ops.trace import Call, trace
+from resnet_triton.tuner.trial import abstract_call
 
 BATCHES = (1, 2, 7, 8, 16, 31, 32, 64, 100, 129, 256)
 NUMBERS = [("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee")]
@@ -84,7 +86,7 @@ def test_every_choice_is_legal(arch: int, dtype: str, precision: str, descriptor
         paths.add(chosen.path)
     modern = descriptors and arch >= 90 and precision == ("tf32" if dtype == "float32" else "ieee")
     if modern and arch == 90:
-        others = {"pointer"} if dtype == "float32" else {"hopper_conv64", "hopper_few"}
+        others = set() if dtype == "float32" else {"hopper_conv64", "hopper_few"}
         assert paths == {"descriptor", "hopper_conv", *others}
     else:
         assert paths == ({"pointer", "descriptor"} if modern else {"pointer"})
@@ -198,6 +200,60 @@ def test_odd_image_sizes_take_the_pointer_path_where_columns_are_split() -> None
         shape = call.shape
         if (shape.w if shape.stride == (2, 2) else shape.shortcut_w) % 2:
             assert call.launches(KNOWN[90])[-1].kernel.__name__ == "conv_pointer_kernel", call.name
+
+
+POINTWISE = ConvShape(1, 64, 7, 7, 256)
+
+
+@pytest.mark.parametrize("n", [1, 3, 32, 256])
+@pytest.mark.parametrize("size", [(7, 7), (5, 13), (56, 56)], ids=str)
+@pytest.mark.parametrize("more", [{}, {"residual": True}, {"shortcut_c": 128}], ids=["", "residual", "shortcut"])
+def test_a_pointwise_convolution_takes_runs_of_pixels(size: tuple[int, int], n: int, more: dict[str, Any]) -> None:
+    """All of them but the last are full, whatever the sides of images, and none has gaps in its memory."""
+    h, w = size
+    shape = replace(POINTWISE, n=n, h=h, w=w, shortcut_h=h, shortcut_w=w, **more)
+    call = abstract_call(shape)
+    for gpu in (GPU, INTERPRETED):
+        chosen = lookup(shape, gpu)
+        with override(gpu), choice.pinned(chosen):
+            (launch,) = call.launches(call.output())
+        assert tiles(chosen, shape) == cdiv(n * h * w, chosen.block_m) * cdiv(256, chosen.block_k)
+        if chosen.path == "pointer":
+            assert gpu is INTERPRETED
+            continue
+        assert chosen.box == (1, 1, chosen.block_m)
+        descriptors = {name: d for name, d in launch.arguments.items() if name in ("x_desc", "y_desc", "short_x_desc")}
+        for name, desc in descriptors.items():
+            c = {"x_desc": 64, "y_desc": 256, "short_x_desc": 128}[name]
+            if desc is not None:
+                assert (list(desc.shape), desc.strides[2:]) == ([1, 1, n * h * w, c], [c, 1]), name
+        if not chosen.kernel.startswith("hopper_conv"):  # these have as many programs as run at a time
+            assert launch.grid[0] * (*launch.grid, 1)[1] == tiles(chosen, shape) * chosen.split_k
+
+
+def test_no_other_convolution_does() -> None:
+    assert POINTWISE.pointwise
+    box = (1, 1, 32)
+    for change in (
+        {"r": 3}, {"s": 3}, {"stride": (2, 2)}, {"stride": (1, 2)}, {"padding": (0, 1)}, {"padding": (1, 0)},
+        {"shortcut_stride": (2, 2)},
+    ):  # fmt: skip
+        other = replace(POINTWISE, n=3, h=9, w=9, **change)
+        assert not other.pointwise
+        assert tiles(ConvConfig(32, 256, 64, 8, 2, box), other) == other.p * other.q
+    few = ConvConfig(32, 64, 64, 4, 1, box, kernel="hopper_few")
+    assert is_legal(few, POINTWISE, GPU)
+    assert is_legal(replace(few, box=(4, 8, 1)), POINTWISE, GPU)
+    assert not is_legal(few, replace(POINTWISE, stride=(2, 2)), GPU)
+    assert not is_legal(few.on((1, 1, 128)), POINTWISE, GPU)
+    assert not is_legal(few.on((1, 1, 8)), POINTWISE, GPU)
+
+
+def test_narrow_runs_are_columns_of_their_products() -> None:
+    """Products of fewer than 64 rows leave tensor cores idle."""
+    found = conv_candidates(replace(POINTWISE, h=28, w=28), INTERPRETED)
+    assert {c.swap for c in found if c.box == (1, 1, 32)} == {True}
+    assert {c.swap for c in found if c.box and c.box[2] > 32} == {False}
 
 
 # --- what is legal ---------------------------------------------------------------------------------------------------

@@ -212,7 +212,9 @@ EPILOGUES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("epilogue", "path", "dtype"), in_turn(EPILOGUES, ["pointer", "descriptor, one row"]))
+@pytest.mark.parametrize(
+    ("epilogue", "path", "dtype"), in_turn(EPILOGUES, ["pointer", "descriptor, one row", "descriptor, one pixel"])
+)
 def test_conv_epilogue(device: torch.device, path: str, epilogue: str, dtype: torch.dtype) -> None:
     options = EPILOGUES[epilogue]
     geometry = {name: options[name] for name in ("residual", "shortcut_c", "shortcut_stride") if name in options}

@@ -128,6 +128,9 @@ CASES = {
     "split": Case((2, 128, 5, 6), 128, (4, 8, 4), 128, 5, split=2, programs=2),
     "split, residual": Case((2, 64, 9, 6), 64, (4, 8, 4), 64, 6, split=3, residual=True, programs=3),
     "split, shortcut": Case((2, 128, 5, 6), 64, (4, 8, 4), 64, 6, split=2, shortcut=64, programs=1),
+    # runs of pixels of several images
+    "run": Case((3, 72, 5, 7), 72, (1, 1, 128), 64, 6, filter=1, residual=True, programs=1),
+    "run, shortcut": Case((5, 64, 5, 7), 64, (1, 1, 128), 64, 6, filter=1, shortcut=96, short_stride=1),
     # the other type
     "bfloat16": Case((9, 72, 5, 6), 72, (1, 8, 16), 64, 6, residual=True, dtype="bfloat16", activation=LEAKY),
     # TF32
@@ -154,6 +157,8 @@ CASES = {
     "few, stride 2, split": few(2, 128, 10, 6, 64, 4, stride=2, split=2, dtype="bfloat16", activation=LEAKY),
     "few, split": few(1, 192, 5, 7, 64, 4, split=3, residual=True),
     "few, shortcut": few(1, 64, 5, 7, 64, 4, shortcut=64)._replace(short_stride=1),
+    "few, run": few(3, 128, 3, 7, 128, 2, filter=1, split=2, residual=True)._replace(box=(1, 1, 16)),
+    "few, run, shortcut": few(5, 64, 5, 3, 64, 8, filter=1, shortcut=64)._replace(box=(1, 1, 64), short_stride=1),
     "few, split, shortcut": few(1, 512, 3, 7, 64, 2, split=8, shortcut=128, affine=False),
 }
 
@@ -163,6 +168,7 @@ SLOW = {
     "stride 2, one image", "shortcut", "two rows, one image", "two rows by 128, shortcut", "split",
     "64, 32 images, residual", "64, 64 images", "64, 128 images, residual", "few, 2 rows, residual", "few, 8 rows",
     "few, two slabs", "few, 1x1", "few, stride 2", "few, shortcut",
+    "run", "run, shortcut", "few, run, shortcut",
     "tf32, wide, stride 2", "tf32, shortcut", "tf32, 2x128, split",
 }  # fmt: skip
 """What differs from another case in one respect, in which a third differs, too."""
