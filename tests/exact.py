@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_triton import config
-from resnet_triton.config import ConvConfig, ConvShape, DepthwiseTile
+from resnet_triton.config import ConvConfig, ConvShape, DepthwiseTile, choice
 from resnet_triton.ops import (
     RELU,
     Activation,
@@ -293,11 +293,22 @@ def without_box(chosen: ConvConfig, shape: ConvShape, facts: Any) -> ConvConfig:
 def run_conv(call: ConvBnRelu, chosen: ConvConfig, programs: Sequence[int] | None = None) -> Tensor:
     """`run` with this configuration instead of the one looked up; unaligned tensors still drop its box."""
 
-    def lookup(shape: ConvShape, facts: Any, *, descriptors: bool = True) -> ConvConfig:
+    def rule(shape: ConvShape, facts: Any, *, descriptors: bool) -> ConvConfig:
         return chosen if descriptors else without_box(chosen, shape, facts)
 
-    with mock.patch.object(config, "lookup", lookup):
+    with choosing(rule):
         return run(call, programs=programs)
+
+
+@contextlib.contextmanager
+def choosing(rule: Callable[..., ConvConfig]) -> Iterator[None]:
+    """Make every convolution take what `rule` says of its shape, the facts of a device and `descriptors`."""
+
+    def choose(shape: ConvShape, facts: Any, *, descriptors: bool = True) -> choice.Chosen:
+        return choice.Chosen(rule(shape, facts, descriptors=descriptors), own=False)
+
+    with mock.patch.object(config, "choose", choose), mock.patch.object(config, "state", object):  # nothing is cached
+        yield
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ and device facts; nothing searches or times anything at call time.
 """
 
 from ..kernels.values import ConvConfig
-from .choice import lookup, pinned, state, untuned
+from .choice import choose, lookup, pinned, state, untuned
 from .conv import ConvShape, is_legal, is_run, supports_descriptors, tiles
 from .heuristic import (
     DepthwiseTile,
@@ -26,6 +26,7 @@ __all__ = [
     "ConvShape",
     "DepthwiseTile",
     "StemConfig",
+    "choose",
     "conv_heuristic",
     "depthwise_tile",
     "grouped_tile",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import NamedTuple
 
 from ..kernels.values import ConvConfig
 from . import table
@@ -21,8 +22,15 @@ _pinned: ContextVar[ConvConfig | None] = ContextVar("pinned", default=None)
 _forgotten = 0
 
 
+class Chosen(NamedTuple):
+    """A configuration, and whether it is this project's own choice."""
+
+    config: ConvConfig
+    own: bool
+
+
 def state() -> tuple[ConvConfig | None, int]:
-    """What `lookup` depends on besides its arguments: two equal states mean equal answers."""
+    """What a choice depends on besides its arguments: two equal states mean equal answers."""
     return _pinned.get(), _forgotten
 
 
@@ -32,8 +40,19 @@ def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -
     The table's entry for the very shape, else a form measured for it, else the table's entry for the nearest batch size
     within a factor of two if that does well here by the cost model, else that model.
     """
-    if (only := _pinned.get()) is not None:
-        return only
+    return choose(shape, device, descriptors=descriptors).config
+
+
+def choose(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> Chosen:
+    """The same, and whether it is our own: what is measured and what the cost model says is."""
+    config = _pinned.get() or _tuned(shape, device, descriptors)
+    if config is not None:
+        return Chosen(config, own=False)
+    return Chosen(conv_heuristic(shape, device, descriptors=descriptors), own=True)
+
+
+def _tuned(shape: ConvShape, device: DeviceFacts, descriptors: bool) -> ConvConfig | None:
+    """The table's."""
     known = _table(device.name)
     exact = known.entries.get(shape)
     if exact is not None and (descriptors or exact.config.box is None) and is_legal(exact.config, shape, device):
@@ -43,7 +62,7 @@ def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -
             config = adapt(known.entries[tuned].config, tuned, shape, device, descriptors=descriptors)
             if config is not None:
                 return config
-    return conv_heuristic(shape, device, descriptors=descriptors)
+    return None
 
 
 def untuned(device: DeviceFacts) -> str | None:
@@ -104,6 +123,6 @@ def _warn_of_another_triton(name: str, known: table.Table) -> None:
     if others := sorted(v for v in tuned_with if v and v.split(".")[:2] != here):
         warnings.warn(
             f"{name} was tuned with Triton {', '.join(others)}, this is {triton.__version__}; other tiles may be "
-            "faster now: resnet-triton tune --again",
+            "faster now: resnet-triton tune",
             stacklevel=2,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -140,9 +140,7 @@ class ConvBnRelu(Operation):
             )  # fmt: skip
         descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
         sizes, facts = self._sizes(), specialised.facts(x.device)
-        chosen, own, tiles, runs = _choose(
-            config.lookup, config.state(), facts, descriptors, self.modes.batch_invariant, sizes
-        )
+        chosen, own, tiles, runs = _choose(config.state(), facts, descriptors, self.modes.batch_invariant, sizes)
         if runs:
             out, x, residual = _pixels(out), _pixels(x), residual if residual is None else _pixels(residual)
             shortcut = shortcut if shortcut is None else shortcut._replace(x=_pixels(shortcut.x))
@@ -250,11 +248,11 @@ def _depthwise_tile(facts: DeviceFacts, s: _Sizes) -> config.DepthwiseTile:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(
-    lookup: Callable[..., ConvConfig], state: object, facts: DeviceFacts, descriptors: bool, invariant: bool, s: _Sizes
+    state: object, facts: DeviceFacts, descriptors: bool, invariant: bool, s: _Sizes
 ) -> tuple[ConvConfig, bool, int, bool]:
     """The configuration, whether it is this project's own choice, how many tiles it makes and whether these are runs.
 
-    Once for calls alike. `lookup` and its `state` are part of the key, for what it answers depends on them.
+    Once for calls alike, and for a `state`, on which the choice depends.
     """
     shape = _shape(s)
     if s.geometry.groups != 1:
@@ -262,8 +260,7 @@ def _choose(
     if invariant:
         chosen, own = config.invariant(shape, facts), True
     else:
-        chosen = lookup(shape, facts, descriptors=descriptors)
-        own = chosen == config.conv_heuristic(shape, facts, descriptors=descriptors)
+        chosen, own = config.choose(shape, facts, descriptors=descriptors)
     return chosen, own, config.tiles(chosen, shape), config.is_run(chosen.box, shape)
 
 

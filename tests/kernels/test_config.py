@@ -704,11 +704,11 @@ def test_launches_alike_look_up_once(folder: Path, monkeypatch: pytest.MonkeyPat
     """Weighing what may be chosen takes milliseconds. A table that is written is asked again."""
     asked = []
 
-    def counted(shape: ConvShape, *arguments: Any, **options: Any) -> ConvConfig:
+    def counted(shape: ConvShape, *arguments: Any, **options: Any) -> choice.Chosen:
         asked.append(shape)
-        return lookup(shape, *arguments, **options)
+        return choice.choose(shape, *arguments, **options)
 
-    monkeypatch.setattr("resnet_triton.config.lookup", counted)
+    monkeypatch.setattr("resnet_triton.config.choose", counted)
     call = conv_call(generator(torch.device("cpu"), 0), ConvShape(1, 16, 4, 4, 16, 1, 1))
     for forgotten in (False, True):
         call.launches(call.output())

@@ -15,6 +15,7 @@ import pytest
 import torch
 from contract.subjects import SUBJECTS
 from contract.term import Args, Term, call, differs, outcome
+from exact import choosing
 from torch import Tensor, nn
 
 from resnet_triton import config
@@ -30,7 +31,7 @@ FUSED = ("stem", "model")
 """Their stem has no descriptors in fp32."""
 
 
-def _lookup(way: str, shape: ConvShape, device: Any, *, descriptors: bool = True) -> ConvConfig:
+def _choice(way: str, shape: ConvShape, device: Any, *, descriptors: bool) -> ConvConfig:
     if way == "pointer" or not descriptors or not supports_descriptors(shape):
         return POINTER
     plain = shape.stride == (1, 1) and not shape.shortcut_c
@@ -53,7 +54,7 @@ def forced(way: str, device: torch.device) -> Iterator[list[Launch]]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Launch, "run", recorded))
-        stack.enter_context(mock.patch.object(config, "lookup", functools.partial(_lookup, way)))
+        stack.enter_context(choosing(functools.partial(_choice, way)))
         if device.type == "cpu":  # small tiles for small images
             stack.enter_context(mock.patch.object(config, "stem_heuristic", _stem_tile))
         if way == "pointer":

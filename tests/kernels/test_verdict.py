@@ -15,11 +15,10 @@ import torch
 pytest.importorskip("triton")
 
 from compiling import run
-from exact import assert_exact, conv_call, conv_reference, generator, rounded
+from exact import assert_exact, choosing, conv_call, conv_reference, generator, rounded
 
 from resnet_triton import ops
-from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, pinned
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config import ConvConfig, ConvShape, choice, pinned
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.machine_code import verdict
 from resnet_triton.ops import dispatch
@@ -222,19 +221,19 @@ def test_an_unsafe_box_takes_pointers(device: torch.device, unsafe: set[str], mo
     launched: list[str] = []
     lookup, run = choice.lookup, Launch.run
 
-    def in_boxes(*args: Any, descriptors: bool = True) -> ConvConfig:
+    def in_boxes(*args: Any, descriptors: bool) -> ConvConfig:
         return BOX if descriptors else lookup(*args, descriptors=False)
 
     def recorded(launch: Launch) -> None:
         launched.append(launch.kernel.__name__)
         run(launch)
 
-    monkeypatch.setattr("resnet_triton.config.lookup", in_boxes)
     monkeypatch.setattr(Launch, "run", recorded)
-    convolve(device)
-    assert launched == ["conv_box_kernel"]
-    unsafe.add("conv_box_kernel")
-    convolve(device)
+    with choosing(in_boxes):
+        convolve(device)
+        assert launched == ["conv_box_kernel"]
+        unsafe.add("conv_box_kernel")
+        convolve(device)
     assert launched == ["conv_box_kernel", "conv_pointer_kernel"]
     assert dispatch.calls == {("conv_bn_relu", "triton"): 2}
 
@@ -262,8 +261,6 @@ def test_only_the_projects_own_choice_is_trusted() -> None:
     assert own()
     with pinned(BOX):
         assert not own()
-    with pinned(conv_heuristic(call.shape, KNOWN[90])):
-        assert own()
 
 
 # --- the doctor ------------------------------------------------------------------------------------------------------
