@@ -47,7 +47,7 @@ MOST = gl.constexpr(8)
 
 def in_a_row(size: Size, box: tuple[int, int, int]) -> Size:
     """Images (N, C, H, W) as they are; for a box of images alone, of one pixel each, as one row: (1, C, 1, N)."""
-    return (1, size[1], 1, size[0]) if box[2] > 1 else size
+    return (1, size[1], 1, size[0]) if box[:2] == (1, 1) else size
 
 
 def pixel_descriptor(

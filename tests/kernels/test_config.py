@@ -222,11 +222,12 @@ def test_a_pointwise_convolution_takes_runs_of_pixels(size: tuple[int, int], n: 
             assert gpu is INTERPRETED
             continue
         assert chosen.box == (1, 1, chosen.block_m)
-        descriptors = {name: d for name, d in launch.arguments.items() if name in ("x_desc", "y_desc", "short_x_desc")}
-        for name, desc in descriptors.items():
-            c = {"x_desc": 64, "y_desc": 256, "short_x_desc": 128}[name]
-            if desc is not None:
-                assert (list(desc.shape), desc.strides[2:]) == ([1, 1, n * h * w, c], [c, 1]), name
+        channels = {"x_desc": 64, "y_desc": 256, "y_ptr": 256, "res_desc": 256, "res_ptr": 256, "short_x_desc": 128}
+        for name, c in channels.items():
+            if (given := launch.arguments.get(name)) is not None:
+                assert getattr(given, "base", given).shape == (n * h * w, c, 1, 1), name
+                if name.endswith("desc"):
+                    assert (list(given.shape), given.strides[2:]) == ([1, 1, n * h * w, c], [c, 1]), name
         if not chosen.kernel.startswith("hopper_conv"):  # these have as many programs as run at a time
             assert launch.grid[0] * (*launch.grid, 1)[1] == tiles(chosen, shape) * chosen.split_k
 
@@ -244,7 +245,11 @@ def test_no_other_convolution_does() -> None:
     few = ConvConfig(32, 64, 64, 4, 1, box, kernel="hopper_few")
     assert is_legal(few, POINTWISE, GPU)
     assert is_legal(replace(few, box=(4, 8, 1)), POINTWISE, GPU)
-    assert not is_legal(few, replace(POINTWISE, stride=(2, 2)), GPU)
+    assert is_legal(few.on((1, 1, 16)), POINTWISE, GPU)
+    assert not is_legal(few, replace(POINTWISE, h=8, w=8, stride=(2, 2)), GPU)
+    assert tiles(few.on((4, 8, 1)), POINTWISE) == 2 * 4, "a box of rows stays one"
+    found = conv_candidates(replace(POINTWISE, c=512), GPU)
+    assert {c.split_k for c in found if c.kernel == "hopper_few"} == {1, 2, 4, 8}
     assert not is_legal(few.on((1, 1, 128)), POINTWISE, GPU)
     assert not is_legal(few.on((1, 1, 8)), POINTWISE, GPU)
 
