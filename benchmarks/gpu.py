@@ -8,7 +8,6 @@ All of DIR goes into DIR/results.tar.gz after each phase. `--rehearse` needs no 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import tarfile
 import time
@@ -141,8 +140,7 @@ def _measure(phases: Sequence[Phase], again: Sequence[str], a: argparse.Namespac
     finally:
         results = resume(a.out)
         if results != before:
-            with contextlib.suppress(ImportError):  # of a plotting library; the archive has the data
-                output.write(results, a.out)
+            output.write(results, a.out)
         archive(a.out)
     print("\n".join(summary(results)))
     if any(step.failure is None for step in results.steps if step not in before.steps):

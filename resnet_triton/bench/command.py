@@ -14,6 +14,7 @@ from ..support import files
 from ..support.devices import find_device
 from . import cases, ceilings, compare, layers, output, race
 from .alternatives import Alternative, alternatives, select
+from .report import remark
 from .results import Results, resume
 from .runner import Phase, Run, Say, run_phase
 from .worker import Spec
@@ -82,11 +83,13 @@ def run(plan: Plan, say: Say, unwritten: Callable[[OSError], object]) -> Results
         for phase in phases(plan):
             deadline = min(time.monotonic() + phase.limit, end)
             run_phase(phase, Run(plan.device, plan.out, results, deadline, say, replaces=True))
+    except KeyboardInterrupt:
+        say("stopped" if results.timed else "stopped; nothing was timed, and nothing written")
+        raise
     finally:
         if results.timed:
-            say("writing")
             try:
-                output.write(results, plan.out)
+                say(output.write(results, plan.out))
             except OSError as error:
                 say(f"cannot write {error.filename}: {error.strerror}")
                 unwritten(error)
@@ -110,7 +113,7 @@ def faults(results: Results) -> list[str]:
     """That nothing was timed, rows of ours that are wrong or failed, and steps that failed."""
     nothing = [] if results.timed else ["nothing was timed, and nothing written; a larger --budget gives more"]
     rows = [
-        f"{compare.title(row)}: " + (f"failed: {row.failure}" if row.failure else "gives a wrong answer")
+        f"{compare.title(row)}: " + (remark(row) if row.failure else "gives a wrong answer")
         for row in results.rows
         if row.ours and (row.failure or row.correct is False)
     ]

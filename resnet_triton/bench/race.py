@@ -24,7 +24,7 @@ from .alternatives import Alternative
 from .check import allowed, relative_error
 from .child import Child
 from .environment import environment
-from .results import Measurement
+from .results import SKIPPED, Measurement
 from .runner import Found, Run, Steps
 from .worker import Spec, network, serve
 
@@ -33,6 +33,7 @@ ROUNDS = (5, 40)  # least and most
 TURN = 0.1  # seconds
 GRACE = 60  # seconds after which a call that was fast before is taken to hang
 FP64_CHUNK = 16  # images
+_LATE = "took more than"
 
 
 def steps(
@@ -118,7 +119,7 @@ class Worker:
         try:
             if not self.line.poll(max(limit, 0)):
                 self.end()
-                raise Lost(f"took more than {limit:.0f} s")
+                raise Lost(f"{_LATE} {limit:.0f} s")
             answer = self.line.recv()
         except (EOFError, OSError):
             self.child.process.join(5)
@@ -222,7 +223,7 @@ class Race:
         """Rows of alternatives that are lined up, as soon as they are known; later ones replace earlier ones.
 
         At most about `seconds` go into taking turns. `deadline` bounds all of it, compilers included: ours and the
-        quick ones start first, and what is not ready when a third of the time is left fails.
+        quick ones start first, and what is not ready when a third of the time is left is skipped.
         """
         timing = min(seconds, (deadline - time.monotonic()) / 3)
         for c in sorted(self.contenders, key=lambda c: c.alternative.cold and not c.alternative.ours):
@@ -230,9 +231,11 @@ class Race:
             if left > 0:
                 self.say(f"batch {batch}: first call of {c.alternative.name}")
                 c.facts |= c.ask("prepare", left, file=self._file(batch)) or {}
+                if c.failure and c.failure.startswith(_LATE):
+                    c.failure = f"{SKIPPED}, {left:.0f} s into its first call"
                 c.turn()
             else:
-                c.failure = c.failure or "no time left, a larger budget gives more"
+                c.failure = c.failure or SKIPPED
             yield self._rows(c, batch)
         yield from self.take_turns(batch, time.monotonic() + min(seconds, deadline - time.monotonic()), rounds)
 

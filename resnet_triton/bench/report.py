@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..support import terminal
-from .results import Measurement, Results, best, geometric_mean, speedup
+from .results import SKIPPED, Measurement, Results, best, geometric_mean, speedup
 
 Task = list[Measurement]
 """All alternatives for one thing to do."""
@@ -76,7 +76,7 @@ def no_ratio_reason(task: Task) -> str:
 def remark(row: Measurement) -> str:
     """What is wrong with a row; empty if nothing."""
     if row.failure is not None:
-        return f"failed: {row.failure}"
+        return row.failure if row.failure.startswith(SKIPPED) else f"failed: {row.failure}"
     if row.correct is False:
         errors = [e for e in (row.error_before, row.error_after) if e is not None]
         error = f"{max(errors):.2g}" if len(errors) == 2 else "not a number"

@@ -20,6 +20,8 @@ from ..support import files, timing
 FORMAT, VERSION = "resnet-triton-benchmark", 3
 FILE = "results.json"
 MAX_BYTES = 64 << 20
+SKIPPED = "skipped: the budget was used up"
+"""How a failure begins that is nobody's fault."""
 
 
 @dataclass(frozen=True)

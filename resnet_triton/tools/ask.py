@@ -97,7 +97,7 @@ NEEDS: dict[str, tuple[Question, ...]] = {
     "doctor": (_tables,),
     "predict": (*_VISION, _device, _cache),
     "demo": (_tables, _triton, *_VISION, package("sklearn.datasets"), _device, _cache),
-    "bench": (_tables, *_VISION, package("matplotlib"), _device, _kernels_on_a_gpu, _cache, _temporary),
+    "bench": (_tables, *_VISION, _device, _kernels_on_a_gpu, _cache, _temporary),
     "compare": (_tables,),
     "codegen": (_compiler, _cache, _temporary),
     "report": (_tables, _compiler),

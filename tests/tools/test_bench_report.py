@@ -3,12 +3,12 @@
 import base64
 import math
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from compiling import run
 from synthetic_results import CPU, GPU, NASTY, ceilings, gpu, row, wrong
 
 from resnet_triton.bench import output, report
@@ -249,12 +249,17 @@ def test_names_in_any_script_need_no_font_here():
 
 
 def test_files_are_written_and_read_back(tmp_path):
-    output.write(gpu(), tmp_path / "new")
+    assert output.write(gpu(), tmp_path / "new") == f"written: {tmp_path}/new/results.html, .md and .json"
     names = ["results.html", "results.json", "results.md"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     assert load(tmp_path / "new") == gpu()
 
 
-def test_tables_need_no_matplotlib():
-    names = "from resnet_triton.bench.report import show; from resnet_triton.bench.output import write"
-    run(f"import sys; sys.modules['matplotlib'] = None; {names}")
+def test_only_charts_need_matplotlib(tmp_path, monkeypatch):
+    output.write(gpu(), tmp_path)
+    monkeypatch.delitem(sys.modules, "resnet_triton.bench.page")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    said = output.write(wrong(), tmp_path)
+    assert re.fullmatch(r"written: \S+/results.md and .json, but no charts \(.*\): pip install matplotlib", said), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"], "no page of others"
