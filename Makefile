@@ -117,7 +117,7 @@ codegen: $(STAMP) ## compile the kernels ahead of time, check the machine code a
 	$(HERMETIC) $(PY) -m resnet_triton codegen --budget benchmarks/results/codegen.json $(ARGS)
 
 codegen-all: $(STAMP) ## the same for every target, and write the budget in benchmarks/results anew
-	$(HERMETIC) $(PY) -m resnet_triton codegen --arch 80 86 89 90 100 120 --out benchmarks/results $(ARGS)
+	$(HERMETIC) $(PY) -m resnet_triton codegen --archs 80,86,89,90,100,120 --out benchmarks/results $(ARGS)
 
 codegen-oldest: codegen-$(OLDEST_TRITON) ## the same with the oldest supported Triton
 

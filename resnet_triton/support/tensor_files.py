@@ -96,7 +96,7 @@ def _read_safetensors(file: BinaryIO) -> Any:
         import safetensors.torch
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "this is a safetensors file, and safetensors is not installed; install resnet-triton[vision]",
+            "this is a safetensors file, and safetensors is not installed; pip install safetensors",
             name="safetensors",
         ) from None
     try:

@@ -22,9 +22,7 @@ def torchvision() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
             raise
-        raise ModuleNotFoundError(
-            "torchvision is not installed; install resnet-triton[vision]", name=error.name
-        ) from None
+        raise ModuleNotFoundError("torchvision is not installed; pip install torchvision", name=error.name) from None
     except RuntimeError as error:
         if "torchvision::nms" not in str(error) or _stubs:
             raise
@@ -38,6 +36,14 @@ def torchvision() -> Any:
     return torchvision
 
 
+def obstacle() -> str | None:
+    """What it means that `torchvision` has had to declare operators; None if it has not."""
+    if not _stubs:
+        return None
+    said = "a plain `import torchvision` fails here: it was built for another torch, with or without CUDA"
+    return f"{said}; install both from one index"
+
+
 def find_weights(architecture: str, weights: Any) -> Any:
     """A member of torchvision's weights enum for `architecture`, from the member itself or its name."""
     models = torchvision().models
@@ -47,5 +53,6 @@ def find_weights(architecture: str, weights: Any) -> Any:
     prefix, _, name = str(weights).rpartition(".")
     if prefix not in ("", enum.__name__) or name not in enum.__members__:
         known = ", ".join(enum.__members__)
-        raise ValueError(f"unknown weights {weights!r} for {architecture}, expected one of {known}")
+        hint = "a file is for resnet_triton.load_checkpoint"
+        raise ValueError(f"unknown weights {weights!r} for {architecture}, expected one of {known}; {hint}")
     return enum[name]

@@ -27,11 +27,11 @@ from ..support import files
 from ..support.processes import cores
 from ..support.terminal import bar, printable
 
-EXTRAS = {
-    "rich": "cli", "sklearn": "cli", "torchvision": "vision", "PIL": "vision", "safetensors": "vision",
-    "matplotlib": "bench",
+_OPTIONAL = {
+    "rich": "rich", "sklearn": "scikit-learn", "torchvision": "torchvision", "PIL": "pillow",
+    "safetensors": "safetensors",
 }  # fmt: skip
-"""Optional packages by import name, and the extra of ours that installs them."""
+"""Optional packages by import name, and what installs them."""
 
 _MODELS = "resnet18, resnet34 or resnet50"
 _DTYPES = "float16, bfloat16, tf32 or float32"
@@ -176,7 +176,7 @@ def _codegen(args: argparse.Namespace) -> int:
     allowed = budget.load(args.budget, triton.__version__) if args.budget else None
     if args.out:
         files.prepare(args.out)
-    result = report.compile_all(args.arch, args.batch, args.dtype, args.jobs, bar)
+    result = report.compile_all(args.archs, args.batches, args.dtypes, args.jobs, bar)
     if args.out:
         report.write(result, args.out)
     if args.json:
@@ -229,8 +229,6 @@ def _bench(args: argparse.Namespace) -> int:
     found = _emit(args, work, report.show, results.as_text)
     if unwritten:  # what was measured has just been shown
         raise unwritten[0]
-    if found.timed:
-        print(f"Written: {args.out}/results.html, .md and, as data, .json", file=sys.stderr)
     return fail(command.faults(found))
 
 
@@ -279,9 +277,9 @@ def _explain(error: Exception) -> str | None:
     """One line about a failure the user can do something about; None for any other."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        extra = EXTRAS.get(package)
+        name = _OPTIONAL.get(package)
         hint = ", or use --json" if package == "rich" else ""
-        return extra and f"{package} is not installed; install it with: pip install 'resnet-triton[{extra}]'{hint}"
+        return name and f"{package} is not installed; install it with: pip install {name}{hint}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, for a GPU
         return "the GPU has too little free memory, expected room for one batch; use a smaller --batch or --device cpu"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: not enough memory" in str(error):
@@ -457,20 +455,17 @@ def _parser() -> argparse.ArgumentParser:
 
     c = command(
         "codegen", _codegen, "compile the kernels for GPUs that need not be here and report on the machine code",
-        "resnet-triton codegen --arch 80 90 --batch 1 32 --dtype float16",
+        "resnet-triton codegen --archs 80,90 --batches 1,32 --dtypes float16",
     )  # fmt: skip
     c.add_argument(
-        "--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], metavar="ARCH",
-        help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120; 90 means sm_90 (default: sm_80 sm_90 sm_100)",
+        "--archs", type=_names, default=["sm_80", "sm_90", "sm_100"], metavar="A,A",
+        help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120; 90 means sm_90 (default: sm_80,sm_90,sm_100)",
     )  # fmt: skip
     c.add_argument(
-        "--batch", type=positive, nargs="+", default=[1, 8, 32, 128, 256], metavar="N",
-        help="images at a time (default: 1 8 32 128 256)",
+        "--batches", type=_positives, default=[1, 8, 32, 128, 256], metavar="N,N",
+        help="images at a time (default: 1,8,32,128,256)",
     )  # fmt: skip
-    c.add_argument(
-        "--dtype", nargs="+", default=["float16"], metavar="T",
-        help=f"{_DTYPES} (default: float16)",
-    )  # fmt: skip
+    c.add_argument("--dtypes", type=_names, default=["float16"], metavar="T,T", help=f"{_DTYPES} (default: float16)")
     c.add_argument("--out", type=Path, metavar="DIR", help="write a summary there, codegen.json")
     c.add_argument("--budget", type=Path, metavar="FILE", help="fail if a row is worse than in this codegen.json")
     c.add_argument(
@@ -487,7 +482,10 @@ def _parser() -> argparse.ArgumentParser:
         help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120 (default: the GPU here, or sm_90 if there is none)",
     )  # fmt: skip
     w.add_argument("--models", type=_names, default=["resnet18"], metavar="M,M", help=f"{_MODELS} (default: resnet18)")
-    w.add_argument("--batches", type=_positives, default=[1, 8, 32, 256], metavar="N,N", help="(default: 1,8,32,256)")
+    w.add_argument(
+        "--batches", type=_positives, default=[1, 8, 32, 256], metavar="N,N",
+        help="images at a time (default: 1,8,32,256)",
+    )  # fmt: skip
     w.add_argument("--dtypes", type=_names, default=["float16"], metavar="T,T", help=f"{_DTYPES} (default: float16)")
 
     t = command(

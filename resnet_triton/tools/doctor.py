@@ -48,6 +48,7 @@ def examine(bar: Bar) -> Json:
             tests = self_test("cuda") if on_gpu else _interpreted_self_test()
     return {
         "versions": versions(),
+        "torchvision": vision.obstacle(),
         "gpus": gpus,
         "untuned": config.untuned(facts(where)) if on_gpu else None,
         "kernels": {"usable": on_gpu, "reason": no_gpu if no_gpu and dispatch.HAS_TRITON else obstacle},
@@ -68,6 +69,8 @@ def show(findings: Json) -> None:
                 "shared memory a program") for g in findings["gpus"]
     ]  # fmt: skip
     about.append(("kernels", "run on the GPU" if kernels["usable"] else f"do not run here: {kernels['reason']}"))
+    if findings["torchvision"]:
+        about.append(("WARNING", findings["torchvision"]))
     if findings["untuned"]:
         about.append(("tiles", findings["untuned"]))
     if findings["machine_code"]["triton"]:
@@ -84,7 +87,8 @@ def show(findings: Json) -> None:
         table(title[tests["backend"]], ("kernel", "path", "against PyTorch", "remark"), rows)
         if tests["backend"] == "interpreter":
             print("The interpreter checks values. It says nothing about speed, nor about a GPU's compiler.\n")
-    layers = [(c["layer"], c["operator"], c["backend"], c["detail"]) for c in findings["layers"]]
+    names = {"triton": "Triton", "torch": "PyTorch"}
+    layers = [(c["layer"], c["operator"], names[c["backend"]], c["detail"]) for c in findings["layers"]]
     table("ResNet-18, one image of 224x224 pixels", ("layer", "operator", "runs on", "why, or how"), layers)
     print("Everything that can work here works." if findings["ok"] else "A kernel is wrong: see the self-test above.")
 

@@ -221,7 +221,7 @@ def _find_weights(name: str) -> Any:
     try:
         return vision.find_weights("resnet18", name)
     except ValueError as error:
-        raise ValueError(f"{error}, or a checkpoint; no such file") from None
+        raise ValueError(f"{str(error).partition(';')[0]}, or a checkpoint; no such file") from None
 
 
 def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:

@@ -11,7 +11,7 @@ TABLE = zoo.PAGE.read_text(encoding="utf-8")
 
 def needs(package: str) -> None:
     if not zoo.has(package):
-        pytest.skip(f"no {package}: pip install 'resnet-triton[zoo]'")
+        pytest.skip(f"no {package}: pip install {package}")
 
 
 @pytest.mark.slow

@@ -90,14 +90,14 @@ class Condition(NamedTuple):
 
 PREDICT = "predict a.png --weights ten.pt --topk 1"
 BENCH = "bench --device cpu --out new"
-CODEGEN = "codegen --arch 90 --batch 1"
+CODEGEN = "codegen --archs 90 --batches 1"
 REPORT = "report --arch 90 --batches 1"
 GPU = "gpu --out gpu"
 BEGINS = 2, "error: the work begins\n"
 NO_GPU = 2, "error: no GPU found, expected one (resnet-triton doctor says why)\n"
 NO_TRITON = 2, "error: Triton is not installed, expected it for the kernels; install triton (Linux only)\n"
-NO_TORCHVISION = 2, "error: torchvision is not installed; install it with: pip install 'resnet-triton[vision]'\n"
-NO_PILLOW = 2, "error: PIL is not installed; install it with: pip install 'resnet-triton[vision]'\n"
+NO_TORCHVISION = 2, "error: torchvision is not installed; install it with: pip install torchvision\n"
+NO_PILLOW = 2, "error: PIL is not installed; install it with: pip install pillow\n"
 INTERPRETED = 2, "error: TRITON_INTERPRET is set, expected kernels that are compiled; unset it\n"
 NO_CUDA = 2, "error: no device 'cuda' here, torch sees 0 GPUs; use --device cpu\n"
 UNKNOWN = 2, "', expected auto, cpu, cuda or cuda:N\n"
@@ -139,7 +139,7 @@ CONDITIONS = {
         f"{GPU} --rehearse": NO_TORCHVISION,
     }),
     "no extras": Condition("rich PIL matplotlib", {}, {
-        "doctor": (2, "error: rich is not installed; install it with: pip install 'resnet-triton[cli]', or use --json"),
+        "doctor": (2, "error: rich is not installed; install it with: pip install rich, or use --json"),
         "doctor --json": WORKS, f"{PREDICT} --json": NO_PILLOW, "demo --json": NO_PILLOW,
         f"{BENCH} --json": NO_PILLOW, "compare old new --json": WORKS,
         CODEGEN: BEGINS,

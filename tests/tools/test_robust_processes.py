@@ -129,7 +129,7 @@ def test_a_benchmark_that_is_stopped_keeps_what_was_measured(tmp_path: Path, how
 @pytest.mark.parametrize("how", STOPS)
 def test_compiling_ahead_of_time_can_be_stopped(tmp_path: Path, how: str) -> None:
     cache = tmp_path / "cache"
-    command = ["codegen", "--arch", "90", "--batch", "1", "--dtype", "float16", "--jobs", "2"]
+    command = ["codegen", "--archs", "90", "--batches", "1", "--dtypes", "float16", "--jobs", "2"]
     process = start(*command, "--out", str(tmp_path / "out"), TRITON_CACHE_DIR=str(cache))
     deadline = time.monotonic() + 100
     while not (cache.exists() and any(cache.iterdir())) and time.monotonic() < deadline:  # both are at work
