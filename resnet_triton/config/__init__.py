@@ -6,7 +6,7 @@ and device facts; nothing searches or times anything at call time.
 """
 
 from ..kernels.values import ConvConfig
-from .choice import choose, lookup, pinned, state, untuned
+from .choice import choose, lookup, pinned, state, timed, untuned
 from .conv import ConvShape, is_legal, is_run, supports_descriptors, tiles
 from .heuristic import (
     DepthwiseTile,
@@ -43,5 +43,6 @@ __all__ = [
     "stem_heuristic",
     "supports_descriptors",
     "tiles",
+    "timed",
     "untuned",
 ]

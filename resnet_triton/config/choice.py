@@ -65,6 +65,14 @@ def _tuned(shape: ConvShape, device: DeviceFacts, descriptors: bool) -> ConvConf
     return None
 
 
+def timed(shape: ConvShape, device: DeviceFacts) -> bool:
+    """Whether the very configuration that `lookup` gives was timed for this shape on this GPU."""
+    known, chosen = _table(device.name).entries.get(shape), lookup(shape, device)
+    return (known is not None and known.config == chosen) or any(
+        form.config == chosen for form in measured(device.name).get(shape, ())
+    )
+
+
 def untuned(device: DeviceFacts) -> str | None:
     """One line about a GPU on which no tile was ever timed; None if some were."""
     if measured(device.name) or _table(device.name).entries:

@@ -60,7 +60,8 @@ def _row(call: Call, facts: DeviceFacts) -> Json:
     }  # fmt: skip
     if call.tiled:
         chosen = config.lookup(call.shape, facts)
-        row |= {"tile": f"{chosen.block_m}x{chosen.block_k}", "split_k": chosen.split_k}
+        timed = config.timed(call.shape, facts)
+        row |= {"tile": f"{chosen.block_m}x{chosen.block_k}", "split_k": chosen.split_k, "timed": timed}
     return row
 
 
@@ -76,7 +77,13 @@ def show(found: Json) -> None:
         columns = ["layer", "operator", *(f"batch {batch}" for batch in batches)]
         rows = [(*names, *(cells[batch] for batch in batches)) for names, cells in layers.items()]
         table(f"{model}, {dtype}, on {where}", columns, rows)
-    print(found["untuned"] or f"Tiles were timed on {found['gpu']}, or follow from what was.")
+    print("A tile is pixels x filters / programs that share it.")
+    print(found["untuned"] or _timed(found))
+
+
+def _timed(found: Json) -> str:
+    timed = [row["timed"] for row in found["rows"] if row["tile"]]
+    return f"{sum(timed)} of these {len(timed)} tiles were timed on {found['gpu']}; a cost model chose the others."
 
 
 def _cell(row: Json) -> str:

@@ -21,6 +21,7 @@ from resnet_triton.bench import command
 from resnet_triton.bench.results import Results
 from resnet_triton.codegen.compiler import Specialisation, specialise
 from resnet_triton.config.device import KNOWN, override
+from resnet_triton.config.measured import measured
 from resnet_triton.convert import report as report_of
 from resnet_triton.ops import interpreter
 from resnet_triton.ops.trace import trace
@@ -70,6 +71,13 @@ def test_every_convolution_has_its_kernel_by_name(
     assert sum(line.split()[:1] == ["conv1"] and line.count("hopper_stem") == 4 for line in lines) == 1
     last = next(line for line in lines if "layer4.1.conv2" in line)
     assert last.count("hopper_conv 128x") == 3
+    assert lines[-2:] == [
+        "A tile is pixels x filters / programs that share it.",
+        "0 of these 64 tiles were timed on NVIDIA H200; a cost model chose the others.",
+    ]
+    shape, forms = next(iter(measured(H200.name).items()))
+    with config.pinned(forms[0].config):
+        assert config.timed(shape, H200)
 
 
 @pytest.mark.usefixtures("compiled")
