@@ -21,6 +21,7 @@ from torch import Tensor
 import resnet_triton
 from resnet_triton.support.images import load_image
 from resnet_triton.support.vision import torchvision
+from resnet_triton.tools.cli import positive
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
@@ -35,11 +36,11 @@ def read(path: Path) -> Tensor:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="default: scikit-learn's two photographs")
-    parser.add_argument("--weights", help="torchvision's name of trained weights: DEFAULT or IMAGENET1K_V1")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--weights", choices=["DEFAULT", "IMAGENET1K_V1"], help="torchvision's name of trained weights")
+    parser.add_argument("--batch", type=positive, default=64)
     args = parser.parse_args(argv)
     folder = args.folder or photographs()
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         sys.exit(f"{folder}: no pictures, expected files ending in {', '.join(sorted(SUFFIXES))}")
 

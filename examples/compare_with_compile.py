@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton.support.vision import torchvision
+from resnet_triton.tools.cli import positive
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
     parser.add_argument("--mode", default="reduce-overhead", help="torch.compile's: default, reduce-overhead, ...")
     parser.add_argument("--runs", type=int, default=20)

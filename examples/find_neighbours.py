@@ -29,7 +29,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="default: pieces of scikit-learn's two photographs")
-    parser.add_argument("--weights", help="torchvision's name of trained weights: DEFAULT or IMAGENET1K_V1")
+    parser.add_argument("--weights", choices=["DEFAULT", "IMAGENET1K_V1"], help="torchvision's name of trained weights")
     args = parser.parse_args(argv)
     names, pictures = read(args.folder) if args.folder else pieces()
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read(folder: Path) -> tuple[list[str], Tensor]:
     """The pictures of a folder: names, and bytes (N, 3, SIZE, SIZE)."""
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"})
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"})
     if len(paths) < 2:
         sys.exit(f"{folder}: {len(paths)} pictures, expected at least two")
     squares = [numpy.array(ImageOps.fit(load_image(path), (SIZE, SIZE))) for path in paths]

@@ -21,7 +21,7 @@ import resnet_triton
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", help="torchvision's name of trained weights: DEFAULT or IMAGENET1K_V1")
+    parser.add_argument("--weights", choices=["DEFAULT", "IMAGENET1K_V1"], help="torchvision's name of trained weights")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--images", type=int, default=1437, help="how many digits to train with")
     args = parser.parse_args(argv)

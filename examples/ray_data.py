@@ -22,6 +22,7 @@ import torch
 
 from resnet_triton.support.images import find_images, read_pixels
 from resnet_triton.support.vision import torchvision
+from resnet_triton.tools.cli import positive
 from resnet_triton.tools.predict import Predictor, find_classifier
 
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder")
     parser.add_argument("--weights", default="DEFAULT", help="a checkpoint, or torchvision's name of trained weights")
     parser.add_argument("--workers", type=int, default=1, help="how many models; one a GPU, if there are any")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=positive, default=32)
     args = parser.parse_args(argv)
 
     transforms = find_classifier(args.weights).transforms

@@ -30,11 +30,17 @@ def test_classify_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "notes.txt").write_text("no picture")
     run("classify_folder.py")
     run("classify_folder.py", str(tmp_path))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="empty: no pictures"):
-        run("classify_folder.py", str(tmp_path / "empty"))
+    with pytest.raises(SystemExit, match="absent: no pictures"):
+        run("classify_folder.py", str(tmp_path / "absent"))
     names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["china.jpg", "flower.jpg", "grey.png"]
+
+
+@pytest.mark.parametrize("wrong", [("--batch", "0"), ("--weights", "trained.ckpt")], ids=" ".join)
+def test_a_wrong_option_is_one_line(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("classify_folder.py", *wrong)
+    assert re.search(rf"error: argument {wrong[0]}: [^\n]*'{wrong[1]}'[^\n]*\n$", capsys.readouterr().err)
 
 
 def test_find_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
