@@ -82,9 +82,12 @@ def read(file: str | os.PathLike[str] | BinaryIO, key: str | None = None) -> Che
             raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
         return _read(file, key)
     path = Path(file)
+    expected = "expected a checkpoint, one file that torch.save or safetensors wrote"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file, {expected}")
     if not stat.S_ISREG(path.stat().st_mode):
         what = "a folder" if path.is_dir() else "not a regular file"
-        raise ValueError(f"{path}: {what}, expected a checkpoint, one file that torch.save or safetensors wrote")
+        raise ValueError(f"{path}: {what}, {expected}")
     with path.open("rb") as opened:
         return _read(opened, key)
 
@@ -176,7 +179,8 @@ def _no_resnet(data: Any) -> ValueError:
         return ValueError(f"holds no ResNet with {_STEM} and {_BLOCK}, expected all layers of one")
     shape = tuple(names[other].shape)
     return ValueError(
-        f"holds another architecture: {other} {shape} is no layer of a ResNet, expected {_STEM}, {_BLOCK} and so on"
+        f"holds another architecture: {other} {shape} is no layer of a ResNet, expected {_STEM}, {_BLOCK} and so on; "
+        "build it where it is from, as by timm.create_model, and call optimize(model)"
     )
 
 
@@ -221,6 +225,8 @@ def _build(network: _Network) -> ResNet:
         shape = "" if (groups, width) == (1, 64) else f" of {groups} groups of width {width}"
         depth = _DEPTHS[block, tuple(layers)]
         hint = "; save the ResNet's own state_dict" if network.besides else ""
+        if (problems["missing"], len(said)) == (["fc.weight", "fc.bias"], 1):
+            hint = "; without a classifier, give it to load_state_dict(state, strict=False) of a model"
         raise ValueError(f"expected the weights of a ResNet-{depth}{shape}, but {'; '.join(said)}{hint}")
     weights = {name: _weight(name, state.get(name)) for name in expected}
     model.load_state_dict(weights, assign=True)

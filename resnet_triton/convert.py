@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from . import compiled, config, converted, copies, filters, models
@@ -61,6 +61,8 @@ def optimize(
     move to another device or dtype takes a snapshot of the batch norms. Filters and classifier are still read where
     they are; anything else that is done to the model shows after `refresh`.
 
+    A ResNet that was converted has `normalize`, as `ResNet` says; for any other model it is an attribute like all.
+
     `batch_invariant=True` makes an image's logits the same, bit for bit, in any batch, at any place and beside any
     neighbours, as `functional` says, for each whole ResNet in `model`; what surrounds it computes as ever. Where that
     cannot be promised (training mode, hooks, layers of another kind, which run module by module) a call raises
@@ -82,7 +84,11 @@ def optimize(
     whole = any(isinstance(m, models.ResNet) or type(m).__name__ == "ResNet" for m in chosen)
     blocks = bool(chosen) and not any(map(converted.is_derived, model.modules()))
     if not whole and (asked := _only_whole(cuda_graph is True and blocks, freeze, batch_invariant)):
-        raise ValueError(f"{type(model).__name__} contains no whole ResNet for {asked}")
+        other = ', or torch.compile(model, backend="resnet_triton", options={"batch_invariant": True})'
+        raise ValueError(
+            f"{_qualified(model)} contains no whole ResNet of torchvision's or ours, which {asked} is for; leave it out"
+            f"{other if batch_invariant else ''}"
+        )
     if not inplace:
         for module in model.modules():
             compiled.forget(module)  # which a copy cannot take along
@@ -142,9 +148,16 @@ def _check_module(model: object) -> None:
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
-def _check_shape(shape: object) -> None:
+def _qualified(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def _of_a_call(shape: tuple[Any, ...] | Tensor) -> tuple[Any, ...]:
+    if isinstance(shape, Tensor):
+        return (shape,)
     if not isinstance(shape, tuple | list):
         raise TypeError(f"shape is a {type(shape).__name__}, expected a tuple of sizes, as (1, 3, 224, 224)")
+    return tuple(shape)
 
 
 def _only_whole(cuda_graph: CudaGraph, freeze: bool, batch_invariant: bool) -> str:
@@ -192,13 +205,18 @@ def _without_ours(cls: Any) -> Any:
 def refresh(model: Model) -> Model:
     """Drop what was captured, frozen and compiled: the next call sees `model` as it is then. Returns `model`.
 
-    Only a frozen model needs it; others see what was done to them by themselves. Raises ValueError if `model` contains
-    no ResNet of ours and nothing that was compiled.
+    A frozen model needs it after an edit. One that runs through torch.compile needs it after a method was replaced on
+    an object that is no module, after a first call that computed what is kept, as YOLO's anchors, and once it was
+    changed so often that it is compiled no more (docs/models.md has all cases). Others see by themselves what was done
+    to them. Raises ValueError if `model` contains no ResNet of ours and nothing that was compiled.
     """
     _check_module(model)
     ours = [m for m in model.modules() if isinstance(m, models.ResNet | Compiled)]
     if not ours:
-        raise ValueError(f"{type(model).__name__} contains no ResNet of ours, so there is nothing to refresh")
+        raise ValueError(
+            f"{_qualified(model)} contains no ResNet of ours and nothing compiled, so there is nothing to refresh; "
+            "call optimize(model) first"
+        )
     for module in ours:
         runner.forget(module)
         compiled.forget(module)
@@ -239,13 +257,14 @@ class Report:
 
     def __str__(self) -> str:
         rows = [("layer", "operator", "runs on", "why, or how")]
-        rows += [(c.name or "-", c.operator, _backend(c), _detail(c)) for c in self.calls]
+        rows += [(c.name or "-", c.operator, _name(c.backend), _detail(c)) for c in self.calls]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
             for row in rows
         ]
-        counts = ", ".join(f"{op} {n} on {backend}" for (op, backend), n in sorted(self.counted.items())) or "none"
+        counted = (f"{op} {n} on {_name(backend)}" for (op, backend), n in sorted(self.counted.items()))
+        counts = ", ".join(counted) or "none"
         graphs = [f"{name + ': ' if name else ''}{line}" for name, line in self.graphs.items()]
         where: dict[str, list[str]] = {}
         for name, why in self.replaced.items():
@@ -259,17 +278,17 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Report:
+def report(model: nn.Module, shape: tuple[Any, ...] | Tensor = (1, 3, 224, 224)) -> Report:
     """Which layer of `model` runs on what, and why, for an input of `shape`, as inference would run now.
 
-    For a model of several inputs, or of others than images, `shape` is the tuple of a call's arguments. If all that was
+    `shape` may also be the tuple of a call's arguments, or its one tensor. If all that was
     optimized is torchvision's own, nothing is computed: the model is traced on fake tensors. Any other model, and one
     that torch.compile was given, is compiled again for this, with our backend, and called once, on zeros; what it
     writes into its buffers, as batch norms do in training mode, is undone. TypeError if `model` is no module or `shape`
     no tuple, ValueError if it cannot be called so.
     """
     _check_module(model)
-    _check_shape(shape)
+    shape = _of_a_call(shape)
     if isinstance(model, nn.DataParallel):
         model = model.module
     whole = compiled.is_whole(model)
@@ -288,16 +307,18 @@ def report(model: nn.Module, shape: tuple[Any, ...] = (1, 3, 224, 224)) -> Repor
         said = f"{type(model).__name__} cannot be traced, for what it does depends on values ({error.func})"
         raise ValueError(f"{said}; report a module in it, as a detector's backbone") from error
     except Exception as error:
-        given = f"zeros of {shape}" if all(isinstance(size, int) for size in shape) else "these arguments"
+        given, other = "these arguments", ""
+        if all(isinstance(size, int) for size in shape):
+            given, other = f"zeros of {shape}", "another size, as report(model, (1, 3, 96, 96)), or "
         said = f"{type(model).__name__} does not take {given}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"{said}; give all arguments of a call, or report a module in it") from error
-    calls = [_explained(call, replaced) for call in found]
+        raise ValueError(f"{said}; give {other}all arguments of a call, or report a module in it") from error
+    calls = [_explained(call, replaced, _left(model)) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
     untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
     return Report(calls, dict(dispatch.calls), graphs, replaced, untuned, limit)
 
 
-def precompile(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> None:
+def precompile(model: nn.Module, shape: tuple[Any, ...] | Tensor = (1, 3, 224, 224)) -> None:
     """Compile the kernels that `model` would run now for an input of `shape` in its dtype, side by side on all cores.
 
     A first call finds them then; by itself it compiles one after another. What is in Triton's cache is only loaded, and
@@ -305,23 +326,36 @@ def precompile(model: nn.Module, shape: tuple[int, ...] = (1, 3, 224, 224)) -> N
     `model` is no module or `shape` no tuple, ValueError if it contains no ResNet or block of one.
     """
     _check_module(model)
-    _check_shape(shape)
+    shape = _of_a_call(shape)
     if not _chosen(model):
-        raise ValueError(f"{type(model).__name__} contains no ResNet to precompile; its first call compiles")
+        said = f"{_qualified(model)} contains no ResNet of torchvision's or ours to precompile"
+        raise ValueError(f"{said}; leave it out, for the first call compiles")
     compile_calls(trace(model, shape), cores())
 
 
-def _explained(call: Call, replaced: dict[str, str]) -> Call:
-    """A call inside a module whose code was replaced says so."""
-    inside = [name for name in replaced if f"{call.name}.".startswith(f"{name}." if name else "")]
-    if call.operation is not None or not call.name or not inside or call.reason != "called as a module":
+def _left(model: nn.Module) -> str:
+    """Why modules run as they are that nothing of ours has called."""
+    ours = [m for m in model.modules() if isinstance(m, (*_OURS, Compiled))]
+    if not ours:
+        return "not optimized: call optimize(model)"
+    if original.anywhere and all(map(original.is_disabled, ours)):
+        return "disabled"
+    return "outside what optimize takes: torch.compile(model, backend='resnet_triton') reaches it, too"
+
+
+def _explained(call: Call, replaced: dict[str, str], left: str) -> Call:
+    """A call that nothing of ours has made says why: its module's code was replaced, or `left`."""
+    if call.operation is not None or call.reason:
         return call
+    inside = [name for name in replaced if f"{call.name}.".startswith(f"{name}." if name else "")] if call.name else []
+    if not inside:
+        return replace(call, reason=left)
     name = max(inside, key=len)
     return replace(call, reason=f"{name or 'the model'}: {replaced[name]}")
 
 
-def _backend(call: Call) -> str:
-    return "Triton kernel" if call.backend == "triton" else "PyTorch"
+def _name(backend: str) -> str:
+    return {"triton": "Triton", "torch": "PyTorch"}[backend]
 
 
 def _detail(call: Call) -> str:

@@ -74,7 +74,7 @@ def examine(model: nn.Module, size: int = SIZE, **modes: Any) -> Row:
     taken = stems + len(convolutions) + sum(c.shortcut is not None for c in convolutions)
     inside = Counter(c.activation.activation for c in convolutions) + Counter(relu=stems)
     del inside["none"]
-    left = Counter(c.reason for c in calls if c.operator == "aten.convolution")
+    left = Counter(c.reason.partition(":")[0] for c in calls if c.operator == "aten.convolution")
     return Row(taken, taken + left.total(), inside, left, difference)
 
 

@@ -204,7 +204,9 @@ def _output_size(
     k, c, r, s = weight
     groups = geometry.groups
     if groups < 1 or k % groups or x[1] != c * groups:
-        raise ValueError(f"x has {x[1]} channels, expected {c * groups} for weight {tuple(weight)} and groups={groups}")
+        hint = "; NHWC? permute(0, 3, 1, 2)" if x[3] == c * groups else ""
+        expected = f"{c * groups} for weight {tuple(weight)} and groups={groups}"
+        raise ValueError(f"x has {x[1]} channels, expected {expected}{hint}")
     size = (x[0], k, *window("x", x, (r, s), geometry))
     if residual is not None and residual != size:
         raise ValueError(f"residual has shape {tuple(residual)}, expected the output's {size}")

@@ -59,6 +59,11 @@ class Choice(NamedTuple):
     reason: str
 
 
+_REMEDIES = {
+    "a gradient is asked for": "call the model under torch.inference_mode()",
+    "training mode": "call model.eval()",
+    "autocast is on": "call the model without it, converted, as by model.half()",
+}
 _ON_GPU, _INTERPRETED = Choice("triton", ""), Choice("triton", "interpreted on the CPU")
 
 
@@ -82,7 +87,8 @@ def choose(kernels: str, where: torch.device, dtype: torch.dtype, reason: str | 
 def refuse(kernels: str, reason: str) -> None:
     """NotImplementedError if the kernels were asked for, which cannot run a call for this reason."""
     if kernels == "triton":
-        raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}')
+        remedy = f"; {_REMEDIES[reason]}" if reason in _REMEDIES else ""
+        raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}{remedy}')
 
 
 def warn_of_coverage(reasons: Sequence[str], convolutions: int) -> None:

@@ -60,13 +60,13 @@ class Stem(Operation):
             raise TypeError(
                 f"x has dtype {x.dtype}, expected torch.uint8 with pixel_mean and pixel_std, else floating point"
             )
-        if self.pixel_mean is not None and self.pixel_std is not None:
-            check_pixels(self.pixel_mean, self.pixel_std, x.shape[1])
         if weight.dim() == 4 and tuple(weight.shape[2:]) != (7, 7):
             raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (K, C, 7, 7)")
         if x.dtype == torch.uint8:
             x = x.new_empty((), dtype=weight.dtype).expand(x.shape)  # for its shape only
         n, k, p, q = self.convolution(x).result().shape
+        if self.pixel_mean is not None and self.pixel_std is not None:
+            check_pixels(self.pixel_mean, self.pixel_std, x.shape[1])
         return Result((n, k, (p - 1) // 2 + 1, (q - 1) // 2 + 1), weight.dtype)
 
     def fallback_reason(self, shape: Shape) -> str | None:

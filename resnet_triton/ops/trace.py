@@ -41,7 +41,8 @@ class Call:
     """One call in a model: of our `operator`, or `aten.NAME` of PyTorch's.
 
     `name` is the module whose weight it used ("" for none), `operation` the call itself with meta tensors in place of
-    real ones (None for PyTorch's), `backend` "triton" or "torch" on `device`, and `reason` why.
+    real ones (None for PyTorch's), `backend` "triton" or "torch" on `device`, and `reason` why ("" where it was called
+    as any module is).
     """
 
     name: str
@@ -221,8 +222,7 @@ class _Recorder(TorchDispatchMode):
             _, (backend, reason) = operation.choose()
             self.calls.append(Call(name, operator, operation, out.device, backend, reason))
         elif func.namespace == "aten" and operator in _HEAVY:
-            reason = self.reason or "called as a module"
-            self.calls.append(Call(name, f"aten.{operator}", None, args[0].device, "torch", reason))
+            self.calls.append(Call(name, f"aten.{operator}", None, args[0].device, "torch", self.reason))
         return out
 
 

@@ -302,6 +302,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["x", "3 channels", "expected 4"],
     ),
+    "stem-NHWC": (
+        stem(**PIXELS | {"x": torch.zeros(1, 9, 9, 4, dtype=torch.uint8)}),
+        ValueError,
+        ["x has 9 channels, expected 4", "; NHWC? permute(0, 3, 1, 2)"],
+    ),
     "head-weight-rank": (lambda: F.avg_pool_linear(X, torch.zeros(4)), ValueError, ["weight", "(4,)", "2 dimensions"]),
     "head-device": (
         lambda: F.avg_pool_linear(X, torch.zeros(3, 4, device="meta")),

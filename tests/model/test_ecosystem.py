@@ -301,8 +301,10 @@ def test_a_class_of_the_same_name_is_told_apart() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_report_of_what_zeros_do_not_fit(kind: str) -> None:
     model = optimize(Two(MODELS[kind]()))
-    with pytest.raises(ValueError, match=r"^Two does not take zeros of \(1, 3, 9, 9\): .*'y'; give all arguments"):
+    with pytest.raises(ValueError, match=r"^Two does not take zeros of \(1, 3, 9, 9\): .*'y'; give another size, as"):
         report(model, (1, 3, 9, 9))
+    with pytest.raises(ValueError, match=r"^Two does not take these arguments: .*'y'; give all arguments of a call"):
+        report(model, torch.zeros(1, 3, 9, 9))
 
 
 class Detector(nn.Module):

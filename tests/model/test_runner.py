@@ -515,7 +515,7 @@ def test_unknown_mode(mode):
 def test_modes_that_need_a_whole_resnet(modes):
     blocks = nn.Sequential(torchvision.models.resnet18().layer1)
     optimize(blocks)
-    with pytest.raises(ValueError, match="Sequential contains no whole ResNet"):
+    with pytest.raises(ValueError, match=r"container.Sequential contains no whole ResNet"):
         optimize(blocks, **modes)
 
 
