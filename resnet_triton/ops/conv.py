@@ -258,7 +258,7 @@ def _choose(
     """
     shape = _shape(s)
     if s.geometry.groups != 1:
-        return config.grouped_tile(shape, s.geometry.groups), True, 0
+        return config.grouped_tile(shape, s.geometry.groups), True, 0, False
     if invariant:
         chosen, own = config.invariant(shape, facts), True
     else:
