@@ -11,9 +11,10 @@ from .tiles import relu
 
 
 @triton.jit(do_not_specialize=["NUMEL"])
-def add_relu_kernel(x_ptr, other_ptr, y_ptr, NUMEL, BLOCK: tl.constexpr):
+def add_relu_kernel(x_ptr, other_ptr, y_ptr, NUMEL, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < NUMEL
+    numel = NUMEL // VECTOR * VECTOR  # the same, but seen to be a multiple: so VECTOR elements have one mask
+    mask = offs < numel
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     other = tl.load(other_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs, relu(x + other).to(y_ptr.dtype.element_ty), mask=mask)
@@ -21,5 +22,7 @@ def add_relu_kernel(x_ptr, other_ptr, y_ptr, NUMEL, BLOCK: tl.constexpr):
 
 def add_relu(*, out: Tensor, x: Tensor, other: Tensor, block: int, num_warps: int) -> Launch:
     """The launch that writes `out = relu(x + other)`; the three share shape, dtype and dense memory order."""
-    arguments = {"x_ptr": x, "other_ptr": other, "y_ptr": out, "NUMEL": x.numel(), "BLOCK": block}
-    return Launch(add_relu_kernel, (cdiv(x.numel(), block),), arguments, num_warps)
+    numel = x.numel()
+    vector = 8 if numel % 8 == 0 else 1
+    arguments = {"x_ptr": x, "other_ptr": other, "y_ptr": out, "NUMEL": numel, "BLOCK": block, "VECTOR": vector}
+    return Launch(add_relu_kernel, (cdiv(numel, block),), arguments, num_warps)

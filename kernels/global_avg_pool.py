@@ -23,7 +23,9 @@ def global_avg_pool_kernel(x_ptr, y_ptr, PIXELS, C: tl.constexpr, BLOCK_P: tl.co
         offs_x = offs_p.to(tl.int64)[:, None] * C + offs_c[None, :]
         mask_x = (offs_p < PIXELS)[:, None] & mask_c[None, :]
         acc += tl.load(image + offs_x, mask=mask_x, other=0.0).to(tl.float32)  # [BLOCK_P, BLOCK_C]
-    mean = tl.div_rn(tl.sum(acc, 0), PIXELS.to(tl.float32))
+    # The gather moves nothing. It spreads the sums, of which each thread has several, before they are divided.
+    total = tl.gather(tl.sum(acc, 0), tl.arange(0, BLOCK_C), 0)
+    mean = tl.div_rn(total, PIXELS.to(tl.float32))
     tl.store(y_ptr + n * C + offs_c, mean.to(y_ptr.dtype.element_ty), mask=mask_c)
 
 

@@ -1,4 +1,7 @@
-"""Max pooling over channels-last memory. Padding is -inf and NaN wins, as in PyTorch."""
+"""Max pooling over channels-last memory. Padding is -inf and NaN wins, as in PyTorch.
+
+Of zeros in a window the positive one wins; in PyTorch the first.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv
+from .tiles import maximum
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
@@ -14,6 +18,7 @@ def max_pool_kernel(
     x_ptr, y_ptr, M, H, W, P, Q,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -26,8 +31,8 @@ def max_pool_kernel(
     w0 = offs_m % Q * STRIDE_W - PAD_W
     row = W.to(tl.int64) * C
     x_pixel = x_ptr + (n * H + h0) * row + w0.to(tl.int64) * C
-    acc = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
-    for tap in range(R * S):
+    acc = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32).to(x_ptr.dtype.element_ty)
+    for tap in tl.range(0, R * S, loop_unroll_factor=UNROLL):
         r = tap // S
         s = tap % S
         inside = (h0 + r >= 0) & (h0 + r < H) & (w0 + s >= 0) & (w0 + s < W) & mask_m
@@ -35,10 +40,10 @@ def max_pool_kernel(
             (x_pixel + (r * row + s * C))[:, None] + offs_c[None, :],
             mask=inside[:, None] & mask_c[None, :],
             other=float("-inf"),
-        ).to(tl.float32)  # [BLOCK_M, BLOCK_C]
-        acc = tl.where((v > acc) | (v != v), v, acc)
+        )  # [BLOCK_M, BLOCK_C]
+        acc = maximum(acc, v).to(v.dtype)
     offs_y = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
-    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
+    tl.store(y_ptr + offs_y, acc, mask=mask_m[:, None] & mask_c[None, :])
 
 
 def max_pool(
@@ -50,6 +55,7 @@ def max_pool(
     padding: tuple[int, int],
     block_m: int,
     block_c: int,
+    unroll: int,
     num_warps: int,
 ) -> Launch:
     """The launch that writes `out` (N, C, P, Q) from `x` (N, C, H, W), both dense in channels_last memory."""
@@ -58,6 +64,6 @@ def max_pool(
     arguments = {
         "x_ptr": x, "y_ptr": out, "M": n * p * q, "H": h, "W": w, "P": p, "Q": q, "C": c,
         "R": kernel_size[0], "S": kernel_size[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1],
-        "PAD_H": padding[0], "PAD_W": padding[1], "BLOCK_M": block_m, "BLOCK_C": block_c,
+        "PAD_H": padding[0], "PAD_W": padding[1], "BLOCK_M": block_m, "BLOCK_C": block_c, "UNROLL": unroll,
     }  # fmt: skip
     return Launch(max_pool_kernel, (cdiv(n * p * q, block_m) * cdiv(c, block_c),), arguments, num_warps)

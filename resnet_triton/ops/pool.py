@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
+from ..config import device
 from ..kernels import cost
 from ..kernels.cost import Cost
-from ..kernels.launch import Launch, next_power_of_2
+from ..kernels.launch import Launch, cdiv, next_power_of_2
 from ..kernels.values import Geometry
 from . import reference
 from .checks import at_aligned, channels_last, check_rank, check_tensors, in_channels_last, too_large, window
@@ -47,9 +49,11 @@ class MaxPool2d(Operation):
 
     def launches(self, out: Tensor) -> tuple[Launch, ...]:
         block_c = min(next_power_of_2(self.x.shape[1]), 64)
+        taps = prod(self.kernel_size)
+        unroll = taps if taps <= 25 else 8  # that many loads are on their way at once
         launch = max_pool(
             out=out, x=channels_last(self.x), kernel_size=self.kernel_size, stride=self.stride, padding=self.padding,
-            block_m=2048 // block_c, block_c=block_c, num_warps=4,
+            block_m=2048 // block_c, block_c=block_c, unroll=unroll, num_warps=4,
         )  # fmt: skip
         return (launch,)
 
@@ -83,9 +87,12 @@ class GlobalAvgPool(Operation):
     def launches(self, out: Tensor) -> tuple[Launch, ...]:
         x = channels_last(self.x)
         x = at_aligned(x) if self.modes.batch_invariant else x
-        block_c = min(next_power_of_2(x.shape[1]), 64)
-        block_p = min(next_power_of_2(x.shape[2] * x.shape[3]), 64)
-        return (global_avg_pool(out=out, x=x, block_p=block_p, block_c=block_c, num_warps=4),)
+        n, c, h, w = x.shape
+        few = not self.modes.batch_invariant and n * cdiv(c, 64) < device.facts(x.device).sm_count
+        # Few programs that take turns: narrower, so that there are more, of more pixels, so that these take fewer.
+        most_p, most_c, num_warps = (512, 16, 8) if few and h * w > 64 else (64, 64, 4)
+        block_p, block_c = min(next_power_of_2(h * w), most_p), min(next_power_of_2(c), most_c)
+        return (global_avg_pool(out=out, x=x, block_p=block_p, block_c=block_c, num_warps=num_warps),)
 
     def reference(self) -> Tensor:
         return in_channels_last(reference.global_avg_pool(self.x))

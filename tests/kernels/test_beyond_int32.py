@@ -115,7 +115,15 @@ def test_max_pool() -> None:
     x, out = pixels(1, 64, 3, WIDE), pixels(1, 64, 3, WIDE)
     end = filled(x[..., -20:])
     launch = max_pool(
-        out=out, x=x, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), block_m=16, block_c=64, num_warps=4
+        out=out,
+        x=x,
+        kernel_size=(3, 3),
+        stride=(1, 1),
+        padding=(1, 1),
+        block_m=16,
+        block_c=64,
+        unroll=9,
+        num_warps=4,
     )
     run(launch, *wide_tiles())
     assert_exact(out[:, :, 1:, -16:], F.max_pool2d(end, 3, 1, 1)[:, :, 1:, -16:])

@@ -88,7 +88,7 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
     "max_pool": (
         max_pool,
         {"out": X, "x": X, "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1)},
-        {"block_m": 64, "block_c": 16, "num_warps": 8},
+        {"block_m": 64, "block_c": 16, "unroll": 2, "num_warps": 8},
         (14,),
     ),
     "conv_depthwise": (

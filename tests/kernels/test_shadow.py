@@ -291,7 +291,7 @@ def test_an_arrival_that_orders_nothing(old, new, text):
 def test_operators_are_watched_wherever_they_are_called():
     x = torch.ones(1, 5, 4, 5)
     with (
-        planted("add_relu.py", "add_relu_kernel", "offs < NUMEL", "offs <= NUMEL"),
+        planted("add_relu.py", "add_relu_kernel", "offs < numel", "offs <= numel"),
         fault("add_relu_kernel, program (0, 0, 0), loads outside"),
     ):
         AddRelu(x, x, Modes(kernels="triton")).run()

@@ -231,12 +231,16 @@ CASES = {
     "conv_pointer of groups": lambda: infinite_group(),
     "conv_depthwise": lambda: depthwise(4, 64),
     "stem": lambda: call(stem_call(generator(CPU, 0), 1, 3, 20, 16, 64, torch.float16)),
-    "linear": lambda: call(ops.Linear(data(3, 64), data(10, 64), data(10), KERNELS)),
+    "linear": lambda: call(ops.Linear(data(3, 300), data(10, 300), data(10), KERNELS)),
     "avg_pool_linear": lambda: call(ops.AvgPoolLinear(data(2, 64, 2, 2), data(10, 64), data(10), KERNELS)),
     "avg_pool_linear, dependent": lambda: dependent_head(),
     "max_pool": lambda: call(ops.MaxPool2d(channels_last(data(1, 8, 9, 9)), *POOL, modes=KERNELS)),
+    "max_pool of 28": lambda: call(
+        ops.MaxPool2d(channels_last(data(1, 8, 5, 9)), (4, 7), (2, 1), (1, 3), modes=KERNELS)
+    ),
     "add_relu": lambda: call(ops.AddRelu(channels_last(data(1, 8, 9, 9)), channels_last(data(1, 8, 9, 9)), KERNELS)),
     "global_avg_pool": lambda: call(ops.GlobalAvgPool(channels_last(data(2, 8, 4, 4)), KERNELS)),
+    "global_avg_pool, narrow": lambda: call(ops.GlobalAvgPool(channels_last(data(1, 24, 8, 9)), KERNELS)),
 }  # fmt: skip
 RACE = "conv_box as it was"
 """Its pixels are rows of a product and come through registers."""
