@@ -139,12 +139,18 @@ def _fits_registers(config: ConvConfig, device: DeviceFacts) -> bool:
     return device.arch < 100 or config.block_m * config.block_k <= 2048 * config.num_warps
 
 
-def linear_heuristic(m: int, k: int, itemsize: int, precision: str) -> ConvConfig:
-    """Tiles for a (m, c) by (c, k) product. Few rows, so small tiles; 16 is the least a tensor core takes."""
-    if itemsize == 4 and precision == "ieee":
-        return ConvConfig(16 if m <= 16 else 64, 64, 16, 4, 3)
-    block_m = 16 if m <= 16 else 32 if m <= 64 else 64
-    return ConvConfig(block_m, 64, 128 // itemsize, 4, 3)
+def linear_heuristic(m: int, c: int, k: int, itemsize: int, precision: str, device: DeviceFacts) -> ConvConfig:
+    """Tiles for a (m, c) by (c, k) product. 16 is the least a tensor core takes.
+
+    Of few rows only the weights take time. They are in tiles so narrow that nearly every SM has a program, with so many
+    of their bytes on their way as memory needs (and 80 KB of shared memory hold).
+    """
+    ieee = itemsize == 4 and precision == "ieee"
+    if m > 16:
+        return ConvConfig(64, 64, 16, 4, 3) if ieee else ConvConfig(32 if m <= 64 else 64, 64, 128 // itemsize, 4, 3)
+    block_k = next((width for width in (64, 32) if 8 * -(-k // width) >= 7 * device.sm_count), 16)
+    row = 128 if ieee else min(512, 16384 // block_k)  # bytes; multiply-adds are unrolled
+    return ConvConfig(16, block_k, min(max(next_power_of_2(c), 16), row // itemsize), 4, 4)
 
 
 def head_classes(n: int, k: int, device: DeviceFacts) -> int:

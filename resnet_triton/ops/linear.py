@@ -60,9 +60,8 @@ class Linear(Operation):
         rows = self.x.reshape(-1, c).contiguous()
         rows = at_aligned(rows) if self.modes.batch_invariant else rows
         precision = matmul_precision(rows.dtype)
-        tile = config.linear_heuristic(
-            1 if self.modes.batch_invariant else rows.shape[0], k, rows.element_size(), precision
-        )
+        m = 1 if self.modes.batch_invariant else rows.shape[0]
+        tile = config.linear_heuristic(m, c, k, rows.element_size(), precision, device.facts(rows.device))
         launch = linear(
             out=out.view(-1, k), x=rows, weight=self.weight.contiguous(), bias=contiguous(self.bias),
             precision=precision, block_m=tile.block_m, block_k=tile.block_k, block_c=tile.block_c,
