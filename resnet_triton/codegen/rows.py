@@ -8,7 +8,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels.launch import Launch
 from ..machine_code import Code
@@ -44,9 +44,9 @@ class CompiledLaunch:
     """One launch of a layer at one batch size and dtype, compiled for one architecture.
 
     `launch` counts from 0 within the layer; `filter` is "3x3" and the like, "" for kernels without one; `programs` the
-    size of the grid, `channels` those of the input (0: the kernel does not know of any,
-    or reads them by groups). `early` are the arguments that
-    it reads before it waits for the launch before.
+    size of the grid, `channels` those of the input (0: the kernel does not know of any, or reads them by groups).
+    `wide_input` and `wide_output` say whether through pointers it reads and writes what can be moved 16 bytes at a
+    time. `early` are the arguments that it reads before it waits for the launch before.
     """
 
     arch: str
@@ -68,6 +68,8 @@ class CompiledLaunch:
     occupancy: float
     waves: float
     code: Code
+    wide_input: bool = False
+    wide_output: bool = False
     early: tuple[str, ...] = ()
 
     def faults(self) -> list[str]:
@@ -97,6 +99,11 @@ class CompiledLaunch:
         whole = self.channels * DTYPES[self.dtype][0].itemsize % ALIGNED == 0
         if self.channels and whole and not code.specialised and 0 < code.narrowest_load < ALIGNED:
             found.append(f"loads {code.narrowest_load} bytes at a time in a loop, expected {ALIGNED}")
+        for what, wide, widest in (
+            ("loads", self.wide_input, code.widest_load), ("stores", self.wide_output, code.widest_store)
+        ):  # fmt: skip
+            if wide and widest < ALIGNED:
+                found.append(f"{what} at most {widest} bytes at a time, expected {ALIGNED}")
         if code.widest_access > ALIGNED:
             found.append(f"accesses {code.widest_access} bytes at a time, pointers are aligned to {ALIGNED}")
         own = Launch(None, (), dict.fromkeys(self.early)).parameters
@@ -205,8 +212,19 @@ def _compiled(p: _Planned, code: Code) -> CompiledLaunch:
         occupancy=round(resident * num_warps / sm.warps, 3),
         waves=round(waves(prod(launch.grid), resident, p.target), 3),
         code=code,
+        wide_input=any(_wide(arguments.get(name), launch) for name in ("x_ptr", "w_ptr")),
+        wide_output=_wide(arguments.get("y_ptr"), launch),
         early=_early(p.source, code),
     )
+
+
+def _wide(tensor: Tensor | None, launch: Launch) -> bool:
+    """Whether rows are multiples of 16 bytes and each thread has as many: tiles are powers of two, none half empty."""
+    if tensor is None:
+        return False
+    threads = prod(launch.grid) * launch.num_warps * 32
+    itemsize = tensor.element_size()
+    return tensor.shape[1] * itemsize % ALIGNED == 0 and tensor.numel() * itemsize > ALIGNED // 2 * threads
 
 
 def _early(source: Specialisation, code: Code) -> tuple[str, ...]:

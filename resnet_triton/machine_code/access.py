@@ -11,14 +11,14 @@ _ACCESS = re.compile(
 )
 
 
-def accesses(lines: Iterable[str]) -> Iterator[int]:
-    """Bytes of each load, store and copy in lines of PTX."""
-    return (width for _, width in _read(lines))
-
-
 def loads(lines: Iterable[str]) -> Iterator[int]:
-    """Bytes of each load; a copy to shared memory is one."""
+    """Bytes of each load in lines of PTX; a copy to shared memory is one."""
     return (width for what, width in _read(lines) if what != "st")
+
+
+def stores(lines: Iterable[str]) -> Iterator[int]:
+    """Bytes of each store."""
+    return (width for what, width in _read(lines) if what == "st")
 
 
 def _read(lines: Iterable[str]) -> Iterator[tuple[str | None, int]]:

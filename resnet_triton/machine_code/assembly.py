@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from . import dependent, groups
-from .access import accesses, loads
+from .access import loads, stores
 from .ordering import broken
 from .products import follow
 
@@ -29,8 +29,8 @@ class Code:
 
     `warps` are those of a program (0: not known): a warp-specialised kernel has more than its launch asks for.
 
-    Of a thread's accesses to global memory through pointers, `narrowest_load` is the least in a loop (0: none there),
-    `widest_access` the most anywhere.
+    Of a thread's accesses to global memory through pointers, `narrowest_load` is the least in a loop, `widest_load` and
+    `widest_store` the most anywhere (0: none).
     """
 
     registers: int
@@ -52,7 +52,8 @@ class Code:
     dropped_nans: int = 0  # floating-point maxima and minima whose result may be a number though an operand is NaN
     approximations: int = 0  # square roots, divisions and the like that IEEE would round otherwise, or that flush
     narrowest_load: int = 0
-    widest_access: int = 0
+    widest_load: int = 0
+    widest_store: int = 0
     warps: int = 0
     specialised: bool = False  # its warps run different parts of it
     setmaxnreg: bool = False  # and hand registers to each other
@@ -61,6 +62,11 @@ class Code:
     def serialized(self) -> bool:
         """Whether ptxas gave up running wgmma asynchronously."""
         return any("serializ" in message for message in self.messages)
+
+    @property
+    def widest_access(self) -> int:
+        """The most bytes that a thread moves at a time through a pointer."""
+        return max(self.widest_load, self.widest_store)
 
     @property
     def wgmma_per_wait(self) -> float | None:
@@ -100,7 +106,8 @@ def read(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_memory:
         dropped_nans=len(_DROPS_NAN.findall(ptx)),
         approximations=len(_APPROXIMATE.findall(ptx)),
         narrowest_load=min(loads(flow.looped()), default=0),
-        widest_access=max(accesses(flow.lines), default=0),
+        widest_load=max(loads(flow.lines), default=0),
+        widest_store=max(stores(flow.lines), default=0),
         warps=groups.threads(ptx) // 32,
         specialised="ttg.warp_specialize" in ttgir,
         setmaxnreg="setmaxnreg." in ptx,

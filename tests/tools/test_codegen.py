@@ -172,7 +172,11 @@ def test_each_fault_is_named():
     assert faults(approximations=1) == ["1 approximate or flushing operations"]
     assert faults(narrowest_load=8) == ["loads 8 bytes at a time in a loop, expected 16"]
     assert faults(replace(ROW, channels=3), narrowest_load=2) == []
-    assert faults(widest_access=32) == ["accesses 32 bytes at a time, pointers are aligned to 16"]
+    wide = replace(ROW, wide_input=True, wide_output=True)
+    assert faults(wide, widest_load=16, widest_store=16) == []
+    assert faults(wide, widest_load=8, widest_store=16) == ["loads at most 8 bytes at a time, expected 16"]
+    assert faults(wide, widest_load=16, widest_store=2) == ["stores at most 2 bytes at a time, expected 16"]
+    assert faults(widest_store=32) == ["accesses 32 bytes at a time, pointers are aligned to 16"]
     assert faults(tma=False) == ["no TMA"]
     assert faults(wgmma=0) == ["no wgmma"]
     stem = replace(ROW, filter="7x7")
@@ -245,6 +249,46 @@ def test_a_kernel_whose_warps_have_different_parts_is_read():
     assert row["setmaxnreg"]
 
 
+MEMORY_BOUND = """
+import json
+import torch
+from resnet_triton import ops
+from resnet_triton.codegen import compile_for, specialise, target
+from resnet_triton.codegen.rows import _compiled, _Planned
+
+def images(*size):
+    return torch.empty(size, dtype=torch.float16).to(memory_format=torch.channels_last)
+
+def launch(call):
+    return call.launches(call.output())[0]
+
+def add(*size):
+    return launch(ops.AddRelu(images(*size), images(*size)))
+
+launches = {
+    "add": add(1, 64, 56, 56), "add, odd": add(1, 63, 57, 57), "add, narrow": add(1, 64, 56, 56),
+    "max": launch(ops.MaxPool2d(images(1, 64, 56, 56), (3, 3), (2, 2), (1, 1))),
+    "mean": launch(ops.GlobalAvgPool(images(1, 64, 56, 56))),
+}
+launches["add, narrow"].arguments["VECTOR"] = 1
+rows = {}
+for name, launch in launches.items():
+    planned = _Planned(name, name, 1, "float16", 0, launch, target(90), specialise(launch))
+    row = _compiled(planned, compile_for(planned.source, 90))
+    rows[name] = [row.wide_input, row.wide_output, row.faults()]
+print(json.dumps(rows))
+"""
+
+
+def test_kernels_bound_by_memory_move_16_bytes_at_a_time():
+    """Where rows are multiples of that; the results of a mean are too few."""
+    narrow = [f"{what} at most 2 bytes at a time, expected 16" for what in ("loads", "stores")]
+    assert json.loads(run(MEMORY_BOUND)) == {
+        "add": [True, True, []], "add, odd": [False, False, []], "add, narrow": [True, True, narrow],
+        "max": [True, True, []], "mean": [True, False, []],
+    }  # fmt: skip
+
+
 ACTIVATIONS = """
 import torch
 from resnet_triton import codegen
@@ -305,7 +349,7 @@ def test_machine_code_is_read():
     assert (code.registers, code.spill_bytes, code.instructions) == (255, 32, 7)
     assert (code.wgmma, code.wgmma_waits, code.wgmma_per_wait) == (3, 2, 1.5)
     assert (code.float_atomics, code.disorder) == (2, (WEAK_ATOMIC, NO_BARRIER_BEFORE_ATOMIC))
-    assert (code.dropped_nans, code.approximations, code.widest_access) == (2, 1, 16)
+    assert (code.dropped_nans, code.approximations, code.widest_load, code.widest_store) == (2, 1, 0, 16)
     assert len(code.messages) == 1
     assert code.messages[0].startswith("(C7513) Potential Performance Loss")
     assert code.serialized
