@@ -1,6 +1,6 @@
 """ResNet inference on hand-written Triton kernels, with torchvision's names, weights and answers."""
 
-from . import entry_point, functional  # in this order: the first comes before torch
+from . import entry_point, functional
 from .checkpoints import load_checkpoint
 from .convert import Report, disabled, optimize, precompile, refresh, report, revert
 from .models import (

@@ -1,19 +1,13 @@
-"""What has to happen before and after this package is imported.
+"""The entry point by which torch.compile finds `backend="resnet_triton"`, in a checkout that is not installed.
 
-Importing torch takes a second. Ctrl-C in it ends one of our commands without a traceback.
-
-The entry point by which torch.compile finds `backend="resnet_triton"` is offered in a checkout that is not installed,
-too. torch.compile looks for backends among the entry points of installed packages. Registering ours with Dynamo instead
+torch.compile looks for backends among the entry points of installed packages. Registering ours with Dynamo instead
 would import Dynamo, which takes two seconds, whenever this package is imported.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,20 +17,8 @@ BACKEND = "resnet_triton"
 _NAME = "resnet-triton-checkout"
 
 
-_impatient = (
-    [os.path.basename(name) for name in sys.argv[:1]] in (["resnet-triton"], ["-m"])
-    and threading.current_thread() is threading.main_thread()
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-)
-"""Whether this is the import of a command, or by `python -m` of any: then Ctrl-C ends it at once until `offer`."""
-if _impatient:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def offer() -> None:
-    """Make the entry point known if no installed package has it: the last thing that an import does."""
-    if _impatient:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Make the entry point known if no installed package has it."""
     if BACKEND not in importlib.metadata.entry_points(group=GROUP).names:
         sys.meta_path.append(_Finder())
 

@@ -254,6 +254,12 @@ def test_filters_that_are_not_square(device: torch.device, size: tuple[int, int]
     assert_exact(run_conv(call, chosen), rounded(conv_reference(call), torch.float16))
 
 
+def test_shortcut_of_one_channel(device: torch.device) -> None:
+    """One filter for its only channel is no depthwise convolution, whose kernel takes no shortcut."""
+    call = conv_call(generator(device, 0), ConvShape(2, 1, 4, 5, 1, 3, 3, padding=(1, 1), shortcut_c=8))
+    assert_exact(run(call), rounded(conv_reference(call), torch.float16))
+
+
 def test_shortcut_of_two_strides(device: torch.device) -> None:
     shape = ConvShape(2, 16, 4, 5, 16, 3, 3, padding=(1, 1), shortcut_c=8, shortcut_stride=(3, 2))
     call = conv_call(generator(device, 4), shape)
