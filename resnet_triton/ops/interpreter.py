@@ -1,8 +1,9 @@
 """Triton's interpreter, with its bfloat16 faults repaired and a check that doubles its time left out.
 
 `TRITON_INTERPRET=1` runs kernels on CPU tensors, program by program, in NumPy. Upstream (seen in 3.6.0 to 3.9.0) keeps
-bfloat16 as raw uint16: `tl.dot` multiplies those integers, casts from fp32 truncate instead of rounding, and casts to
-fp32 garble denormals. All of it is silently wrong, so `repair()` replaces it before the first interpreted launch.
+bfloat16 as raw uint16: `tl.dot` multiplies those integers, 3.9.0's `tl.maximum` compares them, casts from fp32 truncate
+instead of rounding, and casts to fp32 garble denormals. All of it is silently wrong, so `repair()` replaces it before
+the first interpreted launch.
 `tests/kernels/test_interpreter.py` fails on the day upstream is right and this file can go.
 
 NumPy's own products differ by machine: on some CPUs a row's sum depends on where it stands in its tile. So the
@@ -56,6 +57,7 @@ def repair() -> None:
 
     convert = interpreter._convert_float
     handle = interpreter.TensorHandle
+    maximum = interpreter.InterpreterBuilder.create_maximumf
 
     def widen(h: Any) -> Any:
         if h.dtype.scalar == tl.bfloat16:
@@ -65,6 +67,12 @@ def repair() -> None:
     def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
         product = np.matmul(widen(a), widen(b)).astype(d.data.dtype, copy=False)
         return handle(product + d.data, d.dtype.scalar)
+
+    def create_maximumf(self: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return maximum(self, a, b)
+        bits = np.maximum(widen(a), widen(b)).view(np.uint32)
+        return handle((bits >> 16).astype(np.uint16), a.dtype.scalar)
 
     def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
         if source == tl.bfloat16 and target == tl.float32:
@@ -78,6 +86,7 @@ def repair() -> None:
         return convert(data, source, target, rounding)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_maximumf = create_maximumf
     interpreter._convert_float = convert_float
     options = interpreter.interpreter_builder.options
     if not options.debug:  # the check only reports in debug mode, yet costs half the run time

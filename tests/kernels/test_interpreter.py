@@ -39,6 +39,13 @@ def dot_kernel(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.cons
     tl.store(c_ptr + m * N + n, tl.dot(a, b, acc, input_precision="ieee"))
 
 
+@triton.jit
+def maximum_kernel(x_ptr, y_ptr, z_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    x, y = tl.load(x_ptr + offs), tl.load(y_ptr + offs)
+    tl.store(z_ptr + offs, tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL))
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     interpreter.repair()
     y = torch.empty_like(x, dtype=dtype)
@@ -93,6 +100,18 @@ def test_dot_takes_every_value(dtype: torch.dtype) -> None:
     y = dot(x, factor, torch.zeros(2**16, 4))
     assert same_bits(y.abs(), (x.float() * factor.float() + 0.0).abs())
     assert same_bits(dot(factor.T.contiguous(), x.T.contiguous(), torch.zeros(4, 2**16)), y.T.contiguous())
+
+
+@INTERPRETED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("other", [1.5, -0.25, float("inf"), float("-inf"), float("nan")])
+def test_maximum_takes_every_value(dtype: torch.dtype, other: float) -> None:
+    """Triton 3.9.0's interpreter compares bfloat16 as integers; those before compare it in fp32."""
+    interpreter.repair()
+    x = every(dtype)
+    y, z = torch.full_like(x, other), torch.empty_like(x)
+    maximum_kernel[(1,)](x, y, z, x.numel())
+    assert same_bits(z, torch.maximum(x, y))
 
 
 @INTERPRETED
