@@ -152,11 +152,10 @@ class Operation:
                 for launch in launches:
                     launch.run()
             except Exception as error:
-                if not specialised.refuse(launches, error):
-                    raise
-                out, launches, reason = self.prepare(result)
-                for launch in launches:
-                    launch.run()
+                with specialised.in_place_of(launches, error):
+                    out, launches, reason = self.prepare(result)
+                    for launch in launches:
+                        launch.run()
         if out is None:
             return self.refuse_kernels(reason)
         if launches:

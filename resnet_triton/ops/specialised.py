@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -30,19 +31,27 @@ def _without(found: DeviceFacts) -> DeviceFacts:
     return replace(found, specialised=False)
 
 
-def refuse(launches: Sequence[Launch], error: Exception) -> bool:
-    """Choose warp-specialised kernels no more, if one is among these, and say which a compiler or driver failed.
+@contextmanager
+def in_place_of(launches: Sequence[Launch], error: Exception) -> Iterator[None]:
+    """Within, other kernels are chosen than those that raised `error`; if they run, in this process from then on.
 
-    False if there was none: then the error is another's.
+    If they do not run either, or there was no warp-specialised kernel, or memory ran out, `error` is raised: it is not
+    the kernel's fault, as an earlier one's error that a launch reports.
     """
     global _refused
     names = [launch.kernel.__name__ for launch in launches if launch.specialised]
-    if names and not _refused:
-        _refused = True
+    if not names or isinstance(error, torch.OutOfMemoryError):
+        raise error
+    before, _refused = _refused, True
+    try:
+        yield
+    except Exception:
+        _refused = before
+        raise error from None
+    if not before:
         why = str(error).partition("\n")[0]
         warnings.warn(
             f"{names[0]} cannot run here ({type(error).__name__}: {why}); other kernels run in place of the "
             "warp-specialised ones, slower",
-            stacklevel=2,
+            stacklevel=4,
         )
-    return bool(names)

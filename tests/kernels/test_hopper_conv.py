@@ -385,6 +385,26 @@ def test_errors_of_other_kernels_stay_errors(fails: list[str], monkeypatch: pyte
         conv_call(generator(torch.device("cpu"), 0), MANY).compute()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), torch.OutOfMemoryError("no memory")])
+def test_errors_that_are_not_the_kernels_leave_it_in_use(
+    fails: list[str], monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    """As of a kernel before it, which every later launch reports."""
+    given = []
+
+    def broken(launch: Launch) -> None:
+        given.append(launch.kernel.__name__)
+        if len(given) < 3:
+            raise error
+
+    monkeypatch.setattr(Launch, "run", broken)
+    with pytest.raises(type(error), match=str(error)):
+        conv_call(generator(torch.device("cpu"), 0), MANY).compute()
+    given[1:] = [""]
+    conv_call(generator(torch.device("cpu"), 0), MANY).compute()
+    assert (given[0], given[2:]) == ("hopper_conv_kernel", ["hopper_conv_kernel"])
+
+
 @pytest.mark.parametrize("modes", [{"batch_invariant": True}, {"unaligned": True}, {}], ids=str)
 def test_other_kernels_by_name(fails: list[str], monkeypatch: pytest.MonkeyPatch, modes: dict[str, bool]) -> None:
     """Batch-invariant calls and unaligned tensors have kernels of their own."""
