@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import reprlib
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
@@ -25,6 +26,7 @@ from ..support import files
 from .conv import ConvShape
 
 FOLDER = Path(__file__).parent
+VARIABLE = "RESNET_TRITON_TABLES"
 MAX_BYTES = 4 << 20
 SCHEMA = 1
 
@@ -67,8 +69,8 @@ def slug(gpu: str) -> str:
 
 
 def path_of(gpu: str) -> Path:
-    """Where a GPU's table is looked for."""
-    return FOLDER / f"{slug(gpu)}.json"
+    """Where a GPU's table is looked for: in the folder that RESNET_TRITON_TABLES names, or this package's."""
+    return Path(os.environ.get(VARIABLE) or FOLDER) / f"{slug(gpu)}.json"
 
 
 def save(table: Table, path: Path) -> None:

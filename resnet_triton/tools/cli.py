@@ -502,7 +502,7 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--dtypes", type=_names, default=["float16"], metavar="T,T", help=f"{_DTYPES} (default: float16)")
     t.add_argument("--models", type=_names, default=["resnet18"], metavar="M,M", help=f"{_MODELS} (default: resnet18)")
     t.add_argument(
-        "--out", type=Path, metavar="FILE", help="the table to go on with (default: the one in this package)"
+        "--out", type=Path, metavar="FILE", help="the table to go on with (default: the one that models read)"
     )
     t.add_argument("--again", action="store_true", help="tune shapes that the table has already")
     t.add_argument(

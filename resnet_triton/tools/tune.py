@@ -113,6 +113,8 @@ def show(result: dict[str, Any]) -> None:
     if cells:
         print_table(f"Convolutions on {result['gpu']}, L2-cold", columns, cells)
     print(f"{len(cells)} shapes tuned, {result['known_before']} known before, {result['left']} left: {result['path']}")
+    if (read := table.path_of(result["gpu"])).absolute() != Path(result["path"]).absolute():
+        print(f"models read {read}: copy it there, or name a folder of tables in {table.VARIABLE}")
 
 
 def faults(result: dict[str, Any]) -> list[str]:
@@ -134,7 +136,8 @@ def _open(path: Path, bench: Bench) -> table.Table:
     if old.gpu != bench.facts.name:
         raise ValueError(f"{path} was tuned for {old.gpu!r}, expected {bench.facts.name!r}; choose another --out")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise ValueError(f"cannot write to {path.parent}, expected a writable folder; choose another with --out FILE")
+        said = f"cannot write to {path.parent}, expected a writable folder"
+        raise ValueError(f"{said}; name one in {table.VARIABLE}, here and where models run")
     return replace(old, driver=bench.driver, triton=triton.__version__, torch=torch.__version__)
 
 

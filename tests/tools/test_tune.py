@@ -22,7 +22,7 @@ from compiling import run as run_compiled
 from exact import conv_reference
 from test_robust_processes import ended
 
-from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, table
+from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, table
 from resnet_triton.config.candidates import candidates, neighbours
 from resnet_triton.config.device import KNOWN
 from resnet_triton.ops import ConvBnRelu
@@ -399,7 +399,7 @@ def test_files_that_cannot_be_gone_on_with(rig: Rig, folder: Path, monkeypatch: 
     with pytest.raises(ValueError, match=r"cannot write to .*absent, expected a writable folder"):
         rig.tune(out=folder / "absent" / "mine.json")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match=r"cannot write to .*, expected a writable folder; choose another with --out"):
+    with pytest.raises(ValueError, match=r"cannot write to .*, expected a writable folder; name one in RESNET_"):
         rig.tune()
     assert rig.timed == []
 
@@ -431,7 +431,10 @@ def test_the_command(
     assert asked == [(["resnet18", "resnet34"], [1, 64], ["float16", "tf32"], 224)]
     out = capsys.readouterr().out
     assert re.search(r"layer1\.0\.conv1 +2 +2 +float16 +\d+\.\d +\d+\.\d +\d\.\d\dx +\S+ by \d+ by \d+, ", out)
-    assert f"3 shapes tuned, 0 known before, 0 left: {folder / 'nvidia-h200.json'}" in out
+    assert out.endswith(f"3 shapes tuned, 0 known before, 0 left: {folder / 'nvidia-h200.json'}\n")
+
+    assert cli.main(["tune", "--out", str(folder / "mine.json")]) == 0
+    assert f"models read {folder / 'nvidia-h200.json'}: copy it there, or name" in capsys.readouterr().out
 
     wrong = known()[LARGE].config
     monkeypatch.setattr(trial.Trial, "is_exact", lambda subject, chosen: chosen != wrong)
@@ -439,6 +442,20 @@ def test_the_command(
     assert cli.main(["tune", "--json", "--again", "--out", str(path)]) == 1, "a wrong kernel is a failed check"
     result = json.loads(capsys.readouterr().out)
     assert len(result["rows"]) == len(table.load(path).entries) == 3
+
+
+def test_a_folder_of_ones_own(rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where the package's may not be written to."""
+    mine = tmp_path / "tables"
+    mine.mkdir()
+    rig.microseconds = lambda config, replays: 5.0 if config.num_stages == 2 else 40.0
+    monkeypatch.setenv("RESNET_TRITON_TABLES", str(mine))
+    rig.tune()
+    assert choice.lookup(LARGE, GPU) == table.load(mine / "nvidia-h200.json").entries[LARGE].config
+    assert choice.timed(LARGE, GPU)
+    monkeypatch.delenv("RESNET_TRITON_TABLES")
+    choice.forget()
+    assert not choice.timed(LARGE, GPU)
 
 
 def no_memory() -> None:
