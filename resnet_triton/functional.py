@@ -38,7 +38,6 @@ def conv_bn_relu(
     dilation: IntOrPair = 1,
     groups: int = 1,
     residual: Tensor | None = None,
-    relu: bool = True,
     activation: str = "relu",
     negative_slope: float = 0.01,
     batch_invariant: bool = False,
@@ -53,13 +52,11 @@ def conv_bn_relu(
     dtype.
 
     `activation` is one of torch.nn.functional: "relu", "relu6", "leaky_relu" with `negative_slope`, "hardswish",
-    "silu", "gelu" (by erf), or "none", which `relu=False` says as well.
+    "silu", "gelu" (by erf), or "none".
     """
     statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
     geometry = ops.Geometry(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
-    if not relu and activation not in ("relu", "none"):
-        raise ValueError(f"relu=False and activation={activation!r} contradict each other, expected one of them")
-    act = ops.Activation(activation if relu else "none", float(negative_slope))
+    act = ops.Activation(activation, float(negative_slope))
     modes = Modes(batch_invariant, kernels)
     return ops.ConvBnRelu(x, weight, statistics, geometry, residual, activation=act, modes=modes).run()
 

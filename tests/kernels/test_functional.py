@@ -278,7 +278,6 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "conv-stride-float": (conv(stride=1.5), TypeError, ["stride", "1.5", "int"]),
     "conv-kernels": (conv(kernels="cuda"), ValueError, ["kernels", "'cuda'", "'auto', 'torch', 'triton'"]),
     "conv-activation": (conv(activation="swish"), ValueError, ["activation", "'swish'", "'silu'"]),
-    "conv-no-relu": (conv(activation="silu", relu=False), ValueError, ["relu=False", "activation='silu'"]),
     "add-device": (lambda: F.add_relu(X, X.to("meta")), ValueError, ["other", "meta", "cpu"]),
     "add-kernels": (lambda: F.add_relu(X, X, kernels="cuda"), ValueError, ["kernels", "'cuda'"]),
     "pool-padding": (lambda: F.max_pool2d(X, 2, padding=2), ValueError, ["padding", "(2, 2)", "half"]),

@@ -96,7 +96,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int
         geometry = ops.Geometry(**{name: pair(value) for name, value in how.items()}, groups=groups)
         return sums.conv(ops.ConvBnRelu(x, weight, norm, geometry, activation=ops.NONE))
 
-    ours = partial(F.conv_bn_relu, x, weight, *norm, groups=groups, relu=False, **how)
+    ours = partial(F.conv_bn_relu, x, weight, *norm, groups=groups, activation="none", **how)
     return Call(ours, partial(TF.conv2d, x, weight, bias, groups=groups, **how), exact, bias is not None)
 
 
