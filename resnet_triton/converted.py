@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     torchvision = vision.torchvision()
     frozen = original.remember(torchvision.ops.misc.FrozenBatchNorm2d)
-    fusion.FROZEN.add(frozen)
+    fusion.FROZEN_NORMS.add(frozen)
     models.STATELESS.add(frozen)
     theirs = getattr(torchvision.models.resnet, name)
     return globals().setdefault(name, _joined(OURS[name], theirs))  # another thread may have been faster

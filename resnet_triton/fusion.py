@@ -18,7 +18,7 @@ from .ops.original import CONV_FORWARD, LAYERS, replaced
 
 Conv2d, BatchNorm2d, ReLU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 _CONV, _NORM, _RELU = (LAYERS[cls] for cls in (Conv2d, BatchNorm2d, ReLU))
-FROZEN: set[type] = set()
+FROZEN_NORMS: set[type] = set()
 """Classes of batch norm whose statistics and affine parameters are all buffers, in training mode too: torchvision's
 `FrozenBatchNorm2d`, once torchvision is there."""
 
@@ -33,7 +33,7 @@ class Fused(NamedTuple):
 
 def fuse(conv: Any, norm: Any) -> Fused | str:
     """What `norm(conv(x))` needs to be one fused call, or why it cannot be one. Asked before each call."""
-    frozen = type(norm) in FROZEN
+    frozen = type(norm) in FROZEN_NORMS
     if (type(conv), type(norm)) != (Conv2d, type(norm) if frozen else BatchNorm2d):
         return f"{_named(conv)} and {_named(norm)} instead of torch's Conv2d and BatchNorm2d"
     if norm.training and not frozen:
@@ -106,7 +106,7 @@ def conv_norm_act(
     relu = type(act) is ReLU and ReLU.forward is _RELU and not _hooked(act)
     fused = fuse(conv, norm)
     if isinstance(fused, str):
-        y = _by_modules(x, conv, norm, modes, fused)
+        y = _conv_norm(x, conv, norm, modes, fused)
         if identity is not None:
             y = y + (identity if downsample is None else downsample(identity))
         return y if act is None else act(y)
@@ -115,12 +115,12 @@ def conv_norm_act(
     if shortcut is not None:
         identity = None
     elif downsample is not None:
-        identity = by_module(downsample, identity, modes)
+        identity = call_module(downsample, identity, modes)
     y = ConvBnRelu(x, *fused, identity, shortcut, RELU if relu else NONE, modes).run()
-    return y if relu or act is None else by_module(act, y, modes)
+    return y if relu or act is None else call_module(act, y, modes)
 
 
-def by_module(module: Any, x: Any, modes: Modes) -> Any:
+def call_module(module: Any, x: Any, modes: Modes) -> Any:
     """`module(x)`, as torchvision would call it. NotImplementedError if the answer must not depend on the batch."""
     if not plain(module, nn.Identity):
         _refuse_batch_invariance(modes, f"{type(module).__name__} replaced, watched or traced")
@@ -130,10 +130,10 @@ def by_module(module: Any, x: Any, modes: Modes) -> Any:
 def refuse_modules(modes: Modes, reason: str) -> None:
     """NotImplementedError, naming the reason, if modules must not run as PyTorch runs them."""
     _refuse_batch_invariance(modes, reason)
-    dispatch.refuse(modes.kernels, reason)
+    dispatch.raise_if_required(modes.kernels, reason)
 
 
-def _by_modules(x: Tensor, conv: nn.Module, norm: nn.Module, modes: Modes, reason: str) -> Tensor:
+def _conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, modes: Modes, reason: str) -> Tensor:
     _refuse_batch_invariance(modes, reason)
     dispatch.choose(modes.kernels, x.device, x.dtype, reason)
     dispatch.count("conv_bn_relu", "torch", reason)

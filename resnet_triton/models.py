@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import ops
-from .fusion import by_module, conv_norm_act, fuse, plain, plain_pool, watched
+from .fusion import call_module, conv_norm_act, fuse, plain, plain_pool, watched
 from .graphs import runner
 from .graphs.cuda_graph import Entry
 from .graphs.runner import Graphed
@@ -222,7 +222,7 @@ class ResNet(_Modal, Graphed):
             # Block by block, for calling the stage would keep its input, the largest tensor of all, until its end.
             whole = isinstance(x, fx.Proxy) or not plain(stage, nn.Sequential)
             for block in (stage,) if whole else stage:
-                x = block(x) if not self.batch_invariant or _keeps_apart(block) else by_module(block, x, self.modes)
+                x = block(x) if not self.batch_invariant or _keeps_apart(block) else call_module(block, x, self.modes)
         return self._head(x)
 
     def _entry(self, x: Tensor) -> Entry:
@@ -314,12 +314,12 @@ class ResNet(_Modal, Graphed):
         if plain_pool(pool) and not isinstance(x, fx.Proxy):
             window = (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
             return ops.MaxPool2d(x, *window, modes=self.modes).run()
-        return by_module(pool, x, self.modes)
+        return call_module(pool, x, self.modes)
 
     def _average(self, x: Tensor) -> Any:
         if self._averages_everything() and not isinstance(x, fx.Proxy):
             return ops.GlobalAvgPool(x, self.modes).run()
-        return by_module(self.avgpool, x, self.modes)
+        return call_module(self.avgpool, x, self.modes)
 
     def _averages_everything(self) -> bool:
         return plain(self.avgpool, nn.AdaptiveAvgPool2d) and self.avgpool.output_size in (1, (1, 1))
@@ -327,7 +327,7 @@ class ResNet(_Modal, Graphed):
     def _classify(self, x: Tensor) -> Any:
         if plain(self.fc, nn.Linear) and not isinstance(x, fx.Proxy):
             return ops.Linear(x, self.fc.weight, self.fc.bias, self.modes).run()
-        return by_module(self.fc, x, self.modes)
+        return call_module(self.fc, x, self.modes)
 
 
 def _keeps_apart(block: Any) -> bool:

@@ -59,11 +59,13 @@ class Choice(NamedTuple):
     reason: str
 
 
-_REMEDIES = {
-    "a gradient is asked for": "call the model under torch.inference_mode()",
+GRADIENT, AUTOCAST = "a gradient is wanted", "autocast is on"
+REMEDIES = {
+    GRADIENT: "call the model under torch.inference_mode()",
+    AUTOCAST: "call the model without it, converted, as by model.half()",
     "training mode": "call model.eval()",
-    "autocast is on": "call the model without it, converted, as by model.half()",
 }
+"""What to do about some of the reasons against our kernels."""
 _ON_GPU, _INTERPRETED = Choice("triton", ""), Choice("triton", "interpreted on the CPU")
 
 
@@ -80,14 +82,14 @@ def choose(kernels: str, where: torch.device, dtype: torch.dtype, reason: str | 
         reason = f"dtype {dtype}"
     if reason is None:
         return _INTERPRETED if where.type == "cpu" else _ON_GPU
-    refuse(kernels, reason)
+    raise_if_required(kernels, reason)
     return Choice("torch", reason)
 
 
-def refuse(kernels: str, reason: str) -> None:
+def raise_if_required(kernels: str, reason: str) -> None:
     """NotImplementedError if the kernels were asked for, which cannot run a call for this reason."""
     if kernels == "triton":
-        remedy = f"; {_REMEDIES[reason]}" if reason in _REMEDIES else ""
+        remedy = f"; {REMEDIES[reason]}" if reason in REMEDIES else ""
         raise NotImplementedError(f'kernels="triton" cannot run this call: {reason}{remedy}')
 
 

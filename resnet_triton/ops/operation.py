@@ -23,19 +23,14 @@ from ..config import device
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from . import dispatch, interpreter, specialised
-from .dispatch import Choice, Modes, choose, count
+from .dispatch import AUTOCAST, GRADIENT, REMEDIES, Choice, Modes, choose, count
 from .schema import Schema
 
 Shape = tuple[int, ...]
 
 _library = torch.library.Library("resnet_triton", "DEF")
-_GRADIENT = "a gradient is asked for"
-_AUTOCAST = "autocast is on"
-_ways_out = {
-    _GRADIENT: "under torch.inference_mode() it runs on our kernels",
-    _AUTOCAST: "without it, a model that was converted, as by .half(), runs on our kernels",
-}
-"""What to do about these reasons, until somebody on a GPU was told."""
+_told: set[str] = set()
+"""Reasons of which somebody on a GPU was told."""
 _IMAGES = {"x", "other", "residual", "shortcut_x"}
 """Arguments whose first dimension is the batch."""
 
@@ -117,9 +112,9 @@ class Operation:
                     return self.run_torch()  # so that the trace runs where this package is not
                 return self.dispatched()
             if self.autocast and torch.is_autocast_enabled(self.x.device.type):
-                return self.refuse_kernels(_AUTOCAST)
+                return self.fall_back(AUTOCAST)
             if dispatch.is_differentiated(tensors):
-                return self.refuse_kernels(_GRADIENT)
+                return self.fall_back(GRADIENT)
             return self.compute()
         except (AttributeError, IndexError):  # of what is no tensor, most likely; asking first would cost each call
             self.schema.check(self)
@@ -157,7 +152,7 @@ class Operation:
                     for launch in launches:
                         launch.run()
         if out is None:
-            return self.refuse_kernels(reason)
+            return self.fall_back(reason)
         if launches:
             count(self.name, "triton")
         return out
@@ -188,12 +183,14 @@ class Operation:
             return Prepared(out, again)
         return Prepared(None, (), reason or "")
 
-    def refuse_kernels(self, reason: str) -> Tensor:
+    def fall_back(self, reason: str) -> Tensor:
         """Validate and run on PyTorch, or raise if the kernels were asked for."""
         choose(self.modes.kernels, self.x.device, self.result().dtype, reason)
         wanted = self.modes.kernels == "auto" and dispatch.is_on_gpu(self.x)
-        if wanted and (way_out := _ways_out.pop(reason, None)) is not None:
-            warnings.warn(f"{self.name} runs on PyTorch, for {reason}; {way_out}", RuntimeWarning, stacklevel=2)
+        if wanted and reason in REMEDIES and reason not in _told:
+            _told.add(reason)
+            said = f"{self.name} runs on PyTorch, not on our kernels, because {reason}; {REMEDIES[reason]}"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
         return self.run_torch()
 
     def run_torch(self) -> Tensor:
@@ -253,12 +250,12 @@ def register(name: str, cls: type[Operation]) -> None:
 
     def autograd(*values: Any) -> Tensor:
         if dispatch.is_differentiated(v for v in values if isinstance(v, Tensor)):
-            return build(values).refuse_kernels(_GRADIENT)
+            return build(values).fall_back(GRADIENT)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.resnet_triton, name)(*values)
 
     def under_autocast(*values: Any) -> Tensor:
-        return build(values).refuse_kernels(_AUTOCAST)
+        return build(values).fall_back(AUTOCAST)
 
     def vmapped(info: Any, dims: Sequence[Any], *values: Any) -> tuple[Tensor, int]:
         """A batch of calls: as one of larger batches, or one after the other if their parameters differ."""
