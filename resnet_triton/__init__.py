@@ -2,7 +2,8 @@
 
 from . import entry_point, functional
 from .checkpoints import load_checkpoint
-from .convert import Report, disabled, optimize, precompile, refresh, report, revert
+from .convert import disabled, optimize, refresh, revert
+from .coverage import Report, precompile, report
 from .models import (
     BasicBlock,
     Bottleneck,

@@ -1,29 +1,25 @@
-"""Turn a torchvision ResNet into ours and back, run it as it was, and say what runs where."""
+"""Turn a torchvision ResNet into ours and back, and run it as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch import nn
 
-from . import compiled, config, converted, copies, filters, models
+from . import compiled, converted, copies, filters, models
 from .compiled import Compiled
 from .copies import Model
 from .fusion import fuse
 from .graphs import runner
 from .graphs.replay import CudaGraph, check_mode
-from .ops import ConvBnRelu, dispatch, original, specialised
+from .ops import dispatch, original
 from .ops.dispatch import Kernels
-from .ops.trace import Call, compile_calls, trace
-from .support.processes import cores
 
 _MODES = ("kernels", "batch_invariant", "cuda_graph", "frozen")
-_OURS = tuple(converted.OURS.values())
+OURS = tuple(converted.OURS.values())
 
 
 def optimize(
@@ -72,13 +68,13 @@ def optimize(
     finds no whole ResNet, or `cuda_graph=True` nothing but blocks; TypeError if `model` is no module, or for
     `inplace=False` if it holds something that cannot be copied.
     """
-    _check_module(model)
+    check_module(model)
     dispatch.check_mode(kernels)
     check_mode(cuda_graph)
     for name, value in (("freeze", freeze), ("batch_invariant", batch_invariant), ("inplace", inplace)):
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}, expected True or False")
-    chosen = _chosen(model)
+    chosen = convertible(model)
     if not chosen:
         _check_compilable(model)
     whole = any(isinstance(m, models.ResNet) or type(m).__name__ == "ResNet" for m in chosen)
@@ -86,14 +82,14 @@ def optimize(
     if not whole and (asked := _only_whole(cuda_graph is True and blocks, freeze, batch_invariant)):
         other = ', or torch.compile(model, backend="resnet_triton", options={"batch_invariant": True})'
         raise ValueError(
-            f"{_qualified(model)} contains no whole ResNet of torchvision's or ours, which {asked} is for; leave it out"
+            f"{qualified(model)} contains no whole ResNet of torchvision's or ours, which {asked} is for; leave it out"
             f"{other if batch_invariant else ''}"
         )
     if not inplace:
         for module in model.modules():
             compiled.forget(module)  # which a copy cannot take along
         model = copies.independent(model)
-        chosen = _chosen(model)
+        chosen = convertible(model)
     for module in chosen if not filters.sharded(model) else ():
         filters.move(module, _filters(module))  # before anything else, as memory may run out
     for module in filter(converted.is_derived, model.modules()) if chosen else (model,):
@@ -121,11 +117,11 @@ def _warn_of_coverage(modules: list[nn.Module]) -> None:
     dispatch.warn_of_coverage(left, len(found))
 
 
-def _chosen(model: nn.Module) -> list[nn.Module]:
+def convertible(model: nn.Module) -> list[nn.Module]:
     """Ours, and those of torchvision's that become ours: none without a batch norm, where the backend can do more."""
     modules = list(model.modules())
     fusable = any(isinstance(m, nn.BatchNorm2d) or type(m).__name__ == "FrozenBatchNorm2d" for m in modules)
-    return [m for m in modules if isinstance(m, _OURS) or (fusable and converted.is_torchvision(m))]
+    return [m for m in modules if isinstance(m, OURS) or (fusable and converted.is_torchvision(m))]
 
 
 def _check_compilable(model: nn.Module) -> None:
@@ -143,21 +139,13 @@ def _convert(module: nn.Module) -> None:
     vars(module)["_before"] = taken
 
 
-def _check_module(model: object) -> None:
+def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
-def _qualified(model: nn.Module) -> str:
+def qualified(model: nn.Module) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__}"
-
-
-def _of_a_call(shape: tuple[Any, ...] | Tensor) -> tuple[Any, ...]:
-    if isinstance(shape, Tensor):
-        return (shape,)
-    if not isinstance(shape, tuple | list):
-        raise TypeError(f"shape is a {type(shape).__name__}, expected a tuple of sizes, as (1, 3, 224, 224)")
-    return tuple(shape)
 
 
 def _only_whole(cuda_graph: CudaGraph, freeze: bool, batch_invariant: bool) -> str:
@@ -172,10 +160,12 @@ def revert(model: Model) -> Model:
     The classes of its modules change, so no call may be under way in another thread. Raises ValueError for a model
     that `optimize` did not convert.
     """
-    _check_module(model)
+    check_module(model)
     found = [m for m in model.modules() if converted.origin(m) or compiled.origin(m)]
     if not found:
-        raise ValueError(f"{type(model).__name__} was not converted by optimize, so there is nothing to revert")
+        said = f"{type(model).__name__} was not converted by optimize, so there is nothing to revert"
+        own = "; for filters as torch lays them out, call model.to(memory_format=torch.contiguous_format)"
+        raise ValueError(said + own if isinstance(model, OURS) else said)
     for module in found:
         its = vars(module)
         if isinstance(module, Compiled):
@@ -194,7 +184,7 @@ def revert(model: Model) -> Model:
 
 def _without_ours(cls: Any) -> Any:
     """The class that ours was made of; of one that a library derived from ours, the same derived from that."""
-    if not issubclass(cls, (*_OURS, Compiled)):
+    if not issubclass(cls, (*OURS, Compiled)):
         return cls
     if (written := vars(cls).get("torchvision_class") or vars(cls).get("written_class")) is not None:
         return written
@@ -210,11 +200,11 @@ def refresh(model: Model) -> Model:
     changed so often that it is compiled no more (docs/models.md has all cases). Others see by themselves what was done
     to them. Raises ValueError if `model` contains no ResNet of ours and nothing that was compiled.
     """
-    _check_module(model)
+    check_module(model)
     ours = [m for m in model.modules() if isinstance(m, models.ResNet | Compiled)]
     if not ours:
         raise ValueError(
-            f"{_qualified(model)} contains no ResNet of ours and nothing compiled, so there is nothing to refresh; "
+            f"{qualified(model)} contains no ResNet of ours and nothing compiled, so there is nothing to refresh; "
             "call optimize(model) first"
         )
     for module in ours:
@@ -233,150 +223,11 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 
     Raises ValueError if `model` contains nothing of ours, TypeError if it is no module.
     """
-    _check_module(model)
-    ours = [m for m in model.modules() if isinstance(m, (*_OURS, Compiled))]
+    check_module(model)
+    ours = [m for m in model.modules() if isinstance(m, (*OURS, Compiled))]
     if not ours:
         raise ValueError(f"{type(model).__name__} contains nothing of ours to disable, expected what optimize returned")
     return original.disable(ours)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
-    a graph repeats is not made again); `graphs`, for each whole ResNet and compiled model by name, what its graphs have
-    done; `replaced`, by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as
-    they are; `untuned`, one line if convolutions run on kernels, on a GPU on which no tile was ever timed; `limit`, one
-    if torch.compile will not compile the model again."""
-
-    calls: list[Call]
-    counted: dict[tuple[str, str], int]
-    graphs: dict[str, str]
-    replaced: dict[str, str]
-    untuned: str | None = None
-    limit: str | None = None
-
-    def __str__(self) -> str:
-        rows = [("layer", "operator", "runs on", "why, or how")]
-        rows += [(c.name or "-", c.operator, _name(c.backend), _detail(c)) for c in self.calls]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
-            for row in rows
-        ]
-        counted = (f"{op} {n} on {_name(backend)}" for (op, backend), n in sorted(self.counted.items()))
-        counts = ", ".join(counted) or "none"
-        graphs = [f"{name + ': ' if name else ''}{line}" for name, line in self.graphs.items()]
-        where: dict[str, list[str]] = {}
-        for name, why in self.replaced.items():
-            where.setdefault(why, []).append(name or "the model")
-        runs = [f"{why}, so what is there now runs: {_some(names)}" for why, names in where.items()]
-        said = [line for line in (self.untuned, self.limit) if line]
-        return "\n".join([*lines, *said, *graphs, *runs, f"calls so far in this process: {counts}"])
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def report(model: nn.Module, shape: tuple[Any, ...] | Tensor = (1, 3, 224, 224)) -> Report:
-    """Which layer of `model` runs on what, and why, for an input of `shape`, as inference would run now.
-
-    `shape` may also be the tuple of a call's arguments, or its one tensor. If all that was
-    optimized is torchvision's own, nothing is computed: the model is traced on fake tensors. Any other model, and one
-    that torch.compile was given, is compiled again for this, with our backend, and called once, on zeros; what it
-    writes into its buffers, as batch norms do in training mode, is undone. TypeError if `model` is no module or `shape`
-    no tuple, ValueError if it cannot be called so.
-    """
-    _check_module(model)
-    shape = _of_a_call(shape)
-    if isinstance(model, nn.DataParallel):
-        model = model.module
-    whole = compiled.is_whole(model)
-    by_compiler = whole or not _chosen(model) or any(isinstance(m, Compiled) for m in model.modules())
-    limit = compiled.limit(model) if by_compiler else None
-    model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
-    graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
-    graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
-    replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
-    try:
-        with compiled.undone(model) if by_compiler else nullcontext():
-            found = compiled.trace(model, shape, whole) if by_compiler else trace(model, shape)
-    except NotImplementedError:
-        raise
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        said = f"{type(model).__name__} cannot be traced, for what it does depends on values ({error.func})"
-        raise ValueError(f"{said}; report a module in it, as a detector's backbone") from error
-    except Exception as error:
-        given, other = "these arguments", ""
-        if all(isinstance(size, int) for size in shape):
-            given, other = f"zeros of {shape}", "another size, as report(model, (1, 3, 96, 96)), or "
-        said = f"{type(model).__name__} does not take {given}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"{said}; give {other}all arguments of a call, or report a module in it") from error
-    calls = [_explained(call, replaced, _left(model)) for call in found]
-    tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
-    untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
-    return Report(calls, dict(dispatch.calls), graphs, replaced, untuned, limit)
-
-
-def precompile(model: nn.Module, shape: tuple[Any, ...] | Tensor = (1, 3, 224, 224)) -> None:
-    """Compile the kernels that `model` would run now for an input of `shape` in its dtype, side by side on all cores.
-
-    A first call finds them then; by itself it compiles one after another. What is in Triton's cache is only loaded, and
-    a kernel that does not compile is left to the call. Runs nothing: the model is traced on fake tensors. TypeError if
-    `model` is no module or `shape` no tuple, ValueError if it contains no ResNet or block of one.
-    """
-    _check_module(model)
-    shape = _of_a_call(shape)
-    if not _chosen(model):
-        said = f"{_qualified(model)} contains no ResNet of torchvision's or ours to precompile"
-        raise ValueError(f"{said}; leave it out, for the first call compiles")
-    compile_calls(trace(model, shape), cores())
-
-
-def _left(model: nn.Module) -> str:
-    """Why modules run as they are that nothing of ours has called."""
-    ours = [m for m in model.modules() if isinstance(m, (*_OURS, Compiled))]
-    if not ours:
-        return "not optimized: call optimize(model)"
-    if original.anywhere and all(map(original.is_disabled, ours)):
-        return "disabled"
-    return "outside what optimize takes: torch.compile(model, backend='resnet_triton') reaches it, too"
-
-
-def _explained(call: Call, replaced: dict[str, str], left: str) -> Call:
-    """A call that nothing of ours has made says why: its module's code was replaced, or `left`."""
-    if call.operation is not None or call.reason:
-        return call
-    inside = [name for name in replaced if f"{call.name}.".startswith(f"{name}." if name else "")] if call.name else []
-    if not inside:
-        return replace(call, reason=left)
-    name = max(inside, key=len)
-    return replace(call, reason=f"{name or 'the model'}: {replaced[name]}")
-
-
-def _name(backend: str) -> str:
-    return {"triton": "Triton", "torch": "PyTorch"}[backend]
-
-
-def _detail(call: Call) -> str:
-    weight = getattr(call.operation, "weight", None)
-    moved = weight is None or weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last)
-    copied = (
-        ""
-        if moved or call.backend != "triton"
-        else "each call copies its filters, which are not in channels_last memory"
-    )
-    if call.backend != "triton" or not call.tiled:
-        convolution = call.operation if call.backend == "triton" else None
-        path = ""
-        if isinstance(convolution, ConvBnRelu):
-            path = "depthwise path" if convolution.depthwise else "grouped path"
-        return ", ".join(filter(None, (path, call.reason, copied)))
-    here = specialised.facts(call.device)
-    chosen = config.invariant(call.shape, here) if call.ours.modes.batch_invariant else config.lookup(call.shape, here)
-    shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
-    how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason, copied]
-    return ", ".join(filter(None, how))
 
 
 def _convolutions(module: nn.Module) -> Iterator[tuple[str, nn.Conv2d, nn.Module | None]]:

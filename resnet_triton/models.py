@@ -133,7 +133,8 @@ class ResNet(_Modal, Graphed):
     TypeError for another dtype, ValueError for another shape or device.
 
     With `normalize` set to a mean and a standard deviation for each channel, images may also be bytes (torch.uint8),
-    which become `(x / 255 - mean) / std` on the way in. `cuda_graph` and `frozen` are as `optimize` sets them.
+    which become `(x / 255 - mean) / std` on the way in; others are taken as they are. `cuda_graph` and `frozen` are as
+    `optimize` sets them.
     """
 
     _normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
@@ -250,7 +251,9 @@ class ResNet(_Modal, Graphed):
 
     @property
     def normalize(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and standard deviation of each channel, or None: as numbers, which cannot be changed in place.
+        """Mean and standard deviation of each channel of bytes, or None: numbers, which cannot be changed in place.
+
+        Images of floating dtype are taken as they are: who passes those normalises them.
 
         Setting it raises ValueError if there is not one of each for every channel that `conv1` takes, if a mean is not
         finite, or a standard deviation not finite and positive.
@@ -376,8 +379,8 @@ def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> Re
     """ResNet-18: images (N, 3, H, W) of the weights' dtype, or bytes if `normalize` is set; logits (N, num_classes).
 
     `weights`: None, torchvision's `ResNet18_Weights` member or its name ("IMAGENET1K_V1", "DEFAULT"); they need
-    torchvision and, the first time, a network. Further arguments go to `ResNet`. Raises ValueError for unknown weights
-    and for a `num_classes` that is not theirs.
+    torchvision and, the first time, a network. Further arguments go to `ResNet`. Filters are in channels_last memory,
+    where kernels read them. Raises ValueError for unknown weights and for a `num_classes` that is not theirs.
     """
     return _resnet("resnet18", BasicBlock, [2, 2, 2, 2], weights, progress, **kwargs)
 

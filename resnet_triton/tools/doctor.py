@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import __version__, config, models
 from .. import functional as F
 from ..config.device import DeviceFacts, facts, override
-from ..convert import report
+from ..coverage import report
 from ..ops import dispatch, interpreter, reference, specialised
 from ..ops.trace import Call
 from ..support import files, vision

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import resnet_triton
+from resnet_triton.ops import interpreter
 from resnet_triton.support import vision
 from resnet_triton.tools import cli
 
@@ -136,6 +137,18 @@ def test_lines_of_the_readme_run(
     assert "layer4.1.conv2" in capsys.readouterr().out
     with torch.inference_mode():
         assert names["model"]((names["images"] * 255).byte()).isfinite().all()
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or interpreter.active()), reason="kernels cannot run here")
+def test_lines_of_the_kernels_readme_run() -> None:
+    lines = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "kernels/README.md").read_text("utf-8"), re.DOTALL))
+    names: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        interpreter.repair()
+        lines = lines.replace('"cuda"', '"cpu"').replace("8, 64, 56, 56", "1, 64, 8, 8")
+    exec(lines, names)
+    conv = torch.nn.functional.conv2d(names["x"].double(), names["weight"].double(), padding=1) / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(names["out"].double(), (conv + names["other"]).relu(), rtol=1e-2, atol=1e-2)
 
 
 def test_pictures_are_what_their_script_draws(tmp_path: Path) -> None:

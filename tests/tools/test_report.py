@@ -22,7 +22,7 @@ from resnet_triton.bench.results import Results
 from resnet_triton.codegen.compiler import Specialisation, specialise
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.config.measured import measured
-from resnet_triton.convert import report as report_of
+from resnet_triton.coverage import report as report_of
 from resnet_triton.ops import interpreter
 from resnet_triton.ops.trace import trace
 from resnet_triton.tools import cli, doctor

@@ -1,0 +1,166 @@
+"""What runs where: each layer of a model on our kernels or on PyTorch, and why; and compiling those kernels ahead."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from . import compiled, config, models
+from .compiled import Compiled
+from .convert import OURS, check_module, convertible, qualified
+from .graphs import runner
+from .ops import ConvBnRelu, dispatch, original, specialised
+from .ops.trace import Call, compile_calls, trace
+from .support.processes import cores
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
+    a graph repeats is not made again); `graphs`, for each whole ResNet and compiled model by name, what its graphs have
+    done; `replaced`, by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as
+    they are; `untuned`, one line if convolutions run on kernels, on a GPU on which no tile was ever timed; `limit`, one
+    if torch.compile will not compile the model again."""
+
+    calls: list[Call]
+    counted: dict[tuple[str, str], int]
+    graphs: dict[str, str]
+    replaced: dict[str, str]
+    untuned: str | None = None
+    limit: str | None = None
+
+    def __str__(self) -> str:
+        rows = [("layer", "operator", "runs on", "why, or how")]
+        rows += [(c.name or "-", c.operator, _name(c.backend), _detail(c)) for c in self.calls]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+            for row in rows
+        ]
+        counted = (f"{op} {n} on {_name(backend)}" for (op, backend), n in sorted(self.counted.items()))
+        counts = ", ".join(counted) or "none"
+        graphs = [f"{name + ': ' if name else ''}{line}" for name, line in self.graphs.items()]
+        where: dict[str, list[str]] = {}
+        for name, why in self.replaced.items():
+            where.setdefault(why, []).append(name or "the model")
+        runs = [f"{why}, so what is there now runs: {_some(names)}" for why, names in where.items()]
+        said = [line for line in (self.untuned, self.limit) if line]
+        return "\n".join([*lines, *said, *graphs, *runs, f"calls so far in this process: {counts}"])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)) -> Report:
+    """Which layer of `model` runs on what, and why, as inference would run now.
+
+    `inputs` is a tensor, the tuple of a call's arguments, or the shape of one input in the model's dtype. If all that
+    was optimized is torchvision's own, nothing is computed: the model is traced on fake tensors. Any other model, and
+    one that torch.compile was given, is compiled again for this, with our backend, and called once, of a shape on
+    zeros; what it writes into its buffers, as batch norms do in training mode, is undone. TypeError if `model` is no
+    module or `inputs` neither tensor nor tuple, ValueError if it cannot be called so.
+    """
+    check_module(model)
+    given = _of_a_call(inputs)
+    if isinstance(model, nn.DataParallel):
+        model = model.module
+    whole = compiled.is_whole(model)
+    by_compiler = whole or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())
+    limit = compiled.limit(model) if by_compiler else None
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
+    graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
+    graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
+    replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
+    try:
+        with compiled.undone(model) if by_compiler else nullcontext():
+            found = compiled.trace(model, given, whole) if by_compiler else trace(model, given)
+    except NotImplementedError:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        said = f"{type(model).__name__} cannot be traced, for what it does depends on values ({error.func})"
+        raise ValueError(f"{said}; report a module in it, as a detector's backbone") from error
+    except Exception as error:
+        what, other = "these arguments", ""
+        if all(isinstance(size, int) for size in given):
+            what, other = f"zeros of {given}", "another size, as report(model, (1, 3, 96, 96)), or "
+        said = f"{type(model).__name__} does not take {what}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{said}; give {other}all arguments of a call, or report a module in it") from error
+    calls = [_explained(call, replaced, _left(model)) for call in found]
+    tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
+    untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
+    return Report(calls, dict(dispatch.calls), graphs, replaced, untuned, limit)
+
+
+def precompile(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)) -> None:
+    """Compile the kernels that `model` would run now for `inputs`, as `report` takes them, side by side on all cores.
+
+    A first call finds them then; by itself it compiles one after another. What is in Triton's cache is only loaded, and
+    a kernel that does not compile is left to the call. Runs nothing: the model is traced on fake tensors. TypeError if
+    `model` is no module or `inputs` neither tensor nor tuple, ValueError if it contains no ResNet or block of one.
+    """
+    check_module(model)
+    given = _of_a_call(inputs)
+    if not convertible(model):
+        said = f"{qualified(model)} contains no ResNet of torchvision's or ours to precompile"
+        raise ValueError(f"{said}; leave it out, for the first call compiles")
+    compile_calls(trace(model, given), cores())
+
+
+def _of_a_call(inputs: tuple[Any, ...] | Tensor) -> tuple[Any, ...]:
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    if not isinstance(inputs, tuple | list):
+        raise TypeError(f"inputs is a {type(inputs).__name__}, expected a tensor, or a tuple as (1, 3, 224, 224)")
+    return tuple(inputs)
+
+
+def _left(model: nn.Module) -> str:
+    """Why modules run as they are that nothing of ours has called."""
+    ours = [m for m in model.modules() if isinstance(m, (*OURS, Compiled))]
+    if not ours:
+        return "not optimized: call optimize(model)"
+    if original.anywhere and all(map(original.is_disabled, ours)):
+        return "disabled"
+    return "outside what optimize takes: torch.compile(model, backend='resnet_triton') reaches it, too"
+
+
+def _explained(call: Call, replaced: dict[str, str], left: str) -> Call:
+    """A call that nothing of ours has made says why: its module's code was replaced, or `left`."""
+    if call.operation is not None or call.reason:
+        return call
+    inside = [name for name in replaced if f"{call.name}.".startswith(f"{name}." if name else "")] if call.name else []
+    if not inside:
+        return replace(call, reason=left)
+    name = max(inside, key=len)
+    return replace(call, reason=f"{name or 'the model'}: {replaced[name]}")
+
+
+def _name(backend: str) -> str:
+    return {"triton": "Triton", "torch": "PyTorch"}[backend]
+
+
+def _detail(call: Call) -> str:
+    weight = getattr(call.operation, "weight", None)
+    moved = weight is None or weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last)
+    copied = (
+        ""
+        if moved or call.backend != "triton"
+        else "each call copies its filters, which are not in channels_last memory"
+    )
+    if call.backend != "triton" or not call.tiled:
+        convolution = call.operation if call.backend == "triton" else None
+        path = ""
+        if isinstance(convolution, ConvBnRelu):
+            path = "depthwise path" if convolution.depthwise else "grouped path"
+        return ", ".join(filter(None, (path, call.reason, copied)))
+    here = specialised.facts(call.device)
+    chosen = config.invariant(call.shape, here) if call.ours.modes.batch_invariant else config.lookup(call.shape, here)
+    shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
+    how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason, copied]
+    return ", ".join(filter(None, how))
