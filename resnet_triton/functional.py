@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import ops
+from .ops import BatchNorm, Shortcut
 from .ops.checks import IntOrPair, pair
 from .ops.dispatch import Kernels, Modes
 
@@ -38,6 +39,7 @@ def conv_bn_relu(
     dilation: IntOrPair = 1,
     groups: int = 1,
     residual: Tensor | None = None,
+    shortcut: Shortcut | None = None,
     activation: str = "relu",
     negative_slope: float = 0.01,
     batch_invariant: bool = False,
@@ -51,14 +53,18 @@ def conv_bn_relu(
     fp16 and bf16 run on the kernels, accumulate in fp32 and round once. Batch norm's tensors may be of another floating
     dtype.
 
+    In place of a residual, `shortcut` adds a 1x1 convolution and its batch norm: x (N, C', H', W') and weight
+    (K, C', 1, 1) of the same dtype, a `BatchNorm`, and a pair of strides that lead to (P, Q). Beside a convolution in
+    groups it runs on PyTorch.
+
     `activation` is one of torch.nn.functional: "relu", "relu6", "leaky_relu" with `negative_slope`, "hardswish",
     "silu", "gelu" (by erf), or "none".
     """
-    statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
+    statistics = BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
     geometry = ops.Geometry(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
     act = ops.Activation(activation, float(negative_slope))
     modes = Modes(batch_invariant, kernels)
-    return ops.ConvBnRelu(x, weight, statistics, geometry, residual, activation=act, modes=modes).run()
+    return ops.ConvBnRelu(x, weight, statistics, geometry, residual, shortcut, act, modes).run()
 
 
 def stem(
@@ -82,7 +88,7 @@ def stem(
     for each channel, computed in fp32. On GPUs with tensor descriptors (9.0 and newer), fp16 and bf16 with up to four
     channels take one fused kernel and never hold the tensor between convolution and pool.
     """
-    statistics = ops.BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
+    statistics = BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
     mean, std = (None if values is None else tuple(map(float, values)) for values in (pixel_mean, pixel_std))
     return ops.Stem(x, weight, statistics, mean, std, Modes(batch_invariant, kernels)).run()
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from resnet_triton import functional as F
 from resnet_triton import models, optimize
-from resnet_triton.ops import BatchNorm, ConvBnRelu, Geometry, Shortcut
-from resnet_triton.ops.dispatch import Modes
 from resnet_triton.support import vision
 
 from .term import Args
@@ -124,11 +122,11 @@ def _our_shortcut(
     padding: int, kernels: str, short_x: Tensor, short_weight: Tensor, short_running_mean: Tensor,
     short_running_var: Tensor, short_bn_weight: Any, short_bn_bias: Any, short_eps: float,
 ) -> Tensor:  # fmt: skip
-    """The models' call; the functional form has no shortcut."""
-    norm = BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
-    short_norm = BatchNorm(short_running_mean, short_running_var, short_bn_weight, short_bn_bias, short_eps)
-    shortcut, geometry = Shortcut(short_x, short_weight, short_norm, (2, 2)), Geometry(padding=(padding, padding))
-    return ConvBnRelu(x, weight, norm, geometry, shortcut=shortcut, modes=Modes(kernels=kernels)).run()
+    short_norm = F.BatchNorm(short_running_mean, short_running_var, short_bn_weight, short_bn_bias, short_eps)
+    return F.conv_bn_relu(
+        x, weight, running_mean, running_var, bn_weight, bn_bias, eps, padding=padding, kernels=kernels,
+        shortcut=F.Shortcut(short_x, short_weight, short_norm, (2, 2)),
+    )  # fmt: skip
 
 
 def _bn(y: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:

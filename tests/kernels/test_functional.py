@@ -14,7 +14,6 @@ from calls import WITH_SHORTCUT, small
 from torch import Tensor
 
 from resnet_triton import functional as F
-from resnet_triton import ops
 from resnet_triton.ops import dispatch
 
 BACKENDS = ("torch", "triton", "auto")
@@ -226,13 +225,22 @@ def test_depthwise_convolution(device, kernels):
     torch.testing.assert_close(F.conv_bn_relu(*tensors, **options), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_shortcut(device, kernels):
+    tensors = conv_tensors(device, 2, 8, 6, 4, 12, 3, 3)
+    x, weight, *norm = conv_tensors(device, 2, 5, 12, 8, 12, 1, 1)
+    shortcut = F.Shortcut(x, weight, F.BatchNorm(*norm, 1e-3), (2, 2))
+    other = torch_conv(x, weight, *norm, 1e-3, stride=2, relu=False)
+    expected = torch_conv(*tensors, 1e-5, padding=1, residual=other)
+    actual = F.conv_bn_relu(*tensors, padding=1, shortcut=shortcut, kernels=kernels)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_grouped_convolution_takes_no_shortcut(device):
     x, weight, *norm = conv_tensors(device, 2, 8, 5, 9, 16, 1, 1, groups=8)
-    shortcut = ops.Shortcut(x, torch.randn(16, 8, 1, 1, device=device), ops.BatchNorm(*norm, 1e-5), (1, 1))
-    geometry, modes = ops.Geometry(groups=8), dispatch.Modes(kernels="triton")
-    call = ops.ConvBnRelu(x, weight, ops.BatchNorm(*norm, 1e-5), geometry, shortcut=shortcut, modes=modes)
+    shortcut = F.Shortcut(x, torch.randn(16, 8, 1, 1, device=device), F.BatchNorm(*norm, 1e-5), (1, 1))
     with pytest.raises(NotImplementedError, match="grouped convolution with a shortcut"):
-        call.run()
+        F.conv_bn_relu(x, weight, *norm, groups=8, shortcut=shortcut, kernels="triton")
 
 
 # --- bad inputs ------------------------------------------------------------------------------------------------------

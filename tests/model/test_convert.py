@@ -283,7 +283,7 @@ def test_nothing_to_optimize():
         optimize(nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU()))
     with pytest.raises(ValueError, match="Linear was not converted"):
         revert(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="ResNet was not converted .* nothing to revert$"):
+    with pytest.raises(ValueError, match=r"ResNet was not converted .* nothing to revert$"):
         revert(small())
     with pytest.raises(ValueError, match=r"ResNet was not converted .*; for filters .*torch\.contiguous_format"):
         revert(models.ResNet(models.BasicBlock, [1, 1, 1, 1]))
