@@ -35,7 +35,9 @@ def as_they_were(moved: Iterable[Tensor], graph: fx.GraphModule, inputs: Sequenc
     RuntimeError if the graph may hold strides that follow from where they are now.
     """
     ids = set(map(id, moved)) & set(map(id, inputs))
-    if ids and any("as_strided" in str(node.target) for node in graph.graph.nodes):
+    if not ids:
+        return list(inputs)
+    if any("as_strided" in str(node.target) for node in graph.graph.nodes):
         raise RuntimeError("as_strided takes strides, and filters lie in memory in another order")
     fakes = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
     known = zip(inputs, fakes, strict=True)

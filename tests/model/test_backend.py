@@ -1239,6 +1239,17 @@ def test_a_model_whose_first_call_makes_its_parameters():
     assert used(model, images()) == {(CBR, "torch"): 1, ("global_avg_pool", "torch"): 1}
 
 
+@torch.inference_mode()
+def test_a_graph_that_another_backend_has_copied():
+    """A copy by `fx.Transformer` has none of Dynamo's fakes."""
+
+    def copied(graph, inputs):
+        return resnet_triton(torch.fx.Transformer(graph).transform(), inputs)
+
+    model, x = integral(conv()), images()
+    assert torch.equal(torch.compile(model, backend=copied)(x), model(x))
+
+
 def test_what_cannot_be_compiled_is_refused():
     with pytest.raises(ValueError, match="compiled by TorchScript; optimize the module"):
         optimize(torch.jit.trace(conv(), images()))
