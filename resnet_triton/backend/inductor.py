@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 def compile_rest(gm: fx.GraphModule) -> Callable[..., Any]:
     """A function that computes what a rewritten graph does, from the same inputs."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner  # not above: importing Inductor takes seconds
     from torch._inductor.decomposition import select_decomp_table
 
@@ -24,9 +25,11 @@ def compile_rest(gm: fx.GraphModule) -> Callable[..., Any]:
     def run(*values: Any) -> Any:
         return functional_call(gm, dict(zip(constants, values[len(inputs) :], strict=True)), values[: len(inputs)])
 
-    with mode:  # Inductor wants simpler operators than those that our patterns are made of
-        simple = make_fx(run, decomposition_table=select_decomp_table())(*fakes)
-    output: Any = simple.graph.output_node()
-    output.meta["user_visible_output_idxs"] = [i for i, node in enumerate(output.args[0]) if isinstance(node, fx.Node)]
-    compiled: Any = compile_fx_inner(simple, fakes, is_inference=True)
+    with config.patch(fallback_random=True):  # PyTorch's random numbers: a pass that is not run here puts Inductor's
+        with mode:  # Inductor wants simpler operators than those that our patterns are made of
+            simple = make_fx(run, decomposition_table=select_decomp_table())(*fakes)
+        output: Any = simple.graph.output_node()
+        results = enumerate(output.args[0])
+        output.meta["user_visible_output_idxs"] = [i for i, node in results if isinstance(node, fx.Node)]
+        compiled: Any = compile_fx_inner(simple, fakes, is_inference=True)
     return lambda *values: compiled([*values, *constants.values()])

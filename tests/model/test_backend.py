@@ -474,6 +474,21 @@ def test_inductor_compiles_the_rest():
     assert used(fast, images()) == {("conv_bn_relu", "torch"): 3}
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_draws_the_numbers_that_pytorch_draws():
+    model, x = sequence(conv(), nn.ReLU()).eval(), images()
+
+    def drop(x):
+        return F.dropout(model(x), 0.5, training=True) + torch.rand(1)
+
+    fast = torch.compile(drop, backend="resnet_triton", options={"rest": "inductor"})
+    torch.manual_seed(0)
+    expected = drop(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(fast(x), expected)
+
+
 @torch.no_grad()
 def test_batch_invariant():
     torch.manual_seed(0)
