@@ -89,12 +89,19 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
         what, other = "these arguments", ""
         if all(isinstance(size, int) for size in given):
             what, other = f"zeros of {given}", "another size, as report(model, (1, 3, 96, 96)), or "
-        said = f"{type(model).__name__} does not take {what}: {str(error).partition(chr(10))[0]}"
+        said = f"{type(model).__name__} does not take {what}: {str(_of_the_model(error)).partition(chr(10))[0]}"
         raise ValueError(f"{said}; give {other}all arguments of a call, or report a module in it") from error
     calls = [_explained(call, replaced, _left(model)) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
     untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
     return Report(calls, dict(dispatch.calls), graphs, replaced, untuned, limit)
+
+
+def _of_the_model(error: BaseException) -> BaseException:
+    """What the model raised, of which an error of torch.compile's says little in its first line."""
+    while type(error).__module__.startswith("torch._dynamo") and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return error
 
 
 def precompile(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)) -> None:

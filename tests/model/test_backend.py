@@ -1018,6 +1018,11 @@ def test_report_takes_the_arguments_of_a_call():
     assert (calls[0].name, calls[0].operator) == ("conv", CBR)
 
 
+def test_report_says_what_the_model_raised():
+    with pytest.raises(ValueError, match=r"^Conv2d does not take zeros of \(1, 3, 9, 9\): Given groups=1"):
+        report(optimize(conv().eval()), (1, 3, 9, 9))
+
+
 class Broken(nn.Module):
     """torch.compile compiles it once for all of its kind."""
 
