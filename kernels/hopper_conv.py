@@ -74,7 +74,7 @@ def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 @gluon.jit
-def place(item, P, Q, TILES_K: gl.constexpr, SPLIT_K: gl.constexpr,
+def work_item(item, P, Q, TILES_K: gl.constexpr, SPLIT_K: gl.constexpr,
           BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr):  # fmt: skip
     """A program's piece of work: share of a tile, tile, its first filter, row, column and image."""
     split = item % SPLIT_K
@@ -149,7 +149,7 @@ def loader(
     SHORT_BYTES: gl.constexpr = (PIXELS + BLOCK_K) * BLOCK_C * SIZE
     COLUMNS: gl.constexpr = R * S // TAPS
     AHEAD: gl.constexpr = STAGES if STAGES < STEPS else STEPS
-    split, _, k, _, _, _ = place(gl.program_id(0), P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
+    split, _, k, _, _, _ = work_item(gl.program_id(0), P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
     for j in range(AHEAD):
         mbarrier.expect(full.index(j), BYTES)
         load_filters(w_desc, full, w_ring, j, split * STEPS + j, k, COLUMNS, TAPS, BLOCK_C)
@@ -158,7 +158,7 @@ def loader(
     i = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        split, _, k, p, q, n = place(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
+        split, _, k, p, q, n = work_item(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
         for j in range(STEPS):
             slot = i % STAGES
             step = split * STEPS + j  # channel slabs outside, taps inside: a slab's shifted reads stay close in time
@@ -173,13 +173,11 @@ def loader(
             if res_desc is not None:
                 if j == STEPS - 1:  # by now both groups have left the tile before, so the buffers are free, or soon
                     for group in gl.static_range(2):
-                        place_of = turn % 2 * 2 + group
+                        buffer = turn % 2 * 2 + group
                         h, w, m = half_offset(group, BOX_H, BOX_W, BOX_N)
-                        mbarrier.wait(free.index(place_of), (turn // 2 & 1) ^ 1)
-                        mbarrier.expect(added.index(place_of), BOX_H * BOX_W * BOX_N * BLOCK_K * SIZE // 2)
-                        load_result(
-                            res_desc, added.index(place_of), out.index(place_of), p + h, q + w, n + m, k, Y_VIEW
-                        )
+                        mbarrier.wait(free.index(buffer), (turn // 2 & 1) ^ 1)
+                        mbarrier.expect(added.index(buffer), BOX_H * BOX_W * BOX_N * BLOCK_K * SIZE // 2)
+                        load_result(res_desc, added.index(buffer), out.index(buffer), p + h, q + w, n + m, k, Y_VIEW)
             i += 1
         if short_x_desc is not None:
             if split == SPLIT_K - 1:
@@ -260,7 +258,7 @@ def multiplier(
     i = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        split, tile, k, p, q, n = place(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
+        split, tile, k, p, q, n = work_item(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
         offs_k = k + gl.arange(0, BLOCK_K, layout=flat)
         scale, shift = scale_and_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < K)
         if SPLIT_K > 1:
@@ -280,11 +278,11 @@ def multiplier(
         last = True
         if SPLIT_K > 1:
             y, last = sum_partials(y, partials_ptr, semaphores_ptr, tile * 2 + group, split, SPLIT_K)
-        place_of = (turn % 2 * 2 if RESIDUAL else 0) + group
-        part = out.index(place_of)
+        buffer = (turn % 2 * 2 if RESIDUAL else 0) + group
+        part = out.index(buffer)
         if RESIDUAL:
             mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
-            mbarrier.wait(added.index(place_of), turn // 2 & 1)
+            mbarrier.wait(added.index(buffer), turn // 2 & 1)
         if last:
             put(y, reinterpret(part, y_desc.dtype, [HALF, BLOCK_K], pixels.layout), RESIDUAL, ACTIVATION)
             store_result(y_desc, part, p + h, q + w, n + m, k, Y_VIEW)

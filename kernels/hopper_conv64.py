@@ -36,7 +36,7 @@ from .values import Activation, ConvConfig, Convolution, Size
 
 
 @gluon.jit
-def place(item, tiles_p, tiles_q, BOX_N: gl.constexpr):
+def work_item(item, tiles_p, tiles_q, BOX_N: gl.constexpr):
     """A tile's first output row, column and image."""
     return item // tiles_q % tiles_p * 2, item % tiles_q * 2, item // (tiles_q * tiles_p) * BOX_N
 
@@ -55,7 +55,7 @@ def loader(
     cuda.gdc_launch_dependents()  # not before: so the next kernel begins when the one before this is done
     i = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        p, q, n = place(item, tiles_p, tiles_q, BOX_N)
+        p, q, n = work_item(item, tiles_p, tiles_q, BOX_N)
         for j in range(16):
             slot = i % STAGES
             mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
@@ -118,7 +118,7 @@ def multiplier(
     i = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        p, q, n = place(item, tiles_p, tiles_q, BOX_N)
+        p, q, n = work_item(item, tiles_p, tiles_q, BOX_N)
         lo = gl.zeros((64, BOX_N), gl.float32, mma)
         hi = gl.zeros((64, BOX_N), gl.float32, mma)
         lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, 0, True, False, STAGES)

@@ -26,12 +26,12 @@ the row below. A program has two such groups, which take turns: while one uses t
 normalises, takes maxima and stores.
 
 **The images.** For each of the two groups, four more warps pack: they read two image rows, build windows from them and
-write these into a slot of a ring. A row of the convolution reads four slots; the next row begins one slot later.
+write these into a slot of a ring (`hopper_stem_pack.py`). A row of the convolution reads four slots; the next row
+begins one slot later.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -47,34 +47,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import (
-    async_store,
-    descriptor_of,
-    group_barrier,
-    maximum,
-    reinterpret,
-    relu,
-    scale_and_shift,
-)
+from .hopper import async_store, descriptor_of, maximum, relu, scale_and_shift
+from .hopper_stem_pack import STAGES, is_paired, normalises_exactly, packer, work_item
 from .launch import Launch, cdiv, on
 from .values import BatchNorm
 
-STAGES = gl.constexpr(6)
-"""Slots of a ring. Two rings and what is on its way out fill an SM's shared memory."""
-
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
-# A packer's threads over [32 = 8 (r % 4) + m, 4 pairs of a window]. Lanes: the pairs, bit 0 of m, r % 4. So
-# stores of 16 bytes by eight lanes hit every bank of shared memory once, and a warp reads few pieces of an image row.
-WINDOWS = gl.constexpr(gl.DistributedLinearLayout(
-    reg_bases=[], lane_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0]], warp_bases=[[2, 0], [4, 0]], block_bases=[],
-    shape=[32, 4],
-))  # fmt: skip
-
-
-@gluon.jit
-def place(item, TILES, STRIPS, STRIP):
-    """An item's tile of 56 pooled columns, first pooled row and image."""
-    return item % TILES, item // TILES % STRIPS * STRIP, item // (TILES * STRIPS)
 
 
 @gluon.jit
@@ -90,36 +68,36 @@ def filter_row(w_ptr, ROW: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def halves(y):
+def split_even_odd(y):
     """[64, R, 8] -> its even and its odd rows r, [64, R / 2, 8] each."""
     return y.reshape((64, y.shape[1] // 2, 2, 8)).permute((0, 1, 3, 2)).split()
 
 
 @gluon.jit
-def interleaved(even, odd):
+def interleave(even, odd):
     odd = gl.convert_layout(odd, even.type.layout)
     return gl.join(even, odd).permute((0, 1, 3, 2)).reshape((64, even.shape[1] * 2, 8))
 
 
 @gluon.jit
-def following(y):
+def shift_rows(y):
     """[64, 8, 8] with row r + 1 in the place of row r; the last is garbage. This only renames registers."""
-    even, odd = halves(y)  # 0 2 4 6, 1 3 5 7
-    first, second = halves(even)  # 0 4, 2 6
-    _, four = halves(first)
-    shifted = interleaved(odd, interleaved(second, interleaved(four, four)))  # 1 3 5 7, (2 6, 4 *): 1 2 3 4 5 6 7 *
+    even, odd = split_even_odd(y)  # 0 2 4 6, 1 3 5 7
+    first, second = split_even_odd(even)  # 0 4, 2 6
+    _, four = split_even_odd(first)
+    shifted = interleave(odd, interleave(second, interleave(four, four)))  # 1 3 5 7, (2 6, 4 *): 1 2 3 4 5 6 7 *
     return gl.convert_layout(shifted, y.type.layout)
 
 
 @gluon.jit
 def pooled_columns(y):
     """Horizontal maxima of a row of the convolution, [64, 8 (x), 8 (m)]: element (x, m) is of pooled column 7 m + x."""
-    left, middle = halves(y.reshape((64, 16, 8)))
-    return maximum(maximum(left, gl.convert_layout(middle, left.type.layout)), following(left))
+    left, middle = split_even_odd(y.reshape((64, 16, 8)))
+    return maximum(maximum(left, gl.convert_layout(middle, left.type.layout)), shift_rows(left))
 
 
 @gluon.jit
-def now(x):
+def compute_here(x):
     """Volatile, as waits are: or else the compiler computes `x` after the next wait, while nobody multiplies."""
     return gl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
 
@@ -150,7 +128,7 @@ def convolution_row(
     acc = warpgroup_mma(f6, x3.slice(0, 128, 0).permute((1, 0)), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(slot % STAGES), count=1)
-    return now(pooled_columns(acc * gl.expand_dims(scale, 1) + gl.expand_dims(shift, 1)))
+    return compute_here(pooled_columns(acc * gl.expand_dims(scale, 1) + gl.expand_dims(shift, 1)))
 
 
 @gluon.jit
@@ -168,7 +146,7 @@ def multiplier(
     slot = 0
     for item in range(gl.program_id(0) + group * gl.num_programs(0), items, 2 * gl.num_programs(0)):
         together = (group == 1) | (item + gl.num_programs(0) < items)  # else group 0 has the last item alone
-        tile, i0, n = place(item, TILES, STRIPS, STRIP)
+        tile, i0, n = work_item(item, TILES, STRIPS, STRIP)
         for ahead in gl.static_range(3):
             mbarrier.wait(full.index((slot + ahead) % STAGES), (slot + ahead) // STAGES & 1)
         above = convolution_row(group, 0, filters, scale, shift, ring, full, empty, turns, slot, together)
@@ -197,184 +175,6 @@ def multiplier(
             mbarrier.arrive(empty.index((slot + ahead) % STAGES), count=1)
         slot += 3
     tma.store_wait(0)
-
-
-@gluon.jit
-def anew(x):
-    """Volatile: or else the compiler keeps all that depends on `x` alone, in registers that it does not have."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def words_of(x_ptr):
-    """A pointer to words of two values."""
-    BITS: gl.constexpr = 2 * x_ptr.dtype.element_ty.primitive_bitwidth
-    if BITS == 16:
-        pointer = x_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
-    elif BITS == 32:
-        pointer = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    else:
-        pointer = x_ptr.to(gl.pointer_type(gl.int64), bitcast=True)
-    return pointer
-
-
-@gluon.jit
-def part(word, i: gl.constexpr, dtype: gl.constexpr):
-    """One of a word's two values; bytes as int32."""
-    BITS: gl.constexpr = dtype.primitive_bitwidth
-    if BITS == 8:
-        v = (word.to(gl.int32) >> 8 * i) & 0xFF
-    elif BITS == 16:
-        v = (word >> 16 * i).to(gl.int16).to(dtype, bitcast=True)
-    else:
-        v = (word >> 32 * i).to(gl.int32).to(dtype, bitcast=True)
-    return v
-
-
-@gluon.jit
-def fetch(x, stride_c, p, least, most, here, W, C: gl.constexpr, PLANES: gl.constexpr, PAIRED: gl.constexpr,
-          ODD_Q: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
-    """What a thread needs of an image row, four pairs of pixels: 4 x 2 x C values, and whether each pixel is inside.
-
-    They are pairs p, p + 4, p + 8 and p + 12, where `x` points to p, but none before `least` and none behind `most`.
-    """
-    values = ()
-    inside = ()
-    for i in gl.static_range(4):
-        ahead = 4 * i
-        if i == 0:
-            ahead = gl.maximum(least - p, 0)
-        if ODD_Q:
-            ahead = gl.minimum(most - p, ahead)
-        first = here & (p + ahead >= 0) & ((p + ahead) * 2 < W)
-        second = first & ((p + ahead) * 2 + 1 < W)
-        if PAIRED:
-            second = first
-            words = ()
-            for c in gl.static_range(C):
-                at = x + ahead + c * stride_c if PLANES else x + ahead * C + c
-                words = words + (gl.load(at, mask=first, other=0),)
-            for j in gl.static_range(2 * C):
-                word, i_of = (words[j % C], j // C) if PLANES else (words[j // 2], j % 2)
-                values = values + (part(word, i_of, dtype),)
-        else:
-            for j in gl.static_range(2 * C):
-                at = x + ahead * 2 + (j % C * stride_c + j // C) if PLANES else x + ahead * (2 * C) + j
-                values = values + (gl.load(at, mask=first if j < C else second, other=0),)
-        inside = inside + (first, second)
-    return values, inside
-
-
-@gluon.jit
-def quotient(x, y, inverse):
-    """x / y correctly rounded, if `normalises_exactly`; inverse = 1 / y. A division would take thrice as long."""
-    q = x * inverse
-    return gl.fma(gl.fma(-q, y, x), inverse, q)
-
-
-@gluon.jit
-def joined(low, high, dtype: gl.constexpr):
-    """A word of two values, rounded to `dtype`, fp16 or bf16."""
-    if low.dtype == dtype:
-        low = low.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-        word = low | high.to(gl.int16, bitcast=True).to(gl.int32) << 16
-    else:
-        NAME: gl.constexpr = "f16x2" if dtype == gl.float16 else "bf16x2"
-        both = [low.to(gl.float32), high.to(gl.float32)]
-        word = gl.inline_asm_elementwise(
-            "cvt.rn." + NAME + ".f32 $0, $2, $1;", "=r,f,f", both, dtype=gl.int32, is_pure=True, pack=1
-        )
-    return word
-
-
-@gluon.jit
-def pixel(values, i: gl.constexpr, keep, normal, C: gl.constexpr, dtype: gl.constexpr):
-    """Pixel i of `fetch` as two words, four channels; zero if not `keep`."""
-    v = ()
-    for c in gl.static_range(4):
-        if c < C:
-            one = values[i * C + c]
-            if len(normal) > 0:
-                one = quotient(one.to(gl.float32), 255.0, 1.0 / 255.0) - normal[c]
-                one = quotient(one, normal[4 + c], normal[8 + c])
-        else:
-            one = gl.zeros((32, 4), v[0].dtype, WINDOWS)
-        v = v + (one,)
-    return gl.where(keep, joined(v[0], v[1], dtype), 0), gl.where(keep, joined(v[2], v[3], dtype), 0)
-
-
-@gluon.jit
-def windows(values, inside, weighted, normal, C: gl.constexpr, dtype: gl.constexpr):
-    """An image row's windows, [128, 16 words]."""
-    parts = ()
-    for i in gl.static_range(4):
-        first = weighted
-        second = weighted | True
-        if len(normal) > 0:  # what is outside is zero after normalising
-            first = weighted & inside[2 * i]
-            second = inside[2 * i + 1]
-        a, b = pixel(values, 2 * i, first, normal, C, dtype)
-        c, d = pixel(values, 2 * i + 1, second, normal, C, dtype)
-        parts = parts + (gl.join(gl.join(a, c), gl.join(b, d)).reshape((32, 16)),)
-    row = gl.join(gl.join(parts[0], parts[1]), gl.join(parts[2], parts[3]))  # [32, 16, r // 4 % 2, r // 8]
-    return row.permute((3, 2, 0, 1)).reshape((128, 16))
-
-
-@gluon.jit
-def packer(
-    group: gl.constexpr, x_ptr, stride_n, stride_c, stride_h, pixels, ring, full, empty,
-    items, TILES, STRIPS, STRIP, Q, H, W,
-    C: gl.constexpr, PLANES: gl.constexpr, PAIRED: gl.constexpr, ODD_Q: gl.constexpr,
-):  # fmt: skip
-    """The group that fills the ring of one of the two that multiply.
-
-    It loads nothing ahead of its fence, which would wait for it. A slot is needed once in two rows' time of the tensor
-    cores, some 1800 cycles, so there is time to wait for memory.
-    """
-    x_dtype: gl.constexpr = x_ptr.dtype.element_ty
-    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=32, rank=2)
-    words = reinterpret(ring, gl.int32, [STAGES, 256, 16], layout)
-    x = words_of(x_ptr) if PAIRED else x_ptr
-    SIDE: gl.constexpr = (1 if PAIRED else 2) * (1 if PLANES else C)  # from a pair to the next
-    nth = gl.expand_dims(anew(gl.arange(0, 32, layout=gl.SliceLayout(1, WINDOWS))), 1)
-    pair = gl.expand_dims(anew(gl.arange(0, 4, layout=gl.SliceLayout(0, WINDOWS))), 0)
-    weighted = (pair > 0) & (nth >= 0)
-    normal = pixels
-    for i in gl.static_range(len(pixels) // 2):
-        normal = normal + (gl.div_rn(1.0, pixels[4 + i]),)
-    # A column outside the image gets its neighbour's windows: the maximum of both is the neighbour's.
-    least = pair - 2
-    most = pair + (Q - 3)
-    slot = 0
-    for item in range(gl.program_id(0) + group * gl.num_programs(0), items, 2 * gl.num_programs(0)):
-        tile, i0, n = place(item, TILES, STRIPS, STRIP)
-        y = 4 * i0 - 5  # where windows of row 2 i0 - 1 begin
-        p = tile * 112 + nth % 8 * 14 + nth // 8 + (pair - 3)
-        row = x + n.to(gl.int64) * stride_n + y * stride_h + p * SIDE
-        for _ in range(2 * STRIP + 4):
-            q = anew(p)
-            next_row = row + stride_h
-            here = (y >= 0) & (y < H)
-            next_here = (y >= -1) & (y < H - 1)
-            values, inside = fetch(row, stride_c, q, least, most, here, W, C, PLANES, PAIRED, ODD_Q, x_dtype)
-            if PAIRED:  # else there are too few registers for two rows at once
-                next_values, next_inside = fetch(
-                    next_row, stride_c, q, least, most, next_here, W, C, PLANES, PAIRED, ODD_Q, x_dtype
-                )
-            place_of = words.index(slot % STAGES)
-            mbarrier.wait(empty.index(slot % STAGES), (slot // STAGES & 1) ^ 1)
-            place_of.slice(0, 128, 0).store(windows(values, inside, weighted, normal, C, ring.dtype))
-            if not PAIRED:
-                next_values, next_inside = fetch(
-                    next_row, stride_c, q, least, most, next_here, W, C, PLANES, PAIRED, ODD_Q, x_dtype
-                )
-            place_of.slice(128, 128, 0).store(windows(next_values, next_inside, weighted, normal, C, ring.dtype))
-            fence_async_shared()
-            group_barrier()
-            mbarrier.arrive(full.index(slot % STAGES), count=1)
-            row = next_row + stride_h
-            y += 2
-            slot += 1
 
 
 @gluon.jit(
@@ -407,9 +207,9 @@ def hopper_stem_kernel(
     mbarrier.init(turns.index(0), count=1)
     mbarrier.init(turns.index(1), count=1)
     fence_async_shared()
-    pixels = ()
+    normalization = ()
     if NORMALIZE:
-        pixels = (mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3)
+        normalization = (mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3)
     gl.warp_specialize([
         (multiplier, (
             0, y_desc, rest_desc, w_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
@@ -420,11 +220,11 @@ def hopper_stem_kernel(
             ring_1, out.index(1), full_1, empty_1, turns, items, TILES, STRIPS, STRIP, P, SEVENS, C, ODD_P,
         )),
         (packer, (
-            0, x_ptr, stride_n, stride_c, stride_h, pixels, ring_0, full_0, empty_0,
+            0, x_ptr, stride_n, stride_c, stride_h, normalization, ring_0, full_0, empty_0,
             items, TILES, STRIPS, STRIP, Q, H, W, C, PLANES, PAIRED, ODD_Q,
         )),
         (packer, (
-            1, x_ptr, stride_n, stride_c, stride_h, pixels, ring_1, full_1, empty_1,
+            1, x_ptr, stride_n, stride_c, stride_h, normalization, ring_1, full_1, empty_1,
             items, TILES, STRIPS, STRIP, Q, H, W, C, PLANES, PAIRED, ODD_Q,
         )),
     ], [4, 4, 4], [256 - PACKING, PACKING, PACKING])  # fmt: skip
@@ -441,26 +241,6 @@ def supports(x: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Seque
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
         and (mean is None or std is None or normalises_exactly(tuple(mean), tuple(std)))
     )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=64)
-def normalises_exactly(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
-    """Whether `quotient` rounds as a division does: for each byte and channel, so that there is nothing to prove."""
-    x = torch.arange(256, dtype=torch.float32)
-    centred = x / 255 - torch.tensor(mean, dtype=torch.float32)[:, None]
-    deviations = torch.tensor(std, dtype=torch.float32)[:, None]
-    return _quotients_are_exact(x, torch.tensor(255.0)) and _quotients_are_exact(centred, deviations)
-
-
-def _quotients_are_exact(x: Tensor, y: Tensor) -> bool:
-    inverse = 1 / y
-    q = x * inverse
-    left = (x.double() - q.double() * y.double()).float()  # exact in fp64, as in the first fused multiply-add
-    corrected = q.double() + left.double() * inverse.double()  # not in the second: a tie in fp32 may be none
-    rounded = corrected.float()
-    mirrored = 2 * corrected - rounded.double()
-    tie = (corrected != rounded) & (mirrored.float() == mirrored)
-    return bool(((rounded == x / y) & ~tie).all())
 
 
 def hopper_stem(
@@ -481,7 +261,7 @@ def hopper_stem(
     items = n * strips * tiles
     y_desc, rest_desc = _row_descriptors(out)
     means, stds = ([*(values or ()), *[1.0] * 4][:4] for values in (mean, std))
-    paired = _is_paired(x)
+    paired = is_paired(x)
     word = 2 if paired else 1
     arguments = {
         "x_ptr": x, "w_ptr": weight, "y_desc": y_desc, "rest_desc": rest_desc, **batch_norm.arguments(),
@@ -494,14 +274,6 @@ def hopper_stem(
         "ODD_P": p % 2 == 1, "ODD_Q": q % 2 == 1,
     }  # fmt: skip
     return Launch(hopper_stem_kernel, (min(programs, items),), arguments, num_warps=4)
-
-
-def _is_paired(x: Tensor) -> bool:
-    """Whether all pairs of pixels of `x` lie where words of two values can be read."""
-    n, c, h, w = x.stride()
-    channels_apart = w == 1 and x.shape[1] > 1
-    sizes = (x.shape[3], n, h, c if channels_apart else 0)
-    return not any(size % 2 for size in sizes) and x.data_ptr() % (2 * x.itemsize) == 0
 
 
 def _row_descriptors(out: Tensor) -> list[TensorDescriptor | None]:

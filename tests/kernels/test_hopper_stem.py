@@ -1,4 +1,4 @@
-"""`kernels/hopper_stem.py`, executed from its PTX: bit for bit like fp64, nothing left unordered."""
+"""The stem in Gluon, executed from its PTX: bit for bit like fp64, nothing left unordered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from exact import batch_norm, channels_last, generator, integers
 from simulator import simulate
 from specialised import ptx
 
-from resnet_triton.kernels.hopper_stem import _is_paired, hopper_stem, normalises_exactly, supports
+from resnet_triton.kernels.hopper_stem import hopper_stem, supports
+from resnet_triton.kernels.hopper_stem_pack import is_paired, normalises_exactly
 from resnet_triton.kernels.values import BatchNorm
 from resnet_triton.ops import reference
 
@@ -135,10 +136,10 @@ def test_layouts_that_it_reads():
     for dtype in (torch.uint8, torch.float16, torch.float32):
         memory = torch.zeros(80, dtype=dtype)
         for first in range(8):
-            assert _is_paired(memory[first : first + 64].view(1, 1, 8, 8)) == (first % 2 == 0), (dtype, first)
-        assert not _is_paired(memory[:63].view(1, 1, 9, 7))
+            assert is_paired(memory[first : first + 64].view(1, 1, 8, 8)) == (first % 2 == 0), (dtype, first)
+        assert not is_paired(memory[:63].view(1, 1, 9, 7))
         for channels in (1, 2):
-            assert _is_paired(memory.as_strided((1, channels, 4, 8), (80, 35, 8, 1))) == (channels == 1)
+            assert is_paired(memory.as_strided((1, channels, 4, 8), (80, 35, 8, 1))) == (channels == 1)
     for c, stride, h, row, w, reads in (
         (3, 2**30 // 3, 2, 8, 8, True), (3, 2**30 // 3 + 1, 2, 8, 8, False),
         (1, 8, 3, 2**30 // 3, 8, True), (1, 8, 3, 2**30 // 3 + 1, 8, False),

@@ -80,6 +80,7 @@ INTERPRETED: dict[str, list[str]] = {
     "hopper_conv64.py": ["test_hopper_conv.py::test_exact[64"],
     "hopper_few.py": [*(f"{test}[few" for test in _GLUON), _EARLY],
     "hopper_stem.py": ["test_hopper_stem.py"],
+    "hopper_stem_pack.py": ["test_hopper_stem.py"],
     "launch.py": ["test_launch.py", "test_hopper_conv.py"],
     "values.py": [
         "test_launch.py",
