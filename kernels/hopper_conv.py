@@ -336,25 +336,21 @@ def hopper_conv_kernel(
             [STAGES * (TAPS + 1) // 2 * SHORT_LOADS] + short_x_desc.block_shape,
             short_x_desc.layout,
         )
+    # Registers of a thread, most for accumulators: 232 in each group that multiplies, 40 in the loader's, which has four
+    # warps, too. Together they are 504 of the 512 that a multiprocessor has for 4 x 32 threads.
     gl.warp_specialize([
         (multiplier, (
-            0, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+            group, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
             short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
             items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, TILES_K,
             BOX_H, BOX_W, BOX_N, BLOCK_K,
-        )),
-        (multiplier, (
-            1, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
-            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, TILES_K,
-            BOX_H, BOX_W, BOX_N, BLOCK_K,
-        )),
-        (loader, (
+        )) if group < 2 else (loader, (
             x_desc, w_desc, res_desc, short_x_desc, short_w_desc, x_ring, short_ring, w_ring, out, full, empty,
             added, free, items, P, Q, R, S, STRIDE, VIEW, Y_VIEW, SHORT_STEPS, SHORT_STRIDE, SHORT_VIEW, SPLIT_K,
             STEPS, STAGES, TAPS, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
-        )),
-    ], [4, 1], [232, 40])  # fmt: skip
+        ))
+        for group in (0, 1, 2)
+    ], worker_num_warps=[4, 1], worker_num_regs=[232, 40])  # fmt: skip
 
 
 def hopper_conv(call: Convolution) -> Launch:

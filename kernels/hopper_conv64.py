@@ -163,18 +163,14 @@ def hopper_conv64_kernel(
     weights = reinterpret(filters, x_desc.dtype, [9, 64, 64], SWIZZLED)
     gl.warp_specialize([
         (multiplier, (
-            0, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+            group, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
             eps, items, tiles_p, tiles_q, RESIDUAL, ACTIVATION, BOX_N, STAGES,
-        )),
-        (multiplier, (
-            1, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-            eps, items, tiles_p, tiles_q, RESIDUAL, ACTIVATION, BOX_N, STAGES,
-        )),
-        (loader, (
+        )) if group < 2 else (loader, (
             x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, items, tiles_p, tiles_q,
             BOX_N, STAGES,
-        )),
-    ], [4, 1], [232, 40])  # fmt: skip
+        ))
+        for group in (0, 1, 2)
+    ], worker_num_warps=[4, 1], worker_num_regs=[232, 40])  # as in `hopper_conv_kernel`  # fmt: skip
 
 
 def hopper_conv64(call: Convolution) -> Launch:

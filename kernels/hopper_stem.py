@@ -189,21 +189,20 @@ def hopper_stem_kernel(
     C: gl.constexpr, PLANES: gl.constexpr, PAIRED: gl.constexpr, NORMALIZE: gl.constexpr,
     ODD_P: gl.constexpr, ODD_Q: gl.constexpr,
 ):  # fmt: skip
-    PACKING: gl.constexpr = 56 if PAIRED and x_ptr.dtype.element_ty.primitive_bitwidth == 16 else 64  # registers
+    # Registers of a thread, most for filters and accumulators: the four groups share the 512 that a multiprocessor has
+    # for 4 x 32 threads, and two groups pack.
+    PACKING: gl.constexpr = 56 if PAIRED and x_ptr.dtype.element_ty.primitive_bitwidth == 16 else 64
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
-    ring_0 = gl.allocate_shared_memory(y_desc.dtype, [STAGES, 256, 32], layout)
-    ring_1 = gl.allocate_shared_memory(y_desc.dtype, [STAGES, 256, 32], layout)
+    rings = [gl.allocate_shared_memory(y_desc.dtype, [STAGES, 256, 32], layout) for _ in (0, 1)]
     out = gl.allocate_shared_memory(y_desc.dtype, [2, 1, 1, 8, 8, 64], y_desc.layout)
-    full_0 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    full_1 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_0 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_1 = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = [gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) for _ in (0, 1)]
+    empty = [gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) for _ in (0, 1)]
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full_0.index(i), count=1)
-        mbarrier.init(full_1.index(i), count=1)
-        mbarrier.init(empty_0.index(i), count=1)
-        mbarrier.init(empty_1.index(i), count=1)
+        mbarrier.init(full[0].index(i), count=1)
+        mbarrier.init(full[1].index(i), count=1)
+        mbarrier.init(empty[0].index(i), count=1)
+        mbarrier.init(empty[1].index(i), count=1)
     mbarrier.init(turns.index(0), count=1)
     mbarrier.init(turns.index(1), count=1)
     fence_async_shared()
@@ -212,22 +211,15 @@ def hopper_stem_kernel(
         normalization = (mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3)
     gl.warp_specialize([
         (multiplier, (
-            0, y_desc, rest_desc, w_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-            ring_0, out.index(0), full_0, empty_0, turns, items, TILES, STRIPS, STRIP, P, SEVENS, C, ODD_P,
-        )),
-        (multiplier, (
-            1, y_desc, rest_desc, w_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-            ring_1, out.index(1), full_1, empty_1, turns, items, TILES, STRIPS, STRIP, P, SEVENS, C, ODD_P,
-        )),
-        (packer, (
-            0, x_ptr, stride_n, stride_c, stride_h, normalization, ring_0, full_0, empty_0,
-            items, TILES, STRIPS, STRIP, Q, H, W, C, PLANES, PAIRED, ODD_Q,
-        )),
-        (packer, (
-            1, x_ptr, stride_n, stride_c, stride_h, normalization, ring_1, full_1, empty_1,
-            items, TILES, STRIPS, STRIP, Q, H, W, C, PLANES, PAIRED, ODD_Q,
-        )),
-    ], [4, 4, 4], [256 - PACKING, PACKING, PACKING])  # fmt: skip
+            group, y_desc, rest_desc, w_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+            rings[group], out.index(group), full[group], empty[group], turns,
+            items, TILES, STRIPS, STRIP, P, SEVENS, C, ODD_P,
+        )) if group < 2 else (packer, (
+            group - 2, x_ptr, stride_n, stride_c, stride_h, normalization, rings[group - 2], full[group - 2],
+            empty[group - 2], items, TILES, STRIPS, STRIP, Q, H, W, C, PLANES, PAIRED, ODD_Q,
+        ))
+        for group in (0, 1, 2, 3)
+    ], worker_num_warps=[4, 4, 4], worker_num_regs=[256 - PACKING, PACKING, PACKING])  # fmt: skip
 
 
 def supports(x: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:
