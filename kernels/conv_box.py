@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Launch, cdiv, on, rounding
+from .launch import Launch, cdiv, round_to_tf32, with_base
 from .tiles import activate, batch_norm_scale_shift, sum_partials
 from .values import (
     NO_BATCH_NORM,
@@ -36,22 +36,25 @@ from .values import (
 
 @functools.lru_cache(maxsize=4096)
 def pixel_descriptor(
-    size: Size, dtype: torch.dtype, stride: int, box: tuple[int, int, int], block_c: int, factor: bool = False
+    size: Size, dtype: torch.dtype, stride: int, box: tuple[int, int, int], block_c: int, round_tf32: bool = False
 ) -> tuple[TensorDescriptor, str]:
     """A descriptor of images (N, C, H, W) that loads `box` at `stride`, `block_c` channels at a time, and its view."""
     view, shape, strides, block = pixel_view(size, stride, box, block_c)
-    return _descriptor(dtype, shape, strides, block, factor), view
+    return _descriptor(dtype, shape, strides, block, round_tf32), view
 
 
 @functools.lru_cache(maxsize=4096)
-def filter_descriptor(size: Size, dtype: torch.dtype, block_k: int, block_c: int, factor: bool) -> TensorDescriptor:
-    return _descriptor(dtype, *filter_view(size, block_k, block_c), factor)
+def filter_descriptor(size: Size, dtype: torch.dtype, block_k: int, block_c: int, round_tf32: bool) -> TensorDescriptor:
+    return _descriptor(dtype, *filter_view(size, block_k, block_c), round_tf32)
 
 
-def _descriptor(dtype: torch.dtype, shape: Size, strides: Size, block: Size, factor: bool) -> TensorDescriptor:
-    """A descriptor without its memory: once for a layout, for Triton's checks take 3 us each time."""
+def _descriptor(dtype: torch.dtype, shape: Size, strides: Size, block: Size, round_tf32: bool) -> TensorDescriptor:
+    """A descriptor without its memory."""
     base = torch.empty(0, dtype=dtype, device="meta")
-    return rounding(TensorDescriptor(base, list(shape), list(strides), list(block)), factor)
+    desc = TensorDescriptor(base, list(shape), list(strides), list(block))
+    if round_tf32:
+        round_to_tf32(desc)
+    return desc
 
 
 @triton.jit
@@ -201,8 +204,8 @@ def conv_box(call: Convolution) -> Launch:
     early = residual if config.early_residual else None
     late = None if residual is early else residual
     arguments = {
-        "x_desc": on(x, x_desc), "w_desc": on(weight, w_desc), "y_desc": on(out, y_desc),
-        "res_desc": None if late is None else on(late, y_desc), "res_ptr": early,
+        "x_desc": with_base(x_desc, x), "w_desc": with_base(w_desc, weight), "y_desc": with_base(y_desc, out),
+        "res_desc": None if late is None else with_base(y_desc, late), "res_ptr": early,
         **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, call.precision, config),
         "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
@@ -220,8 +223,8 @@ def _constants(
     if box is None:
         raise ValueError(f"{config} has no box, expected one: conv_pointer.py takes the others")
     box_h, box_w, box_n = box
-    factor = precision == "tf32"
-    x_desc, view = pixel_descriptor(x, dtype, stride, box, block_c, factor)
+    round_tf32 = precision == "tf32"
+    x_desc, view = pixel_descriptor(x, dtype, stride, box, block_c, round_tf32)
     y_desc, y_view = pixel_descriptor(out, dtype, 1, box, block_k)
     constants: dict[str, object] = {
         "N": n, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view,
@@ -229,7 +232,7 @@ def _constants(
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     tiles = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k)
-    w_desc = filter_descriptor(weight, dtype, block_k, block_c, factor)
+    w_desc = filter_descriptor(weight, dtype, block_k, block_c, round_tf32)
     return constants, [x_desc, w_desc, y_desc], (tiles, config.split_k)
 
 
@@ -237,11 +240,11 @@ def _shortcut_arguments(shortcut: Shortcut | None, precision: str, config: ConvC
     if shortcut is None:
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
-    factor = precision == "tf32"
-    x_desc, view = pixel_descriptor(x.shape, x.dtype, stride, config.box, config.block_c, factor)
-    w_desc = filter_descriptor(weight.shape, weight.dtype, config.block_k, config.block_c, factor)
+    round_tf32 = precision == "tf32"
+    x_desc, view = pixel_descriptor(x.shape, x.dtype, stride, config.box, config.block_c, round_tf32)
+    w_desc = filter_descriptor(weight.shape, weight.dtype, config.block_k, config.block_c, round_tf32)
     return {
-        "short_x_desc": on(x, x_desc), "short_w_desc": on(weight, w_desc),
+        "short_x_desc": with_base(x_desc, x), "short_w_desc": with_base(w_desc, weight),
         **batch_norm.arguments("short_"),
         "SHORT_C": x.shape[1], "SHORT_STRIDE": stride, "SHORT_VIEW": view,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import tiles
-from .launch import rounding
+from .launch import round_to_tf32
 from .values import Size, filter_view
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9.0 renames them
@@ -33,17 +33,20 @@ SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bit
 
 @functools.lru_cache(maxsize=4096)
 def descriptor_of(
-    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], factor: bool = False
+    dtype: torch.dtype, shape: Size, strides: Size, block: Size, round_tf32: bool = False
 ) -> TensorDescriptor:
     """A descriptor without its memory. Rows of a block are swizzled as wgmma reads them."""
     row = min(block[-1] * dtype.itemsize, 128)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=row, element_bitwidth=8 * dtype.itemsize, rank=len(block))
     base = torch.empty(0, dtype=dtype, device="meta")
-    return rounding(TensorDescriptor(base, list(shape), list(strides), list(block), layout), factor)
+    desc = TensorDescriptor(base, list(shape), list(strides), list(block), layout)
+    if round_tf32:
+        round_to_tf32(desc)
+    return desc
 
 
 def filter_descriptor(size: Size, dtype: torch.dtype, block_k: int, block_c: int) -> TensorDescriptor:
-    return descriptor_of(dtype, *filter_view(size, block_k, block_c), factor=True)
+    return descriptor_of(dtype, *filter_view(size, block_k, block_c), round_tf32=True)
 
 
 relu, activate, scale_and_shift, maximum = (

@@ -41,7 +41,7 @@ from .hopper import (
     scale_and_shift,
     sum_partials,
 )
-from .launch import Launch, cdiv, on
+from .launch import Launch, cdiv, with_base
 from .values import (
     NO_BATCH_NORM,
     Activation,
@@ -57,12 +57,12 @@ from .values import (
 
 @functools.lru_cache(maxsize=4096)
 def pixel_descriptor(
-    size: Size, dtype: torch.dtype, stride: int, box: tuple[int, int, int], block_c: int, factor: bool = False
+    size: Size, dtype: torch.dtype, stride: int, box: tuple[int, int, int], block_c: int, round_tf32: bool = False
 ) -> tuple[TensorDescriptor, str]:
     """A descriptor of images (N, C, H, W) that loads `box` (at stride 2: one row of it), and its view."""
     _, box_w, box_n = box
     view, *layout = pixel_view(size, stride, box if stride == 1 else (1, box_w, box_n), block_c)
-    return descriptor_of(dtype, *layout, factor), view
+    return descriptor_of(dtype, *layout, round_tf32), view
 
 
 def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -336,8 +336,8 @@ def hopper_conv_kernel(
             [STAGES * (TAPS + 1) // 2 * SHORT_LOADS] + short_x_desc.block_shape,
             short_x_desc.layout,
         )
-    # Registers of a thread, most for accumulators: 232 in each group that multiplies, 40 in the loader's, which has four
-    # warps, too. Together they are 504 of the 512 that a multiprocessor has for 4 x 32 threads.
+    # Registers of a thread, most for accumulators: 232 in each group that multiplies, 40 in the loader's, which is
+    # four warps, too. Together they are 504 of the 512 that a multiprocessor has for 4 x 32 threads.
     gl.warp_specialize([
         (multiplier, (
             group, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
@@ -365,8 +365,8 @@ def hopper_conv(call: Convolution) -> Launch:
         x.shape, weight.shape, out.shape, x.dtype, call.geometry, call.activation, config
     )
     arguments = {
-        "x_desc": on(x, x_desc), "w_desc": on(weight, w_desc), "y_desc": on(out, y_desc),
-        "res_desc": None if residual is None else on(residual, y_desc),
+        "x_desc": with_base(x_desc, x), "w_desc": with_base(w_desc, weight), "y_desc": with_base(y_desc, out),
+        "res_desc": None if residual is None else with_base(y_desc, residual),
         **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, config),
         "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
@@ -384,7 +384,7 @@ def _constants(
         raise ValueError(f"{config} has no box, expected one")
     box_h, box_w, box_n = box
     taps = taps_at_once(box, r, stride)
-    x_desc, view = pixel_descriptor(x, dtype, stride, (box_h + taps - 1, box_w, box_n), block_c, factor=True)
+    x_desc, view = pixel_descriptor(x, dtype, stride, (box_h + taps - 1, box_w, box_n), block_c, round_tf32=True)
     y_desc, y_view = pixel_descriptor(out, dtype, 1, half(box), block_k)
     items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
     constants: dict[str, object] = {
@@ -400,10 +400,10 @@ def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[s
     if shortcut is None:
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
-    x_desc, view = pixel_descriptor(x.shape, x.dtype, stride, config.box, config.block_c, factor=True)
+    x_desc, view = pixel_descriptor(x.shape, x.dtype, stride, config.box, config.block_c, round_tf32=True)
+    w_desc = filter_descriptor(weight.shape, weight.dtype, config.block_k, config.block_c)
     return {
-        "short_x_desc": on(x, x_desc),
-        "short_w_desc": on(weight, filter_descriptor(weight.shape, weight.dtype, config.block_k, config.block_c)),
+        "short_x_desc": with_base(x_desc, x), "short_w_desc": with_base(w_desc, weight),
         **batch_norm.arguments("short_"), "SHORT_C": x.shape[1], "SHORT_STRIDE": stride, "SHORT_VIEW": view,
     }  # fmt: skip
 

@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper import SWIZZLED, async_load, async_store, put, reinterpret, scale_and_shift
 from .hopper_conv import filter_descriptor, pixel_descriptor
-from .launch import Launch, cdiv, on
+from .launch import Launch, cdiv, with_base
 from .values import Activation, ConvConfig, Convolution, Size
 
 
@@ -185,8 +185,9 @@ def hopper_conv64(call: Convolution) -> Launch:
         x.shape, weight.shape, out.shape, x.dtype, call.activation, call.config
     )
     arguments = {
-        "x_desc": on(x, x_desc), "w_desc": on(weight, w_desc), "y_desc": on(out, y_desc),
-        "res_desc": None if residual is None else on(residual, y_desc), **call.batch_norm.arguments(), **constants,
+        "x_desc": with_base(x_desc, x), "w_desc": with_base(w_desc, weight), "y_desc": with_base(y_desc, out),
+        "res_desc": None if residual is None else with_base(y_desc, residual),
+        **call.batch_norm.arguments(), **constants,
     }  # fmt: skip
     return Launch(hopper_conv64_kernel, (min(call.programs, items),), arguments, num_warps=4)
 

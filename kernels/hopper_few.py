@@ -38,7 +38,7 @@ from .hopper import (
     hand_in,
     scale_and_shift,
 )
-from .launch import Launch, cdiv, on
+from .launch import Launch, cdiv, with_base
 from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size
 
 MOST = gl.constexpr(8)
@@ -198,7 +198,7 @@ def hopper_few(call: Convolution) -> Launch:
         x.shape, weight.shape, out.shape, x.dtype, call.geometry, call.activation, config
     )
     arguments = {
-        "x_desc": on(x, x_desc), "w_desc": on(weight, w_desc), "y_ptr": out, "res_ptr": call.residual,
+        "x_desc": with_base(x_desc, x), "w_desc": with_base(w_desc, weight), "y_ptr": out, "res_ptr": call.residual,
         **call.batch_norm.arguments(), **_shortcut_arguments(call.shortcut, config),
         "partials_ptr": call.partials, "semaphores_ptr": call.semaphores, **constants,
     }  # fmt: skip
@@ -230,8 +230,8 @@ def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[s
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
     return {
-        "short_x_desc": on(x, pixel_descriptor(x.shape, x.dtype, stride, config.box, halo=False)),
-        "short_w_desc": on(weight, filter_descriptor(weight.shape, weight.dtype, 64, 64)),
+        "short_x_desc": with_base(pixel_descriptor(x.shape, x.dtype, stride, config.box, halo=False), x),
+        "short_w_desc": with_base(filter_descriptor(weight.shape, weight.dtype, 64, 64), weight),
         **batch_norm.arguments("short_"),
     }
 

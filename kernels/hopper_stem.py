@@ -49,7 +49,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper import async_store, descriptor_of, maximum, relu, scale_and_shift
 from .hopper_stem_pack import STAGES, is_paired, normalises_exactly, packer, work_item
-from .launch import Launch, cdiv, on
+from .launch import Launch, cdiv, with_base
 from .values import BatchNorm
 
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
@@ -281,5 +281,5 @@ def _row_descriptors(out: Tensor) -> list[TensorDescriptor | None]:
     for first, columns, count in ((0, 7, groups), (7 * groups, rest, 1)):
         if columns and count:
             like = descriptor_of(out.dtype, (n, pool_p, columns, count, k), strides, (1, 1, 8, 8, k))
-            found.append(on(out[..., first:], like))
+            found.append(with_base(like, out[..., first:]))
     return [*found, None][:2]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_PARAMETERS = ("w_", "bias_", "mean_", "var_", "gamma_", "beta_")
+_PARAMETERS = {"w_ptr", "w_desc", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"}
 
 
 @dataclass(eq=False, slots=True)
@@ -28,9 +28,10 @@ class Launch:
     own: bool = True
     """Whether its tile is this project's own choice, and not one of a table or of a caller."""
     dependent: bool = False
-    """Whether its programs may start while the kernel before still runs: only where that is no edit of what the kernel
-    reads before it waits for it (griddepcontrol). Any other launch begins when the one before is done, and that one's
-    end is the end of all before it, for no program leaves without having waited.
+    """Launch with programmatic dependent launch: it may start before the kernel before it has finished.
+
+    Allowed only where that kernel writes none of what this one reads before `griddepcontrol.wait`, its `parameters`: so
+    only inside a graph of our model. Every program waits, so all earlier kernels are done when one has finished.
     """
 
     @property
@@ -41,8 +42,8 @@ class Launch:
 
     @property
     def parameters(self) -> frozenset[str]:
-        """Names of the arguments that are a layer's own, which no kernel of a forward pass writes."""
-        return frozenset(n for n in self.arguments if n.removeprefix("short_").startswith(_PARAMETERS))
+        """Names of the arguments that are parameters of a layer, which no kernel of a forward pass writes."""
+        return frozenset(name for name in self.arguments if name.removeprefix("short_") in _PARAMETERS)
 
     def run(self) -> None:
         """Launch on the current device and stream. Does not wait."""
@@ -76,18 +77,20 @@ class Launch:
         return options
 
 
-def on(base: Any, like: Any) -> Any:
-    """A tensor descriptor of `base`, which is aligned to 16 bytes, as `like` is: that was checked once for a layout."""
-    desc = object.__new__(type(like))
-    vars(desc).update(vars(like), base=base)
-    return desc
+def with_base(desc: Any, tensor: Any) -> Any:
+    """A copy of `desc` for another tensor of the same layout, aligned to 16 bytes, without Triton's checks (3 us)."""
+    copy = object.__new__(type(desc))
+    vars(copy).update(vars(desc), base=tensor)
+    return copy
 
 
-def rounding(desc: Any, factor: bool) -> Any:
-    """`desc`, which as a product's `factor` rounds fp32 to TF32 while it loads: wgmma would cut it."""
-    if hasattr(desc, "round_f32_to_tf32"):  # Triton 3.6.0 cannot do that
-        desc.round_f32_to_tf32 = factor and desc.base.dtype.itemsize == 4
-    return desc
+def round_to_tf32(desc: Any) -> None:
+    """Have fp32 rounded to TF32 where `desc` loads it, for an operand of a product: wgmma truncates.
+
+    Changes nothing for other types, nor in Triton 3.6.0, which has no such descriptors.
+    """
+    if hasattr(desc, "round_f32_to_tf32"):
+        desc.round_f32_to_tf32 = desc.base.dtype.itemsize == 4
 
 
 def cdiv(a: int, b: int) -> int:

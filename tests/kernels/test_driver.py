@@ -24,7 +24,7 @@ from simulator.memory import TensorMap
 from resnet_triton import codegen, models
 from resnet_triton.codegen.rows import DTYPES
 from resnet_triton.config.device import KNOWN
-from resnet_triton.kernels.launch import on
+from resnet_triton.kernels.launch import with_base
 from resnet_triton.ops.precision import fp32_precision
 from resnet_triton.ops.trace import trace
 
@@ -42,7 +42,7 @@ def on_memory(value):
     '''An argument with memory of its own, untouched.'''
     if isinstance(value, torch.Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    return on(on_memory(value.base), value) if hasattr(value, "base") else value
+    return with_base(value, on_memory(value.base)) if hasattr(value, "base") else value
 
 def expected(launch):
     '''The parameters, and the boxes that the simulator moves.'''

@@ -15,7 +15,7 @@ from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.conv_depthwise import conv_depthwise
 from resnet_triton.kernels.global_avg_pool import global_avg_pool
-from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2, rounding
+from resnet_triton.kernels.launch import Launch, cdiv, next_power_of_2, round_to_tf32
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.stem import pack, packed_shape, stem
@@ -141,13 +141,20 @@ def test_factors_in_boxes_are_rounded_to_tf32(precision: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("factor", [True, False])
-def test_what_is_rounded_to_tf32(dtype: torch.dtype, factor: bool) -> None:
+def test_what_is_rounded_to_tf32(dtype: torch.dtype) -> None:
     desc = SimpleNamespace(base=torch.empty(0, dtype=dtype), round_f32_to_tf32=None)
-    assert rounding(desc, factor) is desc
-    assert desc.round_f32_to_tf32 is (factor and dtype == torch.float32)
+    round_to_tf32(desc)
+    assert desc.round_f32_to_tf32 is (dtype == torch.float32)
     older = SimpleNamespace(base=desc.base)  # Triton 3.6.0's
-    assert not hasattr(rounding(older, factor), "round_f32_to_tf32")
+    round_to_tf32(older)
+    assert not hasattr(older, "round_f32_to_tf32")
+
+
+def test_parameters_are_those_of_layers() -> None:
+    """All else may be written by the kernel before: the input, a residual, and what no one has thought of."""
+    own = {"w_ptr", "short_w_desc", "bias_ptr", "mean_ptr", "short_var_ptr"}
+    others = {"x_desc", "res_ptr", "short_x_desc", "y_ptr", "partials_ptr", "mean_0", "w_other_ptr"}
+    assert Launch(None, (), dict.fromkeys(own | others)).parameters == own
 
 
 def test_rounding_up() -> None:
