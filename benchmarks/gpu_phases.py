@@ -27,7 +27,7 @@ from resnet_triton.bench.runner import Found, OutOfTime, Run, Steps
 from resnet_triton.bench.worker import Spec
 from resnet_triton.config import ConvConfig, ConvShape, device, table
 from resnet_triton.kernels.values import has_several_sides
-from resnet_triton.ops import specialised
+from resnet_triton.ops import gluon
 from resnet_triton.support.processes import cores
 from resnet_triton.support.terminal import bar
 from resnet_triton.tools import tune as tuner
@@ -80,7 +80,7 @@ SIBLINGS = {
 
 def exact(run: Run, *, dtypes: Sequence[str]) -> Steps:
     """Every convolution of ResNet-18 as looked up, 300 times each; its other operators; siblings that were wrong."""
-    facts, sizes = specialised.facts(run.device), batches(run, 1, 8, 32, 128, 256)
+    facts, sizes = gluon.facts(run.device), batches(run, 1, 8, 32, 128, 256)
     found = cases(["resnet18"], sizes, dtypes, image(run))
     if rehearsed(run):
         found = [case for case in found if case.layer in ("conv1", "layer1.0.conv2", "fc")]

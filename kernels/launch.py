@@ -35,8 +35,8 @@ class Launch:
     """
 
     @property
-    def specialised(self) -> bool:
-        """Whether this is a warp-specialised kernel, in Gluon."""
+    def is_gluon(self) -> bool:
+        """Whether the kernel is in Gluon: a compiler's or driver's failure then has other kernels run in its place."""
         is_gluon = getattr(self.kernel, "is_gluon", None)  # an interpreted function has no such method
         return is_gluon is not None and is_gluon()
 

@@ -14,7 +14,7 @@ from . import compiled, config, models
 from .compiled import Compiled
 from .convert import OURS, check_module, convertible, qualified
 from .graphs import runner
-from .ops import ConvBnRelu, dispatch, original, specialised
+from .ops import ConvBnRelu, dispatch, gluon, original
 from .ops.trace import Call, compile_calls, trace
 from .support.processes import cores
 
@@ -93,7 +93,7 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
         raise ValueError(f"{said}; give {other}all arguments of a call, or report a module in it") from error
     calls = [_explained(call, replaced, _left(model)) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
-    untuned = config.untuned(specialised.facts(tiled[0])) if tiled else None
+    untuned = config.untuned(gluon.facts(tiled[0])) if tiled else None
     return Report(calls, dict(dispatch.calls), graphs, replaced, untuned, limit)
 
 
@@ -166,7 +166,7 @@ def _detail(call: Call) -> str:
         if isinstance(convolution, ConvBnRelu):
             path = "depthwise path" if convolution.depthwise else "grouped path"
         return ", ".join(filter(None, (path, call.reason, copied)))
-    here = specialised.facts(call.device)
+    here = gluon.facts(call.device)
     chosen = config.invariant(call.shape, here) if call.ours.modes.batch_invariant else config.lookup(call.shape, here)
     shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
     how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason, copied]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import config
-from ..ops import BatchNorm, ConvBnRelu, Operation, Stem, interpreter, reference, specialised
+from ..ops import BatchNorm, ConvBnRelu, Operation, Stem, gluon, interpreter, reference
 from ..ops.stem import POOL
 
 Answer = Callable[[], Tensor]
@@ -43,7 +43,7 @@ def tiles(call: Operation) -> dict[str, Any] | None:
     """The tiles of a convolution by our kernels."""
     if not isinstance(call, ConvBnRelu) or not call.tiled or call.choose()[1].backend == "torch":
         return None
-    chosen = asdict(config.lookup(call.shape, specialised.facts(call.x.device)))
+    chosen = asdict(config.lookup(call.shape, gluon.facts(call.x.device)))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 

@@ -200,7 +200,7 @@ def _compiled(p: _Planned, code: Code) -> CompiledLaunch:
         kernel=launch.kernel.fn.__name__,
         batch=p.batch,
         dtype=p.dtype,
-        path="specialised" if launch.specialised else "descriptor" if descriptors else "pointer",
+        path="gluon" if launch.is_gluon else "descriptor" if descriptors else "pointer",
         filter=f"{arguments['R']}x{arguments['S']}" if {"R", "S"} <= set(arguments) else "",
         channels=0 if arguments.get("GROUPS", 1) > 1 else arguments.get("C", 0),
         tile="x".join(str(arguments[name]) for name in sizes),

@@ -90,14 +90,14 @@ def _fits_stride(stride: tuple[int, int], width: int) -> bool:
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     """Upper bound on a launch's shared memory, in bytes; `test_codegen.py` holds it against the compiler."""
     if config.kernel:
-        return _specialised_shared_memory(config, shape)
+        return _gluon_shared_memory(config, shape)
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
     if config.box is None:
         return max(tiles, config.block_m * config.block_k * 4) + 1024
     return max(tiles, config.block_m * config.block_k * shape.itemsize * (2 if shape.residual else 1)) + 2048
 
 
-def _specialised_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
+def _gluon_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     """A ring of slots, buffers that results leave by; then barriers, and what spreads batch norms over threads."""
     if config.kernel == FEW:  # no slot twice
         blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
@@ -176,7 +176,7 @@ def may_have_rows(shape: ConvShape, images: int) -> bool:
 def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     """Whether `config` may be used for `shape` on `device`. Tuner, tables, heuristic and tests all ask here."""
     if config.kernel:
-        return _is_legal_specialised(config, shape, device)
+        return _is_legal_gluon(config, shape, device)
     sizes = (config.block_m, config.block_k, config.block_c, config.num_warps)
     if any(size <= 0 or size & (size - 1) for size in sizes) or not 1 <= config.num_stages <= 8:
         return False
@@ -202,12 +202,12 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     return shared_memory(config, shape) <= device.shared_memory
 
 
-def _is_legal_specialised(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
-    """The same of a warp-specialised kernel: 16 bits, one of them also fp32 where TF32 is asked for."""
+def _is_legal_gluon(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
+    """The same of a kernel in Gluon: 16 bits, one of them also fp32 where TF32 is asked for."""
     box, wide = config.box, shape.itemsize == 4
     if wide and (shape.precision != "tf32" or config.kernel != CONV):
         return False
-    if not device.has_specialised or not supports_descriptors(shape):
+    if not device.has_gluon or not supports_descriptors(shape):
         return False
     if box is None or config.swap or prod(box) != config.block_m or any(side & (side - 1) for side in box):
         return False

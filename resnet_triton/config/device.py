@@ -17,20 +17,20 @@ class DeviceFacts:
     """What heuristics and legality checks may know of a device.
 
     `arch` is the compute capability as one number (9.0 -> 90), `shared_memory` the bytes one program may use. With
-    `specialised=False` no warp-specialised kernel is chosen: Triton's interpreter has no Gluon, and a driver or
-    compiler may have refused one.
+    `gluon=False` no kernel in Gluon is chosen: Triton's interpreter has none, and a driver or compiler may have
+    refused one.
     """
 
     name: str
     arch: int
     sm_count: int
     shared_memory: int
-    specialised: bool = True
+    gluon: bool = True
 
     @property
-    def has_specialised(self) -> bool:
-        """Whether the warp-specialised kernels run here: they are written for wgmma."""
-        return self.specialised and self.arch == 90
+    def has_gluon(self) -> bool:
+        """Whether the kernels in Gluon run here: they are written for wgmma."""
+        return self.gluon and self.arch == 90
 
     @property
     def has_descriptors(self) -> bool:

@@ -123,7 +123,7 @@ def conv_candidates(shape: ConvShape, device: DeviceFacts, *, descriptors: bool 
             for m, k, c, warps, stages in pointers
             for split in SPLITS
         ]
-    if boxes and device.has_specialised:
+    if boxes and device.has_gluon:
         found += hopper.candidates(shape, device)
     if boxes:
         for m, k, c, warps, stages in _BOX_TILES:

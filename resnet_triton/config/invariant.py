@@ -25,9 +25,9 @@ _DRAM_BYTES_PER_NS = 4300  # an H200's
 def invariant(shape: ConvShape, device: DeviceFacts) -> ConvConfig:
     """The configuration for `shape`, which at another batch size differs in its box alone.
 
-    It is never a warp-specialised kernel: no GPU has shown yet that these add alike in every row of a tile.
+    It is never a kernel in Gluon: no GPU has shown yet that these add alike in every row of a tile.
     """
-    device = replace(device, specialised=False)
+    device = replace(device, gluon=False)
     return _fit(_tile(replace(shape, n=1), device), shape)
 
 

@@ -29,7 +29,7 @@ from ..kernels.values import (
     Size,
     is_depthwise,
 )
-from . import interpreter, reference, specialised
+from . import gluon, interpreter, reference
 from .checks import (
     aligned,
     at_aligned,
@@ -131,7 +131,7 @@ class ConvBnRelu(Operation):
             shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
         batch_norm = self.batch_norm.contiguous()
         if self.depthwise:
-            tile = _depthwise_tile(specialised.facts(x.device), self._sizes())
+            tile = _depthwise_tile(gluon.facts(x.device), self._sizes())
             return (
                 conv_depthwise(
                     out=out, x=x, weight=weight.contiguous(), batch_norm=batch_norm, geometry=self.geometry,
@@ -139,7 +139,7 @@ class ConvBnRelu(Operation):
                 ),
             )  # fmt: skip
         descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
-        sizes, facts = self._sizes(), specialised.facts(x.device)
+        sizes, facts = self._sizes(), gluon.facts(x.device)
         chosen, own, tiles, runs = _choose(config.state(), facts, descriptors, self.modes.batch_invariant, sizes)
         if runs:
             out, x, residual = _pixels(out), _pixels(x), residual if residual is None else _pixels(residual)

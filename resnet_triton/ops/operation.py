@@ -22,7 +22,7 @@ from typing_extensions import Self
 from ..config import device
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
-from . import dispatch, interpreter, specialised
+from . import dispatch, gluon, interpreter
 from .dispatch import AUTOCAST, GRADIENT, REMEDIES, Choice, Modes, choose, count
 from .schema import Schema
 
@@ -147,7 +147,7 @@ class Operation:
                 for launch in launches:
                     launch.run()
             except Exception as error:
-                with specialised.in_place_of(launches, error):
+                with gluon.in_place_of(launches, error):
                     out, launches, reason = self.prepare(result)
                     for launch in launches:
                         launch.run()

@@ -14,7 +14,7 @@ from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from ..kernels.values import BatchNorm, Geometry
-from . import reference, specialised
+from . import gluon, reference
 from .checks import aligned, channels_last, check_pixels, check_rank, in_channels_last, too_large
 from .conv import ConvBnRelu
 from .dispatch import AUTO, HAS_TRITON, Modes
@@ -76,7 +76,7 @@ class Stem(Operation):
     def launches(self, out: Tensor) -> tuple[Launch, ...]:
         x, weight = self.x, channels_last(self.weight)
         n, c, h, w = x.shape
-        facts, shape = specialised.facts(x.device), out.shape
+        facts, shape = gluon.facts(x.device), out.shape
         if self._has_one_launch(facts) and aligned(out):
             return (
                 hopper_stem(
@@ -111,7 +111,7 @@ class Stem(Operation):
         if choice.backend == "torch" or not aligned(self.x):
             return None
         out, launches, _ = self.prepare(result)
-        if out is None or len(launches) != 1 or not launches[0].specialised:
+        if out is None or len(launches) != 1 or not launches[0].is_gluon:
             return None
         (launch,) = launches
         own = {t.data_ptr() for t in self.schema.tensors(self)}
@@ -124,7 +124,7 @@ class Stem(Operation):
 
     def _has_one_launch(self, facts: DeviceFacts) -> bool:
         """Whether the warp-specialised kernel takes this: it adds in one order whatever the batch or the strip."""
-        return facts.has_specialised and supports(self.x, self.weight, self.pixel_mean, self.pixel_std)
+        return facts.has_gluon and supports(self.x, self.weight, self.pixel_mean, self.pixel_std)
 
     def _two_layers(self, out: Tensor) -> tuple[Launch, ...]:
         """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""
@@ -143,7 +143,7 @@ class Stem(Operation):
         if self.x.shape[1] != 3 or (self.weight.dtype == torch.float32 and conv_precision(torch.float32) == "ieee"):
             return False
         pixels = between.numel() // between.shape[1]
-        return self.modes.batch_invariant or pixels >= 4 * 128 * specialised.facts(self.x.device).sm_count
+        return self.modes.batch_invariant or pixels >= 4 * 128 * gluon.facts(self.x.device).sm_count
 
     def _images(self) -> Tensor:
         if self.pixel_mean is None or self.pixel_std is None:

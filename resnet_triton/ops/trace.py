@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from ..config import ConvShape
 from ..config.device import DeviceFacts, override
 from ..kernels.launch import Launch
-from . import OPERATORS, ConvBnRelu, Operation, interpreter, specialised
+from . import OPERATORS, ConvBnRelu, Operation, gluon, interpreter
 from .dispatch import tracer
 
 _HEAVY = (
@@ -179,7 +179,7 @@ def compile_calls(calls: Iterable[Call], jobs: int) -> None:
     launches: dict[torch.device, list[Launch]] = {}
     for call in calls:
         if call.backend == "triton" and not interpreter.active():
-            launches.setdefault(call.device, []).extend(call.launches(specialised.facts(call.device)))
+            launches.setdefault(call.device, []).extend(call.launches(gluon.facts(call.device)))
     for device, found in launches.items():
         from triton import AsyncCompileMode
 

@@ -23,7 +23,7 @@ from .. import __version__, config, models
 from .. import functional as F
 from ..config.device import DeviceFacts, facts, override
 from ..coverage import report
-from ..ops import dispatch, interpreter, reference, specialised
+from ..ops import dispatch, gluon, interpreter, reference
 from ..ops.trace import Call
 from ..support import files, vision
 from ..support.terminal import Bar, table
@@ -185,14 +185,14 @@ def _interpreted_self_test() -> list[Json]:
 def _attempt(kernel: str, path: str, compute: Callable[..., tuple[Tensor, Tensor]], *, device: str) -> Json:
     result: Json = {"kernel": kernel, "path": path, "ok": None, "detail": ""}
     here = facts(torch.device(device))
-    if path.startswith("hopper") and not specialised.facts(torch.device(device)).has_specialised:
+    if path.startswith("hopper") and not gluon.facts(torch.device(device)).has_gluon:
         return {**result, "detail": "needs compute capability 9.0, and a compiler: none interprets it"}
     if path == "descriptor" and not here.has_descriptors:
         return {**result, "detail": f"needs compute capability 9.0, this GPU has {here.arch / 10}"}
     # A device below 9.0 has no descriptors, so its configurations take the pointer path on any GPU.
     pretended: AbstractContextManager[object] = nullcontext()
     if path in ("descriptor", "pointer"):
-        pretended = override(replace(here, specialised=False, arch=80 if path == "pointer" else here.arch))
+        pretended = override(replace(here, gluon=False, arch=80 if path == "pointer" else here.arch))
     torch.manual_seed(0)
     try:
         with torch.inference_mode(), pretended:
@@ -265,7 +265,7 @@ def _avg_pool_linear(device: str) -> tuple[Tensor, Tensor]:
     return F.avg_pool_linear(*ours, kernels="triton"), reference.linear(pooled, weight, bias)
 
 
-def _specialised(device: str, tile: config.ConvConfig) -> tuple[Tensor, Tensor]:
+def _gluon(device: str, tile: config.ConvConfig) -> tuple[Tensor, Tensor]:
     with config.pinned(tile):
         return _conv(device, 32, 8, 1, True, 64)
 
@@ -282,7 +282,7 @@ _CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
     ("stem", "hopper_stem", functools.partial(_stem, filters=64)),
     ("stem", "descriptor", _stem),
     ("stem", "pointer", _stem),
-    *(("conv_bn_relu, 3x3 + residual", tile.kernel, functools.partial(_specialised, tile=tile)) for tile in _TILES),
+    *(("conv_bn_relu, 3x3 + residual", tile.kernel, functools.partial(_gluon, tile=tile)) for tile in _TILES),
     ("conv_bn_relu, 3x3 + residual", "descriptor", lambda device: _conv(device, 32, 8, 1, True)),
     ("conv_bn_relu, 3x3/2", "descriptor", lambda device: _conv(device, 32, 8, 2, False)),
     ("conv_bn_relu, 3x3 + residual", "pointer", lambda device: _conv(device, 2, 8, 1, True)),
@@ -368,7 +368,7 @@ def _exposed(existing: Path, cache: Path) -> str | None:
 def _detail(call: Any) -> str:
     if call.backend != "triton" or not call.tiled:
         return str(call.reason)
-    return f"{config.lookup(call.shape, specialised.facts(call.device)).path} path"
+    return f"{config.lookup(call.shape, gluon.facts(call.device)).path} path"
 
 
 def _version(load: Callable[[], Any]) -> str | None:

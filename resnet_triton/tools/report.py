@@ -12,7 +12,7 @@ from ..bench.cases import MODELS
 from ..codegen.rows import DTYPES
 from ..codegen.targets import target
 from ..config.device import DeviceFacts
-from ..ops import specialised
+from ..ops import gluon
 from ..ops.precision import fp32_precision
 from ..ops.trace import Call, trace
 from ..support.terminal import table
@@ -47,7 +47,7 @@ def run(arch: str | None, names: Sequence[str], batches: Sequence[int], dtypes: 
 
 def _facts(arch: str | None) -> DeviceFacts:
     if arch is None and torch.cuda.is_available():
-        return specialised.facts(torch.device("cuda"))
+        return gluon.facts(torch.device("cuda"))
     return target(arch or "sm_90").facts
 
 

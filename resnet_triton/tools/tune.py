@@ -20,7 +20,7 @@ from .. import models
 from ..codegen import DTYPES
 from ..config import ConvShape, choice, conv_heuristic, device, table
 from ..config.heuristic import estimate
-from ..ops import specialised
+from ..ops import gluon
 from ..ops.precision import fp32_precision
 from ..ops.trace import trace
 from ..support.terminal import Bar
@@ -95,7 +95,7 @@ def gpu_bench(jobs: int) -> Bench:
     from ..tuner.precompile import Compilers
 
     where = torch.device("cuda")
-    facts = specialised.facts(where)
+    facts = gluon.facts(where)
     l2_bytes = torch.cuda.get_device_properties(where).L2_cache_size
     return Bench(where, facts, _driver(), l2_bytes, lambda: Compilers(facts, jobs))
 

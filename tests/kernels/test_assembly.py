@@ -117,7 +117,7 @@ widths["add_relu_kernel"] = codegen.compile_for(codegen.specialise(launch)._repl
 
 codegen.compiler._assemble = assemble
 calls = trace(resnet18().eval(), (2, 3, 224, 224), torch.float16)
-plain = replace(KNOWN[90], specialised=False)
+plain = replace(KNOWN[90], gluon=False)
 (launch,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(plain)
 (older,) = next(call for call in calls if call.name == "layer4.1.conv1").launches(KNOWN[80])
 

@@ -218,7 +218,7 @@ def test_descriptors_do_not_serve(shape: ConvShape) -> None:
 @ALL_DEVICES
 def test_launches_are_what_was_chosen(arch: int) -> None:
     for call in calls("resnet18"):
-        launch, chosen = call.launches(KNOWN[arch])[-1], lookup(call.shape, replace(KNOWN[arch], specialised=False))
+        launch, chosen = call.launches(KNOWN[arch])[-1], lookup(call.shape, replace(KNOWN[arch], gluon=False))
         assert (
             launch.kernel.__name__ == {"pointer": "conv_pointer_kernel", "descriptor": "conv_box_kernel"}[chosen.path]
         )
@@ -414,7 +414,7 @@ def test_boxes_of_two_rows_take_a_column_of_taps_at_a_time() -> None:
 
 GPU = KNOWN[90]
 H100 = replace(GPU, name="NVIDIA H100 80GB HBM3")
-INTERPRETED = replace(GPU, specialised=False)
+INTERPRETED = replace(GPU, gluon=False)
 TUNED = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32), swap=True)
 
 

@@ -92,7 +92,7 @@ for batch, dtype in [case.split() for case in sys.argv[2:]]:
         for call in trace(models.resnet18().eval(), (int(batch), 3, 224, 224), torch_dtype):
             for launch in call.launches(KNOWN[90]):
                 launch = replace(launch, arguments={n: on_memory(v) for n, v in launch.arguments.items()})
-                launch = replace(launch, dependent=launch.specialised and batch == "1")  # an attribute, no other code
+                launch = replace(launch, dependent=launch.is_gluon and batch == "1")  # an attribute, no other code
                 check(launch, launch.run)
                 kernels.add(launch.kernel.fn.__name__)
                 if launch.arguments.get("x_ptr") is not None:

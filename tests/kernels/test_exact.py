@@ -105,7 +105,7 @@ def resnet18_convolutions() -> list[tuple[str, ConvShape]]:
 def layers() -> list[Layer]:
     """Every distinct (layer, configuration) at eleven batch sizes, with descriptors (sm_90) and without (sm_80).
 
-    Not the warp-specialised ones: see `test_hopper_conv.py`.
+    Not those in Gluon: see `test_hopper_conv.py`.
 
     Float16 and bfloat16 are tiled alike: the interpreter takes them in turns, a GPU both. fp32 is tested at four sizes,
     in the interpreter only with tiles that the others do not have.
@@ -121,7 +121,7 @@ def layers() -> list[Layer]:
                 singles = [("float32", "tf32"), ("float32", "ieee")] if batch in (1, 8, 32, 128) else []
                 for dtype, precision in (*numbers, *singles):
                     shape = replace(shape, n=batch, dtype=dtype, precision=precision)
-                    chosen = config.lookup(shape, replace(KNOWN[arch], specialised=False))
+                    chosen = config.lookup(shape, replace(KNOWN[arch], gluon=False))
                     kind = replace(shape, n=min(batch, 2))  # one image has views of its own
                     kind = kind if gpu else replace(kind, dtype="", precision="")
                     found.setdefault((kind, chosen), Layer(name, shape, chosen))

@@ -13,15 +13,15 @@ import torch
 pytest.importorskip("triton")
 
 from exact import assert_exact, channels_last, conv_call, conv_reference, generator, offset_by_one, rounded
+from gluon import compiled, ptx
 from simulator import simulate
-from specialised import compiled, ptx
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
 from resnet_triton.config.conv import shared_memory
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
-from resnet_triton.ops import NONE, RELU, Activation, specialised
+from resnet_triton.ops import NONE, RELU, Activation, gluon
 from resnet_triton.ops.conv import dependent_launches
 
 
@@ -311,7 +311,7 @@ def test_dependent_launches(
     monkeypatch: pytest.MonkeyPatch, kernel: str, graph: bool, copied: tuple[str, ...], dependent: bool
 ) -> None:
     """In graphs alone, and not behind a copy of what is read before the wait."""
-    monkeypatch.setattr(specialised.interpreter, "active", lambda: False)
+    monkeypatch.setattr(gluon.interpreter, "active", lambda: False)
     shape = ConvShape(1, 64, 16, 16, 64, 3, 3, padding=(1, 1), shortcut_c=64, shortcut_h=16, shortcut_w=16)
     call = conv_call(generator(torch.device("cpu"), 0), shape)
 
@@ -349,12 +349,12 @@ def fails(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def driver(launch: Launch) -> None:
         tried.append(launch.kernel.__name__)
-        if launch.specialised:
+        if launch.is_gluon:
             raise RuntimeError("Triton Error [CUDA]: invalid argument\nmore")
         run(launch)
 
-    monkeypatch.setattr(specialised.interpreter, "active", lambda: False)
-    monkeypatch.setattr(specialised, "_refused", False)
+    monkeypatch.setattr(gluon.interpreter, "active", lambda: False)
+    monkeypatch.setattr(gluon, "_refused", False)
     monkeypatch.setattr(Launch, "run", driver)
     monkeypatch.setattr("resnet_triton.ops.operation._asynchronous", lambda where: False)
     monkeypatch.setattr("resnet_triton.ops.dispatch._fallback_reason", lambda where, forced: None)
@@ -366,7 +366,7 @@ def test_a_driver_that_refuses_leads_to_the_next_kernel(fails: list[str]) -> Non
     expected = rounded(conv_reference(call), torch.float16)
     warning = (
         "hopper_conv_kernel cannot run here (RuntimeError: Triton Error [CUDA]: invalid argument); "
-        "other kernels run in place of the warp-specialised ones, slower"
+        "other kernels run in place of those in Gluon, slower"
     )
     with pytest.warns(UserWarning, match=re.escape(warning)):
         assert_exact(call.compute(), expected)
@@ -375,7 +375,7 @@ def test_a_driver_that_refuses_leads_to_the_next_kernel(fails: list[str]) -> Non
 
 
 def test_errors_of_other_kernels_stay_errors(fails: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Launch, "specialised", False)
+    monkeypatch.setattr(Launch, "is_gluon", False)
 
     def broken(launch: Launch) -> None:
         raise RuntimeError("out of memory")

@@ -14,8 +14,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from exact import batch_norm, channels_last, generator, integers
+from gluon import ptx
 from simulator import simulate
-from specialised import ptx
 
 from resnet_triton.kernels.hopper_stem import hopper_stem, supports
 from resnet_triton.kernels.hopper_stem_pack import is_paired, normalises_exactly

@@ -85,7 +85,7 @@ def test_every_convolution_has_its_kernel_by_name(
 @pytest.mark.parametrize("batch", [1, 32, 256])
 def test_a_warp_specialised_kernel_has_a_program_for_each_multiprocessor(facts, batch):
     calls = [c for c in trace(models.resnet18().eval(), (batch, 3, 224, 224), torch.float16) if c.operation is not None]
-    launches = [launch for call in calls for launch in call.launches(facts) if launch.specialised]
+    launches = [launch for call in calls for launch in call.launches(facts) if launch.is_gluon]
     if batch > 1:
         assert len(launches) == 17
         assert max(launch.grid[0] for launch in launches) == facts.sm_count

@@ -1,4 +1,4 @@
-"""Whether the warp-specialised kernels may be chosen in this process, and the way out where one cannot run."""
+"""Whether the kernels in Gluon may be chosen in this process, and the way out where one cannot run."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def facts(where: torch.device) -> DeviceFacts:
 
 @functools.lru_cache(maxsize=16)
 def _without(found: DeviceFacts) -> DeviceFacts:
-    return replace(found, specialised=False)
+    return replace(found, gluon=False)
 
 
 @contextmanager
 def in_place_of(launches: Sequence[Launch], error: Exception) -> Iterator[None]:
     """Within, other kernels are chosen than those that raised `error`; if they run, in this process from then on.
 
-    If they do not run either, or there was no warp-specialised kernel, or memory ran out, `error` is raised: it is not
+    If they do not run either, or there was no kernel in Gluon, or memory ran out, `error` is raised: it is not
     the kernel's fault, as an earlier one's error that a launch reports.
     """
     global _refused
-    names = [launch.kernel.__name__ for launch in launches if launch.specialised]
+    names = [launch.kernel.__name__ for launch in launches if launch.is_gluon]
     if not names or isinstance(error, torch.OutOfMemoryError):
         raise error
     before, _refused = _refused, True
@@ -51,7 +51,7 @@ def in_place_of(launches: Sequence[Launch], error: Exception) -> Iterator[None]:
     if not before:
         why = str(error).partition("\n")[0]
         warnings.warn(
-            f"{names[0]} cannot run here ({type(error).__name__}: {why}); other kernels run in place of the "
-            "warp-specialised ones, slower",
+            f"{names[0]} cannot run here ({type(error).__name__}: {why}); other kernels run in place of those "
+            "in Gluon, slower",
             stacklevel=4,
         )
