@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, cdiv
-from .tiles import activate, batch_norm_scale_shift, sum_partials
+from .tiles import activate, batch_norm_scale_shift, scale_and_shift, spread, sum_partials
 from .values import (
     NO_BATCH_NORM,
     Activation,
@@ -24,6 +24,12 @@ from .values import (
     groups_at_once,
     is_flat,
 )
+
+
+@triton.jit
+def is_inside(h, w, H, W):
+    """Whether pixels lie in the image: as unsigned numbers, negative ones are larger than any side."""
+    return (h.to(tl.uint32) < H.to(tl.uint32)) & (w.to(tl.uint32) < W.to(tl.uint32))
 
 
 @triton.jit
@@ -57,9 +63,7 @@ def sum_alone(
         c = i % READ_C
         r = tap // S * DILATION_H
         s = tap % S * DILATION_W
-        h = h0 + r
-        w = w0 + s
-        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m
+        inside = is_inside(h0 + r, w0 + s, H, W) & mask_m
         mine = (ours_k // GROUP_K == c // GROUP_C) & mask_k
         a = tl.load(x_pixel + (r * row + s * C + c), mask=tl.where(c < channels, inside, False), other=0.0)
         b = tl.load(w_filter + (tap * GROUP_C + c % GROUP_C), mask=mine, other=0.0)
@@ -102,7 +106,6 @@ def conv_pointer_kernel(
     q = offs_m % Q
     p = (offs_m // Q) % P
     n = (offs_m // (P * Q)).to(tl.int64)
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
 
     h0 = p * STRIDE_H - PAD_H
     w0 = q * STRIDE_W - PAD_W
@@ -118,14 +121,14 @@ def conv_pointer_kernel(
             s = offs_c // READ_C % S * DILATION_W
             if GROUPS % BLOCK_G != 0:
                 mask_c &= group + offs_c // GROUP_C % BLOCK_G < GROUPS
-            h = h0[:, None] + r[None, :]
-            w = w0[:, None] + s[None, :]
-            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m[:, None] & mask_c[None, :]
+            inside = is_inside(h0[:, None] + r[None, :], w0[:, None] + s[None, :], H, W)
+            inside &= mask_m[:, None] & mask_c[None, :]
             offs_x = r * row + s * C + offs_c % READ_C
             a = tl.load(x_pixel[:, None] + offs_x[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_C]
             b = load_filters(w_filter, offs_c, mask_c, mask_k, ours_k, GROUP_C, GROUP_K, BLOCK_G)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:  # channel slabs outside, taps inside: the nine shifted reads of a slab stay close in time
+        h0 = tl.where(mask_m, h0, -(2**30))  # beyond the last pixel no tap is inside
         STEPS: tl.constexpr = R * S * ((READ_C + BLOCK_C - 1) // BLOCK_C)
         for j in range(STEPS // SPLIT_K):
             i = split * (STEPS // SPLIT_K) + j
@@ -134,16 +137,13 @@ def conv_pointer_kernel(
             mask_c = offs_c < READ_C
             if GROUPS % BLOCK_G != 0:
                 mask_c &= group + offs_c // GROUP_C < GROUPS
-            r = tap // S * DILATION_H
-            s = tap % S * DILATION_W
-            h = h0 + r
-            w = w0 + s
-            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & mask_m
-            a = tl.load(
-                (x_pixel + (r * row + s * C))[:, None] + offs_c[None, :],
-                mask=inside[:, None] & mask_c[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_C]
+            r = i // S % R * DILATION_H  # not of `tap`, whose own division comes first
+            s = i % S * DILATION_W
+            inside = is_inside(h0 + r, w0 + s, H, W)[:, None]
+            if READ_C % BLOCK_C != 0 or GROUPS % BLOCK_G != 0:
+                inside &= mask_c[None, :]
+            pointers = (x_pixel + (r * row + s * C))[:, None] + offs_c[None, :]
+            a = tl.load(pointers, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_C]
             b = load_filters(w_filter + tap * GROUP_C, offs_c, mask_c, mask_k, ours_k, GROUP_C, GROUP_K, BLOCK_G)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if BLOCK_G > 1:  # zero times another group's infinity or NaN is NaN
@@ -154,11 +154,17 @@ def conv_pointer_kernel(
                 DILATION_H, DILATION_W, GROUP_C, GROUP_K, READ_C, BLOCK_M, BLOCK_K,
             )  # fmt: skip
             acc = tl.where(acc != acc, own, acc)
+    # Not before the loop, through which every thread would keep its part (sm_80: 155 registers against 128).
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
     if SPLIT_K > 1:
         shift = tl.where(split == 0, shift, 0.0)
     acc = acc * scale[None, :] + shift[None, :]
 
     if short_x_ptr is not None and (SPLIT_K == 1 or split == SPLIT_K - 1):
+        # Computed here and spread behind the loop: all here, or all there, spills 8 bytes (sm_80, 56 or 128 registers).
+        short_scale, short_shift = scale_and_shift(
+            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k
+        )
         x_pixel = short_x_ptr + ((n * SHORT_H + p * SHORT_STRIDE_H) * SHORT_W + q * SHORT_STRIDE_W) * SHORT_C
         w_filter = short_w_ptr + offs_k.to(tl.int64) * SHORT_C
         short = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -168,10 +174,7 @@ def conv_pointer_kernel(
             a = tl.load(x_pixel[:, None] + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
             b = tl.load(w_filter[None, :] + offs_c[:, None], mask=mask_c[:, None] & mask_k[None, :], other=0.0)
             short = tl.dot(a, b, short, input_precision=PRECISION)
-        # Not before the loop: beside two accumulators, two more vectors would spill (sm_90: 255 registers against 216).
-        short_scale, short_shift = batch_norm_scale_shift(
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
-        )
+        short_scale, short_shift = spread(short_scale, BLOCK_K), spread(short_shift, BLOCK_K)
         acc += short * short_scale[None, :] + short_shift[None, :]
 
     offs_y = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]

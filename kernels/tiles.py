@@ -56,10 +56,10 @@ def sum_partials(
     tl.debug_barrier()
     last = tl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
     if last:
+        tl.store(semaphores_ptr + tile, 0)
         acc = tl.load(partials + offs, cache_modifier=".cg")
         for i in range(1, SPLIT_K):
             acc += tl.load(partials + i * (BLOCK_M * BLOCK_K) + offs, cache_modifier=".cg")
-        tl.store(semaphores_ptr + tile, 0)
     return acc, last
 
 
@@ -82,15 +82,20 @@ def scale_and_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k
 
 
 @triton.jit
-def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k, BLOCK_K: tl.constexpr):
-    """`scale_and_shift`, both [BLOCK_K].
+def spread(x, BLOCK_K: tl.constexpr):
+    """`x` [BLOCK_K], for use as a row of a tile.
 
-    The gathers move nothing (element i goes to place i); they let the compiler spread the vectors over the threads
-    once, before the main loop, instead of doubling the accumulator tile's registers in the epilogue.
+    The gather moves nothing (element i goes to place i); it lets the compiler spread the vector over the threads once,
+    instead of doubling the tile's registers.
     """
+    return tl.gather(x, tl.arange(0, BLOCK_K), 0)
+
+
+@triton.jit
+def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k, BLOCK_K: tl.constexpr):
+    """`scale_and_shift`, both [BLOCK_K] and spread."""
     scale, shift = scale_and_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k)
-    place = tl.arange(0, BLOCK_K)
-    return tl.gather(scale, place, 0), tl.gather(shift, place, 0)
+    return spread(scale, BLOCK_K), spread(shift, BLOCK_K)
 
 
 @triton.jit
