@@ -124,8 +124,8 @@ def box_offsets(
 
 @triton.jit(do_not_specialize=["N", "P", "Q"])
 def conv_box_kernel(
-    x_desc, w_desc, y_desc, res_desc, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
+    x_desc, w_desc, y_desc, res_desc, res_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
+    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps,
     partials_ptr, semaphores_ptr, N, P, Q,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE: tl.constexpr, VIEW: tl.constexpr, Y_VIEW: tl.constexpr,
@@ -146,7 +146,7 @@ def conv_box_kernel(
     n0 = (tile // (tiles_q * tiles_p)) * BOX_N
     offs_k = k0 + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, mask_k, BLOCK_K)
     if res_ptr is not None:
         offs, mask = box_offsets(p0, q0, n0, P, Q, N, offs_k, mask_k, K, BOX_H, BOX_W, BOX_N)
         residual = tl.load(res_ptr + offs, mask=mask, other=0.0)
@@ -174,7 +174,7 @@ def conv_box_kernel(
             short = short.T
         # Not before the loop: beside two accumulators, two more vectors would spill (sm_90: 255 registers against 216).
         short_scale, short_shift = batch_norm_scale_shift(
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k, BLOCK_K
+            short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps, offs_k, mask_k, BLOCK_K
         )
         acc += short * short_scale[None, :] + short_shift[None, :]
 

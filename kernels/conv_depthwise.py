@@ -23,7 +23,7 @@ from .values import Activation, BatchNorm, Geometry
 
 @triton.jit(do_not_specialize=["H", "W", "P", "Q"])
 def conv_depthwise_kernel(
-    x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, H, W, P, Q,
+    x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, H, W, P, Q,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BOX_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -39,7 +39,7 @@ def conv_depthwise_kernel(
     strip = pid // TILES_C // tiles_q
     p = strip % tiles_p * ROWS
     n = (strip // tiles_p).to(tl.int64)
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_c, mask_c, BLOCK_C)
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_c, mask_c, BLOCK_C)
 
     h = p * STRIDE_H - PAD_H
     w0 = offs_q * STRIDE_W - PAD_W

@@ -73,8 +73,8 @@ def sum_alone(
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SHORT_H", "SHORT_W"])
 def conv_pointer_kernel(
-    x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-    short_x_ptr, short_w_ptr, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
+    x_ptr, w_ptr, y_ptr, res_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
+    short_x_ptr, short_w_ptr, short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps,
     partials_ptr, semaphores_ptr, M, H, W, P, Q, SHORT_H, SHORT_W,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -155,7 +155,7 @@ def conv_pointer_kernel(
             )  # fmt: skip
             acc = tl.where(acc != acc, own, acc)
     # Not before the loop, through which every thread would keep its part (sm_80: 155 registers against 128).
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, mask_k, BLOCK_K)
     if SPLIT_K > 1:
         shift = tl.where(split == 0, shift, 0.0)
     acc = acc * scale[None, :] + shift[None, :]
@@ -163,7 +163,7 @@ def conv_pointer_kernel(
     if short_x_ptr is not None and (SPLIT_K == 1 or split == SPLIT_K - 1):
         # Computed here and spread behind the loop: all here, or all there, spills 8 bytes (sm_80, 56 or 128 registers).
         short_scale, short_shift = scale_and_shift(
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, mask_k
+            short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps, offs_k, mask_k
         )
         x_pixel = short_x_ptr + ((n * SHORT_H + p * SHORT_STRIDE_H) * SHORT_W + q * SHORT_STRIDE_W) * SHORT_C
         w_filter = short_w_ptr + offs_k.to(tl.int64) * SHORT_C

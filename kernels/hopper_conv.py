@@ -239,8 +239,8 @@ def normalised(acc, scale, shift, mma: gl.constexpr):
 @gluon.jit
 def multiplier(
     group: gl.constexpr, y_desc, pixels, filters, out, full, empty, added, free,
-    mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-    short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
+    mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
+    short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps, partials_ptr, semaphores_ptr,
     items, P, Q,
     K: gl.constexpr, Y_VIEW: gl.constexpr, RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
     SHORT_STEPS: gl.constexpr, SPLIT_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr,
@@ -260,7 +260,7 @@ def multiplier(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         split, tile, k, p, q, n = work_item(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
         offs_k = k + gl.arange(0, BLOCK_K, layout=flat)
-        scale, shift = scale_and_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < K)
+        scale, shift = scale_and_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, offs_k < K)
         if SPLIT_K > 1:
             shift = gl.where(split == 0, shift, 0.0)
         acc, i = reduce(group, pixels, filters, full, empty, i, STEPS, STAGES, TAPS, TAPS, HALF, BLOCK_K, mma)
@@ -272,7 +272,7 @@ def multiplier(
                     group, pixels, filters, full, empty, i, SHORT_STEPS, STAGES, TAPS, 1, HALF, BLOCK_K, mma
                 )
                 scale, shift = scale_and_shift(
-                    short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, offs_k < K
+                    short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps, offs_k, offs_k < K
                 )
                 y += normalised(acc, scale, shift, mma)
         last = True
@@ -292,8 +292,8 @@ def multiplier(
 
 @gluon.jit(do_not_specialize=["items", "P", "Q"])
 def hopper_conv_kernel(
-    x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
+    x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
+    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps,
     partials_ptr, semaphores_ptr, items, P, Q,
     C: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
     STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
@@ -340,8 +340,10 @@ def hopper_conv_kernel(
     # four warps, too. Together they are 504 of the 512 that a multiprocessor has for 4 x 32 threads.
     gl.warp_specialize([
         (multiplier, (
-            group, y_desc, pixels, filters, out, full, empty, added, free, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, partials_ptr, semaphores_ptr,
+            group, y_desc, pixels, filters, out, full, empty, added, free,
+            mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
+            short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps,
+            partials_ptr, semaphores_ptr,
             items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, TILES_K,
             BOX_H, BOX_W, BOX_N, BLOCK_K,
         )) if group < 2 else (loader, (

@@ -104,13 +104,13 @@ def multiply_row(group: gl.constexpr, pixels, filters, full, empty, i, lo, hi, r
 @gluon.jit
 def multiplier(
     group: gl.constexpr, y_desc, pixels, filters, out, full, empty, ready, added,
-    mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, items, tiles_p, tiles_q,
+    mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, items, tiles_p, tiles_q,
     RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups that multiply: a column of two output pixels."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BOX_N, 16])
     offs_k = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
-    scale, shift = scale_and_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, offs_k < 64)
+    scale, shift = scale_and_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, offs_k < 64)
     scale, shift = gl.expand_dims(scale, 1), gl.expand_dims(shift, 1)
     results = reinterpret(out, y_desc.dtype, [4, BOX_N, 64], SWIZZLED)
     cuda.gdc_wait()
@@ -138,7 +138,7 @@ def multiplier(
 
 @gluon.jit(do_not_specialize=["items", "P", "Q"])
 def hopper_conv64_kernel(
-    x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, items, P, Q,
+    x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, items, P, Q,
     ACTIVATION: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     RESIDUAL: gl.constexpr = res_desc is not None
@@ -163,7 +163,8 @@ def hopper_conv64_kernel(
     weights = reinterpret(filters, x_desc.dtype, [9, 64, 64], SWIZZLED)
     gl.warp_specialize([
         (multiplier, (
-            group, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+            group, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, bn_weight_ptr,
+            bn_bias_ptr,
             eps, items, tiles_p, tiles_q, RESIDUAL, ACTIVATION, BOX_N, STAGES,
         )) if group < 2 else (loader, (
             x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, items, tiles_p, tiles_q,

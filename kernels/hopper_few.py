@@ -78,8 +78,8 @@ def load_pixels(desc, full, part, n, p, q, r: gl.constexpr, s: gl.constexpr, c, 
 
 @gluon.jit(do_not_specialize=["P", "Q", "C", "TILES_K", "SPLIT_K"])
 def hopper_few_kernel(
-    x_desc, w_desc, y_ptr, res_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
-    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps,
+    x_desc, w_desc, y_ptr, res_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
+    short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps,
     partials_ptr, semaphores_ptr, P, Q, C, TILES_K, SPLIT_K,
     R: gl.constexpr, STRIDE: gl.constexpr, SLABS: gl.constexpr, ACTIVATION: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr,
@@ -125,10 +125,10 @@ def hopper_few_kernel(
         load_pixels(short_x_desc, near, short_pixels, 0, -BOX_H, 0, 0, 0, 0, C, False)
     offs_k = k + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     everywhere = offs_k >= 0
-    scale, shift = scale_and_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, everywhere)
+    scale, shift = scale_and_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, everywhere)
     if short_x_desc is not None:
         short_scale, short_shift = scale_and_shift(
-            short_mean_ptr, short_var_ptr, short_gamma_ptr, short_beta_ptr, short_eps, offs_k, everywhere
+            short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps, offs_k, everywhere
         )
         shift += short_shift
     shift = gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(0, spread)), 0)

@@ -133,7 +133,8 @@ def convolution_row(
 
 @gluon.jit
 def multiplier(
-    group: gl.constexpr, y_desc, rest_desc, w_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, ring, out, full, empty,
+    group: gl.constexpr, y_desc, rest_desc, w_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
+    ring, out, full, empty,
     turns, items, TILES, STRIPS, STRIP, P, SEVENS, C: gl.constexpr, ODD_P: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups that multiply."""
@@ -142,7 +143,7 @@ def multiplier(
         filter_row(w_ptr, 4, C), filter_row(w_ptr, 5, C), filter_row(w_ptr, 6, C),
     )  # fmt: skip
     k = gl.arange(0, 64, layout=gl.SliceLayout(1, ACCUMULATOR))
-    scale, shift = scale_and_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, k, k < 64)
+    scale, shift = scale_and_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, k, k < 64)
     slot = 0
     for item in range(gl.program_id(0) + group * gl.num_programs(0), items, 2 * gl.num_programs(0)):
         together = (group == 1) | (item + gl.num_programs(0) < items)  # else group 0 has the last item alone
@@ -183,7 +184,7 @@ def multiplier(
     ]
 )  # fmt: skip
 def hopper_stem_kernel(
-    x_ptr, w_ptr, y_desc, rest_desc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+    x_ptr, w_ptr, y_desc, rest_desc, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
     stride_n, stride_c, stride_h, items, TILES, STRIPS, STRIP, P, Q, SEVENS, H, W,
     mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3,
     C: gl.constexpr, PLANES: gl.constexpr, PAIRED: gl.constexpr, NORMALIZE: gl.constexpr,
@@ -211,7 +212,7 @@ def hopper_stem_kernel(
         normalization = (mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3)
     gl.warp_specialize([
         (multiplier, (
-            group, y_desc, rest_desc, w_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+            group, y_desc, rest_desc, w_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
             rings[group], out.index(group), full[group], empty[group], turns,
             items, TILES, STRIPS, STRIP, P, SEVENS, C, ODD_P,
         )) if group < 2 else (packer, (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_PARAMETERS = {"w_ptr", "w_desc", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"}
+_PARAMETERS = {"w_ptr", "w_desc", "bias_ptr", "mean_ptr", "var_ptr", "bn_weight_ptr", "bn_bias_ptr"}
 
 
 @dataclass(eq=False, slots=True)

@@ -164,7 +164,8 @@ def _strip(
 
 @triton.jit(do_not_specialize=["P", "Q", "POOL_P", "POOL_Q", "ROWS", "STRIP"])
 def stem_kernel(
-    x_desc, marks_ptr, w_ptr, y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, P, Q, POOL_P, POOL_Q, ROWS, STRIP,
+    x_desc, marks_ptr, w_ptr, y_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
+    P, Q, POOL_P, POOL_Q, ROWS, STRIP,
     C: tl.constexpr, K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -180,7 +181,7 @@ def stem_kernel(
     filters = ()
     for ROW in tl.static_range(4):
         filters = filters + (_filter(w_ptr, offs_k, mask_k, ROW, C),)
-    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, offs_k, mask_k, BLOCK_K)
+    scale, shift = batch_norm_scale_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, mask_k, BLOCK_K)
     marked = tl.zeros((), tl.int32)
     for start in range(0, ROWS, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)

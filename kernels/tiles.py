@@ -64,7 +64,7 @@ def sum_partials(
 
 
 @triton.jit
-def scale_and_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k):
+def scale_and_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, mask_k):
     """Both fp32, in the layout of `offs_k`, such that batch norm with running statistics is `x * scale + shift`.
 
     Square root and division are the correctly rounded ones: the approximate forms flush denormal variances to zero.
@@ -72,12 +72,12 @@ def scale_and_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k
     mean = tl.load(mean_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + offs_k, mask=mask_k, other=1.0).to(tl.float32)
     scale = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    if bn_weight_ptr is not None:
+        scale *= tl.load(bn_weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     # In PyTorch's order: -mean * scale + bias has other signs of zero.
     shift = 0.0 - mean * scale
-    if bias_ptr is not None:
-        shift = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32) - mean * scale
+    if bn_bias_ptr is not None:
+        shift = tl.load(bn_bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32) - mean * scale
     return scale, shift
 
 
@@ -92,9 +92,9 @@ def spread(x, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def batch_norm_scale_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k, BLOCK_K: tl.constexpr):
+def batch_norm_scale_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, mask_k, BLOCK_K: tl.constexpr):
     """`scale_and_shift`, both [BLOCK_K] and spread."""
-    scale, shift = scale_and_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, offs_k, mask_k)
+    scale, shift = scale_and_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, mask_k)
     return spread(scale, BLOCK_K), spread(shift, BLOCK_K)
 
 

@@ -25,7 +25,7 @@ class BatchNorm(NamedTuple):
         mean, var, weight, bias, eps = self
         return {
             f"{prefix}mean_ptr": mean, f"{prefix}var_ptr": var,
-            f"{prefix}gamma_ptr": weight, f"{prefix}beta_ptr": bias, f"{prefix}eps": eps,
+            f"{prefix}bn_weight_ptr": weight, f"{prefix}bn_bias_ptr": bias, f"{prefix}eps": eps,
         }  # fmt: skip
 
     def contiguous(self) -> BatchNorm:

@@ -50,16 +50,16 @@ def fuse(conv: Any, norm: Any) -> Fused | str:
         filters, statistics, affine = conv._parameters, norm._buffers, norm._parameters
         weight, conv_bias = filters["weight"], filters["bias"]
         mean, var = statistics["running_mean"], statistics["running_var"]
-        scale, shift = affine["weight"], affine["bias"]
+        bn_weight, bn_bias = affine["weight"], affine["bias"]
     except KeyError:  # frozen norms have buffers, replicas, shards and pruned layers plain attributes
         weight, conv_bias, mean, var = conv.weight, conv.bias, norm.running_mean, norm.running_var
-        scale, shift = norm.weight, norm.bias
+        bn_weight, bn_bias = norm.weight, norm.bias
     if mean is None or var is None:
         return "batch norm without running statistics"
     if conv_bias is not None:
         return "convolution with a bias"
     geometry = Geometry(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
-    return Fused(weight, BatchNorm(mean, var, scale, shift, float(norm.eps)), geometry)
+    return Fused(weight, BatchNorm(mean, var, bn_weight, bn_bias, float(norm.eps)), geometry)
 
 
 def _named(module: nn.Module) -> str:

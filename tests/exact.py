@@ -202,10 +202,10 @@ LAYOUTS: dict[str, Layout] = {
 def _normed_conv(x: Tensor, weight: Tensor, norm: BatchNorm, geometry: Geometry) -> Tensor:
     # Rounding undoes what an algorithm that transforms its input (Winograd, FFT) would leave of an integer.
     y = F.conv2d(x.double(), weight.double(), None, *geometry).round_()
-    mean, var, gamma, beta = (None if t is None else t.double()[:, None, None] for t in norm[:4])
+    mean, var, bn_weight, bn_bias = (None if t is None else t.double()[:, None, None] for t in norm[:4])
     y = (y - mean) * (var + norm.eps).rsqrt()
-    y = y if gamma is None else y * gamma
-    return y if beta is None else y + beta
+    y = y if bn_weight is None else y * bn_weight
+    return y if bn_bias is None else y + bn_bias
 
 
 def conv_reference(call: ConvBnRelu) -> Tensor:

@@ -80,9 +80,9 @@ def _normed(x: Tensor, weight: Tensor, norm: BatchNorm, geometry: Geometry) -> t
     """Convolution and batch norm, their magnitude, and the products in a sum."""
     mean, scale = norm.running_mean.double(), (norm.running_var.double() + norm.eps).rsqrt()
     scale = scale if norm.bn_weight is None else scale * norm.bn_weight.double()
-    beta = torch.zeros_like(mean) if norm.bn_bias is None else norm.bn_bias.double()
+    bn_bias = torch.zeros_like(mean) if norm.bn_bias is None else norm.bn_bias.double()
     scale, shift, most = (
-        t[:, None, None] for t in (scale, beta - mean * scale, beta.abs() + mean.abs() * scale.abs())
+        t[:, None, None] for t in (scale, bn_bias - mean * scale, bn_bias.abs() + mean.abs() * scale.abs())
     )  # fmt: skip
     x, w = x.double(), weight.double()
     answer, magnitude = F.conv2d(x, w, None, *geometry), F.conv2d(x.abs(), w.abs(), None, *geometry)

@@ -99,7 +99,7 @@ def cudnn_layer(call: Operation) -> Answer:
 
 
 def _folded(weight: Tensor, batch_norm: Any) -> tuple[Tensor, Tensor]:
-    mean, var, gamma, beta, eps = batch_norm
-    scale = gamma.double() / (var.double() + eps).sqrt()
+    mean, var, bn_weight, bn_bias, eps = batch_norm
+    scale = bn_weight.double() / (var.double() + eps).sqrt()
     filters = (weight.double() * scale[:, None, None, None]).to(weight.dtype, memory_format=torch.channels_last)
-    return filters, (beta.double() - mean.double() * scale).to(weight.dtype)
+    return filters, (bn_bias.double() - mean.double() * scale).to(weight.dtype)

@@ -88,9 +88,9 @@ def _grouped(c: int, width: int, edge: int, size: int, stride: int, n: int, dtyp
     with torch.device("meta"):
         shapes = (n, c, edge, edge), (c, width, size, size)
         x, weight = (torch.empty(shape, dtype=getattr(torch, dtype)) for shape in shapes)
-        mean, var, gamma, beta = torch.empty(4, c)
+        mean, var, bn_weight, bn_bias = torch.empty(4, c)
     geometry = Geometry((stride, stride), (size // 2, size // 2), groups=c // width)
-    norm = BatchNorm(mean, var, gamma, beta, 1e-5)
+    norm = BatchNorm(mean, var, bn_weight, bn_bias, 1e-5)
     operation = ConvBnRelu(x, weight, norm, geometry)
     kind = "depthwise" if width == 1 else f"groups of {width}"
     name = f"{c} channels, {edge}x{edge}, {size}x{size}" + f", stride {stride}" * (stride > 1)

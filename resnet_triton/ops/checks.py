@@ -58,13 +58,13 @@ def check_tensors(x: Tensor, **others: Tensor | None) -> None:
 def check_vectors(x: Tensor, weight: Tensor, batch_norm: BatchNorm, prefix: str = "") -> None:
     """That batch norm's tensors go with the filters of `weight` (K, ...); names in errors start with `prefix`."""
     device, shape = x.device, weight.shape[:1]
-    mean, var, gamma, beta, _ = batch_norm
-    for t in (mean, var, gamma, beta):
+    mean, var, bn_weight, bn_bias, _ = batch_norm
+    for t in (mean, var, bn_weight, bn_bias):
         if t is None or t.device != device or t.shape != shape or not t.dtype.is_floating_point:
             break
     else:
         return
-    for name, t in zip(BatchNorm._fields, (mean, var, gamma, beta), strict=False):
+    for name, t in zip(BatchNorm._fields, (mean, var, bn_weight, bn_bias), strict=False):
         if t is not None:
             check_tensors(x, **{prefix + name: t})
             if t.shape != shape:

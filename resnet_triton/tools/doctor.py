@@ -216,14 +216,14 @@ def _conv(
     result = (images, c, edge // stride, edge // stride)
     shapes = [(images, c, edge, edge), (c, c // groups, 3, 3), (c,), (c,), (c,), result]
     ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
-    x, weight, mean, gamma, beta, add = ours
+    x, weight, mean, bn_weight, bn_bias, add = ours
     got = F.conv_bn_relu(
-        x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=stride, padding=1, groups=groups,
+        x, weight, mean, torch.ones_like(mean), bn_weight, bn_bias, 0.0, stride=stride, padding=1, groups=groups,
         residual=add if residual else None, kernels="triton",
     )  # fmt: skip
-    x, weight, mean, gamma, beta, add = plain
+    x, weight, mean, bn_weight, bn_bias, add = plain
     wanted = reference.conv_bn_relu(
-        x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, stride=(stride, stride), padding=(1, 1),
+        x, weight, mean, torch.ones_like(mean), bn_weight, bn_bias, 0.0, stride=(stride, stride), padding=(1, 1),
         groups=groups, residual=add if residual else None,
     )  # fmt: skip
     return got, wanted
@@ -232,10 +232,10 @@ def _conv(
 def _stem(device: str, filters: int = 16) -> tuple[Tensor, Tensor]:
     shapes = [(2, 3, 14, 18), (filters, 3, 7, 7), (filters,), (filters,), (filters,)]
     ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
-    x, weight, mean, gamma, beta = ours
-    got = F.stem(x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0, kernels="triton")
-    x, weight, mean, gamma, beta = plain
-    return got, reference.stem(x, weight, mean, torch.ones_like(mean), gamma, beta, 0.0)
+    x, weight, mean, bn_weight, bn_bias = ours
+    got = F.stem(x, weight, mean, torch.ones_like(mean), bn_weight, bn_bias, 0.0, kernels="triton")
+    x, weight, mean, bn_weight, bn_bias = plain
+    return got, reference.stem(x, weight, mean, torch.ones_like(mean), bn_weight, bn_bias, 0.0)
 
 
 def _max_pool(device: str) -> tuple[Tensor, Tensor]:

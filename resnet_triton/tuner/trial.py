@@ -254,6 +254,6 @@ def _answer(call: ConvBnRelu) -> Tensor:
 
 def _normed(y: Tensor, batch_norm: Any) -> Tensor:
     # Integers stay integers in a convolution; rounding undoes what an algorithm that transforms its input would leave.
-    mean, var, gamma, beta, _ = batch_norm
-    mean, scale, beta = (v.double()[:, None, None] for v in (mean, gamma / var.sqrt(), beta))
-    return (y.round_() - mean) * scale + beta
+    mean, var, bn_weight, bn_bias, _ = batch_norm
+    mean, scale, bn_bias = (v.double()[:, None, None] for v in (mean, bn_weight / var.sqrt(), bn_bias))
+    return (y.round_() - mean) * scale + bn_bias

@@ -794,9 +794,9 @@ def test_batch_norm_of_special_statistics(device: torch.device, path: str) -> No
     x, w = integers(g, 3, 2, 8, 3, 3), integers(g, 2, 8, 8, 3, 3)
     var = torch.tensor([0.0, -1.0, INF, NAN, 1e-40, 1.0, 1.0, 1.0], device=device)
     mean = torch.tensor([0.0, 0.0, 3.0, 0.0, 0.0, INF, NAN, 3e38], device=device)
-    gamma = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0], device=device)
-    beta = torch.arange(8.0, device=device)
-    y = conv(x, w, path, batch_norm=BatchNorm(mean, var, gamma, beta, 0.0))
+    bn_weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0], device=device)
+    bn_bias = torch.arange(8.0, device=device)
+    y = conv(x, w, path, batch_norm=BatchNorm(mean, var, bn_weight, bn_bias, 0.0))
     for k, value in {0: NAN, 1: NAN, 2: 2.0, 3: NAN, 5: -INF, 6: NAN, 7: 7.0}.items():
         assert same(y[:, k], torch.full_like(y[:, k], value)), (var[k], mean[k])
     expected = F.conv2d(x.double(), w.double(), padding=1)[:, 4] / var[4].double().sqrt() + 4.0

@@ -34,10 +34,10 @@ def ran() -> Callable[[], dict[tuple[str, str], int]]:
 
 
 def torch_conv(
-    x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, gamma: Any, beta: Any, eps: float, **kw: Any
+    x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, bn_weight: Any, bn_bias: Any, eps: float, **kw: Any
 ) -> Tensor:
     residual, relu = kw.pop("residual", None), kw.pop("relu", True)
-    y = TF.batch_norm(TF.conv2d(x, weight, None, **kw), mean, var, gamma, beta, False, 0.0, eps)
+    y = TF.batch_norm(TF.conv2d(x, weight, None, **kw), mean, var, bn_weight, bn_bias, False, 0.0, eps)
     y = y if residual is None else y + residual
     return TF.relu(y) if relu else y
 
@@ -47,7 +47,7 @@ def torch_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def conv_tensors(device: Any, n: int, c: int, h: int, w: int, k: int, r: int, s: int, groups: int = 1) -> list[Tensor]:
-    """x, weight, mean, var, gamma, beta in fp32."""
+    """x, weight, mean, var, bn_weight, bn_bias in fp32."""
     torch.manual_seed(0)
     x = torch.randn(n, c, h, w, device=device)
     weight = torch.randn(k, c // groups, r, s, device=device) / (c // groups * r * s) ** 0.5

@@ -78,10 +78,10 @@ def images(case: Case, g: torch.Generator) -> tuple[Tensor, Tensor, BatchNorm]:
 
 def expected(x: Tensor, filters: Tensor, norm: BatchNorm, dtype: torch.dtype) -> Tensor:
     y = F.conv2d(x.double(), filters.double(), stride=2, padding=3)
-    mean, var, gamma, beta = (None if t is None else t.double()[:, None, None] for t in norm[:4])
+    mean, var, bn_weight, bn_bias = (None if t is None else t.double()[:, None, None] for t in norm[:4])
     y = (y - mean) / (var + norm.eps).sqrt()
-    y = y if gamma is None else y * gamma
-    y = y if beta is None else y + beta
+    y = y if bn_weight is None else y * bn_weight
+    y = y if bn_bias is None else y + bn_bias
     return F.max_pool2d(torch.where(y < 0, 0.0, y), 3, 2, 1).to(dtype)
 
 

@@ -202,7 +202,7 @@ def test_a_launch_repeated_has_one_other_argument(grid: tuple[int, ...]) -> None
 
 
 def test_values():
-    names = ("mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "eps")
+    names = ("mean_ptr", "var_ptr", "bn_weight_ptr", "bn_bias_ptr", "eps")
     wide = torch.arange(8.0).reshape(4, 2)
     norm = BatchNorm(*wide.T[:1], *wide.T[1:], None, wide.T[0], 0.5)
     assert norm.arguments("short_") == {f"short_{name}": value for name, value in zip(names, norm, strict=True)}

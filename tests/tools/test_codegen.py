@@ -189,7 +189,7 @@ def test_each_fault_is_named():
 
 
 def test_each_fault_of_a_kernel_that_starts_before_the_last_has_ended_is_named():
-    early = ("w_desc", "mean_ptr", "short_w_desc", "short_beta_ptr")
+    early = ("w_desc", "mean_ptr", "short_w_desc", "short_bn_bias_ptr")
     row = replace(ROW, kernel="hopper_few_kernel", early=early)
     assert faults(row, wgmma_waits=1) == []
     assert faults(replace(ROW, early=("x_desc", *early, "short_x_desc"))) == [
