@@ -128,7 +128,7 @@ def conv_pointer_kernel(
             b = load_filters(w_filter, offs_c, mask_c, mask_k, ours_k, GROUP_C, GROUP_K, BLOCK_G)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:  # channel slabs outside, taps inside: the nine shifted reads of a slab stay close in time
-        h0 = tl.where(mask_m, h0, -(2**30))  # beyond the last pixel no tap is inside
+        h0 = tl.where(mask_m, h0, -(2**31))  # beyond the last pixel no tap is inside
         STEPS: tl.constexpr = R * S * ((READ_C + BLOCK_C - 1) // BLOCK_C)
         for j in range(STEPS // SPLIT_K):
             i = split * (STEPS // SPLIT_K) + j
