@@ -183,7 +183,7 @@ FAULTS = [
           "test_patched.py::test_a_patched_class[conv-torchvision]", "Tensor-likes are not close"),
     Fault("a stale statistic in a frozen model", "resnet_triton/convert.py", "refresh", "runner.forget(module)", "pass",
           "test_snapshot.py::test_a_frozen_model_is_a_snapshot_of_its_batch_norms", "assert close"),
-    Fault("a silent fallback", "resnet_triton/ops/dispatch.py", "refuse", "raise NotImplementedError(...)",
+    Fault("a silent fallback", "resnet_triton/ops/dispatch.py", "raise_if_required", "raise NotImplementedError(...)",
           "pass", WIDER_RESIDUAL + "kernels]", "expected NotImplementedError"),
     Fault("a fallback that is not counted", "resnet_triton/ops/operation.py", "Operation.run_torch",
           "count(..., 'torch')", "pass",
