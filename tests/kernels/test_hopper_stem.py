@@ -101,6 +101,8 @@ def test_exact(case: Case) -> None:
     launch = hopper_stem(
         out=out, x=x, weight=filters, batch_norm=norm, mean=mean, std=std, strip=case.strip, programs=case.programs
     )
+    n, _, pool_p, pool_q = out.shape
+    assert launch.arguments["items"] == n * -(-pool_p // case.strip) * -(-pool_q // 56), "no more rows"
     assert launch.grid[0] <= case.programs
     assert not simulate(launch, ptx(launch)).faults
     torch.testing.assert_close(out, right, rtol=0, atol=0, equal_nan=True)
