@@ -62,6 +62,7 @@ INTERPRETED: dict[str, list[str]] = {
         *_LAUNCH,
         *_CONVOLUTION,
         "test_exact.py::test_grouped",
+        "test_exact.py::test_taps_far_from_the_image",
         "test_exact.py::test_groups_read_no_neighbours",
         "test_beyond_int32.py::test_conv_pointer",
         "test_beyond_int32.py::test_filters_of_conv_pointer",
