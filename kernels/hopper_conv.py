@@ -75,7 +75,7 @@ def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
 
 @gluon.jit
 def work_item(item, P, Q, TILES_K: gl.constexpr, SPLIT_K: gl.constexpr,
-          BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr):  # fmt: skip
+              BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr):  # fmt: skip
     """A program's piece of work: share of a tile, tile, its first filter, row, column and image."""
     split = item % SPLIT_K
     tile = item // SPLIT_K

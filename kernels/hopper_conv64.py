@@ -163,9 +163,9 @@ def hopper_conv64_kernel(
     weights = reinterpret(filters, x_desc.dtype, [9, 64, 64], SWIZZLED)
     gl.warp_specialize([
         (multiplier, (
-            group, y_desc, pixels, weights, out, full, empty, ready, added, mean_ptr, var_ptr, bn_weight_ptr,
-            bn_bias_ptr,
-            eps, items, tiles_p, tiles_q, RESIDUAL, ACTIVATION, BOX_N, STAGES,
+            group, y_desc, pixels, weights, out, full, empty, ready, added,
+            mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
+            items, tiles_p, tiles_q, RESIDUAL, ACTIVATION, BOX_N, STAGES,
         )) if group < 2 else (loader, (
             x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, items, tiles_p, tiles_q,
             BOX_N, STAGES,

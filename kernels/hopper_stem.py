@@ -134,8 +134,7 @@ def convolution_row(
 @gluon.jit
 def multiplier(
     group: gl.constexpr, y_desc, rest_desc, w_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
-    ring, out, full, empty,
-    turns, items, TILES, STRIPS, STRIP, P, SEVENS, C: gl.constexpr, ODD_P: gl.constexpr,
+    ring, out, full, empty, turns, items, TILES, STRIPS, STRIP, P, SEVENS, C: gl.constexpr, ODD_P: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups that multiply."""
     filters = (
