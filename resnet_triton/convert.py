@@ -113,7 +113,7 @@ def _warn_of_coverage(modules: list[nn.Module]) -> None:
         for _, conv, norm in _convolutions(module)
         if any(map(dispatch.is_on_gpu, conv.parameters()))
     ]
-    left = [why for why in found if isinstance(why, str) and why != "training mode"]
+    left = [why for why in found if isinstance(why, str) and why != dispatch.TRAINING]
     dispatch.warn_of_coverage(left, len(found))
 
 

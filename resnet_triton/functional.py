@@ -24,6 +24,18 @@ from .ops import BatchNorm, Shortcut
 from .ops.checks import IntOrPair, pair
 from .ops.dispatch import Kernels, Modes
 
+__all__ = [
+    "BatchNorm",
+    "Shortcut",
+    "add_relu",
+    "avg_pool_linear",
+    "conv_bn_relu",
+    "global_avg_pool",
+    "linear",
+    "max_pool2d",
+    "stem",
+]
+
 
 def conv_bn_relu(
     x: Tensor,

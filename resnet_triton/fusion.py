@@ -37,7 +37,7 @@ def fuse(conv: Any, norm: Any) -> Fused | str:
     if (type(conv), type(norm)) != (Conv2d, type(norm) if frozen else BatchNorm2d):
         return f"{_named(conv)} and {_named(norm)} instead of torch's Conv2d and BatchNorm2d"
     if norm.training and not frozen:
-        return "training mode"
+        return dispatch.TRAINING
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return "convolution without zero padding in numbers"
     if _hooked(conv) or watched(norm):

@@ -220,7 +220,7 @@ def at_limit(what: str) -> str:
 
 
 def _warn_of_gradients(modes: Modes, inputs: Sequence[Any]) -> None:
-    reason = "grad mode is on, and gradients are PyTorch's; call the model under torch.inference_mode()"
+    reason = f"grad mode is on, and gradients are PyTorch's; {dispatch.REMEDIES[dispatch.GRADIENT]}"
     dispatch.raise_if_required(modes.kernels, reason)
     if any(isinstance(x, Tensor) and x.is_cuda for x in inputs):
         warnings.warn(f"a compiled model runs without our kernels: {reason}", RuntimeWarning, stacklevel=2)

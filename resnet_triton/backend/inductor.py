@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 def compile_rest(gm: fx.GraphModule) -> Callable[..., Any]:
     """A function that computes what a rewritten graph does, from the same inputs."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner  # not above: importing Inductor takes seconds
+    from torch._inductor import config  # not above: importing Inductor takes seconds
+    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
     inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]

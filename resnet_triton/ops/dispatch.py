@@ -59,11 +59,11 @@ class Choice(NamedTuple):
     reason: str
 
 
-GRADIENT, AUTOCAST = "a gradient is wanted", "autocast is on"
+GRADIENT, AUTOCAST, TRAINING = "a gradient is wanted", "autocast is on", "training mode"
 REMEDIES = {
     GRADIENT: "call the model under torch.inference_mode()",
     AUTOCAST: "call the model without it, converted, as by model.half()",
-    "training mode": "call model.eval()",
+    TRAINING: "call model.eval()",
 }
 """What to do about some of the reasons against our kernels."""
 _ON_GPU, _INTERPRETED = Choice("triton", ""), Choice("triton", "interpreted on the CPU")
