@@ -50,10 +50,10 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """What a value consists of, each part with what leads from the value's name to the part's."""
     if isinstance(value, nn.Module):
         tables = ("_parameters", "_buffers", "_modules")
-        entries = [(k, v) for k, v in vars(value).items() if k not in tables]
-        yield from ((f".{k}", v) for k, v in chain(entries, *(vars(value)[t].items() for t in tables)))
+        entries = [(k, v) for k, v in list(vars(value).items()) if k not in tables]
+        yield from ((f".{k}", v) for k, v in chain(entries, *(list(vars(value)[t].items()) for t in tables)))
     elif isinstance(value, dict):
-        yield from ((f"[{k!r}]", v) for k, v in value.items())
+        yield from ((f"[{k!r}]", v) for k, v in list(value.items()))
     elif isinstance(value, list | tuple | set | frozenset):
         yield from ((f"[{i}]", v) for i, v in enumerate(value))
     elif isinstance(value, functools.partial):
@@ -64,7 +64,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
         yield from (("()", part) for part in (cells, value.__defaults__, value.__kwdefaults__, vars(value)))
     elif not isinstance(value, type | types.ModuleType | torch.Tensor) and hasattr(value, "__dict__"):
-        yield from ((f".{k}", v) for k, v in vars(value).items())
+        yield from ((f".{k}", v) for k, v in list(vars(value).items()))
 
 
 def _goes_back(value: Any, own: dict[int, Any], seen: set[tuple[int, bool]], kept: bool = False) -> bool:

@@ -216,7 +216,8 @@ def _contents(dicts: Iterable[dict[Any, Any]]) -> Contents:
 
 def _methods(namespaces: Iterable[dict[str, Any]]) -> Contents:
     """Functions, properties and the like: what is called or looked up, and no numbers, which torch.compile looks at."""
-    return _contents({n: v for n, v in d.items() if _is_code(v) and (id(d), n) not in _REPLACED} for d in namespaces)
+    entries = ((d, list(d.items())) for d in namespaces)  # in one step: another thread may patch a class meanwhile
+    return _contents({n: v for n, v in own if _is_code(v) and (id(d), n) not in _REPLACED} for d, own in entries)
 
 
 def _is_code(value: Any) -> bool:

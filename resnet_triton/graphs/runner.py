@@ -53,7 +53,9 @@ class Graphed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the graphs, which copies and pickles cannot take along."""
-        return {name: value for name, value in vars(self).items() if name != "_runner"}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_runner", None)
+        return state
 
 
 def wanted(model: Graphed, x: Tensor) -> bool:

@@ -26,7 +26,8 @@ def snapshot(model: Any) -> Any:
 def _twin(module: Any) -> Any:
     """Another module with the same attributes and weights. Not a deep copy: an attribute may be one that has none."""
     twin = module.__new__(type(module))
-    vars(twin).update({k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items() if k != "_runner"})
+    own = vars(module).copy()  # in one step: another thread may call the model meanwhile, or be told to forget graphs
+    vars(twin).update({k: v.copy() if isinstance(v, dict) else v for k, v in own.items() if k != "_runner"})
     for name, child in module._modules.items():
         twin._modules[name] = None if child is None else _twin(child)
     for name, p in module._parameters.items():

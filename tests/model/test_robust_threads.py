@@ -17,7 +17,9 @@ import torch
 from fake_cuda import captured, images, small
 
 from resnet_triton import functional, ops, optimize, refresh, report, revert
+from resnet_triton.copies import independent
 from resnet_triton.graphs import runner
+from resnet_triton.graphs.snapshot import snapshot
 from resnet_triton.ops import AddRelu, GlobalAvgPool, dispatch, interpreter
 from resnet_triton.ops.dispatch import Modes
 from resnet_triton.support import vision
@@ -111,6 +113,31 @@ def test_threads_call_a_model_that_is(cuda: Any, storm: str) -> None:
     assert not any(thread.is_alive() for thread in threads)
     for x in inputs:
         assert torch.equal(model(x), model._forward_impl(x))
+
+
+class Interrupted(str):
+    """An attribute's name. Where it is compared, another thread's turn comes, and sets an attribute of the model."""
+
+    __slots__ = ("model",)
+    model: Any
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        vars(self.model)[f"set_by_another_thread_{len(vars(self.model))}"] = None
+        return str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+@pytest.mark.parametrize("use", [snapshot, independent])
+def test_attributes_are_read_while_another_thread_sets_some(use: Any) -> None:
+    model = small()
+    name = Interrupted("interrupted")
+    name.model = model
+    vars(model)[name] = None
+    use(model)
+    assert "set_by_another_thread" in list(vars(model))[-1]
 
 
 def test_a_model_forgotten_while_another_thread_moves_it(cuda: Any) -> None:

@@ -401,6 +401,12 @@ def test_copies_start_afresh(cuda, copied):
     assert cuda.graphs[0].replays == 0
 
 
+def test_a_model_given_to_torch_compile_pickles():
+    model = small()
+    model.compile(backend="eager")
+    assert pickle.loads(pickle.dumps(model))._compiled_call_impl is None
+
+
 def dead(cuda: FakeCuda) -> bool:
     """Whether nobody but the fake keeps its only graph's buffers."""
     buffer = weakref.ref(cuda.graphs[0])
