@@ -114,7 +114,8 @@ class Runner(Graphs):
 
     def holds(self) -> bool:
         """Whether the model is what it was when it was captured or frozen."""
-        return self._fingerprint is None or self._fingerprint.holds()
+        known = self._fingerprint  # another thread's call may find it outdated meanwhile
+        return known is None or known.holds()
 
     def is_stale(self) -> bool:
         if self._snapshot is not None or self.holds():

@@ -155,6 +155,27 @@ def test_a_model_forgotten_while_another_thread_moves_it(cuda: Any) -> None:
     assert model._runner is None
 
 
+def test_a_model_moved_while_another_thread_finds_its_graphs_outdated(cuda: Any) -> None:
+    class Meanwhile(runner.Runner):
+        """Each time that the fingerprint is read, that thread's turn comes."""
+
+        @property
+        def _fingerprint(self) -> Any:
+            known, vars(self)["_fingerprint"] = vars(self)["_fingerprint"], None
+            return known
+
+        @_fingerprint.setter
+        def _fingerprint(self, known: Any) -> None:
+            vars(self)["_fingerprint"] = known
+
+    model = small()
+    captured(model, images())
+    assert model._runner is not None
+    model._runner.__class__ = Meanwhile
+    model.double()
+    assert model._runner is None
+
+
 def test_reverted_and_optimized_again_between_calls(cuda: Any) -> None:
     block = torchvision.models.resnet.BasicBlock
     model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3).eval()
