@@ -126,10 +126,10 @@ def origin(module: nn.Module) -> type[nn.Module] | None:
 
 def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph) -> None:
     """Make `module` a `Compiled` one, in these modes."""
+    vars(module)["_triton_options"] = {"kernels": kernels, "cuda_graph": cuda_graph}  # before a thread can ask for it
     if not isinstance(module, Compiled):
         cls: Any = type(module)
         module.__class__ = _joined(cls)
-    vars(module)["_triton_options"] = {"kernels": kernels, "cuda_graph": cuda_graph}
 
 
 @functools.cache

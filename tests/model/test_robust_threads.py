@@ -176,6 +176,23 @@ def test_a_model_moved_while_another_thread_finds_its_graphs_outdated(cuda: Any)
     assert model._runner is None
 
 
+def test_a_model_called_while_another_thread_optimizes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Called(torch.nn.Sequential):
+        """Called as soon as it is what `optimize` makes of it."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "__class__":
+                answers.append(self(x))
+
+    x, answers = torch.randn(1, 3, 4, 4), []  # type: ignore[var-annotated]
+    model = Called(torch.nn.Conv2d(3, 4, 3)).eval()
+    expected = model(x)
+    optimize(model)
+    assert len(answers) == 1
+    torch.testing.assert_close(answers[0], expected)
+
+
 def test_reverted_and_optimized_again_between_calls(cuda: Any) -> None:
     block = torchvision.models.resnet.BasicBlock
     model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3).eval()
