@@ -47,6 +47,10 @@ class Watch:
         self._parts[name] = part.hold
         return part.known[1]
 
+    def version(self) -> int | None:
+        """A number that every write changes, one that is undone later, too; None if there is none."""
+        return _newest(self._empty + self._full)
+
     def holds(self) -> bool:
         """Whether the model is still what it was."""
         if any(self._empty):  # no version tells of `update` on an empty dict

@@ -93,6 +93,10 @@ class Graphs:
         """Whether calls compute something else than what was captured. Asked behind each replay."""
         return False
 
+    def was_written(self) -> bool:
+        """Whether another thread has changed what was just captured, be it for a moment. Asked behind each capture."""
+        return False
+
     def note(self, reason: str, cuda_graph: CudaGraph) -> None:
         """Count a call without a graph; where graphs were demanded, warn once of each reason not warned of already."""
         with self._lock:
@@ -167,6 +171,10 @@ class Graphs:
             self._shapes[key].failed = True
             warnings.warn(f"no CUDA graph for {_name(key)}, its capture failed: {error}", RuntimeWarning, stacklevel=2)
             return FAILED
+        if self.is_stale():
+            self._drop_all()
+        elif self.was_written():
+            self._drop(key)
         return None
 
     def _drop_all(self) -> None:

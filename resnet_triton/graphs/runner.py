@@ -110,6 +110,7 @@ class Runner(Graphs):
         super().__init__()
         self.owner, self.process = weakref.ref(model), os.getpid()
         self._fingerprint: Fingerprint | None = None
+        self._version: int | None = None  # the fingerprint's, before the last capture
         self._snapshot: Graphed | None = None
 
     def holds(self) -> bool:
@@ -122,6 +123,10 @@ class Runner(Graphs):
             return False
         self._fingerprint = None
         return True
+
+    def was_written(self) -> bool:
+        known = self._fingerprint
+        return self._snapshot is None and known is not None and known.version() != self._version
 
     def run(self, model: Graphed, x: Tensor, graphs: bool) -> Tensor:
         """A call for which `uncaptured_reason` found none; `graphs` says whether it may use one."""
@@ -154,4 +159,5 @@ class Runner(Graphs):
     def _entry(self, source: Graphed, key: Key, x: Tensor) -> Entry:
         if self._fingerprint is None:
             self._fingerprint = Fingerprint(source)
+        self._version = self._fingerprint.version()
         return replace(source._entry(x) if key[-1] else copied(source._forward_impl, x), own=True)

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fake_cuda import captured, images, small
+from fake_cuda import captured, doubled, images, small
 
 from resnet_triton import functional, ops, optimize, refresh, report, revert
 from resnet_triton.copies import independent
@@ -153,6 +153,48 @@ def test_a_model_forgotten_while_another_thread_moves_it(cuda: Any) -> None:
         runner.forget_if_moved(model)
     assert known is not None
     assert model._runner is None
+
+
+def another_bias(model: Any) -> Callable[[], object]:
+    bias = model.fc.bias
+    model.fc.bias = torch.nn.Parameter(bias + 1)
+    return lambda: setattr(model.fc, "bias", bias)
+
+
+def training_mode(model: Any) -> Callable[[], object]:
+    model.bn1.train()
+    return model.bn1.eval
+
+
+FOR_A_MOMENT: dict[str, Callable[[Any], Callable[[], object]]] = {
+    "another parameter": another_bias, "training mode": training_mode,
+    "a hook": lambda model: model.layer4.register_forward_hook(doubled).remove,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FOR_A_MOMENT)
+def test_a_graph_captured_while_another_thread_changes_the_model_for_a_moment(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """As `functional_call` there, a validation, or features taken by a hook. PyTorch's calls behind it see nothing."""
+    model, x = small(), images()
+    model(x)
+    capture = cuda.capture
+
+    def in_between(*args: Any) -> Any:
+        undo = FOR_A_MOMENT[change](model)
+        try:
+            return capture(*args)
+        finally:
+            undo()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "capture", in_between)
+        model(x)
+    for _ in range(3):
+        assert torch.equal(model(x), model._forward_impl(x))
+    assert len(cuda.graphs) == 2
+    assert cuda.graphs[-1].replays == 2
 
 
 def test_a_model_moved_while_another_thread_finds_its_graphs_outdated(cuda: Any) -> None:
