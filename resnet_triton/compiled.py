@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
+import threading
 import types
 import warnings
 import weakref
@@ -53,14 +55,20 @@ class Compiled(nn.Module):
         if self._uncompiled_reason(args, kwargs) is not None:
             if not torch.compiler.is_compiling() and (traced := _traced.get()) is not None:
                 return traced(self, args, kwargs)
+            if not torch.compiler.is_dynamo_compiling() and "_triton_programs" in vars(self):
+                with _programs(self).first:  # which may have to put filters back
+                    pass
             return super().__call__(*args, **kwargs)
-        program = _program(self)
+        programs = _programs(self)
+        program = programs.ready(self)
         if program is None:
-            return super().__call__(*args, **kwargs)
-        try:
-            return program.function(self, args, kwargs)
-        except RuntimeError as error:
-            return _again(error, self, program.function, args, kwargs)
+            with programs.first:
+                program = programs.ready(self)
+                if program is None and (made := programs.make(self)) is not None:
+                    result = made.run(self, args, kwargs)
+                    made.called = True
+                    return result
+        return super().__call__(*args, **kwargs) if program is None else program.run(self, args, kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """With `assign=True` the filters are others afterwards."""
@@ -155,6 +163,9 @@ def _wants_gradients(module: nn.Module, args: Any, kwargs: Any) -> bool:
 class Program:
     """The compiled function of one module in one grad mode, for as long as its code and hooks stay what they are."""
 
+    called = False
+    """Whether it has been called without an error."""
+
     def __init__(self, module: Compiled, replicas: bool) -> None:
         self.owner = weakref.ref(module)
         self.options = module._triton_options
@@ -168,12 +179,83 @@ class Program:
         self.code = function.__code__
         self.function: Callable[..., Any] = torch.compile(function, backend=backend)
 
-    def __reduce__(self) -> Any:
-        """None, in copies and pickles: a copy of the module has its own."""
-        return type(None), ()
-
     def holds(self, module: Compiled) -> bool:
         return self.owner() is module and self.options == module._triton_options and self.watch.holds()
+
+    def run(self, module: Compiled, args: Any, kwargs: Any) -> Any:
+        stay = _programs(module).stay
+        try:
+            return self.function(module, args, kwargs)
+        except RuntimeError as error:
+            return _again(error, module, self.function, args, kwargs, stay)
+
+
+_LIMIT = 16
+"""How often a module is compiled because its code or hooks have changed. Who changes them at each call would wait for a
+compiler at each call."""
+
+
+class Programs:
+    """Those of one module, and its replicas. A first call has the module for itself: it compiles, which others would do
+    again, and moves filters, which it may have to put back."""
+
+    def __init__(self) -> None:
+        self.first, self.process = threading.RLock(), os.getpid()
+        self.by_mode: dict[tuple[bool, ...], Program] = {}
+        self.made = 0
+        self.stay = False
+        """Whether filters have turned out to stay where they lie."""
+
+    def __reduce__(self) -> Any:
+        """None yet, in copies and pickles: a copy of the module has its own."""
+        return type(self), ()
+
+    def ready(self, module: Compiled) -> Program | None:
+        """What a call runs, if it has been called before."""
+        program = self.by_mode.get(_mode(module))
+        return program if program is not None and program.called and program.holds(_original(module)) else None
+
+    def make(self, module: Compiled) -> Program | None:
+        """What a call runs that is none of these; None if the module has changed too often."""
+        key, replica, module = _mode(module), module, _original(module)
+        program = self.by_mode.get(key)
+        if program is not None and program.holds(module):  # but its first call has failed
+            return program
+        self.made += 1
+        if self.made > _LIMIT:
+            if self.made == _LIMIT + 1:
+                warnings.warn(
+                    f"{type(module).__name__} runs as it was written from now on, for its hooks, methods or modules "
+                    f"were changed {_LIMIT} times; resnet_triton.refresh lets it be compiled again",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            return None
+        if replica is module:
+            _move(module)
+        self.by_mode[key] = program = Program(module, replica is not module)
+        return program
+
+
+def _programs(module: nn.Module) -> Programs:
+    """Those of a module, which has some from its first compiled call on."""
+    its = vars(_original(module))
+    found: Programs | None = its.get("_triton_programs")
+    if found is None or found.process != os.getpid():  # a fork has locks that nobody releases
+        if found is not None:
+            del its["_triton_programs"]
+        found = its.setdefault("_triton_programs", Programs())
+    return found
+
+
+def _original(module: Any) -> Any:
+    """The module that this is a replica of, or itself."""
+    return vars(module).get("_triton_original", module)
+
+
+def _mode(module: nn.Module) -> tuple[bool, ...]:
+    """That of a call: each has a program of its own."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), "_triton_original" in vars(module)
 
 
 def is_whole(model: nn.Module) -> bool:
@@ -215,20 +297,26 @@ def _trace(model: nn.Module, args: Any, kwargs: Any) -> tuple[list[Call], Any]:
     settings: dict[str, Any] = {"options": options, "names": names}
     if isinstance(model, Compiled):
         options["kernels"], settings["moved"] = model._triton_options["kernels"], _moved(model)
-        _move(model)
     apart: Any = {"isolate_recompiles": True} if _ISOLATES else {}
     backend = _backend(record=found, **settings)
     function: Any = torch.compile(_fresh(_call, "report"), backend=backend, dynamic=False, **apart)
     token = dispatch.tracer.set(lambda reason: None)  # these calls do not count
     with torch.no_grad():
         try:
-            result = function(model, args, kwargs)
-        except RuntimeError as error:
-            found.clear()
-            result = _again(error, model, function, args, kwargs)
+            if not isinstance(model, Compiled):
+                return found, function(model, args, kwargs)
+            programs = _programs(model)
+            with programs.first:
+                stay = programs.stay
+                _move(model)
+                try:
+                    result = function(model, args, kwargs)
+                except RuntimeError as error:
+                    found.clear()
+                    result = _again(error, model, function, args, kwargs, stay)
+                return found, result
         finally:
             dispatch.tracer.reset(token)
-    return found, result
 
 
 _ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
@@ -278,43 +366,14 @@ def _call_by_class(module: Any, args: Any, kwargs: Any) -> Any:
     return cls.__call__(module, *args, **kwargs)
 
 
-_LIMIT = 16
-"""How often a module is compiled because its code or hooks have changed. Who changes them at each call would wait for a
-compiler at each call."""
-
-
-def _program(module: Compiled) -> Program | None:
-    """What a call runs; None if the module has changed too often."""
-    original = vars(module).get("_triton_original", module)
-    replicas, module = original is not module, original
-    programs = vars(module).setdefault("_triton_programs", {})
-    key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), replicas
-    program: Program | None = programs.get(key)
-    if program is not None and program.holds(module):
-        return program
-    made = programs["made"] = programs.get("made", 0) + 1
-    if made > _LIMIT:
-        if made == _LIMIT + 1:
-            warnings.warn(
-                f"{type(module).__name__} runs as it was written from now on, for its hooks, methods or modules were "
-                f"changed {_LIMIT} times; resnet_triton.refresh lets it be compiled again",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return None
-    if not replicas:
-        _move(module)
-    programs[key] = Program(module, replicas)
-    return programs[key]
-
-
-def _programs(module: nn.Module) -> list[Program]:
-    return [p for p in list(vars(module).get("_triton_programs", {}).values()) if isinstance(p, Program)]
+def _made(module: nn.Module) -> list[Program]:
+    programs: Programs | None = vars(module).get("_triton_programs")
+    return [] if programs is None else list(programs.by_mode.values())
 
 
 def describe(module: Compiled) -> str:
     """What CUDA graphs have done for its calls, for `report`."""
-    said = [function.describe() for program in _programs(module) for function in program.functions]
+    said = [function.describe() for program in _made(module) for function in program.functions]
     return f"cuda_graph={module._triton_options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
 
 
@@ -324,7 +383,7 @@ def limit(model: nn.Module) -> str | None:
 
     from .backend.compile import at_limit
 
-    codes = [program.code for program in _programs(model)]
+    codes = [program.code for program in _made(model)]
     if not isinstance(model, Compiled):  # a module that somebody has compiled, or what torch.compile returned
         written: Any = getattr(model, "_orig_mod", model)
         called: Any = getattr(model.forward, "_torchdynamo_orig_callable", model.forward)
@@ -357,7 +416,7 @@ def _moved(module: nn.Module) -> Callable[[], Iterator[nn.Parameter]]:
 
 
 def _move(module: Compiled) -> None:
-    if not module.training and "stay" not in vars(module).get("_triton_programs", {}) and not filters.sharded(module):
+    if not (module.training or _programs(module).stay or filters.sharded(module)):
         kernels = module._triton_options["kernels"]
         filters.move(module, ((name, w) for name, w in _filters(module) if dispatch.meant(kernels, w)))
 
@@ -371,15 +430,20 @@ _OF_LAYOUT = re.compile(r"\bviews?\b|strid|contiguous|memory.format|lie in memor
 """What an error says that other filters may mend: ours of `layouts`, PyTorch's, or one of somebody's operator."""
 
 
-def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: Any) -> Any:
-    """A call that has failed, with filters as they were: if that mends it, they stay so."""
-    if not (vars(module).get("_triton_moved") and _OF_LAYOUT.search(str(error))):
-        raise error  # the module's own, too: what it has done before must not be done twice
-    put_back(module)
-    try:
-        result = function(module, args, kwargs)
-    except Exception:
-        _move(module)
-        raise
-    vars(module).setdefault("_triton_programs", {})["stay"] = True
-    return result
+def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: Any, stay: bool) -> Any:
+    """A call that has failed, with filters as they were: if that mends it, they stay so. When it began, they did or did
+    not `stay`."""
+    if not _OF_LAYOUT.search(str(error)):
+        raise error
+    programs = _programs(module)
+    with programs.first:
+        if not vars(module).get("_triton_moved") and programs.stay == stay:  # or another thread has just put them back
+            raise error  # the module's own: what it has done before must not be done twice
+        put_back(module)
+        try:
+            result = function(module, args, kwargs)
+        except Exception:
+            _move(module)
+            raise
+        programs.stay = True
+        return result

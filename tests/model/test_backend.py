@@ -968,7 +968,7 @@ def test_replicas_of_data_parallel_stay_compiled_and_use_their_own_parameters(mo
         assert torch.equal(one(x), expected)
         assert not torch.equal(other(x), expected)
         assert used(other, x) == {("conv_bn_relu", "torch"): 1, ("avg_pool_linear", "torch"): 1}
-    (program,) = (p for p in model._triton_programs.values() if isinstance(p, compiled.Program))
+    (program,) = model._triton_programs.by_mode.values()
     assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(program.code)) == 1
 
 
@@ -1176,7 +1176,7 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     model.load_state_dict({n: t.clone(memory_format=torch.contiguous_format) for n, t in state.items()}, assign=True)
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert all(w.is_contiguous() for w in weights) is not (moves or name in ("parts of one tensor", "ties"))
-    assert model._triton_programs["made"] == 1
+    assert model._triton_programs.made == 1
     revert(model)
     assert all(w.is_contiguous() for w in weights)
     assert "_triton_moved" not in vars(model)

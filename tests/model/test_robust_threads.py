@@ -16,7 +16,7 @@ import pytest
 import torch
 from fake_cuda import captured, doubled, images, small
 
-from resnet_triton import functional, ops, optimize, refresh, report, revert
+from resnet_triton import compiled, disabled, functional, ops, optimize, refresh, report, revert
 from resnet_triton.copies import independent
 from resnet_triton.graphs import runner
 from resnet_triton.graphs.snapshot import snapshot
@@ -235,6 +235,74 @@ def test_a_model_called_while_another_thread_optimizes_it(monkeypatch: pytest.Mo
     torch.testing.assert_close(answers[0], expected)
 
 
+class Viewed(torch.nn.Module):
+    """Filters in channels_last memory would make its `view` fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return y.view(len(y), -1)
+
+
+@pytest.mark.filterwarnings("ignore:each call copies")
+@pytest.mark.parametrize("step", ["_move", "put_back"])
+def test_a_first_call_beside_another_threads(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """One compiles, and puts filters back that it has moved. The other waits for that, also where it runs as the model
+    was written, for a third thread compiles."""
+    model, x = Viewed().eval(), torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    optimize(model, kernels="triton")
+    answers: list[torch.Tensor] = []
+    threads: list[threading.Thread] = []
+
+    def other() -> None:
+        with torch.no_grad():
+            answers.append(model(x))
+
+    def meanwhile(*args: Any) -> Any:
+        if not threads:
+            threads.append(threading.Thread(target=other))
+            with mock.patch("torch.compiler.is_compiling", return_value=step == "put_back"):
+                threads[0].start()
+                threads[0].join(0.5)
+        return function(*args)
+
+    function = getattr(compiled, step)
+    monkeypatch.setattr(compiled, step, meanwhile)
+    answers.append(model(x))
+    threads[0].join(60)
+    assert len(answers) == 2
+    for y in answers:
+        torch.testing.assert_close(y, expected)
+    assert compiled._programs(model).made == 1
+
+
+def test_a_call_that_fails_while_another_thread_puts_filters_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Viewed().eval(), torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    optimize(model, kernels="triton")
+    program = compiled.Program(model, replicas=False)  # type: ignore[arg-type]
+    compiled._move(model)  # type: ignore[arg-type]
+    attempts = []
+
+    def failing(*args: Any) -> torch.Tensor:
+        attempts.append(args)
+        if len(attempts) == 1:
+            compiled.put_back(model)
+            compiled._programs(model).stay = True
+            raise RuntimeError("view size is not compatible")
+        return expected
+
+    monkeypatch.setattr(program, "function", failing)
+    assert program.run(model, (x,), {}) is expected  # type: ignore[arg-type]
+    attempts.clear()
+    with pytest.raises(RuntimeError, match="view size"):
+        program.run(model, (x,), {})  # type: ignore[arg-type]
+
+
 def test_reverted_and_optimized_again_between_calls(cuda: Any) -> None:
     block = torchvision.models.resnet.BasicBlock
     model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3).eval()
@@ -342,19 +410,27 @@ def forked(work: Callable[[], bool], seconds: int = 10) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="CUDA does not survive a fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("held", ["count", "interpreter", "model"])
+@pytest.mark.parametrize("held", ["count", "interpreter", "model", "first call"])
 def test_a_fork_while_another_thread_is_in_a_call(cuda: Any, held: str) -> None:
     """A process is forked with every lock as it is, and without the thread that would release it."""
     model, x, pair = small(freeze=True), images(1, 8), torch.randn(2, 1, 4, 2, 2)
     captured(model, x)
     expected = model(x)
+    other = optimize(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval())
+    programs = compiled._programs(other)
 
     def work() -> bool:
+        if held == "first call":
+            with disabled(other):
+                return other(x).shape == (1, 4, 6, 6)
         if held == "interpreter":
             return torch.equal(functional.add_relu(*pair, kernels="triton"), pair.sum(0).relu())
         return torch.allclose(model(x), expected)
 
-    lock = {"count": dispatch._lock, "interpreter": interpreter._lock, "model": model._runner._lock}[held]
+    lock = {
+        "count": dispatch._lock, "interpreter": interpreter._lock, "model": model._runner._lock,
+        "first call": programs.first,
+    }[held]  # fmt: skip
     taken, done = threading.Event(), threading.Event()
 
     def hold() -> None:
