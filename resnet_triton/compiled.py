@@ -187,6 +187,8 @@ class Program:
         try:
             return self.function(module, args, kwargs)
         except RuntimeError as error:
+            if "using FX to symbolically trace" in str(error):  # in another thread, for `_uncompiled_reason` saw none
+                return super(Compiled, module).__call__(*args, **kwargs)
             return _again(error, module, self.function, args, kwargs, stay)
 
 

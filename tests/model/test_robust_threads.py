@@ -303,6 +303,14 @@ def test_a_call_that_fails_while_another_thread_puts_filters_back(monkeypatch: p
         program.run(model, (x,), {})  # type: ignore[arg-type]
 
 
+def test_a_call_while_another_thread_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes the trace, as `make_fx` makes one, for its caller's, and raises."""
+    model, x = optimize(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval()), torch.randn(1, 3, 4, 4)
+    expected = model(x)
+    monkeypatch.setattr("torch.fx._symbolic_trace._is_fx_tracing_flag", True)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_reverted_and_optimized_again_between_calls(cuda: Any) -> None:
     block = torchvision.models.resnet.BasicBlock
     model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3).eval()
