@@ -30,7 +30,8 @@ _KINDS = (  # how a file begins, what it is then, what to do about it
     (rb"\x80[\x02-\x05]", "a pickle of another program", "save the state_dict with torch.save"),
     (rb"\0{64}", "a file of zeros, such as a broken download leaves", "download it again"),
 )
-_reading = threading.Lock()  # torch keeps one list of the classes that it may load, for all threads
+_reading = threading.Lock()
+"""torch keeps one list of the classes that it may load, for all threads, and Python one of warnings to ignore."""
 
 
 class Foreign:
@@ -73,7 +74,7 @@ def read(file: BinaryIO) -> Any:
         raise ValueError(_other_kind(head))
     try:
         stand_ins: list[Any] = [_stand_in(module, name) for module, name in _classes(file)]
-        with warnings.catch_warnings(), _reading, torch.serialization.safe_globals(stand_ins):
+        with _reading, warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)

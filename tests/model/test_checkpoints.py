@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -381,6 +382,24 @@ def test_threads_load_at_once() -> None:
     for thread in threads:
         thread.join()
     assert done == [True] * 4
+
+
+def test_warnings_are_heard_after_threads_have_loaded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    file, torch_load = saved(state_of()), torch.load
+    thread = threading.Thread(target=load, args=(file,))
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        if thread.ident is None:
+            thread.start()
+            thread.join(0.5)
+        return torch_load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", meanwhile)
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        load(file)
+        thread.join()
+        assert list(warnings.filters) == before
 
 
 def test_a_file_that_was_loaded_may_go(tmp_path: Path) -> None:
