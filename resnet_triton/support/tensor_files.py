@@ -5,6 +5,7 @@ What a file is, its content says; its suffix is not looked at.
 
 from __future__ import annotations
 
+import os
 import pickletools
 import re
 import threading
@@ -32,6 +33,15 @@ _KINDS = (  # how a file begins, what it is then, what to do about it
 )
 _reading = threading.Lock()
 """torch keeps one list of the classes that it may load, for all threads, and Python one of warnings to ignore."""
+
+
+def _after_fork() -> None:
+    global _reading
+    _reading = threading.Lock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Foreign:

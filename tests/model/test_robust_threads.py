@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import multiprocessing
 import os
 import signal
@@ -22,7 +23,7 @@ from resnet_triton.graphs import runner
 from resnet_triton.graphs.snapshot import snapshot
 from resnet_triton.ops import AddRelu, GlobalAvgPool, dispatch, interpreter
 from resnet_triton.ops.dispatch import Modes
-from resnet_triton.support import vision
+from resnet_triton.support import tensor_files, vision
 
 torchvision = vision.torchvision()
 
@@ -418,16 +419,19 @@ def forked(work: Callable[[], bool], seconds: int = 10) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="CUDA does not survive a fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("held", ["count", "interpreter", "model", "first call"])
+@pytest.mark.parametrize("held", ["count", "interpreter", "model", "first call", "checkpoint"])
 def test_a_fork_while_another_thread_is_in_a_call(cuda: Any, held: str) -> None:
     """A process is forked with every lock as it is, and without the thread that would release it."""
     model, x, pair = small(freeze=True), images(1, 8), torch.randn(2, 1, 4, 2, 2)
     captured(model, x)
     expected = model(x)
     other = optimize(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval())
-    programs = compiled._programs(other)
+    programs, file = compiled._programs(other), io.BytesIO()
+    torch.save(x, file)
 
     def work() -> bool:
+        if held == "checkpoint":
+            return torch.equal(tensor_files.read(io.BytesIO(file.getvalue())), x)
         if held == "first call":
             with disabled(other):
                 return other(x).shape == (1, 4, 6, 6)
@@ -437,7 +441,7 @@ def test_a_fork_while_another_thread_is_in_a_call(cuda: Any, held: str) -> None:
 
     lock = {
         "count": dispatch._lock, "interpreter": interpreter._lock, "model": model._runner._lock,
-        "first call": programs.first,
+        "first call": programs.first, "checkpoint": tensor_files._reading,
     }[held]  # fmt: skip
     taken, done = threading.Event(), threading.Event()
 
