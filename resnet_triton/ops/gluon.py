@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 
 import torch
@@ -16,12 +17,13 @@ from ..kernels.launch import Launch
 from . import interpreter
 
 _refused = False
+_trying_others: ContextVar[bool] = ContextVar("trying_others", default=False)
 
 
 def facts(where: torch.device) -> DeviceFacts:
     """Facts of a device, for a choice among the kernels that can run here: Gluon has no interpreter."""
     found = device.facts(where)
-    if _refused or interpreter.active():
+    if _refused or _trying_others.get() or interpreter.active():
         return _without(found)
     return found
 
@@ -42,12 +44,14 @@ def in_place_of(launches: Sequence[Launch], error: Exception) -> Iterator[None]:
     names = [launch.kernel.__name__ for launch in launches if launch.is_gluon]
     if not names or isinstance(error, torch.OutOfMemoryError):
         raise error
-    before, _refused = _refused, True
+    token = _trying_others.set(True)
     try:
         yield
     except Exception:
-        _refused = before
         raise error from None
+    finally:
+        _trying_others.reset(token)
+    before, _refused = _refused, True
     if not before:
         why = str(error).partition("\n")[0]
         warnings.warn(

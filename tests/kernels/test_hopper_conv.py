@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
@@ -403,6 +404,27 @@ def test_errors_that_are_not_the_kernels_leave_it_in_use(
     given[1:] = [""]
     conv_call(generator(torch.device("cpu"), 0), MANY).compute()
     assert (given[0], given[2:]) == ("hopper_conv_kernel", ["hopper_conv_kernel"])
+
+
+def test_other_kernels_that_are_interrupted_replace_none(fails: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they, while they are tried, in another thread."""
+    given, elsewhere = [], []
+
+    def interrupted(launch: Launch) -> None:
+        given.append(launch.kernel.__name__)
+        if len(given) == 1:
+            raise RuntimeError("invalid argument")
+        thread = threading.Thread(target=lambda: elsewhere.append(gluon.facts(torch.device("cpu")).gluon))
+        thread.start()
+        thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Launch, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        conv_call(generator(torch.device("cpu"), 0), MANY).compute()
+    assert given == ["hopper_conv_kernel", "conv_box_kernel"]
+    assert elsewhere == [True]
+    assert gluon.facts(torch.device("cpu")).gluon
 
 
 @pytest.mark.parametrize("modes", [{"batch_invariant": True}, {"unaligned": True}, {}], ids=str)
