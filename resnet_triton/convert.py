@@ -86,8 +86,6 @@ def optimize(
             f"{other if batch_invariant else ''}"
         )
     if not inplace:
-        for module in model.modules():
-            compiled.forget(module)  # which a copy cannot take along
         model = copies.independent(model)
         chosen = convertible(model)
     for module in chosen if not filters.sharded(model) else ():

@@ -50,7 +50,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """What a value consists of, each part with what leads from the value's name to the part's."""
     if isinstance(value, nn.Module):
         tables = ("_parameters", "_buffers", "_modules")
-        entries = [(k, v) for k, v in list(vars(value).items()) if k not in tables]
+        left_out = (*tables, "_runner", "_triton_programs")  # of ours, the last two have a copy start afresh
+        entries = [(k, v) for k, v in list(vars(value).items()) if k not in left_out]
         yield from ((f".{k}", v) for k, v in chain(entries, *(list(vars(value)[t].items()) for t in tables)))
     elif isinstance(value, dict):
         yield from ((f"[{k!r}]", v) for k, v in list(value.items()))

@@ -726,6 +726,7 @@ def test_copies_stay_optimized_and_use_their_own_parameters(copied):
     assert torch.equal(model(x), expected)
     assert torch.equal(other(x), zeroed)
     assert not torch.equal(zeroed, expected)
+    assert model._triton_programs.made == 1
 
 
 def _saved(model: nn.Module) -> bytes:

@@ -385,8 +385,14 @@ def test_a_failed_capture_leaves_the_model_usable(cuda, failure):
 
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), copy.copy, lambda m: m._replicate_for_data_parallel()],
-    ids=["deepcopy", "pickle", "copy", "replica"],
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        copy.copy,
+        lambda m: m._replicate_for_data_parallel(),
+        lambda m: optimize(m, inplace=False),
+    ],
+    ids=["deepcopy", "pickle", "copy", "replica", "inplace=False"],
 )
 def test_copies_start_afresh(cuda, copied):
     model, x = small(), images()
