@@ -55,20 +55,18 @@ class Compiled(nn.Module):
         if self._uncompiled_reason(args, kwargs) is not None:
             if not torch.compiler.is_compiling() and (traced := _traced.get()) is not None:
                 return traced(self, args, kwargs)
-            if not torch.compiler.is_dynamo_compiling() and "_triton_programs" in vars(self):
-                with _programs(self).first:  # which may have to put filters back
-                    pass
             return super().__call__(*args, **kwargs)
         programs = _programs(self)
         program = programs.ready(self)
-        if program is None:
-            with programs.first:
-                program = programs.ready(self)
-                if program is None and (made := programs.make(self)) is not None:
-                    result = made.run(self, args, kwargs)
-                    made.called = True
-                    return result
-        return super().__call__(*args, **kwargs) if program is None else program.run(self, args, kwargs)
+        if program is not None:
+            return program.run(self, args, kwargs)
+        with programs.first:
+            program = programs.ready(self) or programs.make(self)
+            if program is not None:
+                result = program.run(self, args, kwargs)
+                program.called = True
+                return result
+        return super().__call__(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """With `assign=True` the filters are others afterwards."""

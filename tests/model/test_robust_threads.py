@@ -17,9 +17,9 @@ import pytest
 import torch
 from fake_cuda import captured, doubled, images, small
 
-from resnet_triton import compiled, disabled, functional, ops, optimize, refresh, report, revert
+from resnet_triton import compiled, functional, ops, optimize, refresh, report, revert
 from resnet_triton.copies import independent
-from resnet_triton.graphs import runner
+from resnet_triton.graphs import fingerprint, runner
 from resnet_triton.graphs.snapshot import snapshot
 from resnet_triton.ops import AddRelu, GlobalAvgPool, dispatch, interpreter
 from resnet_triton.ops.dispatch import Modes
@@ -173,6 +173,7 @@ FOR_A_MOMENT: dict[str, Callable[[Any], Callable[[], object]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.skipif(fingerprint._version is None, reason="nothing tells of a change that is undone")
 @pytest.mark.parametrize("change", FOR_A_MOMENT)
 def test_a_graph_captured_while_another_thread_changes_the_model_for_a_moment(
     cuda: Any, monkeypatch: pytest.MonkeyPatch, change: str
@@ -251,8 +252,7 @@ class Viewed(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore:each call copies")
 @pytest.mark.parametrize("step", ["_move", "put_back"])
 def test_a_first_call_beside_another_threads(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """One compiles, and puts filters back that it has moved. The other waits for that, also where it runs as the model
-    was written, for a third thread compiles."""
+    """One compiles, and puts filters back that it has moved. The other waits for that."""
     model, x = Viewed().eval(), torch.randn(2, 3, 4, 4)
     expected = model(x)
     optimize(model, kernels="triton")
@@ -266,9 +266,8 @@ def test_a_first_call_beside_another_threads(monkeypatch: pytest.MonkeyPatch, st
     def meanwhile(*args: Any) -> Any:
         if not threads:
             threads.append(threading.Thread(target=other))
-            with mock.patch("torch.compiler.is_compiling", return_value=step == "put_back"):
-                threads[0].start()
-                threads[0].join(0.5)
+            threads[0].start()
+            threads[0].join(0.5)
         return function(*args)
 
     function = getattr(compiled, step)
@@ -433,8 +432,7 @@ def test_a_fork_while_another_thread_is_in_a_call(cuda: Any, held: str) -> None:
         if held == "checkpoint":
             return torch.equal(tensor_files.read(io.BytesIO(file.getvalue())), x)
         if held == "first call":
-            with disabled(other):
-                return other(x).shape == (1, 4, 6, 6)
+            return other(x).shape == (1, 4, 6, 6)
         if held == "interpreter":
             return torch.equal(functional.add_relu(*pair, kernels="triton"), pair.sum(0).relu())
         return torch.allclose(model(x), expected)
