@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..graphs.replay import CudaGraph, check_mode
 from ..ops import dispatch
 from ..ops.dispatch import Modes
 from ..ops.trace import Call, propagate, trace_graph
-from . import layouts
+from . import layouts, overlap
 from .inductor import compile_rest
 from .rewrite import rewrite
 
@@ -33,6 +33,7 @@ _MODES: dict[str | None, CudaGraph] = {
     None: "auto", "default": "auto", "reduce-overhead": True, "max-autotune": True, "max-autotune-no-cudagraphs": False,
 }  # fmt: skip
 _CHANGING = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_OVERLAP = "an input that the model writes may overlap another one; plain copies of both do not"
 _OURS = ("resnet_triton.conv_bn_relu.default", "resnet_triton.stem.default")
 
 
@@ -61,18 +62,22 @@ def resnet_triton(
     if record is None:
         _warn_of_limit()
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        _warn_of_gradients(modes, inputs)
+        _warn_as_written(
+            f"grad mode is on, and gradients are PyTorch's; {dispatch.REMEDIES[dispatch.GRADIENT]}", modes, inputs
+        )
         return graph.forward
     if any(isinstance(x, Tensor) and x.is_inference() for x in inputs):  # of which nothing is saved for a gradient
         for node in graph.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
             node.args = (False,)
         graph.recompile()
-    examples = layouts.as_they_were(moved(), graph, inputs)
+    given = layouts.as_they_were(moved(), graph, inputs)
     whole: list[GraphedFunction] = []
+    written: set[int] = set()
 
     def compile_inference(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Function:
+        written.update(overlap.written())
         layouts.note(gm.graph)
-        layouts.move(gm.graph, inputs, examples)
+        layouts.move(gm.graph, inputs, given)
         rewrite(gm, modes)
         if record is None:
             _warn_of_coverage(gm.graph)
@@ -93,10 +98,36 @@ def resnet_triton(
             whole.append(graphed)
         return _boxed(graphed or forward)
 
+    examples = overlap.apart(graph, given)
     compiled: Function = aot_module_simplified(
         graph, examples, fw_compiler=compile_inference, keep_inference_input_mutations=True
     )
-    return (lambda *values: whole[0](values)) if whole else compiled
+    if whole:
+        return lambda *values: whole[0](values)
+    if not written:
+        return compiled
+    filters = [i for i, (x, fake) in enumerate(zip(inputs, given, strict=True)) if x is not fake]
+    return _unless_overlapping(compiled, graph.forward, inputs, written, filters, modes)
+
+
+def _unless_overlapping(
+    compiled: Function, forward: Function, inputs: Sequence[Any], written: Set[int], filters: list[int], modes: Modes
+) -> Function:
+    """`compiled` for calls in which no input that is `written` overlaps another one; else `forward`, on `filters` as
+    they were before they were moved."""
+
+    def as_written(*values: Any) -> Any:
+        _warn_as_written(_OVERLAP, modes, values)
+        changed = [values[i] for i in written]
+        if any(overlap.overlap([values[i], *changed], {0}) for i in filters):
+            raise RuntimeError("an input that the model writes is a part of its filters, expected a copy")
+        return forward(*(x.contiguous() if i in filters else x for i, x in enumerate(values)))
+
+    def run(*values: Any) -> Any:
+        return (as_written if overlap.overlap(values, written) else compiled)(*values)
+
+    hidden = any(map(is_traceable_wrapper_subclass, inputs))  # what overlaps are tensors in them
+    return as_written if hidden else run
 
 
 def _is_whole(functional: fx.Graph, written: fx.Graph, inputs: Sequence[Any]) -> bool:
@@ -219,8 +250,8 @@ def at_limit(what: str) -> str:
     )
 
 
-def _warn_of_gradients(modes: Modes, inputs: Sequence[Any]) -> None:
-    reason = f"grad mode is on, and gradients are PyTorch's; {dispatch.REMEDIES[dispatch.GRADIENT]}"
+def _warn_as_written(reason: str, modes: Modes, inputs: Sequence[Any]) -> None:
+    """Of a graph that runs as it is."""
     dispatch.raise_if_required(modes.kernels, reason)
     if any(isinstance(x, Tensor) and x.is_cuda for x in inputs):
         warnings.warn(f"a compiled model runs without our kernels: {reason}", RuntimeWarning, stacklevel=2)

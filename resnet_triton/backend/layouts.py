@@ -54,19 +54,19 @@ def move(graph: fx.Graph, inputs: Sequence[Any], given: Sequence[Any]) -> None:
         return
     if len(taken) != len(fakes):
         raise RuntimeError("inputs are taken apart, and filters lie in memory in another order")
-    memory = {_memory(x) for x, is_fake in zip(inputs, fakes, strict=True) if is_fake}
+    theirs = {memory(x) for x, is_fake in zip(inputs, fakes, strict=True) if is_fake}
     results = set(map(base_of, graph.output_node().all_input_nodes))
     for node, x, is_fake in zip(taken, inputs, fakes, strict=True):
         written = any(map(is_mutable, node.users))
         if is_fake and (written or node in results):
             raise RuntimeError("filters are returned or changed, and lie in memory in another order")
-        if written and _memory(x) in memory:
+        if written and memory(x) in theirs:
             raise RuntimeError("an input that the model writes is a part of its filters, expected a copy")
         if is_fake:
             node.meta["val"] = _laid_out(node.meta["val"], torch.channels_last)
 
 
-def _memory(x: Any) -> int | None:
+def memory(x: Any) -> int | None:
     plain = isinstance(x, Tensor) and x.layout == torch.strided and not is_traceable_wrapper_subclass(x)
     return x.untyped_storage()._cdata if plain else None
 
