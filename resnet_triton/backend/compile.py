@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext
@@ -70,6 +71,7 @@ def resnet_triton(
         for node in graph.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
             node.args = (False,)
         graph.recompile()
+    _leave_out_dropout(graph)
     given = layouts.as_they_were(moved(), graph, inputs)
     whole: list[GraphedFunction] = []
     written: set[int] = set()
@@ -108,6 +110,18 @@ def resnet_triton(
         return compiled
     filters = [i for i, (x, fake) in enumerate(zip(inputs, given, strict=True)) if x is not fake]
     return _unless_overlapping(compiled, graph.forward, inputs, written, filters, modes)
+
+
+def _leave_out_dropout(graph: fx.GraphModule) -> None:
+    """Where nothing is dropped, dropout returns its input, but AOTAutograd copies that: what is written to one of them
+    would not show in the other."""
+    for function in (F.dropout, torch.dropout):
+        for node in graph.graph.find_nodes(op="call_function", target=function):
+            given = {"training": True, **dict(zip(("input", "p", "training"), node.args, strict=False)), **node.kwargs}
+            if given.get("p") == 0 or not given.get("train", given["training"]):
+                node.replace_all_uses_with(given["input"])
+                graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def _unless_overlapping(

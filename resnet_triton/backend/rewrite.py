@@ -357,17 +357,15 @@ def _strides_are_its_own(node: Node) -> bool:
 def _is_needless_copy(node: Node) -> bool:
     """Whether this is a copy that nobody can tell from what it copies.
 
-    Dropout makes one where nothing is dropped; blocks whose scale is an option multiply or divide by one. A caller
-    could tell, by an input that changes later, by two results that share memory, or by one that keeps more alive than
-    itself; `as_strided`, by where they start; whoever looks at pairs of numbers, by a conjugation that is put off.
+    Blocks whose scale is an option multiply or divide by one. A caller could tell, by an input that changes later, by
+    two results that share memory, or by one that keeps more alive than itself; `as_strided`, by where they start;
+    whoever looks at pairs of numbers, by a conjugation that is put off.
     """
-    if node.target in (aten.mul.Tensor, aten.div.Tensor):
-        copies = not node.kwargs and _args(node)[1] == 1 and _dtype(node) == _dtype(_args(node)[0])
-    else:
-        copies = node.target is aten.clone.default
-    if not copies:
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs or _args(node)[1] != 1:
         return False
     x: Any = _args(node)[0]
+    if _dtype(node) != _dtype(x):
+        return False
     base, results = base_of(x), set(map(base_of, node.graph.output_node().all_input_nodes))
     seen = base.op != "call_function" or (node in results and (base in results or base is not x))
     before, after = x.meta["val"], node.meta["val"]
