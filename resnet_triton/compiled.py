@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 import re
+import sys
 import threading
 import types
 import warnings
@@ -347,9 +348,12 @@ def _copy(t: Tensor) -> Tensor:
 
 
 def _backend(**settings: Any) -> Callable[..., Any]:
-    from .backend import resnet_triton  # not above: importing Dynamo takes two seconds
+    def backend(graph: Any, inputs: Any) -> Any:
+        from .backend import resnet_triton  # not above: importing Dynamo takes two seconds
 
-    return functools.partial(resnet_triton, **settings)
+        return resnet_triton(graph, inputs, **settings)
+
+    return backend
 
 
 def _fresh(function: Any, name: str) -> Callable[..., Any]:
@@ -379,6 +383,8 @@ def describe(module: Compiled) -> str:
 
 def limit(model: nn.Module) -> str | None:
     """Whether torch.compile has compiled `model` as often as it does, for `report`."""
+    if "torch._dynamo" not in sys.modules:  # which it imports first, in an order of its own
+        return None
     from torch._dynamo import config, eval_frame  # not above: importing Dynamo takes two seconds
 
     from .backend.compile import at_limit

@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -321,6 +322,29 @@ def test_reverted_and_optimized_again_between_calls(cuda: Any) -> None:
         captured(model, x)
         torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(revert(model)(x), expected)
+
+
+FIRST_USES = """
+import sys, torch
+from resnet_triton import optimize, report
+
+def compile(*args, **kwargs):
+    raise NotImplementedError
+
+torch.compile = compile
+model, x = optimize(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval()), torch.zeros(1, 3, 4, 4)
+for use in (lambda: report(model, x), torch.no_grad()(lambda: model(x))):
+    try:
+        use()
+    except NotImplementedError:
+        print(*(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))), "end")
+"""
+
+
+def test_what_torch_compile_needs_is_imported_in_its_order() -> None:
+    """Those modules import each other, so two threads that begin with different ones meet some half imported."""
+    run = subprocess.run([sys.executable, "-c", FIRST_USES], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["end", "end"]
 
 
 # --- calls that fail -------------------------------------------------------------------------------------------------
