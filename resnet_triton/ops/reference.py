@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 Pair = tuple[int, int]
 
-# Elements from which batch norm on the CPU pays in place, one pass of addcmul: F.batch_norm writes to new memory, which
+# Elements from which batch norm on the CPU pays in place, one pass of addcmul: batch_norm writes to new memory, which
 # costs page faults that a smaller result, still in the cache, does not (1.1x on the whole model at batch 16, 2 cores).
 _LARGE = 1 << 18
 # Elements between the stem's convolution and pool that still find room in a CPU's cache, those of four images of 224 x
@@ -52,7 +52,9 @@ def conv_bn_relu(
         shift = (0.0 if bn_bias is None else bn_bias) - running_mean * scale
         torch.addcmul(shift[:, None, None], y, scale[:, None, None], out=y)
     else:
-        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
+        # Not F.batch_norm: torch 2.11's refuses an eps of 0, which frozen norms have, and convolutions without one.
+        cudnn = torch.backends.cudnn.enabled
+        y = torch.batch_norm(y, bn_weight, bn_bias, running_mean, running_var, False, 0.0, eps, cudnn)
     inplace = residual is not None and not _written_down() and not _differentiated(y, residual)
     z = y if residual is None else y.add_(residual) if inplace else y + residual
     return activate(z, activation, negative_slope).to(y.dtype)  # a wider residual does not widen the result

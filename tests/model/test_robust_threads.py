@@ -163,13 +163,13 @@ def another_bias(model: Any) -> Callable[[], object]:
     return lambda: setattr(model.fc, "bias", bias)
 
 
-def training_mode(model: Any) -> Callable[[], object]:
-    model.bn1.train()
-    return model.bn1.eval
+def another_eps(model: Any) -> Callable[[], object]:
+    eps, model.bn1.eps = model.bn1.eps, 0.5
+    return lambda: setattr(model.bn1, "eps", eps)
 
 
 FOR_A_MOMENT: dict[str, Callable[[Any], Callable[[], object]]] = {
-    "another parameter": another_bias, "training mode": training_mode,
+    "another parameter": another_bias, "an attribute": another_eps,
     "a hook": lambda model: model.layer4.register_forward_hook(doubled).remove,
 }  # fmt: skip
 
@@ -179,7 +179,7 @@ FOR_A_MOMENT: dict[str, Callable[[Any], Callable[[], object]]] = {
 def test_a_graph_captured_while_another_thread_changes_the_model_for_a_moment(
     cuda: Any, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """As `functional_call` there, a validation, or features taken by a hook. PyTorch's calls behind it see nothing."""
+    """As `functional_call` there, or features taken by a hook. PyTorch's calls behind it see nothing."""
     model, x = small(), images()
     model(x)
     capture = cuda.capture

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fake_cuda import captured, doubled, images, small
 from torch import Tensor, nn
 
@@ -38,6 +39,19 @@ def test_a_frozen_model_is_a_snapshot_of_its_batch_norms(request, graphs):
         assert close(model(x), model._forward_impl(x))
     if cuda is not None:
         assert [g.replays for g in cuda.graphs] == [5, 1]
+
+
+def test_a_frozen_model_where_pytorch_refuses_an_eps_of_zero(monkeypatch):
+    """As torch 2.11 does; the norms of a snapshot have one."""
+    model, x, batch_norm = small(freeze=True), images(), F.batch_norm
+
+    def refusing(*args):
+        assert args[7] > 0
+        return batch_norm(*args)
+
+    live = model._forward_impl(x)
+    monkeypatch.setattr(F, "batch_norm", refusing)
+    assert close(model(x), live)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graph"])
