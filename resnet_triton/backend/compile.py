@@ -134,7 +134,7 @@ def _unless_overlapping(
         _warn_as_written(_OVERLAP, modes, values)
         changed = [values[i] for i in written]
         if any(overlap.overlap([values[i], *changed], {0}) for i in filters):
-            raise RuntimeError("an input that the model writes is a part of its filters, expected a copy")
+            raise RuntimeError(layouts.WRITTEN_FILTERS)
         return forward(*(x.contiguous() if i in filters else x for i, x in enumerate(values)))
 
     def run(*values: Any) -> Any:

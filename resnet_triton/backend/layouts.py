@@ -27,6 +27,7 @@ _INDIFFERENT = {
     "unbind", "alias", "detach",
 }  # fmt: skip
 """Operators of PyTorch's, besides pointwise ones, that compute the same whatever the strides of their arguments."""
+WRITTEN_FILTERS = "an input that the model writes is a part of its filters, expected a copy"
 
 
 def as_they_were(moved: Iterable[Tensor], graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
@@ -61,7 +62,7 @@ def move(graph: fx.Graph, inputs: Sequence[Any], given: Sequence[Any]) -> None:
         if is_fake and (written or node in results):
             raise RuntimeError("filters are returned or changed, and lie in memory in another order")
         if written and memory(x) in theirs:
-            raise RuntimeError("an input that the model writes is a part of its filters, expected a copy")
+            raise RuntimeError(WRITTEN_FILTERS)
         if is_fake:
             node.meta["val"] = _laid_out(node.meta["val"], torch.channels_last)
 
