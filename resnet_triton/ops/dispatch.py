@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..config import device
+from ..support import locks
 from . import interpreter
 
 Kernels = Literal["auto", "torch", "triton"]
@@ -27,7 +26,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 calls: Counter[tuple[str, str]] = Counter()
 """How often each (operator, backend) ran in this process; the backend is "triton" or "torch"."""
-_lock = threading.Lock()
+_lock = locks.lock()
 tracer: ContextVar[Callable[[str], None] | None] = ContextVar("tracer", default=None)
 """Set while a model is traced: it is told the reason of each call that PyTorch takes over, and nothing is counted."""
 
@@ -40,16 +39,6 @@ class Modes(NamedTuple):
 
 
 AUTO = Modes()
-
-
-def _after_fork() -> None:
-    """Another thread may have held the lock when this process was forked: nobody would release it here."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Choice(NamedTuple):

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import threading
 from contextlib import AbstractContextManager
 from typing import Any
+
+from ..support import locks
 
 
 @functools.cache
@@ -30,16 +30,7 @@ def active() -> bool:
     return type(add_relu_kernel).__name__ == "InterpretedFunction"
 
 
-_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _lock  # whoever held it when this process was forked is not in it
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = locks.lock()
 
 
 def ready() -> AbstractContextManager[object]:

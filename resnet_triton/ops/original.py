@@ -5,9 +5,7 @@ Our operators stand in for that code. Who replaces a `forward`, on an instance o
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..support import locks
 
 _NAMES = ("forward", "_forward_impl", "_conv_forward")
 _written: dict[type, dict[str, Any]] = {}
@@ -66,16 +66,7 @@ anywhere: dict[int, int] = {}
 """How often each module, by its id, is disabled at the moment. A call asks this first, for nearly always it is empty;
 and what torch.compile makes asks nothing else, as it cannot read a ContextVar."""
 _here: ContextVar[frozenset[int]] = ContextVar("disabled", default=frozenset())
-_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()  # another thread may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = locks.lock()
 
 
 def is_disabled(module: nn.Module) -> bool:

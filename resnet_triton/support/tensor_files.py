@@ -5,10 +5,8 @@ What a file is, its content says; its suffix is not looked at.
 
 from __future__ import annotations
 
-import os
 import pickletools
 import re
-import threading
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -16,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import torch
+
+from . import locks
 
 _MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # near the start of what torch wrote before 1.6
 _KINDS = (  # how a file begins, what it is then, what to do about it
@@ -31,17 +31,8 @@ _KINDS = (  # how a file begins, what it is then, what to do about it
     (rb"\x80[\x02-\x05]", "a pickle of another program", "save the state_dict with torch.save"),
     (rb"\0{64}", "a file of zeros, such as a broken download leaves", "download it again"),
 )
-_reading = threading.Lock()
+_reading = locks.lock()
 """torch keeps one list of the classes that it may load, for all threads, and Python one of warnings to ignore."""
-
-
-def _after_fork() -> None:
-    global _reading
-    _reading = threading.Lock()  # another thread may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Foreign:
