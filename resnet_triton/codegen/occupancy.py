@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..kernels.launch import cdiv
 from ..machine_code import Code
 from .targets import Multiprocessor, Target
 
@@ -25,4 +26,4 @@ def waves(programs: int, resident: int, target: Target) -> float:
 
 
 def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
+    return cdiv(value, step) * step

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from ..kernels.launch import cdiv
 from ..kernels.values import ConvConfig, has_several_sides, is_flat, taps_at_once
 from .device import DeviceFacts
 
@@ -125,19 +127,24 @@ def is_run(box: tuple[int, int, int] | None, shape: ConvShape) -> bool:
     return box is not None and box[:2] == (1, 1) and shape.pointwise
 
 
-def covering(box: tuple[int, int, int], shape: ConvShape) -> tuple[int, int, int]:
-    """How many such boxes cover the output; then more images, then columns: the least is the best of equal boxes."""
+def covering(box: tuple[int, int, int], shape: ConvShape) -> int:
+    """How many such boxes cover the output."""
     h, w, n = box
     if is_run(box, shape):
-        return -(-shape.n * shape.p * shape.q // n), -n, h
-    return -(-shape.p // h) * -(-shape.q // w) * -(-shape.n // n), -n, h
+        return cdiv(shape.n * shape.p * shape.q, n)
+    return cdiv(shape.p, h) * cdiv(shape.q, w) * cdiv(shape.n, n)
+
+
+def by_waste(boxes: Iterable[tuple[int, int, int]], shape: ConvShape) -> list[tuple[int, int, int]]:
+    """Boxes of so many pixels, least waste first; of equal ones, those of more images, then of more columns."""
+    return sorted(boxes, key=lambda box: (covering(box, shape), -box[2], box[0]))
 
 
 def steps(config: ConvConfig, shape: ConvShape) -> int:
     """Turns of the main loop: filter taps, or columns of them, times slabs of `block_c` channels."""
     if config.box is None and is_flat(shape.c):
-        return -(-shape.r * shape.s * shape.c // config.block_c)
-    return shape.r * shape.s // taps(config, shape) * -(-shape.c // config.block_c)
+        return cdiv(shape.r * shape.s * shape.c, config.block_c)
+    return shape.r * shape.s // taps(config, shape) * cdiv(shape.c, config.block_c)
 
 
 def taps(config: ConvConfig, shape: ConvShape) -> int:
@@ -148,10 +155,10 @@ def taps(config: ConvConfig, shape: ConvShape) -> int:
 def tiles(config: ConvConfig, shape: ConvShape) -> int:
     """Output tiles; a launch has `split_k` programs for each."""
     if config.box is None:
-        pixels = -(-shape.n * shape.p * shape.q // config.block_m)
+        pixels = cdiv(shape.n * shape.p * shape.q, config.block_m)
     else:
-        pixels = covering(config.box, shape)[0]
-    return pixels * -(-shape.k // config.block_k)
+        pixels = covering(config.box, shape)
+    return pixels * cdiv(shape.k, config.block_k)
 
 
 def _may_split(config: ConvConfig, shape: ConvShape) -> bool:
@@ -240,7 +247,7 @@ def _is_legal64(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int])
 
 def _is_legal_few(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int]) -> bool:
     """A share is whole slabs of channels; a shortcut has at most one for each share."""
-    slabs, short_slabs = shape.c // 64, -(-shape.shortcut_c // 64)
+    slabs, short_slabs = shape.c // 64, cdiv(shape.shortcut_c, 64)
     if shape.c % 64 or shape.k % 64 or not 1 <= config.split_k <= 8 or slabs % config.split_k:
         return False
     if shape.stride == (2, 2) and shape.r == 3 and (shape.h % 2 or shape.w % 2):

@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..kernels.launch import next_power_of_2
+from ..kernels.launch import cdiv, next_power_of_2
 from ..kernels.values import ConvConfig, groups_at_once, has_several_sides, is_flat
 from . import hopper
 from .conv import (
@@ -19,7 +19,7 @@ from .conv import (
     SPLITS,
     ConvShape,
     boxes_of,
-    covering,
+    by_waste,
     is_legal,
     may_have_rows,
     shared_memory,
@@ -148,14 +148,14 @@ def linear_heuristic(m: int, c: int, k: int, itemsize: int, precision: str, devi
     ieee = itemsize == 4 and precision == "ieee"
     if m > 16:
         return ConvConfig(64, 64, 16, 4, 3) if ieee else ConvConfig(32 if m <= 64 else 64, 64, 128 // itemsize, 4, 3)
-    block_k = next((width for width in (64, 32) if 8 * -(-k // width) >= 7 * device.sm_count), 16)
+    block_k = next((width for width in (64, 32) if 8 * cdiv(k, width) >= 7 * device.sm_count), 16)
     row = 128 if ieee else min(512, 16384 // block_k)  # bytes; multiply-adds are unrolled
     return ConvConfig(16, block_k, min(max(next_power_of_2(c), 16), row // itemsize), 4, 4)
 
 
 def head_classes(n: int, k: int, device: DeviceFacts) -> int:
     """Classes of `k` that a program of a classifier's head computes of one of `n` images: about a program an SM."""
-    share = -(-n * k // device.sm_count)
+    share = cdiv(n * k, device.sm_count)
     return 8 if share <= 8 else 16 if share <= 16 else 64  # 32 would spill
 
 
@@ -176,14 +176,14 @@ def depthwise_tile(shape: ConvShape, device: DeviceFacts) -> DepthwiseTile:
     """
 
     def tiles(tile: DepthwiseTile) -> int:
-        return -(-shape.q // tile.box_w) * -(-shape.c // tile.block_c)
+        return cdiv(shape.q, tile.box_w) * cdiv(shape.c, tile.block_c)
 
     def in_all(tile: DepthwiseTile) -> int:
         return tiles(tile) * _depthwise_instructions(tile, shape)
 
     def busiest(tile: DepthwiseTile) -> int:
-        programs = shape.n * -(-shape.p // tile.rows) * tiles(tile)
-        return -(-programs // (4 * device.sm_count)) * _depthwise_instructions(tile, shape)
+        programs = shape.n * cdiv(shape.p, tile.rows) * tiles(tile)
+        return cdiv(programs, 4 * device.sm_count) * _depthwise_instructions(tile, shape)
 
     rows = [rows for rows in (7, 4, 2, 1) if _rows_read(rows, shape) <= max(20, shape.r + 3)]
     blocks = [block for block in (128, 64, 32, 16) if block * shape.itemsize >= 64 or block >= shape.c]
@@ -245,7 +245,7 @@ def stem_heuristic(n: int, k: int, p: int, q: int, device: DeviceFacts) -> StemC
     tiles = stem_tiles(device)
     if not tiles:
         return None
-    few = n * p * -(-q // 63) < device.sm_count  # narrow tiles then use twice as many SMs
+    few = n * p * cdiv(q, 63) < device.sm_count  # narrow tiles then use twice as many SMs
     forms = [replace(tiles[-1 if few else 0], strip=rows) for rows in range(1, p + 1)]
     return min(forms, key=lambda form: (strip_turns(form, n, k, p, q, device), form.strip))
 
@@ -257,8 +257,8 @@ def stem_tiles(device: DeviceFacts) -> list[StemConfig]:
 
 def strip_turns(tile: StemConfig, n: int, k: int, p: int, q: int, device: DeviceFacts) -> int:
     """Rows of the convolution that an SM computes one after another, each strip one besides its own."""
-    programs = n * -(-k // tile.block_k) * -(-q // (tile.block_q // 2 - 1)) * -(-p // tile.strip)
-    return -(-programs // device.sm_count) * (tile.strip + 1)
+    programs = n * cdiv(k, tile.block_k) * cdiv(q, tile.block_q // 2 - 1) * cdiv(p, tile.strip)
+    return cdiv(programs, device.sm_count) * (tile.strip + 1)
 
 
 _LONE = 1.5  # what a row takes a group that has nobody beside it to multiply while it stores, to one of two that share
@@ -272,7 +272,7 @@ def hopper_strip(n: int, p: int, q: int, device: DeviceFacts) -> int:
 
 def hopper_turns(strip: int, n: int, p: int, q: int, device: DeviceFacts) -> float:
     """Rows of the convolution that the busiest SM computes one after another: two for a pooled row, one for a strip."""
-    items = -(-n * -(-q // 56) * -(-p // strip) // device.sm_count)
+    items = cdiv(n * cdiv(q, 56) * cdiv(p, strip), device.sm_count)
     return (2 * strip + 1) * (items // 2 * 2 + items % 2 * _LONE)
 
 
@@ -289,10 +289,10 @@ def estimate(
         return _estimate_few(config, shape, device, rates, chained)
     m, k = config.block_m, config.block_k
     column = taps(config, shape)
-    turns = -(-steps(config, shape) // config.split_k) * column + -(-shape.shortcut_c // config.block_c)
+    turns = cdiv(steps(config, shape), config.split_k) * column + cdiv(shape.shortcut_c, config.block_c)
     flops = 2 * m * k * config.block_c * (1 if shape.itemsize == 2 else 2)
     result = rates.element * m * k * (rates.residual if shape.residual else 1)
-    programs = -(-tiles(config, shape) * config.split_k // device.sm_count)  # of the busiest SM
+    programs = cdiv(tiles(config, shape) * config.split_k, device.sm_count)  # of the busiest SM
     if config.kernel:  # one program an SM takes them in turn
         columns = m // 4 if config.kernel == CONV64 else k
         share = _COLUMN if column > 1 else _MATRIX.get(columns, 1.0)
@@ -308,7 +308,7 @@ def estimate(
             turn, least = turn * rates.pointers, rates.pointer_turn
         beside = max(min(_programs_per_sm(config, shape, device), programs), 1)
         chain = rates.program + turns * max(turn, least * config.block_c / 64) + result
-        work = max(programs * (turns * turn + result), -(-programs // beside) * chain)
+        work = max(programs * (turns * turn + result), cdiv(programs, beside) * chain)
     work += chained.launch if config.kernel else rates.launch
     if config.split_k == 1:
         return work
@@ -322,10 +322,10 @@ def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rat
     blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
     filters, pixels = blocks * 64 * 128 / rates.bytes, blocks * m * 128 / rates.bytes
     products = blocks * (64 + m) * 128 / chained.width
-    programs = -(-tiles(config, shape) * config.split_k // device.sm_count)  # of the busiest SM
+    programs = cdiv(tiles(config, shape) * config.split_k, device.sm_count)  # of the busiest SM
     shared = shared_memory(config, shape)
     chain = chained.load + max(pixels, products) + chained.result
-    turns = -(-programs // (device.shared_memory // shared))
+    turns = cdiv(programs, device.shared_memory // shared)
     ns = chained.launch + turns * chain + (programs - 1) * max(filters + pixels, products)
     if programs * shared + chained.beside > device.shared_memory:
         ns += filters
@@ -342,10 +342,10 @@ def _programs_per_sm(config: ConvConfig, shape: ConvShape, device: DeviceFacts) 
 
 
 def best_box(shape: ConvShape, block_m: int, *, several_sides: bool = True) -> tuple[int, int, int]:
-    """The box of `block_m` pixels that covers the output with the least waste; ties go to more images, then columns.
+    """The box of `block_m` pixels that covers the output with the least waste.
 
-    So boxes (1, 1, n), which need no swap, win ties. Without `several_sides` only those are asked that need none.
+    Boxes (1, 1, n), which need no swap, win ties. Without `several_sides` only those are asked that need none.
     """
     boxes = [box for box in boxes_of(block_m) if box[0] == 1 or may_have_rows(shape, box[2])]
     boxes = [box for box in boxes if several_sides or not has_several_sides(box)]
-    return min(boxes, key=lambda box: covering(box, shape))
+    return by_waste(boxes, shape)[0]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from ..kernels.values import ConvConfig
-from .conv import CONV, CONV64, FEW, SPLITS, ConvShape, boxes_of, covering, is_legal
+from .conv import CONV, CONV64, FEW, SPLITS, ConvShape, boxes_of, by_waste, is_legal
 from .device import DeviceFacts
 
 # (block_m, block_k, most num_stages): pixels are two groups', and an accumulator has to fit a group's registers.
@@ -24,12 +24,11 @@ def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
     tiles = [(tile, boxes_of(tile[0])) for tile in _TILES]
     if (shape.r, shape.stride) == (3, (1, 1)) and shape.n <= _TWO_ROWS[0] // 2:  # more fill tiles of more filters
         tiles.append((_TWO_ROWS, [box for box in boxes_of(_TWO_ROWS[0]) if box[0] == 2]))
-    for (m, k, stages), covers in tiles:
-        ordered = sorted(covers, key=lambda box: covering(box, shape))
+    for (m, k, stages), boxes in tiles:
         forms = (
             ConvConfig(m, k, 128 // shape.itemsize, 4, deep, box, kernel=CONV)
             for deep in range(stages, 2, -1)  # one slot to fill while products read two
-            for box in ordered
+            for box in by_waste(boxes, shape)
         )
         best = next((config for config in forms if is_legal(config, shape, device)), None)
         if best is not None:
@@ -40,6 +39,6 @@ def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
         if is_legal(config, shape, device):
             yield config
     if shape.n <= FEW_IMAGES:
-        boxes = [(1, 1, 8 * rows) if shape.pointwise else (rows, 8, 1) for rows in _ROWS]
-        few = (ConvConfig(prod(box), 64, 64, 4, 1, box, split, kernel=FEW) for box in boxes for split in SPLITS)
+        small = [(1, 1, 8 * rows) if shape.pointwise else (rows, 8, 1) for rows in _ROWS]
+        few = (ConvConfig(prod(box), 64, 64, 4, 1, box, split, kernel=FEW) for box in small for split in SPLITS)
         yield from (config for config in few if is_legal(config, shape, device))
