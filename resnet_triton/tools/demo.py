@@ -28,7 +28,8 @@ from ..support import vision
 from ..support.devices import find_device
 from ..support.terminal import Bar, table
 from .digits import Recipe, half_the_threads, load_digits, sample, trained
-from .doctor import in_interpreter, no_kernels, versions
+from .doctor import no_kernels, versions
+from .self_test import in_interpreter
 
 TOLERANCE = 1e-3
 """Largest difference between fp32 logits (about 20 in size) that passes; summation order alone gives about 1e-5."""

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import json
 import os
 import platform
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import __version__, config, models
-from .. import functional as F
-from ..config.device import DeviceFacts, facts, override
+from ..config.device import DeviceFacts, facts
 from ..coverage import report
-from ..ops import dispatch, gluon, interpreter, reference
+from ..ops import dispatch, gluon, interpreter
 from ..ops.trace import Call
 from ..support import files, vision
 from ..support.terminal import Bar, table
+from .self_test import in_interpreter, self_test
 
 Json = dict[str, Any]
 
@@ -146,154 +139,12 @@ def no_kernels(where: torch.device) -> str | None:
     return reason
 
 
-def self_test(device: str) -> list[Json]:
-    """Run each kernel on small whole numbers, where every rounding is exact, and compare with PyTorch in fp64."""
-    return [_attempt(*case, device=device) for case in _CASES]
-
-
-def in_interpreter(module: str, payload: bytes = b"") -> Any:
-    """`module.interpreted(payload)`, run in a new process with TRITON_INTERPRET=1, which Triton reads at import.
-
-    The result travels as JSON. RuntimeError if the process fails.
-    """
-    script = (
-        f"import sys; sys.path[:] = {sys.path!r}\n"  # find this package the way this process did
-        f"import json; from {module} import interpreted\n"
-        "print(json.dumps(interpreted(sys.stdin.buffer.read())))"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", script], input=payload, capture_output=True, env=environment)
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(f"the process with Triton's interpreter failed: {' '.join(last) or done.returncode}")
-    return json.loads(done.stdout)
-
-
-def interpreted(payload: bytes) -> list[Json]:
-    """What `in_interpreter` calls."""
-    return self_test("cpu")
-
-
 def _interpreted_self_test() -> list[Json]:
     try:
-        results: list[Json] = in_interpreter(__name__)
+        results: list[Json] = in_interpreter(self_test.__module__)
     except RuntimeError as error:
         return [{"kernel": "all", "path": "", "ok": False, "detail": str(error)}]
     return results
-
-
-def _attempt(kernel: str, path: str, compute: Callable[..., tuple[Tensor, Tensor]], *, device: str) -> Json:
-    result: Json = {"kernel": kernel, "path": path, "ok": None, "detail": ""}
-    here = facts(torch.device(device))
-    if path.startswith("hopper") and not gluon.facts(torch.device(device)).has_gluon:
-        return {**result, "detail": "needs compute capability 9.0, and a compiler: none interprets it"}
-    if path == "descriptor" and not here.has_descriptors:
-        return {**result, "detail": f"needs compute capability 9.0, this GPU has {here.arch / 10}"}
-    # A device below 9.0 has no descriptors, so its configurations take the pointer path on any GPU.
-    pretended: AbstractContextManager[object] = nullcontext()
-    if path in ("descriptor", "pointer"):
-        pretended = override(replace(here, gluon=False, arch=80 if path == "pointer" else here.arch))
-    torch.manual_seed(0)
-    try:
-        with torch.inference_mode(), pretended:
-            got, wanted = compute(device)
-    except Exception as error:  # whatever a compiler or driver raises belongs into the report
-        return {**result, "ok": False, "detail": f"{type(error).__name__}: {error}".partition("\n")[0]}
-    wrong = int((got.double().cpu() != wanted.half().double()).sum())
-    return {**result, "ok": wrong == 0, "detail": f"{wrong} of {got.numel()} values differ" if wrong else ""}
-
-
-def _integers(device: str, *shape: int) -> tuple[Tensor, Tensor]:
-    """The same random whole numbers from -3 to 3 for the kernel, and in fp64 for PyTorch."""
-    values = torch.randint(-3, 4, shape).double()
-    return values.to(device, torch.float16), values
-
-
-def _conv(
-    device: str, images: int, edge: int, stride: int = 1, residual: bool = True, c: int = 16, groups: int = 1
-) -> tuple[Tensor, Tensor]:
-    """A 3x3 convolution of `c` channels."""
-    result = (images, c, edge // stride, edge // stride)
-    shapes = [(images, c, edge, edge), (c, c // groups, 3, 3), (c,), (c,), (c,), result]
-    ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
-    x, weight, mean, bn_weight, bn_bias, add = ours
-    got = F.conv_bn_relu(
-        x, weight, mean, torch.ones_like(mean), bn_weight, bn_bias, 0.0, stride=stride, padding=1, groups=groups,
-        residual=add if residual else None, kernels="triton",
-    )  # fmt: skip
-    x, weight, mean, bn_weight, bn_bias, add = plain
-    wanted = reference.conv_bn_relu(
-        x, weight, mean, torch.ones_like(mean), bn_weight, bn_bias, 0.0, stride=(stride, stride), padding=(1, 1),
-        groups=groups, residual=add if residual else None,
-    )  # fmt: skip
-    return got, wanted
-
-
-def _stem(device: str, filters: int = 16) -> tuple[Tensor, Tensor]:
-    shapes = [(2, 3, 14, 18), (filters, 3, 7, 7), (filters,), (filters,), (filters,)]
-    ours, plain = zip(*(_integers(device, *shape) for shape in shapes), strict=True)
-    x, weight, mean, bn_weight, bn_bias = ours
-    got = F.stem(x, weight, mean, torch.ones_like(mean), bn_weight, bn_bias, 0.0, kernels="triton")
-    x, weight, mean, bn_weight, bn_bias = plain
-    return got, reference.stem(x, weight, mean, torch.ones_like(mean), bn_weight, bn_bias, 0.0)
-
-
-def _max_pool(device: str) -> tuple[Tensor, Tensor]:
-    x, plain = _integers(device, 2, 16, 11, 11)
-    return F.max_pool2d(x, 3, 2, 1, kernels="triton"), reference.max_pool2d(plain, (3, 3), (2, 2), (1, 1))
-
-
-def _global_avg_pool(device: str) -> tuple[Tensor, Tensor]:
-    x, plain = _integers(device, 2, 16, 8, 8)
-    return F.global_avg_pool(x, kernels="triton"), reference.global_avg_pool(plain)
-
-
-def _add_relu(device: str) -> tuple[Tensor, Tensor]:
-    (x, plain), (other, plain_other) = _integers(device, 2, 16, 7, 7), _integers(device, 2, 16, 7, 7)
-    return F.add_relu(x, other, kernels="triton"), reference.add_relu(plain, plain_other)
-
-
-def _linear(device: str) -> tuple[Tensor, Tensor]:
-    ours, plain = zip(*(_integers(device, *shape) for shape in ((5, 48), (10, 48), (10,))), strict=True)
-    return F.linear(*ours, kernels="triton"), reference.linear(*plain)
-
-
-def _avg_pool_linear(device: str) -> tuple[Tensor, Tensor]:
-    ours, plain = zip(*(_integers(device, *shape) for shape in ((2, 16, 8, 8), (10, 16), (10,))), strict=True)
-    x, weight, bias = plain
-    pooled = reference.global_avg_pool(x).flatten(1)
-    return F.avg_pool_linear(*ours, kernels="triton"), reference.linear(pooled, weight, bias)
-
-
-def _gluon(device: str, tile: config.ConvConfig) -> tuple[Tensor, Tensor]:
-    with config.pinned(tile):
-        return _conv(device, 32, 8, 1, True, 64)
-
-
-_TILES = [
-    config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_conv"),
-    config.ConvConfig(128, 64, 64, 4, 11, (2, 2, 32), kernel="hopper_conv64"),
-    config.ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few"),
-]
-
-
-# From 32 images on, whatever can be loaded through descriptors is.
-_CASES: list[tuple[str, str, Callable[..., tuple[Tensor, Tensor]]]] = [
-    ("stem", "hopper_stem", functools.partial(_stem, filters=64)),
-    ("stem", "descriptor", _stem),
-    ("stem", "pointer", _stem),
-    *(("conv_bn_relu, 3x3 + residual", tile.kernel, functools.partial(_gluon, tile=tile)) for tile in _TILES),
-    ("conv_bn_relu, 3x3 + residual", "descriptor", lambda device: _conv(device, 32, 8, 1, True)),
-    ("conv_bn_relu, 3x3/2", "descriptor", lambda device: _conv(device, 32, 8, 2, False)),
-    ("conv_bn_relu, 3x3 + residual", "pointer", lambda device: _conv(device, 2, 8, 1, True)),
-    ("conv_bn_relu, 3x3 + residual", "grouped", functools.partial(_conv, images=2, edge=8, groups=4)),
-    ("conv_bn_relu, 3x3 + residual", "depthwise", functools.partial(_conv, images=2, edge=8, groups=16)),
-    ("max_pool2d", "", _max_pool),
-    ("global_avg_pool", "", _global_avg_pool),
-    ("avg_pool_linear", "", _avg_pool_linear),
-    ("add_relu", "", _add_relu),
-    ("linear", "", _linear),
-]
 
 
 def _gpus() -> tuple[list[Json], str]:

@@ -424,7 +424,7 @@ def test_doctor_launches_every_kernel_on_the_path_it_names(
 ) -> None:
     from resnet_triton.config.device import facts
     from resnet_triton.kernels.launch import Launch
-    from resnet_triton.tools import doctor
+    from resnet_triton.tools import self_test
 
     if not facts(device).has_descriptors:
         pytest.skip("no descriptors here")
@@ -438,14 +438,14 @@ def test_doctor_launches_every_kernel_on_the_path_it_names(
     monkeypatch.setattr(Launch, "run", recorded)
     paths: dict[str, set[str]] = {}
     skipped: set[str] = set()
-    for kernel, path, compute in doctor._CASES:
+    for case in self_test.CASES:
         launched.clear()
-        result = doctor._attempt(kernel, path, compute, device=device.type)
-        if path.startswith("hopper") and result["ok"] is None:
-            skipped.add(f"{path}_kernel")
+        result = self_test.attempt(case, device)
+        if case.path.startswith("hopper") and result["ok"] is None:
+            skipped.add(f"{case.path}_kernel")
             continue
         assert result["ok"]
-        paths.setdefault(path, set()).update(launched)
+        paths.setdefault(case.path, set()).update(launched)
     assert paths["descriptor"] == {"pack_kernel", "stem_kernel", "conv_box_kernel"}
     assert paths["pointer"] == {"conv_pointer_kernel", "max_pool_kernel"}
     sources = (path.read_text(encoding="utf-8") for path in (PACKAGE / "kernels").glob("*.py"))

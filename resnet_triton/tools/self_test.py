@@ -1,0 +1,143 @@
+"""Each kernel on small whole numbers, on which every rounding is exact, against PyTorch in fp64."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import config, ops
+from ..config.device import facts, override
+from ..ops import BatchNorm, Geometry, Operation, gluon
+from ..ops.dispatch import Modes
+
+Json = dict[str, Any]
+_KERNELS = Modes(kernels="triton")
+
+
+class Case(NamedTuple):
+    """A call on tensors in fp64, the path that its kernel loads by ("" for the only one), and a tile if it is given."""
+
+    kernel: str
+    path: str
+    call: Callable[[], Operation]
+    tile: config.ConvConfig | None = None
+
+
+def self_test(device: str) -> list[Json]:
+    """What `attempt` says of each case."""
+    return [attempt(case, torch.device(device)) for case in CASES]
+
+
+def attempt(case: Case, where: torch.device) -> Json:
+    """Run a case on a kernel, in fp16, and compare. "ok" is None where its path does not exist."""
+    result: Json = {"kernel": case.kernel, "path": case.path, "ok": None, "detail": ""}
+    here = facts(where)
+    if case.path.startswith("hopper") and not gluon.facts(where).has_gluon:
+        return {**result, "detail": "needs compute capability 9.0, and a compiler: none interprets it"}
+    if case.path == "descriptor" and not here.has_descriptors:
+        return {**result, "detail": f"needs compute capability 9.0, this GPU has {here.arch / 10}"}
+    # A device below 9.0 has no descriptors, so its configurations take the pointer path on any GPU.
+    chosen: AbstractContextManager[object] = nullcontext() if case.tile is None else config.pinned(case.tile)
+    if case.path in ("descriptor", "pointer"):
+        chosen = override(replace(here, gluon=False, arch=80 if case.path == "pointer" else here.arch))
+    torch.manual_seed(0)
+    try:
+        with torch.inference_mode(), chosen:
+            call = case.call()
+            got, wanted = _in_fp16(call, where).run(), call.reference()
+    except Exception as error:  # whatever a compiler or driver raises belongs into the report
+        return {**result, "ok": False, "detail": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    wrong = int((got.double().cpu() != wanted.half().double()).sum())
+    return {**result, "ok": wrong == 0, "detail": f"{wrong} of {got.numel()} values differ" if wrong else ""}
+
+
+def _in_fp16(call: Operation, where: torch.device) -> Operation:
+    values = call.schema.flatten(call)
+    moved: Operation = call.schema.build([v.to(where, torch.float16) if isinstance(v, Tensor) else v for v in values])
+    return moved
+
+
+def _integers(*shape: int) -> Tensor:
+    """From -3 to 3."""
+    return torch.randint(-3, 4, shape).double()
+
+
+def _norm(k: int) -> BatchNorm:
+    return BatchNorm(_integers(k), torch.ones(k).double(), _integers(k), _integers(k), 0.0)
+
+
+def _conv(images: int, edge: int, stride: int = 1, residual: bool = True, c: int = 16, groups: int = 1) -> Operation:
+    """A 3x3 convolution of `c` channels."""
+    geometry = Geometry((stride, stride), (1, 1), groups=groups)
+    added = _integers(images, c, edge // stride, edge // stride) if residual else None
+    x, weight = _integers(images, c, edge, edge), _integers(c, c // groups, 3, 3)
+    return ops.ConvBnRelu(x, weight, _norm(c), geometry, added, modes=_KERNELS)
+
+
+def _stem(filters: int = 16) -> Operation:
+    return ops.Stem(_integers(2, 3, 14, 18), _integers(filters, 3, 7, 7), _norm(filters), modes=_KERNELS)
+
+
+def _linear(c: int) -> tuple[Tensor, Tensor]:
+    return _integers(10, c), _integers(10)
+
+
+_RESIDUAL = "conv_bn_relu, 3x3 + residual"
+_of_many = functools.partial(_conv, 32, 8)  # from 32 images on, whatever can be loaded through descriptors is
+_on_hopper = functools.partial(_of_many, c=64)
+CASES = [
+    Case("stem", "hopper_stem", functools.partial(_stem, 64)),
+    Case("stem", "descriptor", _stem),
+    Case("stem", "pointer", _stem),
+    *(
+        Case(_RESIDUAL, tile.kernel, _on_hopper, tile)
+        for tile in (
+            config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_conv"),
+            config.ConvConfig(128, 64, 64, 4, 11, (2, 2, 32), kernel="hopper_conv64"),
+            config.ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few"),
+        )
+    ),
+    Case(_RESIDUAL, "descriptor", _of_many),
+    Case("conv_bn_relu, 3x3/2", "descriptor", functools.partial(_of_many, stride=2, residual=False)),
+    Case(_RESIDUAL, "pointer", lambda: _conv(2, 8)),
+    Case(_RESIDUAL, "grouped", lambda: _conv(2, 8, groups=4)),
+    Case(_RESIDUAL, "depthwise", lambda: _conv(2, 8, groups=16)),
+    Case("max_pool2d", "", lambda: ops.MaxPool2d(_integers(2, 16, 11, 11), (3, 3), (2, 2), (1, 1), modes=_KERNELS)),
+    Case("global_avg_pool", "", lambda: ops.GlobalAvgPool(_integers(2, 16, 8, 8), _KERNELS)),
+    Case("avg_pool_linear", "", lambda: ops.AvgPoolLinear(_integers(2, 16, 8, 8), *_linear(16), _KERNELS)),
+    Case("add_relu", "", lambda: ops.AddRelu(_integers(2, 16, 7, 7), _integers(2, 16, 7, 7), _KERNELS)),
+    Case("linear", "", lambda: ops.Linear(_integers(5, 48), *_linear(48), _KERNELS)),
+]
+
+
+def in_interpreter(module: str, payload: bytes = b"") -> Any:
+    """`module.interpreted(payload)`, run in a new process with TRITON_INTERPRET=1, which Triton reads at import.
+
+    The result travels as JSON. RuntimeError if the process fails.
+    """
+    script = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"  # find this package the way this process did
+        f"import json; from {module} import interpreted\n"
+        "print(json.dumps(interpreted(sys.stdin.buffer.read())))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], input=payload, capture_output=True, env=environment)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(f"the process with Triton's interpreter failed: {' '.join(last) or done.returncode}")
+    return json.loads(done.stdout)
+
+
+def interpreted(payload: bytes) -> list[Json]:
+    """What `in_interpreter` calls."""
+    return self_test("cpu")
