@@ -23,6 +23,7 @@ from resnet_triton.bench.results import Results, resume
 from resnet_triton.bench.runner import Phase, run_apart
 from resnet_triton.support import files
 from resnet_triton.tools import cli
+from resnet_triton.tools.arguments import positive
 from resnet_triton.tools.ask import ask
 
 from . import callers
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the phases and print a summary. Returns 0, 1 (nothing was measured), or what every command of ours does."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, kept between calls")
-    parser.add_argument("--budget", type=cli.positive, default=540, help="seconds in all")
+    parser.add_argument("--budget", type=positive, default=540, help="seconds in all")
     parser.add_argument("--phases", help=f"of {','.join(p.name for p in PHASES)}; default: all")
     parser.add_argument("--again", default="", help="phases whose steps to repeat")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small; leaves out what has to be compiled")

@@ -21,7 +21,7 @@ from torch import Tensor
 import resnet_triton
 from resnet_triton.support.images import load_image
 from resnet_triton.support.vision import torchvision
-from resnet_triton.tools.cli import positive
+from resnet_triton.tools.arguments import positive
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect

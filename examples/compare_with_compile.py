@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton.support.vision import torchvision
-from resnet_triton.tools.cli import positive
+from resnet_triton.tools.arguments import positive
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from resnet_triton.support.images import find_images, read_pixels
 from resnet_triton.support.vision import torchvision
-from resnet_triton.tools.cli import positive
+from resnet_triton.tools.arguments import positive
 from resnet_triton.tools.predict import Predictor, find_classifier
 
 

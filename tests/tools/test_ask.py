@@ -25,6 +25,7 @@ from resnet_triton.config.device import KNOWN, override
 from resnet_triton.support import files, vision
 from resnet_triton.support.devices import find_device
 from resnet_triton.tools import ask, cli
+from resnet_triton.tools.arguments import parser
 
 for name in ("PIL.Image", "sklearn.datasets", "rich", "matplotlib", "triton"):
     pytest.importorskip(name)
@@ -297,6 +298,7 @@ def test_no_temporary_folder_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr() == ("", f"resnet-triton: error: {said}\n")
 
 
-def test_every_command_says_what_it_needs() -> None:
-    (commands,) = (action for action in cli._parser()._actions if action.metavar == "COMMAND")
+def test_every_command_runs_and_says_what_it_needs() -> None:
+    (commands,) = (action for action in parser()._actions if action.metavar == "COMMAND")
     assert set(commands.choices or ()) == {name for name in ask.NEEDS if not name.startswith("benchmarks")}
+    assert set(commands.choices or ()) == set(cli._COMMANDS)

@@ -19,6 +19,7 @@ import torch
 from resnet_triton import __version__
 from resnet_triton.support import vision
 from resnet_triton.tools import cli, predict
+from resnet_triton.tools.arguments import parser
 
 PIL_Image = pytest.importorskip("PIL.Image")
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
@@ -96,10 +97,10 @@ def test_version_and_help(run: Run) -> None:
 
 
 def test_every_option_says_what_it_is_for() -> None:
-    (commands,) = (action for action in cli._parser()._actions if action.metavar == "COMMAND")
+    (commands,) = (action for action in parser()._actions if action.metavar == "COMMAND")
     assert isinstance(commands.choices, dict)
-    for name, parser in commands.choices.items():
-        for action in parser._actions:
+    for name, of_command in commands.choices.items():
+        for action in of_command._actions:
             assert re.match(r"\w", action.help or ""), (name, action.option_strings)
 
 
