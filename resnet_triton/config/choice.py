@@ -111,13 +111,12 @@ def _table(gpu: str) -> table.Table:
     try:
         known = table.load(path)
         if table.slug(known.gpu) != path.stem:
-            raise ValueError(f"{path.name}: tuned for {known.gpu!r}, expected {gpu!r}")
+            raise ValueError(f"{path}: tuned for {known.gpu!r}, expected {gpu!r}")
     except FileNotFoundError:
         return table.Table(gpu)
     except (ValueError, OSError) as error:
-        warnings.warn(
-            f"ignoring the tuned table {path}, using heuristics: {error}; delete it, or mend what it says", stacklevel=2
-        )
+        said = f"ignoring a tuned table, using heuristics: {error}; delete it, or mend what it says"
+        warnings.warn(said, stacklevel=2)
         return table.Table(gpu)
     _warn_of_another_triton(path.name, known)
     return known

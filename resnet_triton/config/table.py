@@ -97,21 +97,14 @@ def add(table: Table, shape: ConvShape, entry: Entry, path: Path) -> Table:
 def load(path: Path) -> Table:
     """Read and check a table. ValueError, in one line, names the first thing that is wrong."""
     if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device may never end
-        raise ValueError(f"{path.name}: not a regular file")
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{path.name}: expected at most {MAX_BYTES} bytes")
-    try:
-        data = json.loads(content.decode(), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
-        raise ValueError(f"{path.name}: not JSON ({error})") from None
+        raise ValueError(f"{path}: not a regular file")
+    data = files.read_json(path, MAX_BYTES)
     schema = data.pop("schema", None) if isinstance(data, dict) else None
     if type(schema) is not int or schema != SCHEMA or not isinstance(data.get("entries"), list):
-        raise ValueError(f'{path.name}: expected an object with "schema": 1 and a list "entries"')
+        raise ValueError(f'{path}: expected an object with "schema": 1 and a list "entries"')
     entries: dict[ConvShape, Entry] = {}
     for i, item in enumerate(data.pop("entries")):
-        where = f"{path.name}: entry {i}"
+        where = f"{path}: entry {i}"
         if not isinstance(item, dict) or set(item) - {"shape", "config", "timing"}:
             raise ValueError(f'{where} must have "shape", "config" and at most "timing"')
         shape = _build(ConvShape, item.get("shape"), where)
@@ -119,14 +112,7 @@ def load(path: Path) -> Table:
             raise ValueError(f"{where} repeats the shape of an earlier one")
         timing = _build(Timing, item["timing"], where) if "timing" in item else None
         entries[shape] = Entry(_build(ConvConfig, item.get("config"), where), timing)
-    return _build(Table, data, path.name, entries=entries)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return data
+    return _build(Table, data, str(path), entries=entries)
 
 
 def _build(cls: type, data: Any, where: str, **given: Any) -> Any:

@@ -37,20 +37,28 @@ def replace(path: Path, content: str | bytes) -> None:
 def read_json(path: Path, most: int | None = None) -> Any:
     """What a file of JSON holds. ValueError, in one line, if it is none or longer than `most` bytes.
 
-    JSON as the standard has it: Python's own reader takes NaN and Infinity, which no limit would catch.
+    Python's own reader takes NaN and Infinity, which no limit would catch, and of a key that is there twice the last.
     """
     with path.open("rb") as file:
         content = file.read(-1 if most is None else most + 1)
     if most is not None and len(content) > most:
         raise ValueError(f"{path}: expected at most {most} bytes")
 
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no number")
-
     try:
-        return json.loads(content, parse_constant=refuse)
+        return json.loads(content.decode(), parse_constant=_no_number, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an absurd number
-        raise ValueError(f"{path}: not JSON ({error}); is it truncated?") from None
+        raise ValueError(f"{path}: not JSON ({error}), perhaps truncated") from None
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return data
 
 
 def prepare(folder: Path) -> None:

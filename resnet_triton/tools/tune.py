@@ -132,7 +132,7 @@ def _open(path: Path, bench: Bench) -> table.Table:
     try:
         old = table.load(path) if path.exists() else table.Table(bench.facts.name)
     except ValueError as error:
-        raise ValueError(f"{error} ({path}); move it away, or choose another file with --out") from None
+        raise ValueError(f"{error}; move it away, or choose another file with --out") from None
     if old.gpu != bench.facts.name:
         raise ValueError(f"{path} was tuned for {old.gpu!r}, expected {bench.facts.name!r}; choose another --out")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):

@@ -47,7 +47,7 @@ def test_what_is_measured_again_is_replaced():
 
 
 DAMAGE = {
-    "truncated": (lambda text: text[: len(text) // 2], "not JSON .* is it truncated?"),
+    "truncated": (lambda text: text[: len(text) // 2], "not JSON .*, perhaps truncated"),
     "empty": (lambda text: "", "not JSON"),
     "no UTF-8": (lambda text: b"\xff\xfe" + text.encode(), "not JSON"),
     "a list": (lambda text: "[]", 'no results of bench, expected an object with "format"'),
