@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.launch import Launch
 from ..machine_code import Code, read
+from ..machine_code.verdict import disassemble
 
 _POINTER = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -95,7 +96,6 @@ def triton_compile(source: Specialisation, arch: int) -> Any:
 
 def _assemble(ptx: str, arch: int) -> tuple[str, str]:
     """ptxas's report on a PTX text, which Triton keeps to itself when all went well, and the machine code as text."""
-    from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
     name = next((line.split()[1] for line in ptx.splitlines() if line.startswith(".target")), None)
@@ -104,9 +104,6 @@ def _assemble(ptx: str, arch: int) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        report = _run(get_ptxas(arch).path, "-v", f"--gpu-name={name.rstrip(',')}", "-o", binary, source).stderr
-        return report, _run(knobs.nvidia.nvdisasm.path, "-ndf", "-c", binary).stdout  # -ndf: no data-flow analysis
-
-
-def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=True)
+        command = get_ptxas(arch).path, "-v", f"--gpu-name={name.rstrip(',')}", "-o", binary, source
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return report, disassemble(binary.read_bytes())

@@ -77,9 +77,9 @@ def _moved(early: list[str], machine: str) -> list[str]:
         return ["no ACQBULK in the machine code, expected that of griddepcontrol.wait"]
     start = next(i for i, line in enumerate(flow.lines) if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line))
     before = [flow.lines[i] for i in sorted({start} | flow.after({start}, waits))]
-    faults = [
-        f"{name} before ACQBULK" for name in ("PREEXIT",) if any(re.search(rf"\b{name}\b", line) for line in before)
-    ]
+    faults = []
+    if any(re.search(r"\bPREEXIT\b", line) for line in before):
+        faults.append("PREEXIT before ACQBULK")
     if any(map(_MACHINE_STORES.search, before)):
         faults.append("a store or an atomic before ACQBULK")
     for name, pattern in _MACHINE_LOADS.items():

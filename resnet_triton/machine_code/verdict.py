@@ -98,7 +98,8 @@ def _remembered(compiled: Any) -> tuple[str, ...]:
     try:
         text = disassemble(compiled.asm["cubin"])
         found = products.follow(text, expected="wgmma.mma_async" in compiled.asm["ptx"])
-    except (KeyError, ValueError) as error:  # Triton kept no such text, or it says what no kernel said before
+    except (KeyError, ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        # Triton kept no such text, or it says what no kernel said before; or the disassembler is missing, or fails
         raise NotJudged(f"its machine code cannot be read ({type(error).__name__}: {error})") from None
     with contextlib.suppress(OSError):
         cache.put(json.dumps(found.hazards), name, binary=False)
@@ -106,17 +107,14 @@ def _remembered(compiled: Any) -> tuple[str, ...]:
 
 
 def disassemble(cubin: bytes) -> str:
-    """Machine code as text, by the disassembler of Triton's wheel. NotJudged if that is missing, or fails."""
+    """Machine code as text, by the disassembler of Triton's wheel."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(cubin)
-        try:
-            command = knobs.nvidia.nvdisasm.path, "-ndf", "-c", binary  # -ndf: no data-flow analysis
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            raise NotJudged(f"its machine code cannot be read ({type(error).__name__}: {error})") from None
+        command = knobs.nvidia.nvdisasm.path, "-ndf", "-c", binary  # -ndf: no data-flow analysis
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache
