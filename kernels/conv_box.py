@@ -1,13 +1,8 @@
 """Convolution through tensor descriptors (sm_90 and newer): the M tile is a box of output rows x columns x images.
 
-One descriptor load fetches the input box shifted by the filter tap; coordinates in the padding read as zero. Tensor
-cores read the second operand of a product straight from shared memory. They read the first operand from there, too, if
-only one side of its box is longer than 1 and is the dimension just before the channels. The three orders of dimensions
-below bring it there.
-
-A box with several sides is the second operand, and filters are the first (SWAP). As the first operand, its pixels would
-come through registers. Triton 3.6.0 to 3.8.0 load these again while a product still reads them, which now and then
-gives wrong answers (triton-lang/triton#9433; `resnet_triton/machine_code/products.py` finds it).
+One descriptor load fetches the input box shifted by the filter tap; coordinates in the padding read as zero. The order
+of dimensions (`values.pixel_view`) and the order of operands (SWAP, `values.has_several_sides`) are such that tensor
+cores read pixels straight from shared memory.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def conv_depthwise(
 ) -> Launch:
     """The launch that writes `out` (N, C, P, Q) from `x` (N, C, H, W), dense in channels_last memory as `residual` is.
 
-    `weight` (C, 1, R, S) is contiguous.
+    `weight` (C, 1, R, S) is contiguous: it lies alike in both memory formats.
     """
     (n, c, p, q), (_, _, h, w), (_, _, r, s) = out.shape, x.shape, weight.shape
     (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), _ = geometry

@@ -181,8 +181,9 @@ def filter_view(size: Size, block_k: int, block_c: int) -> tuple[tuple[int, ...]
 def has_several_sides(box: tuple[int, int, int]) -> bool:
     """Whether more than one side of a box is longer than 1, so that its pixels must not be the rows of a product.
 
-    As rows they would reach wgmma in registers, which Triton 3.6.0 to 3.8.0 overwrite while it reads them: wrong
-    answers on an H200. As columns they are read from shared memory, in fewer registers and instructions.
+    As rows they would reach wgmma in registers, which Triton 3.6.0 to 3.8.0 overwrite while it reads them
+    (triton-lang/triton#9433): wrong answers on an H200, now and then. As columns they are read from shared memory, in
+    fewer registers and instructions.
     """
     return sum(side > 1 for side in box) > 1
 
