@@ -28,6 +28,7 @@ from ..ops import (
 from ..ops.dispatch import Kernels
 from ..ops.stem import POOL
 from ..ops.trace import Call, trace
+from ..support.names import check_known
 
 MODELS = ("resnet18", "resnet34", "resnet50")
 _GROUPED = (
@@ -64,8 +65,7 @@ def cases(
 
     Behind each model's calls stand the operators that its fused calls replace, at the same shapes.
     """
-    if unknown := [family for family in families if family not in MODELS]:
-        raise ValueError(f"no model {unknown[0]!r}, expected some of {', '.join(MODELS)}")
+    check_known("model", families, MODELS)
     found: dict[Any, Case] = {}
     for family in families:
         with torch.device("meta"):

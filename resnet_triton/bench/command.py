@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..support import files
-from ..support.devices import find_device
+from ..support.names import check_known, find_device
 from . import cases, ceilings, compare, layers, output, race
 from .alternatives import Alternative, alternatives, select
 from .report import remark
@@ -52,9 +52,8 @@ def plan(
     """A plan with defaults for the device: empty stands for all. ValueError names what is unknown."""
     where = find_device(device)
     cuda = where.type == "cuda"
-    for what, given, known in (("model", models, cases.MODELS), ("dtype", dtypes, DTYPES)):
-        if unknown := [name for name in given if name not in known]:
-            raise ValueError(f"no {what} {unknown[0]!r}, expected some of {', '.join(known)}")
+    check_known("model", models, cases.MODELS)
+    check_known("dtype", dtypes, DTYPES)
     ours = [a.name for a in alternatives(where).values() if a.ours]
     return Plan(
         device=where,

@@ -22,6 +22,7 @@ from ..ops import Operation
 from ..ops.dispatch import Kernels
 from ..ops.trace import Call
 from ..support import timing
+from ..support.names import check_known
 from . import baselines
 from .baselines import Answer
 from .cases import Case, filled
@@ -173,7 +174,6 @@ class Problem:
 
 def applicable(call: Call, device: torch.device, alternatives: Sequence[str] = ALTERNATIVES) -> list[str]:
     """Those alternatives that can express a call on a device. ValueError for an unknown name."""
-    if unknown := [name for name in alternatives if name not in ALTERNATIVES]:
-        raise ValueError(f"no alternative {unknown[0]!r}, expected some of {', '.join(ALTERNATIVES)}")
+    check_known("alternative", alternatives, ALTERNATIVES)
     fused = device.type == "cuda" and call.operator in ("conv_bn_relu", "stem")
     return [name for name in alternatives if name != "cudnn fused" or fused]

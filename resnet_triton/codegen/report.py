@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import models
 from ..support import files
+from ..support.names import check_known
 from ..support.terminal import Bar
 from .rows import DTYPES, HELD, rows
 from .targets import target
@@ -21,8 +22,7 @@ Record = dict[str, Any]
 def compile_all(archs: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], jobs: int, bar: Bar) -> Record:
     """Compile ResNet-18 for every combination. ValueError names an unknown architecture or dtype."""
     targets = [target(arch) for arch in archs]
-    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
-        raise ValueError(f"cannot compile for dtype {unknown[0]!r}, expected one of {', '.join(DTYPES)}")
+    check_known("dtype", dtypes, DTYPES)
     import triton
 
     found = []

@@ -15,7 +15,7 @@ import torch
 
 from ..ops import dispatch, interpreter
 from ..support import vision
-from ..support.devices import find_device
+from ..support.names import find_device
 from .doctor import no_kernels, unwritable_cache
 
 Question = Callable[[argparse.Namespace], object]

@@ -25,7 +25,7 @@ from ..convert import optimize
 from ..ops import dispatch
 from ..ops.precision import fp32_precision
 from ..support import vision
-from ..support.devices import find_device
+from ..support.names import find_device
 from ..support.terminal import Bar, table
 from .digits import Recipe, half_the_threads, load_digits, sample, trained
 from .doctor import no_kernels, versions

@@ -21,8 +21,8 @@ from ..convert import optimize
 from ..ops import dispatch
 from ..ops.dispatch import Kernels
 from ..support import files, vision
-from ..support.devices import find_device
 from ..support.images import find_images, read_pixels
+from ..support.names import find_device
 from ..support.terminal import printable
 
 

@@ -15,6 +15,7 @@ from ..config.device import DeviceFacts
 from ..ops import gluon
 from ..ops.precision import fp32_precision
 from ..ops.trace import Call, trace
+from ..support.names import check_known
 from ..support.terminal import table
 
 Json = dict[str, Any]
@@ -25,9 +26,8 @@ def run(arch: str | None, names: Sequence[str], batches: Sequence[int], dtypes: 
 
     Without `arch`, for this machine's GPU, or for sm_90 if it has none. ValueError names what is unknown.
     """
-    for what, given, known in (("model", names, MODELS), ("dtype", dtypes, DTYPES)):
-        if unknown := [name for name in given if name not in known]:
-            raise ValueError(f"no {what} {unknown[0]!r}, expected some of {', '.join(known)}")
+    check_known("model", names, MODELS)
+    check_known("dtype", dtypes, DTYPES)
     facts = _facts(arch)
     rows = []
     for name in names:

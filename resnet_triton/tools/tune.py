@@ -23,6 +23,7 @@ from ..config.heuristic import estimate
 from ..ops import gluon
 from ..ops.precision import fp32_precision
 from ..ops.trace import trace
+from ..support.names import check_known
 from ..support.terminal import Bar
 from ..support.terminal import table as print_table
 from ..tuner.search import Bench, Found, OutOfTime, Search, today
@@ -74,8 +75,8 @@ def run(
 
 def workload(families: list[str], batches: list[int], dtypes: list[str], image: int) -> dict[ConvShape, list[str]]:
     """The distinct convolutions of some models, and the layers that make them."""
-    if unknown := [f for f in families if f not in MODELS] + [d for d in dtypes if d not in DTYPES]:
-        raise ValueError(f"cannot tune for {unknown[0]!r}, expected models of {MODELS} and dtypes of {list(DTYPES)}")
+    check_known("model", families, MODELS)
+    check_known("dtype", dtypes, DTYPES)
     layers: dict[ConvShape, list[str]] = {}
     for family in families:
         with torch.device("meta"):

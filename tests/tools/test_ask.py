@@ -23,7 +23,7 @@ from synthetic_results import row
 from resnet_triton.bench import results
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.support import files, vision
-from resnet_triton.support.devices import find_device
+from resnet_triton.support.names import find_device
 from resnet_triton.tools import ask, cli
 from resnet_triton.tools.arguments import parser
 

@@ -477,7 +477,7 @@ def test_targets():
     assert [target(arch).name for arch in (90, "90", "sm_90")] == ["sm_90"] * 3
     with pytest.raises(ValueError, match=r"cannot compile for 'sm_70', expected one of sm_80, sm_86"):
         report.compile_all(["sm_70"], [1], ["float16"], 1, None)
-    with pytest.raises(ValueError, match="cannot compile for dtype 'int8'"):
+    with pytest.raises(ValueError, match="no dtype 'int8', expected some of float16"):
         report.compile_all(["90"], [1], ["int8"], 1, None)
 
 

@@ -1,8 +1,9 @@
-"""Devices by the names that commands take."""
+"""What commands take by name."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -21,3 +22,10 @@ def find_device(name: str) -> torch.device:
     if name != "cpu" and int(found[1] or 0) >= count:
         raise ValueError(f"no device {name!r} here, torch sees {count} GPUs; use --device cpu")
     return torch.device(name)
+
+
+def check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """ValueError for the first of `names` that is unknown."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no {what} {name!r}, expected some of {', '.join(known)}")
