@@ -4,12 +4,15 @@ A convolution is fused with what follows it: batch norm with running statistics,
 and addition of a frozen one; a layer scale; the sum with a residual or with a shortcut's convolution and batch norm; an
 activation. Patterns are matched on what the graph computes, never on names. What is left runs as PyTorch's own
 operators.
+
+`_Rewriter.run` is the order of it: copies that nobody can tell are left out; each convolution begins a chain, which
+grows by a norm, a scale, a sum and an activation, and then becomes one node; pools, sums and heads follow.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -143,9 +146,8 @@ class _Rewriter:
         places, eps, training = _NORMS[norm.target]
         if training is not None and _args(norm)[training]:
             return None
-        result = next((user for user in norm.users if user.target is operator.getitem and _args(user)[1] == 0), None)
-        weight, bias, mean, var = (_args(norm)[i] for i in places)
-        if result is None or len([u for u in norm.users if u.users]) != 1 or mean is None or var is None:
+        result, (weight, bias, mean, var) = _only_result(norm), (_args(norm)[i] for i in places)
+        if result is None or mean is None or var is None:
             return None
         return result, lambda: Norm(self._less_bias(mean, conv, norm), var, weight, bias, _args(norm)[eps])
 
@@ -275,15 +277,15 @@ class _Rewriter:
             return
         if _dtype(_args(node)[0]) not in DTYPES:
             return
-        used = [user for user in node.users if user.users]
-        if len(used) != 1 or _args(used[0])[1] != 0 or node.kwargs:
+        result = _only_result(node)
+        if result is None or node.kwargs:
             return
         window, dilation, ceil_mode = _window(node), (*_args(node)[4:], [1])[0], any(_args(node)[5:])
         if _pair(dilation) != (1, 1) or any(2 * pad > size for size, pad in zip(window[0], window[2], strict=True)):
             return
         with self.graph.inserting_before(node):
             new = self._ours("max_pool2d", _args(node)[0], *window, ceil_mode)
-        self._replace(used[0], new)
+        self._replace(result, new)
 
     def _mean(self, node: Node) -> None:
         if not _is_global_mean(node) or not _args(node)[2:]:
@@ -424,13 +426,13 @@ def _stem_pool(chain: Chain) -> Node | None:
     pool = _only_user(chain.tail, aten.max_pool2d_with_indices.default)
     if pool is None or len(_args(pool)) > 4 or pool.kwargs or _window(pool) != POOL:
         return None
-    used = [user for user in pool.users if user.users]
-    return used[0] if len(used) == 1 and _args(used[0])[1] == 0 else None
+    return _only_result(pool)
 
 
 def _window(pool: Node) -> tuple[tuple[int, int], ...]:
-    """Size, stride and padding."""
-    size, stride, padding = (*_args(pool)[1:4], [], [0])[:3] if len(_args(pool)) == 2 else (*_args(pool)[1:4], [0])[:3]
+    """Size, stride and padding. Without a stride, that is the size."""
+    given: list[Any] = [*_args(pool)[1:4]]
+    size, stride, padding = given + [(), (0,)][len(given) - 1 :]
     return _pair(size), _pair(stride or size), _pair(padding)
 
 
@@ -452,6 +454,12 @@ def _shape(node: Any) -> tuple[Any, ...]:
 def _dtype(node: Any) -> torch.dtype | None:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value.dtype if isinstance(value, Tensor) else None
+
+
+def _only_result(node: Node) -> Node | None:
+    """The first of an operator's results, if no other one is used."""
+    used = [user for user in node.users if user.users]
+    return used[0] if len(used) == 1 and used[0].target is operator.getitem and _args(used[0])[1] == 0 else None
 
 
 def _only_user(node: Node, target: Any) -> Node | None:
@@ -512,16 +520,6 @@ def _is_global_mean(node: Any) -> bool:
 def _flattened(node: Any) -> Node | None:
     """x, where this is its global mean as a matrix (N, C)."""
     shape = _shape(node)
-    for step in _back_through_reshapes(node):
-        if _is_global_mean(step):
-            x = _args(step)[0]
-            return x if shape == _shape(x)[:2] else None
-    return None
-
-
-def _back_through_reshapes(node: Any) -> Iterator[Any]:
-    while isinstance(node, Node):
-        yield node
-        if node.target not in _RESHAPES or len(node.users) != 1:
-            return
+    while isinstance(node, Node) and node.target in _RESHAPES and len(node.users) == 1:
         node = _args(node)[0]
+    return _args(node)[0] if _is_global_mean(node) and shape == _shape(_args(node)[0])[:2] else None
