@@ -50,7 +50,7 @@ ROBUST = (
            FILES + "test_doctor_warns_of_a_cache_that_is_somebody_elses"),
     Robust("a damaged table of tuned tiles", "one warning of one line, then the heuristic",
            "test_config.py::test_a_hostile_table_is_one_short_warning_that_says_what_to_do"),
-    Robust("a table that may not be read", "the same", FILES + "test_a_table_that_may_not_be_read_is_one_warning"),
+    Robust("a table that may not be read", "the same", "test_config.py::test_what_is_no_file_is_ignored"),
     Robust("two tuners of one table at once", "no entry is lost", FILES + "test_two_tuners_of_one_table_lose_nothing"),
     Robust("bombs, truncated and empty files, folders, pipes in place of an image", "one line, exit code 2, no waiting",
            PREDICT + "test_hostile_images_are_refused"),

@@ -473,10 +473,8 @@ def test_unaligned_tensors_ignore_a_box(folder: Path) -> None:
     assert lookup(SHAPE, GPU, descriptors=False) == conv_heuristic(SHAPE, GPU, descriptors=False)
 
 
-@pytest.mark.parametrize(
-    ("chosen", "shape"), [pytest.param(*pair, id=name) for name, pair in ILLEGAL.items() if "negative" not in name]
-)
-def test_illegal_entry_is_ignored(folder: Path, chosen: ConvConfig, shape: ConvShape) -> None:
+def test_illegal_entry_is_ignored(folder: Path) -> None:
+    chosen, shape = ILLEGAL["too much shared memory"]
     write(folder, document(shape, chosen))
     assert lookup(shape, GPU) == conv_heuristic(shape, GPU)
 
@@ -639,20 +637,6 @@ def test_a_saved_table_is_the_table_that_was_saved(folder: Path) -> None:
     assert [json.loads(line.rstrip(","))["shape"]["n"] for line in lines] == [1, 2, 32], "one line each, in order"
     table.save(table.Table(GPU.name), path)
     assert table.load(path) == table.Table(GPU.name)
-    assert [p.name for p in folder.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
-def test_an_interrupted_save_leaves_the_old_table(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    path = write(folder, document())
-
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(step, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        table.save(table.Table(GPU.name), path)
-    assert path.read_text() == document()
     assert [p.name for p in folder.iterdir()] == [path.name]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from resnet_triton import functional as F
 from resnet_triton.ops import dispatch
 
-BACKENDS = ("torch", "triton", "auto")
+BACKENDS = ("torch", "triton")
 
 
 @pytest.fixture(autouse=True)

@@ -881,13 +881,6 @@ def test_report_of_a_huge_batch_takes_no_memory():
     assert result.calls[0].ours.x.shape == (100_000, 3, 224, 224)
 
 
-def test_report_before_optimize():
-    """A torchvision model as it is: everything on PyTorch, nothing refused."""
-    calls = report(small()).calls
-    assert {c.backend for c in calls} == {"torch"}
-    assert "layer1.0.conv1" in {c.name for c in calls}
-
-
 @pytest.mark.parametrize("optimized", [False, True], ids=["as it is", "optimized"])
 @pytest.mark.parametrize("in_place", [False, True], ids=["returned", "in place"])
 @torch.no_grad()

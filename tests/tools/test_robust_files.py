@@ -21,7 +21,7 @@ from resnet_triton.bench import command, output, results
 from resnet_triton.bench.results import Ceiling
 from resnet_triton.bench.runner import OutOfTime, Phase, Run, Steps
 from resnet_triton.codegen import report as codegen
-from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, lookup, table
+from resnet_triton.config import ConvConfig, ConvShape, choice, lookup, table
 from resnet_triton.config.conv import is_legal
 from resnet_triton.config.device import KNOWN
 from resnet_triton.support import files
@@ -301,16 +301,6 @@ def test_numbers_of_a_table_never_break_a_lookup(folder: Path) -> None:
         choice.forget()
         for n in (0, 1, 31, 32, 33, 100):
             assert is_legal(lookup(replace(SHAPE, n=n), GPU), replace(SHAPE, n=n), GPU) or n == 0
-
-
-def test_a_table_that_may_not_be_read_is_one_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(path: Path) -> table.Table:  # a mode would not stop root
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-    monkeypatch.setattr(table, "load", denied)
-    with pytest.warns(UserWarning, match=f"ignoring a tuned table.*Permission denied: .{folder}/") as warned:
-        assert [lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU) for _ in range(2)] == [True, True]
-    assert len(warned) == 1
 
 
 def test_a_table_that_changes_while_it_is_used_is_read_once(folder: Path) -> None:
