@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -45,12 +44,9 @@ def environment() -> dict[str, Any]:
     import torch
 
     from resnet_triton.bench.environment import environment
+    from resnet_triton.support.processes import cores
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = {name: metadata.version(name) for name in ("numpy", "pytest", "hypothesis")}
     cpu = environment(torch.device("cpu"))["device"]
-    return {**environment(device), **versions, "machine": platform.machine(), "cpu": cpu, "cores": _cores()}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return {**environment(device), **versions, "machine": platform.machine(), "cpu": cpu, "cores": cores()}
