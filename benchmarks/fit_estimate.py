@@ -1,4 +1,4 @@
-"""Fit the rates of `config/heuristic.py` to what was timed on an H200: `python -m benchmarks.fit_estimate`.
+"""Fit the rates of `config/estimate.py` to what was timed on an H200: `python -m benchmarks.fit_estimate`.
 
 Rows are the exact, safe forms of `nvidia-h200.measured.json` that do not spill, and prototypes of the warp-specialised
 kernels, timed on the same day and GPU. It prints the rates. Then, for each layer at each batch size, it fits rates to
@@ -16,7 +16,7 @@ import numpy as np
 
 from resnet_triton.config import ConvConfig, ConvShape
 from resnet_triton.config.device import KNOWN
-from resnet_triton.config.heuristic import LATENCIES, RATES, Rates, estimate
+from resnet_triton.config.estimate import LATENCIES, RATES, Rates, estimate
 from resnet_triton.config.measured import measured
 
 H200 = KNOWN[90]

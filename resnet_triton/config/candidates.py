@@ -16,7 +16,8 @@ from ..kernels.values import ConvConfig
 from . import hopper
 from .conv import ConvShape, boxes_of, is_legal, tiles
 from .device import DeviceFacts
-from .heuristic import best_estimated, conv_heuristic, estimate
+from .estimate import estimate
+from .heuristic import best_estimated, conv_heuristic
 
 AXES: dict[str, tuple[Any, ...]] = {
     "block_m": (16, 32, 64, 128, 256),

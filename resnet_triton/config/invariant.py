@@ -16,7 +16,8 @@ from dataclasses import replace
 from ..kernels.values import ConvConfig
 from .conv import ConvShape, tiles
 from .device import DeviceFacts
-from .heuristic import StemConfig, best_box, conv_candidates, estimate, stem_tiles, strip_turns
+from .estimate import estimate
+from .heuristic import StemConfig, best_box, conv_candidates, stem_tiles, strip_turns
 
 BATCHES = (1, 4, 16, 64, 256)
 _DRAM_BYTES_PER_NS = 4300  # an H200's

@@ -19,7 +19,7 @@ import torch
 from .. import models
 from ..codegen import DTYPES
 from ..config import ConvShape, choice, conv_heuristic, device, table
-from ..config.heuristic import estimate
+from ..config.estimate import estimate
 from ..ops import gluon
 from ..ops.precision import fp32_precision
 from ..ops.trace import trace

@@ -35,7 +35,8 @@ from resnet_triton.config import (
 )
 from resnet_triton.config.conv import steps, taps, tiles
 from resnet_triton.config.device import KNOWN, DeviceFacts, facts, override
-from resnet_triton.config.heuristic import best_estimated, conv_candidates, estimate
+from resnet_triton.config.estimate import estimate
+from resnet_triton.config.heuristic import best_estimated, conv_candidates
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.ops import GlobalAvgPool, MaxPool2d
 from resnet_triton.ops.dispatch import Modes

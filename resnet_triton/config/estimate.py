@@ -1,0 +1,113 @@
+"""The cost model: what a convolution's launch might take, from shape, configuration and device facts alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..kernels.launch import cdiv
+from ..kernels.values import ConvConfig
+from .conv import CONV64, FEW, ConvShape, shared_memory, steps, taps, tiles
+from .device import DeviceFacts
+
+_MATRIX = {16: 0.2, 32: 0.4, 64: 0.8}  # share of the matrix rate by columns: narrow products read more operands
+_COLUMN = 0.88  # the same where pixels are loaded for a column of taps: a fifth fewer bytes; stated, not timed
+
+
+class Rates(NamedTuple):
+    """What an SM does, in nanoseconds and in what is done in one, fitted by `python -m benchmarks.fit_estimate`."""
+
+    flops: float = 6230
+    bytes: float = 86  # from L2
+    launch: float = 1660
+    program: float = 600  # batch norm's loads and the first tile's arrival
+    turn: float = 150  # at least, of a main loop, of 64 channels
+    pointer_turn: float = 219
+    pointers: float = 2.08  # loads through pointers spend instructions on addresses and masks, beside the products
+    element: float = 0.138  # of the result
+    split: float = 840  # a store, a barrier, an atomic
+    specialised_flops: float = 7260
+    specialised_turn: float = 44  # besides its products: barriers
+    hidden: float = 0.65  # of a result's time, where an accumulator has 4,096 elements
+    residual: float = 1.32  # times as much for a result with one
+
+
+RATES = Rates()
+
+
+class Latencies(NamedTuple):
+    """What a dependent launch is a chain of, in nanoseconds, and `hopper_few`. Stated, not fitted: none has run yet."""
+
+    launch: float = 1000  # from a kernel's last store to the next one's first load, and from the last store to the end
+    load: float = 600  # TMA, from L2
+    result: float = 250  # through shared memory
+    parts: float = 350  # from L2, the first of the parts that the last program adds
+    width: float = 224  # bytes a ns that a product's operands come from shared memory with
+    beside: float = 96 * 1024  # bytes of shared memory that a program of the launch before has
+
+
+LATENCIES = Latencies()
+
+
+def estimate(
+    config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates = RATES, chained: Latencies = LATENCIES
+) -> float:
+    """Nanoseconds that a launch might take, with what an H200's SM does. Those in Gluon are taken for dependent ones.
+
+    A program's products and loads keep an SM busy, several programs side by side all the more; but however few there
+    are, each is a chain: what comes before its loop, turn after turn, its result. DRAM is left out, as what it moves
+    hardly depends on the tile: a pointwise convolution of many images may take longer than this.
+    """
+    if config.kernel == FEW:
+        return _estimate_few(config, shape, device, rates, chained)
+    m, k = config.block_m, config.block_k
+    column = taps(config, shape)
+    turns = cdiv(steps(config, shape), config.split_k) * column + cdiv(shape.shortcut_c, config.block_c)
+    flops = 2 * m * k * config.block_c * (1 if shape.itemsize == 2 else 2)
+    result = rates.element * m * k * (rates.residual if shape.residual else 1)
+    programs = cdiv(tiles(config, shape) * config.split_k, device.sm_count)  # of the busiest SM
+    if config.kernel:  # one program an SM takes them in turn
+        columns = m // 4 if config.kernel == CONV64 else k
+        share = _COLUMN if column > 1 else _MATRIX.get(columns, 1.0)
+        turn = flops / (rates.specialised_flops * share) + rates.specialised_turn / column
+        accumulator = m * k // (8 if config.kernel == CONV64 else 2)
+        result *= rates.hidden * (accumulator / 4096) ** 0.3  # the larger, the less of it other products hide
+        work = rates.program + programs * (turns * turn + result)
+    else:
+        loads = (m + k) * config.block_c * shape.itemsize
+        turn = max(flops / (rates.flops * _MATRIX.get(m if config.swap else k, 1.0)), loads / rates.bytes)
+        least = rates.turn
+        if config.box is None:
+            turn, least = turn * rates.pointers, rates.pointer_turn
+        beside = max(min(_programs_per_sm(config, shape, device), programs), 1)
+        chain = rates.program + turns * max(turn, least * config.block_c / 64) + result
+        work = max(programs * (turns * turn + result), cdiv(programs, beside) * chain)
+    work += chained.launch if config.kernel else rates.launch
+    if config.split_k == 1:
+        return work
+    # The last program reads every partial.
+    return work + rates.split + 6 * m * k * (config.split_k + 1) / rates.bytes
+
+
+def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates, chained: Latencies) -> float:
+    """The same of `hopper_few`: an SM with room for it beside the launch before has its filters before its input."""
+    m = config.block_m
+    blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
+    filters, pixels = blocks * 64 * 128 / rates.bytes, blocks * m * 128 / rates.bytes
+    products = blocks * (64 + m) * 128 / chained.width
+    programs = cdiv(tiles(config, shape) * config.split_k, device.sm_count)  # of the busiest SM
+    shared = shared_memory(config, shape)
+    chain = chained.load + max(pixels, products) + chained.result
+    turns = cdiv(programs, device.shared_memory // shared)
+    ns = chained.launch + turns * chain + (programs - 1) * max(filters + pixels, products)
+    if programs * shared + chained.beside > device.shared_memory:
+        ns += filters
+    if config.split_k > 1:
+        ns += rates.split + chained.parts + config.split_k * m * 64 * 4 / rates.bytes
+    return ns
+
+
+def _programs_per_sm(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> int:
+    """By shared memory, and by registers: accumulators and some 56 others a thread."""
+    accumulators = config.block_m * config.block_k // (32 * config.num_warps) * (2 if shape.shortcut_c else 1)
+    registers = 32 * config.num_warps * max(64, accumulators + 56)
+    return max(1, min(device.shared_memory // shared_memory(config, shape), 65536 // registers))
