@@ -259,6 +259,89 @@ def _mode(module: nn.Module) -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), "_triton_original" in vars(module)
 
 
+def _backend(**settings: Any) -> Callable[..., Any]:
+    def backend(graph: Any, inputs: Any) -> Any:
+        from .backend import resnet_triton  # not above: importing Dynamo takes two seconds
+
+        return resnet_triton(graph, inputs, **settings)
+
+    return backend
+
+
+def _fresh(function: Any, name: str) -> Callable[..., Any]:
+    """The same function with a code object of its own: by that, Dynamo keeps what it compiled, and only so much."""
+    return types.FunctionType(function.__code__.replace(), globals(), name)
+
+
+def _call(module: Any, args: Any, kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def _call_by_class(module: Any, args: Any, kwargs: Any) -> Any:
+    cls: Any = origin(module)
+    return cls.__call__(module, *args, **kwargs)
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what was compiled."""
+    vars(module).pop("_triton_programs", None)
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+# Kernels read filters in channels_last memory, and else each call copies them. So compiled calls move them there, and
+# values lie as if they had not. Where torch.compile fails by that, on a view of what a convolution returns, they stay.
+
+
+def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, child in module.named_modules():
+        weight = child._parameters.get("weight") if isinstance(child, nn.Conv2d) else None
+        if weight is not None and not is_lazy(weight):
+            yield name, weight
+
+
+def _moved(module: nn.Module) -> Callable[[], Iterator[nn.Parameter]]:
+    owner: Any = weakref.ref(module)
+    return lambda: filters.moved(owner(), _filters(owner()))
+
+
+def _move(module: Compiled) -> None:
+    if not (module.training or _programs(module).stay or filters.sharded(module)):
+        kernels = module._triton_options["kernels"]
+        filters.move(module, ((name, w) for name, w in _filters(module) if dispatch.meant(kernels, w)))
+
+
+def put_back(module: nn.Module) -> None:
+    """Lay the filters of a `Compiled` module out as they were."""
+    filters.move_back(module, ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Conv2d)))
+
+
+_OF_LAYOUT = re.compile(r"\bviews?\b|strid|contiguous|memory.format|lie in memory", re.IGNORECASE)
+"""What an error says that other filters may mend: ours of `layouts`, PyTorch's, or one of somebody's operator."""
+
+
+def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: Any, stay: bool) -> Any:
+    """A call that has failed, with filters as they were: if that mends it, they stay so. When it began, they did or did
+    not `stay`."""
+    if not _OF_LAYOUT.search(str(error)):
+        raise error
+    programs = _programs(module)
+    with programs.first:
+        if not vars(module).get("_triton_moved") and programs.stay == stay:  # or another thread has just put them back
+            raise error  # the module's own: what it has done before must not be done twice
+        put_back(module)
+        try:
+            result = function(module, args, kwargs)
+        except Exception:
+            _move(module)
+            raise
+        programs.stay = True
+        return result
+
+
+# --- what `report` asks ----------------------------------------------------------------------------------------------
+
+
 def is_whole(model: nn.Module) -> bool:
     """Whether `model` itself is compiled, by `optimize` or by torch.compile, and not only what is in it."""
     return isinstance(model, Compiled) or hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
@@ -347,29 +430,6 @@ def _copy(t: Tensor) -> Tensor:
         return t.clone()
 
 
-def _backend(**settings: Any) -> Callable[..., Any]:
-    def backend(graph: Any, inputs: Any) -> Any:
-        from .backend import resnet_triton  # not above: importing Dynamo takes two seconds
-
-        return resnet_triton(graph, inputs, **settings)
-
-    return backend
-
-
-def _fresh(function: Any, name: str) -> Callable[..., Any]:
-    """The same function with a code object of its own: by that, Dynamo keeps what it compiled, and only so much."""
-    return types.FunctionType(function.__code__.replace(), globals(), name)
-
-
-def _call(module: Any, args: Any, kwargs: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
-
-
-def _call_by_class(module: Any, args: Any, kwargs: Any) -> Any:
-    cls: Any = origin(module)
-    return cls.__call__(module, *args, **kwargs)
-
-
 def _made(module: nn.Module) -> list[Program]:
     programs: Programs | None = vars(module).get("_triton_programs")
     return [] if programs is None else list(programs.by_mode.values())
@@ -396,60 +456,3 @@ def limit(model: nn.Module) -> str | None:
         codes = [f.__code__ for f in (type(written).forward, called) if hasattr(f, "__code__")]
     full = any(len(eval_frame._debug_get_cache_entry_list(code)) >= config.recompile_limit for code in codes)
     return at_limit("the model") if full else None
-
-
-def forget(module: nn.Module) -> None:
-    """Drop what was compiled."""
-    vars(module).pop("_triton_programs", None)
-
-
-# --- filters ---------------------------------------------------------------------------------------------------------
-
-# Kernels read filters in channels_last memory, and else each call copies them. So compiled calls move them there, and
-# values lie as if they had not. Where torch.compile fails by that, on a view of what a convolution returns, they stay.
-
-
-def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, child in module.named_modules():
-        weight = child._parameters.get("weight") if isinstance(child, nn.Conv2d) else None
-        if weight is not None and not is_lazy(weight):
-            yield name, weight
-
-
-def _moved(module: nn.Module) -> Callable[[], Iterator[nn.Parameter]]:
-    owner: Any = weakref.ref(module)
-    return lambda: filters.moved(owner(), _filters(owner()))
-
-
-def _move(module: Compiled) -> None:
-    if not (module.training or _programs(module).stay or filters.sharded(module)):
-        kernels = module._triton_options["kernels"]
-        filters.move(module, ((name, w) for name, w in _filters(module) if dispatch.meant(kernels, w)))
-
-
-def put_back(module: nn.Module) -> None:
-    """Lay the filters of a `Compiled` module out as they were."""
-    filters.move_back(module, ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Conv2d)))
-
-
-_OF_LAYOUT = re.compile(r"\bviews?\b|strid|contiguous|memory.format|lie in memory", re.IGNORECASE)
-"""What an error says that other filters may mend: ours of `layouts`, PyTorch's, or one of somebody's operator."""
-
-
-def _again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: Any, stay: bool) -> Any:
-    """A call that has failed, with filters as they were: if that mends it, they stay so. When it began, they did or did
-    not `stay`."""
-    if not _OF_LAYOUT.search(str(error)):
-        raise error
-    programs = _programs(module)
-    with programs.first:
-        if not vars(module).get("_triton_moved") and programs.stay == stay:  # or another thread has just put them back
-            raise error  # the module's own: what it has done before must not be done twice
-        put_back(module)
-        try:
-            result = function(module, args, kwargs)
-        except Exception:
-            _move(module)
-            raise
-        programs.stay = True
-        return result
