@@ -42,6 +42,14 @@ def no_grad() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile knows nothing of other tests."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """CUDA graphs on CPU tensors: see `fake_cuda.py`."""
     from fake_cuda import FakeCuda
