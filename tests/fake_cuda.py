@@ -92,7 +92,7 @@ class FakeEvent:
 class FakeGraph:
     def __init__(self, pool: _Pool, entry: Entry, beside: Any) -> None:
         self.pool, self.input, self.fill, self.beside = pool, entry.buffer, entry.fill, beside
-        self.replays, self.own = 0, entry.own
+        self.replays, self.writes_no_parameter = 0, entry.writes_no_parameter
         with _Tape() as tape:
             self.output = entry.body(entry.buffer)
         self.tape = tape.calls

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.conv import dependent_launches, graph_semaphores
+from ..ops.in_graph import dependent_launches, graph_semaphores
 
 _capturing = threading.Lock()
 """One capture at a time in the process: PyTorch waits for the device first, which a capture elsewhere forbids."""
@@ -26,8 +26,8 @@ class Entry:
     buffer: Tensor | tuple[Tensor, ...]
     fill: Callable[[Any], object]
     body: Callable[[Any], Any]
-    own: bool = False
-    """Whether all that `body` launches are operators of a model of ours, so that no kernel writes a parameter."""
+    writes_no_parameter: bool = False
+    """No kernel of `body` writes a parameter of a layer: all are operators of a model of ours."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
     stream = _side_stream(device)
     pool = torch.cuda.graph_pool_handle() if beside is None else beside.graph.pool()
     semaphores = torch.zeros(1024, dtype=torch.int32, device=device)  # by a kernel that waits for whatever was before
-    lent, may = graph_semaphores.set(semaphores), dependent_launches.set(entry.own)
+    lent, may = graph_semaphores.set(semaphores), dependent_launches.set(entry.writes_no_parameter)
     try:
         entry.body(entry.buffer)  # which compiles what a graph alone has, too: dependent launches
         try:

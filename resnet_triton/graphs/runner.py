@@ -160,4 +160,5 @@ class Runner(Graphs):
         if self._fingerprint is None:
             self._fingerprint = Fingerprint(source)
         self._version = self._fingerprint.version()
-        return replace(source._entry(x) if key[-1] else copied(source._forward_impl, x), own=True)
+        entry = source._entry(x) if key[-1] else copied(source._forward_impl, x)
+        return replace(entry, writes_no_parameter=True)

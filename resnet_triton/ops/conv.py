@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import config
-from ..config import ConvConfig, ConvShape, device
+from ..config import ConvConfig, ConvShape
 from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
@@ -29,7 +27,7 @@ from ..kernels.values import (
     Size,
     is_depthwise,
 )
-from . import gluon, interpreter, reference
+from . import gluon, reference
 from .checks import (
     aligned,
     at_aligned,
@@ -43,6 +41,7 @@ from .checks import (
     window,
 )
 from .dispatch import AUTO, HAS_TRITON, Modes, mixed_dtypes
+from .in_graph import may_depend, semaphores_for
 from .operation import Operation, Result, Shape, one_image, register
 from .precision import conv_precision
 
@@ -148,7 +147,7 @@ class ConvBnRelu(Operation):
         if chosen.split_k > 1:
             elements = tiles * chosen.split_k * chosen.block_m * chosen.block_k
             partials = torch.empty(elements, dtype=torch.float32, device=x.device)
-            semaphores = _semaphores(x.device, 2 * tiles)  # a warp-specialised tile has two halves
+            semaphores = semaphores_for(x.device, 2 * tiles)  # a warp-specialised tile has two halves
         launch = conv_bn_relu(
             Convolution(
                 out, x, weight, batch_norm, self.geometry, residual, shortcut, self.activation, sizes.precision,
@@ -274,41 +273,6 @@ def _pixels(t: Tensor) -> Tensor:
 
 def _aligned_channels_last(t: Tensor) -> Tensor:
     return at_aligned(channels_last(t))
-
-
-_kept: dict[tuple[torch.device, int], Tensor] = {}
-graph_semaphores: ContextVar[Tensor | None] = ContextVar("graph_semaphores", default=None)
-"""Zeros (int32) for the launches of the graph being captured: zeroed inside, every replay would zero them again."""
-dependent_launches: ContextVar[bool] = ContextVar("dependent_launches", default=False)
-"""Whether launches follow each other and no kernel among them writes a parameter: those of a graph of our model."""
-
-
-def may_depend(where: torch.device, parameters: Iterable[tuple[object, object]]) -> bool:
-    """Whether a launch may start while the one before runs, and read these parameters, each as given and as read.
-
-    Only in a graph of our model: elsewhere the launch before may be somebody's edit of one. A parameter that is read in
-    another form than it was given in has been copied just before.
-    """
-    if not dependent_launches.get() or interpreter.active() or device.facts(where).arch < 90:
-        return False
-    return all(given is read for given, read in parameters)
-
-
-def _semaphores(where: torch.device, tiles: int) -> Tensor:
-    """Zeros for launches that follow each other, on a stream or in a graph, and leave them at zero."""
-    if where.type != "cuda":  # an interpreted launch may be interrupted, and leaves them at something
-        return torch.zeros(tiles, dtype=torch.int32, device=where)
-    if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: semaphores of its own
-        prepared = graph_semaphores.get()
-        if prepared is not None and prepared.numel() >= tiles:
-            return prepared
-        return torch.zeros(tiles, dtype=torch.int32, device=where)
-    stream = torch.cuda.current_stream(where).cuda_stream
-    semaphores = _kept.get((where, stream))
-    if semaphores is None or semaphores.numel() < tiles:
-        semaphores = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=where)
-        _kept[where, stream] = semaphores
-    return semaphores
 
 
 register("conv_bn_relu", ConvBnRelu)

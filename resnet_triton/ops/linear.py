@@ -15,8 +15,8 @@ from ..kernels.cost import Cost
 from ..kernels.launch import Launch, next_power_of_2
 from . import reference
 from .checks import at_aligned, channels_last, check_rank, check_same_dtype, check_tensors, contiguous
-from .conv import may_depend
 from .dispatch import AUTO, HAS_TRITON, Modes
+from .in_graph import may_depend
 from .operation import Operation, Result, Shape, register
 from .pool import GlobalAvgPool
 from .precision import matmul_precision

@@ -22,8 +22,8 @@ from .. import config
 from ..config import ConvConfig, ConvShape
 from ..kernels.launch import Launch
 from ..ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, interpreter
-from ..ops.conv import dependent_launches
 from ..ops.dispatch import Modes
+from ..ops.in_graph import dependent_launches
 from ..ops.precision import fp32_precision
 from ..support.timing import Meter, Spread, graph_seconds
 

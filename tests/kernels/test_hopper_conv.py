@@ -23,7 +23,7 @@ from resnet_triton.config.conv import shared_memory
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import NONE, RELU, Activation, gluon
-from resnet_triton.ops.conv import dependent_launches
+from resnet_triton.ops.in_graph import dependent_launches
 
 
 class Case(NamedTuple):

@@ -15,7 +15,7 @@ from exact import conv_call, conv_reference, generator
 
 from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal, pinned
 from resnet_triton.config.device import KNOWN
-from resnet_triton.ops import ConvBnRelu, conv, interpreter
+from resnet_triton.ops import ConvBnRelu, in_graph, interpreter
 
 TILE = ConvConfig(16, 32, 16, 4, 2)
 PATHS = {"pointer": TILE, "box": TILE.on((4, 4, 1)), "one row": TILE.on((1, 8, 2))}
@@ -91,20 +91,20 @@ def test_semaphores_are_of_a_stream_or_a_graph(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda where: now)
-    monkeypatch.setattr(conv, "_kept", {})
+    monkeypatch.setattr(in_graph, "_kept", {})
     taken = {}
     for where, now.cuda_stream in itertools.product((torch.device("cuda:0"), torch.device("cuda:1")), (1, 2)):
-        assert conv._semaphores(where, 8).numel() < 1025
-        taken[where, now.cuda_stream] = conv._semaphores(where, 1025)
-        assert conv._semaphores(where, 8) is taken[where, now.cuda_stream]
+        assert in_graph.semaphores_for(where, 8).numel() < 1025
+        taken[where, now.cuda_stream] = in_graph.semaphores_for(where, 1025)
+        assert in_graph.semaphores_for(where, 8) is taken[where, now.cuda_stream]
         assert taken[where, now.cuda_stream].numel() == 1025
     now.capturing = True
-    taken["a capture"], taken["another"] = conv._semaphores(where, 8), conv._semaphores(where, 8)
-    lent = conv.graph_semaphores.set(zeros(16, dtype=torch.int32))
-    taken["a graph of a model"] = conv._semaphores(where, 16)
-    assert taken["a graph of a model"] is conv.graph_semaphores.get()
-    taken["a larger layer"] = conv._semaphores(where, 17)
-    conv.graph_semaphores.reset(lent)
+    taken["a capture"], taken["another"] = in_graph.semaphores_for(where, 8), in_graph.semaphores_for(where, 8)
+    lent = in_graph.graph_semaphores.set(zeros(16, dtype=torch.int32))
+    taken["a graph of a model"] = in_graph.semaphores_for(where, 16)
+    assert taken["a graph of a model"] is in_graph.graph_semaphores.get()
+    taken["a larger layer"] = in_graph.semaphores_for(where, 17)
+    in_graph.graph_semaphores.reset(lent)
     assert len({t.data_ptr() for t in taken.values()}) == len(taken) == 8
 
 

@@ -495,14 +495,14 @@ def test_every_run_of_what_was_wrong_once_is_exact():
 def test_a_graph_lends_its_launches_semaphores_that_stay_at_zero(monkeypatch):
     model = build()
     lent = []
-    take = conv._semaphores
+    take = conv.semaphores_for
 
     def recorded(where: torch.device, tiles: int) -> Tensor:
         semaphores = take(where, tiles)
         lent.append((torch.cuda.is_current_stream_capturing(), semaphores.data_ptr()))
         return semaphores
 
-    monkeypatch.setattr(conv, "_semaphores", recorded)
+    monkeypatch.setattr(conv, "semaphores_for", recorded)
     captured(model, images(1))
     (graph,) = model._runner._graphs.values()
     assert (True, graph.semaphores.data_ptr()) in lent, "a layer of one image is shared"

@@ -64,7 +64,7 @@ def test_only_what_our_models_launch_may_start_before_the_kernel_before_has_ende
     function, values = GraphedFunction(lambda x, weight: (x * weight,), {0}, {1}, True), [images(), torch.ones(1)]
     for _ in range(3):
         function(values)
-    assert [graph.own for graph in cuda.graphs] == [True, False]
+    assert [graph.writes_no_parameter for graph in cuda.graphs] == [True, False]
 
 
 def test_kernels_torch_is_left_alone_unless_graphs_are_forced(cuda):
