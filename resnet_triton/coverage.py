@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,13 +37,13 @@ class Report:
 
     def __str__(self) -> str:
         rows = [("layer", "operator", "runs on", "why, or how")]
-        rows += [(c.name or "-", c.operator, _name(c.backend), _detail(c)) for c in self.calls]
+        rows += [(c.name or "-", c.operator, BACKENDS[c.backend], detail(c)) for c in self.calls]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
             for row in rows
         ]
-        counted = (f"{op} {n} on {_name(backend)}" for (op, backend), n in sorted(self.counted.items()))
+        counted = (f"{op} {n} on {BACKENDS[backend]}" for (op, backend), n in sorted(self.counted.items()))
         counts = ", ".join(counted) or "none"
         graphs = [f"{name + ': ' if name else ''}{line}" for name, line in self.graphs.items()]
         where: dict[str, list[str]] = {}
@@ -148,26 +149,29 @@ def _explained(call: Call, replaced: dict[str, str], left: str) -> Call:
     return replace(call, reason=f"{name or 'the model'}: {replaced[name]}")
 
 
-def _name(backend: str) -> str:
-    return {"triton": "Triton", "torch": "PyTorch"}[backend]
+BACKENDS = {"triton": "Triton", "torch": "PyTorch"}
+"""What people call them."""
 
 
-def _detail(call: Call) -> str:
+def detail(call: Call) -> str:
+    """How our kernels compute a call, or why they do not."""
+    if call.backend != "triton":
+        return call.reason
     weight = getattr(call.operation, "weight", None)
     moved = weight is None or weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last)
-    copied = (
-        ""
-        if moved or call.backend != "triton"
-        else "each call copies its filters, which are not in channels_last memory"
-    )
-    if call.backend != "triton" or not call.tiled:
-        convolution = call.operation if call.backend == "triton" else None
-        path = ""
-        if isinstance(convolution, ConvBnRelu):
-            path = "depthwise path" if convolution.depthwise else "grouped path"
-        return ", ".join(filter(None, (path, call.reason, copied)))
-    here = gluon.facts(call.device)
-    chosen = config.invariant(call.shape, here) if call.ours.modes.batch_invariant else config.lookup(call.shape, here)
-    shared = f"shared by {chosen.split_k} programs" if chosen.split_k > 1 else ""
-    how = [f"{chosen.path} path", f"tile {chosen.block_m}x{chosen.block_k}", shared, call.reason, copied]
-    return ", ".join(filter(None, how))
+    copied = "" if moved else "each call copies its filters, which are not in channels_last memory"
+    return ", ".join(filter(None, (*_how(call), call.reason, copied)))
+
+
+def _how(call: Call) -> Iterator[str]:
+    if not isinstance(call.operation, ConvBnRelu):
+        return
+    if not call.tiled:
+        yield "depthwise path" if call.operation.depthwise else "grouped path"
+        return
+    here, invariant = gluon.facts(call.device), call.operation.modes.batch_invariant
+    chosen = config.invariant(call.shape, here) if invariant else config.lookup(call.shape, here)
+    yield f"{chosen.path} path"
+    yield f"tile {chosen.block_m}x{chosen.block_k}"
+    if chosen.split_k > 1:
+        yield f"shared by {chosen.split_k} programs"

@@ -14,8 +14,8 @@ import torch
 
 from .. import __version__, config, models
 from ..config.device import DeviceFacts, facts
-from ..coverage import report
-from ..ops import dispatch, gluon, interpreter
+from ..coverage import BACKENDS, detail, report
+from ..ops import dispatch, interpreter
 from ..ops.trace import Call
 from ..support import files, vision
 from ..support.terminal import Bar, table
@@ -32,7 +32,7 @@ def examine(bar: Bar) -> Json:
     on_gpu = obstacle is None
     model = models.resnet18().eval().to(where, torch.float16 if on_gpu else torch.float32)
     calls = report(model).calls
-    layers = [{"layer": c.name, "operator": c.operator, "backend": c.backend, "detail": _detail(c)} for c in calls]
+    layers = [{"layer": c.name, "operator": c.operator, "backend": c.backend, "detail": detail(c)} for c in calls]
     with bar("reading machine code", None):
         machine_code = _machine_code(calls if on_gpu else [], facts(where))
     tests: list[Json] = []  # last, because a kernel that writes out of bounds ruins the GPU for this process
@@ -80,8 +80,7 @@ def show(findings: Json) -> None:
         table(title[tests["backend"]], ("kernel", "path", "against PyTorch", "remark"), rows)
         if tests["backend"] == "interpreter":
             print("The interpreter checks values. It says nothing about speed, nor about a GPU's compiler.\n")
-    names = {"triton": "Triton", "torch": "PyTorch"}
-    layers = [(c["layer"], c["operator"], names[c["backend"]], c["detail"]) for c in findings["layers"]]
+    layers = [(c["layer"], c["operator"], BACKENDS[c["backend"]], c["detail"]) for c in findings["layers"]]
     table("ResNet-18, one image of 224x224 pixels", ("layer", "operator", "runs on", "why, or how"), layers)
     print("Everything that can work here works." if findings["ok"] else "A kernel is wrong: see the self-test above.")
 
@@ -214,12 +213,6 @@ def _exposed(existing: Path, cache: Path) -> str | None:
         if owner not in (os.getuid(), 0):
             return f"{path} belongs to another user (uid {owner}), {threat}"
     return f"{existing} can be written by other users, {threat}" if existing.stat().st_mode & 0o022 else None
-
-
-def _detail(call: Any) -> str:
-    if call.backend != "triton" or not call.tiled:
-        return str(call.reason)
-    return f"{config.lookup(call.shape, gluon.facts(call.device)).path} path"
 
 
 def _version(load: Callable[[], Any]) -> str | None:
