@@ -247,8 +247,6 @@ class ResNet(_Modal, Graphed):
                 return f"{where} is in training mode"
         return None
 
-    # Feature extractors ask for the pools and the classifier by name: while torch.fx traces, they stay module calls.
-
     @property
     def normalize(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Mean and standard deviation of each channel of bytes, or None: numbers, which cannot be changed in place.
@@ -306,6 +304,8 @@ class ResNet(_Modal, Graphed):
             return None
         mean, std = pixels or (None, None)
         return ops.Stem(x, fused.weight, fused.batch_norm, mean, std, self.modes)
+
+    # Feature extractors ask for the pools and the classifier by name: while torch.fx traces, they stay module calls.
 
     def _head(self, x: Tensor) -> Tensor:
         if not isinstance(x, fx.Proxy) and self._averages_everything() and plain(self.fc, nn.Linear):

@@ -80,6 +80,7 @@ def read(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_memory:
     if registers is None:
         raise ValueError(f"no 'Used N registers' in ptxas's report: {log[:200]!r}")
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
+    dots = re.findall(r"= tt\.dot\b", ttir) if ttir else re.findall(r"\bttng\.warp_group_dot\b(?!_)", ttgir)
     waits = re.findall(r"warp_group_dot_wait[^\n]*?pendings = (\d+)", ttgir)
     said = [line for line in log.splitlines() if re.match(r"ptxas.*(?:\(C\d+\)|serializ|warning)", line)]
     flow, followed = groups.ptx(ptx), follow(sass, expected="wgmma.mma_async" in ptx)
@@ -91,9 +92,7 @@ def read(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_memory:
         instructions=sum(name != "NOP" for name in instructions),  # NOPs pad the end
         tensor_core=next((name for text, name in _TENSOR_CORE.items() if text in ptx), "none"),
         tma="cp.async.bulk.tensor" in ptx,
-        dots=len(re.findall(r"= tt\.dot\b", ttir))
-        if ttir
-        else len(re.findall(r"\bttng\.warp_group_dot\b(?!_)", ttgir)),
+        dots=len(dots),
         wgmma=followed.products,
         wgmma_waits=sum(name.startswith("WARPGROUP.DEPBAR") for name in instructions),
         wgmma_registers=len(re.findall(r"\b[A-Z]GMMA\S* R\d+, R\d+, gdesc", sass)),
