@@ -1,9 +1,9 @@
-"""Triton's interpreter, with its bfloat16 faults repaired and a check that doubles its time left out.
+"""Triton's interpreter, repaired, with a check that doubles its time left out.
 
 `TRITON_INTERPRET=1` runs kernels on CPU tensors, program by program, in NumPy. Upstream (seen in 3.6.0 to 3.9.0) keeps
 bfloat16 as raw uint16: `tl.dot` multiplies those integers, 3.9.0's `tl.maximum` compares them, casts from fp32 truncate
 instead of rounding, and casts to fp32 garble denormals. All of it is silently wrong, so `repair()` replaces it before
-the first interpreted launch.
+the first interpreted launch. With NumPy 2.4 or newer, 3.6.0 refuses loops up to an argument: that goes with 3.6.0.
 `tests/kernels/test_interpreter.py` fails on the day upstream is right and this file can go.
 
 NumPy's own products differ by machine: on some CPUs a row's sum depends on where it stands in its tile. So the
@@ -41,7 +41,7 @@ def ready() -> AbstractContextManager[object]:
 
 @functools.cache
 def repair() -> None:
-    """Make bfloat16 exact in the interpreter of this process. Calling it again does nothing."""
+    """Repair the interpreter of this process. Calling it again does nothing."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -49,6 +49,7 @@ def repair() -> None:
     convert = interpreter._convert_float
     handle = interpreter.TensorHandle
     maximum = interpreter.InterpreterBuilder.create_maximumf
+    patch_tensor = interpreter._patch_lang_tensor
 
     def widen(h: Any) -> Any:
         if h.dtype.scalar == tl.bfloat16:
@@ -76,9 +77,14 @@ def repair() -> None:
             return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
         return convert(data, source, target, rounding)
 
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.create_maximumf = create_maximumf
     interpreter._convert_float = convert_float
+    interpreter._patch_lang_tensor = patch_lang_tensor
     options = interpreter.interpreter_builder.options
     if not options.debug:  # the check only reports in debug mode, yet costs half the run time
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)

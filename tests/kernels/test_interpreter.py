@@ -46,6 +46,12 @@ def maximum_kernel(x_ptr, y_ptr, z_ptr, N: tl.constexpr):
     tl.store(z_ptr + offs, tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL))
 
 
+@triton.jit
+def count_kernel(y_ptr, N):
+    for _ in range(N):
+        tl.store(y_ptr, tl.load(y_ptr) + 1)
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     interpreter.repair()
     y = torch.empty_like(x, dtype=dtype)
@@ -121,6 +127,15 @@ def test_dot_sums_in_fp32(dtype: torch.dtype) -> None:
     a, b = (torch.randint(-128, 129, shape, generator=g).to(dtype) for shape in ((16, 32), (32, 16)))
     c = torch.randint(-(2**20), 2**20, (16, 16), generator=g).float()
     assert torch.equal(dot(a, b, c), (a.double() @ b.double() + c.double()).float())
+
+
+@INTERPRETED
+def test_a_loop_up_to_an_argument() -> None:
+    """Triton 3.6.0 needs a repair with NumPy 2.4 or newer. It may go when 3.7 is the oldest that is supported."""
+    interpreter.repair()
+    y = torch.zeros(1)
+    count_kernel[(1,)](y, 3)
+    assert y.item() == 3
 
 
 @INTERPRETED
