@@ -130,7 +130,8 @@ def _our_shortcut(
 
 
 def _bn(y: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-    return TF.batch_norm(y, mean, var, weight, bias, False, 0.0, eps)
+    # Not TF.batch_norm, which is this and, in torch 2.11, refuses an eps of 0.
+    return torch.batch_norm(y, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
 
 
 def _torch_conv(
