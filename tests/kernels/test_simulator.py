@@ -304,8 +304,9 @@ def compiled() -> dict[str, list[str]]:
 
 
 def simulated(name: str, case: Case, **options: Any) -> list[str]:
-    """What is found. Triton writes no fence behind the making of a barrier."""
-    checks = set(CHECKS) - {"init"} if name.startswith("conv_box") else CHECKS
+    """What is found. Triton writes no fence behind the making of a barrier, but in the stem 3.7 has one by chance."""
+    unfenced = name.startswith("conv_box") or (name == "stem" and TRITON == (3, 6))
+    checks = set(CHECKS) - {"init"} if unfenced else CHECKS
     texts = zip(case.launches, compiled()[name], strict=True)
     return [
         fault

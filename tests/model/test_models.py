@@ -792,7 +792,7 @@ def test_weights_that_are_no_parameters():
 
 def test_meta_tensors_and_profilers_see_operators():
     model = models.resnet18(num_classes=5).eval()
-    with torch.no_grad(), torch.profiler.profile() as seen:
+    with torch.no_grad(), torch.profiler.profile(acc_events=True) as seen:
         model(torch.randn(1, 3, 32, 32))
     assert any(event.key.startswith("resnet_triton::") for event in seen.key_averages())
     with torch.no_grad():
