@@ -231,7 +231,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 def _convolutions(module: nn.Module) -> Iterator[tuple[str, nn.Conv2d, nn.Module | None]]:
     """Those that a ResNet or a block computes itself, by name, and the norm behind each."""
     children = list(module.named_children())
-    for (name, child), (_, behind) in zip(children, [*children[1:], ("", None)], strict=True):
+    for (name, child), (_, behind) in zip(children, [*children[1:], ("", None)], strict=False):  # there may be none
         if isinstance(child, nn.Sequential) and name == "downsample":
             yield from ((f"{name}.{inner}", conv, norm) for inner, conv, norm in _convolutions(child))
         elif isinstance(child, nn.Conv2d) and (name.startswith("conv") or isinstance(module, nn.Sequential)):

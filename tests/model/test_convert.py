@@ -319,6 +319,15 @@ def test_inside_another_model():
 
 
 @torch.no_grad()
+def test_a_shortcut_without_layers():
+    model = small()
+    model.layer1[0].downsample = nn.Sequential()
+    expected = model(image())
+    close(optimize(model)(image()), expected)
+    assert torch.equal(revert(model)(image()), expected)
+
+
+@torch.no_grad()
 def test_segmentation_backbone():
     """IntermediateLayerGetter keeps the children of a ResNet, not the ResNet; half of its blocks are dilated."""
     torch.manual_seed(0)
