@@ -6,6 +6,7 @@ behind the same names, whatever these are: dictionaries ("state_dict"), modules 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -58,8 +59,9 @@ def load_checkpoint(file: str | os.PathLike[str] | BinaryIO, *, key: str | None 
     suffix does not matter. The weights may lie in dictionaries of any names and depth, and their own names may have any
     prefixes: DataParallel's, torch.compile's, Lightning's, AveragedModel's.
 
-    `key` says which ResNet, if a file holds several, by the names that lead to it: "state_dict", "model.encoder". Of a
-    model and its moving average (whose key has the word "ema") the average is taken by default; a warning says so.
+    `key` says which ResNet, if a file holds several, or other layers beside it, by the names that lead to it:
+    "state_dict", "model.encoder". Of a model and its moving average (whose key has the word "ema") the average is taken
+    by default; a warning says so.
 
     Weights have to be dense, finite floating-point numbers of the right shapes. Raises ValueError, in one line, if
     anything is wrong, OSError if the file cannot be opened, and TypeError if `file` is neither.
@@ -78,7 +80,7 @@ def which(found: Checkpoint) -> str:
 def read(file: str | os.PathLike[str] | BinaryIO, key: str | None = None) -> Checkpoint:
     """As `load_checkpoint`, with what it found on the way, and without a warning."""
     if not isinstance(file, str | os.PathLike):
-        if not hasattr(file, "read"):
+        if not hasattr(file, "read") or isinstance(file, io.TextIOBase):
             raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
         return _read(file, key)
     path = Path(file)
@@ -97,7 +99,8 @@ def _read(file: BinaryIO, key: str | None) -> Checkpoint:
         data = tensor_files.read(file)
         networks = _find(data)
         chosen = _choose(list(networks), key)
-        model = _build(networks[chosen])
+        network = networks[chosen]
+        model = _build(network if key is None else network._replace(besides=[]), chosen)
     except ValueError as error:
         raise ValueError(f"{_name(file)}: {error}") from None
     return Checkpoint(model, chosen, [other for other in networks if other != chosen], data)
@@ -199,7 +202,7 @@ def _choose(keys: list[str], key: str | None) -> str:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def _build(network: _Network) -> ResNet:
+def _build(network: _Network, key: str) -> ResNet:
     """The model, without memory until the weights have proved right."""
     state = network.state
     head = state.get("fc.weight")
@@ -224,7 +227,8 @@ def _build(network: _Network) -> ResNet:
     if said:
         shape = "" if (groups, width) == (1, 64) else f" of {groups} groups of width {width}"
         depth = _DEPTHS[block, tuple(layers)]
-        hint = "; save the ResNet's own state_dict" if network.besides else ""
+        beside = network.besides and (problems["unexpected"], len(said)) == (network.besides, 1)
+        hint = f"; the key {key!r} takes the ResNet alone" if beside else ""
         if (problems["missing"], len(said)) == (["fc.weight", "fc.bias"], 1):
             hint = "; without a classifier, give it to load_state_dict(state, strict=False) of a model"
         raise ValueError(f"expected the weights of a ResNet-{depth}{shape}, but {'; '.join(said)}{hint}")

@@ -199,7 +199,8 @@ def test_a_model_and_its_average(content: Callable[[State, State], Any], keys: t
 
 def test_several_that_nobody_can_choose_between() -> None:
     a, b = state_of(), state_of(start=500.0)
-    file = saved({"state_dict": named("module.encoder_q.", a) | named("module.encoder_k.", b)})
+    queue = {"module.queue": torch.ones(8, 4), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    file = saved({"state_dict": named("module.encoder_q.", a) | named("module.encoder_k.", b) | queue})  # MoCo's
     with pytest.raises(ValueError, match=r"holds 2 ResNets, 'state_dict.encoder_q' and 'state_dict.encoder_k'; choose"):
         load(file)
     assert holds(load(file, key="state_dict.encoder_k"), b)
@@ -239,7 +240,7 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[State], Any], str]] = {
     "no classifier": (lambda s: without("fc", s), r"a ResNet-18, but 2 missing .fc.weight, fc.bias.; without a .*Fal"),
     "another head": (lambda s: {**without("fc", s), "head.weight": s["fc.weight"]}, r"1 unexpected \(head.weight"),
     "more than a ResNet": (lambda s: {**named("encoder.", s), "projector.weight": s["fc.weight"]},
-                           r"1 unexpected \(projector.weight\); save the ResNet's own state_dict"),
+                           r"1 unexpected \(projector.weight\); the key 'encoder' takes the ResNet alone"),
     "a block is missing": (lambda s: without("layer4.1", s), r"\(2, 2, 2, 1\) BasicBlocks, expected \(2, 2, 2, 2\) as"),
     "a stage is missing": (lambda s: without("layer1", s), "no ResNet with conv1.weight and layer1.0.conv1.weight"),
     "group norm": (lambda _: state_of(norm_layer=lambda c: nn.GroupNorm(2, c)), r"40 missing \(bn1.running_mean"),
@@ -350,6 +351,8 @@ def test_paths_without_a_file(tmp_path: Path) -> None:
         resnet_triton.load_checkpoint("/dev/zero")
     with pytest.raises(TypeError, match="file is a dict, expected a path or a binary file"):
         resnet_triton.load_checkpoint({})
+    with open(__file__) as text, pytest.raises(TypeError, match=r"file is a TextIOWrapper, expected .* a binary file"):
+        resnet_triton.load_checkpoint(text)
 
 
 class Malicious(NamedTuple):
