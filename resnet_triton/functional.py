@@ -76,6 +76,9 @@ def conv_bn_relu(
     geometry = ops.Geometry(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
     act = ops.Activation(activation, float(negative_slope))
     modes = Modes(batch_invariant, kernels)
+    if shortcut is not None:  # plain tuples, too
+        images, filters, norm, strides = Shortcut(*shortcut)
+        shortcut = Shortcut(images, filters, BatchNorm(*norm), pair(strides, "shortcut_stride"))
     return ops.ConvBnRelu(x, weight, statistics, geometry, residual, shortcut, act, modes).run()
 
 
@@ -101,8 +104,15 @@ def stem(
     channels take one fused kernel and never hold the tensor between convolution and pool.
     """
     statistics = BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
-    mean, std = (None if values is None else tuple(map(float, values)) for values in (pixel_mean, pixel_std))
+    mean, std = _numbers("pixel_mean", pixel_mean), _numbers("pixel_std", pixel_std)
     return ops.Stem(x, weight, statistics, mean, std, Modes(batch_invariant, kernels)).run()
+
+
+def _numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
+    try:
+        return None if values is None else tuple(map(float, values))
+    except TypeError:
+        raise TypeError(f"{name}={values!r}, expected a number for each channel") from None
 
 
 def add_relu(x: Tensor, other: Tensor, *, kernels: Kernels = "auto") -> Tensor:

@@ -284,6 +284,13 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "conv-stride": (conv(stride=0), ValueError, ["stride", "0"]),
     "conv-stride-triple": (conv(stride=(1, 2, 3)), ValueError, ["stride", "(1, 2, 3)", "pair"]),
     "conv-stride-float": (conv(stride=1.5), TypeError, ["stride", "1.5", "int"]),
+    "conv-shortcut": (conv(shortcut=(X, X)), TypeError, ["Shortcut", "'batch_norm' and 'stride'"]),
+    "conv-shortcut-norm": (conv(shortcut=(X, X, (X, X), 1)), TypeError, ["BatchNorm", "'bn_weight'", "'eps'"]),
+    "conv-shortcut-stride": (
+        conv(shortcut=(X, X, (X, X, None, None, 1e-5), "2")),
+        TypeError,
+        ["shortcut_stride", "'2'", "pair"],
+    ),
     "conv-kernels": (conv(kernels="cuda"), ValueError, ["kernels", "'cuda'", "'auto', 'torch', 'triton'"]),
     "conv-activation": (conv(activation="swish"), ValueError, ["activation", "'swish'", "'silu'"]),
     "add-device": (lambda: F.add_relu(X, X.to("meta")), ValueError, ["other", "meta", "cpu"]),
@@ -304,6 +311,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "stem-floats-normalised": (stem(**PIXELS | {"x": X}), TypeError, ["x", "torch.float32", "expected torch.uint8"]),
     "stem-pixel-mean": (stem(**PIXELS | {"pixel_mean": [0.5]}), ValueError, ["pixel_mean", "1 values", "expected 4"]),
     "stem-pixel-std": (stem(**PIXELS | {"pixel_std": [0.5] * 3}), ValueError, ["pixel_std", "3 values", "expected 4"]),
+    "stem-pixel-number": (stem(**PIXELS | {"pixel_mean": 0.5}), TypeError, ["pixel_mean=0.5", "for each channel"]),
     "stem-bytes-channels": (
         stem(x=X[:, :3].byte(), pixel_mean=[0.5] * 3, pixel_std=[0.5] * 3),
         ValueError,
