@@ -164,6 +164,8 @@ class Program:
 
     called = False
     """Whether it has been called without an error."""
+    raised = 0
+    """How many calls in a row have raised one."""
 
     def __init__(self, module: Compiled, replicas: bool) -> None:
         self.owner = weakref.ref(module)
@@ -182,6 +184,36 @@ class Program:
         return self.owner() is module and self.options == module._triton_options and self.watch.holds()
 
     def run(self, module: Compiled, args: Any, kwargs: Any) -> Any:
+        try:
+            result = self._run(module, args, kwargs)
+        except Exception as error:
+            self._compile_again()
+            if type(error).__name__ != "TorchRuntimeError" or self.options["kernels"] == "triton":
+                raise
+        else:
+            self.raised = 0
+            return result
+        return super(Compiled, module).__call__(*args, **kwargs)  # whose error is one line
+
+    def _compile_again(self) -> None:
+        """Of what has raised, torch.compile would compile nothing more, whatever it is called with. But who raises at
+        each call would wait for a compiler at each call."""
+        from torch._C._dynamo import eval_frame  # not above: it is torch.compile's to import what it needs first
+
+        self.raised += 1
+        action = eval_frame._FrameAction.DEFAULT
+        if self.raised >= _LIMIT and self.options["kernels"] != "triton":
+            action = eval_frame._FrameAction.RUN_ONLY
+        eval_frame.set_code_exec_strategy(self.code, eval_frame._FrameExecStrategy(action, action))
+        if self.raised == _LIMIT and action == eval_frame._FrameAction.RUN_ONLY:
+            warnings.warn(
+                f"{_LIMIT} calls of {self.function.__name__} in a row have raised, so what is not compiled yet runs as "
+                "it was written from now on; resnet_triton.refresh lets it be compiled again",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _run(self, module: Compiled, args: Any, kwargs: Any) -> Any:
         stay = _programs(module).stay
         try:
             return self.function(module, args, kwargs)
@@ -192,8 +224,8 @@ class Program:
 
 
 _LIMIT = 16
-"""How often a module is compiled because its code or hooks have changed. Who changes them at each call would wait for a
-compiler at each call."""
+"""How often a module is compiled because its code or hooks have changed, or calls in a row have raised. Who changes
+them at each call, or raises at each call, would wait for a compiler at each call."""
 
 
 class Programs:

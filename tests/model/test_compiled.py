@@ -410,6 +410,38 @@ def test_who_changes_a_model_at_each_call_is_not_compiled_each_time():
     assert used(refresh(model), x)
 
 
+def even(model: Any, x: Tensor) -> Tensor:
+    if x.shape[-1] % 2:
+        raise ValueError("an odd size")
+    return model.a(x)
+
+
+@torch.no_grad()
+def test_a_call_that_raises_does_not_end_compilation():
+    model, x = optimize(integral(lambdas(even, a=conv()))), images()
+    for bad, error, words in [
+        (x[..., 1:], ValueError, "^an odd size$"),
+        (x[:, 1:], RuntimeError, "^Given groups=1, weight of size .*, but got 7 channels instead$"),
+    ]:
+        with pytest.raises(error, match=words):
+            model(bad)
+        assert used(model, x) == {("conv_bn_relu", "torch"): 1}
+
+
+@torch.no_grad()
+def test_who_raises_at_each_call_is_not_compiled_each_time():
+    model, x = optimize(integral(lambdas(even, a=conv()))), images()
+    model(x)
+    for _ in range(compiled._LIMIT - 1):
+        with pytest.raises(ValueError, match="odd"):
+            model(x[..., 1:])
+    with pytest.warns(RuntimeWarning, match="16 calls of Lambdas in a row"), pytest.raises(ValueError, match="odd"):
+        model(x[..., 1:])
+    assert used(model, x)
+    assert not used(model, images(size=6))
+    assert used(refresh(model), images(size=6))
+
+
 @torch.no_grad()
 def test_the_graphs_of_an_optimized_model(cuda):
     """Each model has graphs of its own; an edit of the model is never missed; `report` counts."""
