@@ -54,7 +54,10 @@ class FakeCuda:
     def capture(self, entry: Entry, beside: Any) -> FakeGraph:
         pool = self._begun.pool if beside is None else beside.pool
         assert pool.turn is None, "a capture while a replay uses the shared memory"
+        if pool.lost:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
         if self.failure is not None:
+            pool.lost = True
             raise self.failure
         graph = FakeGraph(pool, entry, beside)
         self.graphs.append(graph)
@@ -67,6 +70,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.turn: int | None = None  # the thread whose replay it is
+        self.lost = False  # for captures: in torch 2.11, where one could not be ended
         self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,10 +110,11 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
                 _capturing,
                 torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
                 torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+                _workspaces_of_its_own(),
             ):
                 output = entry.body(entry.buffer)
         except Exception:
-            _stop_allocating(device, pool)
+            _end(stream, pool, semaphores)
             raise
     finally:
         graph_semaphores.reset(lent)
@@ -121,17 +122,38 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
     return Captured(graph, entry.buffer, entry.fill, output, semaphores)
 
 
-def _stop_allocating(device: torch.device, pool: tuple[int, int]) -> None:
-    """Tell the allocator that a capture is over.
+@contextlib.contextmanager
+def _workspaces_of_its_own() -> Iterator[None]:
+    """Within, cuBLAS works in memory of the graph.
 
-    torch 2.11 does not where ending the capture fails (mended in pytorch#180395), and from then on
-    `torch.cuda.empty_cache` and every other capture raise.
+    PyTorch keeps a workspace for each stream. So graphs of several models would work in one, even at once. And torch
+    2.13 lets it go with the first of them (pytorch#193402).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def _end(stream: torch.cuda.Stream, pool: tuple[int, int], written: Tensor) -> None:
+    """Tell PyTorch that a capture is over.
+
+    torch 2.11 does not notice where ending it fails (mended in pytorch#180395). From then on `torch.cuda.empty_cache`
+    and every other capture raise, and until a capture ends well, so does whatever draws random numbers on the device.
     """
     try:
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-    except RuntimeError:  # it has been told
+        torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+    except RuntimeError:  # it has noticed
         return
-    torch._C._cuda_releasePool(device.index, pool)
+    torch._C._cuda_releasePool(stream.device.index, pool)
+    graph = torch.cuda.CUDAGraph()
+    with _capturing, torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            written.zero_()  # PyTorch warns of an empty graph
+        finally:
+            graph.capture_end()
 
 
 @functools.cache

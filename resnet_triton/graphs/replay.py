@@ -1,7 +1,8 @@
 """CUDA graphs for calls that come back: captured when they are due, replayed one at a time.
 
 Replays never wait for the GPU, and never overlap on it: they share buffers, so each makes its stream wait for the one
-before. Capturing waits once; meanwhile CUDA forbids other threads to call `torch.cuda.synchronize`.
+before. Capturing waits once; meanwhile CUDA forbids other threads to call `torch.cuda.synchronize`, and torch 2.11 to
+draw random numbers on the device.
 """
 
 from __future__ import annotations
@@ -169,6 +170,7 @@ class Graphs:
                 self._graphs[key] = cuda.capture(entry(), beside)
         except Exception as error:  # the caller has an answer; whatever this was, the shape goes on without a graph
             self._shapes[key].failed = True
+            self._drop_all()  # torch 2.11 captures nothing more into memory where ending a capture has failed
             warnings.warn(f"no CUDA graph for {_name(key)}, its capture failed: {error}", RuntimeWarning, stacklevel=2)
             return FAILED
         if self.is_stale():

@@ -403,6 +403,7 @@ def forbidden() -> None:
 @pytest.mark.parametrize("action", [too_much, forbidden])
 def test_a_failed_capture_leaves_the_model_usable(action):
     model, x = build(), images(2)
+    captured(model, images(1))
     expected = model._forward_impl(x)
 
     def head(y: Tensor) -> Tensor:
@@ -420,10 +421,49 @@ def test_a_failed_capture_leaves_the_model_usable(action):
     assert torch.equal(model(x), expected)
     del model._head
     torch.cuda.empty_cache()  # raises while the allocator believes that a capture is under way
-    captured(model, images(3))
-    assert torch.equal(model(images(3)), model._forward_impl(images(3)))
-    assert replays(model) == 1
+    torch.rand(1, device="cuda")  # and so does the generator
+    for n in (3, 1):
+        captured(model, images(n))
+        assert torch.equal(model(images(n)), model._forward_impl(images(n)))
+    assert replays(model) == 2
     assert "the capture failed 2 times" in report(model).graphs[""]
+
+
+class Gram(nn.Module):
+    """A product behind a convolution that cuBLAS splits, in a workspace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).transpose(0, 1).flatten(1) / 16
+        return y @ y.t()
+
+
+def test_a_graph_has_the_workspace_that_it_computes_in_for_itself():
+    """Beside a graph that computes at the same time, and when that is gone."""
+    x, expected, streams = images(8), [], [torch.cuda.Stream(), torch.cuda.Stream()]
+    with torch.inference_mode(False):
+        grams = [optimize(Gram().eval().half().cuda(), cuda_graph=True) for _ in streams]
+    for model in grams:
+        expected.append([model(x) for _ in range(3)][-1])
+    torch.cuda.synchronize()
+    answers: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for model, stream, found in zip(grams, streams, answers, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(model(x))
+    torch.cuda.synchronize()
+    for found, y in zip(answers, expected, strict=True):
+        assert all(torch.equal(answer, y) for answer in found)
+    refresh(grams[0])
+    gc.collect()
+    torch.cuda.empty_cache()
+    memory = torch.full((64 << 20,), 7, dtype=torch.uint8, device="cuda")
+    assert torch.equal(grams[1](x), expected[1])
+    assert memory.eq(7).all()
+    assert "replayed 52 times" in str(report(grams[1], x.shape).graphs)
 
 
 def peak(model: Any, x: Tensor) -> int:

@@ -9,7 +9,7 @@ import pickle
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -365,6 +365,7 @@ def test_shapes_are_forgotten(cuda, monkeypatch):
 )
 def test_a_failed_capture_leaves_the_model_usable(cuda, failure):
     model, x = small(), images()
+    captured(model, images(1))
     model(x)
     cuda.failure = failure
     with pytest.warns(RuntimeWarning, match=f"no CUDA graph for 2x3x16x16 float32, its capture failed: {failure}"):
@@ -373,11 +374,88 @@ def test_a_failed_capture_leaves_the_model_usable(cuda, failure):
     cuda.failure = None
     for _ in range(3):
         assert torch.equal(model(x), model._forward_impl(x))
-    assert not cuda.graphs  # remembered: not tried again
-    captured(model, images(3))
-    assert len(cuda.graphs) == 1
-    assert torch.equal(model(images(3)), model._forward_impl(images(3)))
+    assert len(cuda.graphs) == 1  # remembered: not tried again
+    for n in (3, 1):
+        captured(model, images(n))
+        assert torch.equal(model(images(n)), model._forward_impl(images(n)))
+    assert len(cuda.graphs) == 3, "in other memory"
     assert "the capture failed 4 times" in report(model).graphs[""]
+
+
+class Torch:
+    """What torch 2.11 does for a capture, and how it takes it that one cannot be ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+        self.fails, self.recording, self.random = fails, set[Any](), True
+        self.cleared: list[bool] = []  # workspaces of cuBLAS, within a capture or not
+        stream = mock.Mock(device=torch.device("cuda:1"))
+        monkeypatch.setattr(cuda_graph, "_side_stream", lambda device: stream)
+        stand_ins = {"CUDAGraph": lambda: self, "graph": self.graph, "stream": contextlib.nullcontext,
+                     "graph_pool_handle": lambda: (0, 1)}  # fmt: skip
+        for name, value in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, getattr(self, name), raising=False)
+
+    def pool(self) -> tuple[int, int]:
+        return 0, 1
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.capture_begin(capture_error_mode, pool)
+        try:
+            yield
+        finally:
+            self.capture_end(pool)
+
+    def capture_begin(self, capture_error_mode: str, pool: Any = (1, 0)) -> None:
+        assert capture_error_mode == "thread_local"
+        assert not self.recording
+        self.recording, self.random = {pool}, False
+
+    def capture_end(self, pool: Any = (1, 0)) -> None:
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self._cuda_endAllocateToPool(1, pool)
+        self.random = True
+
+    def _cuda_clearCublasWorkspaces(self) -> None:
+        self.cleared.append(bool(self.recording))
+
+    def _cuda_endAllocateToPool(self, device: int | None, pool: Any) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    def _cuda_releasePool(self, device: int | None, pool: Any) -> None:
+        assert (device, pool) == (1, (0, 1))
+
+
+@pytest.mark.parametrize("cannot_end", [False, True])
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+def test_pytorch_knows_when_a_capture_is_over(monkeypatch, raises, cannot_end, beside):
+    """Of the real module."""
+    fake = Torch(monkeypatch, cannot_end)
+
+    def body(x: Tensor) -> Tensor:
+        within.append(list(fake.cleared))
+        if raises and fake.recording:
+            raise ValueError("by the body")
+        return x + 1
+
+    within: list[Any] = []
+    entry = cuda_graph.Entry(torch.zeros(1), lambda x: None, body)
+    with contextlib.ExitStack() as stack:
+        if raises or cannot_end:
+            error = RuntimeError if cannot_end else ValueError
+            stack.enter_context(pytest.raises(error, match="previous error" if cannot_end else "by the body"))
+        cuda_graph.capture(entry, mock.Mock(graph=fake) if beside else None)
+    assert not fake.recording
+    assert fake.random
+    assert within == [[], [True]], "at first nothing is captured; then cuBLAS has no memory yet"
+    assert fake.cleared == [True, True]
 
 
 # --- copies, moves, the end ------------------------------------------------------------------------------------------
