@@ -25,7 +25,8 @@ def compile_rest(gm: fx.GraphModule) -> Callable[..., Any]:
     def run(*values: Any) -> Any:
         return functional_call(gm, dict(zip(constants, values[len(inputs) :], strict=True)), values[: len(inputs)])
 
-    with config.patch(fallback_random=True):  # PyTorch's random numbers: a pass that is not run here puts Inductor's
+    # PyTorch's random numbers: a pass that is not run here puts Inductor's. No CUDA graphs of its own: ours are around.
+    with config.patch({"fallback_random": True, "triton.cudagraphs": False}):
         with mode:  # Inductor wants simpler operators than those that our patterns are made of
             simple = make_fx(run, decomposition_table=select_decomp_table())(*fakes)
         output: Any = simple.graph.output_node()

@@ -15,6 +15,8 @@ graph_semaphores: ContextVar[Tensor | None] = ContextVar("graph_semaphores", def
 """Zeros (int32) for the launches of the graph being captured: zeroed inside, every replay would zero them again."""
 dependent_launches: ContextVar[bool] = ContextVar("dependent_launches", default=False)
 """Whether launches follow each other and no kernel among them writes a parameter: those of a graph of our model."""
+borrowing: ContextVar[bool] = ContextVar("borrowing", default=False)
+"""Whether new memory may be lent for a call, which then may not keep any: by a compiler, for its CUDA graphs."""
 
 
 def may_depend(where: torch.device, parameters: Iterable[tuple[object, object]]) -> bool:
@@ -40,6 +42,8 @@ def semaphores_for(where: torch.device, tiles: int) -> Tensor:
         prepared = graph_semaphores.get()
         if prepared is not None and prepared.numel() >= tiles:
             return prepared
+        return torch.zeros(tiles, dtype=torch.int32, device=where)
+    if borrowing.get():  # what stays in the memory of torch.compile's CUDA graphs is an error to it
         return torch.zeros(tiles, dtype=torch.int32, device=where)
     stream = torch.cuda.current_stream(where).cuda_stream
     semaphores = _kept.get((where, stream))

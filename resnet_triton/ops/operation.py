@@ -22,7 +22,7 @@ from typing_extensions import Self
 from ..config import device
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
-from . import dispatch, gluon, interpreter
+from . import dispatch, gluon, in_graph, interpreter
 from .dispatch import AUTOCAST, GRADIENT, REMEDIES, Choice, Modes, choose, count
 from .schema import Schema
 
@@ -243,7 +243,11 @@ def register(name: str, cls: type[Operation]) -> None:
     build = cls.schema.build
 
     def compute(*values: Any) -> Tensor:
-        return build(values).compute()
+        token = in_graph.borrowing.set(True)
+        try:
+            return build(values).compute()
+        finally:
+            in_graph.borrowing.reset(token)
 
     def fake(*values: Any) -> Tensor:
         return build(values).output()

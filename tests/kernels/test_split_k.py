@@ -15,7 +15,7 @@ from exact import conv_call, conv_reference, generator
 
 from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal, pinned
 from resnet_triton.config.device import KNOWN
-from resnet_triton.ops import ConvBnRelu, in_graph, interpreter
+from resnet_triton.ops import ConvBnRelu, conv, in_graph, interpreter
 
 TILE = ConvConfig(16, 32, 16, 4, 2)
 PATHS = {"pointer": TILE, "box": TILE.on((4, 4, 1)), "one row": TILE.on((1, 8, 2))}
@@ -98,6 +98,9 @@ def test_semaphores_are_of_a_stream_or_a_graph(monkeypatch):
         taken[where, now.cuda_stream] = in_graph.semaphores_for(where, 1025)
         assert in_graph.semaphores_for(where, 8) is taken[where, now.cuda_stream]
         assert taken[where, now.cuda_stream].numel() == 1025
+    borrowed = in_graph.borrowing.set(True)
+    taken["memory that is lent"], taken["again"] = in_graph.semaphores_for(where, 8), in_graph.semaphores_for(where, 8)
+    in_graph.borrowing.reset(borrowed)
     now.capturing = True
     taken["a capture"], taken["another"] = in_graph.semaphores_for(where, 8), in_graph.semaphores_for(where, 8)
     lent = in_graph.graph_semaphores.set(zeros(16, dtype=torch.int32))
@@ -105,7 +108,17 @@ def test_semaphores_are_of_a_stream_or_a_graph(monkeypatch):
     assert taken["a graph of a model"] is in_graph.graph_semaphores.get()
     taken["a larger layer"] = in_graph.semaphores_for(where, 17)
     in_graph.graph_semaphores.reset(lent)
-    assert len({t.data_ptr() for t in taken.values()}) == len(taken) == 8
+    assert len({t.data_ptr() for t in taken.values()}) == len(taken) == 10
+
+
+def test_what_torch_calls_for_a_compiler_may_be_lent_its_memory(device, monkeypatch):
+    call = conv_call(generator(device, 0), ConvShape(1, 32, 5, 6, 40, 3, 3, padding=(1, 1)))
+    take, borrowing = conv.semaphores_for, []
+    monkeypatch.setattr(conv, "semaphores_for", lambda *a: borrowing.append(in_graph.borrowing.get()) or take(*a))
+    with pinned(split_config(call.shape, 3, "pointer")):
+        assert torch.equal(call.run(), call.dispatched())
+    assert borrowing == [False, True]
+    assert not in_graph.borrowing.get()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

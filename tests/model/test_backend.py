@@ -404,6 +404,25 @@ def test_inductor_draws_the_numbers_that_pytorch_draws():
 
 
 @torch.no_grad()
+def test_inductor_captures_nothing_in_our_graphs(monkeypatch):
+    from torch._inductor import config as inductor  # seconds
+
+    asked = []
+
+    def compile_fx_inner(gm, *arguments, **options):
+        asked.append(inductor.triton.cudagraphs)
+        return lambda values: gm(*values)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", compile_fx_inner)
+    monkeypatch.setattr(inductor.triton, "cudagraphs", True)
+    model, x = sequence(conv(), nn.ReLU()).eval(), images()
+    fast = torch.compile(model, backend="resnet_triton", options={"rest": "inductor"})
+    torch.testing.assert_close(fast(x), model(x))
+    assert asked == [False]
+    assert inductor.triton.cudagraphs
+
+
+@torch.no_grad()
 def test_batch_invariant():
     torch.manual_seed(0)
     model, x = sequence(conv(), norm(), nn.ReLU()).eval(), torch.randn(5, 8, 9, 9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from resnet_triton import functional, models, optimize, refresh, report
 from resnet_triton.config import ConvConfig, ConvShape, lookup
 from resnet_triton.config.device import facts
 from resnet_triton.graphs import replay
+from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import conv
 from resnet_triton.ops.trace import trace
 from resnet_triton.support import vision
@@ -338,6 +340,16 @@ def test_inside_the_users_own_graph():
     assert replays(model) == 0
 
 
+def test_inside_the_graphs_of_inductor():
+    """They lend a call memory, and refuse one that keeps some of it."""
+    model, x = build(cuda_graph=False), images(1)
+    expected = model(x)
+    fast = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(fast(x).clone(), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_device_than_the_current_one():
     with torch.cuda.device(1):
@@ -530,6 +542,31 @@ def test_every_run_of_what_was_wrong_once_is_exact():
     trials = {shape: Trial(shape, torch.device("cuda"), 0) for shape, _ in siblings.values()}
     wrong = {key: trials[shape].wrong_runs(chosen) for key, (shape, chosen) in siblings.items()}
     assert {key: counts for key, counts in wrong.items() if any(counts.values())} == {}
+
+
+@pytest.mark.skipif(not hopper(), reason="needs a GPU of compute capability 9.0")
+def test_dependent_launches_are_dependent_in_a_graph(monkeypatch):
+    """Each starts when the kernel before lets it, not when that has ended. The first has none before."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", functools.partial(torch.cuda.CUDAGraph, keep_graph=True))
+    run, dependent = Launch.run, []
+
+    def recorded(launch: Launch) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            dependent.append(launch.dependent)
+        run(launch)
+
+    monkeypatch.setattr(Launch, "run", recorded)
+    model, x = build(), images(1)
+    captured(model, x)
+    (graph,) = model._runner._graphs.values()
+    error, *_, count = runtime.cudaGraphGetEdges(graph.graph.raw_cuda_graph(), numEdges=0)
+    assert int(error) == 0
+    error, _, _, edges, _ = runtime.cudaGraphGetEdges(graph.graph.raw_cuda_graph(), numEdges=count)
+    assert int(error) == 0
+    programmatic = runtime.cudaGraphDependencyType.cudaGraphDependencyTypeProgrammatic
+    assert sum(int(edge.type) == int(programmatic) for edge in edges) == sum(dependent[1:]) > 0
+    assert torch.equal(model(x), model._forward_impl(x))
 
 
 def test_a_graph_lends_its_launches_semaphores_that_stay_at_zero(monkeypatch):
