@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -108,6 +109,7 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
         try:
             with (
                 _capturing,
+                _without_collections(),
                 torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
                 torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
                 _workspaces_of_its_own(),
@@ -120,6 +122,18 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
         graph_semaphores.reset(lent)
         dependent_launches.reset(may)
     return Captured(graph, entry.buffer, entry.fill, output, semaphores)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Within, no garbage is collected: a graph in it that is destroyed here spoils the capture (pytorch#161037)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -441,6 +441,29 @@ def test_a_failed_capture_leaves_the_model_usable(action):
     assert "the capture failed 2 times" in report(model).graphs[""]
 
 
+def test_garbage_spoils_no_capture():
+    """Python would collect it any time. What destroys a graph is forbidden while another is captured."""
+    model, x, graph = build(), images(2), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.clone()
+    graphs = [graph]
+    del graph
+
+    def head(y: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            garbage: list[Any] = [graphs.pop()]
+            for _ in range(10_000):
+                garbage.append(garbage)
+                garbage = []
+        return type(model)._head(model, y)
+
+    model._head = head
+    captured(model, x)
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert not graphs
+    assert replays(model) == 1
+
+
 class Gram(nn.Module):
     """A product behind a convolution that cuBLAS splits, in a workspace."""
 

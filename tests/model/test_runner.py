@@ -440,7 +440,7 @@ def test_pytorch_knows_when_a_capture_is_over(monkeypatch, raises, cannot_end, b
     fake = Torch(monkeypatch, cannot_end)
 
     def body(x: Tensor) -> Tensor:
-        within.append(list(fake.cleared))
+        within.append((list(fake.cleared), gc.isenabled()))
         if raises and fake.recording:
             raise ValueError("by the body")
         return x + 1
@@ -454,8 +454,9 @@ def test_pytorch_knows_when_a_capture_is_over(monkeypatch, raises, cannot_end, b
         cuda_graph.capture(entry, mock.Mock(graph=fake) if beside else None)
     assert not fake.recording
     assert fake.random
-    assert within == [[], [True]], "at first nothing is captured; then cuBLAS has no memory yet"
+    assert within == [([], True), ([True], False)], "at first nothing is captured; then cuBLAS has no memory yet"
     assert fake.cleared == [True, True]
+    assert gc.isenabled()
 
 
 # --- copies, moves, the end ------------------------------------------------------------------------------------------
