@@ -50,7 +50,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import async_store, descriptor_of, maximum, relu, scale_and_shift
 from .hopper_stem_pack import STAGES, is_paired, normalises_exactly, packer, work_item
 from .launch import Launch, cdiv, with_base
-from .values import BatchNorm
+from .values import BatchNorm, normalization_arguments
 
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 
@@ -252,7 +252,6 @@ def hopper_stem(
     p, q, tiles, strips = (h + 1) // 2, (w + 1) // 2, cdiv(pool_q, 56), cdiv(pool_p, strip)
     items = n * strips * tiles
     y_desc, rest_desc = _row_descriptors(out)
-    means, stds = ([*(values or ()), *[1.0] * 4][:4] for values in (mean, std))
     paired = is_paired(x)
     word = 2 if paired else 1
     arguments = {
@@ -260,10 +259,8 @@ def hopper_stem(
         "stride_n": x.stride(0) // word, "stride_c": x.stride(1) // word, "stride_h": x.stride(2) // word,
         "items": items, "TILES": tiles, "STRIPS": strips, "STRIP": strip,
         "P": p, "Q": q, "SEVENS": pool_q // 7, "H": h, "W": w,
-        **{f"mean_{i}": value for i, value in enumerate(means)},
-        **{f"std_{i}": value for i, value in enumerate(stds)},
-        "C": c, "PLANES": x.stride(3) == 1, "PAIRED": paired, "NORMALIZE": mean is not None,
-        "ODD_P": p % 2 == 1, "ODD_Q": q % 2 == 1,
+        **normalization_arguments(mean, std),
+        "C": c, "PLANES": x.stride(3) == 1, "PAIRED": paired, "ODD_P": p % 2 == 1, "ODD_Q": q % 2 == 1,
     }  # fmt: skip
     return Launch(hopper_stem_kernel, (min(programs, items),), arguments, num_warps=4)
 

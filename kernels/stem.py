@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, cdiv
 from .tiles import batch_norm_scale_shift, maximum, relu
-from .values import BatchNorm
+from .values import BatchNorm, normalization_arguments
 
 BLOCK_ELEMENTS = 16  # 2 rows x 2 columns x 4 channels
 WINDOW = 4 * BLOCK_ELEMENTS
@@ -216,12 +216,8 @@ def pack(
     """
     n, c, h, w = x.shape
     _, rows, columns, _ = out.shape
-    means, stds = ([*(values or ()), *[1.0] * 4][:4] for values in (mean, std))
     arguments = {
-        "x_ptr": x, "y_ptr": out, "marks_ptr": marks,
-        **{f"mean_{i}": value for i, value in enumerate(means)},
-        **{f"std_{i}": value for i, value in enumerate(stds)},
-        "NORMALIZE": mean is not None,
+        "x_ptr": x, "y_ptr": out, "marks_ptr": marks, **normalization_arguments(mean, std),
         "stride_n": x.stride(0), "stride_c": x.stride(1), "stride_h": x.stride(2), "stride_w": x.stride(3),
         "H": h, "W": w, "ROWS": rows, "COLUMNS": columns, "C": c, "BLOCK": block,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -42,6 +43,16 @@ class BatchNorm(NamedTuple):
 
 NO_BATCH_NORM = BatchNorm(None, None, None, None, 0.0)  # type: ignore[arg-type]
 """What a kernel is given where there is none."""
+
+
+def normalization_arguments(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
+    """A kernel's arguments for `(x / 255 - mean) / std` of bytes, up to four channels; without `mean`, of no bytes."""
+    means, stds = ([*(values or ()), *[1.0] * 4][:4] for values in (mean, std))
+    return {
+        **{f"mean_{i}": value for i, value in enumerate(means)},
+        **{f"std_{i}": value for i, value in enumerate(stds)},
+        "NORMALIZE": mean is not None,
+    }
 
 
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "hardswish", "silu", "gelu")

@@ -56,9 +56,9 @@ def _grouped(**tiles: Any) -> Launch:
     return conv_bn_relu(Convolution(**CONVOLUTION | told, config=ConvConfig(**tiles)))
 
 
-def _pack(**tiles: Any) -> Launch:
+def _pack(mean: Any = None, std: Any = None, **tiles: Any) -> Launch:
     marks = torch.zeros(packed_shape(5, 7, 12)[:2], dtype=torch.int32)
-    return pack(out=torch.zeros(packed_shape(5, 7, 12)), marks=marks, x=X[:, :3], mean=None, std=None, **tiles)
+    return pack(out=torch.zeros(packed_shape(5, 7, 12)), marks=marks, x=X[:, :3], mean=mean, std=std, **tiles)
 
 
 def _stem(**tiles: Any) -> Launch:
@@ -100,6 +100,7 @@ LAUNCHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[int, ...]]
         (40,),
     ),
     "pack": (_pack, {}, {"block": 64, "num_warps": 8}, (35,)),
+    "pack of bytes": (_pack, {"mean": [0.5] * 3, "std": [0.2] * 3}, {"block": 64, "num_warps": 8}, (35,)),
     "stem": (_stem, {}, {"block_q": 16, "block_k": 32, "strip": 3, "num_warps": 8, "num_stages": 3}, (60,)),
     "conv through pointers": (_convolution, {}, asdict(replace(TILE, split_k=3)), (14, 3)),
     "conv of groups": (_grouped, {}, asdict(TILE), (14, 1)),
