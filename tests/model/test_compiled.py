@@ -346,8 +346,6 @@ UNSEEN: dict[str, Callable[[Any], Callable[[], Any]]] = {
     ),
     "a hook on all modules": lambda m: register_module_forward_hook(lambda module, args, y: y + 1).remove,
 }
-
-
 SEEN: dict[str, Callable[[Any], Any]] = {
     "forward of an instance": lambda m: setattr(m.inner, "forward", lambda x: 2 * x),
     "an attribute": lambda m: setattr(m, "gain", 3),
@@ -603,8 +601,6 @@ class Flatten(nn.Module):
 
 
 COPIES = "each call copies"
-
-
 MOVED: dict[str, Callable[[], nn.Module]] = {
     "logits": Outer,
     "flat logits": Flatten,
@@ -623,8 +619,6 @@ MOVED: dict[str, Callable[[], nn.Module]] = {
     "a filter, written": lambda: Looks(lambda y: y, lambda w: w.mul_(1)),
     "a filter, read": lambda: Looks(lambda y: y, lambda w: w + w.reshape(-1, 4)[:, 1:].sum()),
 }
-
-
 STAY = {"strides", "ties", "a view", "parts of one tensor", "a filter", "a filter, written"}
 
 

@@ -1,0 +1,461 @@
+"""What a lookup finds: a table's entry, unless the table is not beyond doubt, a measured form, or the heuristic's."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from exact import conv_call, generator
+
+from resnet_triton import resnet18
+from resnet_triton.config import (
+    ConvConfig,
+    ConvShape,
+    candidates,
+    choice,
+    conv_heuristic,
+    is_legal,
+    lookup,
+    measured,
+    table,
+)
+from resnet_triton.config.device import KNOWN, DeviceFacts, facts, override
+from resnet_triton.config.estimate import estimate
+from resnet_triton.config.heuristic import best_estimated
+from resnet_triton.ops.trace import trace
+
+SHAPE = ConvShape(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
+CONFIG = ConvConfig(128, 64, 64, 4, 3)
+BOX = replace(CONFIG, box=(1, 4, 32), swap=True)
+STRIDED = replace(SHAPE, stride=(2, 2))
+GPU = KNOWN[90]
+H100 = replace(GPU, name="NVIDIA H100 80GB HBM3")
+INTERPRETED = replace(GPU, gluon=False)
+TUNED = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32), swap=True)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, content: str | bytes) -> Path:
+    path = folder / "nvidia-h200.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def document(shape: Any = SHAPE, chosen: Any = TUNED, **changes: Any) -> str:
+    """A table of one entry."""
+    entry = {"shape": asdict(shape) if isinstance(shape, ConvShape) else shape,
+             "config": asdict(chosen) if isinstance(chosen, ConvConfig) else chosen}  # fmt: skip
+    return json.dumps({"schema": 1, "gpu": GPU.name, "triton": triton.__version__, "entries": [entry], **changes})
+
+
+def test_shipped_tables_are_sound() -> None:
+    devices = {table.slug(device.name): device for device in KNOWN.values()}
+    for path in table.FOLDER.glob("*.json"):
+        if path.suffixes == [".measured", ".json"]:
+            continue
+        for shape, entry in table.load(path).entries.items():
+            assert path.stem not in devices or is_legal(entry.config, shape, devices[path.stem]), (path.name, shape)
+
+
+def test_file_names() -> None:
+    assert {table.slug(device.name) for device in KNOWN.values()} == {
+        "nvidia-a100", "nvidia-rtx-a6000", "nvidia-geforce-rtx-4090", "nvidia-h200", "nvidia-b200",
+        "nvidia-geforce-rtx-5090",
+    }  # fmt: skip
+    assert re.fullmatch(r"[a-z0-9-]+", table.slug("../../etc/NVIDIA\0 H100 (80 GB)"))
+
+
+def test_exact_entry_wins(folder: Path) -> None:
+    write(folder, document())
+    assert conv_heuristic(SHAPE, GPU) != TUNED
+    assert lookup(SHAPE, GPU) == TUNED
+    for other in (replace(SHAPE, n=65), replace(SHAPE, residual=True), replace(SHAPE, dtype="bfloat16")):
+        assert lookup(other, GPU) == conv_heuristic(other, GPU)
+    assert lookup(SHAPE, KNOWN[100]) == conv_heuristic(SHAPE, KNOWN[100])  # another GPU
+
+
+TIMING = table.Timing(3.5, 3.25, 4.0, 5.0, 20, triton.__version__, "2026-01-31")
+
+
+def test_entry_may_leave_out_defaults_and_carry_a_timing(folder: Path) -> None:
+    entry = {"shape": {"n": 1, "c": 64, "h": 8, "w": 8, "k": 64}, "timing": {**asdict(TIMING), "p80_us": 4},
+             "config": {"block_m": 64, "block_k": 64, "block_c": 64, "num_warps": 4, "num_stages": 2}}  # fmt: skip
+    path = write(folder, document(entries=[entry]))
+    expected = table.Entry(ConvConfig(64, 64, 64, 4, 2), TIMING)
+    assert table.load(path).entries == {ConvShape(1, 64, 8, 8, 64): expected}
+
+
+def test_unaligned_tensors_ignore_a_box(folder: Path) -> None:
+    write(folder, document())
+    assert lookup(SHAPE, GPU, descriptors=False) == conv_heuristic(SHAPE, GPU, descriptors=False)
+
+
+def test_illegal_entry_is_ignored(folder: Path) -> None:
+    write(folder, document(SHAPE, replace(CONFIG, block_m=256, block_k=256, num_stages=8)))
+    assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+def test_no_table(folder: Path) -> None:
+    assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+def changed(**changes: Any) -> str:
+    """The good table with changed fields of its entry's shape."""
+    return document({**asdict(SHAPE), **changes})
+
+
+def timed(timing: Any) -> str:
+    """The good table with a timing."""
+    return document(entries=[{**json.loads(document())["entries"][0], "timing": timing}])
+
+
+HOSTILE: dict[str, str | bytes] = {
+    "empty": "",
+    "not JSON": "schema: 1",
+    "half a file": document()[:-20],
+    "a bracket too many": document() + "]",
+    "binary": bytes(range(256)) * 100,
+    "not UTF-8": document().encode().replace(b"H200", b"\xff\xfe"),
+    "UTF-16": document().encode("utf-16"),
+    "byte order mark": b"\xef\xbb\xbf" + document().encode(),
+    "a list": "[]",
+    "a number": "1",
+    "no entries": json.dumps({"schema": 1}),
+    "entries no list": document(entries={}),
+    "no schema": json.dumps({"entries": []}),
+    "schema 2": document(schema=2),
+    "schema as a string": document(schema="1"),
+    "schema as a bool": document(schema=True),
+    "entry no object": document(entries=[[]]),
+    "entry empty": document(entries=[{}]),
+    "unknown key in entry": document(entries=[{**json.loads(document())["entries"][0], "run": "x"}]),
+    "shape no object": document([1, 64]),
+    "shape incomplete": document({"n": 1}),
+    "config no object": document(SHAPE, "fast"),
+    "config incomplete": document(SHAPE, {"block_m": 64}),
+    "unknown key in config": document(SHAPE, {**asdict(TUNED), "__class__": "x"}),
+    "unknown key in shape": changed(eval="1"),
+    "string for int": changed(n="32"),
+    "float for int": changed(n=32.0),
+    "NaN": changed(n=float("nan")),
+    "infinity": changed(n=float("inf")),
+    "bool for int": changed(c=True),
+    "null for int": changed(c=None),
+    "int for bool": changed(residual=0),
+    "int for string": changed(dtype=16),
+    "negative": changed(h=-56),
+    "huge": changed(w=2**31),
+    "very huge": changed(w=10**4000),
+    "too many digits": document().replace("56", "5" * 5000, 1),
+    "pair too short": changed(stride=[1]),
+    "pair too long": changed(stride=[1, 1, 1]),
+    "bool in pair": changed(stride=[True, True]),
+    "negative in pair": changed(padding=[-1, 1]),
+    "null for pair": changed(padding=None),
+    "string for pair": changed(padding="11"),
+    "box of floats": document(SHAPE, {**asdict(TUNED), "box": [1.0, 2.0, 32.0]}),
+    "newline in a key": changed(**{"a\nb": 1}),
+    "newline in a value": changed(dtype=["a\nb"]),
+    "long key": changed(**{"x" * 1_000_000: 1}),
+    "long value": changed(dtype=["x" * 1_000_000]),
+    "no GPU": document().replace('"gpu"', '"driver"'),
+    "GPU as a number": document(gpu=200),
+    "unknown key": document(run="x"),
+    "Triton as a number": document(triton=3.7),
+    "a key twice": document().replace('"n": 32', '"n": 32, "n": 64'),
+    "a shape twice": document(entries=json.loads(document())["entries"] * 2),
+    "timing no object": timed(3.5),
+    "timing incomplete": timed({"us": 3.5}),
+    "timing with an unknown key": timed({**asdict(TIMING), "command": "x"}),
+    "timing as a string": timed({**asdict(TIMING), "us": "3.5"}),
+    "timing as a bool": timed({**asdict(TIMING), "us": True}),
+    "timing negative": timed({**asdict(TIMING), "us": -1.0}),
+    "timing NaN": timed({**asdict(TIMING), "us": float("nan")}),
+    "timing infinite": timed({**asdict(TIMING), "us": 1.5}).replace("1.5", "1e999"),
+    "deep nesting": '{"schema": 1, "entries": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "nested value": changed(n=functools.reduce(lambda inner, _: [inner], range(400), 1)),
+    "oversize": document() + " " * (4 << 20),
+}
+
+
+SAID = {"not JSON": "not JSON", "half a file": "not JSON", "a bracket too many": "not JSON", "binary": "not JSON",
+        "long key": "unknown key", "long value": r"ConvShape\.dtype must be str"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_table_is_one_short_warning_that_says_what_to_do(folder: Path, name: str) -> None:
+    path = write(folder, HOSTILE[name])
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        table.load(path)
+    ignored(path, SAID.get(name, ""))
+
+
+def ignored(path: Path, fault: str = "") -> None:
+    with pytest.warns(UserWarning, match=fault) as caught:
+        assert lookup(SHAPE, GPU) == lookup(replace(SHAPE), GPU) == conv_heuristic(SHAPE, GPU)
+    (warning,) = (str(w.message) for w in caught)
+    assert str(path) in warning
+    assert "; delete it, or mend what it says" in warning
+    assert "heuristic" in warning
+    assert "\n" not in warning
+    assert len(warning) < 500
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (Path.mkdir, "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda path: path.symlink_to(path), "symbolic link"),
+    ],
+    ids=["folder", "device", "symlink loop"],
+)
+def test_what_is_no_file_is_ignored(folder: Path, make: Callable[[Path], object], fault: str) -> None:
+    make(folder / "nvidia-h200.json")
+    ignored(folder / "nvidia-h200.json", fault)
+
+
+def test_another_gpus_table_is_ignored(folder: Path) -> None:
+    write(folder, document(gpu="NVIDIA H100"))
+    with pytest.warns(UserWarning, match="tuned for 'NVIDIA H100', expected 'NVIDIA H200'"):
+        assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+@pytest.mark.parametrize("with_timing", [True, False])
+def test_another_triton_is_warned_of_once_and_used(folder: Path, with_timing: bool) -> None:
+    """An entry's own version counts, where there is one."""
+    old = document(triton="3.1.4")
+    if with_timing:
+        old = timed({**asdict(TIMING), "triton": "3.1.4"})
+    write(folder, old)
+    with pytest.warns(UserWarning, match=r"nvidia-h200.json was tuned with Triton 3\.1\.4, this is"):
+        assert lookup(SHAPE, GPU) == TUNED
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lookup(replace(SHAPE), GPU) == TUNED
+        write(folder, document(triton=triton.__version__.rpartition(".")[0] + ".99"))  # a patch release is no other
+        choice.forget()
+        assert lookup(SHAPE, GPU) == TUNED
+
+
+def test_a_saved_table_is_the_table_that_was_saved(folder: Path) -> None:
+    path = table.path_of(GPU.name)
+    entries = {
+        replace(SHAPE, n=2): table.Entry(TUNED),
+        SHAPE: table.Entry(CONFIG, TIMING),
+        replace(SHAPE, n=1): table.Entry(BOX),
+    }
+    saved = table.Table(GPU.name, "570.86.15", triton.__version__, torch.__version__, "2026-01-31", entries)
+    table.save(saved, path)
+    assert table.load(path) == saved
+    head, *lines, end = path.read_text().splitlines()
+    assert json.loads(head + end)["driver"] == "570.86.15"
+    assert [json.loads(line.rstrip(","))["shape"]["n"] for line in lines] == [1, 2, 32], "one line each, in order"
+    table.save(table.Table(GPU.name), path)
+    assert table.load(path) == table.Table(GPU.name)
+    assert [p.name for p in folder.iterdir()] == [path.name]
+
+
+# --- another batch size ----------------------------------------------------------------------------------------------
+
+WIDE = ConvConfig(128, 64, 64, 4, 4, (1, 1, 128))
+AT_128 = replace(SHAPE, n=128)
+
+
+def tabled(folder: Path, *entries: tuple[ConvShape, ConvConfig]) -> None:
+    found = {shape: table.Entry(config) for shape, config in entries}
+    table.save(table.Table(GPU.name, triton=triton.__version__, entries=found), table.path_of(GPU.name))
+
+
+def test_a_near_batch_size_takes_the_tile(folder: Path) -> None:
+    tabled(folder, (AT_128, WIDE))
+    assert conv_heuristic(AT_128, GPU) != WIDE
+    assert lookup(replace(SHAPE, n=255), GPU) == WIDE
+    for n in (57, 63, 257, 1024):  # more than a factor of two away
+        assert lookup(replace(SHAPE, n=n), GPU) == conv_heuristic(replace(SHAPE, n=n), GPU)
+    for other in (replace(AT_128, n=120, residual=True), replace(AT_128, n=120, dtype="bfloat16")):
+        assert lookup(other, GPU) == conv_heuristic(other, GPU)
+
+
+def test_the_nearest_batch_size_wins(folder: Path) -> None:
+    narrow = replace(WIDE, num_stages=3)
+    tabled(folder, (replace(SHAPE, n=64), narrow), (AT_128, WIDE))
+    assert lookup(replace(SHAPE, n=80), GPU).num_stages == 3
+    assert lookup(replace(SHAPE, n=112), GPU).num_stages == 4
+
+
+def test_a_box_is_fitted_to_the_batch_size(folder: Path) -> None:
+    """(1, 1, 128) would compute 128 images to keep 64 of them."""
+    tabled(folder, (AT_128, WIDE))
+    chosen = lookup(replace(SHAPE, n=64), GPU)
+    assert chosen.box is not None
+    assert chosen.box[2] <= 64
+    assert chosen == WIDE.on(chosen.box)
+    assert is_legal(chosen, replace(SHAPE, n=64), GPU)
+
+
+def test_a_tile_that_fits_worse_here_than_where_it_was_tuned_is_refused(folder: Path) -> None:
+    """Tiles of 256 pixels make 98 programs of 8 images, enough for 132 SMs, but only 49 of 4 images."""
+    at_8, tile = replace(SHAPE, n=8), ConvConfig(256, 64, 64, 8, 3, (4, 8, 8), swap=True)
+    tabled(folder, (at_8, tile))
+    assert lookup(at_8, GPU) == tile
+    assert lookup(replace(SHAPE, n=7), GPU).block_m == 256
+    assert candidates.adapt(tile, at_8, replace(SHAPE, n=4), GPU) is None
+    assert lookup(replace(SHAPE, n=4), GPU) == conv_heuristic(replace(SHAPE, n=4), GPU)
+
+
+def test_unaligned_tensors_take_only_pointers_from_another_batch_size(folder: Path) -> None:
+    at_100 = replace(SHAPE, n=100)
+    tabled(folder, (AT_128, WIDE))
+    assert lookup(at_100, GPU, descriptors=False) == conv_heuristic(at_100, GPU, descriptors=False)
+    pointers = replace(WIDE, box=None, swap=False)
+    tabled(folder, (AT_128, pointers))
+    choice.forget()
+    assert conv_heuristic(at_100, GPU, descriptors=False) != pointers
+    assert lookup(at_100, GPU, descriptors=False) == pointers
+
+
+def test_an_illegal_neighbour_is_refused(folder: Path) -> None:
+    tabled(folder, (AT_128, replace(WIDE, num_stages=8, block_k=256)))
+    assert lookup(replace(SHAPE, n=100), GPU) == conv_heuristic(replace(SHAPE, n=100), GPU)
+
+
+def test_a_pinned_configuration_is_the_answer_to_everything(folder: Path) -> None:
+    with choice.pinned(TUNED), choice.pinned(CONFIG):
+        assert lookup(SHAPE, GPU) is lookup(STRIDED, KNOWN[80]) is CONFIG
+    assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
+
+
+def test_threads_see_only_what_they_have_pinned_and_overridden() -> None:
+    together = threading.Barrier(2)
+
+    def inside(gpu: DeviceFacts, config: ConvConfig) -> tuple[DeviceFacts, ConvConfig]:
+        with override(gpu), choice.pinned(config):
+            together.wait(10)
+            seen = facts(torch.device("cpu")), lookup(SHAPE, gpu)
+            together.wait(10)  # neither leaves before both have looked
+        return seen
+
+    given = [(KNOWN[80], CONFIG), (KNOWN[100], TUNED)]
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(inside, *zip(*given, strict=True))] == given
+
+
+def test_launches_alike_look_up_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weighing what may be chosen takes milliseconds. A table that is written is asked again."""
+    asked = []
+
+    def counted(shape: ConvShape, *arguments: Any, **options: Any) -> choice.Chosen:
+        asked.append(shape)
+        return choice.choose(shape, *arguments, **options)
+
+    monkeypatch.setattr("resnet_triton.config.choose", counted)
+    call = conv_call(generator(torch.device("cpu"), 0), ConvShape(1, 16, 4, 4, 16, 1, 1))
+    for forgotten in (False, True):
+        call.launches(call.output())
+        call.launches(call.output())
+        assert asked == [call.shape] * (1 + forgotten)
+        choice.forget()
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+MEASURED = Path(measured.__file__).with_name("nvidia-h200.measured.json")
+TIMED = json.loads(MEASURED.read_text(encoding="utf-8"))
+
+
+def usable(row: dict[str, Any]) -> bool:
+    several_sides = row["box"] is not None and sum(side > 1 for side in row["box"]) > 1
+    return row["exact"] and not row["spill_bytes"] and not several_sides
+
+
+def fastest() -> dict[ConvShape, ConvConfig]:
+    """Of each shape's forms that may be used."""
+    found = {}
+    for layer in TIMED["layers"]:
+        rows = [dict(zip(TIMED["columns"], values, strict=True)) for values in layer["forms"]]
+        if rows := sorted(filter(usable, rows), key=lambda row: row["us"]):
+            shape = {name: tuple(value) if isinstance(value, list) else value for name, value in layer["shape"].items()}
+            tile = [rows[0][f"block_{axis}"] for axis in "mkc"]
+            box = rows[0]["box"] and tuple(rows[0]["box"])
+            found[ConvShape(**shape)] = ConvConfig(
+                *tile, rows[0]["num_warps"], rows[0]["num_stages"], box, rows[0]["split_k"]
+            )
+    return found
+
+
+def test_an_h200_takes_the_fastest_form_that_was_measured_and_may_be_used() -> None:
+    calls = [call for call in trace(resnet18().eval(), (1, 3, 224, 224), torch.float16) if call.tiled]
+    layers = {replace(call.shape, n=256) for call in calls}
+    at_256 = {shape: config for shape, config in fastest().items() if shape.n == 256}
+    assert len(at_256) == 8
+    assert set(at_256) <= layers
+    for shape, config in fastest().items():
+        assert lookup(shape, INTERPRETED) == conv_heuristic(shape, INTERPRETED) == config, shape
+        chosen, form = lookup(shape, GPU), measured.best_measured(shape, GPU)
+        assert form
+        assert chosen == conv_heuristic(shape, GPU)
+        assert chosen == config or (chosen.kernel and estimate(chosen, shape, GPU) < 1100 * form.us)
+        assert (chosen != config) == (shape.n in (1, 256)), "no kernel in Gluon has been timed yet"
+        assert shape.n != 32, "timed in boxes with several sides alone"
+    assert all(launch.own for call in calls for launch in call.launches(GPU)), "our own choice"
+    assert at_256[replace(SHAPE, n=256)] == ConvConfig(128, 64, 64, 4, 3, (1, 1, 128)), "145 us, two columns took 207"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"exact": False}, {"safe": False}, {"spill_bytes": 8}, {"box": [1, 4, 32]}, {"block_c": 256}],
+    ids=["inexact", "unsafe", "spills", "several sides", "illegal"],
+)
+def test_the_fastest_form_is_not_taken_if_it_may_not_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
+) -> None:
+    planted = {"us": 1.0, "exact": True, "safe": True, "spill_bytes": 0, **asdict(WIDE), "box": [1, 1, 128]}
+    for row, taken in ((planted, True), (planted | fault, False)):
+        data = json.loads(MEASURED.read_text(encoding="utf-8"))
+        for layer in data["layers"]:
+            layer["forms"].insert(0, [row[name] for name in data["columns"]])
+        (tmp_path / MEASURED.name).write_text(json.dumps(data))
+        monkeypatch.setattr(measured, "FOLDER", tmp_path)
+        measured.measured.cache_clear()
+        try:
+            for shape, config in fastest().items():
+                expected = WIDE if taken and is_legal(WIDE, shape, GPU) else config
+                form = measured.best_measured(shape, GPU)
+                assert form
+                assert form.config == expected, shape
+        finally:
+            measured.measured.cache_clear()
+
+
+def test_nothing_else_takes_what_was_measured_on_an_h200() -> None:
+    shape = replace(SHAPE, n=256)
+    others = [replace(shape, n=255), replace(shape, dtype="bfloat16"), replace(shape, h=57)]
+    for elsewhere, device in [*((s, GPU) for s in others), *((shape, d) for d in (KNOWN[80], KNOWN[100], H100))]:
+        assert measured.best_measured(elsewhere, device) is None
+        assert lookup(elsewhere, device) == best_estimated(elsewhere, device)
+    assert lookup(shape, GPU, descriptors=False) == best_estimated(shape, GPU, descriptors=False), "boxes alone"
+    assert lookup(replace(SHAPE, n=1), GPU, descriptors=False) == fastest()[replace(SHAPE, n=1)]
+
+
+def test_a_measured_form_stands_between_the_table_s_entries(folder: Path) -> None:
+    """Behind the very shape's, before a near batch size's."""
+    shape = replace(SHAPE, n=256)
+    tabled(folder, (replace(SHAPE, n=255), WIDE))
+    assert lookup(shape, INTERPRETED) == fastest()[shape]
+    tabled(folder, (shape, WIDE))
+    choice.forget()
+    assert lookup(shape, INTERPRETED) == lookup(shape, GPU) == WIDE
