@@ -112,7 +112,7 @@ class Compiled(nn.Module):
             return reduced  # the class makes its own, and knows nothing of ours
         _, (_, *arguments), state, *rest = reduced
         kept = {k: v for k, v in state.items() if k != "_triton_programs"} if type(state) is dict else state
-        return _new, (origin(self), *arguments), kept, *rest
+        return _new, (original.origin(self), *arguments), kept, *rest
 
     def __prepare_scriptable__(self) -> Any:
         raise NotImplementedError(
@@ -123,12 +123,6 @@ class Compiled(nn.Module):
 
 _NEW: Any = object().__reduce_ex__(2)[0]
 """What an ordinary object's pickle calls: `copyreg.__newobj__`."""
-
-
-def origin(module: nn.Module) -> type[nn.Module] | None:
-    """The class that `module` was made of, or None."""
-    cls: type[nn.Module] | None = getattr(type(module), "written_class", None)
-    return cls
 
 
 def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph) -> None:
@@ -174,7 +168,7 @@ class Program:
         self.functions: list[GraphedFunction] = []
         options = {**self.options, "cuda_graph": False} if replicas else self.options  # their parameters are new ones
         backend = _backend(options=options, functions=self.functions, moved=_moved(module))
-        written: Any = origin(module)
+        written: Any = original.origin(module)
         call = _call if written.__call__ is nn.Module.__call__ else _call_by_class
         function: Any = _fresh(call, written.__name__)
         self.code = function.__code__
@@ -310,7 +304,7 @@ def _call(module: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _call_by_class(module: Any, args: Any, kwargs: Any) -> Any:
-    cls: Any = origin(module)
+    cls: Any = original.origin(module)
     return cls.__call__(module, *args, **kwargs)
 
 

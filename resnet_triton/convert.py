@@ -159,7 +159,7 @@ def revert(model: Model) -> Model:
     that `optimize` did not convert.
     """
     check_module(model)
-    found = [m for m in model.modules() if converted.origin(m) or compiled.origin(m)]
+    found = [m for m in model.modules() if original.origin(m)]
     if not found:
         said = f"{type(model).__name__} was not converted by optimize, so there is nothing to revert"
         own = "; for filters as torch lays them out, call model.to(memory_format=torch.contiguous_format)"
@@ -184,7 +184,7 @@ def _without_ours(cls: Any) -> Any:
     """The class that ours was made of; of one that a library derived from ours, the same derived from that."""
     if not issubclass(cls, (*OURS, Compiled)):
         return cls
-    if (written := vars(cls).get("torchvision_class") or vars(cls).get("written_class")) is not None:
+    if (written := vars(cls).get("written_class")) is not None:
         return written
     members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__, tuple(map(_without_ours, cls.__bases__)), members)

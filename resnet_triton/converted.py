@@ -44,16 +44,10 @@ def is_derived(module: nn.Module) -> bool:
     return not isinstance(module, models.ResNet) and ("torchvision.models.resnet", "ResNet") in bases
 
 
-def origin(module: nn.Module) -> type[nn.Module] | None:
-    """The class of torchvision's that `module` was converted from, or None."""
-    cls: type[nn.Module] | None = getattr(type(module), "torchvision_class", None)
-    return cls
-
-
 def _joined(ours: Any, theirs: Any) -> type[nn.Module]:
     original.remember(theirs)
     code = {name: _either(name, ours, theirs) for name in ("forward", "_forward_impl") if hasattr(theirs, name)}
-    members = {"__module__": __name__, "__init__": theirs.__init__, "torchvision_class": theirs, **code}
+    members = {"__module__": __name__, "__init__": theirs.__init__, "written_class": theirs, **code}
     made = type(theirs.__name__, (ours, theirs), members)
     original.remember(made)
     models.STATELESS.add(made)

@@ -60,6 +60,12 @@ def replaced(module: nn.Module) -> str | None:
     return None
 
 
+def origin(module: nn.Module) -> type[nn.Module] | None:
+    """The class of `module` before `optimize`, or None if it has it still."""
+    cls: type[nn.Module] | None = getattr(type(module), "written_class", None)
+    return cls
+
+
 # --- disabled modules ------------------------------------------------------------------------------------------------
 
 anywhere: dict[int, int] = {}

@@ -35,7 +35,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from resnet_triton import compiled, disabled, optimize, refresh, report, revert
 from resnet_triton.backend import resnet_triton
-from resnet_triton.ops import dispatch
+from resnet_triton.ops import dispatch, original
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -105,7 +105,7 @@ def test_copies_stay_optimized_and_use_their_own_parameters(copied):
     model, x = integral(Outer()), images()
     optimize(model)(x)
     other = copied(model)
-    assert compiled.origin(other) is Outer
+    assert original.origin(other) is Outer
     other.inner.conv.weight.zero_()
     assert used(other, x) == {("conv_bn_relu", "torch"): 1, ("avg_pool_linear", "torch"): 1}
     with disabled(model), disabled(other):

@@ -22,8 +22,8 @@ from compiling import run
 from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import compiled, converted, disabled, filters, models, optimize, precompile, refresh, report, revert
-from resnet_triton.ops import dispatch
+from resnet_triton import converted, disabled, filters, models, optimize, precompile, refresh, report, revert
+from resnet_triton.ops import dispatch, original
 from resnet_triton.support import vision
 
 torchvision = vision.torchvision()
@@ -371,7 +371,7 @@ def test_a_subclass_keeps_its_code():
     model = randomised(Doubled(tv.BasicBlock, [1, 1, 1, 1], num_classes=10))
     expected = model(image())
     fast = optimize(nn.Sequential(model))
-    assert compiled.origin(model) is Doubled
+    assert original.origin(model) is Doubled
     assert {type(model.get_submodule(f"layer{i}.0")) for i in range(1, 5)} == {converted.BasicBlock}
     before = Counter(dispatch.calls)
     close(fast(image()), expected)
@@ -925,7 +925,7 @@ PRECOMPILE = """
 import sys, threading, triton
 from resnet_triton import models, precompile
 from resnet_triton.config.device import KNOWN
-from resnet_triton.ops import dispatch
+from resnet_triton.ops import dispatch, original
 from resnet_triton.ops.trace import compile_calls, trace
 from resnet_triton.tuner.precompile import pretend
 
