@@ -1,9 +1,11 @@
 """How each kernel is tiled: the configuration, what is legal, and where a configuration comes from.
 
-Lookup order: the GPU's table (`<gpu>.json` in this folder), what was measured for the very shape
-(`<gpu>.measured.json`), the table's entry for a near batch size, then the cost model. Nothing is searched or timed at
-call time. The cost model is a pure function of shape and device facts; what a lookup depends on besides (tables, which
-are read once, and `pinned`, while the tuner plans) is in `state()`, for those who keep its answers.
+    device, conv (shapes, what is legal) -> estimate (the cost model); measured; hopper (forms in Gluon) -> heuristic
+    heuristic -> invariant (one tile for all batch sizes), candidates (what is worth a try); table -> choice (lookups)
+
+Nothing is searched or timed at call time. The cost model is a pure function of shape and device facts; what a lookup
+depends on besides (tables, which are read once, and `pinned`, while the tuner plans) is in `state()`, for those who
+keep its answers.
 """
 
 from ..kernels.values import ConvConfig
