@@ -76,6 +76,16 @@ class Compiled(nn.Module):
             _move(self)
         return loaded
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """After `.to()`, `.half()` and the like, CUDA graphs for the memory that the model has left are of no use."""
+        before = _addresses(self)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if before != _addresses(self):
+            for program in _made(self):
+                for function in program.functions():
+                    function.drop()
+        return self
+
     def train(self, mode: bool = True) -> Any:
         """In training mode filters lie as they did, for code that only training runs may count on it."""
         trained = super().train(mode)
@@ -165,14 +175,19 @@ class Program:
         self.owner = weakref.ref(module)
         self.options = module._triton_options
         self.watch = Watch(module)
-        self.functions: list[GraphedFunction] = []
+        self._functions: list[weakref.ref[GraphedFunction]] = []
         options = {**self.options, "cuda_graph": False} if replicas else self.options  # their parameters are new ones
-        backend = _backend(options=options, functions=self.functions, moved=_moved(module))
+        backend = _backend(options=options, functions=self._functions, moved=_moved(module))
         written: Any = original.origin(module)
         call = _call if written.__call__ is nn.Module.__call__ else _call_by_class
         function: Any = _fresh(call, written.__name__)
         self.code = function.__code__
         self.function: Callable[..., Any] = torch.compile(function, backend=backend)
+        weakref.finalize(self, _forget_code, self.code).atexit = False
+
+    def functions(self) -> list[GraphedFunction]:
+        """What CUDA graphs repeat of it."""
+        return [function for ref in self._functions if (function := ref()) is not None]
 
     def holds(self, module: Compiled) -> bool:
         return self.owner() is module and self.options == module._triton_options and self.watch.holds()
@@ -215,6 +230,13 @@ class Program:
             if "using FX to symbolically trace" in str(error):  # in another thread, for `_uncompiled_reason` saw none
                 return super(Compiled, module).__call__(*args, **kwargs)
             return _again(error, module, self.function, args, kwargs, stay)
+
+
+def _forget_code(code: types.CodeType) -> None:
+    """Have Dynamo drop what it has compiled, with its CUDA graphs. It would keep that, and `code`, for good."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    reset_code(code)
 
 
 _LIMIT = 16
@@ -456,6 +478,10 @@ def _copy(t: Tensor) -> Tensor:
         return t.clone()
 
 
+def _addresses(module: nn.Module) -> list[int]:
+    return [p.data_ptr() for p in module.parameters() if filters.is_plain(p)]
+
+
 def _made(module: nn.Module) -> list[Program]:
     programs: Programs | None = vars(module).get("_triton_programs")
     return [] if programs is None else list(programs.by_mode.values())
@@ -463,7 +489,7 @@ def _made(module: nn.Module) -> list[Program]:
 
 def describe(module: Compiled) -> str:
     """What CUDA graphs have done for its calls, for `report`."""
-    said = [function.describe() for program in _made(module) for function in program.functions]
+    said = [function.describe() for program in _made(module) for function in program.functions()]
     return f"cuda_graph={module._triton_options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
@@ -46,7 +47,7 @@ def resnet_triton(
     options: Mapping[str, Any] | None = None,
     record: list[Call] | None = None,
     names: Mapping[int, str] | None = None,
-    functions: list[GraphedFunction] | None = None,
+    functions: list[weakref.ref[GraphedFunction]] | None = None,
     moved: Callable[[], Iterable[Tensor]] = tuple,
 ) -> Function:
     """Compile a graph of Dynamo's: convolutions and what follows them on our kernels, the rest on PyTorch's.
@@ -95,7 +96,7 @@ def resnet_triton(
             forward = compile_rest(gm) if rest == "inductor" else gm.forward
         graphed = _graphed(gm.graph, forward, cuda_graph)
         if functions is not None and graphed is not None:
-            functions.append(graphed)
+            functions.append(weakref.ref(graphed))  # Dynamo keeps a backend for good
         if graphed is not None and _is_whole(gm.graph, graph.graph, inputs):
             whole.append(graphed)
         return _boxed(graphed or forward)

@@ -143,6 +143,11 @@ class Graphs:
             why = self._why_not(key, cuda_graph) or reason() or self._capture(key, entry)
         self.note(why or WAITING, cuda_graph)
 
+    def drop(self) -> None:
+        """Let go of all graphs."""
+        with self._lock:
+            self._drop_all()
+
     def _why_not(self, key: Key, cuda_graph: CudaGraph) -> str | None:
         shape = self._shapes.setdefault(key, _Shape(wanted=1 if cuda_graph is True else 2))
         self._shapes.move_to_end(key)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import pickle
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -459,6 +461,35 @@ def test_the_graphs_of_an_optimized_model(cuda):
             expected = model(x)
         for _ in range(3):
             torch.testing.assert_close(model(x), expected)
+
+
+def _hooked(models: list[Any]) -> None:
+    models[0].register_forward_hook(_plus_one)
+    models[0](images())
+
+
+GOING: dict[str, Callable[[list[Any]], Any]] = {
+    "refreshed": lambda models: refresh(models[0]),
+    "moved": lambda models: models[0].double(),
+    "compiled anew": _hooked,
+    "gone": list.clear,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", GOING)
+def test_an_optimized_model_gives_its_graphs_back(cuda, way):
+    """Dynamo would keep what it has compiled."""
+    models = [optimize(integral(Outer()), cuda_graph=True)]
+    for _ in range(3):
+        models[0](images())
+    models[0].to(torch.float32)
+    graph = weakref.ref(cuda.graphs.pop())
+    gc.collect()
+    assert graph() is not None
+    GOING[way](models)
+    gc.collect()
+    assert graph() is None
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------

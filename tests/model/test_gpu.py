@@ -534,6 +534,22 @@ def test_graphs_give_their_memory_back():
     assert torch.cuda.memory_reserved() <= before
 
 
+def test_graphs_of_a_compiled_model_give_their_memory_back():
+    x = images(8)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with torch.inference_mode(False):
+        model = optimize(Gram().eval().half().cuda(), cuda_graph=True)
+    for _ in range(3):
+        model(x)
+    assert torch.cuda.memory_reserved() > before
+    del model
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
 # --- kernels that only a GPU runs, or that are off by default ---------------------------------------------------------
 
 
