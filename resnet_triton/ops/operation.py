@@ -9,6 +9,7 @@ launches, for the detour through the dispatcher costs more than one of them.
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -219,8 +220,17 @@ def _fold(t: Tensor | None, dim: int | None, n: int) -> Tensor | None:
     return (t.expand(n, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
 
 
+_threads = threading.local()
+
+
 def _on(where: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(where) if where.type == "cuda" else interpreter.ready()
+    if where.type != "cuda":
+        return interpreter.ready()
+    if not hasattr(_threads, "ready"):
+        # A new thread has no CUDA context before it asks the runtime for anything. Triton sees to that when it launches
+        # a kernel (triton#3729), but not when it makes tensor maps for it.
+        _threads.ready = torch.cuda.is_current_stream_capturing()
+    return torch.cuda.device(where)
 
 
 def _asynchronous(where: torch.device) -> bool:

@@ -328,6 +328,26 @@ def test_several_threads():
     assert len(model._runner._graphs) == 3
 
 
+def test_a_thread_that_has_not_used_the_gpu_before():
+    """Nor has it a CUDA context. No kernel is replaced by another, of which there would be a warning."""
+    model, x = build(cuda_graph=False), images(2)
+    expected = model(x)
+    answers: list[Any] = []
+
+    def work() -> None:
+        try:
+            with torch.inference_mode():
+                answers.append(model(x))
+        except BaseException as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(answers[0], expected)
+
+
 def test_inside_the_users_own_graph():
     model, x = build(), images(2)
     captured(model, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import multiprocessing
@@ -22,7 +23,7 @@ from resnet_triton import compiled, functional, ops, optimize, refresh, report, 
 from resnet_triton.copies import independent
 from resnet_triton.graphs import fingerprint, runner
 from resnet_triton.graphs.snapshot import snapshot
-from resnet_triton.ops import AddRelu, GlobalAvgPool, dispatch, interpreter
+from resnet_triton.ops import AddRelu, GlobalAvgPool, dispatch, interpreter, operation
 from resnet_triton.ops.dispatch import Modes
 from resnet_triton.support import tensor_files, vision
 
@@ -415,6 +416,7 @@ def test_kernels_are_launched_under_the_guard_of_their_tensors_device(monkeypatc
             current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(Launch, "run", lambda launch: launched.append(current[-1]))
     with FakeTensorMode(), override(KNOWN[90]):
         x = torch.empty(2, 16, 7, 7, dtype=torch.float16, device="cuda:1", memory_format=torch.channels_last)
@@ -422,6 +424,25 @@ def test_kernels_are_launched_under_the_guard_of_their_tensors_device(monkeypatc
         GlobalAvgPool(x, Modes(kernels="triton")).compute()
     assert launched == [1, 1]
     assert current == [0]
+
+
+def test_a_thread_asks_the_runtime_for_a_context_before_it_launches_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: Triton makes tensor maps without one."""
+    asked: list[None] = []
+    before: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(None))
+    monkeypatch.setattr(torch.cuda, "device", lambda where: contextlib.nullcontext(len(asked)))
+
+    def work() -> None:
+        for _ in range(2):
+            with operation._on(torch.device("cuda:0")) as known:
+                before.append(known)
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert before == [1, 1, 2, 2]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
