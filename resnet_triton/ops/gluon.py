@@ -20,6 +20,12 @@ _refused = False
 _trying_others: ContextVar[bool] = ContextVar("trying_others", default=False)
 
 
+def is_passing(error: Exception) -> bool:
+    """Whether memory has run out, or CUDA loads no kernel during a capture: another time the same kernel may run."""
+    words = "out of memory", "stream is capturing", "error during capture"  # of the driver, as Triton hands them on
+    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in words)
+
+
 def facts(where: torch.device) -> DeviceFacts:
     """Facts of a device, for a choice among the kernels that can run here: Gluon has no interpreter."""
     found = device.facts(where)
@@ -37,12 +43,12 @@ def _without(found: DeviceFacts) -> DeviceFacts:
 def in_place_of(launches: Sequence[Launch], error: Exception) -> Iterator[None]:
     """Within, other kernels are chosen than those that raised `error`; if they run, in this process from then on.
 
-    If they do not run either, or there was no kernel in Gluon, or memory ran out, `error` is raised: it is not
-    the kernel's fault, as an earlier one's error that a launch reports.
+    If they do not run either, or there was no kernel in Gluon, or `error` is passing, it is raised: it is not the
+    kernel's fault, as an earlier one's error that a launch reports.
     """
     global _refused
     names = [launch.kernel.__name__ for launch in launches if launch.is_gluon]
-    if not names or isinstance(error, torch.OutOfMemoryError):
+    if not names or is_passing(error):
         raise error
     token = _trying_others.set(True)
     try:

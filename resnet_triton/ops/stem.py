@@ -187,6 +187,8 @@ def _windows_work(where: torch.device) -> bool:
             _try_windows(where)
             _windows[where] = True
         except RuntimeError as error:
+            if gluon.is_passing(error):
+                raise
             _windows[where] = False
             warnings.warn(f"the stem takes two launches, the fused one failed: {error}", RuntimeWarning, stacklevel=2)
     return _windows[where]

@@ -30,6 +30,7 @@ from resnet_triton.config import StemConfig, hopper_strip, stem_heuristic
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.kernels import stem as kernels
 from resnet_triton.ops import BatchNorm, dispatch, interpreter, reference
+from resnet_triton.ops import stem as operator
 from resnet_triton.ops.dispatch import Modes
 from resnet_triton.ops.precision import fp32_precision
 from resnet_triton.ops.stem import Stem
@@ -378,3 +379,27 @@ def test_strips_on_hopper_keep_every_group_busy():
         assert items / (-(-items // 264) * 264) > 0.8, (batch, strip)
     assert hopper_strip(1, 56, 56, KNOWN[90]) == 1, "an image is divided among all"
     assert hopper_strip(256, 56, 56, KNOWN[90]) == 56, "long strips recompute less"
+
+
+@pytest.mark.parametrize("message", ["an invalid argument", "CUDA out of memory"])
+def test_a_driver_that_refuses_windows_is_tried_once(monkeypatch, message):
+    """For lack of memory it refuses nothing."""
+    where, tried = torch.device("cuda:0"), []
+
+    def refused(where: torch.device) -> None:
+        tried.append(where)
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(operator, "_windows", {})
+    monkeypatch.setattr(operator, "_try_windows", refused)
+    if "memory" in message:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=message):
+                operator._windows_work(where)
+        assert len(tried) == 2
+    else:
+        with pytest.warns(RuntimeWarning, match=f"the fused one failed: {message}"):
+            assert not operator._windows_work(where)
+        assert not operator._windows_work(where)
+        assert len(tried) == 1
