@@ -69,7 +69,7 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     """
     check_module(model)
     given = _of_a_call(inputs)
-    if isinstance(model, nn.DataParallel):
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     whole = compiled.is_whole(model)
     by_compiler = whole or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())

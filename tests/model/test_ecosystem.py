@@ -248,6 +248,13 @@ def test_shards(kind: str, sharded: Callable[[Any], None]) -> None:
     assert [base for base in type(model).__mro__ if base.__module__.startswith("resnet_triton")] == []
 
 
+@pytest.mark.usefixtures("sharded")  # for its group
+def test_report_of_a_model_for_distributed_training() -> None:
+    model = optimize(nn.Sequential(nn.Conv2d(3, 512, 3), nn.Conv2d(512, 64, 3), nn.Conv2d(64, 64, 3)).eval())
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)  # more than that, torch.compile splits
+    assert [call.name for call in report(wrapped, image()).calls] == ["0", "1", "2"]
+
+
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
