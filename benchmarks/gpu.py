@@ -38,31 +38,33 @@ def _models(name: str, *names: str, limit: float = 120, environ: dict[str, str] 
     return Phase(name, steps, limit, limit, environ=environ or {})  # a race keeps its own time
 
 
-def _tests(name: str, file: str, select: str, *, processes: int, limit: float) -> Phase:
-    return Phase(name, partial(gpu.tests, file=file, select=select, processes=processes), limit, limit)
+def _tests(name: str, file: str, select: str, *, few: str, processes: int, limit: float) -> Phase:
+    """A rehearsal runs only the `few`."""
+    return Phase(name, partial(gpu.tests, file=file, select=select, few=few, processes=processes), limit, limit)
 
 
 _LAYERS = "test_resnet18_layer and not float32"
+_FEW = "test_conv_epilogue and plain and float16"
 _PYTORCH = ("cudnn fused graph", "compile reduce-overhead")
 _FAST = ("folded graph", "cudnn fused graph", "compile reduce-overhead", "ours graph")
 _TUNED: dict[str, Any] = {"tuned": True, "label": ", tuned"}
 PHASES = (
     # 300 runs of each convolution, on top of compiling them and computing their answers.
     Phase("exact", partial(gpu.exact, dtypes=["float16", "bfloat16"]), 200, 60),
-    _models("models", *_PYTORCH, "ours", "ours graph"),
+    _models("models", *_PYTORCH, "ours", "ours graph", limit=180),  # predicted: four cores compile for 90 s
     _models("max-autotune", "compile max-autotune", "ours graph", limit=240),
     Phase("layers", partial(gpu.layer_times, alternatives=["ours", "eager", "cudnn fused"]), 90, 30),
     Phase("ceilings", partial(ceilings.steps, ["float16", "bfloat16"]), 40, 20),
-    _tests("test-exact", "tests/kernels/test_exact.py", _LAYERS, processes=12, limit=120),
+    _tests("test-exact", "tests/kernels/test_exact.py", _LAYERS, few=_FEW, processes=12, limit=120),
     Phase("tune", gpu.tune, 400, 400, spare=45),
     _models("tuned", *_FAST, **_TUNED),
-    _tests("test-gpu", "tests/model/test_gpu.py", "not every_run", processes=4, limit=120),
-    _tests("test-contract", "tests/kernels/test_contract.py", "test", processes=8, limit=120),
+    _tests("test-gpu", "tests/model/test_gpu.py", "not every_run", few="test", processes=4, limit=120),
+    _tests("test-contract", "tests/kernels/test_contract.py", "test", few="variance", processes=8, limit=120),
     _models("batches", *_FAST, sizes=(2, 8, 64, 128, 129), limit=150, **_TUNED),
-    _tests("test-exact-rest", "tests/kernels/test_exact.py", f"not ({_LAYERS})", processes=14, limit=300),
+    _tests("test-exact-rest", "tests/kernels/test_exact.py", f"not ({_LAYERS})", few=_FEW, processes=14, limit=300),
     _models("bfloat16", *_FAST, dtype="bfloat16", **_TUNED),
     Phase("layers-compile", partial(gpu.layer_times, alternatives=["ours", "compile"]), 200, 60),
-    _tests("test-invariant", "tests/kernels/test_invariant.py", "test", processes=8, limit=90),
+    _tests("test-invariant", "tests/kernels/test_invariant.py", "test", few="alike and linear", processes=8, limit=90),
     _models("invariant", "ours graph", "ours invariant graph", sizes=(1, 8, 32, 128, 256), **_TUNED),
     _models("default", "compile default", "compile reduce-overhead freezing", "ours graph"),
     _models("no-cudagraphs", "compile max-autotune-no-cudagraphs", "ours graph", sizes=(1, 256), limit=240),
