@@ -55,8 +55,8 @@ relu, activate, scale_and_shift, maximum = (
 
 
 @gluon.jit
-def hand_in(acc, partials_ptr, semaphores_ptr, tile, split, splits):
-    """Store a program's part of a tile, fp32, say so, and find out whether it is the last of `splits` to do so.
+def store_partial(acc, partials_ptr, semaphores_ptr, tile, split, splits):
+    """Store a program's partial sum of a tile, fp32, say so, and find out whether it is the last of `splits` to do so.
 
     Returns pointers to the elements of the tile's first part, behind which the others lie, and True for the last, which
     leaves the semaphore at zero. For the group that calls it: a tile is what one group computes.
@@ -80,7 +80,7 @@ def hand_in(acc, partials_ptr, semaphores_ptr, tile, split, splits):
 def sum_partials(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K: gl.constexpr):
     """As in `tiles.py`, for the group that calls it."""
     SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
-    partials, last = hand_in(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K)
+    partials, last = store_partial(acc, partials_ptr, semaphores_ptr, tile, split, SPLIT_K)
     if last:
         acc = gl.load(partials, cache_modifier=".cg")
         for i in range(1, SPLIT_K):

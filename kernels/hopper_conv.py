@@ -206,9 +206,9 @@ def half_offset(group: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr, B
 
 @gluon.jit
 def reduce(group: gl.constexpr, pixels, filters, full, empty, i, STEPS: gl.constexpr, STAGES: gl.constexpr,
-           MOST: gl.constexpr, TAPS: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr,
+           SLOT_TAPS: gl.constexpr, TAPS: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr,
            mma: gl.constexpr):  # fmt: skip
-    """This group's products of the next STEPS slots, TAPS of each, which has room for MOST.
+    """This group's products of the next STEPS slots, TAPS of each, which has room for SLOT_TAPS.
 
     A slot is given back when the products of the next one are issued.
     """
@@ -217,8 +217,8 @@ def reduce(group: gl.constexpr, pixels, filters, full, empty, i, STEPS: gl.const
         slot = i % STAGES
         mbarrier.wait(full.index(slot), i // STAGES & 1)
         for tap in gl.static_range(TAPS):
-            a = pixels.index(slot * (MOST + 1) + group + tap)
-            b = filters.index(slot * MOST + tap).permute((1, 0))
+            a = pixels.index(slot * (SLOT_TAPS + 1) + group + tap)
+            b = filters.index(slot * SLOT_TAPS + tap).permute((1, 0))
             acc = warpgroup_mma(a, b, acc, is_async=True)
         acc = warpgroup_mma_wait(TAPS, deps=(acc,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)

@@ -35,14 +35,13 @@ from .hopper import (
     async_load,
     descriptor_of,
     filter_descriptor,
-    hand_in,
     scale_and_shift,
+    store_partial,
 )
 from .launch import Launch, cdiv, with_base
-from .values import NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size
+from .values import MAX_SPLIT_K_OF_FEW, NO_BATCH_NORM, Activation, ConvConfig, Convolution, Geometry, Shortcut, Size
 
-MOST = gl.constexpr(8)
-"""Programs that may share a tile. Their sum is no loop, in which each turn would wait for its load."""
+MAX_SPLIT_K = gl.constexpr(MAX_SPLIT_K_OF_FEW)
 
 
 def in_a_row(size: Size, box: tuple[int, int, int]) -> Size:
@@ -175,10 +174,10 @@ def hopper_few_kernel(
 
     last = True
     if partials_ptr is not None:
-        partials, last = hand_in(y, partials_ptr, semaphores_ptr, tile, split, SPLIT_K)
+        partials, last = store_partial(y, partials_ptr, semaphores_ptr, tile, split, SPLIT_K)
         if last:
             y = gl.load(partials, cache_modifier=".cg")
-            for i in gl.static_range(1, MOST):
+            for i in gl.static_range(1, MAX_SPLIT_K):
                 y += gl.load(partials + i * (PIXELS * 64), mask=inside & (i < SPLIT_K), other=0.0, cache_modifier=".cg")
     if last:
         y += shift

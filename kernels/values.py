@@ -189,6 +189,10 @@ def filter_view(size: Size, block_k: int, block_c: int) -> tuple[tuple[int, ...]
     return (r * s, k, c), (c, r * s * c, 1), (1, block_k, block_c)
 
 
+MAX_SPLIT_K_OF_FEW = 8
+"""Programs of `hopper_few` that may share a tile. Their sum is no loop, in which each turn would wait for its load."""
+
+
 def has_several_sides(box: tuple[int, int, int]) -> bool:
     """Whether more than one side of a box is longer than 1, so that its pixels must not be the rows of a product.
 

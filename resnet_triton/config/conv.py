@@ -8,7 +8,7 @@ from itertools import product
 from math import prod
 
 from ..kernels.launch import cdiv
-from ..kernels.values import ConvConfig, has_several_sides, is_flat, taps_at_once
+from ..kernels.values import MAX_SPLIT_K_OF_FEW, ConvConfig, has_several_sides, is_flat, taps_at_once
 from .device import DeviceFacts
 
 CONV, CONV64, FEW = "hopper_conv", "hopper_conv64", "hopper_few"
@@ -17,7 +17,7 @@ CONV, CONV64, FEW = "hopper_conv", "hopper_conv64", "hopper_few"
 SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 """How many programs may share a tile, as far as it is worth weighing."""
 _LINES = 8  # pixels in one pattern of swizzled shared memory, the least that a load may bring
-_MOST = 128 * 128  # pixels x filters of a tile of fp32, or with a residual, or that sums a shortcut's products
+_MAX_TILE = 128 * 128  # pixels x filters of a tile of fp32, or with a residual, or that sums a shortcut's products
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _is_legal_gluon(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -
         return _is_legal64(config, shape, box)
     if config.kernel != CONV or config.block_m not in (128, 256) or config.block_k not in (64, 128, 256):
         return False
-    most = _MOST if wide or shape.residual or shape.shortcut_c else 2 * _MOST
+    most = _MAX_TILE if wide or shape.residual or shape.shortcut_c else 2 * _MAX_TILE
     if config.block_m * config.block_k > most:
         return False
     strided = (2, 2) in ((shape.stride, shape.shortcut_stride) if shape.shortcut_c else (shape.stride,))
@@ -248,7 +248,7 @@ def _is_legal64(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int])
 def _is_legal_few(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int]) -> bool:
     """A share is whole slabs of channels; a shortcut has at most one for each share."""
     slabs, short_slabs = shape.c // 64, cdiv(shape.shortcut_c, 64)
-    if shape.c % 64 or shape.k % 64 or not 1 <= config.split_k <= 8 or slabs % config.split_k:
+    if shape.c % 64 or shape.k % 64 or not 1 <= config.split_k <= MAX_SPLIT_K_OF_FEW or slabs % config.split_k:
         return False
     if shape.stride == (2, 2) and shape.r == 3 and (shape.h % 2 or shape.w % 2):
         return False

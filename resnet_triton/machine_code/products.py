@@ -35,7 +35,7 @@ _READ = {
     "BAR", "BRA", "BSSY", "DEPBAR", "ELECT", "EXIT", "FCHK", "FENCE", "FSETP", "ISETP", "LDGDEPBAR", "LDGSTS",
     "MEMBAR", "NOP", "PLOP3", "R2UR", "S2UR", "STG", "STL", "STS", "STSM", "VOTEU", "WARPGROUP",
 }  # fmt: skip
-_MOST = 7  # groups that a wait can leave running
+_MAX_PENDING = 7  # groups that a wait can leave running
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _PRODUCT = re.compile(r"[A-Z]GMMA\b")
 _SHAPE = re.compile(r"[HQIB]GMMA\.64x(\d+)x\d+\.[FS]32\b")
@@ -122,7 +122,7 @@ def _hazards(
     todo = [(to, 0 if ours.closes else -1, False) for to in flow.next[start]]
     while todo:
         i, closed, called = todo.pop()
-        if i == len(code) or fewest.get((i, called), _MOST + 1) <= closed:
+        if i == len(code) or fewest.get((i, called), _MAX_PENDING + 1) <= closed:
             continue
         fewest[i, called] = closed
         found, other = code[i], products.get(i)
@@ -137,7 +137,7 @@ def _hazards(
             if _overlap(other.reads, ours.sums):
                 yield f"{found.name} at {found.address} reads the sums of {what}, which is not waited for"
             if other.closes and not found.maybe:
-                closed = min(closed + 1, _MOST)
+                closed = min(closed + 1, _MAX_PENDING)
         elif not found.known():
             yield f"{found.name} at {found.address} is unknown, and {what} is not waited for"
         elif found.writes() in ours.reads:
