@@ -33,7 +33,7 @@ _IEEE_TILES = ((64, 64, 16, 4, 3), (32, 32, 16, 4, 3))  # fp32 multiply-adds: la
 _IEEE_FLAT_TILES = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
 _MATRIX_ROWS = 64  # of the smallest product that four warps do at a time (wgmma)
-_SLACK = 1.1  # a warp-specialised form, timed nowhere yet, may be so much slower by the model than another was
+_UNTIMED_SLACK = 1.1  # a warp-specialised form, timed nowhere yet, may be so much slower by the model than another was
 _MANY = 32  # images from which boxes waste little of any shape
 
 
@@ -42,7 +42,7 @@ def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool =
     """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
     chosen = best_estimated(shape, device, descriptors=descriptors)
     timed = best_measured(shape, device, descriptors=descriptors)
-    if timed is None or (chosen.kernel and estimate(chosen, shape, device) < _SLACK * 1000 * timed.us):
+    if timed is None or (chosen.kernel and estimate(chosen, shape, device) < _UNTIMED_SLACK * 1000 * timed.us):
         return chosen
     return timed.config
 

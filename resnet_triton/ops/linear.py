@@ -25,7 +25,7 @@ if HAS_TRITON:
     from ..kernels.avg_pool_linear import avg_pool_linear
     from ..kernels.linear import linear
 
-FEW_IMAGES = 16
+HEAD_IMAGES = 16
 """Up to here a classifier's head is one launch: that saves a gap of about a microsecond, and reads every image once for
 each of its tiles of classes. With more, two launches are faster (predicted, H200)."""
 
@@ -105,7 +105,7 @@ class AvgPoolLinear(Operation):
 
     def launches(self, out: Tensor) -> tuple[Launch, ...]:
         x = self.x
-        if x.shape[0] > FEW_IMAGES or self.modes.batch_invariant:
+        if x.shape[0] > HEAD_IMAGES or self.modes.batch_invariant:
             pool = GlobalAvgPool(x, self.modes)
             pooled = pool.result().empty(x.device)
             return *pool.launches(pooled), *Linear(pooled.flatten(1), self.weight, self.bias, self.modes).launches(out)

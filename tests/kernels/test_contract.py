@@ -60,7 +60,7 @@ def forced(way: str, device: torch.device) -> Iterator[list[Launch]]:
         if way == "pointer":
             stack.enter_context(override(KNOWN[80]))
         if way == "two launches":
-            stack.enter_context(mock.patch.object(linear, "FEW_IMAGES", 0))
+            stack.enter_context(mock.patch.object(linear, "HEAD_IMAGES", 0))
         yield launches
 
 
