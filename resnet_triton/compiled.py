@@ -4,6 +4,11 @@
 and pickles. A call goes to a function made by torch.compile. That does not notice a hook or a replaced method of an
 inner module, so this does (`Watch`), and lets the module be compiled anew. What neither notices is a method replaced on
 the class of some object that is no module.
+
+`Compiled.__call__` says which calls run as the module was written. For the others `Programs` keeps a `Program`, the
+compiled function, for each mode, and makes another when code or hooks have changed. A program's first call has the
+module for itself: it moves filters to channels_last memory, and where the module's code stumbles over that, `_again`
+puts them back and calls once more.
 """
 
 from __future__ import annotations
