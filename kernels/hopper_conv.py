@@ -10,7 +10,7 @@ taps, and each group multiplies one row. Four rows serve three taps, which is tw
 
 A residual is loaded into the buffer from which the result is stored. Each group has two such buffers, so the next
 tile's residual is loaded while this tile's result is stored. A shortcut's convolution is a second reduction into
-accumulators of its own, through the same ring. With SPLIT_K programs a tile, each reduces an equal share of the steps;
+accumulators of its own, through the same ring. With SPLIT_K programs a tile, each reduces an equal part of the steps;
 see `tiles.sum_partials`.
 """
 
@@ -76,7 +76,7 @@ def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
 @gluon.jit
 def work_item(item, P, Q, TILES_K: gl.constexpr, SPLIT_K: gl.constexpr,
               BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr):  # fmt: skip
-    """A program's piece of work: share of a tile, tile, its first filter, row, column and image."""
+    """An item: which part of a tile's steps, the tile, its first filter, row, column and image."""
     split = item % SPLIT_K
     tile = item // SPLIT_K
     k = tile % TILES_K * BLOCK_K

@@ -1,6 +1,6 @@
 """Convolution for few images on Hopper (compute capability 9.0), in Gluon. It is made for short latency.
 
-A program computes a box of output rows x 8 columns of one image by 64 filters, over all taps of its share of the slabs
+A program computes a box of output rows x 8 columns of one image by 64 filters, over all taps of its part of the slabs
 of 64 channels, most often one slab. (8 pixels are one pattern of swizzled shared memory.) Under a 1x1 filter it may be
 a run of pixels instead. All that it reads fits shared memory. So there is no loop, no slot is used twice, and every
 load is issued as early as possible:
@@ -111,7 +111,7 @@ def hopper_few_kernel(
     for i in gl.static_range(STEPS):
         mbarrier.expect(full.index(i), BYTES)
         async_load(w_desc, [i % TAPS, k, (split * SLABS + i // TAPS) * 64], full.index(i), filters.index(i))
-    if short_x_desc is not None:  # a share behind the last of the shortcut's channels gets zeros
+    if short_x_desc is not None:  # a part behind the last of the shortcut's channels gets zeros
         short_filters = gl.allocate_shared_memory(w_desc.dtype, w_desc.block_shape, w_desc.layout)
         short_pixels = gl.allocate_shared_memory(x_desc.dtype, short_x_desc.block_shape, short_x_desc.layout)
         mbarrier.expect(full.index(STEPS), BYTES)
@@ -187,10 +187,10 @@ def hopper_few_kernel(
 
 
 def hopper_few(call: Convolution) -> Launch:
-    """The launch of a program for each share of each tile.
+    """The launch of a program for each part of each tile.
 
     It asks for fp16 or bf16, channels and filters in multiples of 64, filters 1x1 or 3x3, padding R // 2, stride 1 or 2
-    (at 2, under 3x3, even rows and columns) and 16-byte aligned pointers. A shortcut has at most 64 channels a share.
+    (at 2, under 3x3, even rows and columns) and 16-byte aligned pointers. A shortcut has at most 64 channels a part.
     """
     x, weight, out, config = call.x, call.weight, call.out, call.config
     constants, (x_desc, w_desc), programs = _constants(

@@ -246,7 +246,7 @@ def _is_legal64(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int])
 
 
 def _is_legal_few(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int]) -> bool:
-    """A share is whole slabs of channels; a shortcut has at most one for each share."""
+    """A part of a tile is whole slabs of channels; a shortcut has at most one for each part."""
     slabs, short_slabs = shape.c // 64, cdiv(shape.shortcut_c, 64)
     if shape.c % 64 or shape.k % 64 or not 1 <= config.split_k <= MAX_SPLIT_K_OF_FEW or slabs % config.split_k:
         return False
