@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import test_convert
 import torch
-from test_convert import close, image
+import torchvision_models
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
+from torchvision_models import close, image
 
 from resnet_triton import functional, optimize, report, revert
 from resnet_triton.ops import dispatch, operation, reference
@@ -36,7 +36,7 @@ class Other(nn.Module):
 
 def small() -> Any:
     """Two stages of torchvision's ResNet."""
-    model: Any = test_convert.small()
+    model: Any = torchvision_models.small()
     model.layer3, model.layer4, model.fc = nn.Sequential(), nn.Sequential(), nn.Linear(128, 10)
     return model
 

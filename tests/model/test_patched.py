@@ -14,6 +14,7 @@ import pytest
 import torch
 from fake_cuda import captured, images
 from torch import Tensor, nn
+from torchvision_models import close
 
 from resnet_triton import converted, models, optimize, report
 from resnet_triton.ops import dispatch, original
@@ -44,10 +45,6 @@ def _pair(origin: str) -> tuple[Any, Any]:
     ours = models.ResNet(models.BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
     ours.load_state_dict(plain.state_dict())
     return ours, plain
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5 * float(expected.abs().max()))
 
 
 def louder(code: Callable[..., Tensor], *arguments: Any) -> Tensor:
