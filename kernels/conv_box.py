@@ -212,7 +212,7 @@ def _constants(
     x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, precision: str,
     config: ConvConfig,
 ) -> tuple[dict[str, object], list[TensorDescriptor], tuple[int, int]]:  # fmt: skip
-    """Of a launch, what depends on sizes alone: constants, the descriptors of x, weight and out, and the grid."""
+    """What of a launch depends on sizes alone: constants, the descriptors of x, weight and out, and the grid."""
     (n, _, p, q), (k, c, r, s) = out, weight
     box, stride, block_k, block_c = config.box, geometry.stride[0], config.block_k, config.block_c
     if box is None:

@@ -206,7 +206,7 @@ def conv_pointer(call: Convolution) -> Launch:
 def _constants(
     x: Size, weight: Size, out: Size, geometry: Geometry, activation: Activation, precision: str, config: ConvConfig
 ) -> tuple[dict[str, object], tuple[int, int]]:
-    """Of a launch, what depends on sizes alone, and the grid."""
+    """What of a launch depends on sizes alone, and the grid."""
     (n, k, p, q), (_, c, h, w), (_, _, r, s) = out, x, weight
     (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), groups = geometry
     together = groups_at_once(c, k, groups, config.block_k)

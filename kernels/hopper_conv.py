@@ -379,7 +379,7 @@ def hopper_conv(call: Convolution) -> Launch:
 def _constants(
     x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, config: ConvConfig
 ) -> tuple[dict[str, object], list[TensorDescriptor], int]:
-    """Of a launch, what depends on sizes alone: constants, descriptors of x, weight and out, pieces of work."""
+    """What of a launch depends on sizes alone: constants, descriptors of x, weight and out, pieces of work."""
     (n, _, p, q), (k, c, r, s) = out, weight
     box, stride, block_k, block_c = config.box, geometry.stride[0], config.block_k, config.block_c
     if box is None:

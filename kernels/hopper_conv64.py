@@ -197,7 +197,7 @@ def hopper_conv64(call: Convolution) -> Launch:
 def _constants(
     x: Size, weight: Size, out: Size, dtype: torch.dtype, activation: Activation, config: ConvConfig
 ) -> tuple[dict[str, object], list[TensorDescriptor], int]:
-    """Of a launch, what depends on sizes alone: constants, descriptors of x, weight and out, tiles."""
+    """What of a launch depends on sizes alone: constants, descriptors of x, weight and out, tiles."""
     n, _, p, q = out
     if config.box is None:
         raise ValueError(f"{config} has no box, expected one")

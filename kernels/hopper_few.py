@@ -208,7 +208,7 @@ def hopper_few(call: Convolution) -> Launch:
 def _constants(
     x: Size, weight: Size, out: Size, dtype: torch.dtype, geometry: Geometry, activation: Activation, config: ConvConfig
 ) -> tuple[dict[str, object], list[TensorDescriptor], int]:
-    """Of a launch, what depends on sizes alone: numbers, descriptors of x and weight, programs."""
+    """What of a launch depends on sizes alone: numbers, descriptors of x and weight, programs."""
     (_, c, r, _), (stride, _), box = weight, geometry.stride, config.box
     if box is None:
         raise ValueError(f"{config} has no box, expected one")

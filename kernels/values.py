@@ -30,7 +30,7 @@ class BatchNorm(NamedTuple):
         }  # fmt: skip
 
     def contiguous(self) -> BatchNorm:
-        """The same with tensors as kernels read them."""
+        """A batch norm with tensors as kernels read them."""
         mean, var, weight, bias, eps = self
         return BatchNorm(
             mean.contiguous(),

@@ -250,8 +250,8 @@ them at each call, or raises at each call, would wait for a compiler at each cal
 
 
 class Programs:
-    """Those of one module, and its replicas. A first call has the module for itself: it compiles, which others would do
-    again, and moves filters, which it may have to put back."""
+    """The programs of one module, and its replicas. A first call has the module for itself: it compiles, which others
+    would do again, and moves filters, which it may have to put back."""
 
     def __init__(self) -> None:
         self.first, self.process = threading.RLock(), os.getpid()
@@ -292,7 +292,7 @@ class Programs:
 
 
 def _programs(module: nn.Module) -> Programs:
-    """Those of a module, which has some from its first compiled call on."""
+    """The programs of a module, which has some from its first compiled call on."""
     its = vars(_original(module))
     found: Programs | None = its.get("_triton_programs")
     if found is None or found.process != os.getpid():  # a fork has locks that nobody releases
@@ -308,7 +308,7 @@ def _original(module: Any) -> Any:
 
 
 def _mode(module: nn.Module) -> tuple[bool, ...]:
-    """That of a call: each has a program of its own."""
+    """The mode that a call is made in: each has a program of its own."""
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), "_triton_original" in vars(module)
 
 
@@ -322,7 +322,7 @@ def _backend(**settings: Any) -> Callable[..., Any]:
 
 
 def _fresh(function: Any, name: str) -> Callable[..., Any]:
-    """The same function with a code object of its own: by that, Dynamo keeps what it compiled, and only so much."""
+    """A copy of a function, with a code object of its own: by that, Dynamo keeps what it compiled, and only so much."""
     return types.FunctionType(function.__code__.replace(), globals(), name)
 
 

@@ -104,7 +104,7 @@ def optimize(
 
 
 def _warn_of_coverage(modules: list[nn.Module]) -> None:
-    """Of most convolutions on a GPU left to PyTorch for what they are, which no call changes."""
+    """Warn of most convolutions on a GPU left to PyTorch for what they are, which no call changes."""
     found = [
         fuse(conv, norm)
         for module in modules
@@ -147,7 +147,7 @@ def qualified(model: nn.Module) -> str:
 
 
 def _only_whole(cuda_graph: CudaGraph, freeze: bool, batch_invariant: bool) -> str:
-    """Those of the modes asked for that only a whole ResNet has."""
+    """The modes asked for that only a whole ResNet has."""
     asked = {"cuda_graph=True": cuda_graph is True, "freeze=True": freeze, "batch_invariant=True": batch_invariant}
     return ", ".join(mode for mode, wanted in asked.items() if wanted)
 
@@ -229,7 +229,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _convolutions(module: nn.Module) -> Iterator[tuple[str, nn.Conv2d, nn.Module | None]]:
-    """Those that a ResNet or a block computes itself, by name, and the norm behind each."""
+    """The convolutions that a ResNet or a block computes itself, by name, and the norm behind each."""
     children = list(module.named_children())
     for (name, child), (_, behind) in zip(children, [*children[1:], ("", None)], strict=False):  # there may be none
         if isinstance(child, nn.Sequential) and name == "downsample":

@@ -32,7 +32,7 @@ def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) 
 
 
 def moved(module: nn.Module, filters: Filters) -> Iterator[nn.Parameter]:
-    """Those of `filters` that `move` has moved."""
+    """The filters that `move` has moved."""
     names = vars(module).get("_triton_moved", ())
     return (weight for name, weight in filters if name in names)
 

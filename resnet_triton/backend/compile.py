@@ -266,7 +266,7 @@ def at_limit(what: str) -> str:
 
 
 def _warn_as_written(reason: str, modes: Modes, inputs: Sequence[Any]) -> None:
-    """Of a graph that runs as it is."""
+    """Warn of a graph that runs as it is."""
     dispatch.raise_if_required(modes.kernels, reason)
     if any(isinstance(x, Tensor) and x.is_cuda for x in inputs):
         warnings.warn(f"a compiled model runs without our kernels: {reason}", RuntimeWarning, stacklevel=2)

@@ -98,7 +98,7 @@ def restore_arguments(node: fx.Node, values: dict[fx.Node, Any]) -> None:
 
 
 def restore_results(graph: fx.Graph) -> None:
-    """The same of results. Those that are views of one tensor stay views of one."""
+    """Copy results that are laid out otherwise than the model's. Views of one tensor stay views of one."""
     for base in set(map(base_of, graph.output_node().all_input_nodes)):
         value: Any = base.meta.get("val")
         if (order := _lost_order(base, value)) is not None:

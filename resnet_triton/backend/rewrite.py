@@ -199,7 +199,7 @@ class _Rewriter:
         return scaled, norm
 
     def _identity(self, conv: Node) -> Norm:
-        """Of a convolution alone: its bias is the norm's."""
+        """The norm of a convolution alone: its bias is the norm's."""
         channels = _shape(conv)[1]
         mean, var = self._constant(0.0, channels, conv), self._constant(1.0, channels, conv)
         return Norm(mean, var, None, _args(conv)[2], 0.0)

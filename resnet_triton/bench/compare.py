@@ -173,7 +173,7 @@ def _cell(value: float | None) -> str:
 
 
 def as_text(changes: Sequence[Change]) -> str:
-    """The same as JSON."""
+    """The changes as JSON."""
     found = [
         {"row": title(c.row), "old": c.old, "new": c.new, "change": c.relative, "failures": [*c.failures]}
         for c in changes

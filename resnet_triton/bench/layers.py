@@ -173,7 +173,7 @@ class Problem:
 
 
 def applicable(call: Call, device: torch.device, alternatives: Sequence[str] = ALTERNATIVES) -> list[str]:
-    """Those alternatives that can express a call on a device. ValueError for an unknown name."""
+    """The alternatives that can express a call on a device. ValueError for an unknown name."""
     check_known("alternative", alternatives, ALTERNATIVES)
     fused = device.type == "cuda" and call.operator in ("conv_bn_relu", "stem")
     return [name for name in alternatives if name != "cudnn fused" or fused]

@@ -66,7 +66,7 @@ def compile_for(source: Specialisation, arch: int) -> Code:
 
 
 def vital_signs(compiled: Any) -> Code:
-    """Those of Triton's compiled kernel."""
+    """The vital signs of Triton's compiled kernel."""
     texts, shared_memory = compiled.asm, compiled.metadata.shared
     ptx = texts["ptx"]
     log, sass = _assemble(ptx, compiled.metadata.target.arch)

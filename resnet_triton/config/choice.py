@@ -44,7 +44,7 @@ def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -
 
 
 def choose(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> Chosen:
-    """The same, and whether it is our own: what is measured and what the cost model says is."""
+    """As `lookup`, and whether it is our own choice: what is measured and what the cost model says is."""
     config = _pinned.get() or _tuned(shape, device, descriptors)
     if config is not None:
         return Chosen(config, own=False)

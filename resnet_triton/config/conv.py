@@ -210,7 +210,7 @@ def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
 
 
 def _is_legal_gluon(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
-    """The same of a kernel in Gluon: 16 bits, one of them also fp32 where TF32 is asked for."""
+    """`is_legal` of a kernel in Gluon: 16 bits, one of them also fp32 where TF32 is asked for."""
     box, wide = config.box, shape.itemsize == 4
     if wide and (shape.precision != "tf32" or config.kernel != CONV):
         return False

@@ -89,7 +89,7 @@ def estimate(
 
 
 def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates, chained: Latencies) -> float:
-    """The same of `hopper_few`: an SM with room for it beside the launch before has its filters before its input."""
+    """Nanoseconds of `hopper_few`: an SM with room for it beside the launch before has its filters before its input."""
     m = config.block_m
     blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
     filters, pixels = blocks * 64 * 128 / rates.bytes, blocks * m * 128 / rates.bytes

@@ -140,7 +140,7 @@ def depthwise_tile(shape: ConvShape, device: DeviceFacts) -> DepthwiseTile:
 
 
 def _depthwise_instructions(tile: DepthwiseTile, shape: ConvShape) -> int:
-    """Those of a warp, fitted to machine code: for each column of taps its pixels, its filters and their products."""
+    """A warp's instructions, fitted to machine code: for each column of taps its pixels, filters and products."""
     rows, a_tap = tile.rows, 28 if tile.block_c > 64 else 16  # 28 for twice the loads
     return 270 + 60 * rows + shape.s * (14 * _rows_read(rows, shape) + shape.r * (a_tap + 8 * rows))
 

@@ -49,7 +49,7 @@ def uncaptured_reason(x: Tensor) -> str | None:
 
 
 def watched_reason(device: torch.device) -> str | None:
-    """The same of a call whose inputs may be any."""
+    """`uncaptured_reason` of a call whose inputs may be any."""
     if torch.is_grad_enabled():
         return "grad mode is on"
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):

@@ -33,7 +33,7 @@ class Early(NamedTuple):
 
 
 def follow(ptx: Flow, machine: str) -> Early:
-    """Of a kernel's PTX and machine code; nothing of one that does not wait."""
+    """What a kernel's PTX and machine code do before the wait; nothing, if it does not wait."""
     waits = {i for i, line in enumerate(ptx.lines) if _WAIT.search(line)}
     if not waits:
         unwaited = any(_LET_IN.search(line) for line in ptx.lines)

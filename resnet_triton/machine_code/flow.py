@@ -10,7 +10,7 @@ _LABEL = re.compile(r"\s*([\w$.]+):(?!:)")
 
 
 def ptx(text: str) -> Flow:
-    """That of NVIDIA's intermediate assembly. A switch (brx.idx) leads to every label of its table."""
+    """The flow of NVIDIA's intermediate assembly. A switch (brx.idx) leads to every label of its table."""
     jump = r"(?P<maybe>@\S+\s+)?\b(?:bra(?:\.uni)?|brx\.idx(?:\.uni)?\s+%\w+,)\s+(?P<label>[\w$]+)"
     return Flow(
         text, comment="//", jump=jump, leave=r"^\s*(?:ret|exit)\b", table=r"\.branchtargets\b(?P<labels>[^;]*);"
@@ -18,7 +18,7 @@ def ptx(text: str) -> Flow:
 
 
 def sass(text: str) -> Flow:
-    """That of NVIDIA's machine code, as nvdisasm writes it. A call may lead into the subroutine, and past it."""
+    """The flow of NVIDIA's machine code, as nvdisasm writes it. A call may lead into the subroutine, and past it."""
     maybe = r"(?P<maybe>@\S+\s+BRA\b[^`]*|\bCALL\b[^`]*|\bBRA[\w.]*\s+[^`\s][^`]*)"
     jump = rf"(?:{maybe}|\bBRA[\w.]*\s+)`\((?P<label>[^)]+)\)"
     return Flow(text, comment="//", jump=jump, leave=r"\*/\s+(?:EXIT|RET)\b")

@@ -23,7 +23,7 @@ _BYTES = re.compile(r"\s*st\.shared\.(?:v\d\.)?b(\d+)\s+\[global_smem[^]]*\],\s*
 
 
 def threads(text: str) -> int:
-    """Those of a program, as PTX says; 0 if it does not."""
+    """How many threads a program has, as PTX says; 0 if it does not."""
     found = re.search(r"^\s*\.reqntid\s+(\d+)\s*(?:,\s*1\s*)*$", text, re.MULTILINE)
     return int(found[1]) if found else 0
 

@@ -77,7 +77,7 @@ class NotJudged(Exception):
 
 
 def hazards(compiled: Any) -> tuple[str, ...]:
-    """Of one of Triton's compiled kernels for compute capability 9.0. NotJudged if it cannot be read."""
+    """What may go wrong with a compiled kernel of Triton's (compute capability 9.0). NotJudged if it cannot be read."""
     if getattr(compiled, "hash", None) is None:
         raise NotJudged("Triton has compiled nothing to read")
     known = _known.get(compiled.hash)
@@ -119,5 +119,5 @@ def disassemble(cubin: bytes) -> str:
 
 @functools.cache
 def _edition() -> str:
-    """That of the judge: another one judges anew."""
+    """The edition of the judge: another one judges anew."""
     return hashlib.sha256(Path(products.__file__).read_bytes()).hexdigest()[:12]

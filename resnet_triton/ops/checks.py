@@ -20,7 +20,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def in_channels_last(x: Tensor) -> Tensor:
-    """The same of a result of PyTorch's, except within vmap, where a tensor has no memory format."""
+    """A result of PyTorch's in channels_last memory, except within vmap, where a tensor has no memory format."""
     return x if torch._C._functorch.peek_interpreter_stack() is not None else channels_last(x)
 
 

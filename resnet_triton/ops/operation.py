@@ -138,7 +138,7 @@ class Operation:
             torch_c._set_tracing_state(tracing)
 
     def compute(self) -> Tensor:
-        """The same where nothing looks: here the dispatcher comes in."""
+        """The result, where nothing looks: here the dispatcher comes in."""
         result, choice = self.choose()
         if choice.backend == "torch":
             return self.run_torch()

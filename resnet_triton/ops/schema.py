@@ -76,7 +76,7 @@ def check_tensor(name: str, x: object) -> None:
 
 
 class Schema:
-    """Of one operator's class: the text for `torch.library`, and the way there and back."""
+    """What the class of an operator is for `torch.library`: the text, and the way there and back."""
 
     def __init__(self, cls: Any) -> None:
         self.cls = cls
@@ -99,7 +99,7 @@ class Schema:
         return tuple(values)
 
     def tensors(self, operation: Any) -> list[Tensor]:
-        """Those of the arguments that are tensors. Asked before each launch, so in C."""
+        """The arguments that are tensors. Asked before each launch, so in C."""
         absent = self._absent and getattr(operation, self._absent) is None
         found = self._present_tensors(operation) if absent else self._tensors(operation)
         return [t for t in found if t is not None]

@@ -79,7 +79,7 @@ class Call:
 
 
 def arguments(model: nn.Module, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-    """Those of a call: zeros of a shape, or what is given if that is none."""
+    """The arguments of a call: zeros of a shape, or what is given if that is none."""
     if not all(isinstance(size, int) for size in shape):
         return shape
     parameter = next(model.parameters())
@@ -130,7 +130,7 @@ Before = Callable[[fx.Node, dict[fx.Node, Any]], None]
 
 
 def trace_graph(graph: fx.GraphModule, names: dict[fx.Node, str], before: Before) -> list[Call]:
-    """The same of a functional graph, which it propagates: `names` are its nodes' modules.
+    """The calls of a functional graph, which it propagates: `names` are its nodes' modules.
 
     A node's `meta["reason"]` says why PyTorch runs it. Sizes must be numbers, for where a call runs may depend on them.
     """
@@ -227,7 +227,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _without_memory(call: Call) -> Call:
-    """The same call with meta tensors in place of real or fake ones."""
+    """A call with meta tensors in place of real or fake ones."""
     if call.operation is None:
         return call
     schema = call.operation.schema
