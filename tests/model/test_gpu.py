@@ -457,7 +457,7 @@ def test_a_failed_capture_leaves_the_model_usable(action):
     for n in (3, 1):
         captured(model, images(n))
         assert torch.equal(model(images(n)), model._forward_impl(images(n)))
-    assert replays(model) == 2
+    assert replays(model) >= 2
     assert "the capture failed 2 times" in report(model).graphs[""]
 
 
