@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not paths:
         sys.exit(f"{folder}: no pictures, expected files ending in {', '.join(sorted(SUFFIXES))}")
 
+    if args.weights is None:
+        print("no --weights, so the network is not trained and its labels mean nothing", file=sys.stderr)
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = resnet_triton.resnet18(weights=args.weights).eval().to(device, dtype)
     model.normalize = MEAN, STD  # now it takes bytes, and normalises them on the device
