@@ -128,7 +128,8 @@ def _check_compilable(model: nn.Module) -> None:
     if isinstance(model, nn.ModuleList | nn.ModuleDict) and type(model).forward is nn.Module.forward:
         raise ValueError(f"{type(model).__name__} is never called itself; optimize the modules in it")
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
-        raise ValueError(f"{type(model).__name__} contains no Conv2d to optimize")
+        other = "where its code calls conv2d itself, torch.compile(model, backend='resnet_triton') takes it"
+        raise ValueError(f"{type(model).__name__} contains no Conv2d to optimize; {other}")
 
 
 def _convert(module: nn.Module) -> None:
