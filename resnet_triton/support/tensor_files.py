@@ -63,6 +63,7 @@ def read(file: BinaryIO) -> Any:
     ValueError, in one line that does not name the file, if it is anything else or damaged; ModuleNotFoundError if it
     needs safetensors and that is not installed.
     """
+    file.seek(0)
     head = file.read(512)
     file.seek(0)
     if not head:

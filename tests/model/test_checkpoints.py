@@ -351,8 +351,17 @@ def test_paths_without_a_file(tmp_path: Path) -> None:
         resnet_triton.load_checkpoint("/dev/zero")
     with pytest.raises(TypeError, match="file is a dict, expected a path or a binary file"):
         resnet_triton.load_checkpoint({})
+
+
+def test_open_files() -> None:
+    buffer = io.BytesIO()
+    torch.save(state_of(), buffer)  # which leaves it at its end
+    assert holds(resnet_triton.load_checkpoint(buffer), state_of())
     with open(__file__) as text, pytest.raises(TypeError, match=r"file is a TextIOWrapper, expected .* a binary file"):
         resnet_triton.load_checkpoint(text)
+    stream: Any = io.RawIOBase()
+    with pytest.raises(ValueError, match=r"^checkpoint: cannot seek, expected a file that can, as io\.BytesIO\(file"):
+        resnet_triton.load_checkpoint(stream)
 
 
 class Malicious(NamedTuple):
