@@ -221,8 +221,8 @@ class Program:
         eval_frame.set_code_exec_strategy(self.code, eval_frame._FrameExecStrategy(action, action))
         if self.raised == _LIMIT and action == eval_frame._FrameAction.RUN_ONLY:
             warnings.warn(
-                f"{_LIMIT} calls of {self.function.__name__} in a row have raised, so what is not compiled yet runs as "
-                "it was written from now on; resnet_triton.refresh lets it be compiled again",
+                f"{_LIMIT} calls of {self.function.__name__} in a row have raised or did not compile, so what is not "
+                "compiled yet runs as it was written from now on; resnet_triton.refresh lets it be compiled again",
                 RuntimeWarning,
                 stacklevel=4,
             )
