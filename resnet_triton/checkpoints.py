@@ -82,8 +82,6 @@ def read(file: str | os.PathLike[str] | BinaryIO, key: str | None = None) -> Che
     if not isinstance(file, str | os.PathLike):
         if not hasattr(file, "read") or isinstance(file, io.TextIOBase):
             raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
-        if not file.seekable():
-            raise ValueError(f"{_name(file)}: cannot seek, expected a file that can, as io.BytesIO(file.read())")
         return _read(file, key)
     path = Path(file)
     expected = "expected a checkpoint, one file that torch.save or safetensors wrote"

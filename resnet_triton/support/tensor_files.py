@@ -63,7 +63,10 @@ def read(file: BinaryIO) -> Any:
     ValueError, in one line that does not name the file, if it is anything else or damaged; ModuleNotFoundError if it
     needs safetensors and that is not installed.
     """
-    file.seek(0)
+    try:
+        file.seek(0)
+    except (AttributeError, OSError):
+        raise ValueError("cannot seek, expected a file that can, as io.BytesIO(file.read())") from None
     head = file.read(512)
     file.seek(0)
     if not head:
