@@ -109,6 +109,7 @@ def stem(
 
 
 def _numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
+    """The argument `name` as it is passed on. TypeError if it is no sequence of numbers."""
     try:
         return None if values is None else tuple(map(float, values))
     except TypeError:
