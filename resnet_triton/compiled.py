@@ -174,7 +174,7 @@ class Program:
     called = False
     """Whether it has been called without an error."""
     raised = 0
-    """How many calls in a row have raised one."""
+    """How many calls in a row have raised one. Where these are `_LIMIT`, no later call takes them back."""
 
     def __init__(self, module: Compiled, replicas: bool) -> None:
         self.owner = weakref.ref(module)
@@ -205,7 +205,8 @@ class Program:
             if type(error).__name__ != "TorchRuntimeError" or self.options["kernels"] == "triton":
                 raise
         else:
-            self.raised = 0
+            if self.raised < _LIMIT:
+                self.raised = 0
             return result
         return super(Compiled, module).__call__(*args, **kwargs)  # whose error is one line
 

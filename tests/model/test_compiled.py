@@ -437,8 +437,11 @@ def test_who_raises_at_each_call_is_not_compiled_each_time():
             model(x[..., 1:])
     with pytest.warns(RuntimeWarning, match="16 calls of Lambdas in a row"), pytest.raises(ValueError, match="odd"):
         model(x[..., 1:])
-    assert used(model, x)
-    assert not used(model, images(size=6))
+    for _ in range(2):  # which stays so
+        assert used(model, x)
+        assert not used(model, images(size=6))
+        with pytest.raises(ValueError, match="odd"):
+            model(x[..., 1:])
     assert used(refresh(model), images(size=6))
 
 
