@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 import types
 import warnings
 import weakref
@@ -202,13 +203,20 @@ class Program:
             result = self._run(module, args, kwargs)
         except Exception as error:
             self._compile_again()
-            if type(error).__name__ != "TorchRuntimeError" or self.options["kernels"] == "triton":
+            of_compiler = type(error).__name__ == "TorchRuntimeError"
+            if not of_compiler or self.options["kernels"] == "triton" or self._has_begun(error):
                 raise
         else:
             if self.raised < _LIMIT:
                 self.raised = 0
             return result
         return super(Compiled, module).__call__(*args, **kwargs)  # whose error is one line
+
+    def _has_begun(self, error: Exception) -> bool:
+        """Whether `error` was raised behind a graph break: what the call has done before must not be done twice."""
+        ours = self.code.co_filename, self.code.co_name
+        codes = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+        return any((code.co_filename, code.co_name) == ours for code in codes)
 
     def _compile_again(self) -> None:
         """Of what has raised, torch.compile would compile nothing more, whatever it is called with. But who raises at

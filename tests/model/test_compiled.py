@@ -429,6 +429,22 @@ def test_a_call_that_raises_does_not_end_compilation():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_call_that_raises_does_nothing_twice(breaks):
+    def counted(model: Any, x: Tensor) -> Tensor:
+        model.count += 1
+        if breaks:
+            torch._dynamo.graph_break()
+        return model.a(x)
+
+    model = integral(lambdas(counted, a=conv()))
+    model.count = 0
+    with pytest.raises(RuntimeError, match=r"Given groups=1, weight of size .*, but got 7 channels instead"):
+        optimize(model)(images(c=7))
+    assert model.count == 1
+
+
+@torch.no_grad()
 def test_who_raises_at_each_call_is_not_compiled_each_time():
     model, x = optimize(integral(lambdas(even, a=conv()))), images()
     model(x)
