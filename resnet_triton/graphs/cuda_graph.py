@@ -106,18 +106,17 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
     lent, may = graph_semaphores.set(semaphores), dependent_launches.set(entry.writes_no_parameter)
     try:
         entry.body(entry.buffer)  # which compiles what a graph alone has, too: dependent launches
-        try:
-            with (
-                _capturing,
-                _without_collections(),
-                torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
-                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-                _workspaces_of_its_own(),
-            ):
-                output = entry.body(entry.buffer)
-        except Exception:
-            _end(stream, pool, semaphores)
-            raise
+        with _capturing, _without_collections():
+            try:
+                with (
+                    torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
+                    torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+                    _workspaces_of_its_own(),
+                ):
+                    output = entry.body(entry.buffer)
+            except Exception:
+                _end(stream, pool, semaphores)
+                raise
     finally:
         graph_semaphores.reset(lent)
         dependent_launches.reset(may)
@@ -162,7 +161,7 @@ def _end(stream: torch.cuda.Stream, pool: tuple[int, int], written: Tensor) -> N
         return
     torch._C._cuda_releasePool(stream.device.index, pool)
     graph = torch.cuda.CUDAGraph()
-    with _capturing, torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             written.zero_()  # PyTorch warns of an empty graph
