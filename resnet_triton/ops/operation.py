@@ -229,7 +229,8 @@ def _on(where: torch.device) -> contextlib.AbstractContextManager[object]:
     if not hasattr(_threads, "ready"):
         # A new thread has no CUDA context before it asks the runtime for anything. Triton sees to that when it launches
         # a kernel (triton#3729), but not when it makes tensor maps for it.
-        _threads.ready = torch.cuda.is_current_stream_capturing()
+        torch.cuda.is_current_stream_capturing()
+        _threads.ready = True
     return torch.cuda.device(where)
 
 
