@@ -46,7 +46,7 @@ NO_BATCH_NORM = BatchNorm(None, None, None, None, 0.0)  # type: ignore[arg-type]
 
 
 def normalization_arguments(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
-    """A kernel's arguments for `(x / 255 - mean) / std` of bytes, up to four channels; without `mean`, of no bytes."""
+    """A kernel's arguments for `(x / 255 - mean) / std` of bytes, up to four channels; `mean` is None for others."""
     means, stds = ([*(values or ()), *[1.0] * 4][:4] for values in (mean, std))
     return {
         **{f"mean_{i}": value for i, value in enumerate(means)},
