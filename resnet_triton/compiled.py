@@ -175,7 +175,7 @@ class Program:
     called = False
     """Whether it has been called without an error."""
     raised = 0
-    """How many calls in a row have raised one. Where these are `_LIMIT`, no later call takes them back."""
+    """How many calls in a row have raised one. A call that raises none resets it, but not from `_LIMIT` on."""
 
     def __init__(self, module: Compiled, replicas: bool) -> None:
         self.owner = weakref.ref(module)

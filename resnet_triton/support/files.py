@@ -37,7 +37,7 @@ def replace(path: Path, content: str | bytes) -> None:
 def read_json(path: Path, most: int | None = None) -> Any:
     """What a file of JSON holds. ValueError, in one line, if it is none or longer than `most` bytes.
 
-    Python's own reader takes NaN and Infinity, which no limit would catch, and of a key that is there twice the last.
+    Nor may it hold what Python's own reader takes: NaN and Infinity, which no limit would catch, or a key twice.
     """
     with path.open("rb") as file:
         content = file.read(-1 if most is None else most + 1)
