@@ -219,8 +219,8 @@ class Program:
         return any((code.co_filename, code.co_name) == ours for code in codes)
 
     def _compile_again(self) -> None:
-        """Of what has raised, torch.compile would compile nothing more, whatever it is called with. But who raises at
-        each call would wait for a compiler at each call."""
+        """Let torch.compile compile for other arguments, too, which it does not where one call has raised. Where
+        `_LIMIT` in a row have, it may not: each of them waits for a compiler."""
         from torch._C._dynamo import eval_frame  # not above: it is torch.compile's to import what it needs first
 
         self.raised += 1

@@ -112,7 +112,7 @@ def _numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | N
     """The argument `name` as it is passed on. TypeError if it is no sequence of numbers."""
     try:
         return None if values is None else tuple(map(float, values))
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{name}={values!r}, expected a number for each channel") from None
 
 

@@ -16,7 +16,7 @@ graph_semaphores: ContextVar[Tensor | None] = ContextVar("graph_semaphores", def
 dependent_launches: ContextVar[bool] = ContextVar("dependent_launches", default=False)
 """Whether launches follow each other and no kernel among them writes a parameter: those of a graph of our model."""
 borrowing: ContextVar[bool] = ContextVar("borrowing", default=False)
-"""Whether new memory may be lent for a call, which then may not keep any: by a compiler, for its CUDA graphs."""
+"""Whether a compiler may lend a call the memory that it allocates, for CUDA graphs. Then the call may keep none."""
 
 
 def may_depend(where: torch.device, parameters: Iterable[tuple[object, object]]) -> bool:

@@ -311,6 +311,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "stem-floats-normalised": (stem(**PIXELS | {"x": X}), TypeError, ["x", "torch.float32", "expected torch.uint8"]),
     "stem-pixel-mean": (stem(**PIXELS | {"pixel_mean": [0.5]}), ValueError, ["pixel_mean", "1 values", "expected 4"]),
     "stem-pixel-std": (stem(**PIXELS | {"pixel_std": [0.5] * 3}), ValueError, ["pixel_std", "3 values", "expected 4"]),
+    "stem-pixel-text": (stem(**PIXELS | {"pixel_mean": "abc"}), TypeError, ["pixel_mean='abc'", "for each channel"]),
     "stem-pixel-number": (stem(**PIXELS | {"pixel_mean": 0.5}), TypeError, ["pixel_mean=0.5", "for each channel"]),
     "stem-bytes-channels": (
         stem(x=X[:, :3].byte(), pixel_mean=[0.5] * 3, pixel_std=[0.5] * 3),
