@@ -36,18 +36,16 @@ _kept: dict[tuple[torch.device, int], Tensor] = {}
 
 def semaphores_for(where: torch.device, tiles: int) -> Tensor:
     """Zeros for launches that follow each other, on a stream or in a graph, and leave them at zero."""
-    if where.type != "cuda":  # an interpreted launch may be interrupted, and leaves them at something
-        return torch.zeros(tiles, dtype=torch.int32, device=where)
-    if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: semaphores of its own
-        prepared = graph_semaphores.get()
-        if prepared is not None and prepared.numel() >= tiles:
-            return prepared
-        return torch.zeros(tiles, dtype=torch.int32, device=where)
-    if borrowing.get():  # what stays in the memory of torch.compile's CUDA graphs is an error to it
-        return torch.zeros(tiles, dtype=torch.int32, device=where)
-    stream = torch.cuda.current_stream(where).cuda_stream
-    semaphores = _kept.get((where, stream))
-    if semaphores is None or semaphores.numel() < tiles:
-        semaphores = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=where)
-        _kept[where, stream] = semaphores
-    return semaphores
+    if where.type == "cuda":  # elsewhere a launch is interpreted, may be interrupted, and leaves them at something
+        if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: semaphores of its own
+            prepared = graph_semaphores.get()
+            if prepared is not None and prepared.numel() >= tiles:
+                return prepared
+        elif not borrowing.get():  # what stays in the memory of torch.compile's CUDA graphs is an error to it
+            stream = torch.cuda.current_stream(where).cuda_stream
+            semaphores = _kept.get((where, stream))
+            if semaphores is None or semaphores.numel() < tiles:
+                semaphores = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=where)
+                _kept[where, stream] = semaphores
+            return semaphores
+    return torch.zeros(tiles, dtype=torch.int32, device=where)
