@@ -202,7 +202,7 @@ class Program:
         try:
             result = self._run(module, args, kwargs)
         except Exception as error:
-            self._compile_again()
+            self._count_error()
             of_compiler = type(error).__name__ == "TorchRuntimeError"
             if not of_compiler or self.options["kernels"] == "triton" or self._has_begun(error):
                 raise
@@ -218,17 +218,16 @@ class Program:
         codes = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
         return any((code.co_filename, code.co_name) == ours for code in codes)
 
-    def _compile_again(self) -> None:
-        """Let torch.compile compile for other arguments, too, which it does not where one call has raised. Where
-        `_LIMIT` in a row have, it may not: each of them waits for a compiler."""
+    def _count_error(self) -> None:
+        """By itself torch.compile compiles nothing more for a function that has raised: have it go on. But not where
+        `_LIMIT` calls in a row have raised, of which each waits for a compiler."""
         from torch._C._dynamo import eval_frame  # not above: it is torch.compile's to import what it needs first
 
         self.raised += 1
-        action = eval_frame._FrameAction.DEFAULT
-        if self.raised >= _LIMIT and self.options["kernels"] != "triton":
-            action = eval_frame._FrameAction.RUN_ONLY
+        given_up = self.raised >= _LIMIT and self.options["kernels"] != "triton"
+        action = eval_frame._FrameAction.RUN_ONLY if given_up else eval_frame._FrameAction.DEFAULT
         eval_frame.set_code_exec_strategy(self.code, eval_frame._FrameExecStrategy(action, action))
-        if self.raised == _LIMIT and action == eval_frame._FrameAction.RUN_ONLY:
+        if given_up and self.raised == _LIMIT:
             warnings.warn(
                 f"{_LIMIT} calls of {self.function.__name__} in a row have raised or did not compile, so what is not "
                 "compiled yet runs as it was written from now on; resnet_triton.refresh lets it be compiled again",
