@@ -100,9 +100,14 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
 
 def _of_the_model(error: BaseException) -> BaseException:
     """What the model raised, of which an error of torch.compile's says little in its first line."""
-    while type(error).__module__.startswith("torch._dynamo") and (inner := error.__cause__ or error.__context__):
+    while (inner := error.__cause__ or error.__context__) and _is_of_dynamo(error):
         error = inner
     return error
+
+
+def _is_of_dynamo(error: BaseException) -> bool:
+    """torch 2.15 wraps what was raised in a RuntimeError of its own, too."""
+    return type(error).__module__.startswith("torch._dynamo") or str(error).startswith("Dynamo failed to run")
 
 
 def precompile(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)) -> None:

@@ -12,6 +12,8 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +21,9 @@ import pytest
 
 from resnet_triton.codegen import CompiledLaunch
 from resnet_triton.machine_code import Code
+
+TRITON = tuple(map(int, version("triton").split(".")[:2])) if find_spec("triton") else (0, 0)
+"""The version that compiles."""
 
 SERVER = """
 import json, os, sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,15 @@ def shadow_memory() -> Iterator[None]:
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter computes TF32 as IEEE fp32, in larger tiles. That of Triton 3.9 would round what TMA loads."""
+    if not HAS_GPU and importlib.util.find_spec("triton"):
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(interpreter, "_round_f32_to_tf32", lambda data: data, raising=False)
 
 
 @pytest.fixture

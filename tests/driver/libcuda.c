@@ -51,7 +51,10 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute name, CUfunction ha
   return CUDA_SUCCESS;
 }
 
+/* Triton 3.9 asks for a mode, too, that this driver is too old for. */
 CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute name, int value) {
+  if (name >= CU_FUNC_ATTRIBUTE_MAX)
+    return CUDA_ERROR_INVALID_VALUE;
   if (name == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
     ((Function *)handle)->most_shared = value;
   return CUDA_SUCCESS;
@@ -77,5 +80,8 @@ CUresult cuFuncSetCacheConfig(CUfunction handle, CUfunc_cache preferred) { retur
 CUresult cuGetErrorString(CUresult error, const char **text) { return *text = "refused", CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return *context = (CUcontext)1, CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return *value = 0, CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }

@@ -147,7 +147,7 @@ def test_measured_figures_notice(device: torch.device, fault: str) -> None:
 
 
 @pytest.mark.slow
-def test_torchvision_resnet18(device: torch.device) -> None:
+def test_torchvision_resnet18(device: torch.device, unrounded: None) -> None:
     """The logits that torchvision expects of its own ResNet-18, computed by our kernels from end to end."""
     torch.manual_seed(0)
     model = vision.torchvision().models.resnet18(num_classes=50).eval()
@@ -161,7 +161,7 @@ def test_torchvision_resnet18(device: torch.device) -> None:
     ours = optimize(model, kernels="triton").to(device)
     state = {name: t.clone() for name, t in ours.state_dict().items()}
     image, before = x.to(device), dispatch.calls.copy()
-    precision = "ieee" if device.type == "cuda" else "tf32"  # which the interpreter takes for IEEE, in larger tiles
+    precision = "ieee" if device.type == "cuda" else "tf32"
     with torch.inference_mode(), in_precision(precision):
         y = ours(image)
     expected = {"stem": 1, "conv_bn_relu": 16, "avg_pool_linear": 1}

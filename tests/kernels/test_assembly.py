@@ -9,7 +9,6 @@ import json
 import re
 from dataclasses import replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from compiling import ROW, run
+from compiling import ROW, TRITON, run
 
 from resnet_triton import resnet18
 from resnet_triton.config.device import KNOWN
@@ -139,7 +138,7 @@ calls = trace(resnet18().eval(), (1, 3, 224, 224), torch.float16)
 ptx = codegen.triton_compile(codegen.specialise(few), 90).asm["ptx"]
 print(json.dumps([found, widths, [ptx, assemble(ptx, 90)[1]], *texts]))
 """
-ADDS_BARRIERS = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
+ADDS_BARRIERS = TRITON >= (3, 9)
 """Whether this Triton puts a barrier before and after an atomic that orders, as 3.9.0 was the first seen to do."""
 X, ARRIVALS = {"x_ptr": "*fp32"}, {"x_ptr": "*fp32", "semaphores_ptr": "*i32"}
 
@@ -328,7 +327,8 @@ def parts(text: str) -> tuple[str, str, str]:
     """A warp-specialised kernel's text before, in and after the second group that multiplies."""
     lines = text.splitlines(keepends=True)
     own = [i for i, line in enumerate(lines) if re.match(r"\s*bar\.sync\s+2, 128;", line)]
-    return "".join(lines[: own[0]]), "".join(lines[own[0] : own[-1] + 1]), "".join(lines[own[-1] + 1 :])
+    start, stop = own[0], next(i for i in range(own[-1], len(lines)) if re.match(r"\s*bra\.uni\s+\$L", lines[i]))
+    return "".join(lines[:start]), "".join(lines[start:stop]), "".join(lines[stop:])
 
 
 def test_rules_of_a_kernel_whose_warps_have_different_parts():

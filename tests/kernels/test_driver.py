@@ -74,9 +74,12 @@ def check(launch, go):
     assert codes[0] == codes[1], launch.kernel
     driver.sizes = parameter_sizes(compiled.asm["ptx"])
     (parameters, boxes), known = expected(launch), len(driver.maps)
-    go()
+    try:
+        go()
+    finally:
+        assert not driver.faults, driver.faults
     told = driver.launched.pop()
-    assert not driver.launched and not driver.faults, driver.faults
+    assert not driver.launched
     assert told.kernel == compiled.metadata.name
     assert told.parameters == parameters, (told, parameters)
     assert driver.maps[known:] == boxes, (driver.maps[known:], boxes)

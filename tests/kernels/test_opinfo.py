@@ -82,6 +82,7 @@ def global_avg_pool(x: Tensor, output_size: Any = None, **_: Any) -> Call:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+    unless(one_feature=weight.dim() == 1)
     ours, theirs = (partial(module.linear, x, weight, bias) for module in (F, TF))
     return Call(ours, theirs, partial(sums.linear, ops.Linear(x, weight, bias)))
 

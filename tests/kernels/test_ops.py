@@ -120,6 +120,7 @@ def test_opcheck(device, name, layout, kernels):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which PyTorch hides itself
 @EVERY_CALL
 def test_opcheck_with_gradients(device, name):
     call = with_gradients(small(name, device, kernels="auto"))

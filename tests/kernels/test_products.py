@@ -7,12 +7,11 @@ wrong answers on an H200; the right one is the same kernel by a later Triton.
 import json
 import re
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from compiling import CODE as COMPILED
-from compiling import ROW, run
+from compiling import ROW, TRITON, run
 
 from resnet_triton.machine_code.products import follow
 
@@ -20,7 +19,6 @@ pytest.importorskip("triton")
 
 CODE = {path.stem: path.read_text() for path in Path(__file__).with_name("machine_code").glob("*.sass")}
 RIGHT = CODE["right_triton_3.9.0"]
-TRITON = tuple(map(int, version("triton").split(".")[:2]))
 LATE = "which is not waited for"
 
 

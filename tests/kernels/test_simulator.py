@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from compiling import oldest, run
+from compiling import TRITON, oldest, run
 from exact import (
     KERNELS,
     channels_last,
@@ -108,7 +107,6 @@ sys.path.insert(0, sys.argv[1])
 sources = pickle.loads(base64.b64decode(sys.argv[2]))
 print(json.dumps([codegen.triton_compile(source, 90).asm["ptx"] for source in sources]))
 """
-TRITON = tuple(map(int, version("triton").split(".")[:2]))
 CPU = torch.device("cpu")
 PADDED = {"r": 3, "s": 3, "padding": (1, 1)}
 

@@ -27,7 +27,7 @@ def test_row(name):
     ["ResNetForImageClassification, basic blocks", "a ResNet for CIFAR", "a ResNet as KernelBench writes it",
      "a U-Net on a ResNet encoder"],
 )  # fmt: skip
-def test_on_kernels(name):
+def test_on_kernels(name, unrounded):
     package, make = zoo.MODELS[name]
     needs(package)
     torch.manual_seed(0)

@@ -161,6 +161,7 @@ _define("tt", "f32", {"sqrt.rn": np.sqrt, "abs": np.abs, "ex2.approx": np.exp2, 
 _define("ptt", "f16 f32", {**COMPARE, "setp.nan": lambda a, b: np.isnan(a) | np.isnan(b)})
 _define("ptt", "f32", {"setp.num": lambda a, b: ~(np.isnan(a) | np.isnan(b))})
 _define("bbb", "f16x2", {"max.NaN": lambda a, b: _maximum(a.view(np.float16), b.view(np.float16)).view(np.uint32)})
+_define("bbb", "s16x2 u16x2", {"add": lambda a, b: (a.view(np.uint16) + b.view(np.uint16)).view(np.uint32)})
 
 for t in (SIZED := "s8 u8 " + INTEGERS).split():
     _define("ft", t, {"cvt.rn.f32": lambda a: a.astype(np.float32)})

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 # Runs commands one after another, those of each condition in a fork of its own: what all import is imported once.
 # Long work, which would follow, is an error of its own.
 RUN = """
-import contextlib, io, json, os, sys
+import contextlib, io, json, os, sys, warnings
 import sklearn.utils, torch
 conditions, base = json.loads(sys.argv[1])
 
@@ -70,6 +70,7 @@ def answers(absent, environ, lines):
                 code = repr(error)
         yield code, out.getvalue(), err.getvalue()
 
+warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")  # PyTorch's threads, in none of which we are
 for condition in conditions:
     if os.fork():
         os.wait()
