@@ -12,6 +12,7 @@ each in a process of its own, in CPU time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -53,7 +54,8 @@ def nothing(*arguments):
 
 def graph(entry, *arguments):
     takes = SimpleNamespace(copy_=nothing, clone=lambda: takes)
-    output = takes if entry.own else (logits.as_subclass(Logits),)  # a compiled function's is a tuple of tensors
+    own = isinstance(entry.buffer, torch.Tensor)
+    output = takes if own else (logits.as_subclass(Logits),)  # a compiled function's is a tuple of tensors
     return SimpleNamespace(input=takes, output=output, fill=nothing, replay=nothing, replays=0)
 
 def chain(compile=lambda model: model):
@@ -158,12 +160,15 @@ class _Worker:
 
 def measure(roots: dict[str, Path], rounds: int, forwards: int) -> dict[str, dict[str, float]]:
     """For each checkout: launches, Python calls of ours, functions of ours above a launch, median microseconds."""
-    workers = {name: _Worker(root, forwards) for name, root in roots.items()}
     times: dict[tuple[str, str], list[float]] = {}
-    for _ in range(rounds):
-        for kind in KINDS:
-            for name, worker in workers.items():
-                times.setdefault((name, kind), []).append(worker.median(kind))
+    with contextlib.ExitStack() as stack:
+        workers = {name: _Worker(root, forwards) for name, root in roots.items()}
+        for worker in workers.values():
+            stack.enter_context(worker.process)  # whose end closes its pipes: it ends then, too
+        for _ in range(rounds):
+            for kind in KINDS:
+                for name, worker in workers.items():
+                    times.setdefault((name, kind), []).append(worker.median(kind))
     return {
         name: {**worker.facts, **{kind: statistics.median(times[name, kind]) * 1e6 for kind in KINDS}}
         for name, worker in workers.items()
