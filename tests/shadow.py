@@ -40,7 +40,7 @@ OUTPUTS = {"y_ptr", "y_desc", "partials_ptr", "semaphores_ptr"}
 COUNTERS = {"semaphores_ptr"}
 """Outputs that hold zeros before the launch."""
 
-ADDRESS_BITS = 48  # no user's address is longer
+TAG_SHIFT = 48
 
 
 def may_store(kernel: str, argument: str) -> bool:
@@ -76,7 +76,7 @@ class Argument:
         self.span *= tensor.numel() > 0
         self.itemsize = tensor.element_size()
         self.bytes = self.span * self.itemsize
-        self.start = np.uint64((tag << ADDRESS_BITS) + self.address)
+        self.start = np.uint64((2 * tag + 1) << TAG_SHIFT - 1)  # no pointer is as far from it as another argument
         self.covered: Array | None = None
         if tensor.numel() != self.span or 0 in tensor.stride():
             covered = tensor.new_zeros(self.span, dtype=bool)
@@ -167,7 +167,7 @@ class Watch:
 
     def locate(self, pointers: Array, mask: Array, verb: str) -> tuple[Argument, Array]:
         """The argument that pointers come from, and their distances from its start in bytes. Only `mask` is checked."""
-        argument = self.arguments.get(pointers.item(0) >> ADDRESS_BITS)
+        argument = self.arguments.get(pointers.item(0) >> TAG_SHIFT)
         if argument is None:
             self.fail(f"{verb} through a pointer that comes from no argument")
         offsets = pointers - argument.start  # below the start they wrap around

@@ -279,6 +279,7 @@ def stored(folder: Path) -> list[str]:
     return [path.name for path in (folder / "hub" / "checkpoints").iterdir()]
 
 
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up <HTTPError:ResourceWarning")  # torch.hub leaves it open
 @pytest.mark.parametrize(("fault", "word"), [("half", "invalid hash value"), ("not found", "404")])
 def test_a_failed_download_leaves_nothing_and_the_next_one_works(
     server: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, word: str
