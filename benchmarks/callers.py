@@ -7,14 +7,17 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import resnet_triton
 from resnet_triton.bench.runner import Found, Run, Steps
+from resnet_triton.graphs import cuda_graph
 
 
 def steps(run: Run) -> Steps:
@@ -42,7 +45,8 @@ def _wait(run: Run) -> None:
 
 
 def _beside_the_graph(batch: int, run: Run) -> Iterator[Found]:
-    """Microseconds: the graph, with what is launched in front of it, a call, one alone, and the host's part of one."""
+    """Microseconds: the graph, also without dependent launches, with what is launched in front of it, a call, one
+    alone, and the host's part of one."""
     model, x = _model(run), _images(batch, run)
     with torch.inference_mode():
         expected = model._forward_impl(x)
@@ -50,15 +54,32 @@ def _beside_the_graph(batch: int, run: Run) -> Iterator[Found]:
             y = model(x)
         ways: dict[str, Callable[[], object]] = {"a call": partial(model, x)}
         if model._runner is not None:
-            (captured,) = model._runner._graphs.values()
+            captured, waiting = _graph(model), _graph(_after_each_other(run, x))
             bare = captured.graph.replay
-            ways = {"graph": bare, "first launch and graph": lambda: (captured.fill(x), bare()), **ways}
+            ways = {
+                "graph": bare, "graph, no launch dependent": waiting.graph.replay,
+                "first launch and graph": lambda: (captured.fill(x), bare()), **ways,
+            }  # fmt: skip
         for _ in range(3):  # in turns; each starts on an idle GPU
             found = {name: _back_to_back(way, run) for name, way in ways.items()}
             alone, host = _one_by_one(ways["a call"], run)
             yield {"microseconds": {**found, "a call and synchronize": alone, "host": host}}
         if not torch.equal(model(x), y) or not torch.allclose(y, expected, atol=1e-2, rtol=1e-2):
             raise AssertionError("a call's answer is not the eager one")
+
+
+def _graph(model: Any) -> Any:
+    (captured,) = model._runner._graphs.values()
+    return captured
+
+
+def _after_each_other(run: Run, x: Tensor) -> Any:
+    """The same model, captured as if its launches might not start before the one before has ended."""
+    model = _model(run)
+    with mock.patch.object(cuda_graph, "dependent_launches", ContextVar("nobody reads it", default=False)):
+        for _ in range(3):
+            model(x)
+    return model
 
 
 def _back_to_back(way: Callable[[], object], run: Run) -> float:
