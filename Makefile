@@ -11,9 +11,6 @@ NEWER_TRITONS := 3.8.0 3.9.0
 OTHER_TRITONS := $(OLDEST_TRITON) $(NEWER_TRITONS)
 NEWEST_TRITON := $(lastword $(NEWER_TRITONS))
 
-# What asks Triton's interpreter for the exact answer, and little else.
-INTERPRETED := $(addprefix tests/kernels/test_,exact.py interpreter.py shadow.py split_k.py stem.py)
-
 # What a user's shell may export must not change what the tests check.
 HERMETIC := env -u PYTHONPATH -u PYTHONHOME -u PYTHONWARNINGS -u PYTHONOPTIMIZE -u PYTEST_ADDOPTS -u PYTEST_PLUGINS \
 	-u TRITON_INTERPRET -u TRITON_DEBUG -u TRITON_KERNEL_OVERRIDE -u TRITON_DEFAULT_BACKEND -u TRITON_OVERRIDE_ARCH \
@@ -70,12 +67,12 @@ demo: $(STAMP) ## compare a ResNet-18 with and without the kernels on this machi
 test: $(STAMP) ## run the tests, except those of `make slow` and `make package`
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m 'not packaging and not slow' $(ARGS)
 
-test-newest: test-$(NEWEST_TRITON) ## the exact tests of kernels, interpreted by the newest Triton
+test-newest: test-$(NEWEST_TRITON) ## the tests of kernels and machine code, slow ones too, with the newest Triton
 
 test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the one of .venv; no part of CI
 
 $(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
-	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m 'not slow' $(INTERPRETED) $(ARGS)
+	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) tests/kernels tests/tools/test_codegen.py $(ARGS)
 
 slow: $(STAMP) $(RAY) $(ZOO) ## run the tests that take long by themselves
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m slow $(ARGS)

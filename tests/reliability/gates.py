@@ -51,7 +51,7 @@ GATES = (
     Gate("types", "annotations hold (mypy, strict)"),
     _of_pytest("test", "kernels: bit for bit or within bounds of fp64, no access outside, no race; models and tools",
                "{tests}"),
-    _of_pytest("test-newest", "the same for the kernels, bit for bit, interpreted by the newest Triton"),
+    _of_pytest("test-newest", "those of kernels and of machine code, slow ones too, with the newest Triton"),
     _of_pytest("slow", "machine code within its budget; every planted fault is caught by the test named for it",
                "{tests}"),
     _of_pytest("zoo", "other people's models give their own answers, and each row of docs/models.md holds"),
