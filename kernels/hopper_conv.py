@@ -36,6 +36,7 @@ from .hopper import (
     async_store,
     descriptor_of,
     filter_descriptor,
+    group_barrier,
     put,
     reinterpret,
     scale_and_shift,
@@ -265,6 +266,7 @@ def multiplier(
             shift = gl.where(split == 0, shift, 0.0)
         acc, i = reduce(group, pixels, filters, full, empty, i, STEPS, STAGES, TAPS, TAPS, HALF, BLOCK_K, mma)
         tma.store_wait(0)  # the tile before has left its buffer
+        group_barrier()  # which Triton 3.8 adds only where no residual's barrier is waited for below
         y = normalised(acc, scale, shift, mma)
         if SHORT_STEPS > 0:
             if split == SPLIT_K - 1:
