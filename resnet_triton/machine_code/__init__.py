@@ -1,7 +1,7 @@
 """What a compiled kernel's machine code says of it: its vital signs, and whether it may be launched.
 
 flow -> groups -> ordering; flow -> products, dependent; access -> assembly (vital signs)
-products -> verdict (at run time)
+products, ordering -> verdict (at run time)
 """
 
 from __future__ import annotations

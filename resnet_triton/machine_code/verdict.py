@@ -1,10 +1,11 @@
 """Whether a launch may go ahead on the GPU that is here, as far as machine code tells.
 
 Where products are asynchronous (wgmma, compute capability 9.0), no number of right answers shows that the next one is
-right: `products.py` has to find no hazard. The checks before a release have asked it of the kernels that `config`
-chooses for ResNet-18, compiled by the pairs in JUDGED; with these its tiles are trusted for other shapes, too. Every
-other kernel is asked here before its first launch, once, which takes 0.4 s: the verdict is kept beside it in Triton's
-cache.
+right: `products.py` has to find no hazard, and `ordering.py` a barrier before what several groups of four warps have
+multiplied is overwritten, which Triton may leave out (triton#11047). The checks before a release have asked it of the
+kernels that `config` chooses for ResNet-18, compiled by the pairs in JUDGED; with these its tiles are trusted for other
+shapes, too. Every other kernel is asked here before its first launch, once, which takes 0.5 s: the verdict is kept
+beside it in Triton's cache.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from ..kernels.launch import Launch
-from . import products
+from . import groups, ordering, products
 
 JUDGED = frozenset({("3.6.0", "12.8"), ("3.7.1", "12.8"), ("3.9.0", "13.4")})
 """Versions of Triton and of the ptxas in its wheel with which `make codegen` (CI; the newest: `make verify`) passed."""
@@ -97,13 +98,16 @@ def _remembered(compiled: Any) -> tuple[str, ...]:
         raise NotJudged("nobody has judged it, and a graph is being captured; call it once before")
     try:
         text = disassemble(compiled.asm["cubin"])
-        found = products.follow(text, expected="wgmma.mma_async" in compiled.asm["ptx"])
+        ptx = compiled.asm["ptx"]
+        found = products.follow(text, expected="wgmma.mma_async" in ptx).hazards
+        if groups.threads(ptx) > 128 and ordering.NO_BARRIER_AFTER_PRODUCT in ordering.broken(groups.ptx(ptx)):
+            found += (ordering.NO_BARRIER_AFTER_PRODUCT,)
     except (KeyError, ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
         # Triton kept no such text, or it says what no kernel said before; or the disassembler is missing, or fails
         raise NotJudged(f"its machine code cannot be read ({type(error).__name__}: {error})") from None
     with contextlib.suppress(OSError):
-        cache.put(json.dumps(found.hazards), name, binary=False)
-    return found.hazards
+        cache.put(json.dumps(found), name, binary=False)
+    return found
 
 
 def disassemble(cubin: bytes) -> str:
@@ -120,4 +124,5 @@ def disassemble(cubin: bytes) -> str:
 @functools.cache
 def _edition() -> str:
     """The edition of the judge: another one judges anew."""
-    return hashlib.sha256(Path(products.__file__).read_bytes()).hexdigest()[:12]
+    rules = b"".join(Path(file).read_bytes() for file in (products.__file__, ordering.__file__))
+    return hashlib.sha256(rules).hexdigest()[:12]

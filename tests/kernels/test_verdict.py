@@ -59,12 +59,12 @@ from resnet_triton.tuner import precompile, trial
 
 wrong, cache = Path(sys.argv[1]).read_text(), Path(sys.argv[2])
 precompile.pretend(90)
-shape = ConvShape(32, 64, 8, 8, 64)
+shape = ConvShape(32, 256, 8, 8, 64)
 
 
-def launch(**changes):
+def launch(num_warps=4, num_stages=2, **changes):
     call = trial.abstract_call(shape)
-    tile = ConvConfig(64, 64, 64, 4, 2, **changes)
+    tile = ConvConfig(64, 64, 64, num_warps, num_stages, **changes)
     with override(KNOWN[90]):
         (planned,) = trial.launches_of(call, call.output(), tile, "ieee")
     assert not planned.own
@@ -83,7 +83,27 @@ def no_reading(cubin):
     raise AssertionError("read again")
 
 
-found, reads, read = {}, [], verdict.disassemble
+def unguard(ptx):
+    lines, waited = [], False
+    for line in ptx.splitlines():
+        waited = "wgmma.wait_group" in line or waited and "cp.async.bulk.tensor" not in line
+        lines += [line] * (not waited or "bar.sync" not in line)
+    assert len(lines) < len(ptx.splitlines())
+    return "\\n".join(lines)
+
+
+found = {}
+for warps in (4, 8):
+    unguarded = launch(warps, num_stages=3, box=(1, 1, 64))
+    asm = unguarded.compile().asm
+    asm["ptx"] = unguard(asm["ptx"])
+    found[f"no barrier, {warps} warps"] = ask(unguarded)[0]
+    del asm["ptx"]
+verdict._warned.clear()
+for path in cache.glob("*/hazards-*.json"):
+    path.unlink()
+
+reads, read = [], verdict.disassemble
 verdict.disassemble = lambda cubin: reads.append(cubin) or read(cubin)
 sound, other = launch(box=(1, 1, 64)), launch()
 found["sound"] = ask(sound)
@@ -130,6 +150,9 @@ def test_a_kernel_is_judged_once_and_not_launched_if_it_is_unsafe(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = json.loads(run(JUDGE, str(WRONG), str(tmp_path)))
+    assert found["no barrier, 4 warps"] is None
+    reason = "no barrier between the wait for a matrix product and the copy to shared memory after it"
+    assert found["no barrier, 8 warps"] == f"conv_box_kernel may give wrong answers: {reason}"
     assert found["sound"] == found["remembered"] == [None, [], 1]
     reason, (warning,), files = found["half a file"]
     assert reason.startswith("conv_box_kernel may give wrong answers: LDSM.16.M88.4 at 1b90 overwrites R168 of HGMMA")
