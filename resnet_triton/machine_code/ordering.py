@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .flow import Flow
@@ -56,6 +57,7 @@ _LEAVE = r"^\s*(?:@\S+\s+)?(?:ret|exit)\b"
 _WRITTEN = r"\s*cp\.async\.bulk\.wait_group\s+0\b"
 _READ = r"\s*cp\.async\.bulk\.wait_group(?:\.read)?\s+0\b"
 
+AFTER_PRODUCT = Rule(NO_BARRIER_AFTER_PRODUCT, r"\bwgmma\.wait_group\.", rf"{_BULK_LOAD}|{_COPY}", _BARRIER)
 RULES = (
     Rule(WEAK_ATOMIC, _ANYWHERE, _WEAK_ATOMIC, _NEVER),
     Rule(NO_BARRIER_BEFORE_ATOMIC, _STORE, _ATOMIC, _BARRIER),
@@ -71,12 +73,12 @@ RULES = (
     Rule(UNFINISHED_COPY, _COPY, _SHARED_LOAD, _COPIED),
     Rule(NO_BARRIER_AFTER_COPY, _COPIED, _SHARED_LOAD, _BARRIER),
     Rule(NO_BARRIER_BEFORE_COPY, r"\bldmatrix\.", _COPY, _BARRIER),
-    Rule(NO_BARRIER_AFTER_PRODUCT, r"\bwgmma\.wait_group\.", rf"{_BULK_LOAD}|{_COPY}", _BARRIER),
+    AFTER_PRODUCT,
     # One thread arrives for its group, which hands shared memory over to others.
     Rule(NO_BARRIER_BEFORE_HANDOVER, _USE, _ARRIVAL, _BARRIER),
 )
 
 
-def broken(flow: Flow) -> tuple[str, ...]:
+def broken(flow: Flow, rules: Iterable[Rule] = RULES) -> tuple[str, ...]:
     """What the rules say of those that some path breaks."""
-    return tuple(rule.broken for rule in RULES if flow.meets(*rule[1:]))
+    return tuple(rule.broken for rule in rules if flow.meets(*rule[1:]))

@@ -1,4 +1,4 @@
-"""Whether a launch may go ahead on the GPU that is here, as far as machine code tells.
+"""Whether a launch may go ahead on the GPU that is here, as far as its PTX and machine code tell.
 
 Where products are asynchronous (wgmma, compute capability 9.0), no number of right answers shows that the next one is
 right: `products.py` has to find no hazard, and `ordering.py` a barrier before what several groups of four warps have
@@ -100,8 +100,8 @@ def _remembered(compiled: Any) -> tuple[str, ...]:
         text = disassemble(compiled.asm["cubin"])
         ptx = compiled.asm["ptx"]
         found = products.follow(text, expected="wgmma.mma_async" in ptx).hazards
-        if groups.threads(ptx) > 128 and ordering.NO_BARRIER_AFTER_PRODUCT in ordering.broken(groups.ptx(ptx)):
-            found += (ordering.NO_BARRIER_AFTER_PRODUCT,)
+        if groups.threads(ptx) != 128:  # of four warps, each knows that all have multiplied
+            found += ordering.broken(groups.ptx(ptx), [ordering.AFTER_PRODUCT])
     except (KeyError, ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
         # Triton kept no such text, or it says what no kernel said before; or the disassembler is missing, or fails
         raise NotJudged(f"its machine code cannot be read ({type(error).__name__}: {error})") from None
@@ -124,5 +124,5 @@ def disassemble(cubin: bytes) -> str:
 @functools.cache
 def _edition() -> str:
     """The edition of the judge: another one judges anew."""
-    rules = b"".join(Path(file).read_bytes() for file in (products.__file__, ordering.__file__))
-    return hashlib.sha256(rules).hexdigest()[:12]
+    judges = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(judges).hexdigest()[:12]

@@ -98,7 +98,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _machine_code(calls: Sequence[Call], here: DeviceFacts) -> Json:
-    """Compilers, and what they make of registers of asynchronous products, where a GPU has such.
+    """Compilers, and whether what they make of asynchronous products is sound, where a GPU has such.
 
     Of `calls`, the launches that lookups choose are compiled and read.
     """
