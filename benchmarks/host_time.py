@@ -162,8 +162,9 @@ def measure(roots: dict[str, Path], rounds: int, forwards: int) -> dict[str, dic
     """For each checkout: launches, Python calls of ours, functions of ours above a launch, median microseconds."""
     times: dict[tuple[str, str], list[float]] = {}
     with contextlib.ExitStack() as stack:
-        workers = {name: _Worker(root, forwards) for name, root in roots.items()}
-        for worker in workers.values():
+        workers = {}
+        for name, root in roots.items():
+            workers[name] = worker = _Worker(root, forwards)
             stack.enter_context(worker.process)  # whose end closes its pipes: it ends then, too
         for _ in range(rounds):
             for kind in KINDS:

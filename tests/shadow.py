@@ -76,7 +76,7 @@ class Argument:
         self.span *= tensor.numel() > 0
         self.itemsize = tensor.element_size()
         self.bytes = self.span * self.itemsize
-        self.start = np.uint64((2 * tag + 1) << TAG_SHIFT - 1)  # no pointer is as far from it as another argument
+        self.start = np.uint64((2 * tag + 1) << TAG_SHIFT - 1)  # in the middle, so that pointers below it have its tag
         self.covered: Array | None = None
         if tensor.numel() != self.span or 0 in tensor.stride():
             covered = tensor.new_zeros(self.span, dtype=bool)
