@@ -100,7 +100,7 @@ docs: $(STAMP) ## the API reference, written from docstrings to build/docs
 mutate: $(STAMP) ## plant faults in the kernels, see which of them the tests miss; takes long, ARGS=--help says less
 	$(HERMETIC) PYTHONPATH=tests TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m reliability.mutate $(ARGS)
 
-# Everything that needs no GPU, and on a GPU its tests as well. Sized for 45 minutes on two cores.
+# Everything that needs no GPU, and on a GPU its tests as well. Sized for an hour on two cores.
 verify: $(STAMP) ## every check in turn, each with a record in build/verify, and docs/reliability.md made of them
 	$(HERMETIC) PYTHONPATH=tests:. $(PY) -m reliability verify $(ARGS)
 
