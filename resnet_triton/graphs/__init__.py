@@ -1,6 +1,7 @@
 """A CUDA graph for each input shape, and whether the model is still the one that was captured.
 
 cuda_graph (the CUDA calls) -> replay (when a graph is captured, replayed and dropped)
-replay -> function (compiled functions)
-replay, fingerprint (what must not change), snapshot (`freeze=True`) -> runner (models)
+look (where tensors lie, and how) -> fingerprint (what must not change)
+replay, look -> function (compiled functions)
+replay, fingerprint, snapshot (`freeze=True`) -> runner (models)
 """

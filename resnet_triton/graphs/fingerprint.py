@@ -4,8 +4,8 @@ A graph reads parameters and buffers by address, so edits in place need nothing.
 or moved, a module replaced or given another class, an attribute set (`eps`, `training`, `kernels`, a patched
 `forward`), a hook, the code of a class replaced. torch.compile looks at all of these but hooks and code.
 
-Each part of a check is one C loop over a flat list. What is cheap is asked first; only if the answer is no, what it
-stands for is compared.
+What leaves no trace in a dict is looked at in each call (`look.py`). All else is in dicts, which have versions: only if
+one has changed, what is in them is compared.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import gc
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_dtype = attrgetter("dtype")
+from .look import fastest
 
 
 class Watch:
@@ -37,6 +37,7 @@ class Watch:
         classes = {cls for kind in set(map(type, self._modules)) for cls in kind.__mro__} - {object}
         self._add("code", map(_namespace, classes), values=_methods)
         self._add("modules", (d for m in self._modules for d in (m._modules, *_hooks(m))))
+        self._look_at([], ())
 
     def _add(self, name: str, dicts: Iterable[Any], **how: Any) -> list[Any]:
         """Check what is in `dicts`, too, and return it. By `name`, tests leave it out."""
@@ -47,13 +48,20 @@ class Watch:
         self._parts[name] = part.hold
         return part.known[1]
 
+    def _look_at(self, modules: list[nn.Module], tensors: tuple[Tensor, ...]) -> None:
+        """Check classes of modules and memory of tensors, too."""
+        self._looked_at = self._empty, modules, tensors
+        self._look = fastest(*self._looked_at)
+        self._seen = self._look(*self._looked_at)
+
     def version(self) -> int | None:
         """A number that every write changes, one that is undone later, too; None if there is none."""
         return _newest(self._empty + self._full)
 
     def holds(self) -> bool:
         """Whether the model is still what it was."""
-        if any(self._empty):  # no version tells of `update` on an empty dict
+        seen = self._look(*self._looked_at)
+        if seen is None or seen != self._seen:
             return False
         state = _state(self._full)  # before the parts: what is written meanwhile shows at the next call
         if state is None or state != self._state:
@@ -68,23 +76,14 @@ class Fingerprint(Watch):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._classes = list(map(type, self._modules))
         self._add("attributes", map(vars, self._modules), same=_are_equal)
         tensors = self._add("tensors", (d for m in self._modules for d in _tables(m)))
         read = [t for t in tensors if t is not None and t.is_floating_point()]
-        self._read = tuple({id(t): t for t in read}.values())
-        self._layouts = _Layouts(self._read)
-        self._addresses = list(map(Tensor.data_ptr, self._read))
-        # The memory stays allocated as long as a graph may read it, whatever happens to the parameters.
-        self._memory = [t.detach() for t in self._read]
-
-    def holds(self) -> bool:
-        return (
-            super().holds()
-            and list(map(type, self._modules)) == self._classes
-            and self._layouts.hold()
-            and list(map(Tensor.data_ptr, self._read)) == self._addresses
-        )
+        # Kept, or others could get their addresses: classes, and memory, which a graph reads whatever becomes of the
+        # parameters.
+        self._classes = list(map(type, self._modules))
+        self._memory = [t.detach() for t in read]
+        self._look_at(self._modules, tuple({id(t): t for t in read}.values()))
 
 
 def _tables(m: nn.Module) -> tuple[dict[Any, Any], ...]:
@@ -105,7 +104,7 @@ def _namespace(cls: type) -> dict[str, Any]:
     return namespace
 
 
-# --- torch.compile's own means: not documented, so each is tried out first -------------------------------------------
+# --- torch.compile's versions of dicts: not documented, so they are tried out first ----------------------------------
 
 
 class _Box:
@@ -157,30 +156,9 @@ def _tick(clock: dict[str, Any], version: Callable[[Any], int]) -> int:
     return version(clock)
 
 
-def _trusted_guards(guards: Any) -> Any:
-    """`guards`, if they let a tensor pass as it is, and see what can change and leave the object what it was."""
-    changes: tuple[Callable[[Tensor], Tensor], ...] = (lambda t: t.view(torch.int32), lambda t: t[:2], lambda t: t.t())
-    try:
-        for change in changes:
-            t = torch.zeros(4, 4, device="cpu")
-            check = _check(guards, [t])
-            as_it_was = check(t)
-            t.data = change(t.data)
-            if not as_it_was or check(t):
-                return None
-    except Exception:  # whatever another version does with these arguments
-        return None
-    return guards
-
-
-def _check(guards: Any, tensors: Sequence[Tensor]) -> Any:
-    return guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-
-
 _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _version = _trusted_version(getattr(_guards, "dict_version", None))
-_TensorGuards = _trusted_guards(getattr(_guards, "TensorGuards", None))
-"""None where they cannot be trusted: then everything is compared at every call."""
+"""None where it cannot be trusted: then everything is compared at every call."""
 
 
 # --- the parts of a check --------------------------------------------------------------------------------------------
@@ -266,27 +244,3 @@ class _Dicts:
             return False
         self._version = version
         return True
-
-
-class _Layouts:
-    """Dtypes, sizes and strides: `t.data = ...` changes any of them and leaves the object what it was."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self._tensors = tensors
-        self._known = _layouts(tensors)
-        self._check = self._guard()
-
-    def hold(self) -> bool:
-        if self._check is not None and self._check(*self._tensors):
-            return True
-        if _layouts(self._tensors) != self._known:
-            return False
-        self._check = self._guard()  # the guards also look at what does not matter, such as inference mode
-        return True
-
-    def _guard(self) -> Any:
-        return None if _TensorGuards is None else _check(_TensorGuards, self._tensors)
-
-
-def _layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    return list(map(_dtype, tensors)), list(map(Tensor.size, tensors)), list(map(Tensor.stride, tensors))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import cuda_graph as cuda
 from .cuda_graph import Entry
+from .look import addresses
 from .replay import CudaGraph, Graphs, key_of, tf32, watched_reason
 
 
@@ -27,7 +28,7 @@ class GraphedFunction(Graphs):
     ) -> None:  # fmt: skip
         super().__init__()
         self.function, self.cuda_graph, self._widens = function, cuda_graph, widens
-        self._inputs, self._static = sorted(inputs), sorted(static)
+        self._inputs, self._static = sorted(inputs), tuple(sorted(static))
         self._known = inputs | static
         self._first = True
 
@@ -41,7 +42,7 @@ class GraphedFunction(Graphs):
             self.note(reason, self.cuda_graph)
             return self.function(*values)
         first, *others = map(key_of, given)
-        where = tuple(map(Tensor.data_ptr, map(values.__getitem__, self._static)))
+        where = addresses(values, self._static)
         numbers = tuple(map(values.__getitem__, self._numbers))
         key = *first, *others, where, numbers, tf32() if self._widens else None
         replayed: Sequence[Any] | None = self.replay(key, given)

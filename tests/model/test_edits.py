@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import models
-from resnet_triton.graphs import fingerprint
+from resnet_triton.graphs import fingerprint, look
 from resnet_triton.graphs.fingerprint import Fingerprint
 
 Undo = Callable[[], object] | None
@@ -260,12 +260,19 @@ EDITS: dict[str, tuple[Edit, str | None]] = {
 }
 """Edits, and the one check that sees each; None where there is nothing to see."""
 
+
+def look_past(f: Fingerprint, i: int) -> None:
+    def others(*looked_at: Any) -> Any:
+        seen = look.look(*looked_at)
+        return None if seen is None else seen[:i] + seen[i + 1 :]
+
+    f._look, f._seen = others, others(*f._looked_at)
+
+
 CHECKS: dict[str, Callable[[Fingerprint], object]] = {
     **{part: lambda f, part=part: f._parts.pop(part) for part in ("code", "modules", "attributes", "tensors")},
-    "classes": lambda f: vars(f).update(_modules=[], _classes=[]),
-    "empty": lambda f: vars(f).update(_empty=[]),
-    "layouts": lambda f: setattr(f._layouts, "hold", lambda: True),
-    "addresses": lambda f: vars(f).update(_read=[], _addresses=[]),
+    "empty": lambda f: vars(f).update(_looked_at=([], *f._looked_at[1:])),
+    **{part: lambda f, i=i: look_past(f, i) for i, part in enumerate(("classes", "addresses", "layouts"))},
 }
 """How each check of a fingerprint is switched off."""
 
@@ -290,8 +297,8 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize(
     ("seed", "edits", "quick"),
     [
-        pytest.param(0, 250, True, id="versions"),
-        pytest.param(1, 250, False, id="values"),
+        pytest.param(0, 250, True, id="fast"),
+        pytest.param(1, 250, False, id="slow"),
         *(pytest.param(seed, 2500, True, id=str(seed), marks=pytest.mark.slow) for seed in range(2, 6)),
     ],
 )
@@ -300,7 +307,7 @@ def test_no_answer_is_stale(cuda: Any, monkeypatch: Any, seed: int, edits: int, 
     monkeypatch.setattr(fingerprint, "_WATCHED", seed % 2 == 0)
     if not quick:
         monkeypatch.setattr(fingerprint, "_version", None)
-        monkeypatch.setattr(fingerprint, "_TensorGuards", None)
+        monkeypatch.setattr(look, "_compiled", lambda: None)
     r, x = random.Random(seed), images(2, 32)
     undo: Undo = None
     done = seen = replays = 0
@@ -346,25 +353,14 @@ def test_each_kind_is_seen_by_its_check_alone(cuda: Any, kind: str) -> None:
             undo()
 
 
-class Blind:
-    """Guards that a tensor passes whatever it is."""
-
-    def __init__(self, *tensors: Tensor, **options: Any) -> None:
-        self.check = lambda *tensors: True
-
-
-def test_means_that_miss_an_edit_are_not_trusted() -> None:
-    """Whatever this Python and this PyTorch have."""
+def test_versions_that_miss_an_edit_are_not_trusted() -> None:
+    """Whatever this Python has."""
     assert fingerprint._trusted_version(None) is None
     assert fingerprint._trusted_version(len) is None
     counter = itertools.count()
     assert fingerprint._trusted_version(lambda d: next(counter)) is not None
     apart: dict[int, Iterator[int]] = {}
     assert fingerprint._trusted_version(lambda d: next(apart.setdefault(id(d), itertools.count()))) is None
-    assert fingerprint._trusted_guards(None) is None
-    assert fingerprint._trusted_guards(Blind) is None
-    assert fingerprint._trusted_guards(lambda tensor: None) is None
-    assert fingerprint._TensorGuards is torch._C._dynamo.guards.TensorGuards
     version = torch._C._dynamo.guards.dict_version
     assert fingerprint._version is (None if sys.version_info[:3] == (3, 13, 0) else version)
 
@@ -399,7 +395,7 @@ def test_a_call_takes_no_longer_than_a_loop_over_its_tensors(cuda: Any) -> None:
             _ = t.data_ptr(), t.dtype, t.shape, t.stride()
 
     ratio = cpu_time(lambda: model(x)) / cpu_time(loop)
-    assert ratio < 1.4, f"{ratio:.2f} times the loop"  # 0.9 on an EPYC, Python 3.11
+    assert ratio < 1.0, f"{ratio:.2f} times the loop"  # 0.53 on an EPYC, Python 3.11
     assert cuda.graphs[0].replays == 1000
 
 

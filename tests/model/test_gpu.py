@@ -17,7 +17,7 @@ import resnet_triton
 from resnet_triton import functional, models, optimize, refresh, report
 from resnet_triton.config import ConvConfig, ConvShape, lookup
 from resnet_triton.config.device import facts
-from resnet_triton.graphs import replay
+from resnet_triton.graphs import look, replay
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import conv
 from resnet_triton.ops.trace import trace
@@ -80,6 +80,7 @@ def test_a_replay_is_bitwise_an_eager_call(n, dtype):
         x = images(n, dtype, seed=seed)
         assert torch.equal(model(x), model._forward_impl(x))
     assert replays(model) == 2
+    assert model._runner._fingerprint._look is look._compiled().look
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])

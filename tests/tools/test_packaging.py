@@ -208,7 +208,7 @@ def test_wheel_from_tree(wheel_folder: Path) -> None:
     contents = wheel_contents(wheel_folder)
     expected = {f"resnet_triton/kernels/{file.name}" for file in KERNELS.glob("*.py")}
     for path in (file.relative_to(ROOT) for file in walk(PACKAGE)):
-        if path.suffix == ".py" or path.name == "py.typed" or path.match("config/*.json"):
+        if path.suffix == ".py" or path.name in ("py.typed", "look.c") or path.match("config/*.json"):
             expected.add(path.as_posix())
     assert "resnet_triton/py.typed" in expected
     metadata = {name for name in contents if PurePosixPath(name).parts[0].endswith(".dist-info")}
