@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 _PARAMETERS = {"w_ptr", "w_desc", "bias_ptr", "mean_ptr", "var_ptr", "bn_weight_ptr", "bn_bias_ptr"}
 
 
@@ -57,17 +59,19 @@ class Launch:
         """A function that launches this again with another value for the argument `changing`, on the current stream.
 
         For a value alike in what Triton compiles for: a tensor's dtype and whether its address is a multiple of 16.
-        What `run` looks up at each launch has been looked up once, so the same device has to be the current one.
+        What `run` looks up at each launch has been looked up once, so the same device has to be the current one; of
+        tensors Triton gets the addresses, or it would ask tensor and driver for each.
         """
         compiled, names = self.compile(), self.kernel.arg_names
-        values = [self.arguments[name] for name in names]
+        values = [_address(self.arguments[name]) for name in names]
         i = names.index(changing)
         before, behind = values[:i], values[i + 1 :]
         launch = compiled[(*self.grid, 1, 1)[:3]]
 
         def again(value: Any) -> None:
-            launch(*before, value, *behind)
+            launch(*before, _address(value), *behind)
 
+        again.of = self  # which keeps the memory
         return again
 
     def _options(self) -> dict[str, Any]:
@@ -75,6 +79,11 @@ class Launch:
         if self.dependent:
             options["launch_pdl"] = True
         return options
+
+
+def _address(value: Any) -> Any:
+    """Of a tensor; anything else as it is."""
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def with_base(desc: Any, tensor: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -197,11 +198,17 @@ def test_a_launch_repeated_has_one_other_argument(grid: tuple[int, ...]) -> None
             return lambda *arguments: seen.append((where, arguments))
 
     seen: list[Any] = []
-    again = Launch(Kernel(), grid, {"b": 3, "x": 2, "a": 1, "c": 4}).repeat("x")
+    a, x, other = (torch.zeros(2) for _ in range(3))
+    again = Launch(Kernel(), grid, {"b": 3, "x": x, "a": a, "c": None}).repeat("x")
     assert not seen
-    again(5)
-    again(6)
-    assert seen == [((*grid, 1, 1)[:3], (1, x, 3, 4)) for x in (5, 6)]
+    again(x)
+    again(other)
+    assert seen == [((*grid, 1, 1)[:3], (a.data_ptr(), t.data_ptr(), 3, None)) for t in (x, other)]
+    kept = weakref.ref(a)
+    del a
+    assert kept() is not None
+    del again
+    assert kept() is None
 
 
 def test_values():
