@@ -71,7 +71,7 @@ class Launch:
         def again(value: Any) -> None:
             launch(*before, _address(value), *behind)
 
-        again.of = self  # which keeps the memory
+        again.keeps = [value for name, value in self.arguments.items() if name != changing]  # what is at the addresses
         return again
 
     def _options(self) -> dict[str, Any]:

@@ -204,8 +204,10 @@ def test_a_launch_repeated_has_one_other_argument(grid: tuple[int, ...]) -> None
     again(x)
     again(other)
     assert seen == [((*grid, 1, 1)[:3], (a.data_ptr(), t.data_ptr(), 3, None)) for t in (x, other)]
-    kept = weakref.ref(a)
-    del a
+    kept, changing = weakref.ref(a), weakref.ref(x)
+    seen.clear()
+    del a, x
+    assert changing() is None
     assert kept() is not None
     del again
     assert kept() is None
