@@ -79,11 +79,11 @@ class Fingerprint(Watch):
         self._add("attributes", map(vars, self._modules), same=_are_equal)
         tensors = self._add("tensors", (d for m in self._modules for d in _tables(m)))
         read = [t for t in tensors if t is not None and t.is_floating_point()]
+        self._look_at(self._modules, tuple({id(t): t for t in read}.values()))
         # Kept, or others could get their addresses: classes, and memory, which a graph reads whatever becomes of the
-        # parameters.
+        # parameters. Another thread's edit between these lines shows when the model is looked at next.
         self._classes = list(map(type, self._modules))
         self._memory = [t.detach() for t in read]
-        self._look_at(self._modules, tuple({id(t): t for t in read}.values()))
 
 
 def _tables(m: nn.Module) -> tuple[dict[Any, Any], ...]:

@@ -33,7 +33,6 @@ static int note_address(Notes *notes, const DLTensor *t) {
 static int note_layout(Notes *notes, const DLTensor *t) {
   size_t size = t->ndim * sizeof(int64_t);
   if (note(notes, &t->dtype, sizeof t->dtype)) return -1;
-  if (note(notes, &t->ndim, sizeof t->ndim)) return -1;
   if (note(notes, t->shape, size)) return -1;
   if (note(notes, t->strides, size)) return -1;
   return 0;
