@@ -18,6 +18,8 @@ import resnet_triton
 from resnet_triton.bench.runner import Found, Run, Steps
 from resnet_triton.ops import conv, linear
 
+WARM = 36  # calls, of which the 34th captures a graph that reads the images where they are
+
 
 def steps(run: Run) -> Steps:
     """A rehearsal has no graphs: it calls the model in their place."""
@@ -44,22 +46,25 @@ def _wait(run: Run) -> None:
 
 
 def _beside_the_graph(batch: int, run: Run) -> Iterator[Found]:
-    """Microseconds: the graph, also without dependent launches, with what is launched in front of it, a call, one
-    alone, and the host's part of one."""
+    """Microseconds: the graph, also without dependent launches, with what is launched in front of it, and as a whole
+    that reads the images; a call on images that come from elsewhere each time, on those that stay, one of these alone,
+    and the host's part of one."""
     model, x = _model(run), _images(batch, run)
     models = [model]  # kept, for their graphs read their weights
     with torch.inference_mode():
         expected = model._forward_impl(x)
-        for _ in range(3):
+        for _ in range(WARM):
             y = model(x)
         ways: dict[str, Callable[[], object]] = {"a call": partial(model, x)}
         if model._runner is not None:
-            models.append(_without_dependent_launches(run, x))
-            captured, other = map(_graph, models)
+            models += [_without_dependent_launches(run, x), _never_settled(run, x)]
+            captured, other = map(_graph, models[:2])
             bare = captured.graph.replay
             ways = {
                 "graph": bare, "graph, no launch dependent": other.graph.replay,
-                "first launch and graph": lambda: (captured.fill(x), bare()), **ways,
+                "first launch and graph": lambda: (captured.fill(x), bare()),
+                "graph that reads the images": _graph(model, x.data_ptr()).graph.replay,
+                "a call, images elsewhere": partial(models[-1], x), **ways,
             }  # fmt: skip
         for _ in range(3):  # in turns; each starts on an idle GPU
             found = {name: _back_to_back(way, run) for name, way in ways.items()}
@@ -70,9 +75,20 @@ def _beside_the_graph(batch: int, run: Run) -> Iterator[Found]:
             raise AssertionError("a call's answer is not the eager one")
 
 
-def _graph(model: Any) -> Any:
-    (captured,) = model._runner._graphs.values()
-    return captured
+def _graph(model: Any, place: int | None = None) -> Any:
+    """Of images from anywhere, or of those at an address."""
+    (graphs,) = model._runner._graphs.values()
+    return graphs.anywhere if place is None else graphs.there[place]
+
+
+def _never_settled(run: Run, x: Tensor) -> Any:
+    """The same model, for which all images come from elsewhere."""
+    model = _model(run)
+    for _ in range(3):
+        model(x)
+    for shape in model._runner._shapes.values():
+        shape.settled = 1 << 60
+    return model
 
 
 def _without_dependent_launches(run: Run, x: Tensor) -> Any:
@@ -113,7 +129,7 @@ def _callers(run: Run) -> Iterator[Found]:
     x, models = _images(8, run), [_model(run) for _ in range(2)]
     with torch.inference_mode():
         for model in models:
-            for _ in range(3):
+            for _ in range(WARM):
                 model(x)
     for name, callers in (("one", models[:1]), ("two models", models), ("one model, two streams", [models[0]] * 2)):
         yield {name: _images_a_second(callers, x, run)}

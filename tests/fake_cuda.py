@@ -95,7 +95,8 @@ class FakeEvent:
 
 class FakeGraph:
     def __init__(self, pool: _Pool, entry: Entry, beside: Any) -> None:
-        self.pool, self.input, self.fill, self.beside = pool, entry.buffer, entry.fill, beside
+        self.pool, self.fill, self.beside = pool, entry.fill, beside
+        self.input = () if entry.fill is None else entry.buffer
         self.replays, self.writes_no_parameter = 0, entry.writes_no_parameter
         with _Tape() as tape:
             self.output = entry.body(entry.buffer)
@@ -103,7 +104,8 @@ class FakeGraph:
 
     def replay(self, given: Any, stream: None) -> None:
         assert self.pool.turn == threading.get_ident(), "a replay that did not wait for the one before"
-        self.fill(given)
+        if self.fill is not None:
+            self.fill(given)
         for func, args, kwargs, old in self.tape:
             new = func(*args, **kwargs)
             for target, value in zip(_tensors(old), _tensors(new), strict=True):

@@ -22,10 +22,13 @@ _capturing = threading.Lock()
 
 @dataclass
 class Entry:
-    """How inputs get into a graph: `fill` writes `buffer`, one or several, which `body` computes the answer from."""
+    """How inputs get into a graph: `fill` writes `buffer`, one or several, which `body` computes the answer from.
+
+    Without `fill` the graph reads the inputs themselves, `buffer`, and keeps none of their memory.
+    """
 
     buffer: Tensor | tuple[Tensor, ...]
-    fill: Callable[[Any], object]
+    fill: Callable[[Any], object] | None
     body: Callable[[Any], Any]
     writes_no_parameter: bool = False
     """No kernel of `body` writes a parameter of a layer: all are operators of a model of ours."""
@@ -37,7 +40,7 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     input: Tensor | tuple[Tensor, ...]
-    fill: Callable[[Any], object]
+    fill: Callable[[Any], object] | None
     output: Any
     semaphores: Tensor
     replays: int = 0
@@ -49,7 +52,8 @@ class Captured:
             for buffer in (*_several(self.input), self.semaphores):  # if freed now, reused only after this launch
                 buffer.record_stream(stream)
             self._streams.add(stream.cuda_stream)
-        self.fill(given)
+        if self.fill is not None:
+            self.fill(given)
         self.graph.replay()
 
 
@@ -120,7 +124,7 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
     finally:
         graph_semaphores.reset(lent)
         dependent_launches.reset(may)
-    return Captured(graph, entry.buffer, entry.fill, output, semaphores)
+    return Captured(graph, () if entry.fill is None else entry.buffer, entry.fill, output, semaphores)
 
 
 @contextlib.contextmanager

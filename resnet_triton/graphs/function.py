@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -45,14 +45,16 @@ class GraphedFunction(Graphs):
         where = addresses(values, self._static)
         numbers = tuple(map(values.__getitem__, self._numbers))
         key = *first, *others, where, numbers, tf32() if self._widens else None
-        replayed: Sequence[Any] | None = self.replay(key, given)
+        readable = first[-1] and all(other[-1] for other in others)
+        place = tuple(map(Tensor.data_ptr, given)) if readable else None
+        replayed: Sequence[Any] | None = self.replay(key, given, place, lambda: self._there(values, given, where))
         if replayed is not None:
             return replayed
         y = self.function(*values)
-        self.consider(key, self.cuda_graph, lambda: None, lambda: self._entry(values, given))
+        self.consider(key, self.cuda_graph, lambda: None, lambda: self._entry(values, given, where))
         return y
 
-    def _entry(self, values: Sequence[Any], given: list[Tensor]) -> Entry:
+    def _entry(self, values: Sequence[Any], given: list[Tensor], where: Hashable) -> Entry:
         read, buffers = list(values), tuple(map(torch.clone, given))  # an index that nobody wrote could be any
 
         def fill(given: list[Tensor]) -> None:
@@ -62,6 +64,15 @@ class GraphedFunction(Graphs):
         def body(buffers: tuple[Tensor, ...]) -> Any:
             for i, buffer in zip(self._inputs, buffers, strict=True):
                 read[i] = buffer
-            return tuple(self.function(*read))
+            return self._results(read, where)
 
         return Entry(buffers, fill, body)
+
+    def _there(self, values: Sequence[Any], given: list[Tensor], where: Hashable) -> Entry:
+        return Entry(tuple(given), None, lambda given: self._results(values, where))
+
+    def _results(self, values: Sequence[Any], where: Hashable) -> tuple[Any, ...]:
+        results = tuple(self.function(*values))
+        if addresses(values, self._static) != where:
+            raise RuntimeError("another thread has moved a parameter meanwhile")
+        return results

@@ -7,11 +7,12 @@ draw random numbers on the device.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,12 @@ from . import cuda_graph as cuda
 from .cuda_graph import Entry
 
 LIMIT = 8
-"""Graphs that one model keeps; the least recently used goes first. Each costs its first buffer; all else they share."""
-_REMEMBERED = 1024  # shapes whose calls are counted
+"""Shapes of which one model keeps graphs; the least recently used goes first. Each costs its first buffer, and each
+graph its results; all else they share."""
+_REMEMBERED = 1024  # shapes whose calls are counted, and places whose replays are
+SETTLED = 32
+"""Replays on inputs at the same addresses after which a further graph reads them there; twice as many for each next."""
+_PLACES = 4  # such graphs of a shape
 _IMAGES = frozenset((*DTYPES, torch.uint8))
 WAITING = "a shape's first calls"
 FAILED = "the capture failed"
@@ -68,6 +73,7 @@ def copied(body: Callable[[Tensor], Tensor], x: Tensor) -> Entry:
 
 
 Key = tuple[Any, ...]
+Place = Any  # addresses of inputs; None if no kernel may read them there
 
 
 @dataclass
@@ -78,6 +84,20 @@ class _Shape:
     calls: int = 0
     wasted: int = 0
     failed: bool = False
+    settled: int = field(default_factory=lambda: SETTLED)  # replays on inputs at one place that earn the next graph
+
+
+@dataclass
+class _Replayed:
+    """The graphs of a shape: of inputs from anywhere, and those that read them at one place, once they stay there."""
+
+    anywhere: cuda.Captured
+    there: dict[Place, cuda.Captured] = field(default_factory=dict)
+    seen: Counter[Place] = field(default_factory=Counter)  # replays of the first
+
+    @property
+    def replays(self) -> int:
+        return sum(graph.replays for graph in (self.anywhere, *self.there.values()))
 
 
 class Graphs:
@@ -86,13 +106,16 @@ class Graphs:
     def __init__(self) -> None:
         self.eager: Counter[str] = Counter()
         self._lock = threading.Lock()  # held from a replay's first launch to its clone: the buffers between are shared
-        self._graphs: OrderedDict[Key, cuda.Captured] = OrderedDict()
+        self._graphs: OrderedDict[Key, _Replayed] = OrderedDict()
         self._shapes: OrderedDict[Key, _Shape] = OrderedDict()
         self._done: Any = None  # the event that the next replay waits for
 
     def is_stale(self) -> bool:
         """Whether calls compute something else than what was captured. Asked behind each replay."""
         return False
+
+    def begin(self) -> None:
+        """What there is to do before each capture."""
 
     def was_written(self) -> bool:
         """Whether another thread has changed what was just captured, be it for a moment. Asked behind each capture."""
@@ -109,22 +132,26 @@ class Graphs:
     def describe(self) -> str:
         """What has been captured, and how many calls ran without a graph, and why: for `report`."""
         with self._lock:
-            captured = [f"{_name(key)} replayed {graph.replays} times" for key, graph in self._graphs.items()]
+            captured = [f"{_name(key)} replayed {graphs.replays} times" for key, graphs in self._graphs.items()]
             eager = [f"{reason} {n} times" for reason, n in self.eager.items()]
         return f"graphs: {', '.join(captured) or 'none'}; calls without: {', '.join(eager) or 'none counted'}"
 
-    def replay(self, key: Key, given: Any) -> Any:
-        """The results of a call on what its graph's `fill` takes; None if there is no graph that holds."""
+    def replay(self, key: Key, given: Any, place: Place, entry: Callable[[], Entry]) -> Any:
+        """The results of a call on inputs at `place`; None if there is no graph that holds.
+
+        Once they have come from there often, a graph of `entry` is captured, which reads them there.
+        """
         with self._lock:
-            captured = self._graphs.get(key)
-            if captured is None:
+            graphs = self._graphs.get(key)
+            if graphs is None:
                 return None
+            graph = graphs.there.get(place, graphs.anywhere)
             with cuda.on(key[0]):
                 stream = cuda.current_stream(key[0])
                 self._done.wait(stream)
                 try:
-                    captured.replay(given, stream)
-                    y = _cloned(captured.output)
+                    graph.replay(given, stream)
+                    y = _cloned(graph.output)
                 finally:  # whatever has been launched, the next replay has to wait for it
                     self._done.record(stream)
             if self.is_stale():
@@ -132,7 +159,9 @@ class Graphs:
                 return None
             if len(self._graphs) > 1:
                 self._graphs.move_to_end(key)
-            captured.replays += 1
+            graph.replays += 1
+            if graph is graphs.anywhere and place is not None and len(graphs.there) < _PLACES:
+                self._settle(key, place, entry)
             return y
 
     def consider(
@@ -168,21 +197,51 @@ class Graphs:
             self._drop(next(iter(self._graphs)))
         if not self._graphs:
             self._done = cuda.event()
-        beside = next(iter(self._graphs.values()), None)
-        try:
-            # Outside inference mode, or only calls inside it could write the input buffer.
-            with cuda.on(key[0]), torch.inference_mode(False), torch.no_grad():
-                self._graphs[key] = cuda.capture(entry(), beside)
-        except Exception as error:  # the caller has an answer; whatever this was, the shape goes on without a graph
+        beside = next((graphs.anywhere for graphs in self._graphs.values()), None)
+        with self._capturing(key):
+            self.begin()
+            self._graphs[key] = _Replayed(cuda.capture(entry(), beside))
+        if key not in self._graphs:
             self._shapes[key].failed = True
-            self._drop_all()  # torch 2.11 captures nothing more into memory where ending a capture has failed
-            warnings.warn(f"no CUDA graph for {_name(key)}, its capture failed: {error}", RuntimeWarning, stacklevel=2)
             return FAILED
         if self.is_stale():
             self._drop_all()
         elif self.was_written():
             self._drop(key)
         return None
+
+    def _settle(self, key: Key, place: Place, entry: Callable[[], Entry]) -> None:
+        """Count a replay on inputs at `place`. If it is time, capture a graph that reads them there.
+
+        Nothing is launched or copied in front of such a graph.
+        """
+        graphs = self._graphs[key]
+        shape = self._shapes.setdefault(key, _Shape(wanted=1))  # where it has been forgotten meanwhile
+        if len(graphs.seen) == _REMEMBERED:
+            graphs.seen.clear()
+        graphs.seen[place] += 1
+        if graphs.seen[place] < shape.settled:
+            return
+        shape.settled *= 2
+        graphs.seen.clear()
+        with self._capturing(key):
+            self.begin()
+            graphs.there[place] = cuda.capture(entry(), graphs.anywhere)
+        if self.is_stale():
+            self._drop_all()
+        elif self.was_written():
+            graphs.there.pop(place, None)
+
+    @contextlib.contextmanager
+    def _capturing(self, key: Key) -> Iterator[None]:
+        """Where a graph of a key is captured. If that fails, there is none at all, for the caller has an answer."""
+        try:
+            # Outside inference mode, or only calls inside it could write the input buffer.
+            with cuda.on(key[0]), torch.inference_mode(False), torch.no_grad():
+                yield
+        except Exception as error:
+            self._drop_all()  # torch 2.11 captures nothing more into memory where ending a capture has failed
+            warnings.warn(f"no CUDA graph for {_name(key)}, its capture failed: {error}", RuntimeWarning, stacklevel=4)
 
     def _drop_all(self) -> None:
         for key in list(self._graphs):
@@ -191,8 +250,8 @@ class Graphs:
     def _drop(self, key: Key) -> None:
         """Where a graph was never used, the shape's next one has to be earned by 1, 2, 4, ... calls: more shapes than
         `LIMIT` in turns, or a model changed before each call, would be captured every time."""
-        captured, shape = self._graphs.pop(key), self._shapes.get(key)
-        if shape is not None and captured.replays == 0:
+        graphs, shape = self._graphs.pop(key), self._shapes.get(key)
+        if shape is not None and graphs.replays == 0:
             shape.wanted, shape.calls, shape.wasted = 2**shape.wasted, 0, shape.wasted + 1
 
 
@@ -215,7 +274,7 @@ def _like(t: Tensor) -> Tensor:
 def key_of(x: Tensor) -> Key:
     """What two calls must have in common to use one graph, besides the model: first the device, then the shape and the
     dtype; last, whether a kernel may read `x`."""
-    readable = x.data_ptr() % 16 == 0 and not (x.is_neg() or x._is_zerotensor())
+    readable = x.data_ptr() % 16 == 0 and not (x.is_neg() or x.is_conj() or x._is_zerotensor())
     layout = x.stride() if readable else x.is_contiguous(memory_format=torch.channels_last)
     # TF32 or not is read when a kernel is launched. Asked for bytes, too: they may become fp32 on the way in.
     wide = x.dtype == torch.float32 or x.dtype == torch.uint8

@@ -124,6 +124,12 @@ class Runner(Graphs):
         self._fingerprint = None
         return True
 
+    def begin(self) -> None:
+        model = self.owner()
+        if self._fingerprint is None and model is not None:
+            self._fingerprint = Fingerprint(model)
+        self._version = None if self._fingerprint is None else self._fingerprint.version()
+
     def was_written(self) -> bool:
         known = self._fingerprint
         return self._snapshot is None and known is not None and known.version() != self._version
@@ -131,7 +137,8 @@ class Runner(Graphs):
     def run(self, model: Graphed, x: Tensor, graphs: bool) -> Tensor:
         """A call for which `uncaptured_reason` found none; `graphs` says whether it may use one."""
         key = key_of(x)
-        if graphs and (replayed := self.replay(key, x)) is not None:
+        place = x.data_ptr() if key[-1] else None
+        if graphs and (replayed := self.replay(key, x, place, lambda: self._there(model, x))) is not None:
             return replayed
         source = self._source(model, x)
         y = source._forward_impl(x)  # the answer, whatever becomes of a capture
@@ -157,8 +164,9 @@ class Runner(Graphs):
             return model if self._snapshot is None else self._snapshot
 
     def _entry(self, source: Graphed, key: Key, x: Tensor) -> Entry:
-        if self._fingerprint is None:
-            self._fingerprint = Fingerprint(source)
-        self._version = self._fingerprint.version()
         entry = source._entry(x) if key[-1] else copied(source._forward_impl, x)
         return replace(entry, writes_no_parameter=True)
+
+    def _there(self, model: Graphed, x: Tensor) -> Entry:
+        source = model if self._snapshot is None else self._snapshot
+        return Entry(x, None, source._forward_impl, writes_no_parameter=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import threading
@@ -81,6 +82,40 @@ def test_a_replay_is_bitwise_an_eager_call(n, dtype):
         assert torch.equal(model(x), model._forward_impl(x))
     assert replays(model) == 2
     assert model._runner._fingerprint._look is look._compiled().look
+
+
+@pytest.mark.parametrize("n", [1, 33])
+def test_images_that_stay_are_read_where_they_are(n):
+    model, x = build(), images(n)
+    captured(model, x)
+    for seed in range(replay.SETTLED + 4):
+        x.copy_(images(n, seed=seed))
+        other = images(n, seed=seed + 100)
+        for given in (x, other):
+            assert torch.equal(model(given), model._forward_impl(given))
+    (graphs,) = model._runner._graphs.values()
+    assert x.data_ptr() in graphs.there
+    size, kept = x.untyped_storage().nbytes(), torch.cuda.memory_allocated()
+    del x, given
+    assert torch.cuda.memory_allocated() <= kept - size  # no graph keeps it
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    again = images(n, seed=5)  # perhaps where the first ones were
+    for _ in range(2):
+        assert torch.equal(model(again), model._forward_impl(again))
+
+
+def test_inputs_of_a_compiled_model_that_stay_are_read_where_they_are():
+    layers = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        model = nn.Sequential(*layers).eval().to("cuda", torch.float16)
+        plain = copy.deepcopy(model)
+        optimize(model, cuda_graph=True)
+    x = torch.randn(4, 8, 14, 14, device="cuda", dtype=torch.float16)
+    for seed in range(replay.SETTLED + 6):
+        x.normal_(generator=torch.Generator("cuda").manual_seed(seed))
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
@@ -279,8 +314,8 @@ def test_images_are_read_where_they_are(layout):
     for x in (images(2), images(2).mul(50).clamp(0, 255).byte()):
         x = x.contiguous(memory_format=layout)
         captured(model, x)
-        (*_, graph) = model._runner._graphs.values()
-        assert graph.input.shape == (2, 64, 56, 56), "behind the stem"
+        (*_, graphs) = model._runner._graphs.values()
+        assert graphs.anywhere.input.shape == (2, 64, 56, 56), "behind the stem"
         for n in range(4):  # at other addresses, one of them not a multiple of 16
             memory = torch.cat([x.flatten()[:n], (x + n).permute(0, 2, 3, 1).flatten()])[n:]
             y = memory.view(2, 224, 224, 3).permute(0, 3, 1, 2) if layout is torch.channels_last else x + n
@@ -619,7 +654,8 @@ def test_dependent_launches_are_dependent_in_a_graph(monkeypatch):
     monkeypatch.setattr(Launch, "run", recorded)
     model, x = build(), images(1)
     captured(model, x)
-    (graph,) = model._runner._graphs.values()
+    (graphs,) = model._runner._graphs.values()
+    graph = graphs.anywhere
     error, *_, count = runtime.cudaGraphGetEdges(graph.graph.raw_cuda_graph(), numEdges=0)
     assert int(error) == 0
     error, _, _, edges, _ = runtime.cudaGraphGetEdges(graph.graph.raw_cuda_graph(), numEdges=count)
@@ -641,7 +677,8 @@ def test_a_graph_lends_its_launches_semaphores_that_stay_at_zero(monkeypatch):
 
     monkeypatch.setattr(conv, "semaphores_for", recorded)
     captured(model, images(1))
-    (graph,) = model._runner._graphs.values()
+    (graphs,) = model._runner._graphs.values()
+    graph = graphs.anywhere
     assert (True, graph.semaphores.data_ptr()) in lent, "a layer of one image is shared"
     assert all(pointer == graph.semaphores.data_ptr() for capturing, pointer in lent if capturing)
     for seed in range(3):

@@ -222,7 +222,8 @@ def log(cuda, monkeypatch):
 
     def logging(entry: Any, beside: Any) -> Any:
         alone = isinstance(getattr(entry.fill, "__self__", None), Alone)
-        return capture(replace(entry, fill=logged(entry.fill, "stem" if alone else "copy")), beside)
+        fill = entry.fill and logged(entry.fill, "stem" if alone else "copy")
+        return capture(replace(entry, fill=fill), beside)
 
     monkeypatch.setattr(ops.Stem, "alone", lambda call: ((launch := Alone(call)).out, launch))
     monkeypatch.setattr(cuda, "capture", logging)
@@ -262,7 +263,8 @@ def test_host_calls_of_a_replay_on_a_gpu(monkeypatch):
     model, x = small(), images()
     model._runner = kept = runner.Runner(model)
     buffers = mock.Mock(record_stream=asked.record_stream, clone=asked.clone)
-    kept._graphs[replay.key_of(x)] = cuda_graph.Captured(asked, buffers, asked.fill, buffers, buffers)
+    graph = cuda_graph.Captured(asked, buffers, asked.fill, buffers, buffers)
+    kept._graphs[replay.key_of(x)] = replay._Replayed(graph)
     kept._done = asked
     every_time = ["current_stream", "wait", "fill", "replay", "clone", "record"]
     for handle, device, more in ((7, None, 2), (7, None, 0), (8, None, 2), (7, None, 0), (8, 1, 0)):
@@ -323,6 +325,242 @@ def test_edits_show_in_front_of_the_graph_too(cuda, log, freeze, build):
         model(x)
         assert "stem" not in log
         assert len(cuda.graphs) == 3
+
+
+# --- inputs that stay where they are ---------------------------------------------------------------------------------
+
+
+def settled(model: Any, x: Tensor) -> None:
+    """Call until a graph reads this input where it is."""
+    captured(model, x)
+    for _ in range(replay.SETTLED):
+        model(x)
+
+
+def test_inputs_that_stay_are_read_where_they_are(cuda, log):
+    model, x, other = small(), images(), images() + 1
+    settled(model, x)
+    assert cuda.graphs[1].input == ()  # it keeps no memory of the caller's
+    for _ in range(2):
+        log.clear()
+        y = model(x)
+        assert log == ["wait", "clone", "record"]
+        assert torch.equal(y, model._forward_impl(x))
+        x += 1
+        log.clear()
+        y = model(other)
+        assert log == ["wait", "stem", "clone", "record"]
+        assert torch.equal(y, model._forward_impl(other))
+    assert [graph.replays for graph in cuda.graphs] == [replay.SETTLED + 2, 2]
+    assert f"replayed {replay.SETTLED + 4} times" in report(model).graphs[""]
+    assert cuda.graphs[1].writes_no_parameter
+
+
+@pytest.mark.parametrize("of", ["model", "function"])
+def test_settled_inputs_are_not_kept(cuda, of):
+    x = images()
+    if of == "model":
+        model = small()
+        settled(model, x)
+    else:
+        function = GraphedFunction(lambda x, weight: (x * weight,), {0}, {1}, True)
+        values = [x, torch.tensor(2.0)]
+        for _ in range(2 + replay.SETTLED):
+            function(values)
+        values.clear()
+    assert len(cuda.graphs) == 2
+    kept = weakref.ref(x)
+    del x
+    gc.collect()
+    assert kept() is None
+
+
+def test_each_further_place_has_to_be_earned_by_twice_as_many_calls(cuda, monkeypatch):
+    monkeypatch.setattr(replay, "SETTLED", 2)
+    model, places = small(), [images() + i for i in range(replay._PLACES + 1)]
+    captured(model, places[0])
+    for n, x in enumerate(places[:-1]):
+        for _ in range(replay.SETTLED * 2**n):
+            assert len(cuda.graphs) == 1 + n
+            model(x)
+        assert len(cuda.graphs) == 2 + n
+    for _ in range(replay.SETTLED * 2 ** (n + 2)):
+        model(places[-1])
+    assert len(cuda.graphs) == 1 + replay._PLACES
+    for x in places:
+        x += 1
+        assert torch.equal(model(x), model._forward_impl(x))
+
+
+def test_places_that_never_come_back_are_forgotten(cuda, monkeypatch):
+    monkeypatch.setattr(replay, "_REMEMBERED", 8)
+    model, kept = small(), [images() for _ in range(20)]
+    captured(model, images())
+    for x in kept:
+        model(x)
+    (graphs,) = model._runner._graphs.values()
+    assert 0 < len(graphs.seen) <= 8
+
+
+def test_inputs_that_no_kernel_reads_where_they_are_never_settle(cuda):
+    model = small()
+    x = torch.randn(2 * 3 * 16 * 16 + 1)[1:].view(2, 3, 16, 16)
+    settled(model, x)
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert len(cuda.graphs) == 1
+
+
+@pytest.mark.parametrize("edit", [
+    lambda m: setattr(m.bn1, "eps", 0.5), lambda m: setattr(m.conv1.weight, "data", m.conv1.weight.data * 2),
+], ids=["eps", "data"])  # fmt: skip
+def test_edits_show_where_inputs_have_settled(cuda, monkeypatch, edit):
+    """Behind them it takes twice as many calls again."""
+    monkeypatch.setattr(replay, "SETTLED", 4)
+    model, x = small(), images()
+    settled(model, x)
+    model(x)
+    edit(model)
+    for n in range(10):
+        assert torch.equal(model(x), model._forward_impl(x))
+        assert len(cuda.graphs) == (3 if n < 8 else 4)
+
+
+def test_inputs_of_a_frozen_model_settle(cuda):
+    model, x = small(freeze=True), images()
+    settled(model, x)
+    expected = model(x)
+    model.bn1.eps = 0.5
+    assert torch.equal(model(x), expected)
+    assert cuda.graphs[1].replays == 2
+
+
+def test_a_capture_that_fails_where_inputs_settle(cuda, monkeypatch):
+    """Memory may have run out for a moment: all is captured again, and inputs settle later."""
+    monkeypatch.setattr(replay, "SETTLED", 4)
+    model, x = small(), images()
+    captured(model, x)
+    for _ in range(replay.SETTLED - 1):
+        model(x)
+    cuda.failure = RuntimeError("as CUDA says")
+    with pytest.warns(RuntimeWarning, match=r"no CUDA graph for 2x3x16x16 float32, its capture failed: as CUDA says"):
+        y = model(x)
+    assert torch.equal(y, model._forward_impl(x))
+    assert not model._runner._graphs
+    cuda.failure = None
+    for _ in range(10):
+        assert torch.equal(model(x), model._forward_impl(x))
+    assert [graph.replays for graph in cuda.graphs] == [4, 8, 1]
+
+
+def for_a_moment(model: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, while another thread changes the model."""
+
+    def within(*args: Any) -> Any:
+        model.bn1.eps = 0.5
+        try:
+            return call(*args)
+        finally:
+            model.bn1.eps = 1e-5
+
+    return within
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_change_for_a_moment_while_inputs_settle(cuda, monkeypatch, equal):
+    """Before, one that leaves an equal value is harmless."""
+    model, x = small(), images()
+    captured(model, x)
+    if equal:
+        model.bn1.eps = float(str(model.bn1.eps))
+    else:
+        monkeypatch.setattr(cuda, "capture", for_a_moment(model, cuda.capture))
+    for _ in range(replay.SETTLED + 2):
+        assert torch.equal(model(x), model._forward_impl(x))
+    assert [graph.replays for graph in cuda.graphs] == ([replay.SETTLED, 2] if equal else [replay.SETTLED + 2, 0])
+
+
+def test_a_change_for_a_moment_while_the_launch_before_the_graph_is_made(cuda, log):
+    model, x = small(), images()
+    model(x)
+    model._entry = for_a_moment(model, model._entry)
+    model(x)
+    del model._entry
+    for _ in range(3):
+        assert torch.equal(model(x), model._forward_impl(x))
+
+
+def test_inputs_of_a_function_that_no_kernel_reads_where_they_are_never_settle(cuda):
+    x = torch.randn(9)
+    for n, y in enumerate((x[1:], torch._neg_view(x[:8])), 1):
+        function = GraphedFunction(lambda x, y: (x + y,), {0, 1}, set(), True)
+        for _ in range(4 + replay.SETTLED):
+            assert torch.equal(function([x[:8], y])[0], x[:8] + y)
+        assert len(cuda.graphs) == n
+
+
+def test_a_conjugate_is_not_what_it_conjugates(cuda):
+    function, x = GraphedFunction(lambda x: (x * 2,), {0}, set(), True), torch.randn(8, dtype=torch.complex64)
+    for _ in range(3 + replay.SETTLED):
+        function([x])
+    assert torch.equal(function([x.conj()])[0], x.conj() * 2)
+
+
+def test_a_parameter_where_another_was_when_a_function_was_captured(cuda):
+    function, x = GraphedFunction(lambda x, weight: (x * weight,), {0}, {1}, True), images()
+    first = nn.Parameter(torch.tensor(2.0))
+    for _ in range(3):
+        function([x, first])
+    there, first.data = first.data, torch.tensor(5.0)
+    for _ in range(2 + replay.SETTLED):
+        assert torch.equal(function([x, nn.Parameter(there)])[0], x * 2)
+    assert len(cuda.graphs) == 2
+    assert cuda.graphs[1].replays
+
+
+@pytest.mark.parametrize("calls", [1, 1 + replay.SETTLED])
+def test_a_parameter_moved_by_another_thread_during_a_capture(cuda, calls):
+    weight, x = nn.Parameter(torch.tensor(2.0)), images()
+    moves = [False]
+
+    def function(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        y = x * weight
+        if moves[0]:
+            moves[0], weight.data = False, torch.tensor(5.0)
+        return (y,)
+
+    graphed, there = GraphedFunction(function, {0}, {1}, True), weight.data
+    for _ in range(calls):
+        graphed([x, weight])
+    capture = cuda.capture
+
+    def moving(*args: Any) -> Any:
+        moves[0] = True
+        return capture(*args)
+
+    cuda.capture = moving
+    with pytest.warns(RuntimeWarning, match="its capture failed: another thread has moved a parameter meanwhile"):
+        graphed([x, weight])
+    cuda.capture = capture
+    weight.data = there
+    for _ in range(4):
+        assert torch.equal(graphed([x, weight])[0], x * 2)
+
+
+def test_inputs_of_a_function_settle(cuda, log):
+    function = GraphedFunction(lambda x, weight, y: (x * weight + y,), {0, 2}, {1}, True)
+    x, weight, y = values = [images(), torch.tensor(2.0), images()]
+    for _ in range(2 + replay.SETTLED):
+        function(values)
+    for _ in range(2):
+        x += 1
+        y -= 3
+        log.clear()
+        assert torch.equal(function(values)[0], x * 2 + y)
+        assert log == ["wait", "clone", "record"]
+        log.clear()
+        assert torch.equal(function([x, weight, x])[0], x * 3)
+        assert log == ["wait", "copy", "clone", "record"]
+    assert len(cuda.graphs) == 2
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------
