@@ -118,11 +118,15 @@ def test_a_tensor_that_c_cannot_be_told_of() -> None:
     assert look.addresses(list(there), (0, 1)) == (0, 0)
 
 
+def nowhere(*arguments: Any, **options: Any) -> None:
+    raise RuntimeError("Failed to find C compiler.")
+
+
 @pytest.mark.parametrize("missing", ["compiler", "Python.h", "triton"])
 def test_without_a_compiler_python_looks(monkeypatch: Any, missing: str, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     if missing == "compiler":
-        monkeypatch.setenv("CC", str(tmp_path / "cc"))
+        monkeypatch.setattr("triton.runtime.build._build", nowhere)
     elif missing == "Python.h":
         monkeypatch.setattr(sysconfig, "get_path", lambda *names: str(tmp_path))
     else:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import ops, optimize, refresh, report, revert
-from resnet_triton.graphs import cuda_graph, replay, runner
+from resnet_triton.graphs import cuda_graph, fingerprint, replay, runner
 from resnet_triton.graphs.function import GraphedFunction
 from resnet_triton.ops import precision
 from resnet_triton.support import vision
@@ -465,6 +465,7 @@ def for_a_moment(model: Any, call: Callable[..., Any]) -> Callable[..., Any]:
     return within
 
 
+@pytest.mark.skipif(fingerprint._version is None, reason="nothing tells of a change that is undone")
 @pytest.mark.parametrize("equal", [False, True])
 def test_a_change_for_a_moment_while_inputs_settle(cuda, monkeypatch, equal):
     """Before, one that leaves an equal value is harmless."""
