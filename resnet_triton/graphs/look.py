@@ -24,7 +24,7 @@ Look = Callable[[list[dict[Any, Any]], list[nn.Module], tuple[Tensor, ...]], Any
 
 def look(dicts: list[dict[Any, Any]], modules: list[nn.Module], tensors: tuple[Tensor, ...]) -> Any:
     """What is the same as long as modules are of their classes, and tensors in their memory, of their dtypes, sizes and
-    strides. None if a dict is not empty.
+    strides; None if a dict is not empty.
 
     A lazily negated view of the same memory (`torch._neg_view`) looks alike.
     """
@@ -37,9 +37,7 @@ def look(dicts: list[dict[Any, Any]], modules: list[nn.Module], tensors: tuple[T
 def addresses(values: Sequence[Any], places: tuple[int, ...]) -> Hashable:
     """What is the same as long as the tensors at `places` of `values` are in their memory."""
     compiled = _compiled()
-    found = (
-        None if compiled is None else compiled.addresses(values, places)
-    )  # None takes a millisecond: do not rely on it
+    found = None if compiled is None else compiled.addresses(values, places)  # of what it cannot describe None, slowly
     return tuple(map(Tensor.data_ptr, map(values.__getitem__, places))) if found is None else found
 
 
