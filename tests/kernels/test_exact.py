@@ -403,6 +403,7 @@ def test_tiles_of_grouped_convolutions() -> None:
     assert [groups_at_once(c, k, 32, 32) for c, k in ((128, 128), (96, 96), (32, 64), (1024, 1024))] == [8, 8, 16, 1]
     assert groups_at_once(27, 27, 9, 32) == 8, "their 24 channels begin at multiples of 8"
     assert groups_at_once(20, 12, 4, 32) == 4, "they do not, whatever is taken"
+    assert groups_at_once(36, 72, 12, 32) == 5, "where results begin does not matter"
 
 
 POOLS: dict[str, Any] = {

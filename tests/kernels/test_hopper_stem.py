@@ -56,6 +56,7 @@ SLOW = {
     "float pixels": Case((1, 3, 17, 222), torch.float32, channels_last, special=True),
     "rows apart": Case((2, 2, 18, 62), layout=beside_another, special=True, programs=1),
     "planes of bytes": Case((2, 3, 13, 33), torch.uint8),
+    "fp16, filters in bfloat16": Case((1, 3, 9, 30), weight=torch.bfloat16),
 }
 
 

@@ -143,7 +143,6 @@ COMPILED: dict[str, list[str]] = {
 EVERY = {
     "test_exact.py::test_grouped": 3,
     "test_exact.py::test_every_legal_box_is_exact": 4,
-    "test_split_k.py::test_any_number_of_partials_is_exact": 5,
     "test_stem.py::test_stem": 5,
     "test_stem.py::test_stem_of_resnet18_at_the_chosen_tiles": 11,
     "test_stem.py::test_stem_reads_any_layout": 2,
