@@ -16,9 +16,8 @@ from torch import Tensor
 
 import resnet_triton
 from resnet_triton.bench.runner import Found, Run, Steps
+from resnet_triton.bench.worker import WARM_CALLS
 from resnet_triton.ops import conv, linear
-
-WARM = 36  # calls, of which the 34th captures a graph that reads the images where they are
 
 
 def steps(run: Run) -> Steps:
@@ -53,7 +52,7 @@ def _beside_the_graph(batch: int, run: Run) -> Iterator[Found]:
     models = [model]  # kept, for their graphs read their weights
     with torch.inference_mode():
         expected = model._forward_impl(x)
-        for _ in range(WARM):
+        for _ in range(WARM_CALLS[run.device.type]):
             y = model(x)
         ways: dict[str, Callable[[], object]] = {"a call": partial(model, x)}
         if model._runner is not None:
@@ -129,7 +128,7 @@ def _callers(run: Run) -> Iterator[Found]:
     x, models = _images(8, run), [_model(run) for _ in range(2)]
     with torch.inference_mode():
         for model in models:
-            for _ in range(WARM):
+            for _ in range(WARM_CALLS[run.device.type]):
                 model(x)
     for name, callers in (("one", models[:1]), ("two models", models), ("one model, two streams", [models[0]] * 2)):
         yield {name: _images_a_second(callers, x, run)}

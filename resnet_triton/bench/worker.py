@@ -24,7 +24,7 @@ from .environment import environment
 from .results import one_line
 
 REPEATS = 10  # calls in a row between two events of the GPU
-COMPILER_CALLS = {"cpu": 3, "cuda": 36}  # compilers record at the second or third call, our graphs also at the 34th
+WARM_CALLS = {"cpu": 3, "cuda": 36}  # compilers record at the second or third call, our graphs also at the 34th
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Contest:
         self._synchronize()
         first = time.perf_counter() - start
         right_code(self.alternative.ours, self.device, before)
-        for _ in range(COMPILER_CALLS[self.device.type]):
+        for _ in range(WARM_CALLS[self.device.type]):
             self.call(self.images)
         self._synchronize()
         return {"first_s": first, "peak_bytes": peak.bytes(), "error": self._error()}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import ops, optimize, refresh, report, revert
+from resnet_triton.bench.worker import WARM_CALLS
 from resnet_triton.graphs import cuda_graph, fingerprint, replay, runner
 from resnet_triton.graphs.function import GraphedFunction
 from resnet_triton.ops import precision
@@ -335,6 +336,16 @@ def settled(model: Any, x: Tensor) -> None:
     captured(model, x)
     for _ in range(replay.SETTLED):
         model(x)
+
+
+def test_inputs_have_settled_before_a_benchmark_times_a_call(cuda):
+    model, x = small(), images()
+    for _ in range(WARM_CALLS["cuda"]):
+        model(x)
+    assert cuda.graphs[1].replays > 0
+    for _ in range(WARM_CALLS["cuda"]):
+        model(x)
+    assert len(cuda.graphs) == 2
 
 
 def test_inputs_that_stay_are_read_where_they_are(cuda, log):
