@@ -41,12 +41,11 @@ class GraphedFunction(Graphs):
         if (reason := watched_reason(given[0].device)) is not None:
             self.note(reason, self.cuda_graph)
             return self.function(*values)
-        first, *others = map(key_of, given)
+        first, *others = keys = list(map(key_of, given))
         where = addresses(values, self._static)
         numbers = tuple(map(values.__getitem__, self._numbers))
         key = *first, *others, where, numbers, tf32() if self._widens else None
-        readable = first[-1] and all(other[-1] for other in others)
-        place = tuple(map(Tensor.data_ptr, given)) if readable else None
+        place = tuple(map(Tensor.data_ptr, given)) if all(readable for *_, readable in keys) else None
         replayed: Sequence[Any] | None = self.replay(key, given, place, lambda: self._there(values, given, where))
         if replayed is not None:
             return replayed

@@ -297,8 +297,8 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize(
     ("seed", "edits", "quick"),
     [
-        pytest.param(0, 250, True, id="fast"),
-        pytest.param(1, 250, False, id="slow"),
+        pytest.param(0, 250, True, id="C and versions"),
+        pytest.param(1, 250, False, id="Python and values"),
         *(pytest.param(seed, 2500, True, id=str(seed), marks=pytest.mark.slow) for seed in range(2, 6)),
     ],
 )
