@@ -223,16 +223,21 @@ def hopper_stem_kernel(
 
 
 def supports(x: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> bool:
-    """Whether `hopper_stem` takes these: see there."""
-    (k, c, _, _), (h, w), (_, c_stride, h_stride, w_stride) = weight.shape, x.shape[2:], x.stride()
-    together = w_stride == 1 or (c_stride == 1 and w_stride == c)
-    reach = max(h * h_stride, c * c_stride, w * w_stride)
+    """Whether `hopper_stem` takes these, once the images lie as it reads them: see there."""
+    k, c, _, _ = weight.shape
     return (
-        k == 64 and c <= 4 and together and reach < 2**30
+        k == 64 and c <= 4
         and weight.dtype in (torch.float16, torch.bfloat16)
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
         and (mean is None or std is None or normalises_exactly(tuple(mean), tuple(std)))
     )  # fmt: skip
+
+
+def reads(x: Tensor) -> bool:
+    """Whether images lie as `hopper_stem` reads them: see there."""
+    (c, h, w), (c_stride, h_stride, w_stride) = x.shape[1:], x.stride()[1:]
+    together = w_stride == 1 or (c_stride == 1 and w_stride == c)
+    return together and max(h * h_stride, c * c_stride, w * w_stride) < 2**30
 
 
 def hopper_stem(

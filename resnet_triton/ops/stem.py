@@ -23,7 +23,7 @@ from .pool import MaxPool2d
 from .precision import conv_precision
 
 if HAS_TRITON:
-    from ..kernels.hopper_stem import hopper_stem, supports
+    from ..kernels.hopper_stem import hopper_stem, reads, supports
     from ..kernels.stem import pack, packed_shape, stem
 
 CONV = Geometry(stride=(2, 2), padding=(3, 3))
@@ -77,10 +77,11 @@ class Stem(Operation):
         x, weight = self.x, channels_last(self.weight)
         n, c, h, w = x.shape
         facts, shape = gluon.facts(x.device), out.shape
-        if self._has_one_launch(facts) and aligned(out):
+        images = self._for_one_launch(facts)
+        if images is not None and aligned(out):
             return (
                 hopper_stem(
-                    out=out, x=x, weight=weight, batch_norm=self.batch_norm.contiguous(), mean=self.pixel_mean,
+                    out=out, x=images, weight=weight, batch_norm=self.batch_norm.contiguous(), mean=self.pixel_mean,
                     std=self.pixel_std, strip=config.hopper_strip(n, *shape[2:], facts), programs=facts.sm_count,
                 ),
             )  # fmt: skip
@@ -122,9 +123,15 @@ class Stem(Operation):
             return None
         return out, replace(launch, arguments={**launch.arguments, **read})
 
-    def _has_one_launch(self, facts: DeviceFacts) -> bool:
-        """Whether the warp-specialised kernel takes this: it adds in one order whatever the batch or the strip."""
-        return facts.has_gluon and supports(self.x, self.weight, self.pixel_mean, self.pixel_std)
+    def _for_one_launch(self, facts: DeviceFacts) -> Tensor | None:
+        """The images for the warp-specialised kernel, copied if it cannot read them as they lie; None if it takes none.
+
+        It adds in one order, whatever the batch, the strip or the strides.
+        """
+        if not facts.has_gluon or not supports(self.x, self.weight, self.pixel_mean, self.pixel_std):
+            return None
+        images = self.x if reads(self.x) else self.x.contiguous()
+        return images if reads(images) else None
 
     def _two_layers(self, out: Tensor) -> tuple[Launch, ...]:
         """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""

@@ -29,6 +29,7 @@ from resnet_triton import config, functional
 from resnet_triton.config import StemConfig, hopper_strip, stem_heuristic
 from resnet_triton.config.device import KNOWN, override
 from resnet_triton.kernels import stem as kernels
+from resnet_triton.kernels.hopper_stem import reads
 from resnet_triton.ops import BatchNorm, dispatch, interpreter, reference
 from resnet_triton.ops import stem as operator
 from resnet_triton.ops.dispatch import Modes
@@ -281,7 +282,7 @@ def test_where_three_channels_become_four(n, c, dtype, channels):
 @pytest.mark.parametrize(
     ("change", "one"),
     [
-        ({}, True), ({"k": 32}, False), ({"c": 5}, False), ({"arch": 100}, False), ({"every": 2}, False),
+        ({}, True), ({"k": 32}, False), ({"c": 5}, False), ({"arch": 100}, False), ({"every": 2}, True),
         ({"dtype": torch.float32}, False),
     ],
     ids=str,
@@ -291,8 +292,22 @@ def test_hopper_takes_one_launch(device, change, one):
     call = stem_call(generator(device, 15), 2, sizes["c"], 12, 28, sizes["k"], sizes["dtype"])
     call = replace(call, x=call.x[..., :: sizes["every"]])
     with mock.patch.object(interpreter, "active", return_value=False), override(KNOWN[sizes["arch"]]):
-        names = [launch.kernel.__name__ for launch in call.launches(call.output())]
+        launches = call.launches(call.output())
+    names = [launch.kernel.__name__ for launch in launches]
     assert (names == ["hopper_stem_kernel"]) == one, names
+    if one:  # so eager calls take the kernel that graphs take, which have a copy of the images
+        images = launches[0].arguments["x_ptr"]
+        assert reads(images)
+        assert torch.equal(images, call.x)
+        assert (images is call.x) == reads(call.x)
+
+
+def test_images_too_large_for_one_launch():
+    with torch.device("meta"), mock.patch.object(interpreter, "active", return_value=False):
+        weight, norm = torch.empty(64, 1, 7, 7, dtype=torch.float16), BatchNorm(*[torch.ones(64)] * 2, None, None, 0.0)
+        for width, fits in ((2**15, False), (2**15 - 16, True)):
+            call = Stem(torch.empty(1, 1, 2**15, width, dtype=torch.float16), weight, norm)
+            assert (call._for_one_launch(KNOWN[90]) is not None) == fits
 
 
 @pytest.mark.parametrize(
