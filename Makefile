@@ -30,7 +30,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .SILENT:
 .PHONY: help env demo test slow zoo fuzz headroom lint types docs mutate verify reliability package codegen codegen-all \
 	codegen-oldest codegen-newest codegen-newer $(OTHER_TRITONS:%=codegen-%) \
-	test-newest test-newer $(NEWER_TRITONS:%=test-%) bench bench-gpu clean
+	test-newest test-newer $(NEWER_TRITONS:%=test-%) software-gpu bench bench-gpu clean
 
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,10 @@ test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the
 
 $(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
 	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) tests/kernels tests/tools/test_codegen.py $(ARGS)
+
+software-gpu: $(STAMP) ## the tests of GPUs, on one in software; needs PyTorch's build for CUDA 13, and takes ten minutes
+	$(HERMETIC) PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -p software_gpu \
+		tests/model/test_software_gpu.py tests/model/test_gpu.py $(ARGS)
 
 slow: $(STAMP) $(RAY) $(ZOO) ## run the tests that take long by themselves
 	$(HERMETIC) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m slow $(ARGS)

@@ -12,6 +12,8 @@ import ctypes
 import os
 import re
 import subprocess
+import threading
+from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_int, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,10 +70,10 @@ class Launched(NamedTuple):
     parameters: list[bytes]
 
 
-class Driver(nvidia.CudaDriver):
-    """Triton's driver of a GPU of compute capability 9.0, on the stand-in, which is built in `folder`."""
+class Library:
+    """The stand-in, built in `folder` and loaded, which tells `launched` of each launch: see `_LAUNCH`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, launched: Callable[..., None]) -> None:
         library = folder / "libcuda.so.1"
         include = Path(nvidia.__file__).with_name("include")
         source = Path(__file__).with_name("libcuda.c")
@@ -80,16 +82,9 @@ class Driver(nvidia.CudaDriver):
         stand_in = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         self.maps: list[TensorMap] = []
         self.faults: list[str] = []
-        self.launched: list[Launched] = []
-        self.sizes: list[int] = []  # bytes of each parameter of the kernel that is launched next
-        self._told = (_ENCODE(self._encode), _LAUNCH(self._launch))  # kept, for C does not
+        self._counting = threading.Lock()
+        self._told = (_ENCODE(self._encode), _LAUNCH(launched))  # kept, for C does not
         stand_in.tell(*self._told)
-        super().__init__()
-        self.get_device_capability = lambda device: (9, 0)
-        self.get_current_device = lambda: 0
-        self.set_current_device = lambda device: None
-        self.get_current_stream = lambda device: STREAM
-        driver.set_active(self)
 
     def _encode(
         self, place: Any, dtype: int, rank: int, address: int, sizes: Any, strides: Any, box: Any, steps: Any,
@@ -102,12 +97,32 @@ class Driver(nvidia.CudaDriver):
         if place % 64 or steps[:rank] != [1] * rank or interleave or fill:
             faults.append(f"a map at {place:#x} with steps {steps[:rank]}, interleave {interleave}, fill {fill}")
         self.faults += faults
+        with self._counting:
+            number = len(self.maps)
+            self.maps.append(found)
         ctypes.memset(place, 0, 128)
-        ctypes.memmove(place, (MAPS + len(self.maps)).to_bytes(8, "little"), 8)
-        self.maps.append(found)
+        ctypes.memmove(place, (MAPS + number).to_bytes(8, "little"), 8)
         return _REFUSED if faults else _DONE
 
-    def _launch(self, name: bytes, sides: Any, stream: int, dependent: int, others: int, parameters: Any) -> None:
+
+class Driver(nvidia.CudaDriver):
+    """Triton's driver of a GPU of compute capability 9.0, on the stand-in, which is built in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._library = library = Library(folder, self._launch)
+        self.maps, self.faults = library.maps, library.faults
+        self.launched: list[Launched] = []
+        self.sizes: list[int] = []  # bytes of each parameter of the kernel that is launched next
+        super().__init__()
+        self.get_device_capability = lambda device: (9, 0)
+        self.get_current_device = lambda: 0
+        self.set_current_device = lambda device: None
+        self.get_current_stream = lambda device: STREAM
+        driver.set_active(self)
+
+    def _launch(
+        self, handle: int, name: bytes, sides: Any, stream: int, dependent: int, others: int, parameters: Any
+    ) -> None:
         values = [
             ctypes.string_at(place, size) for place, size in zip(parameters[: len(self.sizes)], self.sizes, strict=True)
         ]
@@ -120,7 +135,7 @@ _ENCODE = ctypes.CFUNCTYPE(
     c_int, c_uint64, c_int, c_uint32, c_void_p, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint32),
     POINTER(c_uint32), c_int, c_int, c_int,
 )  # fmt: skip
-_LAUNCH = ctypes.CFUNCTYPE(None, c_char_p, POINTER(c_uint32), c_void_p, c_uint32, c_uint32, POINTER(c_void_p))
+_LAUNCH = ctypes.CFUNCTYPE(None, c_void_p, c_char_p, POINTER(c_uint32), c_void_p, c_uint32, c_uint32, POINTER(c_void_p))
 
 
 def parameter_sizes(ptx: str) -> list[int]:

@@ -9,7 +9,11 @@ typedef struct {
 typedef CUresult (*Encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                            const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                            CUtensorMapSwizzle, CUtensorMapFloatOOBfill);
-typedef void (*Launch)(const char *, const unsigned *, CUstream, unsigned, unsigned, void **);
+typedef void (*Launch)(CUfunction, const char *, const unsigned *, CUstream, unsigned, unsigned, void **);
+
+/* Of the runtime beside it, if there is one: `software_gpu/runtime.cpp`. */
+__attribute__((weak)) CUcontext *software_context(void);
+__attribute__((weak)) int software_spoils(void);
 
 static Encode encode;
 static Launch launch;
@@ -20,6 +24,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  if (software_context && !*software_context())
+    return CUDA_ERROR_INVALID_CONTEXT;
   return encode(map, type, rank, address, sizes, strides, box, steps, interleave, swizzle, fill);
 }
 
@@ -33,11 +39,15 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void 
       others++;
   if (config->sharedMemBytes > function->most_shared)
     return CUDA_ERROR_INVALID_VALUE;
-  launch(function->name, &config->gridDimX, config->hStream, dependent, others, parameters);
+  launch(handle, function->name, &config->gridDimX, config->hStream, dependent, others, parameters);
   return CUDA_SUCCESS;
 }
 
-CUresult cuModuleLoadData(CUmodule *module, const void *image) { return *module = (CUmodule)image, CUDA_SUCCESS; }
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  if (software_spoils && software_spoils())
+    return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  return *module = (CUmodule)image, CUDA_SUCCESS;
+}
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 
 CUresult cuModuleGetFunction(CUfunction *handle, CUmodule module, const char *name) {
@@ -75,10 +85,19 @@ CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { return *version = 13000, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int i) { return *device = i, CUDA_SUCCESS; }
 CUresult cuCtxGetDevice(CUdevice *device) { return *device = 0, CUDA_SUCCESS; }
-CUresult cuCtxGetCurrent(CUcontext *context) { return *context = (CUcontext)1, CUDA_SUCCESS; }
+CUresult cuCtxGetCurrent(CUcontext *context) {
+  return *context = software_context ? *software_context() : (CUcontext)1, CUDA_SUCCESS;
+}
 CUresult cuFuncSetCacheConfig(CUfunction handle, CUfunc_cache preferred) { return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) { return *text = "refused", CUDA_SUCCESS; }
-CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext context) {
+  if (software_context)
+    *software_context() = context;
+  return CUDA_SUCCESS;
+}
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
+  return *flags = 0, *active = 1, CUDA_SUCCESS;
+}
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return *context = (CUcontext)1, CUDA_SUCCESS; }
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
   return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;

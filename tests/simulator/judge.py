@@ -94,6 +94,8 @@ class Memory:
         if not inside.all():
             text = f"{verb} {size} bytes outside {self.name}, at its byte {int(at[np.argmin(inside)])}"
             self.judge.report("bounds", agent.place, text)
+        if not self.judge.checks:
+            return inside
         row = np.broadcast_to(agent.row, at.shape)[inside]
         units = at[inside, None] // self.unit + np.arange(max(size // self.unit, 1))
         self._after_writes(agent, units, row[:, None], verb)

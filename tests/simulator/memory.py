@@ -14,8 +14,8 @@ SHARED = 1024
 """Shared address of a program's own memory: the first 1024 bytes are the system's on sm_90."""
 SHARED_BYTES = 232448
 """The most that a program may use."""
-REGION_BITS = 40
-"""Each tensor's storage has 2^40 global addresses to itself, so what runs out of one is in no other."""
+REGION_BITS = 36
+"""Each tensor's storage has 2^36 global addresses to itself, so what runs out of one is in no other."""
 
 
 class TensorMap:
