@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "columns of several tiles": Case((1, 3, 16, 228), programs=3),
+    "columns of several tiles": Case((1, 3, 16, 284), programs=3),
     "pixels": Case((3, 3, 14, 28), layout=channels_last, strip=1),
     "floats": Case((2, 3, 13, 62), torch.float32, special=True),
     "odd": Case((2, 1, 9, 19), strip=3, affine=False, programs=1),
