@@ -24,7 +24,7 @@ from .machine import Machine, Program
 from .memory import REGION_BITS, TensorMap
 from .ptx import Unknown, parse
 
-__all__ = ["CHECKS", "Result", "Unknown", "simulate"]
+__all__ = ["CHECKS", "Result", "Unknown", "components", "simulate"]
 
 
 @dataclass
@@ -53,8 +53,7 @@ def simulate(
     kernel = parse(ptx)
     grid = (*launch.grid, 1, 1)[:3]
     places = [place[::-1] for place in np.ndindex(grid[::-1])] if programs is None else list(programs)
-    barriers = 16 + sum("mbarrier.init" in i.op for i in kernel.code)
-    judge = Judge(checks, len(places) * (kernel.threads // 32 * len(KINDS) + barriers))
+    judge = Judge(checks, len(places) * components(kernel))
     machine = Machine(judge, grid, kernel.threads // 32, kernel.maxnreg, schedule)
     _place(launch, machine)
     scratch = len(kernel.parameters) - len(machine.values)  # of Triton's own, which no kernel here uses
@@ -69,6 +68,12 @@ def simulate(
         for place in places:
             Program(machine, place).run()
     return Result(list(judge.found.values()))
+
+
+def components(kernel: Any) -> int:
+    """How many components a program of a parsed kernel has at most: see `judge.py`."""
+    barriers = 16 + sum("mbarrier.init" in i.op for i in kernel.code)
+    return kernel.threads // 32 * len(KINDS) + barriers
 
 
 def _place(launch: Any, machine: Machine) -> None:

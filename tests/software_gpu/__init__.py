@@ -15,7 +15,6 @@ Not seen: time, races within a kernel (the simulator's own tests judge these), c
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import importlib.util
 import re
@@ -30,8 +29,7 @@ from pathlib import Path
 
 _RUNTIME = "libcudart.so.13"
 
-_folder = tempfile.TemporaryDirectory(prefix="software-gpu-")
-atexit.register(_folder.cleanup)
+_folder = tempfile.TemporaryDirectory(prefix="software-gpu-")  # removed at the end
 
 
 def _build(folder: Path) -> Path:
@@ -88,5 +86,5 @@ RUNTIME.software_start(_run)
 
 from . import kernels, operators  # noqa: E402
 
-kernels.install(Path(_folder.name))
+DRIVER = kernels.install(Path(_folder.name))
 operators.install()

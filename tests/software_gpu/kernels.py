@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 from driver import MAPS as MARK
 from driver import Library, TensorMap, parameter_sizes
+from simulator import components
 from simulator.instructions import MAPS, Decoder
-from simulator.judge import KINDS, WRITES, Agent, Judge
+from simulator.judge import WRITES, Agent, Judge
 from simulator.machine import Machine, Program
 from simulator.memory import REGION_BITS
 from simulator.memory import TensorMap as Map
@@ -33,21 +33,22 @@ _known: dict[Any, list[Any]] = defaultdict(list)  # what launches have read and 
 
 
 class Memory:
-    """An allocation, and which of its bytes have been read and written."""
+    """An allocation before a launch, and which of its bytes the launch has read as they were, and written."""
 
     def __init__(self, base: int) -> None:
         self.base, self.name = base, f"the memory at {base:#x}"
         self.bytes = _bytes(base, RUNTIME.software_block(base))
+        self.before = self.bytes.copy()
         self.read, self.written = np.zeros((2, len(self.bytes)), bool)
 
     def access(self, agent: Agent, at: Array, size: int, verb: str) -> Array:
         if not ((at >= 0) & (at + size <= len(self.bytes)) & (at % size == 0)).all():
             raise RuntimeError(f"{verb} {size} bytes outside {self.name}")
         places = at[:, None] + np.arange(size)
+        if verb not in WRITES or verb == "updates":
+            self.read[places] |= ~self.written[places]
         if verb in WRITES:
             self.written[places] = True
-        if verb not in WRITES or verb == "updates":
-            self.read[places] = True
         return np.ones(len(at), bool)
 
 
@@ -70,8 +71,8 @@ class Strict(Judge):
             raise RuntimeError(f"{check}: {place}: {text}")
 
 
-def install(folder: Path) -> None:
-    """Have Triton launch on the GPU in software."""
+def install(folder: Path) -> Library:
+    """Have Triton launch on the GPU in software, by a driver that has to be kept."""
     initialise = CompiledKernel._init_handles
 
     def initialised(kernel: Any) -> None:
@@ -91,14 +92,11 @@ def install(folder: Path) -> None:
         launch(stream, lambda: _execute(kernel, grid, given))
 
     library = Library(folder, launched)
-    atexit.register(lambda: library)  # C calls it until the end
+    return library
 
 
 def _execute(kernel: Any, grid: tuple[int, ...], given: list[TensorMap | int]) -> None:
-    """Write what a launch alike in all but addresses has written, if it reads the same; else simulate it.
-
-    What a launch has written itself is not compared: shares of a tile, and semaphores, which are at zero in between.
-    """
+    """Write what a launch alike in all but addresses wrote, if what it read is the same here; else simulate."""
     places = [value.address if isinstance(value, TensorMap) else value for value in given]
     tensors = list(dict.fromkeys(place for place in places if place >> REGION_BITS))
     form = [
@@ -109,16 +107,18 @@ def _execute(kernel: Any, grid: tuple[int, ...], given: list[TensorMap | int]) -
     ]
     known = _known[id(kernel), grid, str(form)]
     for reads, digest, writes in known:
-        if _digest(reads, tensors) == digest:
+        if _digest(_bytes(tensors[i] + at, size) for i, at, size in reads) == digest:
             for i, at, data in writes:
                 _bytes(tensors[i] + at, len(data))[:] = data
             return
     memory = Allocations()
     _simulate(kernel, grid, given, memory)
-    reads = [part for m in memory.values() for part in _parts(m, m.read & ~m.written, tensors)]
-    written = [part for m in memory.values() for part in _parts(m, m.written, tensors)]
-    writes = [(i, at, _bytes(tensors[i] + at, size).copy()) for i, at, size in written]
-    known.append((reads, _digest(reads, tensors), writes))
+    touched = list(memory.values())
+    reads = [part for m in touched for part in _parts(m, m.read, tensors)]
+    writes = [
+        (i, at, _bytes(tensors[i] + at, size).copy()) for m in touched for i, at, size in _parts(m, m.written, tensors)
+    ]
+    known.append((reads, _digest(m.before[m.read] for m in touched), writes))
     del known[:-8]
 
 
@@ -131,18 +131,17 @@ def _parts(memory: Memory, mask: Array, tensors: list[int]) -> Iterator[tuple[in
             yield tensors.index(first), a - first, b - a
 
 
-def _digest(parts: list[tuple[int, int, int]], tensors: list[int]) -> bytes:
+def _digest(parts: Iterable[Array]) -> bytes:
     found = hashlib.blake2b()
-    for i, at, size in parts:
-        found.update(_bytes(tensors[i] + at, size))
+    for part in parts:
+        found.update(part)
     return found.digest()
 
 
 def _simulate(kernel: Any, grid: tuple[int, ...], given: list[TensorMap | int], memory: Allocations) -> None:
     """One program after the other. Each has a judge of its own: together their clocks would take most of the time."""
-    barriers = 16 + sum("mbarrier.init" in i.op for i in kernel.code)
-    agents = kernel.threads // 32 * len(KINDS) + barriers
-    machine = Machine(Strict((), agents), grid, kernel.threads // 32, kernel.maxnreg, None)
+    size = components(kernel)
+    machine = Machine(Strict((), size), grid, kernel.threads // 32, kernel.maxnreg, None)
     machine.regions = memory
     for value in given:
         if isinstance(value, TensorMap):
@@ -154,7 +153,7 @@ def _simulate(kernel: Any, grid: tuple[int, ...], given: list[TensorMap | int], 
     Decoder(kernel, machine)
     with np.errstate(all="ignore"):
         for program in np.ndindex(grid[::-1]):
-            machine.judge, machine.updates = Strict((), agents), {}
+            machine.judge, machine.updates = Strict((), size), {}
             Program(machine, program[::-1]).run()
 
 

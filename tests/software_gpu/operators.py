@@ -68,17 +68,13 @@ def _elsewhere(values: Any, tensor: Callable[[Tensor], Tensor], device: str) -> 
     return tree_map(moved, values)
 
 
-def _stream() -> torch.cuda.Stream:
-    return torch.cuda.current_stream()
-
-
 def _launch(work: Callable[[], object]) -> None:
-    if launch(_stream().cuda_stream, work):
+    if launch(torch.cuda.current_stream().cuda_stream, work):
         raise RuntimeError("\n".join(["CUDA error: unspecified launch failure", *failures]))
 
 
 def _wait() -> None:
-    _stream().synchronize()  # raises in a capture
+    torch.cuda.current_stream().synchronize()  # raises in a capture
 
 
 def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +96,7 @@ def _run(operator: Any, *args: Any, **kwargs: Any) -> Any:
                         named[name].resize_(like.shape).as_strided_(like.shape, like.stride())
             values, named_values = _elsewhere((args, kwargs), _on_cpu, "cpu")
             _launch(lambda: operator(*values, **named_values))
-            return (*written, None)[0] if len(returns) < 2 else tuple(written)
+            return tuple(written) if len(returns) > 1 else written[0] if returns else None
         values, named_values = _elsewhere((args, kwargs), _on_cpu, "cpu")
         try:
             meta, named_meta = _elsewhere((args, kwargs), _meta, "meta")

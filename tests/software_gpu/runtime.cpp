@@ -25,8 +25,8 @@
 #define ENTER                                                                                                         \
   context = (void *)(device + 1L);                                                                                    \
   Lock lock(mutex)
-#define FORBIDDEN_IN_CAPTURES                                                                                         \
-  if (spoils())                                                                                                       \
+#define FORBIDDEN_IN_CAPTURES(stream)                                                                                 \
+  if (spoils(stream))                                                                                                       \
   return fail(cudaErrorStreamCaptureUnsupported)
 #define ALIVE                                                                                                         \
   if (spoilt)                                                                                                         \
@@ -163,7 +163,9 @@ static Error query(Ref node, Lock &lock) {
 
 // --- what captures forbid
 
-static bool spoils() { // a call that waits, or loads, or frees
+static bool spoils(CUstream_st *stream) { // a call that waits, maybe for a stream, or loads, or frees
+  if (stream && stream->capture)
+    return stream->capture->broken = true;
   if (own_mode == cudaStreamCaptureModeRelaxed)
     return false;
   for (Capture *capture : captures) {
@@ -173,10 +175,6 @@ static bool spoils() { // a call that waits, or loads, or frees
       return capture->broken = true;
   }
   return false;
-}
-static Error refuse(CUstream_st *stream) {
-  stream->capture->broken = true;
-  return fail(cudaErrorStreamCaptureUnsupported);
 }
 static cudaStreamCaptureStatus status_of(CUstream_st *stream) {
   return !stream->capture          ? cudaStreamCaptureStatusNone
@@ -189,7 +187,7 @@ static cudaStreamCaptureStatus status_of(CUstream_st *stream) {
 API void **software_context() { return &context; }
 API int software_spoils() {
   Lock lock(mutex);
-  return spoils();
+  return spoils(nullptr);
 }
 API void software_start(Run function) { run = function; }
 API Error software_launch(cudaStream_t stream, long id) {
@@ -214,7 +212,7 @@ static size_t pages(size_t size) { return (size + 4095) & ~4095ul; }
 
 API Error cudaMalloc(void **p, size_t size) {
   ENTER;
-  FORBIDDEN_IN_CAPTURES;
+  FORBIDDEN_IN_CAPTURES(nullptr);
   ALIVE;
   if (used + size <= total)
     for (long n = FIRST; n < LAST; n++) {
@@ -231,7 +229,7 @@ API Error cudaMalloc(void **p, size_t size) {
 }
 API Error cudaFree(void *p) {
   ENTER;
-  FORBIDDEN_IN_CAPTURES;
+  FORBIDDEN_IN_CAPTURES(nullptr);
   finish_all(lock);
   if (p) {
     munmap(p, pages(blocks[(char *)p]));
@@ -242,14 +240,14 @@ API Error cudaFree(void *p) {
 }
 API Error cudaHostAlloc(void **p, size_t size, unsigned) {
   ENTER;
-  FORBIDDEN_IN_CAPTURES;
+  FORBIDDEN_IN_CAPTURES(nullptr);
   *p = aligned_alloc(4096, pages(size));
   pinned[(char *)*p] = size;
   return cudaSuccess;
 }
 API Error cudaFreeHost(void *p) {
   ENTER;
-  FORBIDDEN_IN_CAPTURES;
+  FORBIDDEN_IN_CAPTURES(nullptr);
   finish_all(lock);
   pinned.erase((char *)p);
   free(p);
@@ -273,8 +271,8 @@ API Error cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKin
   ALIVE;
   CUstream_st *stream = at(handle);
   bool waits = !within(blocks, to) && !within(pinned, to);
-  if (stream->capture && waits)
-    return refuse(stream);
+  if (waits && stream->capture)
+    FORBIDDEN_IN_CAPTURES(stream);
   Work work = [=] { return memcpy(to, from, size), true; };
   if (!within(blocks, from) && !within(pinned, from)) { // the caller may change it as soon as this returns
     std::string staged((const char *)from, size);
@@ -355,21 +353,15 @@ API Error cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned, int) {
 API Error cudaStreamGetPriority(cudaStream_t, int *priority) { return *priority = 0, cudaSuccess; }
 API Error cudaStreamSynchronize(cudaStream_t handle) {
   ENTER;
-  CUstream_st *stream = at(handle);
-  if (stream->capture)
-    return refuse(stream);
-  FORBIDDEN_IN_CAPTURES;
-  finish(stream->last, lock);
+  FORBIDDEN_IN_CAPTURES(at(handle));
+  finish(at(handle)->last, lock);
   ALIVE;
   return cudaSuccess;
 }
 API Error cudaStreamQuery(cudaStream_t handle) {
   ENTER;
-  CUstream_st *stream = at(handle);
-  if (stream->capture)
-    return refuse(stream);
-  FORBIDDEN_IN_CAPTURES;
-  return query(stream->last, lock);
+  FORBIDDEN_IN_CAPTURES(at(handle));
+  return query(at(handle)->last, lock);
 }
 API Error cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
   ENTER;
@@ -399,14 +391,14 @@ API Error cudaEventQuery(cudaEvent_t event) {
   ENTER;
   if (event->captured)
     return fail(cudaErrorStreamCaptureUnsupported);
-  FORBIDDEN_IN_CAPTURES;
+  FORBIDDEN_IN_CAPTURES(nullptr);
   return query(event->at, lock);
 }
 API Error cudaEventSynchronize(cudaEvent_t event) {
   ENTER;
   if (event->captured)
     return fail(cudaErrorStreamCaptureUnsupported);
-  FORBIDDEN_IN_CAPTURES;
+  FORBIDDEN_IN_CAPTURES(nullptr);
   finish(event->at, lock);
   ALIVE;
   return cudaSuccess;
@@ -522,7 +514,7 @@ API Error cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t handle) {
 API Error cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 API Error cudaGraphExecDestroy(cudaGraphExec_t executable) {
   ENTER;
-  FORBIDDEN_IN_CAPTURES;
+  FORBIDDEN_IN_CAPTURES(nullptr);
   return delete executable, cudaSuccess;
 }
 
