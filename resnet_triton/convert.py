@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import compiled, converted, copies, filters, models
+from . import compiled, converted, copies, filters, models, programs
 from .compiled import Compiled
 from .copies import Model
 from .fusion import fuse
@@ -168,8 +168,8 @@ def revert(model: Model) -> Model:
     for module in found:
         its = vars(module)
         if isinstance(module, Compiled):
-            compiled.put_back(module)
-            compiled.forget(module)
+            programs.put_back(module)
+            programs.forget(module)
             del its["_triton_options"]
         else:
             filters.move_back(module, ((name, conv) for name, conv, _ in _convolutions(module)))
@@ -208,7 +208,7 @@ def refresh(model: Model) -> Model:
         )
     for module in ours:
         runner.forget(module)
-        compiled.forget(module)
+        programs.forget(module)
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from . import compiled, config, models
+from . import config, models, programs, tracing
 from .compiled import Compiled
 from .convert import OURS, check_module, convertible, qualified
 from .graphs import runner
@@ -71,16 +71,16 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     given = _of_a_call(inputs)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    whole = compiled.is_whole(model)
+    whole = tracing.is_whole(model)
     by_compiler = whole or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())
-    limit = compiled.limit(model) if by_compiler else None
+    limit = tracing.limit(model) if by_compiler else None
     model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
-    graphs |= {name: compiled.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
+    graphs |= {name: programs.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
     try:
-        with compiled.undone(model) if by_compiler else nullcontext():
-            found = compiled.trace(model, given, whole) if by_compiler else trace(model, given)
+        with tracing.undone(model) if by_compiler else nullcontext():
+            found = tracing.trace(model, given, whole) if by_compiler else trace(model, given)
     except NotImplementedError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

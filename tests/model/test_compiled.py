@@ -35,7 +35,7 @@ from small_models import (
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from resnet_triton import compiled, disabled, optimize, refresh, report, revert
+from resnet_triton import disabled, optimize, programs, refresh, report, revert, tracing
 from resnet_triton.backend import resnet_triton
 from resnet_triton.ops import dispatch, original
 
@@ -400,7 +400,7 @@ def test_who_changes_a_model_at_each_call_is_not_compiled_each_time():
         assert torch.equal(model(x), expected)
         handle.remove()
 
-    for _ in range(compiled._LIMIT):
+    for _ in range(programs._LIMIT):
         call_with_a_hook()
     with pytest.warns(RuntimeWarning, match="runs as it was written from now on"):
         call_with_a_hook()
@@ -448,7 +448,7 @@ def test_a_call_that_raises_does_nothing_twice(breaks):
 def test_who_raises_at_each_call_is_not_compiled_each_time():
     model, x = optimize(integral(lambdas(even, a=conv()))), images()
     model(x)
-    for _ in range(compiled._LIMIT - 1):
+    for _ in range(programs._LIMIT - 1):
         with pytest.raises(ValueError, match="odd"):
             model(x[..., 1:])
     with pytest.warns(RuntimeWarning, match="16 calls of Lambdas in a row"), pytest.raises(ValueError, match="odd"):
@@ -587,7 +587,7 @@ def test_report_changes_nothing(make):
     assert dispatch.calls == before[2]
 
 
-@pytest.mark.skipif(not compiled._ISOLATES, reason="this torch counts all that it compiles of a method together")
+@pytest.mark.skipif(not tracing._ISOLATES, reason="this torch counts all that it compiles of a method together")
 @torch.no_grad()
 def test_reports_do_not_use_up_what_torch_compiles():
     with torch._dynamo.config.patch(recompile_limit=1):

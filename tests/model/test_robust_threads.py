@@ -20,7 +20,7 @@ import torch
 from fake_cuda import captured, doubled, images, small
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from resnet_triton import compiled, functional, ops, optimize, refresh, report, revert
+from resnet_triton import functional, ops, optimize, programs, refresh, report, revert
 from resnet_triton.copies import independent
 from resnet_triton.graphs import fingerprint, runner
 from resnet_triton.graphs.snapshot import snapshot
@@ -253,7 +253,7 @@ class Viewed(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:each call copies")
-@pytest.mark.parametrize("step", ["_move", "put_back"])
+@pytest.mark.parametrize("step", ["move", "put_back"])
 def test_a_first_call_beside_another_threads(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """One compiles, and puts filters back that it has moved. The other waits for that."""
     model, x = Viewed().eval(), torch.randn(2, 3, 4, 4)
@@ -273,37 +273,37 @@ def test_a_first_call_beside_another_threads(monkeypatch: pytest.MonkeyPatch, st
             threads[0].join(0.5)
         return function(*args)
 
-    function = getattr(compiled, step)
-    monkeypatch.setattr(compiled, step, meanwhile)
+    function = getattr(programs, step)
+    monkeypatch.setattr(programs, step, meanwhile)
     answers.append(model(x))
     threads[0].join(60)
     assert len(answers) == 2
     for y in answers:
         torch.testing.assert_close(y, expected)
-    assert compiled._programs(model).made == 1
+    assert programs.of(model).made == 1
 
 
 def test_a_call_that_fails_while_another_thread_puts_filters_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Viewed().eval(), torch.randn(2, 3, 4, 4)
     expected = model(x)
     optimize(model, kernels="triton")
-    program = compiled.Program(model, replicas=False)  # type: ignore[arg-type]
-    compiled._move(model)  # type: ignore[arg-type]
+    program = programs.Program(model, replicas=False)
+    programs.move(model)
     attempts = []
 
     def failing(*args: Any) -> torch.Tensor:
         attempts.append(args)
         if len(attempts) == 1:
-            compiled.put_back(model)
-            compiled._programs(model).stay = True
+            programs.put_back(model)
+            programs.of(model).stay = True
             raise RuntimeError("view size is not compatible")
         return expected
 
     monkeypatch.setattr(program, "function", failing)
-    assert program.run(model, (x,), {}) is expected  # type: ignore[arg-type]
+    assert program.run(model, (x,), {}) is expected
     attempts.clear()
     with pytest.raises(RuntimeError, match="view size"):
-        program.run(model, (x,), {})  # type: ignore[arg-type]
+        program.run(model, (x,), {})
 
 
 def test_a_call_while_another_thread_traces() -> None:
@@ -484,7 +484,7 @@ def test_a_fork_while_another_thread_is_in_a_call(cuda: Any, held: str) -> None:
     captured(model, x)
     expected = model(x)
     other = optimize(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval())
-    programs, file = compiled._programs(other), io.BytesIO()
+    its, file = programs.of(other), io.BytesIO()
     torch.save(x, file)
 
     def work() -> bool:
@@ -498,7 +498,7 @@ def test_a_fork_while_another_thread_is_in_a_call(cuda: Any, held: str) -> None:
 
     lock = {
         "count": dispatch._lock, "interpreter": interpreter._lock, "model": model._runner._lock,
-        "first call": programs.first, "checkpoint": tensor_files._reading,
+        "first call": its.first, "checkpoint": tensor_files._reading,
     }[held]  # fmt: skip
     taken, done = threading.Event(), threading.Event()
 

@@ -1,0 +1,126 @@
+"""Which operators a compiled model calls, for `report`: it is compiled again for this, and called once."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from . import compiled, filters, programs
+from .compiled import Compiled
+from .ops import dispatch
+from .ops.trace import Call, arguments, recorded
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether `model` itself is compiled, by `optimize` or by torch.compile, and not only what is in it."""
+    return isinstance(model, Compiled) or hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+
+
+def trace(model: nn.Module, shape: tuple[Any, ...], whole: bool) -> list[Call]:
+    """The calls of our operators, and every sizeable one of PyTorch's, in `model(*arguments(shape))` once compiled: the
+    `whole` model, or the modules in it that `optimize` has compiled, if there are any."""
+    args = tree_map_only(Tensor, torch.clone, arguments(model, shape))  # for a model may write its inputs
+    parts = {id(m): name for name, m in model.named_modules() if isinstance(m, Compiled)}
+    if whole or not parts or any(is_whole(m) and not isinstance(m, Compiled) for m in model.modules()):
+        return _trace(model, args, {})[0]
+
+    def traced(module: Compiled, args: Any, kwargs: Any) -> Any:
+        with _disable_current_modes():
+            if module._uncompiled_reason(args, kwargs) is None:
+                found, result = _trace(module, args, kwargs)
+                prefix = parts.get(id(module), "")  # a module in a plain list has no name
+                calls.extend(replace(call, name=f"{prefix}.{call.name}".strip(".")) for call in found)
+                return result
+        return super(Compiled, module).__call__(*args, **kwargs)
+
+    with torch.no_grad(), recorded(model) as calls:
+        token = compiled.traced.set(traced)
+        try:
+            model(*args)
+        finally:
+            compiled.traced.reset(token)
+    return calls
+
+
+def _trace(model: nn.Module, args: Any, kwargs: Any) -> tuple[list[Call], Any]:
+    """The calls of a compiled call, and its result."""
+    found: list[Call] = []
+    options: dict[str, Any] = {"kernels": "auto", "cuda_graph": False}  # a replay would record nothing
+    names = {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
+    settings: dict[str, Any] = {"options": options, "names": names}
+    if isinstance(model, Compiled):
+        options["kernels"], settings["moved"] = model._triton_options["kernels"], programs.moved(model)
+    apart: Any = {"isolate_recompiles": True} if _ISOLATES else {}
+    backend = programs.backend(record=found, **settings)
+    function: Any = torch.compile(programs.fresh(programs.call, "report"), backend=backend, dynamic=False, **apart)
+    token = dispatch.tracer.set(lambda reason: None)  # these calls do not count
+    with torch.no_grad():
+        try:
+            if not isinstance(model, Compiled):
+                return found, function(model, args, kwargs)
+            its = programs.of(model)
+            with its.first:
+                stay = its.stay
+                programs.move(model)
+                try:
+                    result = function(model, args, kwargs)
+                except RuntimeError as error:
+                    found.clear()
+                    result = programs.again(error, model, function, args, kwargs, stay)
+                return found, result
+        finally:
+            dispatch.tracer.reset(token)
+
+
+_ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether this torch can compile without using up how often the methods of a class are compiled at most."""
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """In this block buffers are copies, where nothing else is in their memory, and so is the state that random numbers
+    are drawn from. What a call assigns, to a buffer or to another attribute, stays."""
+    users, tables = filters.users_of(model), [(m._buffers, dict(m._buffers)) for m in model.modules()]
+    plain = filter(filters.is_plain, model.buffers())
+    copies = {id(t): _copy(t) for t in plain if users[t.untyped_storage()._cdata] == 1}
+    for table, own in tables:
+        table.update({name: copies.get(id(t), t) for name, t in own.items()})
+    devices = {t.device.index for t in chain(model.parameters(), model.buffers()) if t.is_cuda}
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        for table, own in tables:
+            table.update({name: t for name, t in own.items() if table.get(name) is copies.get(id(t), t)})
+
+
+def _copy(t: Tensor) -> Tensor:
+    with torch.inference_mode(t.is_inference()), torch.no_grad():
+        return t.clone()
+
+
+def limit(model: nn.Module) -> str | None:
+    """Whether torch.compile has compiled `model` as often as it does, for `report`."""
+    if "torch._dynamo" not in sys.modules:  # which it imports first, in an order of its own
+        return None
+    from torch._dynamo import config, eval_frame  # not above: importing Dynamo takes two seconds
+
+    from .backend.compile import at_limit
+
+    codes = [program.code for program in programs.made(model)]
+    if not isinstance(model, Compiled):  # a module that somebody has compiled, or what torch.compile returned
+        written: Any = getattr(model, "_orig_mod", model)
+        called: Any = getattr(model.forward, "_torchdynamo_orig_callable", model.forward)
+        codes = [f.__code__ for f in (type(written).forward, called) if hasattr(f, "__code__")]
+    full = any(len(eval_frame._debug_get_cache_entry_list(code)) >= config.recompile_limit for code in codes)
+    return at_limit("the model") if full else None
