@@ -1,4 +1,4 @@
-"""What a call of a captured ResNet-18 costs on top of its graph, and the throughput of several callers."""
+"""A captured ResNet-18: whether many replays are right, what a call costs beside its graph, several callers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from resnet_triton.ops import conv, linear
 
 def steps(run: Run) -> Steps:
     """A rehearsal has no graphs: it calls the model in their place."""
-    for batch in [1] if run.device.type == "cpu" else [1, 8, 256]:
+    sizes = [1] if run.device.type == "cpu" else [1, 8, 256]
+    for batch in sizes:
+        yield f"replays, batch {batch}", partial(_replays, batch, run)
+    for batch in sizes:
         yield f"a call, batch {batch}", partial(_beside_the_graph, batch, run)
     yield "callers", partial(_callers, run)
 
@@ -33,15 +36,32 @@ def _model(run: Run) -> Any:
     return model if run.device.type == "cpu" else resnet_triton.optimize(model.to(run.device).half(), cuda_graph=True)
 
 
-def _images(batch: int, run: Run) -> Tensor:
+def _images(batch: int, run: Run, seed: int = 0) -> Tensor:
     size, dtype = (32, torch.float32) if run.device.type == "cpu" else (224, torch.float16)
-    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
     return x.to(run.device, dtype, memory_format=torch.channels_last)
 
 
 def _wait(run: Run) -> None:
     if run.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def _replays(batch: int, run: Run) -> Iterator[Found]:
+    """Replays back to back, each of other images than the one before: launches then overlap those of the last replay,
+    and what one reads too early is of other images. All have the eager call's bits."""
+    model, times = _model(run), 4 if run.device.type == "cpu" else 1000
+    images = [_images(batch, run, seed) for seed in range(3)]
+    with torch.inference_mode():
+        expected = [model._forward_impl(x) for x in images]
+        for _ in range(WARM_CALLS[run.device.type]):
+            model(images[0])
+        wrong = torch.zeros((), dtype=torch.int64, device=run.device)
+        for i in range(times):
+            wrong += (model(images[i % 3]) != expected[i % 3]).any()
+    yield {"replays": times, "wrong": int(wrong)}
+    if wrong:
+        raise AssertionError(f"{int(wrong)} of {times} replays have other bits than eager calls")
 
 
 def _beside_the_graph(batch: int, run: Run) -> Iterator[Found]:

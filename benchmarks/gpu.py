@@ -51,9 +51,10 @@ _TUNED: dict[str, Any] = {"tuned": True, "label": ", tuned"}
 PHASES = (
     # 300 runs of each convolution, on top of compiling them and computing their answers.
     Phase("exact", partial(gpu.exact, dtypes=["float16", "bfloat16"]), 200, 60),
+    Phase("callers", callers.steps, 60, 20),
+    Phase("layers", partial(gpu.layer_times, alternatives=["ours", "eager", "cudnn fused"]), 90, 30),
     _models("models", *_PYTORCH, "ours", "ours graph", limit=180),  # predicted: four cores compile for 90 s
     _models("max-autotune", "compile max-autotune", "ours graph", limit=240),
-    Phase("layers", partial(gpu.layer_times, alternatives=["ours", "eager", "cudnn fused"]), 90, 30),
     Phase("ceilings", partial(ceilings.steps, ["float16", "bfloat16"]), 40, 20),
     _tests("test-exact", "tests/kernels/test_exact.py", _LAYERS, few=_FEW, processes=12, limit=120),
     Phase("tune", gpu.tune, 400, 400, spare=45),
@@ -68,7 +69,6 @@ PHASES = (
     _models("invariant", "ours graph", "ours invariant graph", sizes=(1, 8, 32, 128, 256), **_TUNED),
     _models("default", "compile default", "compile reduce-overhead freezing", "ours graph"),
     _models("no-cudagraphs", "compile max-autotune-no-cudagraphs", "ours graph", sizes=(1, 256), limit=240),
-    Phase("callers", callers.steps, 40, 20),
 )
 
 
