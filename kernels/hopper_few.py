@@ -134,7 +134,6 @@ def hopper_few_kernel(
     mbarrier.wait(near, 0)
 
     cuda.gdc_wait()
-    cuda.gdc_launch_dependents()  # not before: so the next kernel begins when the one before this is done
     for i in gl.static_range(STEPS):
         c = (split * SLABS + i // TAPS) * 64
         load_pixels(
@@ -151,6 +150,8 @@ def hopper_few_kernel(
     inside = gl.expand_dims((offs_p < P) & (offs_q < Q), 1) & gl.expand_dims(column >= 0, 0)
     if res_ptr is not None:
         residual = gl.load(res_ptr + offs_y, mask=inside, other=0.0)
+    # Not before the wait: so the next kernel begins when the one before this is done. And its filters come after these.
+    cuda.gdc_launch_dependents()
 
     acc = gl.zeros((64, PIXELS), gl.float32, mma)
     short = gl.zeros((64, PIXELS), gl.float32, mma)
