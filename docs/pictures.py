@@ -201,41 +201,36 @@ def time_line() -> Picture:
 
     art.text(28, 168, "For Hopper: one warp loads, two groups of four warps multiply", 15, bold=True)
     row(188, "TMA warp", "a ring of 5 slots")
-    row(246, "Group 1", "half of each tile")
-    row(318, "Group 2", "the other half")
+    row(246, "Group 1", "every other tile")
+    row(318, "Group 2", "the others")
     row(390, "Tensor cores")
-    slots, steps, load, product, epilogue = 5, 6, 18, 25, 75  # lengths in pixels
-    first = (26, 26 + epilogue)  # when each group starts: one apart by an epilogue, so that the two take turns
-
-    def begins(group: int, step: int) -> int:
-        return first[group] + step // steps * (steps * product + epilogue) + step % steps * product
-
+    slots, steps, load, product, epilogue, first = 5, 6, 18, 25, 110, 26  # lengths in pixels
+    begins = [first + step * product for step in range(4 * steps)]
     free = 0
-    for step in range(3 * steps):
-        last_reader = begins(1, step - slots) + product if step >= slots else 0
-        start = max(free, last_reader)
+    for step, begin in enumerate(begins):
+        start = max(free, begins[step - slots] + product if step >= slots else 0)
         free = start + load
+        tile, y = step // steps, 246 + 72 * (step // steps % 2)
         span(188, start, load, str(step % slots), PALE_GREEN, GREEN)
-        for group in range(2):
-            span(246 + 72 * group, begins(group, step), product, str(step % slots), PALE_BLUE, BLUE)
+        span(y, begin, product, str(step % slots), PALE_BLUE, BLUE)
         if step == 0:
-            art.line((x0 + free, 217), (x0 + first[0] + 10, 245), colour=GREEN, thick=1.6, head=True)
+            art.line((x0 + free, 217), (x0 + begin + 10, 245), colour=GREEN, thick=1.6, head=True)
         if step == slots:
-            art.line((x0 + start, 317), (x0 + start, 217), colour=BLUE, thick=1.6, head=True)
-    for group in range(2):
-        for tile in range(3):
-            y, start = 246 + 72 * group, begins(group, tile * steps)
-            art.text(x0 + start, y + 43, f"tile {tile + 1}", 11, SOFT)
-            length = min(epilogue, end - x0 - start - steps * product)
-            span(y, start + steps * product, length, "epilogue" if length == epilogue else "", PALE_ORANGE, ORANGE)
-    span(390, first[0], end - x0 - first[0], "busy: one group multiplies while the other one stores", BLUE, BLUE, PAPER)
+            art.line((x0 + start, 245), (x0 + start, 217), colour=BLUE, thick=1.6, head=True)
+        if step % steps == 0:
+            art.text(x0 + begin, y + 43, f"tile {tile + 1}", 11, SOFT)
+        if step % steps == steps - 1:
+            done = begin + product
+            length = min(epilogue, end - x0 - done)
+            span(y, done, length, "epilogue", PALE_ORANGE, ORANGE)
+    span(390, first, 4 * steps * product, "busy: one group multiplies while the other one stores", BLUE, BLUE, PAPER)
     art.line((x0, 438), (end, 438), head=True)
     art.text(end, 456, "time", 12, SOFT, "end")
 
     art.line((28, 482), (50, 482), colour=GREEN, thick=1.6, head=True)
     art.text(58, 486, "full: the slot’s bytes have arrived", 12, SOFT)
     art.line((290, 482), (312, 482), colour=BLUE, thick=1.6, head=True)
-    art.text(320, 486, "empty: both groups have read the slot", 12, SOFT)
+    art.text(320, 486, "empty: its group has read the slot", 12, SOFT)
     art.text(end, 486, "epilogue: batch norm, residual, ReLU, store", 12, SOFT, "end")
     return art
 

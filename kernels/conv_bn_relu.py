@@ -30,7 +30,8 @@ from .values import Convolution
 
 _LAUNCHERS = {
     "pointer": conv_pointer, "descriptor": conv_box,
-    "hopper_conv": hopper_conv, "hopper_conv64": hopper_conv64, "hopper_few": hopper_few,
+    "hopper_conv": hopper_conv, "hopper_pingpong": hopper_conv,
+    "hopper_conv64": hopper_conv64, "hopper_few": hopper_few,
 }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """What the warp-specialised kernels share (compute capability 9.0), and all that differs between versions of Gluon.
 
 Such a kernel is persistent: each program computes one tile after another. One warp issues TMA loads and keeps a ring of
-slots filled; groups of four warps multiply what has arrived, and while one group stores its results, another
-multiplies. Each slot has two barriers: `full` when its bytes have arrived, `empty` when every group has finished with
-it.
+slots filled; groups of four warps multiply what has arrived. Each slot has two barriers: `full` when its bytes have
+arrived, `empty` when every group that reads it has finished with it. Where groups take tiles in turn, each has one in
+`turns`, too: a group that came too early would wait for a slot's bytes two fillings ahead, which a barrier of one bit
+cannot tell from those before.
 """
 
 from __future__ import annotations

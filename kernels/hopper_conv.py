@@ -2,16 +2,24 @@
 
 A tile is a box of output rows x columns x images by BLOCK_K filters. One warp loads (TMA). A step is a slab
 of 128 bytes of channels under one filter tap; for each, it loads the input box shifted by the tap, and the filters. Two
-groups of four warps multiply, each one half of the box, so that while one is in its epilogue the other keeps the tensor
-cores busy. Both operands are read from shared memory whatever the form of the box: no product has pixels in registers.
+groups of four warps multiply, in one of two ways. Both operands are read from shared memory whatever the form of the
+box: no product has pixels in registers.
 
-Under a 3x3 filter at stride 1, a box of two rows is loaded with the rows above and below it, once for each column of
-taps, and each group multiplies one row. Four rows serve three taps, which is two thirds of the bytes of three boxes.
+* Ping-pong (PARTS = 1): groups take tiles in turn, and give each other the turn with a tile's last product. While one
+  stores its results, the other multiplies, so the tensor cores never wait but for a program's first bytes and last
+  results. For programs of several tiles.
+* Cooperative (PARTS = 2): each group has one half of a box. Both are done at the same time, and while they store their
+  results nothing is multiplied; but a tile takes half as long to store, and its accumulators half the registers. So
+  programs of one tile take this way, and what has accumulators for two: a shortcut, or tiles of 256 filters.
 
-A residual is loaded into the buffer from which the result is stored. Each group has two such buffers, so the next
-tile's residual is loaded while this tile's result is stored. A shortcut's convolution is a second reduction into
-accumulators of its own, through the same ring. With SPLIT_K programs a tile, each reduces an equal part of the steps;
-see `tiles.sum_partials`.
+Under a 3x3 filter at stride 1, a box of two rows that groups share is loaded with the rows above and below it, once for
+each column of taps, and each group multiplies one row. Four rows serve three taps, which is two thirds of the bytes of
+three boxes.
+
+A residual is loaded into the buffer from which the result is stored, two of which there are for each part of a tile:
+the next tile's residual is loaded while this tile's result is stored. A shortcut's convolution is a second reduction
+into accumulators of its own, through the same ring. With SPLIT_K programs a tile, each reduces an equal part of the
+steps; see `tiles.sum_partials`.
 """
 
 from __future__ import annotations
@@ -66,9 +74,11 @@ def pixel_descriptor(
     return descriptor_of(dtype, *layout, round_tf32), view
 
 
-def half(box: tuple[int, int, int]) -> tuple[int, int, int]:
-    """One group's part of a box: half of its first side that is longer than 1."""
+def part_of(box: tuple[int, int, int], parts: int) -> tuple[int, int, int]:
+    """One group's part of a box: all of it, or half of its first side that is longer than 1."""
     h, w, n = box
+    if parts == 1:
+        return box
     if h > 1:
         return h // 2, w, n
     return (1, w // 2, n) if w > 1 else (1, 1, n // 2)
@@ -140,7 +150,7 @@ def loader(
     items, P, Q,
     R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
     SHORT_STEPS: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr, SPLIT_K: gl.constexpr,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr, TILES_K: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr, PARTS: gl.constexpr, TILES_K: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     """The warp that keeps the ring filled, and loads a tile's residual while its products are under way."""
@@ -172,12 +182,12 @@ def loader(
             load_pixels(x_desc, full.index(slot), x_ring, slot, p, q, n, tap // S - R // 2, tap % S - S // 2, c,
                         STRIDE, VIEW, BOX_H)  # fmt: skip
             if res_desc is not None:
-                if j == STEPS - 1:  # by now both groups have left the tile before, so the buffers are free, or soon
-                    for group in gl.static_range(2):
-                        buffer = turn % 2 * 2 + group
-                        h, w, m = half_offset(group, BOX_H, BOX_W, BOX_N)
+                if j == STEPS - 1:  # by now results of the last tile but one have left the buffers, or will soon
+                    for part in gl.static_range(PARTS):
+                        buffer = turn % 2 * PARTS + part
+                        h, w, m = offset_of(part, PARTS, BOX_H, BOX_W, BOX_N)
                         mbarrier.wait(free.index(buffer), (turn // 2 & 1) ^ 1)
-                        mbarrier.expect(added.index(buffer), BOX_H * BOX_W * BOX_N * BLOCK_K * SIZE // 2)
+                        mbarrier.expect(added.index(buffer), PIXELS * BLOCK_K * SIZE // PARTS)
                         load_result(res_desc, added.index(buffer), out.index(buffer), p + h, q + w, n + m, k, Y_VIEW)
             i += 1
         if short_x_desc is not None:
@@ -194,36 +204,40 @@ def loader(
 
 
 @gluon.jit
-def half_offset(group: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr):
-    """Where a group's half of the box begins: row, column, image."""
+def offset_of(part: gl.constexpr, PARTS: gl.constexpr,
+              BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr):  # fmt: skip
+    """Where a part of the box begins: row, column, image."""
     if BOX_H > 1:
-        offset = (group * (BOX_H // 2), 0, 0)
+        offset = (part * (BOX_H // PARTS), 0, 0)
     elif BOX_W > 1:
-        offset = (0, group * (BOX_W // 2), 0)
+        offset = (0, part * (BOX_W // PARTS), 0)
     else:
-        offset = (0, 0, group * (BOX_N // 2))
+        offset = (0, 0, part * (BOX_N // PARTS))
     return offset
 
 
 @gluon.jit
-def reduce(group: gl.constexpr, pixels, filters, full, empty, i, STEPS: gl.constexpr, STAGES: gl.constexpr,
-           SLOT_TAPS: gl.constexpr, TAPS: gl.constexpr, HALF: gl.constexpr, BLOCK_K: gl.constexpr,
-           mma: gl.constexpr):  # fmt: skip
+def reduce(group: gl.constexpr, pixels, filters, full, empty, turns, i, STEPS: gl.constexpr, STAGES: gl.constexpr,
+           SLOT_TAPS: gl.constexpr, TAPS: gl.constexpr, PARTS: gl.constexpr, PIXELS: gl.constexpr,
+           BLOCK_K: gl.constexpr, mma: gl.constexpr):  # fmt: skip
     """This group's products of the next STEPS slots, TAPS of each, which has room for SLOT_TAPS.
 
     A slot is given back when the products of the next one are issued.
     """
-    acc = gl.zeros((HALF, BLOCK_K), gl.float32, mma)
+    PIECES: gl.constexpr = PARTS * (SLOT_TAPS + 1) // 2
+    acc = gl.zeros((PIXELS, BLOCK_K), gl.float32, mma)
     for j in range(STEPS):
         slot = i % STAGES
         mbarrier.wait(full.index(slot), i // STAGES & 1)
         for tap in gl.static_range(TAPS):
-            a = pixels.index(slot * (SLOT_TAPS + 1) + group + tap)
+            a = pixels.index(slot * PIECES + group % PARTS + tap)
             b = filters.index(slot * SLOT_TAPS + tap).permute((1, 0))
             acc = warpgroup_mma(a, b, acc, is_async=True)
         acc = warpgroup_mma_wait(TAPS, deps=(acc,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
         i += 1
+    if PARTS == 1:
+        mbarrier.arrive(turns.index(1 - group), count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
     return acc, i
@@ -239,40 +253,45 @@ def normalised(acc, scale, shift, mma: gl.constexpr):
 
 @gluon.jit
 def multiplier(
-    group: gl.constexpr, y_desc, pixels, filters, out, full, empty, added, free,
+    group: gl.constexpr, y_desc, pixels, filters, out, full, empty, turns, added, free,
     mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
     short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps, partials_ptr, semaphores_ptr,
     items, P, Q,
     K: gl.constexpr, Y_VIEW: gl.constexpr, RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
     SHORT_STEPS: gl.constexpr, SPLIT_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr,
-    TILES_K: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    PARTS: gl.constexpr, TILES_K: gl.constexpr,
+    BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups that multiply."""
-    HALF: gl.constexpr = BOX_H * BOX_W * BOX_N // 2
+    TURNS: gl.constexpr = 2 // PARTS
+    PIXELS: gl.constexpr = BOX_H * BOX_W * BOX_N // PARTS
     DEPTH: gl.constexpr = 256 // y_desc.dtype.primitive_bitwidth
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, DEPTH]
     )
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    h, w, m = half_offset(group, BOX_H, BOX_W, BOX_N)
+    h, w, m = offset_of(group % PARTS, PARTS, BOX_H, BOX_W, BOX_N)
     cuda.gdc_wait()
-    i = 0
-    turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    turn = group % TURNS
+    i = turn * STEPS
+    for item in range(gl.program_id(0) + turn * gl.num_programs(0), items, TURNS * gl.num_programs(0)):
         split, tile, k, p, q, n = work_item(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
         offs_k = k + gl.arange(0, BLOCK_K, layout=flat)
         scale, shift = scale_and_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, offs_k < K)
         if SPLIT_K > 1:
             shift = gl.where(split == 0, shift, 0.0)
-        acc, i = reduce(group, pixels, filters, full, empty, i, STEPS, STAGES, TAPS, TAPS, HALF, BLOCK_K, mma)
-        tma.store_wait(0)  # the tile before has left its buffer
-        group_barrier()  # which Triton 3.8 adds only where no residual's barrier is waited for below
+        if TURNS == 2:
+            mbarrier.wait(turns.index(group), (turn // 2 & 1) ^ (1 - group))
+        acc, i = reduce(group, pixels, filters, full, empty, turns, i, STEPS, STAGES, TAPS, TAPS, PARTS,
+                        PIXELS, BLOCK_K, mma)  # fmt: skip
+        if TURNS == 1:
+            tma.store_wait(0)  # the tile before has left its buffer
+            group_barrier()  # which Triton 3.8 adds only where no residual's barrier is waited for below
         y = normalised(acc, scale, shift, mma)
         if SHORT_STEPS > 0:
             if split == SPLIT_K - 1:
-                acc, i = reduce(
-                    group, pixels, filters, full, empty, i, SHORT_STEPS, STAGES, TAPS, 1, HALF, BLOCK_K, mma
-                )
+                acc, i = reduce(group, pixels, filters, full, empty, turns, i, SHORT_STEPS, STAGES, TAPS, 1, PARTS,
+                                PIXELS, BLOCK_K, mma)  # fmt: skip
                 scale, shift = scale_and_shift(
                     short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps, offs_k, offs_k < K
                 )
@@ -280,15 +299,22 @@ def multiplier(
         last = True
         if SPLIT_K > 1:
             y, last = sum_partials(y, partials_ptr, semaphores_ptr, tile * 2 + group, split, SPLIT_K)
-        buffer = (turn % 2 * 2 if RESIDUAL else 0) + group
-        part = out.index(buffer)
+        buffer = (turn % 2 * 2 if RESIDUAL and TURNS == 1 else 0) + group
+        result = out.index(buffer)
         if RESIDUAL:
-            mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
+            if TURNS == 1:
+                mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
             mbarrier.wait(added.index(buffer), turn // 2 & 1)
         if last:
-            put(y, reinterpret(part, y_desc.dtype, [HALF, BLOCK_K], pixels.layout), RESIDUAL, ACTIVATION)
-            store_result(y_desc, part, p + h, q + w, n + m, k, Y_VIEW)
-        turn += 1
+            put(y, reinterpret(result, y_desc.dtype, [PIXELS, BLOCK_K], pixels.layout), RESIDUAL, ACTIVATION)
+            store_result(y_desc, result, p + h, q + w, n + m, k, Y_VIEW)
+        if TURNS == 2:  # the other group multiplies
+            tma.store_wait(0)
+            group_barrier()
+            if RESIDUAL:
+                mbarrier.arrive(free.index(buffer), count=1)
+            i += STEPS
+        turn += TURNS
     tma.store_wait(0)
 
 
@@ -300,14 +326,15 @@ def hopper_conv_kernel(
     C: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
     STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
     SHORT_C: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr,
-    ACTIVATION: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr,
+    ACTIVATION: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr, PARTS: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
+    gl.static_assert(PARTS == 2 or (SPLIT_K, TAPS, SHORT_C) == (1, 1, 0), "ping-pong is of plain tiles")
     RESIDUAL: gl.constexpr = res_desc is not None
     TILES_K: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     STEPS: gl.constexpr = R * S // TAPS * ((C + BLOCK_C - 1) // BLOCK_C) // SPLIT_K
     SHORT_STEPS: gl.constexpr = (SHORT_C + BLOCK_C - 1) // BLOCK_C
-    BUFFERS: gl.constexpr = 4 if RESIDUAL else 2
+    BUFFERS: gl.constexpr = 4 if RESIDUAL and PARTS == 2 else 2
     LOADS: gl.constexpr = 1 if STRIDE == 1 else BOX_H
     PIXELS: gl.constexpr = BOX_H * BOX_W * BOX_N
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * LOADS] + x_desc.block_shape, x_desc.layout)
@@ -315,11 +342,14 @@ def hopper_conv_kernel(
     out = gl.allocate_shared_memory(y_desc.dtype, [BUFFERS] + y_desc.block_shape, y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     added = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=PARTS)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(4):
         mbarrier.init(added.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
@@ -327,7 +357,7 @@ def hopper_conv_kernel(
     rows: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=x_desc.dtype.primitive_bitwidth, rank=2
     )
-    pixels = reinterpret(x_ring, x_desc.dtype, [STAGES * (TAPS + 1), PIXELS // 2, BLOCK_C], rows)
+    pixels = reinterpret(x_ring, x_desc.dtype, [STAGES * PARTS * (TAPS + 1) // 2, PIXELS // PARTS, BLOCK_C], rows)
     filters = reinterpret(w_ring, x_desc.dtype, [STAGES * TAPS, BLOCK_K, BLOCK_C], rows)
     short_ring = x_ring
     if short_x_desc is not None:
@@ -342,27 +372,27 @@ def hopper_conv_kernel(
     # four warps, too. Together they are 504 of the 512 that a multiprocessor has for 4 x 32 threads.
     gl.warp_specialize([
         (multiplier, (
-            group, y_desc, pixels, filters, out, full, empty, added, free,
+            group, y_desc, pixels, filters, out, full, empty, turns, added, free,
             mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
             short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps,
             partials_ptr, semaphores_ptr,
-            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, TILES_K,
+            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, PARTS, TILES_K,
             BOX_H, BOX_W, BOX_N, BLOCK_K,
         )) if group < 2 else (loader, (
             x_desc, w_desc, res_desc, short_x_desc, short_w_desc, x_ring, short_ring, w_ring, out, full, empty,
             added, free, items, P, Q, R, S, STRIDE, VIEW, Y_VIEW, SHORT_STEPS, SHORT_STRIDE, SHORT_VIEW, SPLIT_K,
-            STEPS, STAGES, TAPS, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
+            STEPS, STAGES, TAPS, PARTS, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
         ))
         for group in (0, 1, 2)
     ], worker_num_warps=[4, 1], worker_num_regs=[232, 40])  # fmt: skip
 
 
 def hopper_conv(call: Convolution) -> Launch:
-    """The launch of at most `programs` programs.
+    """The launch of at most `programs` programs; ping-pong where `config.kernel` says so.
 
     It asks for fp16, bf16, or fp32 that may be multiplied as TF32, filters 1x1 or 3x3, padding R // 2, stride 1 or 2
     (at 2 an even input width), 16-byte aligned pointers and channel rows. If `config` splits the reduction, a tile has
-    two of `semaphores`.
+    two of `semaphores`. Ping-pong takes 16-bit types, no shortcut, no split, and tiles of at most 128 x 128.
     """
     x, weight, out, residual, config = call.x, call.weight, call.out, call.residual, call.config
     constants, (x_desc, w_desc, y_desc), items = _constants(
@@ -387,14 +417,15 @@ def _constants(
     if box is None:
         raise ValueError(f"{config} has no box, expected one")
     box_h, box_w, box_n = box
-    taps = taps_at_once(box, r, stride)
+    parts = 1 if config.kernel == "hopper_pingpong" else 2
+    taps = 1 if parts == 1 else taps_at_once(box, r, stride)
     x_desc, view = pixel_descriptor(x, dtype, stride, (box_h + taps - 1, box_w, box_n), block_c, round_tf32=True)
-    y_desc, y_view = pixel_descriptor(out, dtype, 1, half(box), block_k)
+    y_desc, y_view = pixel_descriptor(out, dtype, 1, part_of(box, parts), block_k)
     items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
     constants: dict[str, object] = {
         "items": items, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
         "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view, "ACTIVATION": activation,
-        "SPLIT_K": config.split_k, "STAGES": config.num_stages, "TAPS": taps,
+        "SPLIT_K": config.split_k, "STAGES": config.num_stages, "TAPS": taps, "PARTS": parts,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     return constants, [x_desc, filter_descriptor(weight, dtype, block_k, block_c), y_desc], items

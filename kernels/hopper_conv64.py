@@ -1,15 +1,13 @@
 """3x3 convolution of 64 channels for Hopper (compute capability 9.0): warp-specialised and persistent, in Gluon.
 
-A tile is 2 x 2 output pixels of BOX_N images and all 64 filters, which stay in shared memory: 4 x 4 input pixels feed
-36 products. One warp loads (TMA) the input pixels in turn, each into a slot. Two groups of four warps multiply; each
-computes one output column, in two accumulators. Filters are the rows of a product and pixels its columns, so a product
-reads 64 rows and BOX_N columns from shared memory: at 128 images three quarters of what pixels as rows would read.
+A tile is two output pixels, one above the other, of BOX_N images and all 64 filters, which stay in shared memory: 4 x 3
+input pixels feed 18 products. One warp loads (TMA) the input pixels in turn, each into a slot. Two groups of four warps
+take tiles in turn (ping-pong, as in `hopper_conv.py`): one multiplies, into an accumulator for each pixel, while the
+other stores its results. Filters are the rows of a product and pixels its columns, so a product reads 64 rows and BOX_N
+columns from shared memory: at 128 images three quarters of what pixels as rows would read.
 
-A residual is loaded into the buffer from which the result is stored, one buffer a pixel: filters, buffers and five
-slots of 128 images take 216 of 227 KiB, and two buffers a pixel would leave one slot. One is enough, and needs no
-barrier of its own: a group waits until its last results have been stored before it gives back slots of a tile's second
-row. When the loader has the first of these back, STAGES slots later, it loads the residual, which has eleven slots'
-time to arrive.
+A residual is loaded into the buffers from which the result is stored. A group has one buffer a pixel: filters, buffers
+and five slots of 128 images take 216 of 227 KiB.
 """
 
 from __future__ import annotations
@@ -29,21 +27,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import SWIZZLED, async_load, async_store, put, reinterpret, scale_and_shift
+from .hopper import SWIZZLED, async_load, async_store, group_barrier, put, reinterpret, scale_and_shift
 from .hopper_conv import filter_descriptor, pixel_descriptor
 from .launch import Launch, cdiv, with_base
 from .values import Activation, ConvConfig, Convolution, Size
 
+SLOTS = gl.constexpr(12)
+"""Input pixels of a tile: four rows of three."""
+RESIDUAL_AT = gl.constexpr(9)
+"""The input pixel behind which a tile's residual is loaded: by then its group has stored the tile before, or nearly."""
+
 
 @gluon.jit
-def work_item(item, tiles_p, tiles_q, BOX_N: gl.constexpr):
-    """A tile's first output row, column and image."""
-    return item // tiles_q % tiles_p * 2, item % tiles_q * 2, item // (tiles_q * tiles_p) * BOX_N
+def work_item(item, tiles_p, Q, BOX_N: gl.constexpr):
+    """A tile's first output row, its column and its first image."""
+    return item // Q % tiles_p * 2, item % Q, item // (Q * tiles_p) * BOX_N
 
 
 @gluon.jit
 def loader(
-    x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, items, tiles_p, tiles_q,
+    x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, free, items, tiles_p, Q,
     BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads the filters once, keeps the ring filled, and loads a tile's residual in between."""
@@ -54,37 +57,32 @@ def loader(
     cuda.gdc_wait()
     cuda.gdc_launch_dependents()  # not before: so the next kernel begins when the one before this is done
     i = 0
+    turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        p, q, n = work_item(item, tiles_p, tiles_q, BOX_N)
-        for j in range(16):
+        p, q, n = work_item(item, tiles_p, Q, BOX_N)
+        for j in range(SLOTS):
             slot = i % STAGES
             mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(slot), BYTES)
-            async_load(x_desc, [p + j // 4 - 1, q + j % 4 - 1, n, 0], full.index(slot), ring.index(slot))
+            async_load(x_desc, [p + j // 3 - 1, q + j % 3 - 1, n, 0], full.index(slot), ring.index(slot))
             if res_desc is not None:
-                if j == 4 + STAGES:
-                    for group in range(2):
-                        mbarrier.expect(added.index(group), 2 * BYTES)
-                        for row in range(2):
-                            part = out.index(2 * group + row)
-                            async_load(res_desc, [p + row, q + group, n, 0], added.index(group), part)
+                if j == RESIDUAL_AT:
+                    group = turn % 2
+                    mbarrier.wait(free.index(group), (turn // 2 & 1) ^ 1)
+                    mbarrier.expect(added.index(group), 2 * BYTES)
+                    for row in range(2):
+                        async_load(res_desc, [p + row, q, n, 0], added.index(group), out.index(2 * group + row))
             i += 1
+        turn += 1
 
 
 @gluon.jit
-def pass_by(full, empty, i, STAGES: gl.constexpr):
-    """Give back a slot whose pixels are not under this group's column."""
-    mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
-    mbarrier.arrive(empty.index(i % STAGES), count=1)
-    return i + 1
+def multiply_row(pixels, filters, full, empty, i, lo, hi, row, LO: gl.constexpr, HI: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
+    """One row of slots: its products with filter row `row` for the upper output pixel, `row - 1` for the lower.
 
-
-@gluon.jit
-def multiply_row(group: gl.constexpr, pixels, filters, full, empty, i, lo, hi, row,
-                 LO: gl.constexpr, HI: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """One row of slots: its products with filter row `row` for the upper output pixel, `row - 1` for the lower."""
-    if group == 1:
-        i = pass_by(full, empty, i, STAGES)
+    A slot is given back when the products of the next one are issued.
+    """
     for s in range(3):
         slot = i % STAGES
         mbarrier.wait(full.index(slot), i // STAGES & 1)
@@ -93,21 +91,19 @@ def multiply_row(group: gl.constexpr, pixels, filters, full, empty, i, lo, hi, r
             lo = warpgroup_mma(filters.index(row * 3 + s), b, lo, is_async=True)
         if HI:
             hi = warpgroup_mma(filters.index(row * 3 + s - 3), b, hi, is_async=True)
-        lo, hi = warpgroup_mma_wait(0, deps=(lo, hi))  # the other group keeps the tensor cores busy
-        mbarrier.arrive(empty.index(slot), count=1)
+        lo, hi = warpgroup_mma_wait(LO + HI, deps=(lo, hi))
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=row + s > 0)
         i += 1
-    if group == 0:
-        i = pass_by(full, empty, i, STAGES)
     return lo, hi, i
 
 
 @gluon.jit
 def multiplier(
-    group: gl.constexpr, y_desc, pixels, filters, out, full, empty, ready, added,
-    mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, items, tiles_p, tiles_q,
+    group: gl.constexpr, y_desc, pixels, filters, out, full, empty, ready, turns, added, free,
+    mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, items, tiles_p, Q,
     RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One of the two groups that multiply: a column of two output pixels."""
+    """One of the two groups that multiply."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BOX_N, 16])
     offs_k = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     scale, shift = scale_and_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, offs_k < 64)
@@ -115,25 +111,31 @@ def multiplier(
     results = reinterpret(out, y_desc.dtype, [4, BOX_N, 64], SWIZZLED)
     cuda.gdc_wait()
     mbarrier.wait(ready.index(0), 0)
-    i = 0
-    turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        p, q, n = work_item(item, tiles_p, tiles_q, BOX_N)
+    turn = 0  # of this group
+    for item in range(gl.program_id(0) + group * gl.num_programs(0), items, 2 * gl.num_programs(0)):
+        p, q, n = work_item(item, tiles_p, Q, BOX_N)
+        i = (2 * turn + group) * SLOTS
         lo = gl.zeros((64, BOX_N), gl.float32, mma)
         hi = gl.zeros((64, BOX_N), gl.float32, mma)
-        lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, 0, True, False, STAGES)
-        tma.store_wait(0)  # the tile before has left the buffers
+        mbarrier.wait(turns.index(group), (turn & 1) ^ (1 - group))
+        lo, hi, i = multiply_row(pixels, filters, full, empty, i, lo, hi, 0, True, False, STAGES)
         for row in range(1, 3):
-            lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, row, True, True, STAGES)
-        lo, hi, i = multiply_row(group, pixels, filters, full, empty, i, lo, hi, 3, False, True, STAGES)
+            lo, hi, i = multiply_row(pixels, filters, full, empty, i, lo, hi, row, True, True, STAGES)
+        lo, hi, i = multiply_row(pixels, filters, full, empty, i, lo, hi, 3, False, True, STAGES)
+        mbarrier.arrive(turns.index(1 - group), count=1)
+        lo, hi = warpgroup_mma_wait(0, deps=(lo, hi))
+        mbarrier.arrive(empty.index((i - 1) % STAGES), count=1)
         if RESIDUAL:
             mbarrier.wait(added.index(group), turn & 1)
         put(lo * scale + shift, results.index(2 * group).permute((1, 0)), RESIDUAL, ACTIVATION)
         put(hi * scale + shift, results.index(2 * group + 1).permute((1, 0)), RESIDUAL, ACTIVATION)
-        async_store(y_desc, [p + 1, q + group, n, 0], out.index(2 * group + 1))  # last put, first out: one barrier
-        async_store(y_desc, [p, q + group, n, 0], out.index(2 * group))
+        async_store(y_desc, [p + 1, q, n, 0], out.index(2 * group + 1))  # last put, first out: one barrier
+        async_store(y_desc, [p, q, n, 0], out.index(2 * group))
+        tma.store_wait(0)  # while the other group multiplies
+        group_barrier()
+        if RESIDUAL:
+            mbarrier.arrive(free.index(group), count=1)
         turn += 1
-    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["items", "P", "Q"])
@@ -142,32 +144,34 @@ def hopper_conv64_kernel(
     ACTIVATION: gl.constexpr, BOX_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     RESIDUAL: gl.constexpr = res_desc is not None
-    gl.static_assert(STAGES <= 11, "a residual is loaded behind slot 4 + STAGES of 16")
     tiles_p = (P + 1) // 2
-    tiles_q = (Q + 1) // 2
     ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, x_desc.layout)
     filters = gl.allocate_shared_memory(w_desc.dtype, [9] + w_desc.block_shape, w_desc.layout)
     out = gl.allocate_shared_memory(y_desc.dtype, [4] + y_desc.block_shape, y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     added = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready.index(0), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=1)
     for group in gl.static_range(2):
+        mbarrier.init(turns.index(group), count=1)
         mbarrier.init(added.index(group), count=1)
+        mbarrier.init(free.index(group), count=1)
     fence_async_shared()
     pixels = reinterpret(ring, x_desc.dtype, [STAGES, BOX_N, 64], SWIZZLED)
     weights = reinterpret(filters, x_desc.dtype, [9, 64, 64], SWIZZLED)
     gl.warp_specialize([
         (multiplier, (
-            group, y_desc, pixels, weights, out, full, empty, ready, added,
+            group, y_desc, pixels, weights, out, full, empty, ready, turns, added, free,
             mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
-            items, tiles_p, tiles_q, RESIDUAL, ACTIVATION, BOX_N, STAGES,
+            items, tiles_p, Q, RESIDUAL, ACTIVATION, BOX_N, STAGES,
         )) if group < 2 else (loader, (
-            x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, items, tiles_p, tiles_q,
+            x_desc, w_desc, res_desc, ring, filters, out, full, empty, ready, added, free, items, tiles_p, Q,
             BOX_N, STAGES,
         ))
         for group in (0, 1, 2)
@@ -178,8 +182,8 @@ def hopper_conv64(call: Convolution) -> Launch:
     """The launch of at most `programs` programs.
 
     It asks for fp16 or bf16, 64 channels and 64 filters of 3x3, stride 1, padding 1, no shortcut (None), 16-byte
-    aligned pointers, and a `config` with a box of 2 x 2 pixels of 32, 64 or 128 images and at most 11 stages, which
-    does not split the reduction: `partials` and `semaphores` are None.
+    aligned pointers, and a `config` with a box of two rows of one pixel of 32, 64 or 128 images, which does not split
+    the reduction: `partials` and `semaphores` are None.
     """
     x, weight, out, residual = call.x, call.weight, call.out, call.residual
     constants, (x_desc, w_desc, y_desc), items = _constants(
@@ -204,7 +208,7 @@ def _constants(
     box_n = config.box[2]
     x_desc, _ = pixel_descriptor(x, dtype, 1, (1, 1, box_n), 64)
     y_desc, _ = pixel_descriptor(out, dtype, 1, (1, 1, box_n), 64)
-    items = cdiv(p, 2) * cdiv(q, 2) * cdiv(n, box_n)
+    items = cdiv(p, 2) * q * cdiv(n, box_n)
     constants: dict[str, object] = {
         "items": items, "P": p, "Q": q, "ACTIVATION": activation, "BOX_N": box_n, "STAGES": config.num_stages,
     }  # fmt: skip

@@ -232,7 +232,7 @@ def normalises_exactly(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
     x = torch.arange(256, dtype=torch.float32)
     centred = x / 255 - torch.tensor(mean, dtype=torch.float32)[:, None]
     deviations = torch.tensor(std, dtype=torch.float32)[:, None]
-    return _quotients_are_exact(x, torch.tensor(255.0)) and _quotients_are_exact(centred, deviations)
+    return _quotients_are_exact(x, x.new_tensor(255.0)) and _quotients_are_exact(centred, deviations)
 
 
 def _quotients_are_exact(x: Tensor, y: Tensor) -> bool:

@@ -98,8 +98,8 @@ class ConvConfig:
     through pointers. `split_k` programs share a tile, each reducing over a part of the channels and taps. With `swap`
     filters are the rows of the matrix product and pixels its columns, which boxes with several sides need.
 
-    `kernel` names one in Gluon: "hopper_conv" or "hopper_conv64", warp-specialised, whose `num_warps` are those of a
-    group, or "hopper_few".
+    `kernel` names one in Gluon: "hopper_conv", whose groups of `num_warps` share a tile, "hopper_pingpong", the same in
+    which they take turns, "hopper_conv64" or "hopper_few".
     """
 
     block_m: int

@@ -31,7 +31,7 @@ ALIGNED = 16
 """Bytes: the most that Triton knows of a pointer, and the most that a thread loads at a time."""
 FILTERS_IN_REGISTERS = ("hopper_stem_kernel",)
 """Warp-specialised kernels whose products read filters from registers, which nothing writes to again."""
-NONE_PENDING = ("hopper_conv64_kernel", "hopper_stem_kernel")
+NONE_PENDING = ("hopper_stem_kernel",)
 """Warp-specialised kernels in which no product runs while the next is asked for: the other group's does."""
 AT_ONCE = ("hopper_few_kernel",)
 """Kernels whose products all run together."""

@@ -11,7 +11,7 @@ from ..kernels.launch import cdiv
 from ..kernels.values import MAX_SPLIT_K_OF_FEW, ConvConfig, has_several_sides, is_flat, taps_at_once
 from .device import DeviceFacts
 
-CONV, CONV64, FEW = "hopper_conv", "hopper_conv64", "hopper_few"
+CONV, PINGPONG, CONV64, FEW = "hopper_conv", "hopper_pingpong", "hopper_conv64", "hopper_few"
 """The kernels of `ConvConfig.kernel`."""
 
 SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
@@ -105,11 +105,11 @@ def _gluon_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
         blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
         return blocks * (config.block_m + config.block_k) * config.block_c * 2 + 2048
     if config.kernel == CONV64:  # filters stay, a slot is one pixel of all images
-        return 9 * 64 * 64 * 2 + (config.num_stages + 4) * config.block_m // 4 * 64 * 2 + 2048
+        return 9 * 64 * 64 * 2 + (config.num_stages + 4) * config.block_m // 2 * 64 * 2 + 2048
     column = taps(config, shape)
     lines = config.block_m * (column + 1) // 2 + config.block_k * column
     slots = config.num_stages * lines * config.block_c
-    results = config.block_m * config.block_k * (2 if shape.residual else 1)
+    results = config.block_m * config.block_k * (2 if shape.residual or config.kernel == PINGPONG else 1)
     return (slots + results) * shape.itemsize + 2560
 
 
@@ -226,9 +226,14 @@ def _is_legal_gluon(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -
         return False
     if config.kernel == CONV64:
         return _is_legal64(config, shape, box)
-    if config.kernel != CONV or config.block_m not in (128, 256) or config.block_k not in (64, 128, 256):
+    if config.kernel not in (CONV, PINGPONG):
         return False
-    most = _MAX_TILE if wide or shape.residual or shape.shortcut_c else 2 * _MAX_TILE
+    in_turn = config.kernel == PINGPONG
+    if config.block_m not in (128, 256) or config.block_k not in (64, 128, 256):
+        return False
+    if in_turn and (config.split_k > 1 or shape.shortcut_c):
+        return False
+    most = _MAX_TILE if wide or shape.residual or shape.shortcut_c or in_turn else 2 * _MAX_TILE
     if config.block_m * config.block_k > most:
         return False
     strided = (2, 2) in ((shape.stride, shape.shortcut_stride) if shape.shortcut_c else (shape.stride,))
@@ -240,9 +245,7 @@ def _is_legal_gluon(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -
 def _is_legal64(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int]) -> bool:
     if (shape.c, shape.k, shape.r, shape.stride, shape.shortcut_c) != (64, 64, 3, (1, 1), 0):
         return False
-    if (config.block_k, config.split_k) != (64, 1) or config.num_stages > 11:
-        return False
-    return box[:2] == (2, 2) and box[2] in (32, 64, 128)
+    return (config.block_k, config.split_k) == (64, 1) and box[:2] == (2, 1) and box[2] in (32, 64, 128)
 
 
 def _is_legal_few(config: ConvConfig, shape: ConvShape, box: tuple[int, int, int]) -> bool:

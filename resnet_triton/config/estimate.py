@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..kernels.launch import cdiv
 from ..kernels.values import ConvConfig
-from .conv import CONV64, FEW, ConvShape, shared_memory, steps, taps, tiles
+from .conv import CONV, CONV64, FEW, ConvShape, shared_memory, steps, taps, tiles
 from .device import DeviceFacts
 
 _MATRIX = {16: 0.2, 32: 0.4, 64: 0.8}  # share of the matrix rate by columns: narrow products read more operands
@@ -27,7 +27,7 @@ class Rates(NamedTuple):
     split: float = 840  # a store, a barrier, an atomic
     specialised_flops: float = 7260
     specialised_turn: float = 44  # besides its products: barriers
-    hidden: float = 0.65  # of a result's time, where an accumulator has 4,096 elements
+    exposed: float = 0.65  # of a result's time that nothing hides, where an accumulator has 4,096 elements
     residual: float = 1.32  # times as much for a result with one
 
 
@@ -66,12 +66,16 @@ def estimate(
     result = rates.element * m * k * (rates.residual if shape.residual else 1)
     programs = cdiv(tiles(config, shape) * config.split_k, device.sm_count)  # of the busiest SM
     if config.kernel:  # one program an SM takes them in turn
-        columns = m // 4 if config.kernel == CONV64 else k
+        columns = m // 2 if config.kernel == CONV64 else k
         share = _COLUMN if column > 1 else _MATRIX.get(columns, 1.0)
         turn = flops / (rates.specialised_flops * share) + rates.specialised_turn / column
-        accumulator = m * k // (8 if config.kernel == CONV64 else 2)
-        result *= rates.hidden * (accumulator / 4096) ** 0.3  # the larger, the less of it other products hide
-        work = rates.program + programs * (turns * turn + result)
+        accumulator = m * k // (4 if config.kernel == CONV64 else 2)
+        result *= rates.exposed * (accumulator / 4096) ** 0.3
+        products = turns * turn
+        if config.kernel == CONV:
+            work = rates.program + programs * (products + result)
+        else:  # one group stores what two would, while the other multiplies
+            work = rates.program + programs * max(products, products / 2 + result) + 2 * result
     else:
         loads = (m + k) * config.block_c * shape.itemsize
         turn = max(flops / (rates.flops * _MATRIX.get(m if config.swap else k, 1.0)), loads / rates.bytes)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from math import prod
 
 from ..kernels.values import ConvConfig
-from .conv import CONV, CONV64, FEW, SPLITS, ConvShape, boxes_of, by_waste, is_legal
+from .conv import CONV, CONV64, FEW, PINGPONG, SPLITS, ConvShape, boxes_of, by_waste, is_legal
 from .device import DeviceFacts
 
 # (block_m, block_k, most num_stages): pixels are two groups', and an accumulator has to fit a group's registers.
@@ -24,9 +25,9 @@ def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
     tiles = [(tile, boxes_of(tile[0])) for tile in _TILES]
     if (shape.r, shape.stride) == (3, (1, 1)) and shape.n <= _TWO_ROWS[0] // 2:  # more fill tiles of more filters
         tiles.append((_TWO_ROWS, [box for box in boxes_of(_TWO_ROWS[0]) if box[0] == 2]))
-    for (m, k, stages), boxes in tiles:
+    for kernel, ((m, k, stages), boxes) in product((CONV, PINGPONG), tiles):
         forms = (
-            ConvConfig(m, k, 128 // shape.itemsize, 4, deep, box, kernel=CONV)
+            ConvConfig(m, k, 128 // shape.itemsize, 4, deep, box, kernel=kernel)
             for deep in range(stages, 2, -1)  # one slot to fill while products read two
             for box in by_waste(boxes, shape)
         )
@@ -35,7 +36,7 @@ def candidates(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
             shared = (replace(best, split_k=split) for split in SPLITS)
             yield from (config for config in shared if is_legal(config, shape, device))
     for images, stages in _TILES64:
-        config = ConvConfig(4 * images, 64, 64, 4, stages, (2, 2, images), kernel=CONV64)
+        config = ConvConfig(2 * images, 64, 64, 4, stages, (2, 1, images), kernel=CONV64)
         if is_legal(config, shape, device):
             yield config
     if shape.n <= FEW_IMAGES:

@@ -80,16 +80,20 @@ def test_every_choice_is_legal(arch: int, dtype: str, precision: str, descriptor
         paths.add(chosen.path)
     modern = descriptors and arch >= 90 and precision == ("tf32" if dtype == "float32" else "ieee")
     if modern and arch == 90:
-        others = set() if dtype == "float32" else {"hopper_conv64", "hopper_few"}
+        others = set() if dtype == "float32" else {"hopper_pingpong", "hopper_conv64", "hopper_few"}
         assert paths == {"descriptor", "hopper_conv", *others}
     else:
         assert paths == ({"pointer", "descriptor"} if modern else {"pointer"})
 
 
+PERSISTENT = {"hopper_conv", "hopper_pingpong", "hopper_conv64"}
+"""These have as many programs as run at a time."""
+
+
 @pytest.mark.parametrize("n", [32, 256])
 def test_hopper_takes_its_own_kernels_for_many_images(n: int) -> None:
     shapes = {replace(call.shape, n=n) for model in ("resnet18", "resnet50") for call in calls(model)}
-    assert {conv_heuristic(shape, KNOWN[90]).kernel for shape in shapes} <= {"hopper_conv", "hopper_conv64"}
+    assert {conv_heuristic(shape, KNOWN[90]).kernel for shape in shapes} <= PERSISTENT
     assert not any(conv_heuristic(shape, KNOWN[100]).kernel for shape in shapes)
     singles = [replace(shape, dtype="float32", precision="tf32") for shape in shapes]
     assert {conv_heuristic(shape, KNOWN[90]).kernel for shape in singles} == {"hopper_conv"}
@@ -193,7 +197,7 @@ NOT_SERVED = {
 def test_descriptors_serve(shape: ConvShape) -> None:
     assert supports_descriptors(shape)
     if shape.dtype != "float32":
-        assert conv_heuristic(shape, KNOWN[90]).path.startswith("hopper_conv")
+        assert conv_heuristic(shape, KNOWN[90]).path in PERSISTENT
         assert conv_heuristic(shape, INTERPRETED).path == "descriptor"
     assert conv_heuristic(shape, KNOWN[90], descriptors=False).path == "pointer"
     assert conv_heuristic(shape, KNOWN[89]).path == "pointer"
@@ -255,7 +259,7 @@ def test_a_pointwise_convolution_takes_runs_of_pixels(size: tuple[int, int], n: 
                 assert getattr(given, "base", given).shape == (n * h * w, c, 1, 1), name
                 if name.endswith("desc"):
                     assert (list(given.shape), given.strides[2:]) == ([1, 1, n * h * w, c], [c, 1]), name
-        if not chosen.kernel.startswith("hopper_conv"):  # these have as many programs as run at a time
+        if chosen.kernel not in PERSISTENT:
             assert launch.grid[0] * (*launch.grid, 1)[1] == tiles(chosen, shape) * chosen.split_k
 
 
@@ -339,6 +343,18 @@ ILLEGAL |= {
 }
 
 
+IN_TURN = ConvConfig(128, 128, 64, 4, 5, (1, 4, 32), kernel="hopper_pingpong")
+ILLEGAL |= {
+    f"in turn: {name}": (replace(IN_TURN, **config), replace(SHAPE, **shape))
+    for name, config, shape in [
+        ("shares", {"split_k": 3}, {}),
+        ("a shortcut", {}, {"shortcut_c": 64, "shortcut_h": 28, "shortcut_w": 28}),
+        ("accumulators of 256 filters", {"block_k": 256, "num_stages": 2}, {}),
+        ("accumulators of 256 pixels", {"block_m": 256, "box": (1, 8, 32), "num_stages": 2}, {}),
+        ("six slots beside two whole results", {"num_stages": 6}, {}),
+    ]
+}
+
 SINGLES = ConvConfig(128, 128, 32, 4, 5, (1, 4, 32), kernel="hopper_conv")
 TF32 = replace(SHAPE, dtype="float32", precision="tf32")
 ILLEGAL |= {
@@ -347,8 +363,9 @@ ILLEGAL |= {
     "TF32, slabs of 64 channels": (replace(SINGLES, block_c=64, num_stages=2), TF32),
     "TF32, slots in the room of residuals": (SINGLES, replace(TF32, residual=True)),
     "TF32 by the kernel of 64 channels": (
-        replace(SINGLES, block_k=64, num_stages=5, box=(2, 2, 32), kernel="hopper_conv64"), replace(TF32, c=64, k=64)
+        ConvConfig(64, 64, 32, 4, 5, (2, 1, 32), kernel="hopper_conv64"), replace(TF32, c=64, k=64)
     ),
+    "TF32 in turn": (replace(SINGLES, num_stages=3, kernel="hopper_pingpong"), TF32),
 }  # fmt: skip
 
 
@@ -356,6 +373,13 @@ def test_tf32_is_legal() -> None:
     """What the cases above differ from."""
     assert is_legal(SINGLES, TF32, KNOWN[90])
     assert is_legal(replace(SINGLES, num_stages=3), replace(TF32, residual=True), KNOWN[90])
+
+
+def test_turns_are_legal() -> None:
+    """What the cases above differ from."""
+    assert is_legal(IN_TURN, SHAPE, KNOWN[90])
+    assert is_legal(IN_TURN, replace(SHAPE, residual=True), KNOWN[90]), "which is loaded into the results"
+    assert is_legal(IN_TURN.on((2, 2, 32)), SHAPE, KNOWN[90])
 
 
 def test_few_images_are_legal() -> None:
@@ -420,9 +444,7 @@ def test_candidates_are_legal_distinct_and_start_with_the_heuristic(arch: int, d
             assert is_legal(c, shape, device)
         paths = {c.path for c in tried[1:]}
         served = arch >= 90 and supports_descriptors(shape)
-        assert paths - {"hopper_conv", "hopper_conv64", "hopper_few"} == (
-            {"pointer", "descriptor"} if served else {"pointer"}
-        )
+        assert paths - PERSISTENT - {"hopper_few"} == ({"pointer", "descriptor"} if served else {"pointer"})
         ieee = (dtype, precision) == ("float32", "ieee")
         assert any(c.kernel == "hopper_conv" for c in tried) == (served and arch == 90 and not ieee)
 
@@ -457,7 +479,7 @@ def test_neighbours_are_one_step_away() -> None:
         replace(specialised, box=(8, 4, 4)),
     ):  # fmt: skip
         assert expected in near, expected
-    assert {c.kernel for c in near} == {"hopper_conv", "hopper_conv64"}
+    assert {c.kernel for c in near} == PERSISTENT
     pointers = candidates.neighbours(replace(BOX, box=None, swap=False), SHAPE, GPU)
     assert any(c.box for c in pointers)
     assert {c.block_m for c in pointers if c.box is None} == {64, 128}

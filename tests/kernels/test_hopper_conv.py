@@ -19,7 +19,7 @@ from simulator import simulate
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
-from resnet_triton.config.conv import shared_memory
+from resnet_triton.config.conv import shared_memory, tiles
 from resnet_triton.config.device import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import NONE, RELU, Activation, gluon
@@ -74,9 +74,9 @@ def case64(
     n: int, h: int, w: int, images: int, stages: int, programs: int, *, dtype: str = "float16", residual: bool = False,
     activation: Activation = RELU, affine: bool = True,
 ) -> Case:  # fmt: skip
-    """One of 64 channels by 64 filters, two rows and columns of `images` a tile."""
+    """One of 64 channels by 64 filters, two rows of `images` a tile."""
     return Case(
-        (n, 64, h, w), 64, (2, 2, images), 64, stages, residual=residual, programs=programs, dtype=dtype,
+        (n, 64, h, w), 64, (2, 1, images), 64, stages, residual=residual, programs=programs, dtype=dtype,
         activation=activation, affine=affine, kernel="hopper_conv64",
     )  # fmt: skip
 
@@ -134,6 +134,16 @@ CASES = {
     "run, shortcut": Case((5, 64, 5, 7), 64, (1, 1, 128), 64, 6, filter=1, shortcut=96, short_stride=1),
     # the other type
     "bfloat16": Case((9, 72, 5, 6), 72, (1, 8, 16), 64, 6, residual=True, dtype="bfloat16", activation=LEAKY),
+    # ping-pong: one tile and many by a program, odd numbers of them and even; two rows are one tap at a time
+    "ping-pong": Case((9, 72, 5, 6), 136, (4, 8, 4), 128, 5, programs=2, kernel="hopper_pingpong"),
+    "ping-pong, residual": Case(
+        (130, 64, 1, 4), 72, (1, 1, 128), 64, 6, residual=True, programs=1, kernel="hopper_pingpong"
+    ),
+    "ping-pong, residual, two rows": Case(
+        (9, 64, 4, 6), 128, (2, 8, 8), 128, 3, residual=True, programs=1, kernel="hopper_pingpong", dtype="bfloat16"
+    ),
+    "ping-pong, 2x128": Case((3, 40, 9, 12), 64, (4, 8, 8), 64, 4, stride=2, programs=3, kernel="hopper_pingpong"),
+    "ping-pong, run": Case((5, 72, 9, 7), 72, (1, 1, 128), 128, 4, filter=1, programs=1, kernel="hopper_pingpong"),
     # TF32
     "tf32, residual": Case((3, 36, 2, 5), 68, (1, 16, 8), 64, 6, residual=True, dtype="float32", programs=1),
     "tf32, wide, stride 2": Case((5, 44, 6, 8), 132, (2, 8, 8), 128, 5, stride=2, dtype="float32"),
@@ -188,7 +198,7 @@ def launch(case: Case, *, special: bool = False) -> tuple[Launch, torch.Tensor, 
     with pinned(case.config):
         (found,) = call.launches(out)
     if case.programs:
-        assert found.grid[0] <= found.arguments["items"]
+        assert found.grid[0] <= found.arguments["items"] == tiles(case.config, case.shape) * case.split
         found.grid = (min(case.programs, found.arguments["items"]),)
     return found, out, conv_reference(call)
 

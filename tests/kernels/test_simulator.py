@@ -185,7 +185,7 @@ def specialised(m: int, k: int, stages: int, box: tuple[int, int, int], **fields
 
 
 def of_64(images: int, stages: int) -> ConvConfig:
-    return ConvConfig(4 * images, 64, 64, 4, stages, (2, 2, images), kernel="hopper_conv64")
+    return ConvConfig(2 * images, 64, 64, 4, stages, (2, 1, images), kernel="hopper_conv64")
 
 
 def data(*shape: int) -> torch.Tensor:

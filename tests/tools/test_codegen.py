@@ -212,7 +212,7 @@ def test_each_fault_of_a_kernel_whose_warps_have_different_parts_is_named():
     assert faults(**own, wgmma_registers=8) == ["8 wgmma read their first operand from registers"]
     assert faults(replace(ROW, kernel="hopper_stem_kernel"), **own, wgmma_registers=8) == []
     assert faults(**own, pendings=(0, 0)) == ["every wait for wgmma leaves none running"]
-    assert faults(replace(ROW, kernel="hopper_conv64_kernel", early=("w_desc",)), **own, pendings=(0, 0)) == []
+    assert faults(replace(ROW, kernel="hopper_stem_kernel"), **own, pendings=(0, 0)) == []
     assert faults(**own, messages=("(C7506) ... setmaxnreg ignored",)) == ["(C7506) ... setmaxnreg ignored"]
     assert faults(**own, messages=("(C7513) ... are serialized",)) == ["ptxas serialised wgmma"]
     assert faults(replace(ROW, batch=1), **own, wgmma=0, tma=False) == ["no wgmma", "no TMA"]
