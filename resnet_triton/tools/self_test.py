@@ -103,6 +103,7 @@ CASES = [
         Case(_RESIDUAL, tile.kernel, _on_hopper, tile)
         for tile in (
             config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_conv"),
+            config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_pingpong"),
             config.ConvConfig(64, 64, 64, 4, 11, (2, 1, 32), kernel="hopper_conv64"),
             config.ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few"),
         )
