@@ -208,6 +208,10 @@ CASES = {
         ConvShape(1, 32, 8, 16, 128, 1, 1, dtype="float32", precision="tf32"),
         replace(specialised(128, 128, 3, (8, 16, 1)), block_c=32),
     ),
+    "hopper_pingpong, residual": lambda: conv(
+        ConvShape(3, 64, 6, 5, 128, **PADDED, residual=True),
+        replace(specialised(128, 128, 3, (4, 8, 4)), kernel="hopper_pingpong"), programs=1,
+    ),
     "hopper_conv64": lambda: conv(ConvShape(3, 64, 4, 4, 64, **PADDED), of_64(32, 5)),
     "hopper_conv64, residual": lambda: conv(ConvShape(33, 64, 3, 4, 64, **PADDED, residual=True), of_64(32, 5)),
     "hopper_stem": lambda: specialised_stem(2, 16, 28, 2),
@@ -327,7 +331,7 @@ def test_kernels_are_exact_and_nothing_is_found(name):
     assert torch.equal(case.out, case.expected)
 
 
-SCHEDULED = ("hopper_conv of rows, residual", "hopper_conv64", "conv_box by wgmma")
+SCHEDULED = ("hopper_conv of rows, residual", "hopper_pingpong, residual", "hopper_conv64", "conv_box by wgmma")
 
 
 @pytest.mark.parametrize(("name", "seed"), [

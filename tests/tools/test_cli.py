@@ -412,7 +412,8 @@ def test_doctor(run: Run) -> None:
     tested = {(t["kernel"].partition(",")[0], t["path"]): t["ok"] for t in findings["self_test"]["results"]}
     assert set(tested) == {
         ("stem", "descriptor"), ("stem", "pointer"), ("conv_bn_relu", "descriptor"), ("conv_bn_relu", "pointer"),
-        ("stem", "hopper_stem"), *(("conv_bn_relu", f"hopper_{kind}") for kind in ("conv", "pingpong", "conv64", "few")),
+        ("stem", "hopper_stem"),
+        *(("conv_bn_relu", f"hopper_{kind}") for kind in ("conv", "pingpong", "conv64", "few")),
         ("conv_bn_relu", "grouped"), ("conv_bn_relu", "depthwise"), ("max_pool2d", ""), ("global_avg_pool", ""),
         ("avg_pool_linear", ""), ("add_relu", ""), ("linear", ""),
     }  # fmt: skip
