@@ -48,6 +48,8 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """What a value consists of, each part with what leads from the value's name to the part's."""
+    if isinstance(value, torch.jit.ScriptModule):
+        return  # it copies itself, with all that is in it
     if isinstance(value, nn.Module):
         tables = ("_parameters", "_buffers", "_modules")
         left_out = (*tables, "_runner", "_triton_programs")  # of ours, the last two have a copy start afresh

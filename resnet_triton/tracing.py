@@ -93,15 +93,18 @@ def undone(model: nn.Module) -> Iterator[None]:
     users, tables = filters.users_of(model), [(m._buffers, dict(m._buffers)) for m in model.modules()]
     plain = filter(filters.is_plain, model.buffers())
     copies = {id(t): _copy(t) for t in plain if users[t.untyped_storage()._cdata] == 1}
-    for table, own in tables:
-        table.update({name: copies.get(id(t), t) for name, t in own.items()})
+    for table, own in tables:  # which are no dicts in TorchScript's modules
+        for name, t in own.items():
+            table[name] = copies.get(id(t), t)
     devices = {t.device.index for t in chain(model.parameters(), model.buffers()) if t.is_cuda}
     try:
         with torch.random.fork_rng(sorted(devices)):
             yield
     finally:
         for table, own in tables:
-            table.update({name: t for name, t in own.items() if table.get(name) is copies.get(id(t), t)})
+            for name, t in own.items():
+                if name in table and table[name] is copies.get(id(t), t):
+                    table[name] = t
 
 
 def _copy(t: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Watch:
         self._state: int | None = None
         classes = {cls for kind in set(map(type, self._modules)) for cls in kind.__mro__} - {object}
         self._add("code", map(_namespace, classes), values=_methods)
-        self._add("modules", (d for m in self._modules for d in (m._modules, *_hooks(m))))
+        self._add("modules", (d for m in self._modules for d in (*_children(m), *_hooks(m))))
         self._look_at([], ())
 
     def _add(self, name: str, dicts: Iterable[Any], **how: Any) -> list[Any]:
@@ -84,6 +84,11 @@ class Fingerprint(Watch):
         # parameters. Another thread's edit between these lines shows when the model is looked at next.
         self._classes = list(map(type, self._modules))
         self._memory = [t.detach() for t in read]
+
+
+def _children(m: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """The dict of the modules in it. TorchScript has none, and its code stays what it is."""
+    return () if isinstance(m, torch.jit.ScriptModule) else (m._modules,)
 
 
 def _tables(m: nn.Module) -> tuple[dict[Any, Any], ...]:

@@ -240,6 +240,30 @@ def test_replicas_of_data_parallel_stay_compiled_and_use_their_own_parameters(mo
     assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(program.code)) == 1
 
 
+@torch.no_grad()
+def test_a_model_around_modules_of_torchscript():
+    """They run as they are, so edits and hooks of theirs show; what they count is undone after a report."""
+    inner = integral(lambdas(lambda m, x: m.a(x) + m.v.add_(1).sum(), a=conv()))
+    model, plain = (integral(lambdas(lambda m, x: m.b(m.a(x)), b=conv())) for _ in range(2))
+    for m in model, plain:
+        m.a = torch.jit.trace(copy.deepcopy(inner), images(), check_trace=False)
+    copied, x = optimize(model, inplace=False), images()
+    for made in optimize(model), torch.compile(model, backend="resnet_triton"):
+        report(made, (2, 8, 8, 8))
+    expected = plain(x)
+    for made in model, copied:
+        assert torch.equal(made(x), expected)
+    edits: list[Callable[[Any], Any]] = [
+        lambda m: m.a.a.weight.mul_(2),
+        lambda m: setattr(m.a.a, "weight", nn.Parameter(m.a.a.weight + 1)),
+        lambda m: m.a.register_forward_hook(_plus_one),
+    ]
+    for edit in edits:
+        edit(model)
+        edit(plain)
+        assert torch.equal(model(x), plain(x))
+
+
 class FeatureList(nn.ModuleDict):
     """As timm's models return features."""
 
