@@ -72,13 +72,15 @@ def conv_bn_relu(
     `activation` is one of torch.nn.functional: "relu", "relu6", "leaky_relu" with `negative_slope`, "hardswish",
     "silu", "gelu" (by erf), or "none".
     """
-    statistics = BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
+    statistics = BatchNorm(running_mean, running_var, bn_weight, bn_bias, _number("eps", eps))
     geometry = ops.Geometry(pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups)
     act = ops.Activation(activation, float(negative_slope))
     modes = Modes(batch_invariant, kernels)
     if shortcut is not None:  # plain tuples, too
         images, filters, norm, strides = Shortcut(*shortcut)
-        shortcut = Shortcut(images, filters, BatchNorm(*norm), pair(strides, "shortcut_stride"))
+        norm = BatchNorm(*norm)
+        norm = norm._replace(eps=_number("shortcut_eps", norm.eps))
+        shortcut = Shortcut(images, filters, norm, pair(strides, "shortcut_stride"))
     return ops.ConvBnRelu(x, weight, statistics, geometry, residual, shortcut, act, modes).run()
 
 
@@ -103,9 +105,17 @@ def stem(
     for each channel, computed in fp32. On GPUs with tensor descriptors (9.0 and newer), fp16 and bf16 with up to four
     channels take one fused kernel and never hold the tensor between convolution and pool.
     """
-    statistics = BatchNorm(running_mean, running_var, bn_weight, bn_bias, float(eps))
+    statistics = BatchNorm(running_mean, running_var, bn_weight, bn_bias, _number("eps", eps))
     mean, std = _numbers("pixel_mean", pixel_mean), _numbers("pixel_std", pixel_std)
     return ops.Stem(x, weight, statistics, mean, std, Modes(batch_invariant, kernels)).run()
+
+
+def _number(name: str, value: float) -> float:
+    """The argument `name` as it is passed on. TypeError if it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r}, expected a number") from None
 
 
 def _numbers(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:

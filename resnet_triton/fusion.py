@@ -56,6 +56,8 @@ def fuse(conv: Any, norm: Any) -> Fused | str:
         bn_weight, bn_bias = norm.weight, norm.bias
     if mean is None or var is None:
         return "batch norm without running statistics"
+    if norm.eps < 0:
+        return "batch norm with a negative eps"  # which PyTorch refuses, but for frozen norms
     if conv_bias is not None:
         return "convolution with a bias"
     geometry = Geometry(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)

@@ -147,7 +147,7 @@ class _Rewriter:
         if training is not None and _args(norm)[training]:
             return None
         result, (weight, bias, mean, var) = _only_result(norm), (_args(norm)[i] for i in places)
-        if result is None or mean is None or var is None:
+        if result is None or mean is None or var is None or _args(norm)[eps] < 0:
             return None
         return result, lambda: Norm(self._less_bias(mean, conv, norm), var, weight, bias, _args(norm)[eps])
 
@@ -484,6 +484,8 @@ def _frozen_buffers(scale: Any, shift: Any, channels: Any) -> Norm | None:
     for weight, root in (_args(scale), _args(scale)[::-1]):
         summed = _args(root)[0] if isinstance(root, Node) and root.target is aten.rsqrt.default else None
         if summed is None or summed.target is not aten.add.Tensor or not isinstance(_args(summed)[1], float):
+            continue
+        if _args(summed)[1] < 0:
             continue
         bias, product = _args(shift)
         if not isinstance(product, Node) or product.target is not aten.mul.Tensor or scale not in _args(product):

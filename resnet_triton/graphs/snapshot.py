@@ -38,6 +38,8 @@ def _twin(module: Any) -> Any:
 
 
 def _freeze(norm: Any) -> None:
+    if norm.eps < 0:  # a call raises PyTorch's error
+        return
     scale, shift = _scale_and_shift(norm)
     norm.running_mean, norm.running_var, norm.eps = torch.zeros_like(scale), torch.ones_like(scale), 0.0
     norm.weight, norm.bias = (nn.Parameter(t, requires_grad=False) for t in (scale, shift))

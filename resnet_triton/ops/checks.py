@@ -56,9 +56,11 @@ def check_tensors(x: Tensor, **others: Tensor | None) -> None:
 
 
 def check_vectors(x: Tensor, weight: Tensor, batch_norm: BatchNorm, prefix: str = "") -> None:
-    """That batch norm's tensors go with the filters of `weight` (K, ...); names in errors start with `prefix`."""
+    """That batch norm goes with the filters of `weight` (K, ...); names in errors start with `prefix`."""
     device, shape = x.device, weight.shape[:1]
-    mean, var, bn_weight, bn_bias, _ = batch_norm
+    mean, var, bn_weight, bn_bias, eps = batch_norm
+    if eps < 0:
+        raise ValueError(f"{prefix}eps={eps}, expected at least 0")
     for t in (mean, var, bn_weight, bn_bias):
         if t is None or t.device != device or t.shape != shape or not t.dtype.is_floating_point:
             break

@@ -46,6 +46,12 @@ from resnet_triton.ops.trace import Call
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
+def _frozen_with_a_negative_eps(m: Any, x: Tensor) -> Tensor:
+    mean, var, weight = (t.reshape(1, -1, 1, 1) for t in (m.v, m.v + 5, m.v + 2))
+    scale = weight * (var + -1.0).rsqrt()
+    return m.a(x) * scale + (mean - mean * scale)
+
+
 PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "conv": (conv, [CBR]),
     "conv with bias": (lambda: conv(bias=True), [CBR]),
@@ -141,6 +147,12 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: lambdas(lambda m, x: F.batch_norm(m.a(x), m.v * 2, m.v + 1, eps=3.0), a=conv(bias=True)),
         [CBR],
     ),
+    "a negative eps": (
+        lambda: lambdas(lambda m, x: torch.batch_norm(m.a(x), None, None, m.v, m.v + 5, False, 0.0, -1.0, False),
+                        a=conv()),
+        [CBR],
+    ),
+    "a negative eps of a frozen norm": (lambda: lambdas(_frozen_with_a_negative_eps, a=conv()), [CBR]),
     "integers": (lambda: lambdas(lambda m, x: F.max_pool2d(x.long(), 2).float()), []),
     "complex numbers": (lambda: lambdas(lambda m, x: torch.complex(x, x).mean((2, 3), True).real), []),
     "grouped": (lambda: sequence(conv(groups=2), norm(), nn.ReLU()), [CBR]),

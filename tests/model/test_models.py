@@ -367,6 +367,34 @@ def test_an_input_that_is_no_tensor(what, training):
         functional.linear(weight[:1, :, 0, 0], what)
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+@torch.no_grad()
+def test_a_negative_eps_is_an_error_as_in_pytorch(freeze):
+    model = vision.torchvision().models.resnet18(num_classes=10).eval()
+    resnet_triton.optimize(model, freeze=freeze)
+    x = torch.zeros(1, 3, 32, 32)
+    for norm in model.bn1, model.layer2[0].downsample[1]:
+        norm.eps = -0.5
+        with pytest.raises(ValueError, match=r"batch_norm eps must be .*, but got -0.5"):
+            resnet_triton.refresh(model)(x)
+        norm.eps = 1e-5
+
+
+@pytest.mark.parametrize(
+    ("eps", "error", "words"), [(-0.5, ValueError, "-0.5, expected at least 0"), ("x", TypeError, "'x', expected a n")]
+)
+def test_an_eps_that_cannot_be(eps, error, words):
+    weight, ones = torch.zeros(8, 8, 1, 1), torch.ones(8)
+    x = torch.zeros(1, 8, 8, 8)
+    shortcut = functional.Shortcut(x, weight, functional.BatchNorm(ones, ones, None, None, eps), (1, 1))
+    with pytest.raises(error, match=f"^eps={words}"):
+        functional.conv_bn_relu(x, weight, ones, ones, eps=eps)
+    with pytest.raises(error, match=f"^shortcut_eps={words}"):
+        functional.conv_bn_relu(x, weight, ones, ones, shortcut=shortcut)
+    with pytest.raises(error, match=f"^eps={words}"):
+        functional.stem(x, torch.zeros(8, 8, 7, 7), ones, ones, eps=eps)
+
+
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
