@@ -77,6 +77,8 @@ def conv_bn_relu(
     act = ops.Activation(activation, float(negative_slope))
     modes = Modes(batch_invariant, kernels)
     if shortcut is not None:  # plain tuples, too
+        if residual is not None:
+            raise ValueError("residual and shortcut are both given, expected at most one of them")
         images, filters, norm, strides = Shortcut(*shortcut)
         norm = BatchNorm(*norm)
         norm = norm._replace(eps=_number("shortcut_eps", norm.eps))

@@ -212,9 +212,13 @@ def _output_size(
     if shortcut is not None:
         images, filters, stride = shortcut
         check_rank("shortcut_x", images, 4, "(N, C, H, W)")
-        given = (images[0], filters[0], *window("shortcut_x", images, (1, 1), Geometry(stride)))
-        if given != size or filters[1:] != (images[1], 1, 1):
-            raise ValueError(f"shortcut by weight {tuple(filters)} gives {given}, expected {size}")
+        wanted = (k, images[1], 1, 1)
+        if filters != wanted:
+            expected = f"{wanted} for shortcut_x {tuple(images)} and weight {tuple(weight)}"
+            raise ValueError(f"shortcut_weight has shape {tuple(filters)}, expected {expected}")
+        given = (images[0], k, *window("shortcut_x", images, (1, 1), Geometry(stride)))
+        if given != size:
+            raise ValueError(f"shortcut_x {tuple(images)} by stride {stride} gives {given}, expected {size}")
     return size
 
 

@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import pickle
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -393,6 +394,25 @@ def test_an_eps_that_cannot_be(eps, error, words):
         functional.conv_bn_relu(x, weight, ones, ones, shortcut=shortcut)
     with pytest.raises(error, match=f"^eps={words}"):
         functional.stem(x, torch.zeros(8, 8, 7, 7), ones, ones, eps=eps)
+
+
+def test_a_shortcut_that_does_not_fit():
+    x, ones = torch.zeros(2, 8, 8, 8), torch.ones(16)
+
+    def call(weight: Tensor, stride: int, residual: Tensor | None = None) -> Tensor:
+        norm = functional.BatchNorm(ones, ones, None, None, 1e-5)
+        shortcut = functional.Shortcut(x, weight, norm, (stride, stride))
+        main = torch.zeros(16, 8, 1, 1)
+        return functional.conv_bn_relu(x, main, ones, ones, stride=2, residual=residual, shortcut=shortcut)
+
+    right = call(torch.zeros(16, 8, 1, 1), 2)
+    for shape in ((16, 8, 3, 3), (16, 4, 1, 1), (5, 8, 1, 1), (16, 8)):
+        with pytest.raises(ValueError, match=re.escape(f"shortcut_weight has shape {shape}, expected (16, 8, 1, 1)")):
+            call(torch.zeros(shape), 2)
+    with pytest.raises(ValueError, match=re.escape("stride (1, 1) gives (2, 16, 8, 8), expected (2, 16, 4, 4)")):
+        call(torch.zeros(16, 8, 1, 1), 1)
+    with pytest.raises(ValueError, match=r"^residual and shortcut are both given, expected at most one of them$"):
+        call(torch.zeros(16, 8, 1, 1), 2, right)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
