@@ -115,14 +115,21 @@ def precompile(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 
 
     A first call finds them then; by itself it compiles one after another. What is in Triton's cache is only loaded, and
     a kernel that does not compile is left to the call. Runs nothing: the model is traced on fake tensors. TypeError if
-    `model` is no module or `inputs` neither tensor nor tuple, ValueError if it contains no ResNet or block of one.
+    `model` is no module or `inputs` neither tensor nor tuple, ValueError if it contains no ResNet or block of one, or
+    none that runs on our operators.
     """
     check_module(model)
     given = _of_a_call(inputs)
     if not convertible(model):
         said = f"{qualified(model)} contains no ResNet of torchvision's or ours to precompile"
         raise ValueError(f"{said}; leave it out, for the first call compiles")
-    compile_calls(trace(model, given), cores())
+    calls = trace(model, given)
+    if all(call.operation is None for call in calls):
+        why = next((call.reason for call in calls if call.reason), _left(model))
+        if any(map(tracing.is_whole, model.modules())):
+            why = "torch.compile has it; leave it out, for the first call compiles"
+        raise ValueError(f"{qualified(getattr(model, '_orig_mod', model))} has nothing to precompile: {why}")
+    compile_calls(calls, cores())
 
 
 def _of_a_call(inputs: tuple[Any, ...] | Tensor) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 
 import pytest
@@ -215,9 +216,32 @@ def test_precompile(tmp_path):
 
 
 def test_precompile_where_nothing_is_compiled():
-    precompile(small())
+    precompile(optimize(small()))
     with pytest.raises(TypeError, match="model is a str, expected a torch"):
         precompile("resnet18")
-    precompile(small(), image())
+    precompile(optimize(small()), image())
     with pytest.raises(ValueError, match=r"linear.Linear contains no ResNet of .* to precompile; leave it out"):
         precompile(nn.Linear(2, 2))
+
+
+COMPILED = "torch.compile has it; leave it out, for the first call compiles"
+NOT_OURS = {
+    "as it is": (lambda model: model, "not optimized: call optimize(model)"),
+    "compiled": (lambda model: torch.compile(model, backend="resnet_triton"), COMPILED),
+    "compiled in place": (lambda model: model.compile(backend="resnet_triton") or model, COMPILED),
+    "a part": (lambda model: nn.Sequential(torch.compile(model, backend="resnet_triton")), COMPILED),
+    "trained": (lambda model: optimize(nn.Sequential(model.layer1)).train(), "training mode"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_OURS)
+def test_precompile_of_what_does_not_run_on_our_operators(what):
+    make, words = NOT_OURS[what]
+    with pytest.raises(ValueError, match=f"has nothing to precompile: {re.escape(words)}"):
+        precompile(make(small()), (1, 64 if what == "trained" else 3, 64, 64))
+
+
+def test_precompile_of_what_is_disabled():
+    model = optimize(small())
+    with disabled(model), pytest.raises(ValueError, match=r"ResNet has nothing to precompile: disabled$"):
+        precompile(model)
