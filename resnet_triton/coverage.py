@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from . import config, models, programs, tracing
 from .compiled import Compiled
 from .convert import OURS, check_module, convertible, qualified
+from .entry_point import BACKEND
 from .graphs import runner
 from .ops import ConvBnRelu, dispatch, gluon, original
 from .ops.trace import Call, compile_calls, trace
@@ -64,15 +65,17 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     `inputs` is a tensor, the tuple of a call's arguments, or the shape of one input in the model's dtype. If all that
     was optimized is torchvision's own, nothing is computed: the model is traced on fake tensors. Any other model, and
     one that torch.compile was given, is compiled again for this, with our backend, and called once, of a shape on
-    zeros; what it writes into its buffers, as batch norms do in training mode, is undone. TypeError if `model` is no
-    module or `inputs` neither tensor nor tuple, ValueError if it cannot be called so.
+    zeros; what it writes into its buffers, as batch norms do in training mode, is undone. Of one that torch.compile was
+    given for another backend, what it was written as is reported. TypeError if `model` is no module or `inputs` neither
+    tensor nor tuple, ValueError if it cannot be called so.
     """
     check_module(model)
     given = _of_a_call(inputs)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    whole = tracing.is_whole(model)
+    whole, other = tracing.is_whole(model), tracing.other_backend(model)
     by_compiler = whole or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())
+    by_compiler = by_compiler and other is None
     limit = tracing.limit(model) if by_compiler else None
     model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
@@ -92,7 +95,8 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
             what, other = f"zeros of {given}", "another size, as report(model, (1, 3, 96, 96)), or "
         said = f"{type(model).__name__} does not take {what}: {str(_of_the_model(error)).partition(chr(10))[0]}"
         raise ValueError(f"{said}; give {other}all arguments of a call, or report a module in it") from error
-    calls = [_explained(call, replaced, _left(model)) for call in found]
+    left = _left(model) if other is None else f"compiled by the backend {other!r}: ours is backend={BACKEND!r}"
+    calls = [_explained(call, replaced, left) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
     untuned = config.untuned(gluon.facts(tiled[0])) if tiled else None
     return Report(calls, dict(dispatch.calls), graphs, replaced, untuned, limit)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import compiled, filters, programs
 from .compiled import Compiled
+from .entry_point import BACKEND
 from .ops import dispatch
 from .ops.trace import Call, arguments, recorded
 
@@ -24,6 +25,21 @@ from .ops.trace import Call, arguments, recorded
 def is_whole(model: nn.Module) -> bool:
     """Whether `model` itself is compiled, by `optimize` or by torch.compile, and not only what is in it."""
     return isinstance(model, Compiled) or hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+
+
+def other_backend(model: nn.Module) -> str | None:
+    """The name of the backend by which torch.compile has `model`, if it can be known and is not ours."""
+    if isinstance(model, Compiled) or not is_whole(model):
+        return None
+    from torch._dynamo import list_backends  # not above: importing Dynamo takes two seconds
+
+    backend: Any = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    name = getattr(backend, "compiler_name", None)
+    if getattr(model._compiled_call_impl, "get_compiler_config", lambda: None)() is not None:  # compiled in place
+        name = "inductor"  # which alone has one
+    return name if name in list_backends(()) and name != BACKEND else None
 
 
 def trace(model: nn.Module, shape: tuple[Any, ...], whole: bool) -> list[Call]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections import Counter
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchvision_models import image, randomised, reasons, small, torchvision, tv
 
 from resnet_triton import disabled, optimize, precompile, report
+from resnet_triton.backend import resnet_triton
 from resnet_triton.ops import dispatch
 
 
@@ -149,6 +151,25 @@ def test_report_of_what_torch_compile_was_given(in_place, optimized):
         model = torch.compile(model, backend="resnet_triton")
     result = report(model, (1, 3, 32, 32))
     assert ([c.operator for c in result.calls], result.replaced) == (["stem"] + ["conv_bn_relu"] * 3, {})
+
+
+@pytest.mark.parametrize("compiled", ["inductor", "aot_eager", "in place"])
+def test_report_of_what_torch_compile_was_given_for_another_backend(compiled):
+    model = small()
+    if compiled == "in place":
+        model.compile()
+    else:
+        model = torch.compile(model, backend=compiled)
+    name = compiled.replace("in place", "inductor")
+    calls = report(model, (1, 3, 32, 32)).calls
+    assert {call.operation for call in calls} == {None}
+    assert {call.reason for call in calls} == {f"compiled by the backend '{name}': ours is backend='resnet_triton'"}
+
+
+@torch.no_grad()
+def test_report_of_what_torch_compile_was_given_for_nobody_knows_which_backend():
+    model = torch.compile(Layers(tv.BasicBlock, [1, 1, 1, 1]).eval(), backend=functools.partial(resnet_triton))
+    assert report(model, (1, 3, 32, 32)).calls[0].operator == "stem"
 
 
 @torch.no_grad()
