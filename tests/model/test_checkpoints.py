@@ -197,6 +197,28 @@ def test_a_model_and_its_average(content: Callable[[State, State], Any], keys: t
         load(file, key="head")
 
 
+def test_the_same_model_by_each_of_its_names() -> None:
+    """Also where there are more names than anybody could look at, or no end of them."""
+    state = state_of()
+    model = {"model": state}
+    data: Any = {"student": model, "teacher": model, "best": state}
+    for name in ("self", ""):
+        data[name] = data
+    for _ in range(64):  # twice as many names each time
+        data = {"a": data, "b": data}
+    file, way = saved(data), "a." * 32 + "b." * 32
+    for key in ("student.model", "teacher.model", "best", "self.teacher.model"):
+        assert holds(load(file, key=way + key), state)
+    with pytest.raises(ValueError, match=r"holds no ResNet with the key 'a.student', expected 'a.a"):
+        load(file, key="a.student")
+
+
+def test_a_key_where_the_weights_lie_at_the_top() -> None:
+    with pytest.raises(ValueError, match=r"holds no key 'ema', for its weights lie at the top; leave the key out$"):
+        load(saved(state_of()), key="ema")
+    assert holds(load(saved(state_of()), key=""), state_of())
+
+
 def test_several_that_nobody_can_choose_between() -> None:
     a, b = state_of(), state_of(start=500.0)
     queue = {"module.queue": torch.ones(8, 4), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
