@@ -24,6 +24,9 @@ Tasks = dict[tuple[Any, ...], list[Measurement]]
 SPEEDUP = "speedup"
 SAME = ("device", "driver", "threads", "torch", "triton")
 """What two environments have to share for their times to be comparable."""
+USUAL_IMAGE = 224
+_FEW = 5
+"""Rows that are missing, each of which is named."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,21 @@ def gaps(changes: Sequence[Change], limits: Sequence[Limit], metric: str = "p50"
             yield f"nothing was compared: no row of ours has {limit.metric}"
 
 
+def failures(changes: Sequence[Change]) -> Iterator[str]:
+    """What is worse or cannot be compared, by row; of many that are missing, the first and how many more."""
+    missing: dict[str, list[str]] = {}
+    for c in changes:
+        for failure in c.failures:
+            if "is missing in the" in failure:
+                missing.setdefault(failure, []).append(title(c.row))
+            else:
+                yield f"{title(c.row)}: {failure}"
+    for failure, rows in missing.items():
+        if len(rows) > _FEW:
+            rows, failure = rows[:1], f"{failure}, and so are {len(rows) - 1} other rows"
+        yield from (f"{row}: {failure}" for row in rows)
+
+
 def _failures(
     was: Measurement | None, row: Measurement | None, limits: Sequence[Limit], tasks: tuple[Tasks, Tasks]
 ) -> Iterator[str]:
@@ -153,7 +171,9 @@ def differences(old: Results, new: Results) -> list[str]:
 
 def title(row: Measurement) -> str:
     """A row in words."""
-    what = f"{row.model} {row.layer or ''}".strip()
+    what, size = f"{row.model} {row.layer or ''}".strip(), f"{row.image}x{row.image}"
+    if row.image != USUAL_IMAGE and size not in what:
+        what += f", {size}"
     l2 = "" if row.l2 == "uncontrolled" else f", L2 {row.l2}"
     return f"{what}, batch {row.batch}, {row.dtype}, {row.clock} clock{l2}: {row.alternative}"
 

@@ -235,8 +235,7 @@ def _compare(args: argparse.Namespace) -> int:
     for line in compare.differences(old, new):
         print(f"note: {line}", file=sys.stderr)
     changes = _emit(args, lambda: compare.compare(old, new, limits, args.metric), compare.show, compare.as_text)
-    failures = [f"{compare.title(c.row)}: {failure}" for c in changes for failure in c.failures]
-    return fail([*compare.gaps(changes, limits, args.metric), *failures])
+    return fail([*compare.gaps(changes, limits, args.metric), *compare.failures(changes)])
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -196,6 +196,32 @@ def test_a_row_that_cannot_be_compared_is_named_beside_those_that_can(tmp_path, 
     ]
 
 
+def test_images_of_another_size_are_named(tmp_path, capsys):
+    old = write(tmp_path / "old.json", *(row(image=image) for image in (224, 64)))
+    new = write(tmp_path / "new.json", row(us=99.0), row(image=32), row(layer="32 channels, 14x14, 3x3", image=14))
+    assert cli.main(["compare", str(old), str(new)]) == 1
+    out, err = capsys.readouterr()
+    assert "error: resnet18, 64x64, batch 8, float16, gpu clock, L2 warm: ours: is missing in the new results" in err
+    assert "resnet18, 32x32, batch 8" in out
+    assert "resnet18, batch 8" in out
+    assert "resnet18 32 channels, 14x14, 3x3, batch 8" in out
+
+
+@pytest.mark.parametrize("count", [5, 30])
+def test_many_missing_rows_are_one_line(tmp_path, capsys, count):
+    layers = [row(suite="kernel", layer=f"layer{i}") for i in range(count)]
+    files = [str(write(tmp_path / name, row(us=i), *more)) for i, name, more in ((1.0, "a", layers), (2.0, "b", []))]
+    assert cli.main(["compare", *files]) == 1
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert len(lines) == (5 if count == 5 else 1)
+    assert "error: resnet18 layer0, batch 8" in lines[0]
+    assert lines[-1].endswith("missing in the new results" + (count == 30) * ", and so are 29 other rows")
+    assert out.count("is missing in the new results") == count
+    assert cli.main(["compare", *files[::-1], "--fail-if", "p50:+5%"]) == 1
+    assert capsys.readouterr().err.count("is missing in the old results") == len(lines)
+
+
 def test_another_commit_and_another_time_compare(tmp_path, capsys):
     old, new = write(tmp_path / "old.json", row()), write(tmp_path / "new.json", row(environment=LATER))
     assert cli.main(["compare", str(old), str(new), "--fail-if", "p50:+0%", "--fail-if", "p80:-0%"]) == 0
