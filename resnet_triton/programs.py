@@ -17,6 +17,7 @@ import traceback
 import types
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -226,7 +227,8 @@ def forget(module: nn.Module) -> None:
 
 def describe(module: Any) -> str:
     """What CUDA graphs have done for its calls, for `report`."""
-    said = [function.describe() for function in functions(module)]
+    alike = Counter(function.describe() for function in functions(module))
+    said = [line if n == 1 else f"{line} ({n} functions)" for line, n in alike.items()]
     return f"cuda_graph={module._triton_options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
 
 

@@ -590,6 +590,14 @@ def test_report_counts_each_call_of_a_graph(kernels):
     assert [call.name for call in calls if call.operator == CBR] == ["0.conv", "1.conv", "2.conv"]
 
 
+def test_report_says_once_what_graphs_of_several_functions_have_done():
+    model, said = optimize(integral(sequence(conv()))), "graphs: none; calls without: none counted"
+    for mode, how_many in ((torch.no_grad, ""), (torch.inference_mode, " (2 functions)")):
+        with mode():
+            model(images())
+        assert report(model, (2, 8, 8, 8)).graphs == {"": f"cuda_graph='auto'; {said}{how_many}"}
+
+
 @torch.no_grad()
 def test_report_names_convolutions_that_are_not_called():
     model = integral(sequence(lambdas(lambda m, x: F.conv2d(F.conv2d(x, m.a.weight), m.b.weight), a=conv(), b=conv())))
