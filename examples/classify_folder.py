@@ -27,9 +27,13 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 
 
-def read(path: Path) -> Tensor:
-    """A picture as bytes, (3, 224, 224): short side scaled to 256 pixels, then the middle."""
-    square = ImageOps.fit(load_image(path), (256, 256)).crop((16, 16, 240, 240))
+def read(path: Path) -> Tensor | None:
+    """A picture as bytes, (3, 224, 224): short side scaled to 256 pixels, then the middle; None if it is broken."""
+    try:
+        square = ImageOps.fit(load_image(path), (256, 256)).crop((16, 16, 240, 240))
+    except ValueError as error:  # one line, which names the file
+        print(error, file=sys.stderr)
+        return None
     return torch.from_numpy(numpy.array(square)).permute(2, 0, 1)
 
 
@@ -52,11 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = torchvision().models.ResNet18_Weights.DEFAULT.meta["categories"]
 
     for start in range(0, len(paths), args.batch):
-        chosen = paths[start : start + args.batch]
+        pictures = {path: picture for path in paths[start : start + args.batch] if (picture := read(path)) is not None}
+        if not pictures:
+            continue
         with torch.inference_mode():
-            logits = model(torch.stack([read(path) for path in chosen]).to(device))
+            logits = model(torch.stack(list(pictures.values())).to(device))
         best = logits.float().softmax(1).max(1)
-        for path, probability, label in zip(chosen, best.values.tolist(), best.indices.tolist(), strict=True):
+        for path, probability, label in zip(pictures, best.values.tolist(), best.indices.tolist(), strict=True):
             print(f"{path.name}: {labels[label]} ({probability:.0%})")
 
 

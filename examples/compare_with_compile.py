@@ -25,9 +25,9 @@ from resnet_triton.tools.arguments import positive
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=positive, default=8)
-    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--size", type=positive, default=224, help="pixels a side")
     parser.add_argument("--mode", default="reduce-overhead", help="torch.compile's: default, reduce-overhead, ...")
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--runs", type=positive, default=20)
     args = parser.parse_args(argv)
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)

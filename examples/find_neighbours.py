@@ -51,11 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read(folder: Path) -> tuple[list[str], Tensor]:
     """The pictures of a folder: names, and bytes (N, 3, SIZE, SIZE)."""
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"})
-    if len(paths) < 2:
-        sys.exit(f"{folder}: {len(paths)} pictures, expected at least two")
-    squares = [numpy.array(ImageOps.fit(load_image(path), (SIZE, SIZE))) for path in paths]
-    return [path.name for path in paths], torch.from_numpy(numpy.stack(squares)).permute(0, 3, 1, 2)
+    squares = {}
+    for path in sorted(path for path in folder.glob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}):
+        try:
+            squares[path.name] = numpy.array(ImageOps.fit(load_image(path), (SIZE, SIZE)))
+        except ValueError as error:  # a broken picture: one line, which names the file
+            print(error, file=sys.stderr)
+    if len(squares) < 2:
+        sys.exit(f"{folder}: {len(squares)} pictures, expected at least two")
+    return list(squares), torch.from_numpy(numpy.stack(list(squares.values()))).permute(0, 3, 1, 2)
 
 
 def pieces() -> tuple[list[str], Tensor]:

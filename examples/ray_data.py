@@ -15,9 +15,9 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
-import ray
 import torch
 
 from resnet_triton.support.images import find_images, read_pixels
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="how many models; one a GPU, if there are any")
     parser.add_argument("--batch", type=positive, default=32)
     args = parser.parse_args(argv)
+    if find_spec("ray") is None:
+        sys.exit("this example needs Ray: pip install '.[ray]'")
+    import ray
 
     transforms = find_classifier(args.weights).transforms
     sizes = {"crop_size": transforms.crop_size[0], "resize_size": transforms.resize_size[0]}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,29 @@ def test_classify_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     Image.new("L", (40, 30)).save(tmp_path / "grey.png")
     (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "grey.png").read_bytes()[:50])
     run("classify_folder.py")
     run("classify_folder.py", str(tmp_path))
+    run("classify_folder.py", str(tmp_path), "--batch", "1")
     with pytest.raises(SystemExit, match="absent: no pictures"):
         run("classify_folder.py", str(tmp_path / "absent"))
     output, notes = capsys.readouterr()
-    assert [line.partition(":")[0] for line in output.splitlines()] == ["china.jpg", "flower.jpg", "grey.png"]
-    assert notes.count("not trained and its labels mean nothing") == 2
+    assert [line.partition(":")[0] for line in output.splitlines()] == ["china.jpg", "flower.jpg"] + ["grey.png"] * 2
+    assert notes.count("not trained and its labels mean nothing") == 3
+    assert notes.count("broken.png: the image cannot be decoded") == 2
+    assert notes.count("\n") == 5
 
 
-@pytest.mark.parametrize("wrong", [("--batch", "0"), ("--weights", "trained.ckpt")], ids=" ".join)
-def test_a_wrong_option_is_one_line(wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+WRONG = ("classify_folder --batch 0", "classify_folder --weights trained.ckpt", "compare_with_compile --runs 0",
+         "compare_with_compile --size 0")  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_option_is_one_line(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, option, value = wrong.split()
     with pytest.raises(SystemExit):
-        run("classify_folder.py", *wrong)
-    assert re.search(rf"error: argument {wrong[0]}: [^\n]*'{wrong[1]}'[^\n]*\n$", capsys.readouterr().err)
+        run(f"{name}.py", option, value)
+    assert re.search(rf"error: argument {option}: [^\n]*'{value}'[^\n]*\n$", capsys.readouterr().err)
 
 
 def test_find_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,8 +68,11 @@ def test_find_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         run("find_neighbours.py", str(tmp_path))
     for name, shade in (("a", 40), ("b", 45), ("c", 200)):
         Image.effect_noise((60, 50), shade).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
     run("find_neighbours.py", str(tmp_path))
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    output, notes = capsys.readouterr()
+    assert len(output.splitlines()) == 3
+    assert re.fullmatch(r".*broken.png: the image cannot be decoded .*\n", notes)
 
 
 def test_finetune(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +90,12 @@ def test_compare_with_compile(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(errors) == 3
     assert max(errors) < (1e-2 if torch.cuda.is_available() else 1e-5)
     assert sum("images/s" in line for line in lines) == 3
+
+
+def test_ray_data_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=re.escape("this example needs Ray: pip install '.[ray]'")):
+        run("ray_data.py", ".")
 
 
 @pytest.mark.slow
