@@ -297,10 +297,8 @@ def test_what_comes_before_the_wait_for_the_launch_before():
     assert {w_desc, *norm} <= set(sound.parameters)
     assert x_desc not in sound.parameters, "but for a box outside, which reads nothing"
     later = before(ptx, wait, "griddepcontrol.later").replace(f"griddepcontrol.later{wait}", "griddepcontrol.later")
-    asked = [
-        i for i, text in enumerate(later.splitlines()) if load in text and i > later[: later.index(let_in)].count("\n")
-    ]
-    lines = later.splitlines()
+    lines, waited = later.splitlines(), later[: later.index("griddepcontrol.later")].count("\n")
+    asked = [i for i, text in enumerate(lines) if load in text and i > waited]
     lines.insert(asked[0] + 1, f"{wait};")
     assert x_desc in dependent.follow(groups.ptx("\n".join(lines)), machine).parameters
     for early in (store, atomic):

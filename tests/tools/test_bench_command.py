@@ -59,7 +59,7 @@ def test_a_wrong_answer_fails_the_command_and_claims_nothing(contest, tmp_path, 
     assert cli.main([*BENCH, str(tmp_path), "--model", "--json"]) == 1
     out, err = capsys.readouterr()
     assert [row["correct"] for row in json.loads(out)["rows"]] == [False, True]
-    assert "resnet-triton: error: resnet18, batch 1, float32, wall clock: late: gives a wrong answer" in err
+    assert "resnet-triton: error: resnet18, 32x32, batch 1, float32, wall clock: late: gives a wrong answer" in err
     page = (tmp_path / "results.html").read_text()
     assert "ours is WRONG" in page
     assert "as fast as" not in page

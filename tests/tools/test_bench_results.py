@@ -196,7 +196,8 @@ def test_a_row_that_cannot_be_compared_is_named_beside_those_that_can(tmp_path, 
     ]
 
 
-def test_images_of_another_size_are_named(tmp_path, capsys):
+def test_images_of_another_size_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # or long cells are folded
     old = write(tmp_path / "old.json", *(row(image=image) for image in (224, 64)))
     new = write(tmp_path / "new.json", row(us=99.0), row(image=32), row(layer="32 channels, 14x14, 3x3", image=14))
     assert cli.main(["compare", str(old), str(new)]) == 1
@@ -208,7 +209,8 @@ def test_images_of_another_size_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("count", [5, 30])
-def test_many_missing_rows_are_one_line(tmp_path, capsys, count):
+def test_many_missing_rows_are_one_line(tmp_path, capsys, monkeypatch, count):
+    monkeypatch.setenv("COLUMNS", "400")  # or long cells are folded
     layers = [row(suite="kernel", layer=f"layer{i}") for i in range(count)]
     files = [str(write(tmp_path / name, row(us=i), *more)) for i, name, more in ((1.0, "a", layers), (2.0, "b", []))]
     assert cli.main(["compare", *files]) == 1
