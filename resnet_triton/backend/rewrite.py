@@ -334,7 +334,7 @@ class _Rewriter:
         if key not in self.constants:
             name = f"_constant_{len(self.constants)}"
             with torch.inference_mode(False), torch._subclasses.fake_tensor.unset_fake_temporarily():
-                self.module.register_buffer(name, torch.full((channels,), value, device=where))
+                self.module.register_buffer(name, torch.full((channels,), value, dtype=torch.float32, device=where))
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
                 self.constants[key] = self.graph.get_attr(name)

@@ -206,7 +206,7 @@ def _try_windows(where: torch.device) -> None:
     x = torch.zeros(1, 3, 8, 8, dtype=torch.float16, device=where)
     weight = channels_last(torch.zeros(64, 3, 7, 7, dtype=torch.float16, device=where))
     out = channels_last(torch.empty(1, 64, 2, 2, dtype=torch.float16, device=where))
-    ones = torch.ones(64, device=where)
+    ones = torch.ones(64, dtype=torch.float32, device=where)
     packed, marks = _scratch(1, 8, 8, x.dtype, where)
     with torch.cuda.device(where):
         pack(out=packed, marks=marks, x=x, mean=None, std=None, block=128, num_warps=4).run()

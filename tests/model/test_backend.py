@@ -204,6 +204,18 @@ def test_vectors_of_16_bits_are_made_in_one_step_each(monkeypatch):
     assert targets == {torch.ops.aten.addcmul.default: 3, torch.ops.resnet_triton.conv_bn_relu.default: 1}
 
 
+@torch.no_grad()
+def test_constants_are_fp32_whatever_the_default_dtype():
+    model, x = integral(lambdas(lambda m, x: m.a(x) * 1e-8, a=conv(bias=True))), images()
+    torch.set_default_dtype(torch.float16)
+    try:
+        y = torch.compile(model, backend="resnet_triton")(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert y.any()
+    torch.testing.assert_close(y, model(x))
+
+
 def _swish(x: Tensor) -> Tensor:
     return x * x.sigmoid()
 
