@@ -286,6 +286,21 @@ def test_results_have_the_strides_and_the_aliases_that_the_model_gives_them(n):
         assert torch.equal(actual[copied], expected[value]), copied
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_group_norm_takes_values_as_the_model_lays_them_out(memory_format, monkeypatch):
+    """For what torch 2.14 says of its result's strides does not follow from its argument's."""
+    graphs, rewrite = [], backend.rewrite.rewrite
+    monkeypatch.setattr(backend.compile, "rewrite", lambda gm, modes: (rewrite(gm, modes), graphs.append(gm.graph)))
+    model = integral(sequence(conv(), nn.GroupNorm(2, 8), nn.ReLU()))
+    x = images().contiguous(memory_format=memory_format)
+    y = torch.compile(model, backend="resnet_triton")(x)
+    torch.testing.assert_close(y, model(x))
+    assert strides(y) == strides(model(x))
+    (node,) = graphs[0].find_nodes(op="call_function", target=torch.ops.aten.native_group_norm.default)
+    assert node.args[0].meta["val"].is_contiguous(memory_format=memory_format)
+
+
 class Drops(nn.Module):
     def __init__(self) -> None:
         super().__init__()
