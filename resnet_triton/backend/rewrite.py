@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..ops import NONE, RELU, Activation  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
@@ -393,6 +394,8 @@ def _reason(conv: Node) -> str | None:
         return "transposed convolution"
     if not isinstance(_shape(conv)[1], int):
         return "a number of filters that may change"
+    if _has_zero(_shape(weight)):
+        return "filters without elements"
     if not _dtype(x) == _dtype(weight) == _dtype(conv):
         return "mixed dtypes"
     return None if _dtype(x) in DTYPES else f"dtype {_dtype(x)}"
@@ -449,6 +452,10 @@ def _args(node: Any) -> Any:
 def _shape(node: Any) -> tuple[Any, ...]:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _has_zero(sizes: tuple[Any, ...]) -> bool:
+    return any(guard_or_false(n == 0) for n in sizes)
 
 
 def _dtype(node: Any) -> torch.dtype | None:
@@ -516,7 +523,9 @@ def _is_global_mean(node: Any) -> bool:
     if not isinstance(node, Node) or node.target is not aten.mean.dim or node.kwargs:
         return False
     x, dims = _args(node)[:2]
-    return _dtype(x) in DTYPES and len(_shape(x)) == 4 and sorted(d % 4 for d in dims) == [2, 3]
+    if _dtype(x) not in DTYPES or len(_shape(x)) != 4 or _has_zero(_shape(x)[1:]):
+        return False
+    return sorted(d % 4 for d in dims) == [2, 3]
 
 
 def _flattened(node: Any) -> Node | None:

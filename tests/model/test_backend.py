@@ -153,6 +153,12 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         [CBR],
     ),
     "a negative eps of a frozen norm": (lambda: lambdas(_frozen_with_a_negative_eps, a=conv()), [CBR]),
+    "no pixels": (lambda: lambdas(lambda m, x: m.a(x)[:, :, :0].mean((2, 3), True).isnan().float(), a=conv()), [CBR]),
+    "no pixels, linear": (
+        lambda: lambdas(lambda m, x: m.b(m.a(x)[:, :, :0].mean((2, 3))).isnan().float(), a=conv(), b=nn.Linear(8, 4)),
+        [CBR, "linear"],
+    ),
+    "no channels": (lambda: lambdas(lambda m, x: F.conv2d(x[:, :0], m.v.new_ones(8, 0, 1, 1))), [LEFT]),
     "integers": (lambda: lambdas(lambda m, x: F.max_pool2d(x.long(), 2).float()), []),
     "complex numbers": (lambda: lambdas(lambda m, x: torch.complex(x, x).mean((2, 3), True).real), []),
     "grouped": (lambda: sequence(conv(groups=2), norm(), nn.ReLU()), [CBR]),
