@@ -6,6 +6,7 @@ mind. Somebody who calls `view` does, and so do operators that a compiler has ch
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Order = tuple[int, ...]
@@ -142,7 +144,12 @@ def _lost_order(node: fx.Node, value: Any) -> Order | None:
 def _order(value: Tensor) -> Order:
     """Dimensions from the largest stride to the smallest; those of size one, whose strides say nothing, before all."""
     sizes, strides = value.shape, value.stride()
-    return tuple(sorted(range(value.dim()), key=lambda d: (bool(sizes[d] != 1), -strides[d])))
+
+    def compare(a: int, b: int) -> int:  # as equal, where the data decides
+        return guard_or_false(strides[a] < strides[b]) - guard_or_false(strides[a] > strides[b])
+
+    dims = sorted(range(value.dim()), key=functools.cmp_to_key(compare))
+    return tuple(sorted(dims, key=lambda d: guard_or_true(sizes[d] != 1)))
 
 
 def _is_indifferent(target: Any) -> bool:

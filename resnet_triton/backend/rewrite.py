@@ -219,7 +219,7 @@ class _Rewriter:
         a, b = _args(node)
         if node.kwargs or not (isinstance(a, Node) and isinstance(b, Node)) or a is b:
             return
-        if _shape(a) != _shape(b) or not _dtype(a) == _dtype(b) == _dtype(node):
+        if not _is_shape(a, _shape(b)) or not _dtype(a) == _dtype(b) == _dtype(node):
             return
         mine = [t for t in (a, b) if t in chains and len(t.users) == 1 and not chains[t].residual]
         mine = [t for t in mine if chains[t].shortcut is None and chains[t].activation == NONE]
@@ -300,7 +300,7 @@ class _Rewriter:
         if not isinstance(added, Node) or added.target is not aten.add.Tensor or added.kwargs or len(added.users) != 1:
             return
         a, b = _args(added)
-        if not (isinstance(a, Node) and isinstance(b, Node)) or len(_shape(a)) != 4 or _shape(a) != _shape(b):
+        if not (isinstance(a, Node) and isinstance(b, Node)) or len(_shape(a)) != 4 or not _is_shape(a, _shape(b)):
             return
         if _dtype(a) != _dtype(b) or _dtype(a) not in DTYPES:
             return
@@ -454,6 +454,12 @@ def _shape(node: Any) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
+def _is_shape(node: Any, expected: tuple[Any, ...]) -> bool:
+    """Whether a node is known to have this shape, which may depend on data."""
+    shape = _shape(node)
+    return len(shape) == len(expected) and all(guard_or_false(m == n) for m, n in zip(shape, expected, strict=True))
+
+
 def _has_zero(sizes: tuple[Any, ...]) -> bool:
     return any(guard_or_false(n == 0) for n in sizes)
 
@@ -481,7 +487,8 @@ def _other_operand(node: Node, one: Node | None) -> Node | None:
 
 def _is_channelwise(node: Node | None, channels: Any) -> bool:
     dtype = _dtype(node)
-    return dtype is not None and dtype.is_floating_point and _shape(node) in ((1, channels, 1, 1), (channels, 1, 1))
+    vectors = (1, channels, 1, 1), (channels, 1, 1)
+    return dtype is not None and dtype.is_floating_point and any(_is_shape(node, vector) for vector in vectors)
 
 
 def _frozen_buffers(scale: Any, shift: Any, channels: Any) -> Norm | None:
@@ -530,7 +537,7 @@ def _is_global_mean(node: Any) -> bool:
 
 def _flattened(node: Any) -> Node | None:
     """x, where this is its global mean as a matrix (N, C)."""
-    shape = _shape(node)
+    given = node
     while isinstance(node, Node) and node.target in _RESHAPES and len(node.users) == 1:
         node = _args(node)[0]
-    return _args(node)[0] if _is_global_mean(node) and shape == _shape(_args(node)[0])[:2] else None
+    return _args(node)[0] if _is_global_mean(node) and _is_shape(given, _shape(_args(node)[0])[:2]) else None

@@ -307,6 +307,43 @@ def test_a_group_norm_takes_values_as_the_model_lays_them_out(memory_format, mon
     assert node.args[0].meta["val"].is_contiguous(memory_format=memory_format)
 
 
+class Gated(nn.Module):
+    """What a convolution's result may be added to or multiplied by, for which sizes are compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gate = conv(), nn.Conv2d(8, 8, 1)
+        self.one, self.vector = nn.Parameter(torch.ones(1, 8, 8, 8)), nn.Parameter(torch.ones(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) * self.gate(x.mean((2, 3), keepdim=True))
+        y = self.a((self.a(y) + self.one).relu()) * self.vector
+        return (y + self.vector).relu() + x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dims", [(0,), (0, 2, 3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: conv(bias=True),
+        lambda: sequence(conv(), nn.ReLU(), nn.MaxPool2d(2), head()),
+        Gated,
+        lambda: lambdas(lambda m, x: (lambda y: y @ y.t())(m.a(x).relu().flatten(1)), a=conv()),
+    ],
+    ids=["conv", "pools", "gates", "products of images"],
+)
+def test_sizes_that_are_not_known_before_the_call(make, dims):
+    model, x = integral(make()), images(3)
+    fast = torch.compile(model, backend="resnet_triton", fullgraph=True)
+    for dim in dims:
+        torch._dynamo.decorators.mark_unbacked(x, dim)
+    for given in (x, images(2), images(1)):
+        expected = model(given)
+        torch.testing.assert_close(fast(given), expected)
+        assert strides(fast(given)) == strides(expected)
+
+
 class Drops(nn.Module):
     def __init__(self) -> None:
         super().__init__()
