@@ -27,7 +27,7 @@ traced: ContextVar[Callable[..., Any] | None] = ContextVar("traced", default=Non
 
 
 class Compiled(nn.Module):
-    """First base of what a module becomes; the second is the class that it was."""
+    """Comes first in what a module becomes, before the class that it was."""
 
     _triton_options: dict[str, Any]
     """The backend's: kernels and cuda_graph."""
@@ -119,17 +119,37 @@ _NEW: Any = object().__reduce_ex__(2)[0]
 
 def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph) -> None:
     """Make `module` a `Compiled` one, in these modes."""
+    cls: Any = type(module)
+    joined = cls if isinstance(module, Compiled) else _joined(cls)
     vars(module)["_triton_options"] = {"kernels": kernels, "cuda_graph": cuda_graph}  # before a thread can ask for it
-    if not isinstance(module, Compiled):
-        cls: Any = type(module)
-        module.__class__ = _joined(cls)
+    module.__class__ = joined
 
 
 @functools.cache
 def _joined(cls: Any) -> type[nn.Module]:
     """A subclass of `cls` whose calls are compiled, under the same name."""
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "written_class": cls}
-    return type(cls.__name__, (Compiled, cls), members)
+    base = cls
+    while base not in (nn.Module, object):
+        base = base.__base__
+    try:
+        if base is nn.Module:
+            return type(cls.__name__, (Compiled, cls), members)
+        return _ordered(type(cls))(cls.__name__, (cls, Compiled), members)
+    except TypeError as error:
+        raise TypeError(f"{cls.__name__} has no subclasses ({error}), expected a class that may have one") from error
+
+
+def _ordered(metaclass: Any) -> Any:
+    """A metaclass for subclasses of what lies in memory in its own way, as what inherits from `abc.ABC` first: an
+    object takes such a class only if the first base of it is its own. But methods are looked up in `Compiled` first."""
+
+    class Ordered(metaclass):  # type: ignore[misc]
+        def mro(cls) -> Any:
+            ours = "written_class" in vars(cls)
+            return [cls, Compiled, *vars(cls)["written_class"].__mro__] if ours else super().mro()
+
+    return Ordered
 
 
 def _new(cls: Any, *arguments: Any) -> Any:

@@ -65,8 +65,8 @@ def optimize(
     NotImplementedError.
 
     Raises ValueError if a mode is unknown, there is nothing to optimize, or `freeze=True` or `batch_invariant=True`
-    finds no whole ResNet, or `cuda_graph=True` nothing but blocks; TypeError if `model` is no module, or for
-    `inplace=False` if it holds something that cannot be copied.
+    finds no whole ResNet, or `cuda_graph=True` nothing but blocks; TypeError if `model` is no module, if its class
+    allows no subclass, or for `inplace=False` if it holds something that cannot be copied.
     """
     check_module(model)
     dispatch.check_mode(kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import gc
@@ -10,7 +11,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import pytest
 import torch
@@ -177,6 +178,77 @@ def test_a_model_of_an_unusual_class(training):
         assert (report(model, (2, 8, 8, 8)).calls[0].operator) == CBR
         assert torch.equal(copy.deepcopy(model)(images()), expected)
     assert vars(revert(model)).keys() == vars(Called()).keys()
+
+
+T = TypeVar("T")
+
+
+class Mixin:
+    __slots__ = ()
+
+    def __init_subclass__(cls, tag: str = "") -> None:
+        assert tag, "a subclass that nobody wrote"
+
+
+class Describes(Protocol):
+    def describe(self) -> str: ...
+
+
+class AbstractFirst(abc.ABC, Outer):
+    def train(self, mode: bool = True) -> Any:
+        assert self.gain, "its own is called, too"
+        return super().train(mode)
+
+
+class GenericFirst(Generic[T], Outer):
+    pass
+
+
+class ProtocolFirst(Describes, Outer):
+    pass
+
+
+class MixinFirst(Mixin, Outer, tag="written"):
+    pass
+
+
+@pytest.mark.parametrize("cls", [AbstractFirst, GenericFirst, ProtocolFirst, MixinFirst])
+@torch.no_grad()
+def test_a_class_whose_first_base_has_no_dict(cls):
+    model, x = integral(cls()), images()
+    expected = model(x)
+    optimize(model)
+    for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(m, cls)
+        assert torch.equal(m(x), expected)
+        assert used(m.train().eval(), x) == {("conv_bn_relu", "torch"): 1, ("avg_pool_linear", "torch"): 1}
+        assert ours(report(m, x.shape).calls) == [CBR, "avg_pool_linear"]
+        m.register_parameter("unused", nn.Parameter(torch.ones(1)))
+        nn.utils.parametrize.register_parametrization(m, "unused", nn.Identity())  # which makes a subclass of its own
+        assert used(m, x) == {("conv_bn_relu", "torch"): 1, ("avg_pool_linear", "torch"): 1}
+        nn.utils.parametrize.remove_parametrizations(m, "unused")
+        assert type(revert(m)) is cls
+        assert torch.equal(m(x), expected)
+
+
+class Final(type):
+    def __new__(cls, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError("it is final")
+        return super().__new__(cls, name, bases, members)
+
+
+class Sealed(Outer, metaclass=Final):
+    pass
+
+
+def test_a_class_without_subclasses_is_refused():
+    model = Sealed()
+    names = set(vars(model))
+    with pytest.raises(TypeError, match=r"^Sealed has no subclasses \(it is final\), expected a class"):
+        optimize(model)
+    assert type(model) is Sealed
+    assert set(vars(model)) == names
 
 
 @torch.no_grad()
