@@ -1,16 +1,22 @@
-"""The memory format of filters: kernels read channels_last. A module's `_triton_moved` names those that were moved."""
+"""The memory format of filters: kernels read channels_last. A module's `_triton_moved` names those that were moved.
+
+A filter that several models share is moved for all of them, whichever has moved it, and any of them may put it back.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 Filters = Iterable[tuple[str, nn.Parameter]]
+_moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
+"""What any model has moved, by its id."""
 
 
 def move(module: nn.Module, filters: Filters) -> None:
@@ -20,6 +26,7 @@ def move(module: nn.Module, filters: Filters) -> None:
         if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight, users):
             _lay_out(weight, torch.channels_last)
             vars(module).setdefault("_triton_moved", set()).add(name)  # at once, as memory may run out at the next one
+            _moved[id(weight)] = weight
 
 
 def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) -> None:
@@ -28,13 +35,15 @@ def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) 
     found = ((name, weight) for name, weight in weights if not is_lazy(weight) and weight.dim() == 4)
     for weight in moved(module, found):
         _lay_out(weight, torch.contiguous_format)
+        _moved.pop(id(weight), None)
     vars(module).pop("_triton_moved", None)
 
 
 def moved(module: nn.Module, filters: Filters) -> Iterator[nn.Parameter]:
-    """The filters that `move` has moved."""
+    """The filters that `move` has moved, for this module or for another one, and nobody has put back."""
     names = vars(module).get("_triton_moved", ())
-    return (weight for name, weight in filters if name in names)
+    ours = (w for name, w in filters if name in names or _moved.get(id(w)) is w)
+    return (w for w in ours if w.is_contiguous(memory_format=torch.channels_last))
 
 
 def sharded(model: nn.Module) -> bool:

@@ -274,7 +274,7 @@ def again(error: RuntimeError, module: Any, function: Any, args: Any, kwargs: An
         raise error
     programs = of(module)
     with programs.first:
-        if not vars(module).get("_triton_moved") and programs.stay == stay:  # or another thread has just put them back
+        if next(moved(module)(), None) is None and programs.stay == stay:  # or another thread has just put them back
             raise error  # the module's own: what it has done before must not be done twice
         put_back(module)
         try:

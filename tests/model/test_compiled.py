@@ -810,6 +810,30 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     assert "_triton_moved" not in vars(model)
 
 
+@pytest.mark.filterwarnings(f"ignore:{COPIES}")
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["the view first", "the view last"])
+@torch.no_grad()
+def test_models_that_share_a_filter(order):
+    """One of them views what the convolution returns, so the filter has to stay for it, whoever moves it."""
+    shared, x = conv(), images()
+    models = [lambdas(lambda m, x: m.a(x).view(len(x), -1), a=shared), lambdas(lambda m, x: m.a(x).relu(), a=shared)]
+    expected = [integral(model)(x) for model in models]
+    for model in models:
+        optimize(model, kernels="triton")
+    for mode in (torch.no_grad, torch.inference_mode):
+        for i in order * 2:
+            with mode():
+                y = models[i](x)
+                assert torch.equal(y, expected[i])
+                assert strides(y) == strides(expected[i])
+                assert used(models[i], x) == {(CBR, "triton"): 1}
+    with pytest.raises(RuntimeError, match="expected input"):
+        models[0](x[:, :1])
+    revert(models[1])
+    assert shared.weight.is_contiguous()
+    assert torch.equal(models[0](x), expected[0])
+
+
 @torch.no_grad()
 def test_an_input_that_is_part_of_a_moved_filter_and_written():
     model = optimize(integral(lambdas(lambda m, x: m.a(x.mul_(2)).amax((2, 3)), a=conv())), kernels="triton")
