@@ -110,7 +110,7 @@ def conv_norm_act(
     if isinstance(fused, str):
         y = _conv_norm(x, conv, norm, modes, fused)
         if identity is not None:
-            y = y + (identity if downsample is None else downsample(identity))
+            y += identity if downsample is None else downsample(identity)  # in place, for a hook may have kept y
         return y if act is None else act(y)
 
     shortcut = None if downsample is None or identity is None else _shortcut(identity, downsample)

@@ -88,7 +88,8 @@ class BasicBlock(_Modal):
     def forward(self, x: Tensor) -> Tensor:
         if original.anywhere and is_disabled(self):
             y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-            return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+            y += x if self.downsample is None else self.downsample(x)
+            return self.relu(y)
         own, modes = self._modules, self.modes  # for the way through Module.__getattr__ costs more
         y = conv_norm_act(x, own["conv1"], own["bn1"], own["relu"], modes)
         return conv_norm_act(y, own["conv2"], own["bn2"], own["relu"], modes, identity=x, downsample=self.downsample)
@@ -119,7 +120,9 @@ class Bottleneck(_Modal):
     def forward(self, x: Tensor) -> Tensor:
         if original.anywhere and is_disabled(self):
             y = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
-            return self.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+            y = self.bn3(self.conv3(y))
+            y += x if self.downsample is None else self.downsample(x)
+            return self.relu(y)
         own, modes = self._modules, self.modes  # for the way through Module.__getattr__ costs more
         y = conv_norm_act(x, own["conv1"], own["bn1"], own["relu"], modes)
         y = conv_norm_act(y, own["conv2"], own["bn2"], own["relu"], modes)

@@ -377,6 +377,28 @@ def test_hooks_are_kept():
     assert not torch.allclose(plain(image()), expected, rtol=1e-3)  # the hooks matter
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(("block", "last"), [("BasicBlock", "bn2"), ("Bottleneck", "bn3")])
+def test_what_a_hook_keeps_is_what_torchvision_makes_of_it(block, last, mode):
+    """Behind a block's last batch norm, its sum and its ReLU write into that."""
+    own = models.ResNet(getattr(models, block), [1, 1, 1, 1], num_classes=10).eval()
+    theirs, ours, kept = small(block), optimize(small(block)), list[list[Tensor]]()
+    own.load_state_dict(theirs.state_dict())
+    for model in (theirs, ours, own):
+        kept.append(found := [])
+        for stage in (model.layer1, model.layer2):
+            getattr(stage[0], last).register_forward_hook(lambda module, given, y, found=found: found.append(y))
+    with mode(), disabled(own):
+        logits = [model(image()) for model in (theirs, ours, own)]
+    for expected, *others in zip(*kept, strict=True):
+        for y in others:
+            assert y.min() == expected.min() == 0
+            close(y.detach(), expected.detach())
+    if mode is torch.enable_grad:
+        sum(logits).sum().backward()
+        close(ours.conv1.weight.grad, theirs.conv1.weight.grad)
+
+
 def doubled_output(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
     return output * 2
 
