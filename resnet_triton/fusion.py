@@ -76,7 +76,7 @@ def watched(module: nn.Module) -> bool:
 
 def _hooked(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    return bool(hooks) or "forward" in module.__dict__ or "_call_impl" in module.__dict__
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:

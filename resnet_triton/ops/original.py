@@ -50,7 +50,7 @@ CONV_FORWARD = written(nn.Conv2d, "_conv_forward")
 
 def replaced(module: nn.Module) -> str | None:
     """Which code of `module` is not what its authors wrote; None if all is."""
-    for name in _NAMES:
+    for name in (*_NAMES, "_call_impl"):
         if name in vars(module):
             return f"its {name} was replaced"
     for cls in type(module).__mro__:

@@ -77,7 +77,8 @@ PLACES = {
     "conv": ("layer1.0.conv2", "forward"), "conv-inner": ("layer1.0.conv2", "_conv_forward"),
     "norm": ("layer3.0.bn1", "forward"), "relu": ("layer3.0.relu", "forward"), "pool": ("maxpool", "forward"),
     "average": ("avgpool", "forward"), "classifier": ("fc", "forward"), "shortcut": ("layer2.0.downsample", "forward"),
-    "shortcut-conv": ("layer2.0.downsample.0", "forward"),
+    "shortcut-conv": ("layer2.0.downsample.0", "forward"), "conv-call": ("layer1.0.conv1", "_call_impl"),
+    "relu-call": ("layer3.0.relu", "_call_impl"), "classifier-call": ("fc", "_call_impl"),
 }  # fmt: skip
 INSTANCES = [(closure, place) for place in PLACES] + [
     (way, place) for way in (partial, method) for place in ("model", "model-impl", "block", "conv")
