@@ -73,9 +73,9 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     given = _of_a_call(inputs)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    whole, other = tracing.is_whole(model), tracing.other_backend(model)
+    whole, backend = tracing.is_whole(model), tracing.other_backend(model)
     by_compiler = whole or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())
-    by_compiler = by_compiler and other is None
+    by_compiler = by_compiler and backend is None
     limit = tracing.limit(model) if by_compiler else None
     model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
@@ -95,7 +95,7 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
             what, other = f"zeros of {given}", "another size, as report(model, (1, 3, 96, 96)), or "
         said = f"{type(model).__name__} does not take {what}: {str(_of_the_model(error)).partition(chr(10))[0]}"
         raise ValueError(f"{said}; give {other}all arguments of a call, or report a module in it") from error
-    left = _left(model) if other is None else f"compiled by the backend {other!r}: ours is backend={BACKEND!r}"
+    left = _left(model) if backend is None else f"compiled by the backend {backend!r}: ours is backend={BACKEND!r}"
     calls = [_explained(call, replaced, left) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
     untuned = config.untuned(gluon.facts(tiled[0])) if tiled else None

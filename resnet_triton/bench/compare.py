@@ -25,6 +25,7 @@ SPEEDUP = "speedup"
 SAME = ("device", "driver", "threads", "torch", "triton")
 """What two environments have to share for their times to be comparable."""
 USUAL_IMAGE = 224
+_GONE, _ADDED = "is missing in the new results", "is missing in the old results"
 _FEW = 5
 """Rows that are missing, each of which is named."""
 
@@ -98,7 +99,7 @@ def failures(changes: Sequence[Change]) -> Iterator[str]:
     missing: dict[str, list[str]] = {}
     for c in changes:
         for failure in c.failures:
-            if "is missing in the" in failure:
+            if failure.endswith((_GONE, _ADDED)):
                 missing.setdefault(failure, []).append(title(c.row))
             else:
                 yield f"{title(c.row)}: {failure}"
@@ -112,7 +113,7 @@ def _failures(
     was: Measurement | None, row: Measurement | None, limits: Sequence[Limit], tasks: tuple[Tasks, Tasks]
 ) -> Iterator[str]:
     if row is None:
-        yield "is missing in the new results"
+        yield _GONE
     elif not row.good:
         yield "gives a wrong answer" if row.correct is False else remark(row)
     elif asked := [limit for limit in limits if _applies(limit.metric, row)]:
@@ -132,7 +133,7 @@ def _failures(
 def _obstacle(was: Measurement | None, row: Measurement) -> str | None:
     """Why no time of `row`, a good one, says anything about a change."""
     if was is None:
-        return "is missing in the old results"
+        return _ADDED
     if not was.good:
         return f"{remark(was)}, before"
     if was == row:
