@@ -26,15 +26,14 @@ from .hopper_conv import hopper_conv
 from .hopper_conv64 import hopper_conv64
 from .hopper_few import hopper_few
 from .launch import Launch
-from .values import Convolution
+from .values import BOX, CONV, CONV64, FEW, PINGPONG, POINTER, Convolution
 
 _LAUNCHERS = {
-    "pointer": conv_pointer, "descriptor": conv_box,
-    "hopper_conv": hopper_conv, "hopper_pingpong": hopper_conv,
-    "hopper_conv64": hopper_conv64, "hopper_few": hopper_few,
+    POINTER: conv_pointer, BOX: conv_box, CONV: hopper_conv, PINGPONG: hopper_conv, CONV64: hopper_conv64,
+    FEW: hopper_few,
 }  # fmt: skip
 
 
 def conv_bn_relu(call: Convolution) -> Launch:
     """The launch that computes a call, of the kernel that its configuration names."""
-    return _LAUNCHERS[call.config.path](call)
+    return _LAUNCHERS[call.config.kernel](call)

@@ -27,7 +27,7 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
-    own: bool = True
+    trusted: bool = True
     """Whether its tile is this project's own choice, and not one of a table or of a caller."""
     dependent: bool = False
     """Launch with programmatic dependent launch: it may start before the kernel before it has finished.
@@ -35,6 +35,11 @@ class Launch:
     Allowed only where that kernel writes none of what this one reads before `griddepcontrol.wait`, its `parameters`: so
     only inside a graph of our model. Every program waits, so all earlier kernels are done when one has finished.
     """
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, without the "_kernel" at its end."""
+        return str(self.kernel.__name__).removesuffix("_kernel")
 
     @property
     def is_gluon(self) -> bool:
@@ -58,9 +63,8 @@ class Launch:
     def repeat(self, changing: str) -> Callable[[Any], None]:
         """A function that launches this again with another value for the argument `changing`, on the current stream.
 
-        For a value alike in what Triton compiles for: a tensor's dtype and whether its address is a multiple of 16.
-        What `run` looks up at each launch has been looked up once, so the same device has to be the current one; of
-        tensors Triton gets the addresses, or it would ask tensor and driver for each.
+        The new value must have the same dtype and alignment, and the same device must be current. Tensors are passed by
+        address: Triton would ask tensor and driver for each.
         """
         compiled, names = self.compile(), self.kernel.arg_names
         values = [_address(self.arguments[name]) for name in names]

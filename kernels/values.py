@@ -89,6 +89,11 @@ class Shortcut(NamedTuple):
     stride: tuple[int, int]
 
 
+POINTER, BOX = "conv_pointer", "conv_box"
+CONV, PINGPONG, CONV64, FEW = "hopper_conv", "hopper_pingpong", "hopper_conv64", "hopper_few"
+"""The kernels of a `ConvConfig`, each in the file of its name; of `hopper_conv.py` there are two."""
+
+
 @dataclass(frozen=True)
 class ConvConfig:
     """Tile sizes and compile options of one convolution launch.
@@ -98,8 +103,9 @@ class ConvConfig:
     through pointers. `split_k` programs share a tile, each reducing over a part of the channels and taps. With `swap`
     filters are the rows of the matrix product and pixels its columns, which boxes with several sides need.
 
-    `kernel` names one in Gluon: "hopper_conv", whose groups of `num_warps` share a tile, "hopper_pingpong", the same in
-    which they take turns, "hopper_conv64" or "hopper_few".
+    `kernel` is one in Gluon: "hopper_conv", whose groups of `num_warps` share a tile, "hopper_pingpong", the same in
+    which they take turns, "hopper_conv64" or "hopper_few". Else it says itself which kernel loads so: "conv_box" or
+    "conv_pointer".
     """
 
     block_m: int
@@ -112,15 +118,19 @@ class ConvConfig:
     swap: bool = False
     kernel: str = ""
 
-    def on(self, box: tuple[int, int, int]) -> ConvConfig:
-        """This tile with another box, whose sides may ask for a swap."""
-        swap = not self.kernel and (self.swap or has_several_sides(box))
-        return replace(self, block_m=prod(box), box=box, swap=swap)
+    def __post_init__(self) -> None:
+        if self.kernel in ("", BOX, POINTER):
+            object.__setattr__(self, "kernel", POINTER if self.box is None else BOX)
 
     @property
-    def path(self) -> str:
-        """How this loads: through "descriptor" or "pointer", or the name of a kernel in Gluon."""
-        return self.kernel or ("pointer" if self.box is None else "descriptor")
+    def is_gluon(self) -> bool:
+        """Whether the kernel is in Gluon."""
+        return self.kernel not in (BOX, POINTER)
+
+    def on(self, box: tuple[int, int, int]) -> ConvConfig:
+        """This tile with another box, whose sides may ask for a swap."""
+        swap = not self.is_gluon and (self.swap or has_several_sides(box))
+        return replace(self, block_m=prod(box), box=box, swap=swap)
 
     @property
     def early_residual(self) -> bool:
@@ -211,6 +221,11 @@ def taps_at_once(box: tuple[int, int, int], r: int, stride: int) -> int:
     return 3 if (box[0], r, stride) == (2, 3, 1) else 1
 
 
+def boxes_in_slot(taps: int) -> int:
+    """How many boxes of pixels so many taps of a step read: for three, the rows above and below come along."""
+    return 2 if taps == 3 else 1
+
+
 def is_depthwise(c: int, weight: Size, groups: int) -> bool:
     """Whether `conv_depthwise` takes filters `weight` (K, C / groups, R, S) for c channels: one for each.
 
@@ -229,5 +244,5 @@ def groups_at_once(c: int, k: int, groups: int, block_k: int) -> int:
 
 
 def is_flat(c: int) -> bool:
-    """Whether the pointer path reduces over one (tap, channel) index: few channels, or rows too odd for wide loads."""
+    """Whether `conv_pointer` reduces over one (tap, channel) index: few channels, or rows too odd for wide loads."""
     return c < 16 or c % 8 != 0

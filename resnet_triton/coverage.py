@@ -16,7 +16,7 @@ from .compiled import Compiled
 from .convert import OURS, check_module, convertible, qualified
 from .entry_point import BACKEND
 from .graphs import runner
-from .ops import ConvBnRelu, dispatch, gluon, original
+from .ops import dispatch, gluon, original
 from .ops.trace import Call, compile_calls, trace
 from .support.processes import cores
 
@@ -180,14 +180,9 @@ def detail(call: Call) -> str:
 
 
 def _how(call: Call) -> Iterator[str]:
-    if not isinstance(call.operation, ConvBnRelu):
-        return
-    if not call.tiled:
-        yield "depthwise path" if call.operation.depthwise else "grouped path"
-        return
-    here, invariant = gluon.facts(call.device), call.operation.modes.batch_invariant
-    chosen = config.invariant(call.shape, here) if invariant else config.lookup(call.shape, here)
-    yield f"{chosen.path} path"
-    yield f"tile {chosen.block_m}x{chosen.block_k}"
-    if chosen.split_k > 1:
-        yield f"shared by {chosen.split_k} programs"
+    facts = gluon.facts(call.device)
+    yield " + ".join(call.kernels(facts))
+    if (tile := call.tile(facts)) is not None:
+        yield f"tile {tile.block_m}x{tile.block_k}"
+        if tile.split_k > 1:
+            yield f"shared by {tile.split_k} programs"

@@ -305,7 +305,7 @@ def choosing(rule: Callable[..., ConvConfig]) -> Iterator[None]:
     """Make every convolution take what `rule` says of its shape, the facts of a device and `descriptors`."""
 
     def choose(shape: ConvShape, facts: Any, *, descriptors: bool = True) -> choice.Chosen:
-        return choice.Chosen(rule(shape, facts, descriptors=descriptors), own=False)
+        return choice.Chosen(rule(shape, facts, descriptors=descriptors), trusted=False)
 
     with mock.patch.object(config, "choose", choose), mock.patch.object(config, "state", object):  # nothing is cached
         yield

@@ -47,11 +47,11 @@ def candidates(shape: ConvShape, device: DeviceFacts, count: int) -> tuple[ConvC
         _, w, n = config.box or (0, 0, 0)
         row = abs(config.block_c * shape.itemsize - 128)  # shared memory is swizzled in rows of 128 bytes
         key = (estimate(config, shape, device), row, -n, -w)
-        tile = (config.path, config.block_m, config.block_k)
+        tile = (config.kernel, config.block_m, config.block_k)
         if tile not in best or key < best[tile][0]:
             best[tile] = key, config
     ranked = [config for _, config in sorted(best.values(), key=lambda pair: pair[0])]
-    leaders = {config.path: config for config in reversed(ranked)}.values()  # the model may misjudge a whole path
+    leaders = {config.kernel: config for config in reversed(ranked)}.values()  # the model may misjudge a whole kernel
     kept = {*ranked[: count - 1], *leaders}
     return tuple(dict.fromkeys([conv_heuristic(shape, device), *(config for config in ranked if config in kept)]))
 
@@ -63,7 +63,7 @@ def neighbours(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> lis
         line = [c for c in (replace(config, **{field: v}) for v in values) if c == config or _fits(c, shape, device)]
         at = line.index(config) if config in line else 0
         near += line[max(at - 1, 0) : at + 2]
-    if config.kernel:
+    if config.is_gluon:
         near += [replace(config, num_stages=config.num_stages + step) for step in (-1, 1)]
         near += [replace(config, box=box) for box in boxes_of(config.block_m)]
         near += hopper.candidates(shape, device)
@@ -138,7 +138,7 @@ def _forms(shape: ConvShape, device: DeviceFacts) -> Iterator[ConvConfig]:
 
 def _fits(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     """Legal, and not sure to spill: what spills takes the compiler minutes and is never fastest."""
-    if config.kernel:
+    if config.is_gluon:
         return is_legal(config, shape, device)
     area = config.block_m * config.block_k
     ieee = shape.dtype == "float32" and shape.precision == "ieee"  # multiply-adds unroll over the whole tile

@@ -26,7 +26,7 @@ class Chosen(NamedTuple):
     """A configuration, and whether it is this project's own choice."""
 
     config: ConvConfig
-    own: bool
+    trusted: bool
 
 
 def state() -> tuple[ConvConfig | None, int]:
@@ -35,7 +35,7 @@ def state() -> tuple[ConvConfig | None, int]:
 
 
 def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
-    """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors).
+    """The configuration for `shape` on `device`. `descriptors=False` asks for `conv_pointer` (unaligned tensors).
 
     The table's entry for the very shape, else a form measured for it, else the table's entry for the nearest batch size
     within a factor of two if that does well here by the cost model, else that model.
@@ -44,11 +44,11 @@ def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -
 
 
 def choose(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> Chosen:
-    """As `lookup`, and whether it is our own choice: what is measured and what the cost model says is."""
+    """As `lookup`, and whether it is this project's own choice, as what the cost model says is."""
     config = _pinned.get() or _tuned(shape, device, descriptors)
     if config is not None:
-        return Chosen(config, own=False)
-    return Chosen(conv_heuristic(shape, device, descriptors=descriptors), own=True)
+        return Chosen(config, trusted=False)
+    return Chosen(conv_heuristic(shape, device, descriptors=descriptors), trusted=True)
 
 
 def _tuned(shape: ConvShape, device: DeviceFacts, descriptors: bool) -> ConvConfig | None:

@@ -8,11 +8,19 @@ from itertools import product
 from math import prod
 
 from ..kernels.launch import cdiv
-from ..kernels.values import MAX_SPLIT_K_OF_FEW, ConvConfig, has_several_sides, is_flat, taps_at_once
+from ..kernels.values import (
+    CONV,
+    CONV64,
+    FEW,
+    MAX_SPLIT_K_OF_FEW,
+    PINGPONG,
+    ConvConfig,
+    boxes_in_slot,
+    has_several_sides,
+    is_flat,
+    taps_at_once,
+)
 from .device import DeviceFacts
-
-CONV, PINGPONG, CONV64, FEW = "hopper_conv", "hopper_pingpong", "hopper_conv64", "hopper_few"
-"""The kernels of `ConvConfig.kernel`."""
 
 SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 """How many programs may share a tile, as far as it is worth weighing."""
@@ -67,7 +75,7 @@ class ConvShape:
 
 
 def supports_descriptors(shape: ConvShape) -> bool:
-    """Whether `conv_box_kernel` can serve this shape at all; anything else takes the pointer path.
+    """Whether `conv_box` can serve this shape at all; anything else takes `conv_pointer`.
 
     Descriptors want channel rows in multiples of 16 bytes; the stride-2 view splits columns by parity, so the width
     must be even. The kernel is written for the filters of ResNets and is kept that narrow.
@@ -91,7 +99,7 @@ def _fits_stride(stride: tuple[int, int], width: int) -> bool:
 
 def shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     """Upper bound on a launch's shared memory, in bytes; `test_codegen.py` holds it against the compiler."""
-    if config.kernel:
+    if config.is_gluon:
         return _gluon_shared_memory(config, shape)
     tiles = config.num_stages * (config.block_m + config.block_k) * config.block_c * shape.itemsize
     if config.box is None:
@@ -107,7 +115,7 @@ def _gluon_shared_memory(config: ConvConfig, shape: ConvShape) -> int:
     if config.kernel == CONV64:  # filters stay, a slot is one pixel of all images
         return 9 * 64 * 64 * 2 + (config.num_stages + 4) * config.block_m // 2 * 64 * 2 + 2048
     column = taps(config, shape)
-    lines = config.block_m * (column + 1) // 2 + config.block_k * column
+    lines = config.block_m * boxes_in_slot(column) + config.block_k * column
     slots = config.num_stages * lines * config.block_c
     results = config.block_m * config.block_k * (2 if shape.residual or config.kernel == PINGPONG else 1)
     return (slots + results) * shape.itemsize + 2560
@@ -182,7 +190,7 @@ def may_have_rows(shape: ConvShape, images: int) -> bool:
 
 def is_legal(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> bool:
     """Whether `config` may be used for `shape` on `device`. Tuner, tables, heuristic and tests all ask here."""
-    if config.kernel:
+    if config.is_gluon:
         return _is_legal_gluon(config, shape, device)
     sizes = (config.block_m, config.block_k, config.block_c, config.num_warps)
     if any(size <= 0 or size & (size - 1) for size in sizes) or not 1 <= config.num_stages <= 8:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..kernels.launch import cdiv
-from ..kernels.values import ConvConfig
-from .conv import CONV, CONV64, FEW, ConvShape, shared_memory, steps, taps, tiles
+from ..kernels.values import CONV, CONV64, FEW, ConvConfig
+from .conv import ConvShape, shared_memory, steps, taps, tiles
 from .device import DeviceFacts
 
 _MATRIX = {16: 0.2, 32: 0.4, 64: 0.8}  # share of the matrix rate by columns: narrow products read more operands
@@ -65,7 +65,7 @@ def estimate(
     flops = 2 * m * k * config.block_c * (1 if shape.itemsize == 2 else 2)
     result = rates.element * m * k * (rates.residual if shape.residual else 1)
     programs = cdiv(tiles(config, shape) * config.split_k, device.sm_count)  # of the busiest SM
-    if config.kernel:  # one program an SM takes them in turn
+    if config.is_gluon:  # one program an SM takes them in turn
         columns = m // 2 if config.kernel == CONV64 else k
         share = _COLUMN if column > 1 else _MATRIX.get(columns, 1.0)
         turn = flops / (rates.specialised_flops * share) + rates.specialised_turn / column
@@ -85,7 +85,7 @@ def estimate(
         beside = max(min(_programs_per_sm(config, shape, device), programs), 1)
         chain = rates.program + turns * max(turn, least * config.block_c / 64) + result
         work = max(programs * (turns * turn + result), cdiv(programs, beside) * chain)
-    work += chained.launch if config.kernel else rates.launch
+    work += chained.launch if config.is_gluon else rates.launch
     if config.split_k == 1:
         return work
     # The last program reads every partial.

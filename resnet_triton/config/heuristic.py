@@ -39,10 +39,10 @@ _MANY = 32  # images from which boxes waste little of any shape
 
 @functools.lru_cache(maxsize=4096)  # weighing the candidates takes milliseconds
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
-    """The configuration for `shape` on `device`. `descriptors=False` asks for the pointer path (unaligned tensors)."""
+    """The configuration for `shape` on `device`. `descriptors=False` asks for `conv_pointer` (unaligned tensors)."""
     chosen = best_estimated(shape, device, descriptors=descriptors)
     timed = best_measured(shape, device, descriptors=descriptors)
-    if timed is None or (chosen.kernel and estimate(chosen, shape, device) < _UNTIMED_SLACK * 1000 * timed.us):
+    if timed is None or (chosen.is_gluon and estimate(chosen, shape, device) < _UNTIMED_SLACK * 1000 * timed.us):
         return chosen
     return timed.config
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import product
 from math import prod
 
-from ..kernels.values import ConvConfig
-from .conv import CONV, CONV64, FEW, PINGPONG, SPLITS, ConvShape, boxes_of, by_waste, is_legal
+from ..kernels.values import CONV, CONV64, FEW, PINGPONG, ConvConfig
+from .conv import SPLITS, ConvShape, boxes_of, by_waste, is_legal
 from .device import DeviceFacts
 
 # (block_m, block_k, most num_stages): pixels are two groups', and an accumulator has to fit a group's registers.

@@ -37,7 +37,7 @@ def unsafe_reason(launch: Launch) -> str | None:
 
     Warns of the first hazard in a process, and of the first kernel that cannot be judged.
     """
-    if launch.own and compilers() in JUDGED:
+    if launch.trusted and compilers() in JUDGED:
         return None
     judged = True
     try:

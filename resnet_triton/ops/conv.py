@@ -121,45 +121,61 @@ class ConvBnRelu(Operation):
         return mixed_dtypes(x, residual, *others) or too_large(shape, x, padding[1])
 
     def launches(self, out: Tensor, *, descriptors: bool = True) -> tuple[Launch, ...]:
-        dense = _aligned_channels_last if self.modes.batch_invariant else channels_last
-        x, weight = dense(self.x), dense(self.weight)
-        residual = None if self.residual is None else dense(self.residual)
-        shortcut = None
-        if self.shortcut is not None:
-            images, filters, norm, stride = self.shortcut
-            shortcut = Shortcut(dense(images), dense(filters), norm.contiguous(), stride)
-        batch_norm = self.batch_norm.contiguous()
+        dense, facts = self._dense(), gluon.facts(self.x.device)
         if self.depthwise:
-            tile = _depthwise_tile(gluon.facts(x.device), self._sizes())
-            return (
-                conv_depthwise(
-                    out=out, x=x, weight=weight.contiguous(), batch_norm=batch_norm, geometry=self.geometry,
-                    residual=residual, activation=self.activation, **tile._asdict(), num_warps=1,
-                ),
-            )  # fmt: skip
-        descriptors = descriptors and aligned(x, weight, residual, *(shortcut[:2] if shortcut else ()))
-        sizes, facts = self._sizes(), gluon.facts(x.device)
-        chosen, own, tiles, runs = _choose(config.state(), facts, descriptors, self.modes.batch_invariant, sizes)
-        if runs:
+            return (dense._depthwise_launch(out, facts),)
+        chosen = dense.choose_tile(facts, descriptors=descriptors)
+        launch = conv_bn_relu(dense._convolution(out, chosen, facts))
+        parameters = zip(self._parameters(), dense._parameters(), strict=True)
+        dependent = chosen.config.is_gluon and may_depend(out.device, parameters)  # the kernels in Gluon wait
+        if chosen.trusted and not dependent:
+            return (launch,)
+        return (replace(launch, trusted=chosen.trusted, dependent=dependent),)
+
+    def choose_tile(self, facts: DeviceFacts, *, descriptors: bool = True) -> Tiling:
+        """The configuration of this call, which is not depthwise, on a device with these facts."""
+        tensors = self.x, self.weight, self.residual, *(self.shortcut[:2] if self.shortcut else ())
+        descriptors = descriptors and aligned(*tensors)
+        return _choose(config.state(), facts, descriptors, self.modes.batch_invariant, self._sizes())
+
+    def _dense(self) -> Self:
+        """This call on tensors as kernels read them."""
+        dense = _aligned_channels_last if self.modes.batch_invariant else channels_last
+        shortcut = self.shortcut
+        if shortcut is not None:
+            x, weight, batch_norm, stride = shortcut
+            shortcut = Shortcut(dense(x), dense(weight), batch_norm.contiguous(), stride)
+        return replace(
+            self, x=dense(self.x), weight=dense(self.weight), batch_norm=self.batch_norm.contiguous(),
+            residual=None if self.residual is None else dense(self.residual), shortcut=shortcut,
+        )  # fmt: skip
+
+    def _depthwise_launch(self, out: Tensor, facts: DeviceFacts) -> Launch:
+        return conv_depthwise(
+            out=out, x=self.x, weight=self.weight.contiguous(), batch_norm=self.batch_norm, geometry=self.geometry,
+            residual=self.residual, activation=self.activation, num_warps=1,
+            **_depthwise_tile(facts, self._sizes())._asdict(),
+        )  # fmt: skip
+
+    def _convolution(self, out: Tensor, chosen: Tiling, facts: DeviceFacts) -> Convolution:
+        """What a launcher takes, memory for the sums of shared tiles included."""
+        tile, x, residual, shortcut = chosen.config, self.x, self.residual, self.shortcut
+        if chosen.runs:
             out, x, residual = _pixels(out), _pixels(x), residual if residual is None else _pixels(residual)
             shortcut = shortcut if shortcut is None else shortcut._replace(x=_pixels(shortcut.x))
         partials = semaphores = None
-        if chosen.split_k > 1:
-            elements = tiles * chosen.split_k * chosen.block_m * chosen.block_k
+        if tile.split_k > 1:
+            elements = chosen.tiles * tile.split_k * tile.block_m * tile.block_k
             partials = torch.empty(elements, dtype=torch.float32, device=x.device)
-            semaphores = semaphores_for(x.device, 2 * tiles)  # a warp-specialised tile has two halves
-        launch = conv_bn_relu(
-            Convolution(
-                out, x, weight, batch_norm, self.geometry, residual, shortcut, self.activation, sizes.precision,
-                config=chosen, programs=facts.sm_count, partials=partials, semaphores=semaphores,
-            )
+            semaphores = semaphores_for(x.device, 2 * chosen.tiles)  # a warp-specialised tile has two halves
+        return Convolution(
+            out, x, self.weight, self.batch_norm, self.geometry, residual, shortcut, self.activation,
+            conv_precision(x.dtype), tile, programs=facts.sm_count, partials=partials, semaphores=semaphores,
         )  # fmt: skip
-        pairs = [(self.weight, weight), *zip(self.batch_norm, batch_norm, strict=True)]
-        if self.shortcut is not None and shortcut is not None:
-            pairs += [(self.shortcut.weight, shortcut.weight)]
-            pairs += zip(self.shortcut.batch_norm, shortcut.batch_norm, strict=True)
-        dependent = bool(chosen.kernel) and may_depend(x.device, pairs)  # the Gluon kernels wait
-        return (launch if own and not dependent else replace(launch, own=own, dependent=dependent),)
+
+    def _parameters(self) -> list[object]:
+        found: list[object] = [self.weight, *self.batch_norm]
+        return found if self.shortcut is None else [*found, self.shortcut.weight, *self.shortcut.batch_norm]
 
     def other_launches(self, out: Tensor) -> tuple[Launch, ...]:
         return self.launches(out, descriptors=False)
@@ -251,22 +267,26 @@ def _depthwise_tile(facts: DeviceFacts, s: _Sizes) -> config.DepthwiseTile:
     return config.depthwise_tile(_shape(s), facts)
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(
-    state: object, facts: DeviceFacts, descriptors: bool, invariant: bool, s: _Sizes
-) -> tuple[ConvConfig, bool, int, bool]:
-    """The configuration, whether it is this project's own choice, how many tiles it makes and whether these are runs.
+class Tiling(NamedTuple):
+    """A configuration, whether it is this project's own choice, how many tiles it makes and whether these are runs."""
 
-    Once for calls alike, and for a `state`, on which the choice depends.
-    """
+    config: ConvConfig
+    trusted: bool
+    tiles: int
+    runs: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(state: object, facts: DeviceFacts, descriptors: bool, invariant: bool, s: _Sizes) -> Tiling:
+    """Once for calls alike, and for a `state`, on which the choice depends."""
     shape = _shape(s)
     if s.geometry.groups != 1:
-        return config.grouped_tile(shape, s.geometry.groups), True, 0, False
+        return Tiling(config.grouped_tile(shape, s.geometry.groups), True, 0, False)
     if invariant:
-        chosen, own = config.invariant(shape, facts), True
+        chosen, trusted = config.invariant(shape, facts), True
     else:
-        chosen, own = config.choose(shape, facts, descriptors=descriptors)
-    return chosen, own, config.tiles(chosen, shape), config.is_run(chosen.box, shape)
+        chosen, trusted = config.choose(shape, facts, descriptors=descriptors)
+    return Tiling(chosen, trusted, config.tiles(chosen, shape), config.is_run(chosen.box, shape))
 
 
 def _pixels(t: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.func import functional_call
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..config import ConvShape
+from ..config import ConvConfig, ConvShape
 from ..config.device import DeviceFacts, override
 from ..kernels.launch import Launch
 from . import OPERATORS, ConvBnRelu, Operation, gluon, interpreter
@@ -76,6 +76,17 @@ class Call:
         """The launches our kernels would make of this call on a device with these facts, in order."""
         with override(facts):
             return self.ours.launches(self.ours.output())
+
+    def kernels(self, facts: DeviceFacts) -> list[str]:
+        """The names of the kernels that `launches` would launch."""
+        tile = self.tile(facts)
+        return [tile.kernel] if tile is not None else [launch.name for launch in self.launches(facts)]
+
+    def tile(self, facts: DeviceFacts) -> ConvConfig | None:
+        """The configuration that `launches` would use; None for what is no convolution, and for a depthwise one."""
+        if not isinstance(self.operation, ConvBnRelu) or self.operation.depthwise:
+            return None
+        return self.operation.choose_tile(facts).config
 
 
 def arguments(model: nn.Module, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
@@ -237,4 +248,5 @@ def _without_memory(call: Call) -> Call:
 def _meta(a: Any) -> Any:
     if not isinstance(a, Tensor):
         return a
-    return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+    with unset_fake_temporarily():  # a compiler's, in which it would be a fake one, of which no launch can be made
+        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")

@@ -52,16 +52,13 @@ def _facts(arch: str | None) -> DeviceFacts:
 
 
 def _row(call: Call, facts: DeviceFacts) -> Json:
-    launches = call.launches(facts)
     row: Json = {
         "layer": call.name, "operator": call.operator, "tile": "", "split_k": 1,
-        "kernels": [launch.kernel.__name__.removesuffix("_kernel") for launch in launches],
-        "programs": [launch.grid[0] for launch in launches],
+        "kernels": call.kernels(facts), "programs": [launch.grid[0] for launch in call.launches(facts)],
     }  # fmt: skip
-    if call.tiled:
-        chosen = config.lookup(call.shape, facts)
-        timed = config.timed(call.shape, facts)
-        row |= {"tile": f"{chosen.block_m}x{chosen.block_k}", "split_k": chosen.split_k, "timed": timed}
+    if (tile := call.tile(facts)) is not None:
+        timed = call.tiled and config.timed(call.shape, facts)
+        row |= {"tile": f"{tile.block_m}x{tile.block_k}", "split_k": tile.split_k, "timed": timed}
     return row
 
 

@@ -76,14 +76,14 @@ def test_every_choice_is_legal(arch: int, dtype: str, precision: str, descriptor
     for shape in convolutions(dtype, precision):
         chosen = conv_heuristic(shape, device, descriptors=descriptors)
         assert is_legal(chosen, shape, device), (shape, chosen)
-        assert chosen.path == "pointer" or (descriptors and arch >= 90 and supports_descriptors(shape))
-        paths.add(chosen.path)
+        assert chosen.kernel == "conv_pointer" or (descriptors and arch >= 90 and supports_descriptors(shape))
+        paths.add(chosen.kernel)
     modern = descriptors and arch >= 90 and precision == ("tf32" if dtype == "float32" else "ieee")
     if modern and arch == 90:
         others = set() if dtype == "float32" else {"hopper_pingpong", "hopper_conv64", "hopper_few"}
-        assert paths == {"descriptor", "hopper_conv", *others}
+        assert paths == {"conv_box", "hopper_conv", *others}
     else:
-        assert paths == ({"pointer", "descriptor"} if modern else {"pointer"})
+        assert paths == ({"conv_pointer", "conv_box"} if modern else {"conv_pointer"})
 
 
 PERSISTENT = {"hopper_conv", "hopper_pingpong", "hopper_conv64"}
@@ -197,26 +197,24 @@ NOT_SERVED = {
 def test_descriptors_serve(shape: ConvShape) -> None:
     assert supports_descriptors(shape)
     if shape.dtype != "float32":
-        assert conv_heuristic(shape, KNOWN[90]).path in PERSISTENT
-        assert conv_heuristic(shape, INTERPRETED).path == "descriptor"
-    assert conv_heuristic(shape, KNOWN[90], descriptors=False).path == "pointer"
-    assert conv_heuristic(shape, KNOWN[89]).path == "pointer"
+        assert conv_heuristic(shape, KNOWN[90]).kernel in PERSISTENT
+        assert conv_heuristic(shape, INTERPRETED).kernel == "conv_box"
+    assert conv_heuristic(shape, KNOWN[90], descriptors=False).kernel == "conv_pointer"
+    assert conv_heuristic(shape, KNOWN[89]).kernel == "conv_pointer"
 
 
 @pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in NOT_SERVED.items()])
 def test_descriptors_do_not_serve(shape: ConvShape) -> None:
     assert not supports_descriptors(shape)
     assert not is_legal(BOX, shape, KNOWN[90])
-    assert conv_heuristic(shape, KNOWN[90]).path == "pointer"
+    assert conv_heuristic(shape, KNOWN[90]).kernel == "conv_pointer"
 
 
 @ALL_DEVICES
 def test_launches_are_what_was_chosen(arch: int) -> None:
     for call in calls("resnet18"):
         launch, chosen = call.launches(KNOWN[arch])[-1], lookup(call.shape, replace(KNOWN[arch], gluon=False))
-        assert (
-            launch.kernel.__name__ == {"pointer": "conv_pointer_kernel", "descriptor": "conv_box_kernel"}[chosen.path]
-        )
+        assert launch.name == chosen.kernel
         sizes = (launch.arguments["BLOCK_K"], launch.arguments["BLOCK_C"], launch.num_warps, launch.num_stages)
         assert sizes == (chosen.block_k, chosen.block_c, chosen.num_warps, chosen.num_stages)
         if chosen.box is None:
@@ -249,7 +247,7 @@ def test_a_pointwise_convolution_takes_runs_of_pixels(size: tuple[int, int], n: 
         with override(gpu), choice.pinned(chosen):
             (launch,) = call.launches(call.output())
         assert tiles(chosen, shape) == cdiv(n * h * w, chosen.block_m) * cdiv(256, chosen.block_k)
-        if chosen.path == "pointer":
+        if chosen.kernel == "conv_pointer":
             assert gpu is INTERPRETED
             continue
         assert chosen.box == (1, 1, chosen.block_m)
@@ -437,14 +435,14 @@ def test_candidates_are_legal_distinct_and_start_with_the_heuristic(arch: int, d
         tried = candidates.candidates(shape, device, 12)
         assert tried[0] == conv_heuristic(shape, device)
         assert len(set(tried)) == len(tried) >= 10
-        assert len({(c.path, c.block_m, c.block_k) for c in tried[1:]}) == len(tried) - 1, "one form of each tile"
+        assert len({(c.kernel, c.block_m, c.block_k) for c in tried[1:]}) == len(tried) - 1, "one form of each tile"
         costs = [candidates.estimate(c, shape, device) for c in tried[1:]]
         assert costs == sorted(costs)
         for c in [*tried, *candidates.neighbours(tried[0], shape, device)]:
             assert is_legal(c, shape, device)
-        paths = {c.path for c in tried[1:]}
+        paths = {c.kernel for c in tried[1:]}
         served = arch >= 90 and supports_descriptors(shape)
-        assert paths - PERSISTENT - {"hopper_few"} == ({"pointer", "descriptor"} if served else {"pointer"})
+        assert paths - PERSISTENT - {"hopper_few"} == ({"conv_pointer", "conv_box"} if served else {"conv_pointer"})
         ieee = (dtype, precision) == ("float32", "ieee")
         assert any(c.kernel == "hopper_conv" for c in tried) == (served and arch == 90 and not ieee)
 

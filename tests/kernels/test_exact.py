@@ -188,7 +188,7 @@ def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
 
 def test_layers_cover_what_they_claim() -> None:
     cases = layers()
-    assert {layer.chosen.path for layer in cases} == {"pointer", "descriptor"}
+    assert {layer.chosen.kernel for layer in cases} == {"conv_pointer", "conv_box"}
     assert {(s.c, s.k, s.r, s.stride[0], s.residual, s.shortcut_c) for _, s, _ in cases} == {
         (3, 64, 7, 2, False, 0),
         *((c, c, 3, 1, residual, 0) for c in (64, 128, 256, 512) for residual in (False, True)),
@@ -274,7 +274,7 @@ def test_random_conv(device: torch.device, seed: int) -> None:
 def test_random_cases_are_diverse() -> None:
     cases = [random_cases.conv(random.Random(seed), torch.device("cpu"), DTYPES[seed % 3]) for seed in range(300)]
     shapes = [call.shape for call, _ in cases]
-    assert sum(chosen.path == "descriptor" for _, chosen in cases) > 60
+    assert sum(chosen.kernel == "conv_box" for _, chosen in cases) > 60
     assert sum(chosen.split_k > 1 for _, chosen in cases) > 10
     assert sum(s.residual for s in shapes) > 50
     assert sum(s.shortcut_c > 0 for s in shapes) > 50

@@ -226,9 +226,9 @@ def test_values():
     assert (dense.bn_weight, dense.eps) == (None, 0.5)
     assert norm._replace(bn_weight=wide.T[1], bn_bias=None).contiguous().bn_weight.is_contiguous()
     tile = ConvConfig(128, 64, 64, 4, 3)
-    assert (tile.path, tile.early_residual) == ("pointer", False)
+    assert (tile.kernel, tile.early_residual) == ("conv_pointer", False)
     several, one = tile.on((2, 4, 8)), tile.on((1, 1, 32))
-    assert (several.block_m, several.box, several.swap, several.path) == (64, (2, 4, 8), True, "descriptor")
+    assert (several.block_m, several.box, several.swap, several.kernel) == (64, (2, 4, 8), True, "conv_box")
     assert (one.block_m, one.box, one.swap) == (32, (1, 1, 32), False)
     assert replace(tile, swap=True).on((1, 1, 32)).swap
     assert tile.on((1, 1, 128)).early_residual, "64 accumulators a thread"

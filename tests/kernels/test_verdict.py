@@ -67,7 +67,7 @@ def launch(num_warps=4, num_stages=2, **changes):
     tile = ConvConfig(64, 64, 64, num_warps, num_stages, **changes)
     with override(KNOWN[90]):
         (planned,) = trial.launches_of(call, call.output(), tile, "ieee")
-    assert not planned.own
+    assert not planned.trusted
     return planned
 
 
@@ -129,14 +129,14 @@ launched, third.kernel.warmup = third.kernel.warmup, lambda **options: None
 found["nothing compiled"] = ask(third)
 third.kernel.warmup = launched
 
-own = launch(box=(1, 1, 64))
-object.__setattr__(own, "own", True)
+known = launch(box=(1, 1, 64))
+object.__setattr__(known, "trusted", True)
 verdict.disassemble = no_reading
-found["own"] = ask(own)
+found["trusted"] = ask(known)
 verdict.JUDGED = frozenset()
-object.__setattr__(third, "own", True)
+object.__setattr__(third, "trusted", True)
 verdict.disassemble = lambda cubin: wrong
-found["own, by other compilers"] = ask(third)
+found["trusted, by other compilers"] = ask(third)
 print(json.dumps(found))
 """
 
@@ -169,8 +169,8 @@ def test_a_kernel_is_judged_once_and_not_launched_if_it_is_unsafe(
     assert files == 2
     assert "its machine code cannot be read (ValueError: a jump to .L_nowhere" in found["another nvdisasm"][0]
     assert "Triton has compiled nothing to read" in found["nothing compiled"][0]
-    assert found["own"] == [None, [], 2]
-    reason, _, files = found["own, by other compilers"]
+    assert found["trusted"] == [None, [], 2]
+    reason, _, files = found["trusted, by other compilers"]
     assert "overwrites" in reason
     assert files == 3
 
@@ -196,7 +196,7 @@ launch = hopper_conv(Convolution(
     Geometry((1, 1), (1, 1)), residual=None, shortcut=None, activation=RELU, precision="ieee",
     config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), programs=4, partials=None, semaphores=None,
 ))
-object.__setattr__(launch, "own", False)
+object.__setattr__(launch, "trusted", False)
 found = [verdict.unsafe_reason(launch)]
 verdict._known.clear()
 verdict._edition = lambda: "another"
@@ -278,7 +278,7 @@ def test_only_the_projects_own_choice_is_trusted() -> None:
     call = conv_call(generator(torch.device("cpu"), 0), SHAPE)
 
     def own() -> bool:
-        return all(launch.own for launch in call.launches(call.output()))
+        return all(launch.trusted for launch in call.launches(call.output()))
 
     assert own()
     with pinned(BOX):

@@ -723,8 +723,8 @@ def test_report_names_each_convolution():
     kernels = [c.backend for c in report(model, (1, 8, 32, 32)).calls]
     assert kernels == ["triton", "triton", "triton", "torch", "torch", "triton", "triton", "triton"]
     found = str(report(model, (1, 8, 32, 32)))
-    assert "depthwise path" in found
-    assert "grouped path" in found
+    assert "conv_depthwise" in found
+    assert "conv_pointer" in found
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ H200 = KNOWN[90]
 H100_PCIE = replace(H200, name="NVIDIA H100 PCIe", sm_count=114)
 MIG = replace(H200, name="NVIDIA H200 MIG 1g.18gb", sm_count=16)
 UNTUNED = "no tile was timed on {}, a model of an H200 chooses them; resnet-triton tune times them there"
-MANY = {"hopper_conv", "hopper_conv64"}
+MANY = {"hopper_conv", "hopper_pingpong", "hopper_conv64"}
 FEW = {"hopper_few"}
 
 
@@ -70,7 +70,7 @@ def test_every_convolution_has_its_kernel_by_name(
     assert sum("conv_bn_relu" in line for line in lines) == 16
     assert sum(line.split()[:1] == ["conv1"] and line.count("hopper_stem") == 4 for line in lines) == 1
     last = next(line for line in lines if "layer4.1.conv2" in line)
-    assert last.count("hopper_conv 128x") == 3
+    assert last.count("hopper_pingpong 128x") == 2
     assert lines[-2:] == [
         "A tile is pixels x filters / programs that share it.",
         "0 of these 64 tiles were timed on NVIDIA H200; a cost model chose the others.",
