@@ -222,7 +222,7 @@ def _conv(row: Series, data: str, rng: random.Random, gpu: DeviceFacts) -> Case:
             shape, n=rng.choice([1, 8, 32, 128]), dtype=dtype_id(row.dtype), precision=row.precision
         )
         chosen = config.lookup(shape, gpu)
-        if row.path in ("pointer" if chosen.box is None else "descriptor", "torch"):
+        if row.path == "torch" or chosen.kernel == {"pointer": "conv_pointer", "descriptor": "conv_box"}[row.path]:
             break
     take = _take(data, rng, "conv_bn_relu", index - 1) if index else _take(data, rng, "stem")
     p, q, n = chosen.box or (4, 4, chosen.block_m // 16)
