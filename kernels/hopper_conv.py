@@ -5,10 +5,10 @@ of 128 bytes of channels under one filter tap; for each, it loads the input box 
 groups of four warps multiply, in one of two ways. Both operands are read from shared memory whatever the form of the
 box: no product has pixels in registers.
 
-* Ping-pong (PARTS = 1): groups take tiles in turn, and give each other the turn with a tile's last product. While one
+* Ping-pong: groups take tiles in turn, and give each other the turn with a tile's last product. While one
   stores its results, the other multiplies, so the tensor cores never wait but for a program's first bytes and last
   results. For programs of several tiles.
-* Cooperative (PARTS = 2): each group has one half of a box. Both are done at the same time, and while they store their
+* Cooperative: each group has one half of a box. Both are done at the same time, and while they store their
   results nothing is multiplied; but a tile takes half as long to store, and its accumulators half the registers. So
   programs of one tile take this way, and what has accumulators for two: a shortcut, or tiles of 256 filters.
 
@@ -42,6 +42,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import (
     async_load,
     async_store,
+    compute_here,
     descriptor_of,
     filter_descriptor,
     group_barrier,
@@ -59,6 +60,7 @@ from .values import (
     Geometry,
     Shortcut,
     Size,
+    boxes_in_slot,
     pixel_view,
     taps_at_once,
 )
@@ -74,11 +76,9 @@ def pixel_descriptor(
     return descriptor_of(dtype, *layout, round_tf32), view
 
 
-def part_of(box: tuple[int, int, int], parts: int) -> tuple[int, int, int]:
-    """One group's part of a box: all of it, or half of its first side that is longer than 1."""
+def half_of(box: tuple[int, int, int]) -> tuple[int, int, int]:
+    """One of two groups' part of a box: half of its first side that is longer than 1."""
     h, w, n = box
-    if parts == 1:
-        return box
     if h > 1:
         return h // 2, w, n
     return (1, w // 2, n) if w > 1 else (1, 1, n // 2)
@@ -150,13 +150,14 @@ def loader(
     items, P, Q,
     R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
     SHORT_STEPS: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr, SPLIT_K: gl.constexpr,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr, PARTS: gl.constexpr, TILES_K: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr, BOXES: gl.constexpr, PARTS: gl.constexpr,
+    TILES_K: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     """The warp that keeps the ring filled, and loads a tile's residual while its products are under way."""
     SIZE: gl.constexpr = x_desc.dtype.primitive_bitwidth // 8
     PIXELS: gl.constexpr = BOX_H * BOX_W * BOX_N
-    BYTES: gl.constexpr = (PIXELS * (TAPS + 1) // 2 + BLOCK_K * TAPS) * BLOCK_C * SIZE
+    BYTES: gl.constexpr = (PIXELS * BOXES + BLOCK_K * TAPS) * BLOCK_C * SIZE
     SHORT_BYTES: gl.constexpr = (PIXELS + BLOCK_K) * BLOCK_C * SIZE
     COLUMNS: gl.constexpr = R * S // TAPS
     AHEAD: gl.constexpr = STAGES if STAGES < STEPS else STEPS
@@ -196,8 +197,8 @@ def loader(
                     slot = i % STAGES
                     mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
                     mbarrier.expect(full.index(slot), SHORT_BYTES)
-                    load_pixels(short_x_desc, full.index(slot), short_ring, slot * ((TAPS + 1) // 2), p, q, n, 0, 0,
-                                j * BLOCK_C, SHORT_STRIDE, SHORT_VIEW, BOX_H)  # fmt: skip
+                    load_pixels(short_x_desc, full.index(slot), short_ring, slot * BOXES, p, q, n, 0, 0, j * BLOCK_C,
+                                SHORT_STRIDE, SHORT_VIEW, BOX_H)  # fmt: skip
                     async_load(short_w_desc, [0, k, j * BLOCK_C], full.index(slot), w_ring.index(slot * TAPS))
                     i += 1
         turn += 1
@@ -217,26 +218,37 @@ def offset_of(part: gl.constexpr, PARTS: gl.constexpr,
 
 
 @gluon.jit
+def multiply_slot(acc, part: gl.constexpr, pixels, filters, full, i, FIRST: gl.constexpr, STAGES: gl.constexpr,
+                  SLOT_TAPS: gl.constexpr, TAPS: gl.constexpr, PIECES: gl.constexpr):  # fmt: skip
+    """Begin TAPS products of slot i with a part's pixels, and wait for all before. The FIRST ones do not read `acc`."""
+    slot = i % STAGES
+    mbarrier.wait(full.index(slot), i // STAGES & 1)
+    for tap in gl.static_range(TAPS):
+        a = pixels.index(slot * PIECES + part + tap)
+        b = filters.index(slot * SLOT_TAPS + tap).permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, use_acc=not FIRST or tap > 0, is_async=True)
+    return warpgroup_mma_wait(TAPS, deps=(acc,))
+
+
+@gluon.jit
 def reduce(group: gl.constexpr, pixels, filters, full, empty, turns, i, STEPS: gl.constexpr, STAGES: gl.constexpr,
-           SLOT_TAPS: gl.constexpr, TAPS: gl.constexpr, PARTS: gl.constexpr, PIXELS: gl.constexpr,
-           BLOCK_K: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+           SLOT_TAPS: gl.constexpr, TAPS: gl.constexpr, BOXES: gl.constexpr, PINGPONG: gl.constexpr,
+           PIXELS: gl.constexpr, BLOCK_K: gl.constexpr, mma: gl.constexpr):  # fmt: skip
     """This group's products of the next STEPS slots, TAPS of each, which has room for SLOT_TAPS.
 
     A slot is given back when the products of the next one are issued.
     """
-    PIECES: gl.constexpr = PARTS * (SLOT_TAPS + 1) // 2
+    part: gl.constexpr = 0 if PINGPONG else group
+    PIECES: gl.constexpr = BOXES if PINGPONG else 2 * BOXES
     acc = gl.zeros((PIXELS, BLOCK_K), gl.float32, mma)
-    for j in range(STEPS):
-        slot = i % STAGES
-        mbarrier.wait(full.index(slot), i // STAGES & 1)
-        for tap in gl.static_range(TAPS):
-            a = pixels.index(slot * PIECES + group % PARTS + tap)
-            b = filters.index(slot * SLOT_TAPS + tap).permute((1, 0))
-            acc = warpgroup_mma(a, b, acc, is_async=True)
-        acc = warpgroup_mma_wait(TAPS, deps=(acc,))
+    if PINGPONG:  # the other group has stopped: no time to make zeros
+        acc = multiply_slot(acc, part, pixels, filters, full, i, True, STAGES, SLOT_TAPS, TAPS, PIECES)
+        i += 1
+    for j in range(1 if PINGPONG else 0, STEPS):
+        acc = multiply_slot(acc, part, pixels, filters, full, i, False, STAGES, SLOT_TAPS, TAPS, PIECES)
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=j > 0)
         i += 1
-    if PARTS == 1:
+    if PINGPONG:
         mbarrier.arrive(turns.index(1 - group), count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
@@ -259,39 +271,43 @@ def multiplier(
     items, P, Q,
     K: gl.constexpr, Y_VIEW: gl.constexpr, RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
     SHORT_STEPS: gl.constexpr, SPLIT_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr,
-    PARTS: gl.constexpr, TILES_K: gl.constexpr,
+    BOXES: gl.constexpr, PINGPONG: gl.constexpr, TILES_K: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """One of the two groups that multiply."""
-    TURNS: gl.constexpr = 2 // PARTS
+    PARTS: gl.constexpr = 1 if PINGPONG else 2
+    APART: gl.constexpr = 2 if PINGPONG else 1  # a group's tiles
     PIXELS: gl.constexpr = BOX_H * BOX_W * BOX_N // PARTS
     DEPTH: gl.constexpr = 256 // y_desc.dtype.primitive_bitwidth
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, DEPTH]
     )
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    h, w, m = offset_of(group % PARTS, PARTS, BOX_H, BOX_W, BOX_N)
-    cuda.gdc_wait()
-    turn = group % TURNS
+    h, w, m = offset_of(0 if PINGPONG else group, PARTS, BOX_H, BOX_W, BOX_N)
+    turn = group if PINGPONG else 0
     i = turn * STEPS
-    for item in range(gl.program_id(0) + turn * gl.num_programs(0), items, TURNS * gl.num_programs(0)):
+    for item in range(gl.program_id(0) + turn * gl.num_programs(0), items, APART * gl.num_programs(0)):
         split, tile, k, p, q, n = work_item(item, P, Q, TILES_K, SPLIT_K, BOX_H, BOX_W, BOX_N, BLOCK_K)
         offs_k = k + gl.arange(0, BLOCK_K, layout=flat)
         scale, shift = scale_and_shift(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, offs_k, offs_k < K)
         if SPLIT_K > 1:
             shift = gl.where(split == 0, shift, 0.0)
-        if TURNS == 2:
+        if SHORT_STEPS == 0:  # else registers are short
+            scale, shift = compute_here(scale), compute_here(shift)
+            p, q, n = compute_here(p), compute_here(q), compute_here(n)
+        cuda.gdc_wait()  # in later turns it returns at once
+        if PINGPONG:
             mbarrier.wait(turns.index(group), (turn // 2 & 1) ^ (1 - group))
-        acc, i = reduce(group, pixels, filters, full, empty, turns, i, STEPS, STAGES, TAPS, TAPS, PARTS,
+        acc, i = reduce(group, pixels, filters, full, empty, turns, i, STEPS, STAGES, TAPS, TAPS, BOXES, PINGPONG,
                         PIXELS, BLOCK_K, mma)  # fmt: skip
-        if TURNS == 1:
+        if not PINGPONG:
             tma.store_wait(0)  # the tile before has left its buffer
             group_barrier()  # which Triton 3.8 adds only where no residual's barrier is waited for below
         y = normalised(acc, scale, shift, mma)
         if SHORT_STEPS > 0:
             if split == SPLIT_K - 1:
-                acc, i = reduce(group, pixels, filters, full, empty, turns, i, SHORT_STEPS, STAGES, TAPS, 1, PARTS,
-                                PIXELS, BLOCK_K, mma)  # fmt: skip
+                acc, i = reduce(group, pixels, filters, full, empty, turns, i, SHORT_STEPS, STAGES, TAPS, 1, BOXES,
+                                PINGPONG, PIXELS, BLOCK_K, mma)  # fmt: skip
                 scale, shift = scale_and_shift(
                     short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps, offs_k, offs_k < K
                 )
@@ -299,22 +315,22 @@ def multiplier(
         last = True
         if SPLIT_K > 1:
             y, last = sum_partials(y, partials_ptr, semaphores_ptr, tile * 2 + group, split, SPLIT_K)
-        buffer = (turn % 2 * 2 if RESIDUAL and TURNS == 1 else 0) + group
+        buffer = (turn % 2 * 2 if RESIDUAL and not PINGPONG else 0) + group
         result = out.index(buffer)
         if RESIDUAL:
-            if TURNS == 1:
+            if not PINGPONG:
                 mbarrier.arrive(free.index((turn + 1) % 2 * 2 + group), count=1, pred=turn > 0)
             mbarrier.wait(added.index(buffer), turn // 2 & 1)
         if last:
             put(y, reinterpret(result, y_desc.dtype, [PIXELS, BLOCK_K], pixels.layout), RESIDUAL, ACTIVATION)
             store_result(y_desc, result, p + h, q + w, n + m, k, Y_VIEW)
-        if TURNS == 2:  # the other group multiplies
+        if PINGPONG:  # the other group multiplies
             tma.store_wait(0)
             group_barrier()
             if RESIDUAL:
                 mbarrier.arrive(free.index(buffer), count=1)
             i += STEPS
-        turn += TURNS
+        turn += APART
     tma.store_wait(0)
 
 
@@ -326,15 +342,17 @@ def hopper_conv_kernel(
     C: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
     STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
     SHORT_C: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr,
-    ACTIVATION: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr, PARTS: gl.constexpr,
+    ACTIVATION: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr,
+    BOXES: gl.constexpr, PINGPONG: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
-    gl.static_assert(PARTS == 2 or (SPLIT_K, TAPS, SHORT_C) == (1, 1, 0), "ping-pong is of plain tiles")
+    gl.static_assert(not PINGPONG or (SPLIT_K, TAPS, SHORT_C) == (1, 1, 0), "ping-pong is of plain tiles")
+    PARTS: gl.constexpr = 1 if PINGPONG else 2
     RESIDUAL: gl.constexpr = res_desc is not None
     TILES_K: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     STEPS: gl.constexpr = R * S // TAPS * ((C + BLOCK_C - 1) // BLOCK_C) // SPLIT_K
     SHORT_STEPS: gl.constexpr = (SHORT_C + BLOCK_C - 1) // BLOCK_C
-    BUFFERS: gl.constexpr = 4 if RESIDUAL and PARTS == 2 else 2
+    BUFFERS: gl.constexpr = 4 if RESIDUAL and not PINGPONG else 2
     LOADS: gl.constexpr = 1 if STRIDE == 1 else BOX_H
     PIXELS: gl.constexpr = BOX_H * BOX_W * BOX_N
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * LOADS] + x_desc.block_shape, x_desc.layout)
@@ -357,7 +375,7 @@ def hopper_conv_kernel(
     rows: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=x_desc.dtype.primitive_bitwidth, rank=2
     )
-    pixels = reinterpret(x_ring, x_desc.dtype, [STAGES * PARTS * (TAPS + 1) // 2, PIXELS // PARTS, BLOCK_C], rows)
+    pixels = reinterpret(x_ring, x_desc.dtype, [STAGES * BOXES * PARTS, PIXELS // PARTS, BLOCK_C], rows)
     filters = reinterpret(w_ring, x_desc.dtype, [STAGES * TAPS, BLOCK_K, BLOCK_C], rows)
     short_ring = x_ring
     if short_x_desc is not None:
@@ -365,7 +383,7 @@ def hopper_conv_kernel(
         short_ring = reinterpret(
             x_ring,
             x_desc.dtype,
-            [STAGES * (TAPS + 1) // 2 * SHORT_LOADS] + short_x_desc.block_shape,
+            [STAGES * BOXES * SHORT_LOADS] + short_x_desc.block_shape,
             short_x_desc.layout,
         )
     # Registers of a thread, most for accumulators: 232 in each group that multiplies, 40 in the loader's, which is
@@ -376,12 +394,12 @@ def hopper_conv_kernel(
             mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
             short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps,
             partials_ptr, semaphores_ptr,
-            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, PARTS, TILES_K,
-            BOX_H, BOX_W, BOX_N, BLOCK_K,
+            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, BOXES,
+            PINGPONG, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K,
         )) if group < 2 else (loader, (
             x_desc, w_desc, res_desc, short_x_desc, short_w_desc, x_ring, short_ring, w_ring, out, full, empty,
             added, free, items, P, Q, R, S, STRIDE, VIEW, Y_VIEW, SHORT_STEPS, SHORT_STRIDE, SHORT_VIEW, SPLIT_K,
-            STEPS, STAGES, TAPS, PARTS, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
+            STEPS, STAGES, TAPS, BOXES, PARTS, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
         ))
         for group in (0, 1, 2)
     ], worker_num_warps=[4, 1], worker_num_regs=[232, 40])  # fmt: skip
@@ -417,15 +435,16 @@ def _constants(
     if box is None:
         raise ValueError(f"{config} has no box, expected one")
     box_h, box_w, box_n = box
-    parts = 1 if config.kernel == "hopper_pingpong" else 2
-    taps = 1 if parts == 1 else taps_at_once(box, r, stride)
+    pingpong = config.kernel == "hopper_pingpong"
+    taps = 1 if pingpong else taps_at_once(box, r, stride)
     x_desc, view = pixel_descriptor(x, dtype, stride, (box_h + taps - 1, box_w, box_n), block_c, round_tf32=True)
-    y_desc, y_view = pixel_descriptor(out, dtype, 1, part_of(box, parts), block_k)
+    y_desc, y_view = pixel_descriptor(out, dtype, 1, box if pingpong else half_of(box), block_k)
     items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
     constants: dict[str, object] = {
         "items": items, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
         "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view, "ACTIVATION": activation,
-        "SPLIT_K": config.split_k, "STAGES": config.num_stages, "TAPS": taps, "PARTS": parts,
+        "SPLIT_K": config.split_k, "STAGES": config.num_stages, "TAPS": taps, "BOXES": boxes_in_slot(taps),
+        "PINGPONG": pingpong,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
     }  # fmt: skip
     return constants, [x_desc, filter_descriptor(weight, dtype, block_k, block_c), y_desc], items

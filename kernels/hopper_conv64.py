@@ -77,23 +77,32 @@ def loader(
 
 
 @gluon.jit
-def multiply_row(pixels, filters, full, empty, i, lo, hi, row, LO: gl.constexpr, HI: gl.constexpr,
-                 STAGES: gl.constexpr):  # fmt: skip
-    """One row of slots: its products with filter row `row` for the upper output pixel, `row - 1` for the lower.
+def multiply_pixel(pixels, filters, full, empty, i, lo, hi, ROW: gl.constexpr, s, FIRST: gl.constexpr,
+                   STAGES: gl.constexpr):  # fmt: skip
+    """Begin the products of slot i: with filter row ROW for the upper output pixel, with ROW - 1 for the lower.
 
-    A slot is given back when the products of the next one are issued.
+    Then the slot before is given back. What an accumulator's FIRST product overwrites is not read.
     """
-    for s in range(3):
-        slot = i % STAGES
-        mbarrier.wait(full.index(slot), i // STAGES & 1)
-        b = pixels.index(slot).permute((1, 0))
-        if LO:
-            lo = warpgroup_mma(filters.index(row * 3 + s), b, lo, is_async=True)
-        if HI:
-            hi = warpgroup_mma(filters.index(row * 3 + s - 3), b, hi, is_async=True)
-        lo, hi = warpgroup_mma_wait(LO + HI, deps=(lo, hi))
-        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=row + s > 0)
-        i += 1
+    LO: gl.constexpr = ROW < 3
+    HI: gl.constexpr = ROW > 0
+    slot = i % STAGES
+    mbarrier.wait(full.index(slot), i // STAGES & 1)
+    b = pixels.index(slot).permute((1, 0))
+    if LO:
+        lo = warpgroup_mma(filters.index(ROW * 3 + s), b, lo, use_acc=not FIRST or ROW > 0, is_async=True)
+    if HI:
+        hi = warpgroup_mma(filters.index(ROW * 3 + s - 3), b, hi, use_acc=not FIRST or ROW > 1, is_async=True)
+    lo, hi = warpgroup_mma_wait(LO + HI, deps=(lo, hi))
+    mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=ROW + s > 0)
+    return lo, hi, i + 1
+
+
+@gluon.jit
+def multiply_row(pixels, filters, full, empty, i, lo, hi, ROW: gl.constexpr, STAGES: gl.constexpr):
+    """The products of a row of three input pixels."""
+    lo, hi, i = multiply_pixel(pixels, filters, full, empty, i, lo, hi, ROW, 0, True, STAGES)
+    for s in range(1, 3):
+        lo, hi, i = multiply_pixel(pixels, filters, full, empty, i, lo, hi, ROW, s, False, STAGES)
     return lo, hi, i
 
 
@@ -115,13 +124,11 @@ def multiplier(
     for item in range(gl.program_id(0) + group * gl.num_programs(0), items, 2 * gl.num_programs(0)):
         p, q, n = work_item(item, tiles_p, Q, BOX_N)
         i = (2 * turn + group) * SLOTS
-        lo = gl.zeros((64, BOX_N), gl.float32, mma)
-        hi = gl.zeros((64, BOX_N), gl.float32, mma)
+        lo = gl.zeros((64, BOX_N), gl.float32, mma)  # not read
+        hi = lo
         mbarrier.wait(turns.index(group), (turn & 1) ^ (1 - group))
-        lo, hi, i = multiply_row(pixels, filters, full, empty, i, lo, hi, 0, True, False, STAGES)
-        for row in range(1, 3):
-            lo, hi, i = multiply_row(pixels, filters, full, empty, i, lo, hi, row, True, True, STAGES)
-        lo, hi, i = multiply_row(pixels, filters, full, empty, i, lo, hi, 3, False, True, STAGES)
+        for row in gl.static_range(4):
+            lo, hi, i = multiply_row(pixels, filters, full, empty, i, lo, hi, row, STAGES)
         mbarrier.arrive(turns.index(1 - group), count=1)
         lo, hi = warpgroup_mma_wait(0, deps=(lo, hi))
         mbarrier.arrive(empty.index((i - 1) % STAGES), count=1)

@@ -100,26 +100,32 @@ def hopper_few_kernel(
     p = rest // tiles_q % tiles_p * BOX_H
     n = rest // (tiles_q * tiles_p)
 
-    filters = gl.allocate_shared_memory(w_desc.dtype, [STEPS] + w_desc.block_shape, w_desc.layout)
-    pixels = gl.allocate_shared_memory(x_desc.dtype, [STEPS] + x_desc.block_shape, x_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STEPS + 2, 1], mbarrier.MBarrierLayout())
+    # Each piece by itself: of one array, Triton has all warps wait for each other before the next piece is loaded.
+    full = ()
+    filters = ()
+    pixels = ()
     for i in gl.static_range(STEPS + 2):
-        mbarrier.init(full.index(i), count=1)
+        full += (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
+        mbarrier.init(full[i], count=1)
+    for _ in gl.static_range(STEPS):
+        filters += (gl.allocate_shared_memory(w_desc.dtype, w_desc.block_shape, w_desc.layout),)
+        pixels += (gl.allocate_shared_memory(x_desc.dtype, x_desc.block_shape, x_desc.layout),)
     fence_async_shared()
 
     # No kernel of a graph writes parameters; and what is no dependent launch begins when all before it is done.
     for i in gl.static_range(STEPS):
-        mbarrier.expect(full.index(i), BYTES)
-        async_load(w_desc, [i % TAPS, k, (split * SLABS + i // TAPS) * 64], full.index(i), filters.index(i))
+        mbarrier.expect(full[i], BYTES)
+    for i in gl.static_range(STEPS):
+        async_load(w_desc, [i % TAPS, k, (split * SLABS + i // TAPS) * 64], full[i], filters[i])
     if short_x_desc is not None:  # a part behind the last of the shortcut's channels gets zeros
         short_filters = gl.allocate_shared_memory(w_desc.dtype, w_desc.block_shape, w_desc.layout)
         short_pixels = gl.allocate_shared_memory(x_desc.dtype, short_x_desc.block_shape, short_x_desc.layout)
-        mbarrier.expect(full.index(STEPS), BYTES)
-        async_load(short_w_desc, [0, k, split * 64], full.index(STEPS), short_filters)
+        mbarrier.expect(full[STEPS], BYTES)
+        async_load(short_w_desc, [0, k, split * 64], full[STEPS], short_filters)
     # A box above the image reads nothing of it, but brings the descriptor near.
-    near = full.index(STEPS + 1)
+    near = full[STEPS + 1]
     mbarrier.expect(near, PIXELS * 64 * (2 if short_x_desc is None else 4))
-    load_pixels(x_desc, near, pixels.index(0), 0, -BOX_H, 0, 0, 0, 0, C, PARITY)
+    load_pixels(x_desc, near, pixels[0], 0, -BOX_H, 0, 0, 0, 0, C, PARITY)
     if short_x_desc is not None:
         load_pixels(short_x_desc, near, short_pixels, 0, -BOX_H, 0, 0, 0, 0, C, False)
     offs_k = k + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
@@ -136,11 +142,12 @@ def hopper_few_kernel(
     cuda.gdc_wait()
     for i in gl.static_range(STEPS):
         c = (split * SLABS + i // TAPS) * 64
-        load_pixels(
-            x_desc, full.index(i), pixels.index(i), n, p, q, i % TAPS // R - R // 2, i % R - R // 2, c, C, PARITY
-        )
+        load_pixels(x_desc, full[i], pixels[i], n, p, q, i % TAPS // R - R // 2, i % R - R // 2, c, C, PARITY)
     if short_x_desc is not None:
-        load_pixels(short_x_desc, full.index(STEPS), short_pixels, n, p, q, 0, 0, split * 64, C, False)
+        load_pixels(short_x_desc, full[STEPS], short_pixels, n, p, q, 0, 0, split * 64, C, False)
+    # Not before the wait: so the next kernel begins when the one before this is done. And its filters come after these.
+    cuda.gdc_launch_dependents()
+    mbarrier.wait(near, 0)  # again, which takes no time: without it ptxas has the last loads wait for what follows
     pixel = gl.arange(0, PIXELS, layout=gl.SliceLayout(1, spread))
     offs_p = p + pixel // BOX_W
     offs_q = q + pixel % BOX_W
@@ -150,21 +157,19 @@ def hopper_few_kernel(
     inside = gl.expand_dims((offs_p < P) & (offs_q < Q), 1) & gl.expand_dims(column >= 0, 0)
     if res_ptr is not None:
         residual = gl.load(res_ptr + offs_y, mask=inside, other=0.0)
-    # Not before the wait: so the next kernel begins when the one before this is done. And its filters come after these.
-    cuda.gdc_launch_dependents()
 
-    acc = gl.zeros((64, PIXELS), gl.float32, mma)
-    short = gl.zeros((64, PIXELS), gl.float32, mma)
+    acc = gl.zeros((64, PIXELS), gl.float32, mma)  # not read
+    short = acc
     for i in gl.static_range(STEPS):
-        mbarrier.wait(full.index(i), 0)
-        a = filters.index(i).reshape((64, 64))
-        b = pixels.index(i).reshape((PIXELS, 64)).permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, is_async=True)
+        mbarrier.wait(full[i], 0)
+        a = filters[i].reshape((64, 64))
+        b = pixels[i].reshape((PIXELS, 64)).permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, use_acc=i > 0, is_async=True)
     if short_x_desc is not None:
-        mbarrier.wait(full.index(STEPS), 0)
+        mbarrier.wait(full[STEPS], 0)
         a = short_filters.reshape((64, 64))
         b = short_pixels.reshape((PIXELS, 64)).permute((1, 0))
-        short = warpgroup_mma(a, b, short, is_async=True)
+        short = warpgroup_mma(a, b, short, use_acc=False, is_async=True)
         acc, short = warpgroup_mma_wait(0, deps=(acc, short))
     else:
         acc = warpgroup_mma_wait(0, deps=(acc,))

@@ -47,7 +47,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import async_store, descriptor_of, maximum, relu, scale_and_shift
+from .hopper import async_store, compute_here, descriptor_of, maximum, relu, scale_and_shift
 from .hopper_stem_pack import STAGES, is_paired, normalises_exactly, packer, work_item
 from .launch import Launch, cdiv, with_base
 from .values import BatchNorm, normalization_arguments
@@ -94,12 +94,6 @@ def pooled_columns(y):
     """Horizontal maxima of a row of the convolution, [64, 8 (x), 8 (m)]: element (x, m) is of pooled column 7 m + x."""
     left, middle = split_even_odd(y.reshape((64, 16, 8)))
     return maximum(maximum(left, gl.convert_layout(middle, left.type.layout)), shift_rows(left))
-
-
-@gluon.jit
-def compute_here(x):
-    """Volatile, as waits are: or else the compiler computes `x` after the next wait, while nobody multiplies."""
-    return gl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
 
 
 @gluon.jit
