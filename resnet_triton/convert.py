@@ -12,7 +12,7 @@ from torch import nn
 from . import compiled, converted, copies, filters, models, programs
 from .compiled import Compiled
 from .copies import Model
-from .fusion import fuse
+from .fusion import fuse, is_frozen_norm
 from .graphs import runner
 from .graphs.replay import CudaGraph, check_mode
 from .ops import dispatch, original
@@ -118,7 +118,7 @@ def _warn_of_coverage(modules: list[nn.Module]) -> None:
 def convertible(model: nn.Module) -> list[nn.Module]:
     """Ours, and those of torchvision's that become ours: none without a batch norm, where the backend can do more."""
     modules = list(model.modules())
-    fusable = any(isinstance(m, nn.BatchNorm2d) or type(m).__name__ == "FrozenBatchNorm2d" for m in modules)
+    fusable = any(isinstance(m, nn.BatchNorm2d) or is_frozen_norm(type(m)) for m in modules)
     return [m for m in modules if isinstance(m, OURS) or (fusable and converted.is_torchvision(m))]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import fusion, models
+from . import models
 from .fusion import refuse_modules
 from .ops import original
 from .support import vision
@@ -24,11 +24,7 @@ OURS: dict[str, type[nn.Module]] = {
 def __getattr__(name: str) -> Any:
     if name not in OURS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    torchvision = vision.torchvision()
-    frozen = original.remember(torchvision.ops.misc.FrozenBatchNorm2d)
-    fusion.FROZEN_NORMS.add(frozen)
-    models.STATELESS.add(frozen)
-    theirs = getattr(torchvision.models.resnet, name)
+    theirs = getattr(vision.torchvision().models.resnet, name)
     return globals().setdefault(name, _joined(OURS[name], theirs))  # another thread may have been faster
 
 

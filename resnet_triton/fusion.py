@@ -11,16 +11,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .ops import NONE, RELU, BatchNorm, ConvBnRelu, Geometry, Shortcut, dispatch
+from .ops import NONE, RELU, BatchNorm, ConvBnRelu, Geometry, Shortcut, dispatch, original
 from .ops.checks import pair
 from .ops.dispatch import Modes
 from .ops.original import CONV_FORWARD, LAYERS, replaced
 
 Conv2d, BatchNorm2d, ReLU = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 _CONV, _NORM, _RELU = (LAYERS[cls] for cls in (Conv2d, BatchNorm2d, ReLU))
-FROZEN_NORMS: set[type] = set()
-"""Classes of batch norm whose statistics and affine parameters are all buffers, in training mode too: torchvision's
-`FrozenBatchNorm2d`, once torchvision is there."""
 
 
 class Fused(NamedTuple):
@@ -33,8 +30,8 @@ class Fused(NamedTuple):
 
 def fuse(conv: Any, norm: Any) -> Fused | str:
     """What `norm(conv(x))` needs to be one fused call, or why it cannot be one. Asked before each call."""
-    frozen = type(norm) in FROZEN_NORMS
-    if (type(conv), type(norm)) != (Conv2d, type(norm) if frozen else BatchNorm2d):
+    frozen = type(norm) is not BatchNorm2d and is_frozen_norm(type(norm))
+    if type(conv) is not Conv2d or not (frozen or type(norm) is BatchNorm2d):
         return f"{_named(conv)} and {_named(norm)} instead of torch's Conv2d and BatchNorm2d"
     if norm.training and not frozen:
         return dispatch.TRAINING
@@ -62,6 +59,17 @@ def fuse(conv: Any, norm: Any) -> Fused | str:
         return "convolution with a bias"
     geometry = Geometry(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
     return Fused(weight, BatchNorm(mean, var, bn_weight, bn_bias, float(norm.eps)), geometry)
+
+
+def is_frozen_norm(cls: type) -> bool:
+    """Whether it is torchvision's batch norm of four buffers, which training mode does not touch.
+
+    By its name, for torchvision need not be there. Its code is remembered, so that `replaced` can tell.
+    """
+    if (cls.__module__, cls.__name__) != ("torchvision.ops.misc", "FrozenBatchNorm2d"):
+        return False
+    original.remember_once(cls)
+    return True
 
 
 def _named(module: nn.Module) -> str:

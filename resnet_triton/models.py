@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import ops
-from .fusion import call_module, conv_norm_act, fuse, plain, plain_pool, watched
+from .fusion import call_module, conv_norm_act, fuse, is_frozen_norm, plain, plain_pool, watched
 from .graphs import runner
 from .graphs.cuda_graph import Entry
 from .graphs.runner import Graphed
@@ -240,7 +240,7 @@ class ResNet(_Modal, Graphed):
     def uncaptured_reason(self) -> str | None:
         for name, module in self.named_modules():
             where = name or "the model"
-            if type(module) not in STATELESS:
+            if type(module) not in STATELESS and not is_frozen_norm(type(module)):
                 return f"{where} is a {type(module).__name__}, which may do more than compute"
             if (code := replaced(module)) is not None:
                 return f"{where} is not as written, {code}"

@@ -26,6 +26,12 @@ def remember(cls: type) -> type:
     return cls
 
 
+def remember_once(cls: type) -> None:
+    """`remember`, for who asks at each call."""
+    if cls not in _written:
+        remember(cls)
+
+
 def _if_written(cls: type, name: str) -> Any:
     owner = next(c for c in cls.__mro__ if name in vars(c))
     code = vars(owner)[name]

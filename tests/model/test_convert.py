@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import run
 from torch import Tensor, nn
 from torchvision_models import close, image, randomised, reasons, small, torchvision, tv
 
@@ -363,6 +364,19 @@ def test_frozen_batch_norm_is_fused(training, monkeypatch):
     monkeypatch.setattr(frozen, "forward", lambda self, x: 2 * x)
     assert "FrozenBatchNorm2d.forward was replaced" in str(report(fast))
     assert not torch.allclose(fast(image()), expected), "the replaced forward runs"
+
+
+ALONE = """
+import torch
+from resnet_triton import optimize, report, resnet18
+from resnet_triton.support import vision
+model = optimize(resnet18(norm_layer=vision.torchvision().ops.FrozenBatchNorm2d).eval())
+print(*sorted({call.operator for call in report(model, (1, 3, 32, 32)).calls}), model.uncaptured_reason())
+"""
+
+
+def test_frozen_batch_norm_is_fused_in_a_process_that_has_seen_no_other_model():
+    assert run(ALONE) == "avg_pool_linear conv_bn_relu stem None\n"
 
 
 @torch.no_grad()
