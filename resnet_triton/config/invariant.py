@@ -26,7 +26,8 @@ _DRAM_BYTES_PER_NS = 4300  # an H200's
 def invariant(shape: ConvShape, device: DeviceFacts) -> ConvConfig:
     """The configuration for `shape`, which at another batch size differs in its box alone.
 
-    It is never a kernel in Gluon: no GPU has shown yet that these add alike in every row of a tile.
+    It is never a kernel in Gluon: no GPU has shown yet that these add alike in every row of a tile. The stem's kernel
+    in Gluon need not be left out, for there a pixel has the same place in its tile in any batch (`ops/stem.py`).
     """
     device = replace(device, gluon=False)
     return _fit(_tile(replace(shape, n=1), device), shape)

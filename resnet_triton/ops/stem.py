@@ -126,7 +126,8 @@ class Stem(Operation):
     def _for_one_launch(self, facts: DeviceFacts) -> Tensor | None:
         """The images for the warp-specialised kernel, copied if it cannot read them as they lie; None if it takes none.
 
-        It adds in one order, whatever the batch, the strip or the strides.
+        Batch-invariant calls take it, too: each row of the convolution is one chain of products, in which a pixel has
+        the same place whatever the batch, the strip or the strides. A strip only says which rows are computed twice.
         """
         if not facts.has_gluon or not supports(self.x, self.weight, self.pixel_mean, self.pixel_std):
             return None

@@ -128,6 +128,25 @@ def test_for_other_images_only_the_address_changes() -> None:
         torch.testing.assert_close(out, expected(given, filters, norm, case.weight), rtol=0, atol=0)
 
 
+def test_what_comes_out_for_an_image_depends_on_nothing_else() -> None:
+    """Not by one bit, whatever its batch, the strips and the programs: so batch-invariant calls may take it."""
+    g = generator(torch.device("cpu"), 0)
+    x, filters = (torch.randn(*size, generator=g).half() for size in ((3, 3, 22, 30), (64, 3, 7, 7)))
+    filters, norm = channels_last(filters), batch_norm(g, 64, affine=True)
+
+    def run(x: Tensor, strip: int, programs: int) -> Tensor:
+        out = channels_last(torch.full((len(x), 64, 6, 8), NAN, dtype=torch.float16))
+        launch = hopper_stem(
+            out=out, x=x, weight=filters, batch_norm=norm, mean=None, std=None, strip=strip, programs=programs
+        )
+        assert not simulate(launch, ptx(launch)).faults
+        return out
+
+    whole = run(x, 6, 1)
+    for i, strip in enumerate((1, 4, 6)):
+        assert torch.equal(run(x[i : i + 1].clone(), strip, 2), whole[i : i + 1]), strip
+
+
 def test_layouts_that_it_reads():
     """Whole planes, or pixels with their channels side by side; words of two values only where they lie in words."""
     filters = torch.zeros(64, 3, 7, 7, dtype=torch.float16)

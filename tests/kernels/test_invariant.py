@@ -204,18 +204,22 @@ def test_one_stem_for_all_batches(arch: int) -> None:
     assert (chosen is None) == (config.stem_heuristic(1, 64, 56, 56, KNOWN[arch]) is None)
 
 
-FREE = {"N", "M", "BOX_H", "BOX_W", "BOX_N", "VIEW", "Y_VIEW", "SHORT_VIEW"}
-"""What a launch may change with the batch: how many images, and which pixels share a tile."""
+FREE = {"N", "M", "BOX_H", "BOX_W", "BOX_N", "VIEW", "Y_VIEW", "SHORT_VIEW"} | {"items", "STRIP", "STRIPS"}
+"""What a launch may change with the batch: how many images, and which pixels share a tile. The last three are
+`hopper_stem`'s: which rows of an image follow one another in a group."""
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_one_launch_for_all_batches(arch: int, dtype: torch.dtype) -> None:
+def test_one_launch_for_all_batches(monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(interpreter, "active", lambda: False)  # which has no Gluon
     with torch.device("meta"):
         model = optimize(resnet18().eval(), batch_invariant=True)
     plans = []
     for n in BATCHES:
         launches = [launch for call in trace(model, (n, 3, 224, 224), dtype) for launch in call.launches(KNOWN[arch])]
+        in_gluon = {launch.kernel.__name__ for launch in launches if launch.is_gluon}
+        assert in_gluon == ({"hopper_stem_kernel"} if (arch, dtype) == (90, torch.float16) else set())
         plans.append(
             [(launch.kernel.__name__, launch.num_warps, launch.num_stages, _fixed(launch)) for launch in launches]
         )
