@@ -104,8 +104,9 @@ def stem(
 
     x (N, C, H, W), weight (K, C, 7, 7), statistics and affine parameters (K,), result (N, K, H', W') in the weight's
     dtype, to which x is rounded. Bytes (torch.uint8) become `(x / 255 - pixel_mean) / pixel_std` first, with one value
-    for each channel, computed in fp32. On GPUs with tensor descriptors (9.0 and newer), fp16 and bf16 with up to four
-    channels take one fused kernel and never hold the tensor between convolution and pool.
+    for each channel, computed in fp32. Of up to four channels in fp16 or bf16, the tensor between convolution and pool
+    never exists on GPUs of compute capability 9.0 (one launch if K = 64, else two) and 10 (two launches). On others
+    convolution and pool are a kernel each.
     """
     statistics = BatchNorm(running_mean, running_var, bn_weight, bn_bias, _number("eps", eps))
     mean, std = _numbers("pixel_mean", pixel_mean), _numbers("pixel_std", pixel_std)

@@ -137,8 +137,8 @@ class Operation:
         finally:
             torch_c._set_tracing_state(tracing)
 
-    def compute(self) -> Tensor:
-        """The result, where nothing looks: here the dispatcher comes in."""
+    def compute(self, ran: list[Launch] | None = None) -> Tensor:
+        """The result, where nothing looks: here the dispatcher comes in. `ran` takes the launches that wrote it."""
         result, choice = self.choose()
         if choice.backend == "torch":
             return self.run_torch()
@@ -152,6 +152,8 @@ class Operation:
                     out, launches, reason = self.prepare(result)
                     for launch in launches:
                         launch.run()
+        if ran is not None:
+            ran.extend(launches)
         if out is None:
             return self.fall_back(reason)
         if launches:

@@ -76,8 +76,8 @@ def show(findings: Json) -> None:
     if tests["results"]:
         title = {"cuda": "Self-test on the GPU", "interpreter": "Self-test in Triton's interpreter on the CPU"}
         verdict = {True: "exact", False: "WRONG", None: "skipped"}
-        rows = [(t["kernel"], t["path"], verdict[t["ok"]], t["detail"]) for t in tests["results"]]
-        table(title[tests["backend"]], ("kernel", "path", "against PyTorch", "remark"), rows)
+        rows = [(t["call"], ", ".join(t["kernels"]), verdict[t["ok"]], t["detail"]) for t in tests["results"]]
+        table(title[tests["backend"]], ("call", "kernels that ran", "against PyTorch", "remark"), rows)
         if tests["backend"] == "interpreter":
             print("The interpreter checks values. It says nothing about speed, nor about a GPU's compiler.\n")
     layers = [(c["layer"], c["operator"], BACKENDS[c["backend"]], c["detail"]) for c in findings["layers"]]
@@ -142,7 +142,7 @@ def _interpreted_self_test() -> list[Json]:
     try:
         results: list[Json] = in_interpreter(self_test.__module__)
     except RuntimeError as error:
-        return [{"kernel": "all", "path": "", "ok": False, "detail": str(error)}]
+        return [{"call": "all", "kernels": [], "ok": False, "detail": str(error)}]
     return results
 
 

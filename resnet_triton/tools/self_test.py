@@ -25,11 +25,14 @@ _KERNELS = Modes(kernels="triton")
 
 
 class Case(NamedTuple):
-    """A call on tensors in fp64, the path that its kernel loads by ("" for the only one), and a tile if it is given."""
+    """A call on tensors in fp64, which kernels it asks for ("" for the only ones), and a tile if it is given.
 
-    kernel: str
+    Those of a path by which they load, "descriptor" or "pointer", or the one of a name. A GPU may have others run.
+    """
+
+    call: str
     path: str
-    call: Callable[[], Operation]
+    make: Callable[[], Operation]
     tile: config.ConvConfig | None = None
 
 
@@ -39,25 +42,28 @@ def self_test(device: str) -> list[Json]:
 
 
 def attempt(case: Case, where: torch.device) -> Json:
-    """Run a case on a kernel, in fp16, and compare. "ok" is None where its path does not exist."""
-    result: Json = {"kernel": case.kernel, "path": case.path, "ok": None, "detail": ""}
+    """Run a case in fp16 and compare. "kernels" are those that ran; "ok" is None where what it asks for cannot run."""
+    result: Json = {"call": case.call, "kernels": [], "ok": None, "detail": ""}
     here = facts(where)
     if case.path.startswith("hopper") and not gluon.facts(where).has_gluon:
-        return {**result, "detail": "needs compute capability 9.0, and a compiler: none interprets it"}
+        return {**result, "detail": f"{case.path} needs compute capability 9.0 and a compiler: none interprets it"}
     if case.path == "descriptor" and not here.has_descriptors:
-        return {**result, "detail": f"needs compute capability 9.0, this GPU has {here.arch / 10}"}
+        return {**result, "detail": f"descriptors need compute capability 9.0, this GPU has {here.arch / 10}"}
     # A device below 9.0 has no descriptors, so its configurations take the pointer path on any GPU.
     chosen: AbstractContextManager[object] = nullcontext() if case.tile is None else config.pinned(case.tile)
     if case.path in ("descriptor", "pointer"):
         chosen = override(replace(here, gluon=False, arch=80 if case.path == "pointer" else here.arch))
+    launches: list[Any] = []
     torch.manual_seed(0)
     try:
         with torch.inference_mode(), chosen:
-            call = case.call()
-            got, wanted = _in_fp16(call, where).run(), call.reference()
+            call = case.make()
+            got = _in_fp16(call, where).compute(launches)
+            wrong = int((got.double().cpu() != call.reference().half().double()).sum())
     except Exception as error:  # whatever a compiler or driver raises belongs into the report
-        return {**result, "ok": False, "detail": f"{type(error).__name__}: {error}".partition("\n")[0]}
-    wrong = int((got.double().cpu() != wanted.half().double()).sum())
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return {**result, "ok": False, "detail": f"{case.path}: {said}" if case.path else said}
+    result["kernels"] = [launch.kernel.__name__ for launch in launches]
     return {**result, "ok": wrong == 0, "detail": f"{wrong} of {got.numel()} values differ" if wrong else ""}
 
 
@@ -100,19 +106,19 @@ CASES = [
     Case("stem", "descriptor", _stem),
     Case("stem", "pointer", _stem),
     *(
-        Case(_RESIDUAL, tile.kernel, _on_hopper, tile)
-        for tile in (
-            config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_conv"),
-            config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_pingpong"),
-            config.ConvConfig(64, 64, 64, 4, 11, (2, 1, 32), kernel="hopper_conv64"),
-            config.ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few"),
+        Case(call, tile.kernel, _on_hopper, tile)
+        for call, tile in (
+            (_RESIDUAL, config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_conv")),
+            (f"{_RESIDUAL}, ping-pong", config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_pingpong")),
+            (_RESIDUAL, config.ConvConfig(64, 64, 64, 4, 11, (2, 1, 32), kernel="hopper_conv64")),
+            (_RESIDUAL, config.ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few")),
         )
     ),
     Case(_RESIDUAL, "descriptor", _of_many),
     Case("conv_bn_relu, 3x3/2", "descriptor", functools.partial(_of_many, stride=2, residual=False)),
     Case(_RESIDUAL, "pointer", lambda: _conv(2, 8)),
-    Case(_RESIDUAL, "grouped", lambda: _conv(2, 8, groups=4)),
-    Case(_RESIDUAL, "depthwise", lambda: _conv(2, 8, groups=16)),
+    Case(f"{_RESIDUAL}, 4 groups", "", lambda: _conv(2, 8, groups=4)),
+    Case(f"{_RESIDUAL}, depthwise", "", lambda: _conv(2, 8, groups=16)),
     Case("max_pool2d", "", lambda: ops.MaxPool2d(_integers(2, 16, 11, 11), (3, 3), (2, 2), (1, 1), modes=_KERNELS)),
     Case("global_avg_pool", "", lambda: ops.GlobalAvgPool(_integers(2, 16, 8, 8), _KERNELS)),
     Case("avg_pool_linear", "", lambda: ops.AvgPoolLinear(_integers(2, 16, 8, 8), *_linear(16), _KERNELS)),
