@@ -185,12 +185,12 @@ def _mode(module: nn.Module) -> tuple[bool, ...]:
 def backend(**settings: Any) -> Callable[..., Any]:
     """Our backend of torch.compile, with `settings`."""
 
-    def compile_graph(graph: Any, inputs: Any) -> Any:
-        from .backend import resnet_triton  # not above: importing Dynamo takes two seconds
+    def compiled(graph: Any, inputs: Any) -> Any:
+        from .backend.compile import compile_graph  # not above: importing Dynamo takes two seconds
 
-        return resnet_triton(graph, inputs, **settings)
+        return compile_graph(graph, inputs, **settings)
 
-    return compile_graph
+    return compiled
 
 
 def fresh(function: Any, name: str) -> Callable[..., Any]:

@@ -45,10 +45,6 @@ def resnet_triton(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-    record: list[Call] | None = None,
-    names: Mapping[int, str] | None = None,
-    functions: list[weakref.ref[GraphedFunction]] | None = None,
-    moved: Callable[[], Iterable[Tensor]] = tuple,
 ) -> Function:
     """Compile a graph of Dynamo's: convolutions and what follows them on our kernels, the rest on PyTorch's.
 
@@ -56,9 +52,26 @@ def resnet_triton(
     or False), which mean what they mean for `optimize`, and `rest`: "eager" runs the rest operator by operator,
     "inductor" has torch.compile's own backend compile it. `mode` is torch.compile's: "reduce-overhead" and
     "max-autotune" stand for `cuda_graph=True`, "max-autotune-no-cudagraphs" for False. Raises ValueError for others.
-    For `report`, `record` takes the calls that the graph makes, each time that it runs, `names` are of modules, by the
-    ids of their parameters, and `functions` takes what CUDA graphs repeat. `moved` returns the filters that `optimize`
-    has moved to channels_last memory: values lie as if it had not. RuntimeError where that cannot be.
+    """
+    return compile_graph(graph, inputs, mode=mode, options=options)
+
+
+def compile_graph(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    record: list[Call] | None = None,
+    names: Mapping[int, str] | None = None,
+    functions: list[weakref.ref[GraphedFunction]] | None = None,
+    moved: Callable[[], Iterable[Tensor]] = tuple,
+) -> Function:
+    """`resnet_triton`, for `optimize` and `report`.
+
+    `record` takes the calls that the graph makes, each time that it runs, `names` are of modules, by the ids of their
+    parameters, and `functions` takes what CUDA graphs repeat. `moved` returns the filters that `optimize` has moved to
+    channels_last memory: values lie as if it had not. RuntimeError where that cannot be.
     """
     modes, cuda_graph, rest = settings(mode, options)
     if record is None:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from resnet_triton import backend
 from resnet_triton.backend import resnet_triton
+from resnet_triton.backend.compile import compile_graph
 from resnet_triton.ops import NONE, Activation
 from resnet_triton.ops.trace import Call
 
@@ -189,7 +190,7 @@ def test_patterns(name, kernels):
     if kernels == "triton":
         x = exact.channels_last(x)
     answer = model(x.clone())
-    backend = functools.partial(resnet_triton, options={"kernels": kernels}, record=found)
+    backend = functools.partial(compile_graph, options={"kernels": kernels}, record=found)
     y = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(x.clone())
     assert ours(found) == expected
     assert {call.backend for call in found if call.operation is not None} <= {kernels}
@@ -251,7 +252,7 @@ def test_activations(kernels):
         a=conv(), b=norm(),
     ))  # fmt: skip
     found, x = list[Call](), exact.channels_last(images(1))
-    backend = functools.partial(resnet_triton, options={"kernels": kernels}, record=found)
+    backend = functools.partial(compile_graph, options={"kernels": kernels}, record=found)
     y = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(x)
     convolutions = [call.operation for call in found if call.operator == CBR]
     assert [c.activation for c in convolutions] == [expected for expected, _ in cases]
