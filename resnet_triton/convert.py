@@ -14,7 +14,7 @@ from .compiled import Compiled
 from .copies import Model
 from .fusion import fuse, is_frozen_norm
 from .graphs import runner
-from .graphs.replay import CudaGraph, check_mode
+from .graphs.replay import CudaGraph, check_cuda_graph
 from .ops import dispatch, original
 from .ops.dispatch import Kernels
 
@@ -69,8 +69,8 @@ def optimize(
     allows no subclass, or for `inplace=False` if it holds something that cannot be copied.
     """
     check_module(model)
-    dispatch.check_mode(kernels)
-    check_mode(cuda_graph)
+    dispatch.check_kernels(kernels)
+    check_cuda_graph(cuda_graph)
     for name, value in (("freeze", freeze), ("batch_invariant", batch_invariant), ("inplace", inplace)):
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}, expected True or False")

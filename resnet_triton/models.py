@@ -26,7 +26,7 @@ from .ops.checks import check_pixels, pair
 from .ops.dispatch import Kernels, Modes
 from .ops.original import is_disabled, replaced
 from .ops.schema import check_tensor
-from .ops.stem import CONV, POOL
+from .ops.stem import STEM_CONV, STEM_POOL
 from .support import vision
 
 NormLayer = Callable[[int], nn.Module]
@@ -40,7 +40,7 @@ def _conv1x1(c: int, k: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c, k, 1, stride, bias=False)
 
 
-class _Modal(nn.Module):
+class _HasModes(nn.Module):
     """A module whose calls run as `optimize` sets on it."""
 
     kernels: Kernels = "auto"
@@ -61,7 +61,7 @@ class _Modal(nn.Module):
         )
 
 
-class BasicBlock(_Modal):
+class BasicBlock(_HasModes):
     """Two 3x3 convolutions and a shortcut, of ResNet-18 and 34: (N, inplanes, H, W) to (N, planes, P, Q).
 
     Raises ValueError for groups, another base_width, or dilation.
@@ -95,7 +95,7 @@ class BasicBlock(_Modal):
         return conv_norm_act(y, own["conv2"], own["bn2"], own["relu"], modes, identity=x, downsample=self.downsample)
 
 
-class Bottleneck(_Modal):
+class Bottleneck(_HasModes):
     """1x1, 3x3, 1x1 convolutions and a shortcut, of ResNet-50 and up: (N, inplanes, H, W) to (N, 4 * planes, P, Q)."""
 
     expansion = 4
@@ -129,7 +129,7 @@ class Bottleneck(_Modal):
         return conv_norm_act(y, own["conv3"], own["bn3"], own["relu"], modes, identity=x, downsample=self.downsample)
 
 
-class ResNet(_Modal, Graphed):
+class ResNet(_HasModes, Graphed):
     """torchvision's `ResNet`, argument for argument; `kernels` and `batch_invariant` on it and its blocks are modes.
 
     Takes images (N, 3, H, W) in the weights' floating dtype, returns logits (N, num_classes) in it. A call raises
@@ -237,7 +237,7 @@ class ResNet(_Modal, Graphed):
         out, launch = alone
         return Entry(out, launch.repeat("x_ptr"), partial(ResNet._forward_impl, self, stem=False))
 
-    def uncaptured_reason(self) -> str | None:
+    def uncaptured_model_reason(self) -> str | None:
         for name, module in self.named_modules():
             where = name or "the model"
             if type(module) not in STATELESS and not is_frozen_norm(type(module)):
@@ -298,9 +298,9 @@ class ResNet(_Modal, Graphed):
             and conv.kernel_size == (7, 7)
             and plain(self.relu, nn.ReLU)
             and plain_pool(pool)
-            and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == POOL
+            and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == STEM_POOL
         )
-        if not ordinary or isinstance(fused, str) or fused.geometry != CONV:
+        if not ordinary or isinstance(fused, str) or fused.geometry != STEM_CONV:
             return None
         pixels = self.normalize if x.dtype == torch.uint8 else None
         if x.dtype != fused.weight.dtype and pixels is None:

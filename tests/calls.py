@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_triton import ops
 from resnet_triton.ops import Operation
 from resnet_triton.ops.dispatch import Modes
-from resnet_triton.ops.stem import POOL
+from resnet_triton.ops.stem import STEM_POOL
 
 WITH_SHORTCUT, OF_BYTES = "conv_bn_relu with a shortcut", "stem of bytes"
 CALLS = (*ops.OPERATORS, WITH_SHORTCUT, OF_BYTES)
@@ -46,7 +46,7 @@ def small(name: str, device: Any, dtype: torch.dtype = torch.float32, kernels: s
         case "add_relu":
             return ops.AddRelu(x, randn(2, 4, 5, 6), modes)
         case "max_pool2d":
-            return ops.MaxPool2d(x, *POOL, modes=modes)
+            return ops.MaxPool2d(x, *STEM_POOL, modes=modes)
         case "global_avg_pool":
             return ops.GlobalAvgPool(x, modes)
         case "linear":

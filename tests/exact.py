@@ -34,7 +34,7 @@ from resnet_triton.ops import (
     reference,
 )
 from resnet_triton.ops.dispatch import Modes
-from resnet_triton.ops.stem import CONV, POOL
+from resnet_triton.ops.stem import STEM_CONV, STEM_POOL
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KERNELS = Modes(kernels="triton")
@@ -227,8 +227,8 @@ def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 def stem_reference(call: Stem) -> Tensor:
     """The stem's answer on exact data: fp64, pooled, rounded once."""
-    y = _normed_conv(call.x, call.weight, call.batch_norm, CONV).relu()
-    return rounded(F.max_pool2d(y, *POOL), call.weight.dtype)
+    y = _normed_conv(call.x, call.weight, call.batch_norm, STEM_CONV).relu()
+    return rounded(F.max_pool2d(y, *STEM_POOL), call.weight.dtype)
 
 
 def assert_exact(y: Tensor, expected: Tensor, note: object = "") -> None:

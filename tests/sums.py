@@ -29,7 +29,7 @@ from resnet_triton.ops import (
     Stem,
     reference,
 )
-from resnet_triton.ops.stem import POOL
+from resnet_triton.ops.stem import STEM_POOL
 
 BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}  # of a significand
 LAM, CUTS = 1.0, 4.0
@@ -92,7 +92,7 @@ def _normed(x: Tensor, weight: Tensor, norm: BatchNorm, geometry: Geometry) -> t
 def stem(call: Stem) -> Sums:
     """Of images of floats. The maximum of a window is no further off than the worst element of it."""
     answer, magnitude, length, _ = conv(call.convolution(call.x))
-    return Sums(F.max_pool2d(answer, *POOL), F.max_pool2d(magnitude, *POOL), length)
+    return Sums(F.max_pool2d(answer, *STEM_POOL), F.max_pool2d(magnitude, *STEM_POOL), length)
 
 
 def linear(call: Linear) -> Sums:

@@ -22,7 +22,7 @@ from torch._guards import CompileContext, TracingContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..graphs.function import GraphedFunction
-from ..graphs.replay import CudaGraph, check_mode
+from ..graphs.replay import CudaGraph, check_cuda_graph
 from ..ops import dispatch
 from ..ops.dispatch import Modes
 from ..ops.trace import Call, propagate, trace_graph
@@ -246,8 +246,8 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Modes
     asked = {**known, **(options or {})}
     if unknown := asked.keys() - known.keys():
         raise ValueError(f"options has {', '.join(map(repr, sorted(unknown)))}, expected {', '.join(known)}")
-    dispatch.check_mode(asked["kernels"])
-    check_mode(asked["cuda_graph"])
+    dispatch.check_kernels(asked["kernels"])
+    check_cuda_graph(asked["cuda_graph"])
     if not isinstance(asked["batch_invariant"], bool):
         raise ValueError(f"options has batch_invariant={asked['batch_invariant']!r}, expected True or False")
     if asked["rest"] not in ("eager", "inductor"):

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..ops import NONE, RELU, Activation  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
-from ..ops.stem import CONV, POOL
+from ..ops.stem import STEM_CONV, STEM_POOL
 from .layouts import base_of
 
 aten = torch.ops.aten
@@ -420,14 +420,14 @@ def _activation(node: Node) -> tuple[Node, Activation] | None:
 
 def _stem_pool(chain: Chain) -> Node | None:
     """The max pool of a ResNet's stem behind a convolution, if the chain is that stem's."""
-    if chain.activation != RELU or chain.geometry != tuple(CONV):
+    if chain.activation != RELU or chain.geometry != tuple(STEM_CONV):
         return None
     if chain.residual is not None or chain.shortcut is not None:
         return None
     if tuple(_shape(_args(chain.conv)[1])[2:]) != (7, 7):
         return None
     pool = _only_user(chain.tail, aten.max_pool2d_with_indices.default)
-    if pool is None or len(_args(pool)) > 4 or pool.kwargs or _window(pool) != POOL:
+    if pool is None or len(_args(pool)) > 4 or pool.kwargs or _window(pool) != STEM_POOL:
         return None
     return _only_result(pool)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import config
 from ..ops import BatchNorm, ConvBnRelu, Operation, Stem, gluon, interpreter, reference
-from ..ops.stem import POOL
+from ..ops.stem import STEM_POOL
 
 Answer = Callable[[], Tensor]
 
@@ -64,7 +64,7 @@ def _normed(y: Tensor, batch_norm: BatchNorm) -> Tensor:
 
 EAGER: dict[str, Callable[[Any], Tensor]] = {
     "conv_bn_relu": _eager_conv,
-    "stem": lambda c: F.max_pool2d(_eager_conv(c.convolution(c.x)), *POOL),
+    "stem": lambda c: F.max_pool2d(_eager_conv(c.convolution(c.x)), *STEM_POOL),
     "max_pool2d": lambda c: F.max_pool2d(c.x, c.kernel_size, c.stride, c.padding, ceil_mode=c.ceil_mode),
     "add_relu": lambda c: F.relu(c.x + c.other, inplace=True),
     "global_avg_pool": lambda c: F.adaptive_avg_pool2d(c.x, 1),
@@ -93,7 +93,7 @@ def cudnn_layer(call: Operation) -> Answer:
         if added is not None:
             return torch.cudnn_convolution_add_relu(c.x, weight, added, 1.0, bias, *c.geometry)
         y = torch.cudnn_convolution_relu(c.x, weight, bias, *c.geometry)
-        return F.max_pool2d(y, *POOL) if c is not call else y
+        return F.max_pool2d(y, *STEM_POOL) if c is not call else y
 
     return answer
 

@@ -26,7 +26,7 @@ from ..ops import (
     Stem,
 )
 from ..ops.dispatch import Kernels
-from ..ops.stem import POOL
+from ..ops.stem import STEM_POOL
 from ..ops.trace import Call, trace
 from ..support.names import check_known
 
@@ -111,7 +111,7 @@ def _unfused(call: Call) -> Iterator[Call]:
 
     fused = call.operation
     if isinstance(fused, Stem):
-        yield other(MaxPool2d(fused.convolution(fused.x).output(), *POOL, modes=fused.modes))
+        yield other(MaxPool2d(fused.convolution(fused.x).output(), *STEM_POOL, modes=fused.modes))
     elif isinstance(fused, ConvBnRelu) and (fused.residual is not None or fused.shortcut is not None):
         y = fused.output()
         yield other(AddRelu(y, y, fused.modes))

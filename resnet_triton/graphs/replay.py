@@ -40,13 +40,13 @@ FAILED = "the capture failed"
 CudaGraph = bool | Literal["auto"]
 
 
-def check_mode(cuda_graph: object) -> None:
+def check_cuda_graph(cuda_graph: object) -> None:
     """ValueError unless `cuda_graph` is one of `CudaGraph`."""
     if not (isinstance(cuda_graph, bool) or cuda_graph == "auto"):
         raise ValueError(f"cuda_graph={cuda_graph!r}, expected 'auto', True or False")
 
 
-def uncaptured_reason(x: Tensor) -> str | None:
+def uncaptured_call_reason(x: Tensor) -> str | None:
     """What about this call, rather than about the model, wants every operator run again; None if nothing does."""
     if x.dtype not in _IMAGES or x.numel() == 0:
         return "the input is not a batch of images in fp32, fp16, bf16 or bytes"
@@ -54,7 +54,7 @@ def uncaptured_reason(x: Tensor) -> str | None:
 
 
 def watched_reason(device: torch.device) -> str | None:
-    """`uncaptured_reason` of a call whose inputs may be any."""
+    """`uncaptured_call_reason` of a call whose inputs may be any."""
     if torch.is_grad_enabled():
         return "grad mode is on"
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type):

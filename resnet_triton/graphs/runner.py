@@ -18,7 +18,7 @@ from ..ops.dispatch import Kernels
 from . import cuda_graph as cuda
 from .cuda_graph import Entry
 from .fingerprint import Fingerprint
-from .replay import CudaGraph, Graphs, Key, copied, key_of, uncaptured_reason
+from .replay import CudaGraph, Graphs, Key, copied, key_of, uncaptured_call_reason
 from .snapshot import snapshot
 
 
@@ -42,7 +42,7 @@ class Graphed(nn.Module):
         """
         return copied(self._forward_impl, x)
 
-    def uncaptured_reason(self) -> str | None:
+    def uncaptured_model_reason(self) -> str | None:
         """Why a call cannot be recorded once and repeated for other images; None if it can."""
         raise NotImplementedError
 
@@ -66,7 +66,7 @@ def wanted(model: Graphed, x: Tensor) -> bool:
 def run(model: Graphed, x: Tensor) -> Tensor:
     """`model._forward_impl(x)`, from a graph or a snapshot where that is the same. For calls that are `wanted`."""
     runner = _of(model)
-    reason = uncaptured_reason(x)
+    reason = uncaptured_call_reason(x)
     if reason is not None:
         runner.note(reason, model.cuda_graph)
         return model._forward_impl(x)
@@ -135,7 +135,7 @@ class Runner(Graphs):
         return self._snapshot is None and known is not None and known.version() != self._version
 
     def run(self, model: Graphed, x: Tensor, graphs: bool) -> Tensor:
-        """A call for which `uncaptured_reason` found none; `graphs` says whether it may use one."""
+        """A call for which `uncaptured_call_reason` found none; `graphs` says whether it may use one."""
         key = key_of(x)
         place = x.data_ptr() if key[-1] else None
         if graphs and (replayed := self.replay(key, x, place, lambda: self._there(model, x))) is not None:
@@ -143,7 +143,7 @@ class Runner(Graphs):
         source = self._source(model, x)
         y = source._forward_impl(x)  # the answer, whatever becomes of a capture
         if graphs:
-            reason = model.uncaptured_reason if source is model else lambda: None
+            reason = model.uncaptured_model_reason if source is model else lambda: None
             self.consider(key, model.cuda_graph, reason, lambda: self._entry(source, key, x))
         return y
 
@@ -158,7 +158,7 @@ class Runner(Graphs):
         if not model.frozen:
             return model
         with self._lock:
-            if self._snapshot is None and model.uncaptured_reason() is None and not cuda.capturing(x):
+            if self._snapshot is None and model.uncaptured_model_reason() is None and not cuda.capturing(x):
                 self._snapshot, self._fingerprint = snapshot(model), Fingerprint(model)
                 cuda.finish(x)  # the next call may come on another stream
             return model if self._snapshot is None else self._snapshot

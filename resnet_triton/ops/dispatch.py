@@ -63,7 +63,7 @@ def choose(kernels: str, where: torch.device, dtype: torch.dtype, reason: str | 
 
     Under `kernels="triton"` such a reason is a NotImplementedError.
     """
-    check_mode(kernels)
+    check_kernels(kernels)
     if kernels == "torch":
         return Choice("torch", 'kernels="torch" was asked for')
     reason = reason or _fallback_reason(where, forced=kernels == "triton")
@@ -100,7 +100,7 @@ def meant(kernels: str, t: Tensor) -> bool:
     return kernels == "triton" or (t.is_cuda and kernels == "auto")
 
 
-def check_mode(kernels: str) -> None:
+def check_kernels(kernels: str) -> None:
     """ValueError unless `kernels` is one of `Kernels`."""
     if kernels not in _KERNELS:
         raise ValueError(f"kernels={kernels!r}, expected one of {', '.join(map(repr, _KERNELS))}")

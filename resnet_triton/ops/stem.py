@@ -26,8 +26,8 @@ if HAS_TRITON:
     from ..kernels.hopper_stem import hopper_stem, reads, supports
     from ..kernels.stem import pack, packed_shape, stem
 
-CONV = Geometry(stride=(2, 2), padding=(3, 3))
-POOL = ((3, 3), (2, 2), (1, 1))
+STEM_CONV = Geometry(stride=(2, 2), padding=(3, 3))
+STEM_POOL = ((3, 3), (2, 2), (1, 1))
 """Window, stride and padding of the stem's pool."""
 
 
@@ -50,7 +50,7 @@ class Stem(Operation):
 
     def convolution(self, x: Tensor) -> ConvBnRelu:
         """The convolution alone, of images in the filters' dtype."""
-        return ConvBnRelu(x, self.weight, self.batch_norm, CONV, modes=self.modes)
+        return ConvBnRelu(x, self.weight, self.batch_norm, STEM_CONV, modes=self.modes)
 
     def result(self) -> Result:
         x, weight = self.x, self.weight
@@ -71,7 +71,7 @@ class Stem(Operation):
 
     def fallback_reason(self, shape: Shape) -> str | None:
         p, q = ((edge - 1) // 2 + 1 for edge in self.x.shape[2:])
-        return too_large((shape[0], shape[1], p, q), self.x, CONV.padding[1])
+        return too_large((shape[0], shape[1], p, q), self.x, STEM_CONV.padding[1])
 
     def launches(self, out: Tensor) -> tuple[Launch, ...]:
         x, weight = self.x, channels_last(self.weight)
@@ -140,7 +140,7 @@ class Stem(Operation):
         between = convolution.result().empty(out.device)
         if self._pays_to_widen(between):
             convolution = replace(convolution, x=_of_four(convolution.x), weight=_of_four(self.weight))
-        return *convolution.launches(between), *MaxPool2d(between, *POOL, modes=self.modes).launches(out)
+        return *convolution.launches(between), *MaxPool2d(between, *STEM_POOL, modes=self.modes).launches(out)
 
     def _pays_to_widen(self, between: Tensor) -> bool:
         """Whether three channels had better be four: a load brings four, but three have to come one by one.

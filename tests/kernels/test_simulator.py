@@ -52,7 +52,7 @@ from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.hopper_stem import hopper_stem
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.kernels.values import Convolution
-from resnet_triton.ops.stem import POOL
+from resnet_triton.ops.stem import STEM_POOL
 
 FACTS = """
 from triton.experimental import gluon
@@ -236,7 +236,7 @@ CASES = {
     "linear": lambda: call(ops.Linear(data(3, 300), data(10, 300), data(10), KERNELS)),
     "avg_pool_linear": lambda: call(ops.AvgPoolLinear(data(2, 64, 2, 2), data(10, 64), data(10), KERNELS)),
     "avg_pool_linear, dependent": lambda: dependent_head(),
-    "max_pool": lambda: call(ops.MaxPool2d(channels_last(data(1, 8, 9, 9)), *POOL, modes=KERNELS)),
+    "max_pool": lambda: call(ops.MaxPool2d(channels_last(data(1, 8, 9, 9)), *STEM_POOL, modes=KERNELS)),
     "max_pool of 28": lambda: call(
         ops.MaxPool2d(channels_last(data(1, 8, 5, 9)), (4, 7), (2, 1), (1, 3), modes=KERNELS)
     ),

@@ -371,7 +371,7 @@ import torch
 from resnet_triton import optimize, report, resnet18
 from resnet_triton.support import vision
 model = optimize(resnet18(norm_layer=vision.torchvision().ops.FrozenBatchNorm2d).eval())
-print(*sorted({call.operator for call in report(model, (1, 3, 32, 32)).calls}), model.uncaptured_reason())
+print(*sorted({call.operator for call in report(model, (1, 3, 32, 32)).calls}), model.uncaptured_model_reason())
 """
 
 

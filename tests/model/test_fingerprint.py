@@ -231,7 +231,7 @@ def test_calls_without_a_graph(cuda, kind):
 
 def test_vmap_sees_every_operator():
     reasons = []
-    torch.vmap(lambda x: reasons.append(runner.uncaptured_reason(x)) or x)(torch.zeros(5, 2, 3, 4, 4))
+    torch.vmap(lambda x: reasons.append(runner.uncaptured_call_reason(x)) or x)(torch.zeros(5, 2, 3, 4, 4))
     assert reasons == ["a transform, a tracer or a mode sees every operator"]
 
 
