@@ -109,7 +109,7 @@ def _warn_of_coverage(modules: list[nn.Module]) -> None:
         fuse(conv, norm)
         for module in modules
         for _, conv, norm in _convolutions(module)
-        if any(map(dispatch.is_on_gpu, conv.parameters()))
+        if any(p.is_cuda for p in conv.parameters())
     ]
     left = [why for why in found if isinstance(why, str) and why != dispatch.TRAINING]
     dispatch.warn_of_coverage(left, len(found))

@@ -31,7 +31,7 @@ class Fused(NamedTuple):
 def fuse(conv: Any, norm: Any) -> Fused | str:
     """What `norm(conv(x))` needs to be one fused call, or why it cannot be one. Asked before each call."""
     frozen = type(norm) is not BatchNorm2d and is_frozen_norm(type(norm))
-    if type(conv) is not Conv2d or not (frozen or type(norm) is BatchNorm2d):
+    if (type(conv), type(norm)) != (Conv2d, type(norm) if frozen else BatchNorm2d):
         return f"{_named(conv)} and {_named(norm)} instead of torch's Conv2d and BatchNorm2d"
     if norm.training and not frozen:
         return dispatch.TRAINING

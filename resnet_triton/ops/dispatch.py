@@ -141,11 +141,6 @@ def transformed() -> bool:
     )
 
 
-def is_on_gpu(t: Tensor) -> bool:
-    """Whether there may be kernels for it, so that doing without is worth a word."""
-    return t.is_cuda
-
-
 def is_watched(tensors: list[Tensor]) -> bool:
     """Whether the dispatcher would do more with a call on these tensors than call its kernel."""
     looks = transformed() or torch._C._len_torch_function_stack() > 0 or torch._C._autograd._profiler_enabled()

@@ -189,7 +189,7 @@ class Operation:
     def fall_back(self, reason: str) -> Tensor:
         """Validate and run on PyTorch, or raise if the kernels were asked for."""
         choose(self.modes.kernels, self.x.device, self.result().dtype, reason)
-        wanted = self.modes.kernels == "auto" and dispatch.is_on_gpu(self.x)
+        wanted = self.modes.kernels == "auto" and self.x.is_cuda
         if wanted and reason in REMEDIES and reason not in _told:
             _told.add(reason)
             said = f"{self.name} runs on PyTorch, not on our kernels, because {reason}; {REMEDIES[reason]}"
