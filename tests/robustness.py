@@ -50,8 +50,6 @@ ROBUST = (
            "test_ask.py::test_every_command_asks_first"),
     Robust("a Triton cache that cannot be written", "`doctor` warns, with the remedy",
            FILES + "test_doctor_warns_of_a_full_disk_and_of_no_folder"),
-    Robust("a Triton cache that is somebody else's", "`doctor` warns: it executes code",
-           FILES + "test_doctor_warns_of_a_cache_that_is_somebody_elses"),
     Robust("a damaged table of tuned tiles", "one warning of one line, then the heuristic",
            "test_choice.py::test_a_hostile_table_is_one_short_warning_that_says_what_to_do"),
     Robust("a folder, a device or a loop of links in place of such a table", "the same",

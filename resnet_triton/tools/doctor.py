@@ -161,16 +161,14 @@ def _gpus() -> tuple[list[Json], str]:
     ], ""
 
 
-_CACHE_HINT = "; set TRITON_CACHE_DIR to a folder with free space that you, and only you, can write to"
-
-
 def unwritable_cache() -> str | None:
     """Why no kernel can be compiled: Triton's cache folder takes none. Names the folder, and what changes it."""
     _, existing = _cache_folder()
     try:
         files.probe(existing, 1 << 20)  # about a kernel in all its stages
     except OSError as error:
-        return f"{existing}: {error.strerror}, so no kernel can be compiled{_CACHE_HINT}"
+        hint = "set TRITON_CACHE_DIR to a folder with free space that you can write to"
+        return f"{existing}: {error.strerror}, so no kernel can be compiled; {hint}"
     return None
 
 
@@ -183,36 +181,10 @@ def _cache_folder() -> tuple[Path, Path]:
 
 
 def _cache() -> Json:
-    """Triton's cache folder, and a warning if it cannot be written to, or if others could put code there.
-
-    What it holds is executed. What it cannot hold is an OSError of Triton's at the first call of a kernel.
-    """
+    """Triton's cache folder, and a warning if it cannot be written to: an OSError of Triton's at the first call."""
     if not dispatch.HAS_TRITON:
         return {"path": None, "warning": None}
-    folder, existing = _cache_folder()
-    warning = unwritable_cache()
-    if warning is None:
-        try:
-            threat = _exposed(existing, folder)
-        except OSError as error:  # it can be written to, and not be read
-            threat = f"{existing}: {error.strerror}, so who has put code there cannot be told"
-        warning = threat and threat + _CACHE_HINT
-    return {"path": str(folder), "warning": warning}
-
-
-def _exposed(existing: Path, cache: Path) -> str | None:
-    """How somebody else could have put code into the cache, or could when it is made; None if it does not seem so."""
-    if os.name != "posix":
-        return None
-    threat = "who could put code there that Triton runs"
-    for path in (existing, *(existing.iterdir() if existing == cache else ())):
-        try:
-            owner = path.stat(follow_symlinks=path == existing).st_uid
-        except FileNotFoundError:  # another process is writing there
-            continue
-        if owner not in (os.getuid(), 0):
-            return f"{path} belongs to another user (uid {owner}), {threat}"
-    return f"{existing} can be written by other users, {threat}" if existing.stat().st_mode & 0o022 else None
+    return {"path": str(_cache_folder()[0]), "warning": unwritable_cache()}
 
 
 def _version(load: Callable[[], Any]) -> str | None:

@@ -494,14 +494,3 @@ def test_doctor_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (outcome.code, outcome.err) == (1, "")
     for words in (torch.__version__, "WRONG", "no memory", "layer4.1.conv2", "A kernel is wrong", "`import torchv"):
         assert words in outcome.out
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
-def test_doctor_warns_of_a_shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from resnet_triton.tools import doctor
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for mode, warned in ((0o700, False), (0o755, False), (0o770, True), (0o707, True)):
-        tmp_path.chmod(mode)  # the cache is not there yet: whoever can write here can make it
-        assert bool(doctor._cache()["warning"]) is warned
-    tmp_path.chmod(0o700)

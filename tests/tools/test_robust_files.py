@@ -254,7 +254,6 @@ def test_doctor_warns_of_a_full_disk_and_of_no_folder(tmp_path: Path, monkeypatc
     from resnet_triton.tools import doctor
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    tmp_path.chmod(0o700)
     assert doctor._cache()["warning"] is None
     with full_disk():
         assert ": File too large, so no kernel can be compiled; set TRITON_CACHE_DIR" in doctor._cache()["warning"]
@@ -263,24 +262,6 @@ def test_doctor_warns_of_a_full_disk_and_of_no_folder(tmp_path: Path, monkeypatc
     (tmp_path / "cache").unlink()
     (tmp_path / "cache").symlink_to("cache")
     assert "Too many levels of symbolic links" in doctor._cache()["warning"]
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("given", ["cache", "cache/entry"])
-def test_doctor_warns_of_a_cache_that_is_somebody_elses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
-) -> None:
-    from resnet_triton.tools import doctor
-
-    (tmp_path / "cache" / "entry").mkdir(parents=True)
-    (tmp_path / "cache").chmod(0o700)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    assert doctor._cache()["warning"] is None
-    os.chown(tmp_path / given, 65534, 65534)
-    expected = (
-        f"{tmp_path / given} belongs to another user (uid 65534), who could put code there that Triton runs; set "
-    )
-    assert doctor._cache()["warning"].startswith(expected)
 
 
 # --- tuned tables ----------------------------------------------------------------------------------------------------
