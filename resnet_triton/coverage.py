@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from . import config, models, programs, tracing
+from . import compiled_report, config, models, programs
 from .compiled import Compiled
 from .convert import OURS, check_module, convertible, qualified
 from .entry_point import BACKEND
@@ -73,17 +73,17 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     given = _of_a_call(inputs)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    whole, backend = tracing.is_whole(model), tracing.other_backend(model)
+    whole, backend = compiled_report.is_whole(model), compiled_report.other_backend(model)
     by_compiler = whole or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())
     by_compiler = by_compiler and backend is None
-    limit = tracing.limit(model) if by_compiler else None
+    limit = compiled_report.limit(model) if by_compiler else None
     model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
     graphs |= {name: programs.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
     try:
-        with tracing.undone(model) if by_compiler else nullcontext():
-            found = tracing.trace(model, given, whole) if by_compiler else trace(model, given)
+        with compiled_report.undone(model) if by_compiler else nullcontext():
+            found = compiled_report.trace(model, given, whole) if by_compiler else trace(model, given)
     except NotImplementedError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -130,7 +130,7 @@ def precompile(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 
     calls = trace(model, given)
     if all(call.operation is None for call in calls):
         why = next((call.reason for call in calls if call.reason), _left(model))
-        if any(map(tracing.is_whole, model.modules())):
+        if any(map(compiled_report.is_whole, model.modules())):
             why = "torch.compile has it; leave it out, for the first call compiles"
         raise ValueError(f"{qualified(getattr(model, '_orig_mod', model))} has nothing to precompile: {why}")
     compile_calls(calls, cores())

@@ -36,7 +36,7 @@ from small_models import (
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from resnet_triton import disabled, optimize, programs, refresh, report, revert, tracing
+from resnet_triton import compiled_report, disabled, optimize, programs, refresh, report, revert
 from resnet_triton.backend import resnet_triton
 from resnet_triton.ops import dispatch, original
 
@@ -691,7 +691,7 @@ def test_report_changes_nothing(make):
     assert dispatch.calls == before[2]
 
 
-@pytest.mark.skipif(not tracing._ISOLATES, reason="this torch counts all that it compiles of a method together")
+@pytest.mark.skipif(not compiled_report._ISOLATES, reason="this torch counts all that it compiles of a method together")
 @torch.no_grad()
 def test_reports_do_not_use_up_what_torch_compiles():
     with torch._dynamo.config.patch(recompile_limit=1):
