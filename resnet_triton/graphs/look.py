@@ -23,8 +23,8 @@ Look = Callable[[list[dict[Any, Any]], list[nn.Module], tuple[Tensor, ...]], Any
 
 
 def look(dicts: list[dict[Any, Any]], modules: list[nn.Module], tensors: tuple[Tensor, ...]) -> Any:
-    """What is the same as long as modules are of their classes, and tensors in their memory, of their dtypes, sizes and
-    strides; None if a dict is not empty.
+    """A value that changes when a module's class, or a tensor's address, dtype, size or stride, changes; None if a dict
+    is not empty.
 
     A lazily negated view of the same memory (`torch._neg_view`) looks alike.
     """
@@ -35,7 +35,7 @@ def look(dicts: list[dict[Any, Any]], modules: list[nn.Module], tensors: tuple[T
 
 
 def addresses(values: Sequence[Any], places: tuple[int, ...]) -> Hashable:
-    """What is the same as long as the tensors at `places` of `values` are in their memory."""
+    """A value that changes when the address of a tensor, at one of `places` in `values`, changes."""
     compiled = _compiled()
     found = None if compiled is None else compiled.addresses(values, places)  # of what it cannot describe None, slowly
     return tuple(map(Tensor.data_ptr, map(values.__getitem__, places))) if found is None else found

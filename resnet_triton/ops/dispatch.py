@@ -83,15 +83,14 @@ def raise_if_required(kernels: str, reason: str) -> None:
 
 
 def warn_of_coverage(reasons: Sequence[str], convolutions: int) -> None:
-    """One warning for whoever called the caller's caller, if most of so many convolutions are left to PyTorch, each for
-    one of these reasons."""
+    """Warn if PyTorch runs more than half of the convolutions; `reasons` has one for each that it runs."""
     if 2 * len(reasons) > convolutions:
         most, _ = Counter(reasons).most_common(1)[0]
         warnings.warn(
             f"{len(reasons)} of {convolutions} convolutions run on PyTorch, most of them for this reason: {most}; "
             "resnet_triton.report(model, shape) lists them",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=4,  # who called the caller's caller
         )
 
 

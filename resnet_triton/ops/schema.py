@@ -70,7 +70,7 @@ def arguments(cls: Any, path: str = "", prefix: str = "", optional: bool = False
 
 
 def check_tensor(name: str, x: object) -> None:
-    """TypeError for what is neither a tensor nor stands for one, as a tracer's proxy does."""
+    """TypeError unless `x` is a tensor or a tracer's proxy of one."""
     if not isinstance(x, Tensor) and not hasattr(type(x), "__torch_function__"):
         raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor")
 
