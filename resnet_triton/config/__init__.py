@@ -1,6 +1,6 @@
 """How each kernel is tiled: the configuration, what is legal, and where a configuration comes from.
 
-    device, conv (shapes, what is legal) -> estimate (the cost model); measured; hopper (forms in Gluon) -> heuristic
+    device, conv (shapes, what is legal) -> estimate (the cost model); hopper (forms in Gluon) -> heuristic
     heuristic -> invariant (one tile for all batch sizes), candidates (what is worth a try); table -> choice (lookups)
 
 Nothing is searched or timed at call time. The cost model is a pure function of shape and device facts; what a lookup

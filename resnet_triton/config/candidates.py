@@ -17,7 +17,7 @@ from . import hopper
 from .conv import ConvShape, boxes_of, is_legal, tiles
 from .device import DeviceFacts
 from .estimate import estimate
-from .heuristic import best_estimated, conv_heuristic
+from .heuristic import conv_heuristic
 
 AXES: dict[str, tuple[Any, ...]] = {
     "block_m": (16, 32, 64, 128, 256),
@@ -113,7 +113,7 @@ def adapt(
         return None
 
     def against_model(c: ConvConfig, at: ConvShape) -> float:
-        own = best_estimated(at, device, descriptors=descriptors)
+        own = conv_heuristic(at, device, descriptors=descriptors)
         return estimate(c, at, device) / estimate(own, at, device)
 
     best = min(legal, key=lambda c: estimate(c, shape, device))

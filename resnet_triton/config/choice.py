@@ -1,4 +1,4 @@
-"""Which configuration a convolution gets: the table's, a measured one, a near batch size's, or the heuristic's."""
+"""Which configuration a convolution gets: the table's, or the heuristic's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from .candidates import adapt
 from .conv import ConvShape, is_legal
 from .device import DeviceFacts
 from .heuristic import conv_heuristic
-from .measured import best_measured, measured
 
 _pinned: ContextVar[ConvConfig | None] = ContextVar("pinned", default=None)
 _forgotten = 0
@@ -37,14 +36,14 @@ def state() -> tuple[ConvConfig | None, int]:
 def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for `conv_pointer` (unaligned tensors).
 
-    The table's entry for the very shape, else a form measured for it, else the table's entry for the nearest batch size
-    within a factor of two if that does well here by the cost model, else that model.
+    The table's entry for the very shape, else its entry for the nearest batch size within a factor of two if that does
+    well here by the cost model, else what that model would choose.
     """
     return choose(shape, device, descriptors=descriptors).config
 
 
 def choose(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> Chosen:
-    """As `lookup`, and whether it is this project's own choice, as what the cost model says is."""
+    """As `lookup`, and whether it is this project's own choice, which is the cost model's."""
     config = _pinned.get() or _tuned(shape, device, descriptors)
     if config is not None:
         return Chosen(config, trusted=False)
@@ -52,30 +51,27 @@ def choose(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -
 
 
 def _tuned(shape: ConvShape, device: DeviceFacts, descriptors: bool) -> ConvConfig | None:
-    """The table's."""
+    """The table's for this shape, else for a near batch size."""
     known = _table(device.name)
     exact = known.entries.get(shape)
     if exact is not None and (descriptors or exact.config.box is None) and is_legal(exact.config, shape, device):
         return exact.config
-    if best_measured(shape, device, descriptors=descriptors) is None:
-        for tuned in _nearest(known, shape):
-            config = adapt(known.entries[tuned].config, tuned, shape, device, descriptors=descriptors)
-            if config is not None:
-                return config
+    for tuned in _nearest(known, shape):
+        config = adapt(known.entries[tuned].config, tuned, shape, device, descriptors=descriptors)
+        if config is not None:
+            return config
     return None
 
 
 def timed(shape: ConvShape, device: DeviceFacts) -> bool:
     """Whether the very configuration that `lookup` gives was timed for this shape on this GPU."""
-    known, chosen = _table(device.name).entries.get(shape), lookup(shape, device)
-    return (known is not None and known.config == chosen) or any(
-        form.config == chosen for form in measured(device.name).get(shape, ())
-    )
+    known = _table(device.name).entries.get(shape)
+    return known is not None and known.config == lookup(shape, device)
 
 
 def untuned(device: DeviceFacts) -> str | None:
     """One line about a GPU on which no tile was ever timed; None if some were."""
-    if measured(device.name) or _table(device.name).entries:
+    if _table(device.name).entries:
         return None
     return f"no tile was timed on {device.name}, a model of an H200 chooses them; resnet-triton tune times them there"
 

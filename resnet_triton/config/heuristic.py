@@ -1,7 +1,6 @@
 """Tile choices from shape and device facts alone: nothing is timed at a call, no state, the same answer everywhere.
 
-A cost model chooses (`estimate.py`), fitted to what was timed on an H200. Where a form was timed for the very shape
-(`measured.py`), its time stands for it.
+A cost model chooses (`estimate.py`), fitted to what was timed on an H200.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from . import hopper
 from .conv import SPLITS, ConvShape, boxes_of, by_waste, is_legal, may_have_rows, supports_descriptors
 from .device import DeviceFacts
 from .estimate import estimate
-from .measured import best_measured
 
 # (block_m, block_k, block_c of a 16-bit type, num_warps, num_stages), each seen to compile without spills
 # (the first spills 16 bytes with GELU and a residual).
@@ -33,22 +31,12 @@ _IEEE_TILES = ((64, 64, 16, 4, 3), (32, 32, 16, 4, 3))  # fp32 multiply-adds: la
 _IEEE_FLAT_TILES = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
 _MATRIX_ROWS = 64  # of the smallest product that four warps do at a time (wgmma)
-_UNTIMED_SLACK = 1.1  # a warp-specialised form, timed nowhere yet, may be so much slower by the model than another was
 _MANY = 32  # images from which boxes waste little of any shape
 
 
 @functools.lru_cache(maxsize=4096)  # weighing the candidates takes milliseconds
 def conv_heuristic(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
     """The configuration for `shape` on `device`. `descriptors=False` asks for `conv_pointer` (unaligned tensors)."""
-    chosen = best_estimated(shape, device, descriptors=descriptors)
-    timed = best_measured(shape, device, descriptors=descriptors)
-    if timed is None or (chosen.is_gluon and estimate(chosen, shape, device) < _UNTIMED_SLACK * 1000 * timed.us):
-        return chosen
-    return timed.config
-
-
-def best_estimated(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
-    """What the cost model alone would choose."""
     found = conv_candidates(shape, device, descriptors=descriptors)
     return min(found, key=lambda config: estimate(config, shape, device))
 

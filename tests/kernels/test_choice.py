@@ -1,4 +1,4 @@
-"""What a lookup finds: a table's entry, unless the table is not beyond doubt, a measured form, or the heuristic's."""
+"""What a lookup finds: a table's entry, unless the table is not beyond doubt, or the heuristic's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import torch
 import triton
 from exact import conv_call, generator
 
-from resnet_triton import resnet18
 from resnet_triton.config import (
     ConvConfig,
     ConvShape,
@@ -27,21 +26,15 @@ from resnet_triton.config import (
     conv_heuristic,
     is_legal,
     lookup,
-    measured,
     table,
 )
 from resnet_triton.config.device import KNOWN, DeviceFacts, facts, override
-from resnet_triton.config.estimate import estimate
-from resnet_triton.config.heuristic import best_estimated
-from resnet_triton.ops.trace import trace
 
 SHAPE = ConvShape(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
 CONFIG = ConvConfig(128, 64, 64, 4, 3)
 BOX = replace(CONFIG, box=(1, 4, 32), swap=True)
 STRIDED = replace(SHAPE, stride=(2, 2))
 GPU = KNOWN[90]
-H100 = replace(GPU, name="NVIDIA H100 80GB HBM3")
-INTERPRETED = replace(GPU, gluon=False)
 TUNED = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32), swap=True)
 
 
@@ -64,8 +57,6 @@ def document(shape: Any = SHAPE, chosen: Any = TUNED, **changes: Any) -> str:
 def test_shipped_tables_are_sound() -> None:
     devices = {table.slug(device.name): device for device in KNOWN.values()}
     for path in table.FOLDER.glob("*.json"):
-        if path.suffixes == [".measured", ".json"]:
-            continue
         for shape, entry in table.load(path).entries.items():
             assert path.stem not in devices or is_legal(entry.config, shape, devices[path.stem]), (path.name, shape)
 
@@ -369,93 +360,3 @@ def test_launches_alike_look_up_once(folder: Path, monkeypatch: pytest.MonkeyPat
         call.launches(call.output())
         assert asked == [call.shape] * (1 + forgotten)
         choice.forget()
-
-
-# --- what was measured -----------------------------------------------------------------------------------------------
-
-MEASURED = Path(measured.__file__).with_name("nvidia-h200.measured.json")
-TIMED = json.loads(MEASURED.read_text(encoding="utf-8"))
-
-
-def usable(row: dict[str, Any]) -> bool:
-    several_sides = row["box"] is not None and sum(side > 1 for side in row["box"]) > 1
-    return row["exact"] and not row["spill_bytes"] and not several_sides
-
-
-def fastest() -> dict[ConvShape, ConvConfig]:
-    """Of each shape's forms that may be used."""
-    found = {}
-    for layer in TIMED["layers"]:
-        rows = [dict(zip(TIMED["columns"], values, strict=True)) for values in layer["forms"]]
-        if rows := sorted(filter(usable, rows), key=lambda row: row["us"]):
-            shape = {name: tuple(value) if isinstance(value, list) else value for name, value in layer["shape"].items()}
-            tile = [rows[0][f"block_{axis}"] for axis in "mkc"]
-            box = rows[0]["box"] and tuple(rows[0]["box"])
-            found[ConvShape(**shape)] = ConvConfig(
-                *tile, rows[0]["num_warps"], rows[0]["num_stages"], box, rows[0]["split_k"]
-            )
-    return found
-
-
-def test_an_h200_takes_the_fastest_form_that_was_measured_and_may_be_used() -> None:
-    calls = [call for call in trace(resnet18().eval(), (1, 3, 224, 224), torch.float16) if call.tiled]
-    layers = {replace(call.shape, n=256) for call in calls}
-    at_256 = {shape: config for shape, config in fastest().items() if shape.n == 256}
-    assert len(at_256) == 8
-    assert set(at_256) <= layers
-    for shape, config in fastest().items():
-        assert lookup(shape, INTERPRETED) == conv_heuristic(shape, INTERPRETED) == config, shape
-        chosen, form = lookup(shape, GPU), measured.best_measured(shape, GPU)
-        assert form
-        assert chosen == conv_heuristic(shape, GPU)
-        assert chosen == config or (chosen.kernel and estimate(chosen, shape, GPU) < 1100 * form.us)
-        assert (chosen != config) == (shape.n in (1, 256)), "no kernel in Gluon has been timed yet"
-        assert shape.n != 32, "timed in boxes with several sides alone"
-    assert all(launch.trusted for call in calls for launch in call.launches(GPU)), "our own choice"
-    assert at_256[replace(SHAPE, n=256)] == ConvConfig(128, 64, 64, 4, 3, (1, 1, 128)), "145 us, two columns took 207"
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [{"exact": False}, {"safe": False}, {"spill_bytes": 8}, {"box": [1, 4, 32]}, {"block_c": 256}],
-    ids=["inexact", "unsafe", "spills", "several sides", "illegal"],
-)
-def test_the_fastest_form_is_not_taken_if_it_may_not_be_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
-) -> None:
-    planted = {"us": 1.0, "exact": True, "safe": True, "spill_bytes": 0, **asdict(WIDE), "box": [1, 1, 128]}
-    for row, taken in ((planted, True), (planted | fault, False)):
-        data = json.loads(MEASURED.read_text(encoding="utf-8"))
-        for layer in data["layers"]:
-            layer["forms"].insert(0, [row[name] for name in data["columns"]])
-        (tmp_path / MEASURED.name).write_text(json.dumps(data))
-        monkeypatch.setattr(measured, "FOLDER", tmp_path)
-        measured.measured.cache_clear()
-        try:
-            for shape, config in fastest().items():
-                expected = WIDE if taken and is_legal(WIDE, shape, GPU) else config
-                form = measured.best_measured(shape, GPU)
-                assert form
-                assert form.config == expected, shape
-        finally:
-            measured.measured.cache_clear()
-
-
-def test_nothing_else_takes_what_was_measured_on_an_h200() -> None:
-    shape = replace(SHAPE, n=256)
-    others = [replace(shape, n=255), replace(shape, dtype="bfloat16"), replace(shape, h=57)]
-    for elsewhere, device in [*((s, GPU) for s in others), *((shape, d) for d in (KNOWN[80], KNOWN[100], H100))]:
-        assert measured.best_measured(elsewhere, device) is None
-        assert lookup(elsewhere, device) == best_estimated(elsewhere, device)
-    assert lookup(shape, GPU, descriptors=False) == best_estimated(shape, GPU, descriptors=False), "boxes alone"
-    assert lookup(replace(SHAPE, n=1), GPU, descriptors=False) == fastest()[replace(SHAPE, n=1)]
-
-
-def test_a_measured_form_stands_between_the_table_s_entries(folder: Path) -> None:
-    """Behind the very shape's, before a near batch size's."""
-    shape = replace(SHAPE, n=256)
-    tabled(folder, (replace(SHAPE, n=255), WIDE))
-    assert lookup(shape, INTERPRETED) == fastest()[shape]
-    tabled(folder, (shape, WIDE))
-    choice.forget()
-    assert lookup(shape, INTERPRETED) == lookup(shape, GPU) == WIDE

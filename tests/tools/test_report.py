@@ -20,8 +20,9 @@ from resnet_triton import config, models, optimize
 from resnet_triton.bench import command
 from resnet_triton.bench.results import Results
 from resnet_triton.codegen.compiler import Specialisation, specialise
+from resnet_triton.config import table
+from resnet_triton.config.choice import forget
 from resnet_triton.config.device import KNOWN, override
-from resnet_triton.config.measured import measured
 from resnet_triton.coverage import report as report_of
 from resnet_triton.ops import interpreter
 from resnet_triton.ops.trace import trace
@@ -49,7 +50,7 @@ def test_every_convolution_has_its_kernel_by_name(
     arguments = ["report", "--arch", "sm_90", "--models", "resnet18,resnet50", "--batches", "1,8,32,256"]
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["gpu"], found["sms"], found["untuned"]) == ("NVIDIA H200", 132, None)
+    assert (found["gpu"], found["sms"], found["untuned"]) == ("NVIDIA H200", 132, UNTUNED.format("NVIDIA H200"))
     kernels: dict[tuple[str, int], list[str]] = {}
     for row in found["rows"]:
         if row["operator"] == "conv_bn_relu":
@@ -70,14 +71,8 @@ def test_every_convolution_has_its_kernel_by_name(
     assert sum("conv_bn_relu" in line for line in lines) == 16
     assert sum(line.split()[:1] == ["conv1"] and line.count("hopper_stem") == 4 for line in lines) == 1
     last = next(line for line in lines if "layer4.1.conv2" in line)
-    assert last.count("hopper_pingpong 128x") == 2
-    assert lines[-2:] == [
-        "A tile is pixels x filters / programs that share it.",
-        "0 of these 64 tiles were timed on NVIDIA H200; a cost model chose the others.",
-    ]
-    shape, forms = next(iter(measured(H200.name).items()))
-    with config.pinned(forms[0].config):
-        assert config.timed(shape, H200)
+    assert last.split()[2::2] == ["hopper_few", "hopper_conv", "hopper_conv", "hopper_pingpong"]
+    assert lines[-2:] == ["A tile is pixels x filters / programs that share it.", found["untuned"]]
 
 
 @pytest.mark.usefixtures("compiled")
@@ -119,14 +114,24 @@ def test_a_batch_size_compiles_nothing_but_tiles_that_are_new():
     assert {key for key, different in found.items() if len(different) > 1} == set()
 
 
+def tune(shape, facts):
+    """Write a table with the heuristic's choice for one shape, as the tuner might."""
+    entry = table.Entry(config.conv_heuristic(shape, facts))
+    table.save(table.Table(facts.name, entries={shape: entry}), table.path_of(facts.name))
+    forget()
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["untuned", "tuned"])
 @pytest.mark.parametrize("facts", [KNOWN[80], H100_PCIE, MIG, H200], ids=lambda facts: facts.name)
-def test_a_gpu_without_a_measured_table(facts, monkeypatch, capsys, device):
-    """`report`, `doctor` and `bench` say so, in one line."""
-    line = None if facts is H200 else UNTUNED.format(facts.name)
-    assert config.untuned(facts) == line
+def test_a_gpu_without_a_tuned_table(facts, tuned, monkeypatch, capsys, device, folder):
+    """`report`, `doctor` and `bench` say so, in one line; they are silent about one with a table."""
+    line = UNTUNED.format(facts.name)
+    if tuned:
+        tune(config.ConvShape(1, 64, 8, 8, 64, 3, 3, padding=(1, 1)), facts)
+    assert config.untuned(facts) == (None if tuned else line)
     with override(facts):
         model = optimize(models.resnet18(num_classes=10).eval().to(device), kernels="triton")
-        assert str(report_of(model)).splitlines().count(str(line)) == (line is not None)
+        assert str(report_of(model)).splitlines().count(line) == (not tuned)
 
         monkeypatch.setattr(command, "plan", lambda **_: SimpleNamespace(device=torch.device("cuda"), budget=1))
         monkeypatch.setattr(command, "run", lambda *_: Results())
@@ -134,30 +139,23 @@ def test_a_gpu_without_a_measured_table(facts, monkeypatch, capsys, device):
         monkeypatch.setattr("resnet_triton.tools.ask.ask", lambda *_: None)
         assert cli.main(["bench", "--json"]) == 0
         notes = [text for text in capsys.readouterr().err.splitlines() if text.startswith("note: ")]
-        assert notes == ([f"note: {line}"] if line else [])
+        assert notes == ([] if tuned else [f"note: {line}"])
 
         monkeypatch.setattr(doctor, "no_kernels", lambda where: None)
         monkeypatch.setattr(doctor, "self_test", lambda device: [])
         monkeypatch.setattr(doctor, "_machine_code", lambda *_: {"triton": None, "hazards": []})
         monkeypatch.setenv("COLUMNS", "200")
         assert cli._doctor(Namespace(json=False)) == 0
-        assert ("no tile was timed" in capsys.readouterr().out) == (line is not None)
+        assert ("no tile was timed" in capsys.readouterr().out) == (not tuned)
 
 
-def test_a_table_of_the_tuners_will_do(monkeypatch, tmp_path):
-    from resnet_triton.config import table
-    from resnet_triton.config.choice import forget
-
-    monkeypatch.setattr(table, "FOLDER", tmp_path)
-    shape = config.ConvShape(1, 64, 8, 8, 64, 3, 3, padding=(1, 1))
-    entry = table.Entry(config.conv_heuristic(shape, H100_PCIE))
-    table.save(table.Table(H100_PCIE.name, entries={shape: entry}), table.path_of(H100_PCIE.name))
-    forget()
-    try:
-        assert config.untuned(H100_PCIE) is None
-    finally:
-        monkeypatch.undo()
-        forget()
+@pytest.mark.usefixtures("compiled", "folder")
+def test_tiles_that_were_timed_are_counted(capsys):
+    calls = trace(models.resnet18().eval(), (1, 3, 224, 224), torch.float16)
+    tune(next(call.shape for call in calls if call.tiled), H200)
+    assert cli.main(["report", "--arch", "sm_90", "--batches", "1,8"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "2 of these 32 tiles were timed on NVIDIA H200; a cost model chose the others."
 
 
 @pytest.mark.usefixtures("compiled")
