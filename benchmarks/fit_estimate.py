@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from resnet_triton.config import ConvConfig, ConvShape
-from resnet_triton.config.device import KNOWN
 from resnet_triton.config.estimate import LATENCIES, RATES, Rates, estimate
+from resnet_triton.config.targets import KNOWN
 
 H200 = KNOWN[90]
 FORMS = Path(__file__).parent / "results" / "h200-2026-11-27.json"

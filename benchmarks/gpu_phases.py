@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def models(
 def ours(tables: str | None, graph: bool, invariant: bool, model: nn.Module, images: Tensor) -> Model:
     """Our model on our kernels; in a rehearsal they are interpreted."""
     if tables is not None:
-        table.FOLDER = Path(tables)
+        os.environ[table.VARIABLE] = tables
     return resnet_triton.optimize(model, kernels="triton", cuda_graph=graph, batch_invariant=invariant)
 
 

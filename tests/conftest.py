@@ -77,8 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder in place of the one with the shipped tables."""
     from resnet_triton.config import choice, table
 
-    monkeypatch.delenv(table.VARIABLE, raising=False)
-    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    monkeypatch.setenv(table.VARIABLE, str(tmp_path))
     choice.forget()
     yield tmp_path
     choice.forget()

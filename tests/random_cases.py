@@ -37,7 +37,8 @@ from resnet_triton import config
 from resnet_triton.config import ConvConfig, ConvShape, StemConfig, is_legal, supports_descriptors
 from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.conv import may_have_rows
-from resnet_triton.config.device import KNOWN, facts
+from resnet_triton.config.device import facts
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.kernels.values import has_several_sides
 from resnet_triton.ops import (

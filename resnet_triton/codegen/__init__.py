@@ -5,14 +5,14 @@ which run on a CPU. A row then says whether the tensor cores and the bulk copy e
 whether shared memory fits, whether ptxas serialised the asynchronous matrix instructions, whether memory is ordered on
 every path, whether NaN and IEEE rounding survive, and how many programs a multiprocessor holds.
 
-    targets -> compiler, occupancy -> rows -> report -> budget
+    compiler, occupancy -> rows -> report -> budget
 """
 
 from __future__ import annotations
 
+from ..config.targets import TARGETS, target
 from .compiler import Specialisation, compile_for, specialise, triton_compile, vital_signs
 from .rows import DTYPES, HELD, CompiledLaunch, rows
-from .targets import TARGETS, target
 
 __all__ = [
     "DTYPES",

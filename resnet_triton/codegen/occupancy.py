@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ..config.table import Facts
+from ..config.targets import Target
 from ..kernels.launch import cdiv
 from ..machine_code import Code
-from .targets import Multiprocessor, Target
 
 
-def programs_per_sm(code: Code, num_warps: int, sm: Multiprocessor) -> int:
+def programs_per_sm(code: Code, num_warps: int, gpu: Facts) -> int:
     """Programs a multiprocessor holds at a time; 0 if not even one fits.
 
     Registers are given to a warp in steps of 8 a thread, shared memory to a program in steps of 128 bytes, and the
@@ -16,8 +17,8 @@ def programs_per_sm(code: Code, num_warps: int, sm: Multiprocessor) -> int:
     """
     warp = _round_up(max(code.registers, 1), 8) * 32
     by_registers = 4 * (65536 // 4 // warp) // num_warps
-    by_memory = sm.shared_memory // (_round_up(code.shared_memory, 128) + 1024)
-    return min(by_registers, by_memory, sm.warps // num_warps, sm.programs)
+    by_memory = gpu.sm_shared_memory // (_round_up(code.shared_memory, 128) + 1024)
+    return min(by_registers, by_memory, gpu.sm_warps // num_warps, gpu.sm_programs)
 
 
 def waves(programs: int, resident: int, target: Target) -> float:

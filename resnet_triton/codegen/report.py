@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
+from ..config.targets import target
 from ..support import files
 from ..support.names import check_known
 from ..support.terminal import Bar
 from .rows import DTYPES, HELD, rows
-from .targets import target
 
 Record = dict[str, Any]
 

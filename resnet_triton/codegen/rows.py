@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config.targets import Target, target
 from ..kernels.launch import Launch
 from ..machine_code import Code
 from ..ops.precision import fp32_precision
@@ -17,7 +18,6 @@ from ..ops.trace import trace
 from ..support.processes import Pool
 from .compiler import Specialisation, compile_for, specialise
 from .occupancy import programs_per_sm, waves
-from .targets import Target, target
 
 DTYPES = {
     "float16": (torch.float16, "ieee"),
@@ -187,9 +187,9 @@ def _plan(model: nn.Module, where: Target, batch: int, dtype: str, image: int) -
 
 
 def _compiled(p: _Planned, code: Code) -> CompiledLaunch:
-    launch, arguments, sm = p.launch, p.launch.arguments, p.target.sm
+    launch, arguments, known = p.launch, p.launch.arguments, p.target.known
     num_warps = code.warps or launch.num_warps
-    resident = programs_per_sm(code, num_warps, sm)
+    resident = programs_per_sm(code, num_warps, known)
     descriptors = any(name.endswith("_desc") and value is not None for name, value in arguments.items())
     sizes = [name for name in launch.kernel.arg_names if name.startswith(("BOX", "BLOCK"))]
     return CompiledLaunch(
@@ -209,7 +209,7 @@ def _compiled(p: _Planned, code: Code) -> CompiledLaunch:
         num_stages=arguments.get("STAGES", launch.num_stages),
         programs=prod(launch.grid),
         programs_per_sm=resident,
-        occupancy=round(resident * num_warps / sm.warps, 3),
+        occupancy=round(resident * num_warps / known.sm_warps, 3),
         waves=round(waves(prod(launch.grid), resident, p.target), 3),
         code=code,
         wide_input=any(_wide(arguments.get(name), launch) for name in ("x_ptr", "w_ptr")),

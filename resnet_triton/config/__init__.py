@@ -2,6 +2,7 @@
 
     device, conv (shapes, what is legal) -> estimate (the cost model); hopper (forms in Gluon) -> heuristic
     heuristic -> invariant (one tile for all batch sizes), candidates (what is worth a try); table -> choice (lookups)
+    table -> targets (GPUs that need not be here)
 
 Nothing is searched or timed at call time. The cost model is a pure function of shape and device facts; what a lookup
 depends on besides (tables, which are read once, and `pinned`, while the tuner plans) is in `state()`, for those who

@@ -104,16 +104,7 @@ def _nearest(known: table.Table, shape: ConvShape) -> list[ConvShape]:
 def _table(gpu: str) -> table.Table:
     """The GPU's table, empty if there is none or it is not sound. Anything odd is said once."""
     path = table.path_of(gpu)
-    try:
-        known = table.load(path)
-        if table.slug(known.gpu) != path.stem:
-            raise ValueError(f"{path}: tuned for {known.gpu!r}, expected {gpu!r}")
-    except FileNotFoundError:
-        return table.Table(gpu)
-    except (ValueError, OSError) as error:
-        said = f"ignoring a tuned table, using heuristics: {error}; delete it, or mend what it says"
-        warnings.warn(said, stacklevel=2)
-        return table.Table(gpu)
+    known = table.sound(path) or table.Table(gpu)
     _warn_of_another_triton(path.name, known)
     return known
 

@@ -38,16 +38,6 @@ class DeviceFacts:
         return self.arch >= 90
 
 
-# One GPU per architecture, for ahead-of-time compilation and the interpreter (CUDA programming guide, "Technical
-# Specifications per Compute Capability"; the products' data sheets).
-KNOWN = {
-    80: DeviceFacts("NVIDIA A100", 80, 108, 163 * 1024),
-    86: DeviceFacts("NVIDIA RTX A6000", 86, 84, 99 * 1024),
-    89: DeviceFacts("NVIDIA GeForce RTX 4090", 89, 128, 99 * 1024),
-    90: DeviceFacts("NVIDIA H200", 90, 132, 227 * 1024),
-    100: DeviceFacts("NVIDIA B200", 100, 148, 227 * 1024),
-    120: DeviceFacts("NVIDIA GeForce RTX 5090", 120, 170, 99 * 1024),
-}
 _override: ContextVar[DeviceFacts | None] = ContextVar("override", default=None)
 
 
@@ -57,6 +47,8 @@ def facts(device: torch.device) -> DeviceFacts:
         return pretended
     if device.type == "cuda":
         return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
+    from .targets import KNOWN  # reads files
+
     return KNOWN[90]
 
 

@@ -1,12 +1,13 @@
-"""Tuned tables: one JSON file per GPU, read as data, checked before use and replaced as a whole.
+"""Tables: one JSON file per GPU, read as data, checked before use and replaced as a whole.
 
-    {"schema": 1, "gpu": ..., "driver": ..., "triton": ..., "torch": ..., "date": ..., "entries": [
+    {"schema": 1, "gpu": ..., "driver": ..., "triton": ..., "torch": ..., "date": ..., "facts": {...}, "entries": [
     {"shape": {...}, "config": {...}, "timing": {...}},
     ...
     ]}
 
-Driver, versions and date are those of the run that wrote the file last; an entry's timing says when and with which
-Triton it was measured. A table is never trusted: unknown or repeated keys, wrong types, numbers out of range and
+Facts may be missing; only where the GPU is not here are they needed (`targets.py`). Driver, versions and date are those
+of the tuner's run that wrote the file last; an entry's timing says when and with which Triton it was measured. A table
+is never trusted: unknown or repeated keys, wrong types, numbers out of range and
 oversized files make it a ValueError. Whether an entry is legal on the GPU is asked at each use.
 """
 
@@ -17,6 +18,7 @@ import math
 import os
 import re
 import reprlib
+import warnings
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +27,26 @@ from ..kernels.values import ConvConfig
 from ..support import files
 from .conv import ConvShape
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "gpus"
 VARIABLE = "RESNET_TRITON_TABLES"
 MAX_BYTES = 4 << 20
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a GPU has and, from `sm_` on, what one of its multiprocessors holds. Memory is in bytes.
+
+    `shared_memory` is what one program may use. From the CUDA programming guide, "Technical Specifications per Compute
+    Capability", and the products' data sheets.
+    """
+
+    arch: int
+    sm_count: int
+    shared_memory: int
+    sm_warps: int
+    sm_programs: int
+    sm_shared_memory: int
 
 
 @dataclass(frozen=True)
@@ -53,13 +71,14 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The tuned convolutions of one GPU, and what they were tuned with."""
+    """What is known of one GPU: facts, the tuned convolutions, and what they were tuned with."""
 
     gpu: str
     driver: str = ""
     triton: str = ""
     torch: str = ""
     date: str = ""
+    facts: Facts | None = None
     entries: dict[ConvShape, Entry] = field(default_factory=dict)
 
 
@@ -75,7 +94,7 @@ def path_of(gpu: str) -> Path:
 
 def save(table: Table, path: Path) -> None:
     """Write the table; a failure of whatever kind leaves the old one."""
-    header = {f.name: getattr(table, f.name) for f in fields(Table) if f.name != "entries"}
+    header = {name: value for name, value in asdict(replace(table, entries={})).items() if value is not None}
     lines = []
     for shape in sorted(table.entries, key=astuple):
         config, timing = table.entries[shape]
@@ -91,6 +110,21 @@ def add(table: Table, shape: ConvShape, entry: Entry, path: Path) -> Table:
         there = load(path).entries if path.exists() else {}
         table = replace(table, entries={**table.entries, **there, shape: entry})
         save(table, path)
+    return table
+
+
+def sound(path: Path) -> Table | None:
+    """The table in a file; None if there is none, or, with a warning, if anything about it is odd."""
+    try:
+        table = load(path)
+        if slug(table.gpu) != path.stem:
+            raise ValueError(f"{path}: about {table.gpu!r}, expected {slug(table.gpu)}.json as its name")
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        said = f"ignoring a tuned table, using heuristics: {error}; delete it, or mend what it says"
+        warnings.warn(said, stacklevel=2)
+        return None
     return table
 
 
@@ -112,7 +146,10 @@ def load(path: Path) -> Table:
             raise ValueError(f"{where} repeats the shape of an earlier one")
         timing = _build(Timing, item["timing"], where) if "timing" in item else None
         entries[shape] = Entry(_build(ConvConfig, item.get("config"), where), timing)
-    return _build(Table, data, str(path), entries=entries)
+    facts = _build(Facts, data.pop("facts"), str(path)) if "facts" in data else None
+    if facts is not None and not all(astuple(facts)):
+        raise ValueError(f"{path}: Facts must be positive, got {asdict(facts)}")
+    return _build(Table, data, str(path), facts=facts, entries=entries)
 
 
 def _build(cls: type, data: Any, where: str, **given: Any) -> Any:

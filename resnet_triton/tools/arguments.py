@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
+from ..config.targets import TARGETS
 from ..support.processes import cores
 
 _MODELS = "resnet18, resnet34 or resnet50"
 _DTYPES = "float16, bfloat16, tf32 or float32"
-_ARCHS = "sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120"
+_ARCHS = ", ".join(target.name for target in TARGETS.values())
 _SIZES = "1,8,32,128,256"
 
 

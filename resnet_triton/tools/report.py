@@ -10,8 +10,8 @@ import torch
 from .. import config, models
 from ..bench.cases import MODELS
 from ..codegen.rows import DTYPES
-from ..codegen.targets import target
 from ..config.device import DeviceFacts
+from ..config.targets import target
 from ..ops import gluon
 from ..ops.precision import fp32_precision
 from ..ops.trace import Call, trace

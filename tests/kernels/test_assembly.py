@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 from compiling import ROW, TRITON, run
 
 from resnet_triton import resnet18
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.machine_code import Code, dependent, flow, groups, ordering
 from resnet_triton.machine_code.access import loads, stores
 from resnet_triton.ops import OPERATORS
@@ -89,7 +89,7 @@ import json, sys
 import torch
 from dataclasses import asdict, replace
 from resnet_triton import codegen, ops, resnet18
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.hopper_conv import hopper_conv
 from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Convolution, Geometry
 from resnet_triton.ops.trace import trace

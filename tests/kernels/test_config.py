@@ -23,8 +23,9 @@ from resnet_triton.config import (
     supports_descriptors,
 )
 from resnet_triton.config.conv import steps, taps, tiles
-from resnet_triton.config.device import KNOWN, override
+from resnet_triton.config.device import override
 from resnet_triton.config.heuristic import conv_candidates
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.ops import GlobalAvgPool, MaxPool2d
 from resnet_triton.ops.dispatch import Modes

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from resnet_triton import config
 from resnet_triton.config import ConvConfig, ConvShape, StemConfig, supports_descriptors
-from resnet_triton.config.device import KNOWN, facts, override
+from resnet_triton.config.device import facts, override
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import dispatch, linear
 

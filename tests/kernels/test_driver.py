@@ -23,7 +23,7 @@ from driver import MAPS, STREAM, Driver, parameter_sizes
 from simulator.memory import TensorMap
 from resnet_triton import codegen, models
 from resnet_triton.codegen.rows import DTYPES
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import with_base
 from resnet_triton.ops.precision import fp32_precision
 from resnet_triton.ops.trace import trace

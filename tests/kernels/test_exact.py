@@ -43,7 +43,8 @@ from torch import Tensor
 from resnet_triton import config, ops, resnet18
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, supports_descriptors
 from resnet_triton.config import tiles as grid_size
-from resnet_triton.config.device import KNOWN, facts
+from resnet_triton.config.device import facts
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.conv_depthwise import conv_depthwise
 from resnet_triton.kernels.launch import cdiv
 from resnet_triton.kernels.values import ACTIVATIONS, groups_at_once, is_flat

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from resnet_triton.config import ConvConfig, ConvShape, is_legal
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 
 CASES = int(os.environ.get("FUZZ_CASES", "100"))
 SEED = os.environ.get("FUZZ_SEED", "0")

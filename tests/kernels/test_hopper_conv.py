@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
 from resnet_triton.config.conv import shared_memory, tiles
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import NONE, RELU, Activation, gluon
 from resnet_triton.ops.in_graph import dependent_launches

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_triton import config, models, ops, optimize, report, resnet18, resnet50
 from resnet_triton import functional as F
-from resnet_triton.config.device import KNOWN, override
+from resnet_triton.config.device import override
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import interpreter
 from resnet_triton.ops.dispatch import Modes
 from resnet_triton.ops.trace import trace
@@ -252,7 +253,7 @@ import json, re, sys, torch
 from resnet_triton import resnet18
 from resnet_triton.codegen.compiler import specialise, triton_compile
 from resnet_triton.convert import optimize
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops.trace import trace
 with torch.device("meta"):
     model = optimize(resnet18().eval(), batch_invariant=True)

@@ -46,7 +46,7 @@ from triton.runtime.jit import JITFunction
 from resnet_triton import ops
 from resnet_triton.codegen import specialise
 from resnet_triton.config import ConvConfig, ConvShape, is_legal
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
 from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.hopper_stem import hopper_stem

@@ -14,7 +14,7 @@ from compiling import run as run_compiled
 from exact import conv_call, conv_reference, generator
 
 from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal, pinned
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import ConvBnRelu, conv, in_graph, interpreter
 
 TILE = ConvConfig(16, 32, 16, 4, 2)
@@ -159,13 +159,13 @@ import json
 import torch
 import resnet_triton
 from resnet_triton import codegen
-from resnet_triton.config import device
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops.trace import trace
 calls = trace(resnet_triton.resnet18().eval(), (1, 3, 224, 224), torch.float16)
 call = next(c for c in calls if c.name == "layer4.1.conv2")
 found = []
 for arch in (80, 90, 100):
-    launch = call.launches(device.KNOWN[arch])[-1]
+    launch = call.launches(KNOWN[arch])[-1]
     assert launch.arguments["SPLIT_K"] > 1, launch
     ptx = codegen.triton_compile(codegen.specialise(launch), arch).asm["ptx"]
     found.append([launch.arguments["SPLIT_K"], ptx])

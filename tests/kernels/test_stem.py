@@ -27,7 +27,8 @@ from torch import Tensor
 
 from resnet_triton import config, functional
 from resnet_triton.config import StemConfig, hopper_strip, stem_heuristic
-from resnet_triton.config.device import KNOWN, override
+from resnet_triton.config.device import override
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels import stem as kernels
 from resnet_triton.kernels.hopper_stem import reads
 from resnet_triton.ops import BatchNorm, dispatch, interpreter, reference

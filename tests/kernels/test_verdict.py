@@ -53,7 +53,8 @@ from pathlib import Path
 import torch
 from triton import knobs
 from resnet_triton.config import ConvConfig, ConvShape
-from resnet_triton.config.device import KNOWN, override
+from resnet_triton.config.device import override
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.machine_code import verdict
 from resnet_triton.tuner import precompile, trial
 
@@ -294,7 +295,7 @@ from pathlib import Path
 import torch
 from resnet_triton import resnet18
 from resnet_triton.tools import doctor
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.machine_code import verdict
 from resnet_triton.ops.trace import trace
 from resnet_triton.tuner import precompile

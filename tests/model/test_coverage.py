@@ -190,7 +190,7 @@ def test_report_of_a_model_around_a_compiled_part():
 PRECOMPILE = """
 import sys, threading, triton
 from resnet_triton import models, precompile
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import dispatch, original
 from resnet_triton.ops.trace import compile_calls, trace
 from resnet_triton.tuner.precompile import pretend

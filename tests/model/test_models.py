@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import functional, models
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import dispatch, interpreter
 from resnet_triton.ops.trace import trace

@@ -414,7 +414,8 @@ def test_kernels_are_launched_under_the_guard_of_their_tensors_device(monkeypatc
     """On tensors that claim to be on the second GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from resnet_triton.config.device import KNOWN, override
+    from resnet_triton.config.device import override
+    from resnet_triton.config.targets import KNOWN
     from resnet_triton.kernels.launch import Launch
 
     current, launched = [0], []

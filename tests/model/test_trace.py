@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from resnet_triton import resnet18, resnet50
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import dispatch
 from resnet_triton.ops.trace import Call, trace
 

@@ -21,7 +21,8 @@ import torch
 from synthetic_results import row
 
 from resnet_triton.bench import results
-from resnet_triton.config.device import KNOWN, override
+from resnet_triton.config.device import override
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.support import files, vision
 from resnet_triton.support.names import find_device
 from resnet_triton.tools import ask, cli

@@ -22,7 +22,6 @@ from compiling import CODE, ROW, TRITON, run
 
 from resnet_triton import resnet18
 from resnet_triton.codegen import HELD, TARGETS, CompiledLaunch, budget, report, target
-from resnet_triton.config.device import KNOWN
 from resnet_triton.machine_code import read
 from resnet_triton.machine_code.ordering import NO_BARRIER_BEFORE_ATOMIC, WEAK_ATOMIC
 from resnet_triton.ops.trace import trace
@@ -58,13 +57,13 @@ import json
 import torch
 import resnet_triton
 from resnet_triton import codegen, config
-from resnet_triton.config import device
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.config.conv import shared_memory
 from resnet_triton.ops.trace import trace
 model = resnet_triton.resnet18().eval()
 found = []
 for arch in (80, 90):
-    facts = device.KNOWN[arch]
+    facts = KNOWN[arch]
     for batch in (1, 32):
         for call in trace(model, (batch, 3, 224, 224), torch.float16)[::3]:
             if call.operator == "conv_bn_relu":
@@ -123,7 +122,7 @@ ROUNDED = """
 import json
 import torch
 from resnet_triton import codegen, resnet18
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.stem import pack, packed_shape
 from resnet_triton.ops.trace import trace
 
@@ -294,7 +293,8 @@ ACTIVATIONS = """
 import torch
 from resnet_triton import codegen
 from resnet_triton.config import ConvConfig, pinned
-from resnet_triton.config.device import KNOWN, override
+from resnet_triton.config.device import override
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import Activation, BatchNorm, ConvBnRelu, Geometry
 
 with torch.device("meta"):
@@ -474,7 +474,6 @@ def test_the_command_fails_on_a_fault_and_on_a_broken_budget(monkeypatch, tmp_pa
 
 
 def test_targets():
-    assert set(KNOWN) <= set(TARGETS)
     assert [target(arch).name for arch in (90, "90", "sm_90")] == ["sm_90"] * 3
     with pytest.raises(ValueError, match=r"cannot compile for 'sm_70', expected one of sm_80, sm_86"):
         report.compile_all(["sm_70"], [1], ["float16"], 1, None)
@@ -487,7 +486,7 @@ import json
 import torch
 from resnet_triton import resnet18
 from resnet_triton.codegen import specialise
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops.trace import trace
 
 model = resnet18().eval()

@@ -41,7 +41,7 @@ def code(registers: int, shared_memory: int) -> Code:
     ],
 )
 def test_programs_a_multiprocessor_holds(arch, registers, shared_memory, num_warps, programs):
-    assert programs_per_sm(code(registers, shared_memory), num_warps, TARGETS[arch].sm) == programs
+    assert programs_per_sm(code(registers, shared_memory), num_warps, TARGETS[arch].known) == programs
 
 
 def test_waves():

@@ -89,6 +89,7 @@ def test_import_is_lazy() -> None:
         textwrap.dedent("""
             import sys, torch, resnet_triton
             assert "torchvision" not in sys.modules
+            assert "resnet_triton.config.targets" not in sys.modules, "files were read at import"
             assert not torch.cuda.is_initialized()
             if "triton" in sys.modules:
                 from triton.runtime import driver
@@ -208,7 +209,7 @@ def test_wheel_from_tree(wheel_folder: Path) -> None:
     contents = wheel_contents(wheel_folder)
     expected = {f"resnet_triton/kernels/{file.name}" for file in KERNELS.glob("*.py")}
     for path in (file.relative_to(ROOT) for file in walk(PACKAGE)):
-        if path.suffix == ".py" or path.name in ("py.typed", "look.c") or path.match("config/*.json"):
+        if path.suffix == ".py" or path.name in ("py.typed", "look.c") or path.match("config/gpus/*.json"):
             expected.add(path.as_posix())
     assert "resnet_triton/py.typed" in expected
     metadata = {name for name in contents if PurePosixPath(name).parts[0].endswith(".dist-info")}

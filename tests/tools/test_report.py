@@ -22,7 +22,8 @@ from resnet_triton.bench.results import Results
 from resnet_triton.codegen.compiler import Specialisation, specialise
 from resnet_triton.config import table
 from resnet_triton.config.choice import forget
-from resnet_triton.config.device import KNOWN, override
+from resnet_triton.config.device import override
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.coverage import report as report_of
 from resnet_triton.ops import interpreter
 from resnet_triton.ops.trace import trace

@@ -23,7 +23,7 @@ from resnet_triton.bench.runner import OutOfTime, Phase, Run, Steps
 from resnet_triton.codegen import report as codegen
 from resnet_triton.config import ConvConfig, ConvShape, choice, lookup, table
 from resnet_triton.config.conv import is_legal
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.support import files
 from resnet_triton.tools import cli, digits
 

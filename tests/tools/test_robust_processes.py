@@ -145,7 +145,7 @@ DIES = """
 import os
 from concurrent.futures.process import BrokenProcessPool
 from resnet_triton.config import ConvConfig, ConvShape
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.tuner.precompile import Compilers
 
 def main():

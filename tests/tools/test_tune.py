@@ -24,7 +24,7 @@ from test_robust_processes import ended
 
 from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, table
 from resnet_triton.config.candidates import candidates, neighbours
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import ConvBnRelu
 from resnet_triton.support.terminal import bar
 from resnet_triton.support.timing import Spread
@@ -356,11 +356,13 @@ def test_entries_of_another_triton_are_tuned_again(rig: Rig) -> None:
     assert {shape for shape, _, _ in rig.timed} == {SMALL}
 
 
-def test_other_entries_stay(rig: Rig) -> None:
+def test_other_entries_and_facts_stay(rig: Rig) -> None:
     other = replace(LARGE, dtype="bfloat16")
     kept = table.Entry(ConvConfig(64, 64, 64, 4, 2))
-    table.save(table.Table(GPU.name, entries={other: kept}), table.path_of(GPU.name))
+    facts = table.Facts(90, 132, 227 * 1024, 64, 32, 228 * 1024)
+    table.save(table.Table(GPU.name, facts=facts, entries={other: kept}), table.path_of(GPU.name))
     rig.tune()
+    assert table.load(table.path_of(GPU.name)).facts == facts
     assert known()[other] == kept
     assert set(known()) == {other, *LAYERS}
 
@@ -496,7 +498,8 @@ import torch
 from triton import knobs
 from resnet_triton.tuner import precompile, trial
 from resnet_triton.config import ConvConfig, ConvShape
-from resnet_triton.config.device import KNOWN, override
+from resnet_triton.config.device import override
+from resnet_triton.config.targets import KNOWN
 
 short = {"shortcut_c": 32, "shortcut_h": 16, "shortcut_w": 16, "shortcut_stride": (2, 2)}
 layer = ConvShape(8, 64, 8, 8, 128, 3, 3, padding=(1, 1), **short)
@@ -551,7 +554,7 @@ def test_a_launch_finds_what_another_process_compiled(tmp_path: Path, monkeypatc
 ORPHAN = """
 import os, signal
 from resnet_triton.tuner import precompile
-from resnet_triton.config.device import KNOWN
+from resnet_triton.config.targets import KNOWN
 
 def main():
     pool = precompile.Compilers(KNOWN[90], 1)._pool
