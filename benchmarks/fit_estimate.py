@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
     def error(self, rates: Rates) -> float:
         """Logarithm of estimated by measured, all as ordinary launches."""
-        ordinary = LATENCIES._replace(launch=rates.launch)
+        ordinary = LATENCIES._replace(launch_ns=rates.launch_ns)
         return math.log(estimate(self.config, self.shape, H200, rates, ordinary) / 1000 / self.us)
 
 

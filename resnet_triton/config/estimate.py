@@ -14,35 +14,35 @@ _COLUMN = 0.88  # the same where pixels are loaded for a column of taps: a fifth
 
 
 class Rates(NamedTuple):
-    """What an SM does, in nanoseconds and in what is done in one, fitted by `python -m benchmarks.fit_estimate`."""
+    """What an SM does: times in ns, rates per ns, shares and factors. Fitted by `benchmarks/fit_estimate.py`."""
 
-    flops: float = 6230
-    bytes: float = 86  # from L2
-    launch: float = 1660
-    program: float = 600  # batch norm's loads and the first tile's arrival
-    turn: float = 150  # at least, of a main loop, of 64 channels
-    pointer_turn: float = 219
-    pointers: float = 2.08  # loads through pointers spend instructions on addresses and masks, beside the products
-    element: float = 0.138  # of the result
-    split: float = 840  # a store, a barrier, an atomic
-    specialised_flops: float = 7260
-    specialised_turn: float = 44  # besides its products: barriers
-    exposed: float = 0.65  # of a result's time that nothing hides, where an accumulator has 4,096 elements
-    residual: float = 1.32  # times as much for a result with one
+    flops_per_ns: float = 6230
+    bytes_per_ns: float = 86  # from L2
+    launch_ns: float = 1660
+    program_ns: float = 600  # batch norm's loads and the first tile's arrival
+    turn_ns: float = 150  # at least, of a main loop, of 64 channels
+    pointer_turn_ns: float = 219
+    pointer_factor: float = 2.08  # of a turn whose loads spend instructions on addresses and masks
+    element_ns: float = 0.138  # of the result
+    split_ns: float = 840  # a store, a barrier, an atomic
+    specialised_flops_per_ns: float = 7260
+    specialised_turn_ns: float = 44  # besides its products: barriers
+    exposed_share: float = 0.65  # of a result's time that nothing hides, where an accumulator has 4,096 elements
+    residual_factor: float = 1.32  # of a result's time, with one
 
 
 RATES = Rates()
 
 
 class Latencies(NamedTuple):
-    """What a dependent launch is a chain of, in nanoseconds, and `hopper_few`. Stated, not fitted: none has run yet."""
+    """What a dependent launch is a chain of, and `hopper_few`: times in ns. Stated, not fitted: none has run yet."""
 
-    launch: float = 1000  # from a kernel's last store to the next one's first load, and from the last store to the end
-    load: float = 600  # TMA, from L2
-    result: float = 250  # through shared memory
-    parts: float = 350  # from L2, the first of the parts that the last program adds
-    width: float = 224  # bytes a ns that a product's operands come from shared memory with
-    beside: float = 96 * 1024  # bytes of shared memory that a program of the launch before has
+    launch_ns: float = 1000  # from a kernel's last store to the next one's first load, from the last store to the end
+    load_ns: float = 600  # TMA, from L2
+    result_ns: float = 250  # through shared memory
+    parts_ns: float = 350  # from L2, the first of the parts that the last program adds
+    operand_bytes_per_ns: float = 224  # from shared memory
+    neighbour_bytes: float = 96 * 1024  # of shared memory that a program of the launch before has
 
 
 LATENCIES = Latencies()
@@ -63,50 +63,50 @@ def estimate(
     column = taps(config, shape)
     turns = cdiv(steps(config, shape), config.split_k) * column + cdiv(shape.shortcut_c, config.block_c)
     flops = 2 * m * k * config.block_c * (1 if shape.itemsize == 2 else 2)
-    result = rates.element * m * k * (rates.residual if shape.residual else 1)
+    result = rates.element_ns * m * k * (rates.residual_factor if shape.residual else 1)
     programs = cdiv(tiles(config, shape) * config.split_k, device.sm_count)  # of the busiest SM
     if config.is_gluon:  # one program an SM takes them in turn
         columns = m // 2 if config.kernel == CONV64 else k
         share = _COLUMN if column > 1 else _MATRIX.get(columns, 1.0)
-        turn = flops / (rates.specialised_flops * share) + rates.specialised_turn / column
+        turn = flops / (rates.specialised_flops_per_ns * share) + rates.specialised_turn_ns / column
         accumulator = m * k // (4 if config.kernel == CONV64 else 2)
-        result *= rates.exposed * (accumulator / 4096) ** 0.3
+        result *= rates.exposed_share * (accumulator / 4096) ** 0.3
         products = turns * turn
         if config.kernel == CONV:
-            work = rates.program + programs * (products + result)
+            work = rates.program_ns + programs * (products + result)
         else:  # one group stores what two would, while the other multiplies
-            work = rates.program + programs * max(products, products / 2 + result) + 2 * result
+            work = rates.program_ns + programs * max(products, products / 2 + result) + 2 * result
     else:
         loads = (m + k) * config.block_c * shape.itemsize
-        turn = max(flops / (rates.flops * _MATRIX.get(m if config.swap else k, 1.0)), loads / rates.bytes)
-        least = rates.turn
+        turn = max(flops / (rates.flops_per_ns * _MATRIX.get(m if config.swap else k, 1.0)), loads / rates.bytes_per_ns)
+        least = rates.turn_ns
         if config.box is None:
-            turn, least = turn * rates.pointers, rates.pointer_turn
+            turn, least = turn * rates.pointer_factor, rates.pointer_turn_ns
         beside = max(min(_programs_per_sm(config, shape, device), programs), 1)
-        chain = rates.program + turns * max(turn, least * config.block_c / 64) + result
+        chain = rates.program_ns + turns * max(turn, least * config.block_c / 64) + result
         work = max(programs * (turns * turn + result), cdiv(programs, beside) * chain)
-    work += chained.launch if config.is_gluon else rates.launch
+    work += chained.launch_ns if config.is_gluon else rates.launch_ns
     if config.split_k == 1:
         return work
     # The last program reads every partial.
-    return work + rates.split + 6 * m * k * (config.split_k + 1) / rates.bytes
+    return work + rates.split_ns + 6 * m * k * (config.split_k + 1) / rates.bytes_per_ns
 
 
 def _estimate_few(config: ConvConfig, shape: ConvShape, device: DeviceFacts, rates: Rates, chained: Latencies) -> float:
     """Nanoseconds of `hopper_few`: an SM with room for it beside the launch before has its filters before its input."""
     m = config.block_m
     blocks = steps(config, shape) // config.split_k + bool(shape.shortcut_c)
-    filters, pixels = blocks * 64 * 128 / rates.bytes, blocks * m * 128 / rates.bytes
-    products = blocks * (64 + m) * 128 / chained.width
+    filters, pixels = blocks * 64 * 128 / rates.bytes_per_ns, blocks * m * 128 / rates.bytes_per_ns
+    products = blocks * (64 + m) * 128 / chained.operand_bytes_per_ns
     programs = cdiv(tiles(config, shape) * config.split_k, device.sm_count)  # of the busiest SM
     shared = shared_memory(config, shape)
-    chain = chained.load + max(pixels, products) + chained.result
+    chain = chained.load_ns + max(pixels, products) + chained.result_ns
     turns = cdiv(programs, device.shared_memory // shared)
-    ns = chained.launch + turns * chain + (programs - 1) * max(filters + pixels, products)
-    if programs * shared + chained.beside > device.shared_memory:
+    ns = chained.launch_ns + turns * chain + (programs - 1) * max(filters + pixels, products)
+    if programs * shared + chained.neighbour_bytes > device.shared_memory:
         ns += filters
     if config.split_k > 1:
-        ns += rates.split + chained.parts + config.split_k * m * 64 * 4 / rates.bytes
+        ns += rates.split_ns + chained.parts_ns + config.split_k * m * 64 * 4 / rates.bytes_per_ns
     return ns
 
 

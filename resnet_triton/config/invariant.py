@@ -38,16 +38,16 @@ def _tile(shape: ConvShape, device: DeviceFacts) -> ConvConfig:
     """The tile for all batch sizes of `shape`, with the box of one of them."""
     shapes = [replace(shape, n=n) for n in BATCHES]
     found = [conv_candidates(s, device) for s in shapes]
-    best = [min(cost(c, s, device) for c in configs) for s, configs in zip(shapes, found, strict=True)]
+    best = [min(ns_with_partials(c, s, device) for c in configs) for s, configs in zip(shapes, found, strict=True)]
 
     def worst(tile: ConvConfig) -> float:
-        return max(cost(_fit(tile, s), s, device) / least for s, least in zip(shapes, best, strict=True))
+        return max(ns_with_partials(_fit(tile, s), s, device) / least for s, least in zip(shapes, best, strict=True))
 
     return min(found[0], key=worst)
 
 
-def cost(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
-    """`estimate`, which knows the partial sums of one round of programs, and the memory traffic of all.
+def ns_with_partials(config: ConvConfig, shape: ConvShape, device: DeviceFacts) -> float:
+    """`estimate`, which counts the partial sums of one round of programs, and the memory traffic of all rounds.
 
     The heuristic splits where one round is enough. A split that holds for every batch size writes and reads those of a
     large batch, too: `split_k` fp32 copies of the output.

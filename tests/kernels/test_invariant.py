@@ -181,7 +181,7 @@ def test_one_tile_for_all_batches(arch: int) -> None:
 def test_the_tile_stands_better_in_its_worst_case_than_one_for_a_single_image() -> None:
     """A tile that suits one image is bad for many, and the other way round."""
     from resnet_triton.config.heuristic import best_box, conv_heuristic
-    from resnet_triton.config.invariant import cost
+    from resnet_triton.config.invariant import ns_with_partials
 
     facts = KNOWN[90]
     shape = config.ConvShape(1, 256, 14, 14, 256, 3, 3, (1, 1), (1, 1), residual=True)
@@ -191,7 +191,7 @@ def test_the_tile_stands_better_in_its_worst_case_than_one_for_a_single_image() 
         for n in (1, 4, 16, 64, 256):
             at = replace(shape, n=n)
             fitted = chosen if chosen.box is None else replace(chosen, box=best_box(at, chosen.block_m))
-            ratios.append(cost(fitted, at, facts) / cost(conv_heuristic(at, facts), at, facts))
+            ratios.append(ns_with_partials(fitted, at, facts) / ns_with_partials(conv_heuristic(at, facts), at, facts))
         return max(ratios)
 
     ours = worst(config.invariant(shape, facts))
