@@ -148,7 +148,7 @@ def show(result: dict[str, Any]) -> None:
 def interpreted(payload: bytes) -> dict[str, Any]:
     """The part that `in_interpreter` runs: some images through the kernels, in a process with TRITON_INTERPRET=1.
 
-    The TF32 switch stays at its default there. It makes for larger tiles and the descriptor path, hence a run that is
+    The TF32 switch stays at its default there. It makes for larger tiles and `conv_box`, hence a run that is
     five times shorter, while the interpreter multiplies in full fp32 whatever the switch says.
     """
     sent = torch.load(io.BytesIO(payload), weights_only=True)

@@ -49,7 +49,7 @@ def attempt(case: Case, where: torch.device) -> Json:
         return {**result, "detail": f"{case.path} needs compute capability 9.0 and a compiler: none interprets it"}
     if case.path == "descriptor" and not here.has_descriptors:
         return {**result, "detail": f"descriptors need compute capability 9.0, this GPU has {here.arch / 10}"}
-    # A device below 9.0 has no descriptors, so its configurations take the pointer path on any GPU.
+    # A device below 9.0 has no descriptors, so there every convolution takes `conv_pointer`.
     chosen: AbstractContextManager[object] = nullcontext() if case.tile is None else config.pinned(case.tile)
     if case.path in ("descriptor", "pointer"):
         chosen = override(replace(here, gluon=False, arch=80 if case.path == "pointer" else here.arch))

@@ -453,7 +453,8 @@ def test_doctor_launches_every_kernel_on_the_path_it_names(
 
 def test_doctor_names_the_kernels_that_ran(device: torch.device) -> None:
     """Not those that a case asks for: a GeForce Blackwell has descriptors, but other kernels for the stem."""
-    from resnet_triton.config.device import KNOWN, override
+    from resnet_triton.config.device import override
+    from resnet_triton.config.targets import KNOWN
     from resnet_triton.tools import self_test
 
     (case,) = (case for case in self_test.CASES if (case.call, case.path) == ("stem", "descriptor"))
