@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from . import models
 from .models import BasicBlock, Bottleneck, ResNet
 from .support import tensor_files
 from .support.tensor_files import Foreign
@@ -26,6 +27,8 @@ _DEPTHS: dict[tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]], int] 
     (BasicBlock, (2, 2, 2, 2)): 18, (BasicBlock, (3, 4, 6, 3)): 34, (Bottleneck, (3, 4, 6, 3)): 50,
     (Bottleneck, (3, 4, 23, 3)): 101, (Bottleneck, (3, 8, 36, 3)): 152,
 }  # fmt: skip
+_NAMED_BY = "arch", "model_name"
+"""Where timm's and PyTorch's training scripts write the name of a model."""
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16} | {
     getattr(torch, f"float8_{kind}") for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
 }
@@ -53,7 +56,8 @@ def load_checkpoint(file: str | os.PathLike[str] | BinaryIO, *, key: str | None 
 
     It returns a model, and takes none as timm's function of this name does, because the file says which one it is:
     depth, width, groups and number of classes show in names and shapes. ResNet-18, 34, 50, 101 and 152, wide ones and
-    ResNeXts with torchvision's layers are built. Dilation does not show, and is taken as none.
+    ResNeXts with torchvision's layers are built. Dilation, a batch norm's epsilon, anti-aliased pooling and a stride in
+    another place do not show, and are taken as torchvision's; a warning says if the file names another model.
 
     `file` is a path, or a binary file that can seek, of what torch.save or safetensors wrote. No code in it runs; its
     suffix does not matter. The weights may lie in dictionaries of any names and depth, and their own names may have any
@@ -67,14 +71,24 @@ def load_checkpoint(file: str | os.PathLike[str] | BinaryIO, *, key: str | None 
     anything is wrong, OSError if the file cannot be opened, and TypeError if `file` is neither.
     """
     found = read(file, key)
-    if found.others and key is None:
-        warnings.warn(f"{_name(file)}: {which(found)}", stacklevel=2)
+    for said in ([which(found)] if found.others and key is None else []) + doubts(found):
+        warnings.warn(f"{_name(file)}: {said}", stacklevel=2)
     return found.model
 
 
 def which(found: Checkpoint) -> str:
     """Says which of several ResNets was taken, and how to take the other."""
     return f"took the average, {found.key!r}; the key {found.others[0]!r} takes the other weights"
+
+
+def doubts(found: Checkpoint) -> list[str]:
+    """Says that the file names another model than those that are built, if it does."""
+    names = [found.data.get(key) for key in _NAMED_BY] if isinstance(found.data, dict) else []
+    return [
+        f"names its model {name!r}, but its layers are taken as those of torchvision's, so logits may differ"
+        for name in names
+        if isinstance(name, str) and "resne" in name and not hasattr(models, name.partition(".")[0])  # timm: "name.tag"
+    ]
 
 
 def read(file: str | os.PathLike[str] | BinaryIO, key: str | None = None) -> Checkpoint:

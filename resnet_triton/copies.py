@@ -35,6 +35,9 @@ def independent(model: Model) -> Model:
         path, value, reason = _culprit(model) or ("the model", model, error)
         said = (str(reason).splitlines() or [""])[0]
         raise TypeError(f"{path}, a {type(value).__name__}, cannot be copied ({said}); {_WAY_OUT}") from error
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in copied.named_modules():
+        module.training = modes.get(name, module.training)  # torchvision's feature extractors copy themselves without
     for name, part in chain(copied.named_parameters(), copied.named_buffers()):
         if id(part) in own:
             raise TypeError(f"{name} is shared by a deep copy, expected one of its own; {_WAY_OUT}")

@@ -83,6 +83,9 @@ class Schema:
         self.arguments = list(arguments(cls))
         self.text = "(" + ", ".join(f"{a.type} {a.name}" for a in self.arguments) + ") -> Tensor"
         self._paths = [tuple(a.path.split(".")) for a in self.arguments]
+        classes: dict[str, Any] = {}
+        expression, names = _construction(cls, classes)
+        self._build = eval(f"lambda {', '.join(names)}: {expression}", classes)  # as dataclasses make their __init__
         self._absent = next((f.name for f in fields(cls) if f.optional and hasattr(f.kind, "_fields")), "")
         tensors = [a.path for a in self.arguments if a.type.startswith("Tensor")]
         self._tensors = _getter(tensors)
@@ -111,9 +114,8 @@ class Schema:
                 check_tensor(argument.name, value)
 
     def build(self, values: Any) -> Any:
-        """The operation with these arguments."""
-        named = dict(zip((a.path for a in self.arguments), values, strict=True))
-        return _build(self.cls, named, "")
+        """The operation with these arguments. One expression, for compiled models do so at each call."""
+        return self._build(*values)
 
 
 def _getter(paths: list[str]) -> Callable[[Any], tuple[Any, ...]]:
@@ -121,15 +123,21 @@ def _getter(paths: list[str]) -> Callable[[Any], tuple[Any, ...]]:
     return get if len(paths) > 1 else lambda operation: (get(operation),)
 
 
-def _build(cls: Any, named: dict[str, Any], path: str) -> Any:
-    parts: dict[str, Any] = {}
+def _construction(cls: Any, classes: dict[str, Any], prefix: str = "") -> tuple[str, list[str]]:
+    """An expression that makes a `cls` of arguments by their names in a schema, and these; it names `classes`."""
+    classes[cls.__name__] = cls
+    parts, names = [], []
     for name, kind, optional in fields(cls):
-        inside = f"{path}{name}."
         if not hasattr(kind, "_fields"):
-            value = named[path + name]
-            parts[name] = tuple(value) if isinstance(value, list) else value
-        elif optional and all(value is None for at, value in named.items() if at.startswith(inside)):
-            parts[name] = None
+            at = prefix + name
+            part, inner = (
+                (f"tuple({at}) if isinstance({at}, list) else {at}" if get_origin(kind) is tuple else at),
+                [at],
+            )
         else:
-            parts[name] = _build(kind, named, inside)
-    return cls(**parts)
+            part, inner = _construction(kind, classes, f"{prefix}{name}_" if optional else prefix)
+            if optional:
+                part = f"None if {' is '.join(inner)} is None else {part}"
+        parts.append(part)
+        names += inner
+    return f"{cls.__name__}({', '.join(parts)})", names

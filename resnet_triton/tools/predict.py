@@ -238,4 +238,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     if size is not None and not (type(size) is int and 1 <= size <= 4096):
         raise ValueError(f'{path}: "image_size" must be a number of pixels from 1 to 4096, got {size!r}')
     chosen_by_us = found.others and key is None
-    return Checkpoint(found.model, categories, size, (f"{path}: {checkpoints.which(found)}",) if chosen_by_us else ())
+    said = [checkpoints.which(found)] if chosen_by_us else []
+    return Checkpoint(
+        found.model, categories, size, tuple(f"{path}: {line}" for line in said + checkpoints.doubts(found))
+    )

@@ -173,6 +173,17 @@ def test_answers_are_torchvisions() -> None:
         torch.testing.assert_close(load(saved({"model": theirs.state_dict()}))(x), theirs(x))
 
 
+@pytest.mark.parametrize("key", ["arch", "model_name"])
+@pytest.mark.parametrize(("name", "doubted"), [("resnetblur18", True), ("resnet18.a1_in1k", False), ("mine", False)])
+def test_a_file_that_names_another_model_is_doubted(key: str, name: str, doubted: bool) -> None:
+    """Anti-aliased pooling has no weights."""
+    state = state_of()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert holds(load(saved({key: name, "state_dict": state})), state)
+    assert [f"names its model {name!r}" in str(w.message) for w in said] == [True] * doubted
+
+
 @pytest.mark.parametrize(
     ("content", "keys"),
     [

@@ -683,6 +683,14 @@ def test_disabled_has_the_nodes_of_torchvision():
 
 
 @torch.no_grad()
+def test_a_copy_of_a_feature_extractor_keeps_its_modes():
+    """torchvision's copies of itself begin in training mode."""
+    extract = importlib.import_module("torchvision.models.feature_extraction").create_feature_extractor
+    copied = optimize(extract(small(), ["layer2", "fc"]), inplace=False)
+    assert not any(module.training for module in copied.modules())
+
+
+@torch.no_grad()
 def test_disabled_with_bytes_and_modes():
     pixels = (image() * 50 + 120).clamp(0, 255).byte()
     model = optimize(small(), batch_invariant=True)
