@@ -50,7 +50,7 @@ class Launch:
     @property
     def parameters(self) -> frozenset[str]:
         """Names of the arguments that are parameters of a layer, which no kernel of a forward pass writes."""
-        return frozenset(name for name in self.arguments if name.removeprefix("short_") in _PARAMETERS)
+        return frozenset(filter(is_parameter, self.arguments))
 
     def run(self) -> None:
         """Launch on the current device and stream. Does not wait."""
@@ -88,6 +88,11 @@ class Launch:
 def _address(value: Any) -> Any:
     """Of a tensor; anything else as it is."""
     return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def is_parameter(name: str) -> bool:
+    """Whether a kernel's argument of this name is a parameter of a layer."""
+    return name.removeprefix("short_") in _PARAMETERS
 
 
 def with_base(desc: Any, tensor: Any) -> Any:

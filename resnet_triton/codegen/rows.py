@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.targets import Target, target
-from ..kernels.launch import Launch
+from ..kernels.launch import Launch, is_parameter
 from ..machine_code import Code
 from ..ops.precision import fp32_precision
 from ..ops.trace import trace
@@ -29,14 +29,28 @@ HELD = ("sm_80", "sm_90")
 """Where a fault is a failure; on other targets it is reported."""
 ALIGNED = 16
 """Bytes: the most that Triton knows of a pointer, and the most that a thread loads at a time."""
-FILTERS_IN_REGISTERS = ("hopper_stem_kernel",)
-"""Warp-specialised kernels whose products read filters from registers, which nothing writes to again."""
-NONE_PENDING = ("hopper_stem_kernel",)
-"""Warp-specialised kernels in which no product runs while the next is asked for: the other group's does."""
-AT_ONCE = ("hopper_few_kernel",)
-"""Kernels whose products all run together."""
-EARLY = (*AT_ONCE, "hopper_conv_kernel", "hopper_conv64_kernel")
-"""Kernels that ask for filters while the launch before still runs."""
+
+
+class Expectation(NamedTuple):
+    """What of a kernel's machine code is no fault, or would be one if it were missing."""
+
+    filters_in_registers: bool = False
+    """Products read filters from registers, which nothing writes to again, though the kernel is warp-specialised."""
+    none_pending: bool = False
+    """No product runs while the next is asked for, though the kernel is warp-specialised: the other group's does."""
+    at_once: bool = False
+    """All products run together."""
+    early: bool = False
+    """It asks for filters while the launch before still runs."""
+
+
+EXPECTED = {
+    "hopper_stem_kernel": Expectation(filters_in_registers=True, none_pending=True),
+    "hopper_few_kernel": Expectation(at_once=True, early=True),
+    "hopper_conv_kernel": Expectation(early=True),
+    "hopper_conv64_kernel": Expectation(early=True),
+}
+"""Of the other kernels nothing of the kind is expected."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +120,15 @@ class CompiledLaunch:
                 found.append(f"{what} at most {widest} bytes at a time, expected {ALIGNED}")
         if code.widest_access > ALIGNED:
             found.append(f"accesses {code.widest_access} bytes at a time, pointers are aligned to {ALIGNED}")
-        own = Launch(None, (), dict.fromkeys(self.early)).parameters
-        found += [f"reads {name} before it waits for the launch before" for name in self.early if name not in own]
-        if self.kernel in EARLY and "w_desc" not in self.early:
+        found += [
+            f"reads {name} before it waits for the launch before" for name in self.early if not is_parameter(name)
+        ]
+        expected = EXPECTED.get(self.kernel, Expectation())
+        if expected.early and "w_desc" not in self.early:
             found.append("waits for the launch before, then asks for filters")
-        if self.kernel in AT_ONCE:
+        if expected.at_once:
             found += self._at_once_faults()
-        return found + (self._specialised_faults() if code.specialised else [])
+        return found + (self._specialised_faults(expected) if code.specialised else [])
 
     def _at_once_faults(self) -> list[str]:
         code, found = self.code, [message for message in self.code.messages if "(C75" in message]
@@ -120,14 +136,14 @@ class CompiledLaunch:
             found.append(f"{code.wgmma_waits} waits and {code.wgmma_registers} operands in registers, expected 1 and 0")
         return found
 
-    def _specialised_faults(self) -> list[str]:
+    def _specialised_faults(self, expected: Expectation) -> list[str]:
         """What a kernel must not show whose warps have different parts."""
         code, found = self.code, []
         if not code.setmaxnreg:
             found.append("no setmaxnreg: its groups of warps have equal numbers of registers")
-        if code.wgmma_registers and self.kernel not in FILTERS_IN_REGISTERS:
+        if code.wgmma_registers and not expected.filters_in_registers:
             found.append(f"{code.wgmma_registers} wgmma read their first operand from registers")
-        if code.wgmma and not any(code.pendings) and self.kernel not in NONE_PENDING:
+        if code.wgmma and not any(code.pendings) and not expected.none_pending:
             found.append("every wait for wgmma leaves none running")
         return found + [message for message in code.messages if "(C75" in message and not code.serialized]
 
