@@ -53,10 +53,7 @@ def filter_descriptor(size: Size, dtype: torch.dtype, block_k: int, block_c: int
 @gluon.jit
 def compute_here(x):
     """Volatile, as waits are: or else the compiler computes `x` after the next wait, while nobody multiplies."""
-    WIDE: gl.constexpr = x.dtype.primitive_bitwidth == 64
-    MOVE: gl.constexpr = "mov.b64 $0, $1;" if WIDE else "mov.b32 $0, $1;"
-    KINDS: gl.constexpr = "=l,l" if WIDE else "=r,r"
-    return gl.inline_asm_elementwise(MOVE, KINDS, [x], dtype=x.dtype, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
 
 
 relu, activate, scale_and_shift, maximum = (

@@ -95,10 +95,10 @@ PERSISTENT = {"hopper_conv", "hopper_pingpong", "hopper_conv64"}
 def test_hopper_takes_its_own_kernels_for_many_images(n: int) -> None:
     shapes = {replace(call.shape, n=n) for model in ("resnet18", "resnet50") for call in calls(model)}
     assert {conv_heuristic(shape, KNOWN[90]).kernel for shape in shapes} <= PERSISTENT
-    assert not any(conv_heuristic(shape, KNOWN[100]).kernel for shape in shapes)
+    assert not any(conv_heuristic(shape, KNOWN[100]).is_gluon for shape in shapes)
     singles = [replace(shape, dtype="float32", precision="tf32") for shape in shapes]
     assert {conv_heuristic(shape, KNOWN[90]).kernel for shape in singles} == {"hopper_conv"}
-    assert not any(conv_heuristic(replace(shape, precision="ieee"), KNOWN[90]).kernel for shape in singles)
+    assert not any(conv_heuristic(replace(shape, precision="ieee"), KNOWN[90]).is_gluon for shape in singles)
 
 
 @ALL_DEVICES
@@ -488,7 +488,7 @@ def test_what_is_sure_to_spill_is_not_tried() -> None:
     exact = replace(SHAPE, dtype="float32", precision="ieee")
     for shape, most in ((SHAPE, 128), (exact, 32)):
         tried = candidates.candidates(shape, GPU, 100)
-        assert max(c.block_m * c.block_k / (32 * c.num_warps) for c in tried if not c.kernel) == most
+        assert max(c.block_m * c.block_k / (32 * c.num_warps) for c in tried if not c.is_gluon) == most
 
 
 def test_an_entry_that_is_illegal_where_it_was_tuned_is_used_nowhere() -> None:
