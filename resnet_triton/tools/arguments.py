@@ -12,7 +12,7 @@ from ..support.processes import cores
 
 _MODELS = "resnet18, resnet34 or resnet50"
 _DTYPES = "float16, bfloat16, tf32 or float32"
-_ARCHS = ", ".join(target.name for target in TARGETS.values())
+_ARCHS = ", ".join(f"{target.name} ({target.facts.name})" for target in TARGETS.values())
 _SIZES = "1,8,32,128,256"
 
 
@@ -190,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     c.add_argument(
         "--archs", type=_names, default="sm_80,sm_90,sm_100", metavar="A,A",
-        help=f"{_ARCHS}; 90 means sm_90 (default: %(default)s)",
+        help=f"of {_ARCHS}; 90 means sm_90 (default: %(default)s)",
     )  # fmt: skip
     batches(c, _SIZES)
     dtypes(c)
