@@ -220,13 +220,16 @@ def offset_of(part: gl.constexpr, PARTS: gl.constexpr,
 @gluon.jit
 def multiply_slot(acc, part: gl.constexpr, pixels, filters, full, i, FIRST: gl.constexpr, STAGES: gl.constexpr,
                   SLOT_TAPS: gl.constexpr, TAPS: gl.constexpr, PIECES: gl.constexpr):  # fmt: skip
-    """Begin TAPS products of slot i with a part's pixels, and wait for all before. The FIRST ones do not read `acc`."""
+    """Begin TAPS products of slot i with a part's pixels, and wait for all before.
+
+    A tile's FIRST product, with TAPS = 1, does not read `acc`.
+    """
     slot = i % STAGES
     mbarrier.wait(full.index(slot), i // STAGES & 1)
     for tap in gl.static_range(TAPS):
         a = pixels.index(slot * PIECES + part + tap)
         b = filters.index(slot * SLOT_TAPS + tap).permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, use_acc=not FIRST or tap > 0, is_async=True)
+        acc = warpgroup_mma(a, b, acc, use_acc=not FIRST, is_async=True)
     return warpgroup_mma_wait(TAPS, deps=(acc,))
 
 
