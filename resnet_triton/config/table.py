@@ -7,8 +7,8 @@
 
 Facts may be missing; only where the GPU is not here are they needed (`targets.py`). Driver, versions and date are those
 of the tuner's run that wrote the file last; an entry's timing says when and with which Triton it was measured. A table
-is never trusted: unknown or repeated keys, wrong types, numbers out of range and
-oversized files make it a ValueError. Whether an entry is legal on the GPU is asked at each use.
+is never trusted: unknown or repeated keys, wrong types, numbers out of range and oversized files make it a ValueError.
+Whether an entry is legal on the GPU is asked at each use.
 """
 
 from __future__ import annotations
