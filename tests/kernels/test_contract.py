@@ -117,6 +117,26 @@ def test_a_deviation_says_why() -> None:
         assert bool(row.because) == deviates, row.promise
 
 
+def deviations() -> list[str]:
+    """As docs/reliability.md lists them: a line for all operators that deviate alike, and why."""
+    subjects: dict[tuple[str, str, str], list[str]] = {}
+    for row in contract.ROWS:
+        if row.because:
+            alike = f"{row.case}: {row.promise}", row.expectation, row.because
+            subjects.setdefault(alike, []).append(f"`{row.subject}`")
+    return [f"| {case} | {what} | {', '.join(names)} | {why} |" for (case, what, why), names in subjects.items()]
+
+
+def test_the_page_lists_every_deviation_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    table = page.partition("\n## Contract with PyTorch\n")[2].partition("\n## ")[0]
+    listed = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    missing = [line for line in deviations() if line not in listed]
+    gone = [line for line in listed if line not in deviations()]
+    assert not missing, "docs/reliability.md lacks:\n" + "\n".join(missing)
+    assert not gone, "docs/reliability.md lists, and the contract does not:\n" + "\n".join(gone)
+
+
 def check(row: Term, way: str, dtype: torch.dtype, device: torch.device) -> None:
     subject = SUBJECTS[row.subject]
     theirs = outcome(lambda: row.act(subject.theirs, arguments(row, dtype, device)))
