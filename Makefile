@@ -28,7 +28,7 @@ PIP := $(PY) -m pip install -qq --no-input --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SILENT:
-.PHONY: help env demo test slow zoo fuzz headroom lint types docs mutate verify reliability package codegen codegen-all \
+.PHONY: help env demo test slow zoo fuzz headroom lint types docs mutate verify package codegen codegen-all \
 	codegen-oldest codegen-newest codegen-newer $(OTHER_TRITONS:%=codegen-%) \
 	test-newest test-newer $(NEWER_TRITONS:%=test-%) software-gpu bench bench-gpu clean
 
@@ -105,11 +105,8 @@ mutate: $(STAMP) ## plant faults in the kernels, see which of them the tests mis
 	$(HERMETIC) PYTHONPATH=tests TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m reliability.mutate $(ARGS)
 
 # Everything that needs no GPU, and on a GPU its tests as well. Sized for an hour on two cores.
-verify: $(STAMP) ## every check in turn, each with a record in build/verify, and docs/reliability.md made of them
-	$(HERMETIC) PYTHONPATH=tests:. $(PY) -m reliability verify $(ARGS)
-
-reliability: $(STAMP) ## write docs/reliability.md again from the records of the last make verify
-	$(HERMETIC) PYTHONPATH=tests:. $(PY) -m reliability report $(ARGS)
+verify: $(STAMP) ## every check in turn, and a table of what passed
+	$(HERMETIC) PYTHONPATH=tests $(PY) -m reliability.verify $(ARGS)
 
 package: $(STAMP) ## build, install and import the distributions
 	$(HERMETIC) $(PY) -m pytest -m packaging $(ARGS)

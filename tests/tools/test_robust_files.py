@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from robustness import ROBUST
 from synthetic_results import failed, row
 
 from resnet_triton.bench import command, output, results
@@ -28,7 +27,6 @@ from resnet_triton.support import files
 from resnet_triton.tools import cli, digits
 
 resource = pytest.importorskip("resource")
-ROOT = Path(__file__).parents[2]
 GPU = KNOWN[90]
 SHAPE = ConvShape(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
 CONFIG = ConvConfig(64, 32, 32, 4, 2, (2, 1, 32), swap=True)
@@ -316,10 +314,3 @@ def test_two_tuners_of_one_table_lose_nothing(tmp_path: Path) -> None:
     for tuner in tuners:
         tuner.join()
     assert {shape.n for shape in table.load(path).entries} == {*range(1, 20), 999}
-
-
-@pytest.mark.parametrize("test", [row.test for row in ROBUST])
-def test_the_table_names_tests_that_exist(test: str) -> None:
-    file, function = test.split("::")
-    (path,) = ROOT.joinpath("tests").glob(f"*/{file}")
-    assert f"\ndef {function}(" in path.read_text(encoding="utf-8")
