@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -82,7 +82,7 @@ def checks() -> Iterator[Any]:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter, of NaN and overflow
 @pytest.mark.parametrize(("row", "way"), list(checks()))
-def test_row(device: torch.device, row: Term, way: str, record_property: Callable[[str, object], None]) -> None:
+def test_row(device: torch.device, row: Term, way: str) -> None:
     if way == "descriptor" and not facts(device).has_descriptors:
         pytest.skip("no descriptors on this GPU")
     dtypes = [d for d in row.dtypes if not (way == "descriptor" and row.subject in FUSED and d == torch.float32)]
@@ -91,7 +91,6 @@ def test_row(device: torch.device, row: Term, way: str, record_property: Callabl
     if way != "torch" and device.type == "cpu":  # the interpreter is slow: one in turn
         turn = contract.ROWS.index(row) + (way == "descriptor")
         dtypes = [dtypes[turn % len(dtypes)]]
-    record_property("dtypes", " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes))
     for dtype in dtypes:
         check(row, way, dtype, device)
 
