@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     known, stale = ledger.match(ledger.read(), everything)
     judged = judge(wanted, known, options)
     if options.json:
-        text = json.dumps(record(judged, everything, options), indent=1)
+        text = json.dumps([j.record() for j in judged], indent=1)
         Path(options.json).write_text(text + "\n", encoding="utf-8")
     rate = report(judged)
     wrong = [j for j in judged if j.verdict == "killed" and ledger.key(j.mutant) in known]
@@ -63,17 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
 @functools.cache
 def all_mutants() -> list[Mutant]:
     return [m for path in sorted((ROOT / "kernels").glob("*.py")) for m in mutants(source_of(path.name))]
-
-
-def record(judged: list[Judged], everything: list[Mutant], options: argparse.Namespace) -> dict[str, Any]:
-    """What was judged, out of how many in each file, and how hard."""
-    return {
-        "files": Counter(m.file for m in everything),
-        "seed": options.seed,
-        "verify": options.verify,
-        "compiled": options.compiled,
-        "mutants": [j.record() for j in judged],
-    }
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -261,7 +261,7 @@ def session(tests: str, entries: str, folder: Path, *options: str) -> tuple[int,
         check=False,
     )
     assert found.exists(), done.stderr
-    return done.returncode, done.stdout, json.loads(found.read_text())["mutants"]
+    return done.returncode, done.stdout, json.loads(found.read_text())
 
 
 def verdicts(found: list[dict[str, str]]) -> dict[str, set[str]]:
