@@ -141,8 +141,12 @@ def _joined(cls: Any) -> type[nn.Module]:
 
 
 def _ordered(metaclass: Any) -> Any:
-    """A metaclass for subclasses of what lies in memory in its own way, as what inherits from `abc.ABC` first: an
-    object takes such a class only if the first base of it is its own. But methods are looked up in `Compiled` first."""
+    """A metaclass for subclasses of what lies in memory in its own way, as what inherits from `abc.ABC` first.
+
+    An object takes another class only if that lies in memory alike, which goes by the first base: it has to be the
+    object's own class. But methods must be looked up in `Compiled` first. So the bases are (cls, Compiled), and `mro`
+    says (itself, Compiled, cls, ...), which is what (Compiled, cls) would give.
+    """
 
     class Ordered(metaclass):  # type: ignore[misc]
         def mro(cls) -> Any:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from resnet_triton import config
 from resnet_triton.config import ConvConfig, ConvShape, DepthwiseTile, choice
+from resnet_triton.config.device import DeviceFacts
+from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import (
     RELU,
     Activation,
@@ -30,6 +32,7 @@ from resnet_triton.ops import (
     Operation,
     Shortcut,
     Stem,
+    gluon,
     interpreter,
     reference,
 )
@@ -260,7 +263,7 @@ def run(operation: Operation, *, programs: Sequence[int] | None = None, kernel: 
     out = buffer.as_strided(like.shape, like.stride(), margin)
     operation = dataclasses.replace(operation, modes=operation.modes._replace(kernels="triton"))
     operation.choose()  # NotImplementedError if the kernels cannot
-    *earlier, launch = operation.launches(out)
+    *earlier, launch = plan(operation, out)
     if kernel is not None:
         assert launch.kernel.__name__ == kernel
     before = [(t, _memory(t).clone()) for t in tensors]
@@ -309,6 +312,16 @@ def choosing(rule: Callable[..., ConvConfig]) -> Iterator[None]:
 
     with mock.patch.object(config, "choose", choose), mock.patch.object(config, "state", object):  # nothing is cached
         yield
+
+
+def plan(call: Operation, out: Tensor | None = None) -> tuple[Launch, ...]:
+    """The launches of a call where its tensors are."""
+    return call.launches(call.output() if out is None else out, gluon.facts(call.x.device))
+
+
+def pretending(facts: DeviceFacts) -> contextlib.AbstractContextManager[object]:
+    """Give every device these facts, in all threads."""
+    return mock.patch.object(config.device, "facts", return_value=facts)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import config
 from ..ops import BatchNorm, ConvBnRelu, Operation, Stem, gluon, interpreter, reference
 from ..ops.stem import STEM_POOL
 
@@ -23,8 +22,8 @@ Answer = Callable[[], Tensor]
 
 def ours(call: Operation) -> Answer:
     """What our model does: its launches, planned now, or on a CPU its PyTorch path. RuntimeError for that on a GPU."""
-    result, choice = call.choose()
-    out, launches, reason = call.prepare(result) if choice.backend == "triton" else (None, (), choice.reason)
+    (result, choice), facts = call.choose(), gluon.facts(call.x.device)
+    out, launches, reason = call.prepare(result, facts) if choice.backend == "triton" else (None, (), choice.reason)
     if out is None:
         if call.x.is_cuda:
             raise RuntimeError(f"no kernel of ours runs this: {reason}")
@@ -43,7 +42,7 @@ def tiles(call: Operation) -> dict[str, Any] | None:
     """The tiles of a convolution by our kernels."""
     if not isinstance(call, ConvBnRelu) or not call.tiled or call.choose()[1].backend == "torch":
         return None
-    chosen = asdict(config.lookup(call.shape, gluon.facts(call.x.device)))
+    chosen = asdict(call.choose_tile(gluon.facts(call.x.device)).config)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 

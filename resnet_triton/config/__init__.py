@@ -5,12 +5,11 @@
     table -> targets (GPUs that need not be here)
 
 Nothing is searched or timed at call time. The cost model is a pure function of shape and device facts; what a lookup
-depends on besides (tables, which are read once, and `pinned`, while the tuner plans) is in `state()`, for those who
-keep its answers.
+depends on besides (tables, which are read once) is in `state()`, for those who keep its answers.
 """
 
 from ..kernels.values import ConvConfig
-from .choice import choose, lookup, pinned, state, timed, untuned
+from .choice import choose, lookup, state, timed, untuned
 from .conv import ConvShape, is_legal, is_run, supports_descriptors, tiles
 from .heuristic import (
     DepthwiseTile,
@@ -42,7 +41,6 @@ __all__ = [
     "is_run",
     "linear_heuristic",
     "lookup",
-    "pinned",
     "state",
     "stem_heuristic",
     "supports_descriptors",

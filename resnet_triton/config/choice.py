@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +14,6 @@ from .conv import ConvShape, is_legal
 from .device import DeviceFacts
 from .heuristic import conv_heuristic
 
-_pinned: ContextVar[ConvConfig | None] = ContextVar("pinned", default=None)
 _forgotten = 0
 
 
@@ -28,9 +24,9 @@ class Chosen(NamedTuple):
     trusted: bool
 
 
-def state() -> tuple[ConvConfig | None, int]:
+def state() -> int:
     """What a choice depends on besides its arguments: two equal states mean equal answers."""
-    return _pinned.get(), _forgotten
+    return _forgotten
 
 
 def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> ConvConfig:
@@ -44,7 +40,7 @@ def lookup(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -
 
 def choose(shape: ConvShape, device: DeviceFacts, *, descriptors: bool = True) -> Chosen:
     """As `lookup`, and whether it is this project's own choice, which is the cost model's."""
-    config = _pinned.get() or _tuned(shape, device, descriptors)
+    config = _tuned(shape, device, descriptors)
     if config is not None:
         return Chosen(config, trusted=False)
     return Chosen(conv_heuristic(shape, device, descriptors=descriptors), trusted=True)
@@ -74,16 +70,6 @@ def untuned(device: DeviceFacts) -> str | None:
     if _table(device.name).entries:
         return None
     return f"no tile was timed on {device.name}, a model of an H200 chooses them; resnet-triton tune times them there"
-
-
-@contextmanager
-def pinned(config: ConvConfig) -> Iterator[None]:
-    """Make `lookup` answer `config` whatever the question: the tuner plans its launches this way."""
-    token = _pinned.set(config)
-    try:
-        yield
-    finally:
-        _pinned.reset(token)
 
 
 def forget() -> None:

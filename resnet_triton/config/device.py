@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,28 +35,13 @@ class DeviceFacts:
         return self.arch >= 90
 
 
-_override: ContextVar[DeviceFacts | None] = ContextVar("override", default=None)
-
-
 def facts(device: torch.device) -> DeviceFacts:
     """Facts of `device`. A CPU tensor only gets here through Triton's interpreter, which plays an H200."""
-    if (pretended := _override.get()) is not None:
-        return pretended
     if device.type == "cuda":
         return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
     from .targets import KNOWN  # reads files
 
     return KNOWN[90]
-
-
-@contextmanager
-def override(pretended: DeviceFacts) -> Iterator[None]:
-    """Make `facts` answer `pretended` for every device here: tests run another GPU's choices in the interpreter."""
-    token = _override.set(pretended)
-    try:
-        yield
-    finally:
-        _override.reset(token)
 
 
 @functools.cache

@@ -60,15 +60,15 @@ def estimate(
     if config.kernel == FEW:
         return _estimate_few(config, shape, device, rates, chained)
     m, k = config.block_m, config.block_k
-    column = taps(config, shape)
-    turns = cdiv(steps(config, shape), config.split_k) * column + cdiv(shape.shortcut_c, config.block_c)
+    at_once = taps(config, shape)  # for which pixels are loaded
+    turns = cdiv(steps(config, shape), config.split_k) * at_once + cdiv(shape.shortcut_c, config.block_c)
     flops = 2 * m * k * config.block_c * (1 if shape.itemsize == 2 else 2)
     result = rates.element_ns * m * k * (rates.residual_factor if shape.residual else 1)
     programs = cdiv(tiles(config, shape) * config.split_k, device.sm_count)  # of the busiest SM
     if config.is_gluon:  # one program an SM takes them in turn
         columns = m // 2 if config.kernel == CONV64 else k
-        share = _COLUMN if column > 1 else _MATRIX.get(columns, 1.0)
-        turn = flops / (rates.specialised_flops_per_ns * share) + rates.specialised_turn_ns / column
+        share = _COLUMN if at_once > 1 else _MATRIX.get(columns, 1.0)
+        turn = flops / (rates.specialised_flops_per_ns * share) + rates.specialised_turn_ns / at_once
         accumulator = m * k // (4 if config.kernel == CONV64 else 2)
         result *= rates.exposed_share * (accumulator / 4096) ** 0.3
         products = turns * turn

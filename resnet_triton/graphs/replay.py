@@ -101,7 +101,13 @@ class _Replayed:
 
 
 class Graphs:
-    """CUDA graphs by key, for calls that come back. They share memory, so one is replayed at a time."""
+    """CUDA graphs by key, for calls that come back. They share memory, so one is replayed at a time.
+
+    A shape's first call runs without a graph, and behind its second `consider` captures one. From then on `replay`
+    answers. If the graph is dropped, because the model has changed or other shapes needed its room, the next call
+    captures again, or a later one if the graph had not been used (`_drop`). Inputs that keep coming from the same
+    addresses earn further graphs, which read them there (`_settle`). A shape whose capture failed has none for good.
+    """
 
     def __init__(self) -> None:
         self.eager: Counter[str] = Counter()

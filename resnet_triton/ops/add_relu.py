@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
@@ -40,7 +41,7 @@ class AddRelu(Operation):
     def fallback_reason(self, shape: Shape) -> str | None:
         return mixed_dtypes(self.x, self.other)
 
-    def launches(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
         launch = add_relu(out=out, x=channels_last(self.x), other=channels_last(self.other), block=1024, num_warps=4)
         return (launch,)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from ..kernels.values import (
     Size,
     is_depthwise,
 )
-from . import gluon, reference
+from . import reference
 from .checks import (
     aligned,
     at_aligned,
@@ -67,6 +67,8 @@ class ConvBnRelu(Operation):
     shortcut: Shortcut | None = None
     activation: Activation = RELU
     modes: Modes = AUTO
+    tile: ConvConfig | None = field(default=None, kw_only=True)
+    """In place of the configuration that is looked up: the tuner and tests try tiles."""
 
     @property
     def shape(self) -> ConvShape:
@@ -120,20 +122,22 @@ class ConvBnRelu(Operation):
         others = () if shortcut is None else shortcut[:2]
         return mixed_dtypes(x, residual, *others) or too_large(shape, x, padding[1])
 
-    def launches(self, out: Tensor, *, descriptors: bool = True) -> tuple[Launch, ...]:
-        dense, facts = self._dense(), gluon.facts(self.x.device)
+    def launches(self, out: Tensor, facts: DeviceFacts, *, descriptors: bool = True) -> tuple[Launch, ...]:
+        dense = self._dense()
         if self.depthwise:
             return (dense._depthwise_launch(out, facts),)
         chosen = dense.choose_tile(facts, descriptors=descriptors)
         launch = conv_bn_relu(dense._convolution(out, chosen, facts))
         parameters = zip(self._parameters(), dense._parameters(), strict=True)
-        dependent = chosen.config.is_gluon and may_depend(out.device, parameters)  # the kernels in Gluon wait
+        dependent = chosen.config.is_gluon and may_depend(facts, parameters)  # the kernels in Gluon wait
         if chosen.trusted and not dependent:
             return (launch,)
         return (replace(launch, trusted=chosen.trusted, dependent=dependent),)
 
     def choose_tile(self, facts: DeviceFacts, *, descriptors: bool = True) -> Tiling:
         """The configuration of this call, which is not depthwise, on a device with these facts."""
+        if self.tile is not None:
+            return _tiling(self.tile, self.shape, trusted=False)
         tensors = self.x, self.weight, self.residual, *(self.shortcut[:2] if self.shortcut else ())
         descriptors = descriptors and aligned(*tensors)
         return _choose(config.state(), facts, descriptors, self.modes.batch_invariant, self._sizes())
@@ -177,8 +181,8 @@ class ConvBnRelu(Operation):
         found: list[object] = [self.weight, *self.batch_norm]
         return found if self.shortcut is None else [*found, self.shortcut.weight, *self.shortcut.batch_norm]
 
-    def other_launches(self, out: Tensor) -> tuple[Launch, ...]:
-        return self.launches(out, descriptors=False)
+    def other_launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
+        return self.launches(out, facts, descriptors=False)
 
     def reference(self) -> Tensor:
         residual = self.residual
@@ -286,6 +290,10 @@ def _choose(state: object, facts: DeviceFacts, descriptors: bool, invariant: boo
         chosen, trusted = config.invariant(shape, facts), True
     else:
         chosen, trusted = config.choose(shape, facts, descriptors=descriptors)
+    return _tiling(chosen, shape, trusted)
+
+
+def _tiling(chosen: ConvConfig, shape: ConvShape, trusted: bool) -> Tiling:
     return Tiling(chosen, trusted, config.tiles(chosen, shape), config.is_run(chosen.box, shape))
 
 

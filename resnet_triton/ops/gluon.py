@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -16,8 +15,8 @@ from ..config.device import DeviceFacts
 from ..kernels.launch import Launch
 from . import interpreter
 
+Done = TypeVar("Done")
 _refused = False
-_trying_others: ContextVar[bool] = ContextVar("trying_others", default=False)
 
 
 def is_passing(error: Exception) -> bool:
@@ -29,39 +28,35 @@ def is_passing(error: Exception) -> bool:
 def facts(where: torch.device) -> DeviceFacts:
     """Facts of a device, for a choice among the kernels that can run here: Gluon has no interpreter."""
     found = device.facts(where)
-    if _refused or _trying_others.get() or interpreter.active():
-        return _without(found)
-    return found
+    return without(found) if _refused or interpreter.active() else found
 
 
 @functools.lru_cache(maxsize=16)
-def _without(found: DeviceFacts) -> DeviceFacts:
+def without(found: DeviceFacts) -> DeviceFacts:
+    """The same facts, by which no kernel in Gluon is chosen."""
     return replace(found, gluon=False)
 
 
-@contextmanager
-def in_place_of(launches: Sequence[Launch], error: Exception) -> Iterator[None]:
-    """Within, other kernels are chosen than those that raised `error`; if they run, in this process from then on.
+def in_place_of(launches: Sequence[Launch], error: Exception, others: Callable[[], Done]) -> Done:
+    """What `others` returns, which runs other kernels than these. If it does, none in Gluon is chosen from then on.
 
-    If they do not run either, or there was no kernel in Gluon, or `error` is passing, it is raised: it is not the
-    kernel's fault, as an earlier one's error that a launch reports.
+    If it raises, too, or there was no kernel in Gluon, or `error` is passing, `error` is raised: it is not the kernel's
+    fault, as an earlier one's error that a launch reports.
     """
     global _refused
     names = [launch.kernel.__name__ for launch in launches if launch.is_gluon]
     if not names or is_passing(error):
         raise error
-    token = _trying_others.set(True)
     try:
-        yield
+        done = others()
     except Exception:
         raise error from None
-    finally:
-        _trying_others.reset(token)
     before, _refused = _refused, True
     if not before:
         why = str(error).partition("\n")[0]
         warnings.warn(
             f"{names[0]} cannot run here ({type(error).__name__}: {why}); other kernels run in place of those "
             "in Gluon, slower",
-            stacklevel=4,
+            stacklevel=3,
         )
+    return done

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from ..config import device
+from ..config.device import DeviceFacts
 from . import interpreter
 
 graph_semaphores: ContextVar[Tensor | None] = ContextVar("graph_semaphores", default=None)
@@ -19,13 +19,13 @@ borrowing: ContextVar[bool] = ContextVar("borrowing", default=False)
 """Whether a compiler may lend a call the memory that it allocates, for CUDA graphs. Then the call may keep none."""
 
 
-def may_depend(where: torch.device, parameters: Iterable[tuple[object, object]]) -> bool:
+def may_depend(facts: DeviceFacts, parameters: Iterable[tuple[object, object]]) -> bool:
     """Whether a launch may start while the one before runs, and read these parameters, each as given and as read.
 
     Only in a graph of our model: elsewhere the launch before may be somebody's edit of one. A parameter that is read in
     another form than it was given in has been copied just before.
     """
-    if not dependent_launches.get() or interpreter.active() or device.facts(where).arch < 90:
+    if not dependent_launches.get() or interpreter.active() or facts.arch < 90:
         return False
     return all(given is read for given, read in parameters)
 

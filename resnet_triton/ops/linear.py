@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import config
-from ..config import device
+from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch, next_power_of_2
@@ -55,13 +55,13 @@ class Linear(Operation):
             return f"{rows} rows exceed int32"
         return "no input features" if self.weight.shape[1] == 0 else None
 
-    def launches(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
         k, c = self.weight.shape
         rows = self.x.reshape(-1, c).contiguous()
         rows = at_aligned(rows) if self.modes.batch_invariant else rows
         precision = matmul_precision(rows.dtype)
         m = 1 if self.modes.batch_invariant else rows.shape[0]
-        tile = config.linear_heuristic(m, c, k, rows.element_size(), precision, device.facts(rows.device))
+        tile = config.linear_heuristic(m, c, k, rows.element_size(), precision, facts)
         launch = linear(
             out=out.view(-1, k), x=rows, weight=self.weight.contiguous(), bias=contiguous(self.bias),
             precision=precision, block_m=tile.block_m, block_k=tile.block_k, block_c=tile.block_c,
@@ -103,19 +103,20 @@ class AvgPoolLinear(Operation):
         check_same_dtype(self.x, weight=self.weight, bias=self.bias)
         return GlobalAvgPool(self.x).fallback_reason((shape[0], self.x.shape[1], 1, 1))
 
-    def launches(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
         x = self.x
         if x.shape[0] > HEAD_IMAGES or self.modes.batch_invariant:
             pool = GlobalAvgPool(x, self.modes)
             pooled = pool.result().empty(x.device)
-            return *pool.launches(pooled), *Linear(pooled.flatten(1), self.weight, self.bias, self.modes).launches(out)
+            linear = Linear(pooled.flatten(1), self.weight, self.bias, self.modes)
+            return *pool.launches(pooled, facts), *linear.launches(out, facts)
         weight, bias = self.weight.contiguous(), contiguous(self.bias)
         launch = avg_pool_linear(
             out=out, x=channels_last(x), weight=weight, bias=bias,
             block_p=min(next_power_of_2(x.shape[2] * x.shape[3]), 64),
-            block_k=config.head_classes(x.shape[0], weight.shape[0], device.facts(x.device)),
+            block_k=config.head_classes(x.shape[0], weight.shape[0], facts),
             block_c=min(next_power_of_2(x.shape[1]), 512 if x.element_size() == 2 else 128), num_warps=16,
-            dependent=may_depend(x.device, [(self.weight, weight), (self.bias, bias)]),
+            dependent=may_depend(facts, [(self.weight, weight), (self.bias, bias)]),
         )  # fmt: skip
         return (launch,)
 

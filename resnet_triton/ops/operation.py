@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from typing_extensions import Self
 
-from ..config import device
+from ..config.device import DeviceFacts
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
 from . import dispatch, gluon, in_graph, interpreter
@@ -55,9 +55,23 @@ class Prepared(NamedTuple):
     launches: tuple[Launch, ...] = ()
     reason: str = ""
 
+    def launched(self) -> Prepared:
+        """The same, with everything launched."""
+        for launch in self.launches:
+            launch.run()
+        return self
+
 
 class Operation:
-    """A call of one operator. Subclasses are dataclasses, and `register` makes operators of them."""
+    """A call of one operator. Subclasses are dataclasses, and `register` makes operators of them.
+
+    A call goes through `run`, which hands it on:
+
+    * where a compiler, a tracer, a mode or a transform looks on, to `dispatched`, from which it comes to `compute`;
+    * with autocast or a gradient, to `fall_back`: to `run_torch`, or an error if our kernels were asked for;
+    * otherwise straight to `compute`: where `choose` says PyTorch, `run_torch`; else `prepare` and its launches,
+      or `fall_back` if their machine code may be wrong.
+    """
 
     name: ClassVar[str]
     schema: ClassVar[Schema]
@@ -78,11 +92,11 @@ class Operation:
         """Why our kernels cannot compute a result of this shape."""
         raise NotImplementedError
 
-    def launches(self, out: Tensor) -> tuple[Launch, ...]:
-        """The launches that write `out`."""
+    def launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
+        """The launches that write `out`, on a device with these facts."""
         raise NotImplementedError
 
-    def other_launches(self, out: Tensor) -> tuple[Launch, ...]:
+    def other_launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
         """Other launches, for GPUs on which the machine code of the first ones may give wrong answers; or none."""
         return ()
 
@@ -137,21 +151,23 @@ class Operation:
         finally:
             torch_c._set_tracing_state(tracing)
 
-    def compute(self, ran: list[Launch] | None = None) -> Tensor:
-        """The result, where nothing looks: here the dispatcher comes in. `ran` takes the launches that wrote it."""
+    def compute(self, facts: DeviceFacts | None = None, ran: list[Launch] | None = None) -> Tensor:
+        """The result, where nothing looks: here the dispatcher comes in.
+
+        By launches for the device's facts, or for those that are given; `ran` takes the launches that wrote it.
+        """
         result, choice = self.choose()
         if choice.backend == "torch":
             return self.run_torch()
+        if facts is None:
+            facts = gluon.facts(self.x.device)
         with _on(self.x.device):
-            out, launches, reason = self.prepare(result)
+            prepared, others = self.prepare(result, facts), gluon.without(facts)
             try:
-                for launch in launches:
-                    launch.run()
+                prepared.launched()
             except Exception as error:
-                with gluon.in_place_of(launches, error):
-                    out, launches, reason = self.prepare(result)
-                    for launch in launches:
-                        launch.run()
+                prepared = gluon.in_place_of(prepared.launches, error, lambda: self.prepare(result, others).launched())
+        out, launches, reason = prepared
         if ran is not None:
             ran.extend(launches)
         if out is None:
@@ -171,17 +187,17 @@ class Operation:
                 raise NotImplementedError(f"batch_invariant=True cannot run so large a batch: {reason}; split it")
         return result, choice
 
-    def prepare(self, result: Result) -> Prepared:
+    def prepare(self, result: Result, facts: DeviceFacts) -> Prepared:
         """The output of a valid call and its launches, those that may be launched here."""
         out = result.empty(self.x.device)
         if out.numel() == 0:
             return Prepared(out)
-        launches = self.launches(out)
-        if not _asynchronous(out.device) or (reason := _unsafe_reason(launches)) is None:
+        launches = self.launches(out, facts)
+        if not _asynchronous(out.device, facts) or (reason := _unsafe_reason(launches)) is None:
             return Prepared(out, launches)
         if self.modes.batch_invariant and self.per_image:  # at another batch size the kernel may be another
             raise NotImplementedError(f"batch_invariant=True cannot run here: {reason}")
-        again = self.other_launches(out)
+        again = self.other_launches(out, facts)
         if again and (reason := _unsafe_reason(again)) is None:
             return Prepared(out, again)
         return Prepared(None, (), reason or "")
@@ -236,9 +252,9 @@ def _on(where: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(where)
 
 
-def _asynchronous(where: torch.device) -> bool:
+def _asynchronous(where: torch.device, facts: DeviceFacts) -> bool:
     """Whether right answers of a kernel do not show that its next one is right: see `machine_code/verdict.py`."""
-    return where.type == "cuda" and device.facts(where).arch == 90 and not interpreter.active()
+    return where.type == "cuda" and facts.arch == 90 and not interpreter.active()
 
 
 def _unsafe_reason(launches: Sequence[Launch]) -> str | None:

@@ -7,7 +7,7 @@ from math import prod
 
 from torch import Tensor
 
-from ..config import device
+from ..config.device import DeviceFacts
 from ..kernels import cost
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch, cdiv, next_power_of_2
@@ -47,7 +47,7 @@ class MaxPool2d(Operation):
     def fallback_reason(self, shape: Shape) -> str | None:
         return too_large(shape, self.x, self.padding[1])
 
-    def launches(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
         block_c = min(next_power_of_2(self.x.shape[1]), 64)
         taps = prod(self.kernel_size)
         unroll = taps if taps <= 25 else 8  # that many loads are on their way at once
@@ -84,11 +84,11 @@ class GlobalAvgPool(Operation):
     def fallback_reason(self, shape: Shape) -> str | None:
         return too_large(shape, self.x, 0)
 
-    def launches(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
         x = channels_last(self.x)
         x = at_aligned(x) if self.modes.batch_invariant else x
         n, c, h, w = x.shape
-        few = not self.modes.batch_invariant and n * cdiv(c, 64) < device.facts(x.device).sm_count
+        few = not self.modes.batch_invariant and n * cdiv(c, 64) < facts.sm_count
         # Few programs that take turns: narrower, so that there are more, of more pixels, so that these take fewer.
         most_p, most_c, num_warps = (512, 16, 8) if few and h * w > 64 else (64, 64, 4)
         block_p, block_c = min(next_power_of_2(h * w), most_p), min(next_power_of_2(c), most_c)

@@ -1,7 +1,7 @@
 """An operator's schema, read off the fields of its class: one statement, so names are the same everywhere.
 
 A field of several values (`BatchNorm`, `Geometry`, ...) stands for its own fields. If it may be None, their names start
-with its name, and None stands for all of them.
+with its name, and None stands for all of them. A keyword-only field is no argument, and goes lost on the way.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Field(NamedTuple):
 def fields(cls: Any) -> list[Field]:
     """The fields of a dataclass or NamedTuple."""
     hints = get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else cls._fields
+    names = [f.name for f in dataclasses.fields(cls) if not f.kw_only] if dataclasses.is_dataclass(cls) else cls._fields
     found = []
     for name in names:
         kind = hints[name]

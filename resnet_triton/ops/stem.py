@@ -73,11 +73,10 @@ class Stem(Operation):
         p, q = ((edge - 1) // 2 + 1 for edge in self.x.shape[2:])
         return too_large((shape[0], shape[1], p, q), self.x, STEM_CONV.padding[1])
 
-    def launches(self, out: Tensor) -> tuple[Launch, ...]:
+    def launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
         x, weight = self.x, channels_last(self.weight)
         n, c, h, w = x.shape
-        facts, shape = gluon.facts(x.device), out.shape
-        images = self._for_one_launch(facts)
+        shape, images = out.shape, self._for_one_launch(facts)
         if images is not None and aligned(out):
             return (
                 hopper_stem(
@@ -90,7 +89,7 @@ class Stem(Operation):
         else:
             tile = config.stem_heuristic(*shape, facts)
         if tile is None or c > 4 or weight.dtype not in (torch.float16, torch.bfloat16) or not _windows_work(x.device):
-            return self._two_layers(out)
+            return self._two_layers(out, facts)
         packed, marks = _scratch(n, h, w, weight.dtype, x.device)
         return (
             pack(out=packed, marks=marks, x=x, mean=self.pixel_mean, std=self.pixel_std, block=128, num_warps=4),
@@ -111,7 +110,7 @@ class Stem(Operation):
         result, choice = self.choose()
         if choice.backend == "torch" or not aligned(self.x):
             return None
-        out, launches, _ = self.prepare(result)
+        out, launches, _ = self.prepare(result, gluon.facts(self.x.device))
         if out is None or len(launches) != 1 or not launches[0].is_gluon:
             return None
         (launch,) = launches
@@ -134,15 +133,16 @@ class Stem(Operation):
         images = self.x if reads(self.x) else self.x.contiguous()
         return images if reads(images) else None
 
-    def _two_layers(self, out: Tensor) -> tuple[Launch, ...]:
+    def _two_layers(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
         """Convolution, then pool: fp32, five channels and more, GPUs or drivers that the fused kernel does not suit."""
         convolution = self.convolution(self._images())
         between = convolution.result().empty(out.device)
-        if self._pays_to_widen(between):
+        if self._pays_to_widen(between, facts):
             convolution = replace(convolution, x=_of_four(convolution.x), weight=_of_four(self.weight))
-        return *convolution.launches(between), *MaxPool2d(between, *STEM_POOL, modes=self.modes).launches(out)
+        pool = MaxPool2d(between, *STEM_POOL, modes=self.modes)
+        return *convolution.launches(between, facts), *pool.launches(out, facts)
 
-    def _pays_to_widen(self, between: Tensor) -> bool:
+    def _pays_to_widen(self, between: Tensor, facts: DeviceFacts) -> bool:
         """Whether three channels had better be four: a load brings four, but three have to come one by one.
 
         In fp32 the products take more than the loads, and there would be a third more of them. Two copies, each after
@@ -151,7 +151,7 @@ class Stem(Operation):
         if self.x.shape[1] != 3 or (self.weight.dtype == torch.float32 and conv_precision(torch.float32) == "ieee"):
             return False
         pixels = between.numel() // between.shape[1]
-        return self.modes.batch_invariant or pixels >= 4 * 128 * gluon.facts(self.x.device).sm_count
+        return self.modes.batch_invariant or pixels >= 4 * 128 * facts.sm_count
 
     def _images(self) -> Tensor:
         if self.pixel_mean is None or self.pixel_std is None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..config import ConvConfig, ConvShape
-from ..config.device import DeviceFacts, override
+from ..config.device import DeviceFacts
 from ..kernels.launch import Launch
 from . import OPERATORS, ConvBnRelu, Operation, gluon, interpreter
 from .dispatch import tracer
@@ -74,8 +74,7 @@ class Call:
 
     def launches(self, facts: DeviceFacts) -> tuple[Launch, ...]:
         """The launches our kernels would make of this call on a device with these facts, in order."""
-        with override(facts):
-            return self.ours.launches(self.ours.output())
+        return self.ours.launches(self.ours.output(), facts)
 
     def kernels(self, facts: DeviceFacts) -> list[str]:
         """The names of the kernels that `launches` would launch."""

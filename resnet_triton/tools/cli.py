@@ -204,7 +204,6 @@ def _tune(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from .. import config
     from ..bench import command, report, results
-    from ..config.device import facts
     from ..support.terminal import clock
 
     suites = [name for name in ("model", "kernel") if getattr(args, f"only_{name}")]
@@ -214,7 +213,7 @@ def _bench(args: argparse.Namespace) -> int:
     )  # fmt: skip
 
     unwritten: list[OSError] = []
-    if plan.device.type == "cuda" and (note := config.untuned(facts(plan.device))):
+    if plan.device.type == "cuda" and (note := config.untuned(config.device.facts(plan.device))):
         print(f"note: {note}", file=sys.stderr)
 
     def work() -> Any:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from .. import __version__, config, models
-from ..config.device import DeviceFacts, facts
+from ..config import device
+from ..config.device import DeviceFacts
 from ..coverage import BACKENDS, detail, report
-from ..ops import dispatch, interpreter
+from ..ops import dispatch, gluon, interpreter
 from ..ops.trace import Call
 from ..support import files, vision
 from ..support.terminal import Bar, table
@@ -34,7 +35,7 @@ def examine(bar: Bar) -> Json:
     calls = report(model).calls
     layers = [{"layer": c.name, "operator": c.operator, "backend": c.backend, "detail": detail(c)} for c in calls]
     with bar("reading machine code", None):
-        machine_code = _machine_code(calls if on_gpu else [], facts(where))
+        machine_code = _machine_code(calls if on_gpu else [], gluon.facts(where))
     tests: list[Json] = []  # last, because a kernel that writes out of bounds ruins the GPU for this process
     if dispatch.HAS_TRITON:
         with bar("testing the kernels", None):
@@ -43,7 +44,7 @@ def examine(bar: Bar) -> Json:
         "versions": versions(),
         "torchvision": vision.obstacle(),
         "gpus": gpus,
-        "untuned": config.untuned(facts(where)) if on_gpu else None,
+        "untuned": config.untuned(device.facts(where)) if on_gpu else None,
         "kernels": {"usable": on_gpu, "reason": no_gpu if no_gpu and dispatch.HAS_TRITON else obstacle},
         "cache": _cache(),
         "machine_code": machine_code,
@@ -157,7 +158,7 @@ def _gpus() -> tuple[list[Json], str]:
         return [], told[0] if told else built
     return [
         {"name": f.name, "capability": f"{f.arch / 10}", "sms": f.sm_count, "shared_memory": f.shared_memory}
-        for f in (facts(torch.device("cuda", i)) for i in range(found))
+        for f in (device.facts(torch.device("cuda", i)) for i in range(found))
     ], ""
 
 

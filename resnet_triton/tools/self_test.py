@@ -8,15 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import config, ops
-from ..config.device import facts, override
+from .. import ops
+from ..config import ConvConfig
 from ..ops import BatchNorm, Geometry, Operation, gluon
 from ..ops.dispatch import Modes
 
@@ -33,7 +32,7 @@ class Case(NamedTuple):
     call: str
     path: str
     make: Callable[[], Operation]
-    tile: config.ConvConfig | None = None
+    tile: ConvConfig | None = None
 
 
 def self_test(device: str) -> list[Json]:
@@ -44,21 +43,23 @@ def self_test(device: str) -> list[Json]:
 def attempt(case: Case, where: torch.device) -> Json:
     """Run a case in fp16 and compare. "kernels" are those that ran; "ok" is None where what it asks for cannot run."""
     result: Json = {"call": case.call, "kernels": [], "ok": None, "detail": ""}
-    here = facts(where)
-    if case.path.startswith("hopper") and not gluon.facts(where).has_gluon:
+    facts = gluon.facts(where)
+    if case.path.startswith("hopper") and not facts.has_gluon:
         return {**result, "detail": f"{case.path} needs compute capability 9.0 and a compiler: none interprets it"}
-    if case.path == "descriptor" and not here.has_descriptors:
-        return {**result, "detail": f"descriptors need compute capability 9.0, this GPU has {here.arch / 10}"}
+    if case.path == "descriptor" and not facts.has_descriptors:
+        return {**result, "detail": f"descriptors need compute capability 9.0, this GPU has {facts.arch / 10}"}
     # A device below 9.0 has no descriptors, so there every convolution takes `conv_pointer`.
-    chosen: AbstractContextManager[object] = nullcontext() if case.tile is None else config.pinned(case.tile)
     if case.path in ("descriptor", "pointer"):
-        chosen = override(replace(here, gluon=False, arch=80 if case.path == "pointer" else here.arch))
+        facts = replace(facts, gluon=False, arch=80 if case.path == "pointer" else facts.arch)
     launches: list[Any] = []
     torch.manual_seed(0)
     try:
-        with torch.inference_mode(), chosen:
+        with torch.inference_mode():
             call = case.make()
-            got = _in_fp16(call, where).compute(launches)
+            half = _in_fp16(call, where)
+            if case.tile is not None:
+                half = replace(half, tile=case.tile)  # type: ignore[type-var]
+            got = half.compute(facts, launches)
             wrong = int((got.double().cpu() != call.reference().half().double()).sum())
     except Exception as error:  # whatever a compiler or driver raises belongs into the report
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -108,10 +109,10 @@ CASES = [
     *(
         Case(call, tile.kernel, _on_hopper, tile)
         for call, tile in (
-            (_RESIDUAL, config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_conv")),
-            (f"{_RESIDUAL}, ping-pong", config.ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_pingpong")),
-            (_RESIDUAL, config.ConvConfig(64, 64, 64, 4, 11, (2, 1, 32), kernel="hopper_conv64")),
-            (_RESIDUAL, config.ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few")),
+            (_RESIDUAL, ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_conv")),
+            (f"{_RESIDUAL}, ping-pong", ConvConfig(128, 64, 64, 4, 6, (1, 4, 32), kernel="hopper_pingpong")),
+            (_RESIDUAL, ConvConfig(64, 64, 64, 4, 11, (2, 1, 32), kernel="hopper_conv64")),
+            (_RESIDUAL, ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few")),
         )
     ),
     Case(_RESIDUAL, "descriptor", _of_many),

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..codegen import vital_signs
 from ..config import ConvConfig, ConvShape
-from ..config.device import DeviceFacts, override
+from ..config.device import DeviceFacts
 from ..support.processes import Pool
 from .trial import UNSAFE, abstract_call, launches_of
 
@@ -79,9 +79,8 @@ def faults(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[str
 def compile_launches(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[Any]:
     """Triton's compiled kernels for this configuration, where `pretend` has been called."""
     call = abstract_call(shape)
-    with override(facts):
-        launches = launches_of(call, call.output(), chosen, shape.precision)
-        return [launch.compile() for launch in launches]
+    launches = launches_of(call, call.output(), chosen, shape.precision, facts)
+    return [launch.compile() for launch in launches]
 
 
 def pretend(arch: int) -> None:

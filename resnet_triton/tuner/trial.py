@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import config
 from ..config import ConvConfig, ConvShape
+from ..config.device import DeviceFacts
 from ..kernels.launch import Launch
-from ..ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, interpreter
+from ..ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, gluon, interpreter
 from ..ops.dispatch import Modes
 from ..ops.in_graph import dependent_launches
 from ..ops.precision import fp32_precision
@@ -91,7 +91,7 @@ class Trial:
     """A convolution on enough sets of buffers to exceed twice an L2 cache of `l2_bytes`."""
 
     def __init__(self, shape: ConvShape, device: torch.device, l2_bytes: int) -> None:
-        self.shape, self.device = shape, device
+        self.shape, self.device, self.facts = shape, device, gluon.facts(device)
         first = random_call(shape, device, 0)
         tensors = [*first.schema.tensors(first), first.output()]
         sets = 1 + 2 * l2_bytes // sum(t.numel() * t.element_size() for t in tensors)
@@ -102,7 +102,7 @@ class Trial:
     def time(self, chosen: ConvConfig, *, replays: int, meter: Meter) -> Spread:
         """Seconds of one launch with the L2 cache cold."""
         sets = zip(self.calls, self.outputs, strict=True)
-        planned = [launches_of(call, out, chosen, self.shape.precision) for call, out in sets]
+        planned = [launches_of(call, out, chosen, self.shape.precision, self.facts) for call, out in sets]
         with _running(self.device):
             return graph_seconds([partial(_run, launches) for launches in planned], replays=replays, meter=meter)
 
@@ -110,7 +110,7 @@ class Trial:
         """Whether the kernel gives exactly the reference's answer; its output is full of NaN before."""
         call, expected = self._exact()
         out = call.output().fill_(float("nan"))
-        launches = launches_of(call, out, chosen, self.shape.precision)
+        launches = launches_of(call, out, chosen, self.shape.precision, self.facts)
         with _running(self.device):
             _run(launches)
         return torch.equal(out, expected)
@@ -123,7 +123,7 @@ class Trial:
         """
         call, expected = self._exact()
         out = call.output()
-        launches = launches_of(call, out, chosen, self.shape.precision)
+        launches = launches_of(call, out, chosen, self.shape.precision, self.facts)
         names = [*MANNERS] if self.device.type == "cuda" else ["alone"]  # interpreted launches are all alike
         counts = torch.zeros(len(names), dtype=torch.int64, device=self.device)
 
@@ -196,15 +196,17 @@ def _other_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def launches_of(call: ConvBnRelu, out: Tensor, chosen: ConvConfig, precision: str) -> tuple[Launch, ...]:
+def launches_of(
+    call: ConvBnRelu, out: Tensor, chosen: ConvConfig, precision: str, facts: DeviceFacts
+) -> tuple[Launch, ...]:
     """The launches of a call under a given configuration, as a graph of a model has them: dependent where they may be.
 
     `precision` is how fp32 is multiplied.
     """
     may = dependent_launches.set(True)  # a trial writes no parameters
     try:
-        with config.pinned(chosen), fp32_precision(precision):
-            return call.launches(out)
+        with fp32_precision(precision):
+            return replace(call, tile=chosen).launches(out, facts)
     finally:
         dependent_launches.reset(may)
 

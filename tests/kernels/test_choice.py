@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from exact import conv_call, generator
+from exact import conv_call, generator, plan
 
 from resnet_triton.config import (
     ConvConfig,
@@ -29,7 +27,7 @@ from resnet_triton.config import (
     table,
     targets,
 )
-from resnet_triton.config.device import DeviceFacts, facts, override
+from resnet_triton.config.device import DeviceFacts
 from resnet_triton.config.targets import KNOWN
 
 SHAPE = ConvShape(32, 64, 56, 56, 64, 3, 3, padding=(1, 1))
@@ -353,27 +351,6 @@ def test_an_illegal_neighbour_is_refused(folder: Path) -> None:
     assert lookup(replace(SHAPE, n=100), GPU) == conv_heuristic(replace(SHAPE, n=100), GPU)
 
 
-def test_a_pinned_configuration_is_the_answer_to_everything(folder: Path) -> None:
-    with choice.pinned(TUNED), choice.pinned(CONFIG):
-        assert lookup(SHAPE, GPU) is lookup(STRIDED, KNOWN[80]) is CONFIG
-    assert lookup(SHAPE, GPU) == conv_heuristic(SHAPE, GPU)
-
-
-def test_threads_see_only_what_they_have_pinned_and_overridden() -> None:
-    together = threading.Barrier(2)
-
-    def inside(gpu: DeviceFacts, config: ConvConfig) -> tuple[DeviceFacts, ConvConfig]:
-        with override(gpu), choice.pinned(config):
-            together.wait(10)
-            seen = facts(torch.device("cpu")), lookup(SHAPE, gpu)
-            together.wait(10)  # neither leaves before both have looked
-        return seen
-
-    given = [(KNOWN[80], CONFIG), (KNOWN[100], TUNED)]
-    with ThreadPoolExecutor(2) as pool:
-        assert [*pool.map(inside, *zip(*given, strict=True))] == given
-
-
 def test_launches_alike_look_up_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weighing what may be chosen takes milliseconds. A table that is written is asked again."""
     asked = []
@@ -385,7 +362,7 @@ def test_launches_alike_look_up_once(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("resnet_triton.config.choose", counted)
     call = conv_call(generator(torch.device("cpu"), 0), ConvShape(1, 16, 4, 4, 16, 1, 1))
     for forgotten in (False, True):
-        call.launches(call.output())
-        call.launches(call.output())
+        plan(call)
+        plan(call)
         assert asked == [call.shape] * (1 + forgotten)
         choice.forget()

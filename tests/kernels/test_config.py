@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from exact import plan, pretending
 
 from resnet_triton import resnet18, resnet50
 from resnet_triton.config import (
     ConvConfig,
     ConvShape,
     candidates,
-    choice,
     conv_heuristic,
     is_legal,
     linear_heuristic,
@@ -23,11 +23,10 @@ from resnet_triton.config import (
     supports_descriptors,
 )
 from resnet_triton.config.conv import steps, taps, tiles
-from resnet_triton.config.device import override
 from resnet_triton.config.heuristic import conv_candidates
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import cdiv
-from resnet_triton.ops import GlobalAvgPool, MaxPool2d
+from resnet_triton.ops import GlobalAvgPool, MaxPool2d, gluon
 from resnet_triton.ops.dispatch import Modes
 from resnet_triton.ops.trace import Call, trace
 from resnet_triton.tuner.trial import abstract_call
@@ -146,16 +145,16 @@ def test_few_rows_of_a_linear_layer_keep_memory_busy() -> None:
 def test_taps_of_a_usual_pool_are_loaded_at_once() -> None:
     for side, unroll in ((2, 4), (3, 9), (5, 25), (6, 8), (13, 8)):
         call = MaxPool2d(torch.empty(1, 8, 16, 16, device="meta"), (side, side), (1, 1), (0, 0))
-        assert [launch.arguments["UNROLL"] for launch in call.launches(call.output())] == [unroll]
+        assert [launch.arguments["UNROLL"] for launch in plan(call)] == [unroll]
 
 
 def test_a_mean_of_few_images_has_more_programs_and_an_invariant_one_as_ever() -> None:
     def tile(n: int, c: int, side: int, **modes: bool) -> tuple[int, ...]:
         call = GlobalAvgPool(torch.empty(n, c, side, side, device="meta"), Modes(**modes))
-        (launch,) = call.launches(call.output())
+        (launch,) = plan(call)
         return *launch.grid, launch.arguments["BLOCK_P"], launch.arguments["BLOCK_C"], launch.num_warps
 
-    with override(KNOWN[90]):
+    with pretending(KNOWN[90]):
         assert tile(1, 256, 56) == (16, 512, 16, 8)
         assert tile(32, 256, 56) == (512, 512, 16, 8)
         assert tile(33, 256, 56) == (132, 64, 64, 4), "as many as SMs"
@@ -213,8 +212,9 @@ def test_descriptors_do_not_serve(shape: ConvShape) -> None:
 
 @ALL_DEVICES
 def test_launches_are_what_was_chosen(arch: int) -> None:
+    facts = gluon.without(KNOWN[arch])
     for call in calls("resnet18"):
-        launch, chosen = call.launches(KNOWN[arch])[-1], lookup(call.shape, replace(KNOWN[arch], gluon=False))
+        launch, chosen = call.launches(facts)[-1], lookup(call.shape, facts)
         assert launch.name == chosen.kernel
         sizes = (launch.arguments["BLOCK_K"], launch.arguments["BLOCK_C"], launch.num_warps, launch.num_stages)
         assert sizes == (chosen.block_k, chosen.block_c, chosen.num_warps, chosen.num_stages)
@@ -245,8 +245,7 @@ def test_a_pointwise_convolution_takes_runs_of_pixels(size: tuple[int, int], n: 
     call = abstract_call(shape)
     for gpu in (GPU, INTERPRETED):
         chosen = lookup(shape, gpu)
-        with override(gpu), choice.pinned(chosen):
-            (launch,) = call.launches(call.output())
+        (launch,) = replace(call, tile=chosen).launches(call.output(), gpu)
         assert tiles(chosen, shape) == cdiv(n * h * w, chosen.block_m) * cdiv(256, chosen.block_k)
         if chosen.kernel == "conv_pointer":
             assert gpu is INTERPRETED

@@ -15,12 +15,12 @@ import pytest
 import torch
 from contract.subjects import SUBJECTS
 from contract.term import Args, Term, call, differs, outcome
-from exact import choosing
+from exact import choosing, pretending
 from torch import Tensor, nn
 
 from resnet_triton import config
 from resnet_triton.config import ConvConfig, ConvShape, StemConfig, supports_descriptors
-from resnet_triton.config.device import facts, override
+from resnet_triton.config.device import facts
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.ops import dispatch, linear
@@ -59,7 +59,7 @@ def forced(way: str, device: torch.device) -> Iterator[list[Launch]]:
         if device.type == "cpu":  # small tiles for small images
             stack.enter_context(mock.patch.object(config, "stem_heuristic", _stem_tile))
         if way == "pointer":
-            stack.enter_context(override(KNOWN[80]))
+            stack.enter_context(pretending(KNOWN[80]))
         if way == "two launches":
             stack.enter_context(mock.patch.object(linear, "HEAD_IMAGES", 0))
         yield launches

@@ -34,6 +34,7 @@ from exact import (
     in_turn,
     integers,
     offset_by_one,
+    plan,
     rounded,
     run,
     run_conv,
@@ -503,7 +504,7 @@ def test_many_images_take_two_launches(device: torch.device) -> None:
     g = generator(device, 21)
     x, weight = integers(g, 3, 17, 16, 2, 2), integers(g, 2, 5, 16)
     call = ops.AvgPoolLinear(x, weight)
-    launches = call.launches(call.output())
+    launches = plan(call)
     assert [launch.kernel.__name__ for launch in launches] == [
         "global_avg_pool_kernel",
         "linear_kernel",

@@ -13,12 +13,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from exact import assert_exact, channels_last, conv_call, conv_reference, generator, offset_by_one, rounded
+from exact import assert_exact, channels_last, conv_call, conv_reference, generator, offset_by_one, plan, rounded
 from gluon import compiled, ptx
 from simulator import simulate
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from resnet_triton.config import ConvConfig, ConvShape, is_legal, pinned
+from resnet_triton.config import ConvConfig, ConvShape, is_legal
 from resnet_triton.config.conv import shared_memory, tiles
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import Launch
@@ -195,8 +195,7 @@ def launch(case: Case, *, special: bool = False) -> tuple[Launch, torch.Tensor, 
     if special:
         call.x[0, 0, 0, 0], call.weight[1, 0, 0, -1], call.weight[2, -1, -1, 0] = INF, -INF, NAN
     out = torch.full_like(call.output(), 777.0 if special else NAN)
-    with pinned(case.config):
-        (found,) = call.launches(out)
+    (found,) = replace(call, tile=case.config).launches(out, KNOWN[90])
     if case.programs:
         assert found.grid[0] <= found.arguments["items"] == tiles(case.config, case.shape) * case.split
         found.grid = (min(case.programs, found.arguments["items"]),)
@@ -253,8 +252,7 @@ def test_factors_are_rounded_to_tf32() -> None:
     for tensor, value in ((call.x, near), (call.weight, near), (call.residual, residual), (mean, 0), (var, 1 - eps)):
         tensor.fill_(value)
     out = call.output()
-    with pinned(case.config):
-        (found,) = call.launches(out)
+    (found,) = replace(call, tile=case.config).launches(out, KNOWN[90])
     assert not simulate(found, ptx(found), early=found.parameters).faults
     tf32 = 1 + 2**-10 if hasattr(TensorDescriptor, "round_f32_to_tf32") else 1  # not of Triton 3.6.0
     assert_exact(out, torch.full_like(out, 4 * tf32**2 + residual))
@@ -340,8 +338,8 @@ def test_dependent_launches(
     call = spread(call, *copied) if copied else call
     configs = {"hopper_few": few(1, 64, 16, 16, 64, 4).config, "hopper_conv": CASES["one image"].config}
     may = dependent_launches.set(graph)
-    with pinned(configs.get(kernel, ConvConfig(64, 64, 32, 4, 3))):
-        (made,) = call.launches(call.output())
+    call = replace(call, tile=configs.get(kernel, ConvConfig(64, 64, 32, 4, 3)))
+    (made,) = call.launches(call.output(), KNOWN[90])
     dependent_launches.reset(may)
     assert (made.kernel.__name__, made.dependent) == (f"{kernel}_kernel", dependent)
 
@@ -451,5 +449,5 @@ def test_other_kernels_by_name(fails: list[str], monkeypatch: pytest.MonkeyPatch
     layout = offset_by_one if "unaligned" in modes else channels_last
     call = conv_call(generator(torch.device("cpu"), 0), MANY, layout=layout)
     call = replace(call, modes=call.modes._replace(batch_invariant="batch_invariant" in modes))
-    (found,) = call.launches(call.output())
+    (found,) = plan(call)
     assert (found.kernel.__name__ == "hopper_conv_kernel") == (not modes)

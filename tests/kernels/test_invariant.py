@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 from compiling import run
-from exact import offset_by_one
+from exact import offset_by_one, pretending
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_triton import config, models, ops, optimize, report, resnet18, resnet50
 from resnet_triton import functional as F
-from resnet_triton.config.device import override
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import interpreter
 from resnet_triton.ops.dispatch import Modes
@@ -335,7 +334,7 @@ def test_graphs(cuda: Any) -> None:
 
 @pytest.mark.parametrize("name", [name for name, operator in ops.OPERATORS.items() if operator.per_image])
 def test_no_batch_is_so_large_that_pytorch_takes_it_over(name: str) -> None:
-    with FakeTensorMode(), override(KNOWN[90]):
+    with FakeTensorMode(), pretending(KNOWN[90]):
         one = torch.empty(1, 1, 1, 1, device="cuda")
         few, many = (one.expand(n, 1, 1, 1) for n in (5, 2**32))
         vector, rows, weight = (torch.empty(*size, device="cuda") for size in ((1,), (5, 1), (1, 1)))

@@ -34,6 +34,7 @@ from exact import (
     generator,
     grouped_call,
     integers,
+    plan,
     rounded,
     stem_call,
     stem_reference,
@@ -152,7 +153,7 @@ def specialised_stem(n: int, h: int, w: int, strip: int) -> Case:
 
 def call(made: ops.Operation) -> Case:
     out = made.output().fill_(float("nan"))
-    return Case(list(made.launches(out)), out, made.reference())
+    return Case(list(plan(made, out)), out, made.reference())
 
 
 def infinite_group() -> Case:

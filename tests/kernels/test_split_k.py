@@ -11,9 +11,9 @@ import pytest
 import shadow
 import torch
 from compiling import run as run_compiled
-from exact import conv_call, conv_reference, generator
+from exact import choosing, conv_call, conv_reference, generator, plan
 
-from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal, pinned
+from resnet_triton.config import ConvConfig, ConvShape, conv_heuristic, is_legal
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import ConvBnRelu, conv, in_graph, interpreter
 
@@ -29,8 +29,7 @@ def split_config(shape: ConvShape, split: int, path: str) -> ConvConfig:
 
 def launch(call: ConvBnRelu, chosen: ConvConfig) -> torch.Tensor:
     out = call.output().fill_(float("nan"))
-    with pinned(chosen):
-        (planned,) = call.launches(out)
+    (planned,) = plan(replace(call, tile=chosen), out)
     planned.arguments["partials_ptr"].fill_(float("nan"))
     with torch.cuda.device(out.device) if out.is_cuda else interpreter.ready():
         planned.run()
@@ -68,8 +67,7 @@ def test_only_the_last_share_writes_the_output(device, path):
     shape = ConvShape(1, 32, 5, 6, 40, 3, 3, padding=(1, 1), residual=True)
     call = conv_call(generator(device, 0), shape)
     out = call.output().fill_(float("nan"))
-    with pinned(split_config(shape, 3, path)):
-        (planned,) = call.launches(out)
+    (planned,) = plan(replace(call, tile=split_config(shape, 3, path)), out)
     semaphores = planned.arguments["semaphores_ptr"]
     with contextlib.ExitStack() as stack:
         if out.is_cuda:
@@ -115,7 +113,7 @@ def test_what_torch_calls_for_a_compiler_may_be_lent_its_memory(device, monkeypa
     call = conv_call(generator(device, 0), ConvShape(1, 32, 5, 6, 40, 3, 3, padding=(1, 1)))
     take, borrowing = conv.semaphores_for, []
     monkeypatch.setattr(conv, "semaphores_for", lambda *a: borrowing.append(in_graph.borrowing.get()) or take(*a))
-    with pinned(split_config(call.shape, 3, "pointer")):
+    with choosing(lambda *_, **__: split_config(call.shape, 3, "pointer")):
         assert torch.equal(call.run(), call.dispatched())
     assert borrowing == [False, True]
     assert not in_graph.borrowing.get()

@@ -19,6 +19,8 @@ from exact import (
     generator,
     in_turn,
     integers,
+    plan,
+    pretending,
     run,
     stem_call,
     stem_reference,
@@ -27,7 +29,6 @@ from torch import Tensor
 
 from resnet_triton import config, functional
 from resnet_triton.config import StemConfig, hopper_strip, stem_heuristic
-from resnet_triton.config.device import override
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels import stem as kernels
 from resnet_triton.kernels.hopper_stem import reads
@@ -67,7 +68,7 @@ def test_programs_write_their_own_part_alone(device):
         pytest.skip("the order of programs is the GPU's")
     call = stem_call(generator(device, 13), 1, 3, 14, 70, 24, torch.float16)
     with tiled(16, 3, block_k=16):
-        *_, launch = call.launches(call.output())
+        *_, launch = plan(call)
         backwards = list(reversed(range(launch.grid[0])))
         assert_exact(run(call, programs=backwards, kernel="stem_kernel"), stem_reference(call))
 
@@ -240,8 +241,8 @@ def test_marks_name_the_rows_that_are_not_finite(device):
 )
 def test_elsewhere_convolution_and_pool_are_two_launches(device, arch, c, dtype):
     call = stem_call(generator(device, 10), 2, c, 12, 14, 16, dtype)
-    with override(KNOWN[arch]):
-        names = [launch.kernel.__name__ for launch in call.launches(call.output())]
+    with pretending(KNOWN[arch]):
+        names = [launch.kernel.__name__ for launch in plan(call)]
         assert names == ["conv_pointer_kernel", "max_pool_kernel"]
         assert_exact(run(call), stem_reference(call))
 
@@ -254,8 +255,8 @@ def test_three_channels_become_four(device, dtype):
     call.modes = call.modes._replace(batch_invariant=True)
     special = replace(call, x=call.x.clone(), weight=call.weight.clone())
     special.x[0, 2, 0, 0], special.x[1, 0, 11, 13], special.weight[3, 1, 0, 6] = NAN, INF, INF
-    with override(KNOWN[80]), fp32_precision("tf32"):
-        (conv, _) = call.launches(call.output())
+    with pretending(KNOWN[80]), fp32_precision("tf32"):
+        (conv, _) = plan(call)
         assert conv.arguments["x_ptr"].shape[1] == conv.arguments["w_ptr"].shape[1] == 4
         assert_exact(run(call), stem_reference(call))
         actual, expected = run(special), run(replace(special, modes=KERNELS))  # of few images: three channels
@@ -273,10 +274,10 @@ def test_three_channels_become_four(device, dtype):
     ids=["few images", "many", "one channel", "five", "fp32"],
 )  # fmt: skip
 def test_where_three_channels_become_four(n, c, dtype, channels):
-    with torch.device("meta"), override(KNOWN[80]), fp32_precision("ieee"):
+    with torch.device("meta"), pretending(KNOWN[80]), fp32_precision("ieee"):
         x, weight, ones = torch.empty(n, c, 224, 224).to(dtype), torch.empty(64, c, 7, 7).to(dtype), torch.ones(64)
         call = Stem(x, weight, BatchNorm(ones, ones, None, None, 0.0))
-        (conv, _) = call.launches(call.output())
+        (conv, _) = plan(call)
     assert conv.arguments["x_ptr"].shape[1] == conv.arguments["w_ptr"].shape[1] == channels
 
 
@@ -292,8 +293,8 @@ def test_hopper_takes_one_launch(device, change, one):
     sizes = {"k": 64, "c": 3, "arch": 90, "every": 1, "dtype": torch.bfloat16, **change}
     call = stem_call(generator(device, 15), 2, sizes["c"], 12, 28, sizes["k"], sizes["dtype"])
     call = replace(call, x=call.x[..., :: sizes["every"]])
-    with mock.patch.object(interpreter, "active", return_value=False), override(KNOWN[sizes["arch"]]):
-        launches = call.launches(call.output())
+    with mock.patch.object(interpreter, "active", return_value=False), pretending(KNOWN[sizes["arch"]]):
+        launches = plan(call)
     names = [launch.kernel.__name__ for launch in launches]
     assert (names == ["hopper_stem_kernel"]) == one, names
     if one:  # so eager calls take the kernel that graphs take, which have a copy of the images
@@ -325,10 +326,10 @@ def test_images_too_large_for_one_launch():
 def test_a_stem_that_can_be_repeated_reads_everything_where_it_is(change, alone):
     """What a launch has copied would be out of date at the next edit in place."""
     call = change(stem_call(generator(torch.device("cpu"), 15), 2, 3, 12, 28, 64, torch.float16))
-    with mock.patch.object(interpreter, "active", return_value=False), override(KNOWN[90]):
+    with mock.patch.object(interpreter, "active", return_value=False), pretending(KNOWN[90]):
         with mock.patch.object(dispatch, "_fallback_reason", return_value=None):  # as on a GPU
             found = call.alone()
-        assert len(call.launches(call.output())) == 1
+        assert len(plan(call)) == 1
     assert (found is not None) == alone
     if found is not None:
         (out, launch), address = found, call.weight.data_ptr()
@@ -342,15 +343,15 @@ def test_bytes_that_reciprocals_do_not_normalise_exactly_take_other_launches(dev
     call = stem_call(generator(device, 15), 2, 3, 12, 28, 64, torch.float16)
     call = replace(call, x=call.x.byte(), pixel_mean=(0.5,) * 3, pixel_std=(0.5, 0.5, 1e-45))
     with mock.patch.object(interpreter, "active", return_value=False):
-        assert len(call.launches(call.output())) == 2
-        assert len(replace(call, pixel_std=(0.5,) * 3).launches(call.output())) == 1
+        assert len(plan(call)) == 2
+        assert len(plan(replace(call, pixel_std=(0.5,) * 3))) == 1
 
 
 def test_bytes_also_take_the_two_launches(device):
     call = stem_call(generator(device, 11), 1, 3, 12, 14, 16, torch.float16)
     pixels = integers(generator(device, 12), 1, 1, 3, 12, 14).abs().byte() * 255
     of_bytes = replace(call, x=pixels, pixel_mean=(0.0,) * 3, pixel_std=(0.5,) * 3)
-    with override(KNOWN[80]):
+    with pretending(KNOWN[80]):
         assert_exact(run(of_bytes), stem_reference(replace(call, x=(pixels / 127.5).half())))
 
 

@@ -15,10 +15,10 @@ import torch
 pytest.importorskip("triton")
 
 from compiling import run
-from exact import assert_exact, choosing, conv_call, conv_reference, generator, rounded
+from exact import assert_exact, choosing, conv_call, conv_reference, generator, plan, rounded
 
 from resnet_triton import ops
-from resnet_triton.config import ConvConfig, ConvShape, choice, pinned
+from resnet_triton.config import ConvConfig, ConvShape, choice
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.machine_code import verdict
 from resnet_triton.ops import dispatch
@@ -53,7 +53,6 @@ from pathlib import Path
 import torch
 from triton import knobs
 from resnet_triton.config import ConvConfig, ConvShape
-from resnet_triton.config.device import override
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.machine_code import verdict
 from resnet_triton.tuner import precompile, trial
@@ -66,8 +65,7 @@ shape = ConvShape(32, 256, 8, 8, 64)
 def launch(num_warps=4, num_stages=2, **changes):
     call = trial.abstract_call(shape)
     tile = ConvConfig(64, 64, 64, num_warps, num_stages, **changes)
-    with override(KNOWN[90]):
-        (planned,) = trial.launches_of(call, call.output(), tile, "ieee")
+    (planned,) = trial.launches_of(call, call.output(), tile, "ieee", KNOWN[90])
     assert not planned.trusted
     return planned
 
@@ -227,7 +225,7 @@ def unsafe(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     def unsafe_reason(launch: Any) -> str | None:
         return f"{launch.kernel.__name__} may give wrong answers" if launch.kernel.__name__ in names else None
 
-    monkeypatch.setattr(ops.operation, "_asynchronous", lambda where: True)
+    monkeypatch.setattr(ops.operation, "_asynchronous", lambda where, facts: True)
     monkeypatch.setattr(verdict, "unsafe_reason", unsafe_reason)
     dispatch.calls.clear()
     return names
@@ -278,12 +276,8 @@ def test_where_no_kernel_is_safe_pytorch_answers(device: torch.device, unsafe: s
 def test_only_the_projects_own_choice_is_trusted() -> None:
     call = conv_call(generator(torch.device("cpu"), 0), SHAPE)
 
-    def own() -> bool:
-        return all(launch.trusted for launch in call.launches(call.output()))
-
-    assert own()
-    with pinned(BOX):
-        assert not own()
+    assert [launch.trusted for launch in plan(call)] == [True]
+    assert [launch.trusted for launch in plan(replace(call, tile=BOX))] == [False]
 
 
 # --- the doctor ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from exact import pretending
 from fake_cuda import captured, doubled, images, small
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -414,7 +415,6 @@ def test_kernels_are_launched_under_the_guard_of_their_tensors_device(monkeypatc
     """On tensors that claim to be on the second GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from resnet_triton.config.device import override
     from resnet_triton.config.targets import KNOWN
     from resnet_triton.kernels.launch import Launch
 
@@ -433,7 +433,7 @@ def test_kernels_are_launched_under_the_guard_of_their_tensors_device(monkeypatc
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(Launch, "run", lambda launch: launched.append(current[-1]))
-    with FakeTensorMode(), override(KNOWN[90]):
+    with FakeTensorMode(), pretending(KNOWN[90]):
         x = torch.empty(2, 16, 7, 7, dtype=torch.float16, device="cuda:1", memory_format=torch.channels_last)
         AddRelu(x, x, Modes(kernels="triton")).compute()
         GlobalAvgPool(x, Modes(kernels="triton")).compute()

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from exact import pretending
 from synthetic_results import row
 
 from resnet_triton.bench import results
-from resnet_triton.config.device import override
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.support import files, vision
 from resnet_triton.support.names import find_device
@@ -221,7 +221,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(ask.interpreter, "active", lambda: False)
-    with override(KNOWN[90]):
+    with pretending(KNOWN[90]):
         yield
 
 
@@ -261,7 +261,7 @@ def test_on_a_gpu_kernels_have_to_compile_and_run(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(ask.interpreter, "active", lambda: True)
     elif trouble == "no cache":
         monkeypatch.setattr(files, "probe", full)
-    old = override(replace(KNOWN[80], arch=75)) if trouble == "old" else nullcontext()
+    old = pretending(replace(KNOWN[80], arch=75)) if trouble == "old" else nullcontext()
     with old:
         for command, troubles in ON_A_GPU.items():
             args = Namespace(json=True, **({} if command in ("tune", "benchmarks.gpu") else {"device": "cuda"}))

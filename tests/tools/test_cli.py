@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
+from exact import pretending
 
 from resnet_triton import __version__, ops
 from resnet_triton.support import vision
@@ -453,13 +454,12 @@ def test_doctor_launches_every_kernel_on_the_path_it_names(
 
 def test_doctor_names_the_kernels_that_ran(device: torch.device) -> None:
     """Not those that a case asks for: a GeForce Blackwell has descriptors, but other kernels for the stem."""
-    from resnet_triton.config.device import override
     from resnet_triton.config.targets import KNOWN
     from resnet_triton.tools import self_test
 
     (case,) = (case for case in self_test.CASES if (case.call, case.path) == ("stem", "descriptor"))
     for arch, kernels in ((90, ["pack_kernel", "stem_kernel"]), (120, ["conv_pointer_kernel", "max_pool_kernel"])):
-        with override(KNOWN[arch]):
+        with pretending(KNOWN[arch]):
             assert self_test.attempt(case, device) == {"call": "stem", "kernels": kernels, "ok": True, "detail": ""}
 
 

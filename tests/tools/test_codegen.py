@@ -86,6 +86,7 @@ import json
 import re
 import torch
 from resnet_triton import codegen
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import Activation, BatchNorm, ConvBnRelu, Geometry
 found = []
 for arch, dtype, size, c, width in (
@@ -99,7 +100,7 @@ for arch, dtype, size, c, width in (
         w = torch.empty(c, size, size, width, dtype=dtype).permute(0, 3, 1, 2)
         v, geometry = torch.ones(c), Geometry(padding=(size // 2, size // 2), groups=c // width)
         call = ConvBnRelu(x, w, BatchNorm(v, v, v, v, 1e-5), geometry, x, None, Activation("hardswish"))
-        (launch,) = call.launches(call.output())
+        (launch,) = call.launches(call.output(), KNOWN[arch])
     assert width > 1 or launch.arguments["ROWS"] == 7
     compiled = codegen.triton_compile(codegen.specialise(launch), arch)
     code = codegen.vital_signs(compiled)
@@ -255,12 +256,13 @@ import torch
 from resnet_triton import ops
 from resnet_triton.codegen import compile_for, specialise, target
 from resnet_triton.codegen.rows import _compiled, _Planned
+from resnet_triton.config.targets import KNOWN
 
 def images(*size):
     return torch.empty(size, dtype=torch.float16).to(memory_format=torch.channels_last)
 
 def launch(call):
-    return call.launches(call.output())[0]
+    return call.launches(call.output(), KNOWN[90])[0]
 
 def add(*size):
     return launch(ops.AddRelu(images(*size), images(*size)))
@@ -292,8 +294,7 @@ def test_kernels_bound_by_memory_move_16_bytes_at_a_time():
 ACTIVATIONS = """
 import torch
 from resnet_triton import codegen
-from resnet_triton.config import ConvConfig, pinned
-from resnet_triton.config.device import override
+from resnet_triton.config import ConvConfig
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import Activation, BatchNorm, ConvBnRelu, Geometry
 
@@ -301,9 +302,8 @@ with torch.device("meta"):
     x, weight, v = torch.empty(256, 64, 8, 8).half(), torch.empty(256, 64, 1, 1).half(), torch.empty(256)
 wide = ConvConfig(128, 256, 64, 4, 3, (1, 1, 128), kernel="hopper_conv")
 for activation, tile in (("gelu", wide), ("silu", ConvConfig(256, 128, 64, 8, 3, (1, 1, 256)))):
-    call = ConvBnRelu(x, weight, BatchNorm(v, v, v, v, 1e-5), Geometry(), activation=Activation(activation))
-    with override(KNOWN[90]), pinned(tile):
-        (launch,) = call.launches(call.output())
+    call = ConvBnRelu(x, weight, BatchNorm(v, v, v, v, 1e-5), Geometry(), activation=Activation(activation), tile=tile)
+    (launch,) = call.launches(call.output(), KNOWN[90])
     assert launch.arguments["BLOCK_K"] == tile.block_k
     print(codegen.compile_for(codegen.specialise(launch), 90).spill_bytes)
 """

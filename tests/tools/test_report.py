@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exact import pretending
 
 pytest.importorskip("rich")
 pytest.importorskip("triton")
@@ -22,7 +23,6 @@ from resnet_triton.bench.results import Results
 from resnet_triton.codegen.compiler import Specialisation, specialise
 from resnet_triton.config import table
 from resnet_triton.config.choice import forget
-from resnet_triton.config.device import override
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.coverage import report as report_of
 from resnet_triton.ops import interpreter
@@ -130,7 +130,7 @@ def test_a_gpu_without_a_tuned_table(facts, tuned, monkeypatch, capsys, device, 
     if tuned:
         tune(config.ConvShape(1, 64, 8, 8, 64, 3, 3, padding=(1, 1)), facts)
     assert config.untuned(facts) == (None if tuned else line)
-    with override(facts):
+    with pretending(facts):
         model = optimize(models.resnet18(num_classes=10).eval().to(device), kernels="triton")
         assert str(report_of(model)).splitlines().count(line) == (not tuned)
 

@@ -188,8 +188,8 @@ def sabotaged(monkeypatch: pytest.MonkeyPatch) -> Callable[[ConvConfig, str], No
     def plant(victim: ConvConfig, how: str) -> None:
         plan = trial.launches_of
 
-        def planted(call: Any, out: torch.Tensor, chosen: ConvConfig, precision: str) -> Any:
-            launches = plan(call, out, chosen, precision)
+        def planted(call: Any, out: torch.Tensor, chosen: ConvConfig, *rest: Any) -> Any:
+            launches = plan(call, out, chosen, *rest)
             if chosen != victim:
                 return launches
             return () if how == "unwritten" else (*launches, Sabotage(lambda: out[-1, -1, -1, -1].add_(1)))
@@ -298,7 +298,7 @@ def test_a_candidate_is_timed_as_a_graph_would_run_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(trial.interpreter, "active", lambda: False)
     call = trial.random_call(ConvShape(1, 64, 8, 8, 64, 3, 3, padding=(1, 1)), CPU, 0)
     few, plain = ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few"), ConvConfig(64, 64, 32, 4, 3)
-    made = [trial.launches_of(call, call.output(), chosen, "ieee")[0] for chosen in (few, plain)]
+    made = [trial.launches_of(call, call.output(), chosen, "ieee", KNOWN[90])[0] for chosen in (few, plain)]
     assert [launch.dependent for launch in made] == [True, False]
 
 
@@ -498,7 +498,6 @@ import torch
 from triton import knobs
 from resnet_triton.tuner import precompile, trial
 from resnet_triton.config import ConvConfig, ConvShape
-from resnet_triton.config.device import override
 from resnet_triton.config.targets import KNOWN
 
 short = {"shortcut_c": 32, "shortcut_h": 16, "shortcut_w": 16, "shortcut_stride": (2, 2)}
@@ -520,9 +519,8 @@ def main():
     precompile.pretend(90)
     for shape, chosen in pairs:  # the launch itself, on tensors with memory, up to where the GPU would be needed
         call = trial.random_call(shape, torch.device("cpu"), 0)
-        with override(KNOWN[90]):
-            launches = trial.launches_of(call, torch.empty(shape.n, shape.k, shape.p, shape.q, dtype=call.x.dtype,
-                                  memory_format=torch.channels_last), chosen, shape.precision)
+        out = torch.empty(shape.n, shape.k, shape.p, shape.q, dtype=call.x.dtype, memory_format=torch.channels_last)
+        launches = trial.launches_of(call, out, chosen, shape.precision, KNOWN[90])
         for launch in launches:
             launch.compile()
     print(json.dumps([faults, hits, torch.cuda.is_initialized()]))
