@@ -365,7 +365,7 @@ def fails(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gluon.interpreter, "active", lambda: False)
     monkeypatch.setattr(gluon, "_refused", False)
     monkeypatch.setattr(Launch, "run", driver)
-    monkeypatch.setattr("resnet_triton.ops.operation._asynchronous", lambda where: False)
+    monkeypatch.setattr("resnet_triton.ops.operation._asynchronous", lambda where, facts: False)
     monkeypatch.setattr("resnet_triton.ops.dispatch._fallback_reason", lambda where, forced: None)
     return tried
 
