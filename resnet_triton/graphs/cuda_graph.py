@@ -110,7 +110,7 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
     lent, may = graph_semaphores.set(semaphores), dependent_launches.set(entry.writes_no_parameter)
     try:
         entry.body(entry.buffer)  # which compiles what a graph alone has, too: dependent launches
-        with _capturing, _without_collections():
+        with _capturing, _without_collections(), _may_wait():
             try:
                 with (
                     torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
@@ -137,6 +137,23 @@ def _without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _may_wait() -> Iterator[None]:
+    """Within, `torch.cuda.set_sync_debug_mode` is off.
+
+    torch 2.13 waits for a stream when a capture has begun. If that is made an error, the capture never ends, and from
+    then on CUDA refuses whatever waits.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    if mode:
+        torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        if mode:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 @contextlib.contextmanager

@@ -456,6 +456,17 @@ def test_a_replay_does_not_wait():
     assert replays(model) == 6
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_a_capture_waits_even_where_that_is_made_an_error():
+    model, x = build(), images(2)
+    with no_waiting():
+        captured(model, x)
+        assert torch.cuda.get_sync_debug_mode() == 2
+    model(x)
+    assert replays(model) == 1
+    torch.cuda.synchronize()
+
+
 def test_a_replay_returns_before_the_gpu_is_done():
     model, x = build(), images(small(8, 2))
     captured(model, x)
