@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import filters, programs
@@ -129,6 +129,8 @@ def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph)
 def _joined(cls: Any) -> type[nn.Module]:
     """A subclass of `cls` whose calls are compiled, under the same name."""
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "written_class": cls}
+    if issubclass(cls, fx.GraphModule):
+        members["recompile"] = _recompile
     base = cls
     while base not in (nn.Module, object):
         base = base.__base__
@@ -154,6 +156,17 @@ def _ordered(metaclass: Any) -> Any:
             return [cls, Compiled, *vars(cls)["written_class"].__mro__] if ours else super().mro()
 
     return Ordered
+
+
+def _recompile(module: Any) -> Any:
+    """`torch.fx.GraphModule.recompile`, which writes its code to the module's class: to the one that it was."""
+    ours, written = type(module), original.origin(module)
+    module.__class__ = written
+    try:
+        return module.recompile()
+    finally:
+        module.__class__ = ours
+        programs.forget(module)
 
 
 def _new(cls: Any, *arguments: Any) -> Any:

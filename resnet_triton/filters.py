@@ -30,11 +30,16 @@ def move(module: nn.Module, filters: Filters) -> None:
 
 
 def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) -> None:
-    """Undo `move`, whatever the filters of a convolution are called by now: they may have been parametrized."""
+    """Undo `move`, whatever the filters of a convolution are called by now: they may have been parametrized.
+
+    One that has come to share its memory since then stays where it is.
+    """
+    users = users_of(module)
     weights = ((name, weight) for name, conv in convolutions for weight in conv.parameters())
     found = ((name, weight) for name, weight in weights if not is_lazy(weight) and weight.dim() == 4)
     for weight in moved(module, found):
-        _lay_out(weight, torch.contiguous_format)
+        if not _has_company(weight, users):
+            _lay_out(weight, torch.contiguous_format)
         _moved.pop(id(weight), None)
     vars(module).pop("_triton_moved", None)
 

@@ -81,9 +81,9 @@ def compile_graph(
             f"grad mode is on, and gradients are PyTorch's; {dispatch.REMEDIES[dispatch.GRADIENT]}", modes, inputs
         )
         return graph.forward
-    if any(isinstance(x, Tensor) and x.is_inference() for x in inputs):  # of which nothing is saved for a gradient
+    if any(isinstance(x, Tensor) and x.is_inference() for x in inputs) and not _takes_gradients(graph):
         for node in graph.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
-            node.args = (False,)
+            node.args = (False,)  # of these inputs nothing is saved for a gradient
         graph.recompile()
     _leave_out_dropout(graph)
     given = layouts.as_they_were(moved(), graph, inputs)
@@ -94,7 +94,7 @@ def compile_graph(
         written.update(overlap.written())
         layouts.note(gm.graph)
         layouts.move(gm.graph, inputs, given)
-        rewrite(gm, modes)
+        rewrite(gm, modes, _parameters(gm.graph))
         if record is None:
             _warn_of_coverage(gm.graph)
             propagate(gm, layouts.restore_arguments)
@@ -118,12 +118,18 @@ def compile_graph(
     compiled: Function = aot_module_simplified(
         graph, examples, fw_compiler=compile_inference, keep_inference_input_mutations=True
     )
-    if whole:
-        return lambda *values: whole[0](values)
+    if whole:  # AOTAutograd's way switches autocast off, of which the graph has what there is to cast
+        autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+        return lambda *values: compiled(*values) if autocast() else whole[0](values)
     if not written:
         return compiled
     filters = [i for i, (x, fake) in enumerate(zip(inputs, given, strict=True)) if x is not fake]
     return _unless_overlapping(compiled, graph.forward, inputs, written, filters, modes)
+
+
+def _takes_gradients(graph: fx.GraphModule) -> bool:
+    """Whether a graph of Dynamo's computes gradients itself, by `torch.func.grad` and the like."""
+    return bool(graph.graph.find_nodes(op="call_function", target=torch._C._functorch._grad_increment_nesting))
 
 
 def _leave_out_dropout(graph: fx.GraphModule) -> None:
@@ -198,9 +204,8 @@ def _graphed(graph: fx.Graph, forward: Function, cuda_graph: CudaGraph) -> Graph
     """What computes a graph as a function that CUDA graphs may repeat, if they may."""
     if cuda_graph is False:
         return None
-    metadata = TracingContext.get().fw_metadata
-    fixed = set() if metadata is None else set(metadata.static_input_indices)
-    inputs = graph.find_nodes(op="placeholder")
+    inputs, parameters = graph.find_nodes(op="placeholder"), _parameters(graph)
+    fixed = {i for i, node in enumerate(inputs) if node in parameters}
     tensors = {i for i, node in enumerate(inputs) if isinstance(node.meta["val"], Tensor)}
     reason = _ungraphed_reason(graph)
     if reason is None and not tensors - fixed:
@@ -213,6 +218,13 @@ def _graphed(graph: fx.Graph, forward: Function, cuda_graph: CudaGraph) -> Graph
     computed = {node.meta["val"].dtype for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)}
     widens = torch.float32 in computed - given
     return GraphedFunction(forward, tensors - fixed, tensors & fixed, cuda_graph, widens)
+
+
+def _parameters(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs of a functional graph that are parameters and buffers of its modules."""
+    metadata = TracingContext.get().fw_metadata
+    inputs = graph.find_nodes(op="placeholder")
+    return set() if metadata is None else {inputs[i] for i in metadata.static_input_indices}
 
 
 def _ungraphed_reason(graph: fx.Graph) -> str | None:
@@ -279,8 +291,10 @@ def at_limit(what: str) -> str:
 
 
 def _warn_as_written(reason: str, modes: Modes, inputs: Sequence[Any]) -> None:
-    """Warn of a graph that runs as it is."""
+    """Warn of a graph that runs as it is, or raise if that was not to be."""
     dispatch.raise_if_required(modes.kernels, reason)
+    if modes.batch_invariant:
+        raise NotImplementedError(f"batch_invariant=True cannot be kept where {reason}")
     if any(isinstance(x, Tensor) and x.is_cuda for x in inputs):
         warnings.warn(f"a compiled model runs without our kernels: {reason}", RuntimeWarning, stacklevel=2)
 

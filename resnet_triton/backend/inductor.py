@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def compile_rest(gm: fx.GraphModule) -> Callable[..., Any]:
-    """A function that computes what a rewritten graph does, from the same inputs."""
+    """A function that computes what a rewritten graph does, from the same inputs; the graph's own if Inductor fails."""
     from torch._inductor import config  # not above: importing Inductor takes seconds
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
@@ -32,5 +33,10 @@ def compile_rest(gm: fx.GraphModule) -> Callable[..., Any]:
         output: Any = simple.graph.output_node()
         results = enumerate(output.args[0])
         output.meta["user_visible_output_idxs"] = [i for i, node in results if isinstance(node, fx.Node)]
-        compiled: Any = compile_fx_inner(simple, fakes, is_inference=True)
+        try:
+            compiled: Any = compile_fx_inner(simple, fakes, is_inference=True)
+        except Exception as error:  # of whatever kind: it is a compiler
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            warnings.warn(f'rest="inductor" runs operator by operator here: {said}', RuntimeWarning, stacklevel=2)
+            return gm.forward
     return lambda *values: compiled([*values, *constants.values()])

@@ -12,7 +12,7 @@ grows by a norm, a scale, a sum and an activation, and then becomes one node; po
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +44,13 @@ _ACTIVATIONS: dict[Any, tuple[tuple[int, ...], Activation]] = {
     aten.silu.default: ((), Activation("silu")),
     aten.gelu.default: ((), Activation("gelu")),
 }
+# What sums products, and may do so in another order for another batch.
+_SUMS = {
+    aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
+    aten.addbmm.default, aten.mv.default, aten.addmv.default, aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}  # fmt: skip
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.squeeze.dims, aten.squeeze.dim)
 
 
@@ -80,14 +87,20 @@ class Chain:
         return alone and size == (1, 1) and padding == (0, 0) and dilation == (1, 1) and groups == 1
 
 
-def rewrite(graph: fx.GraphModule, modes: Modes) -> None:
-    """Replace, in place, what our operators compute. Convolutions that stay have the reason in `meta["reason"]`."""
-    _Rewriter(graph, modes).run()
+def rewrite(graph: fx.GraphModule, modes: Modes, parameters: Collection[Node]) -> None:
+    """Replace, in place, what our operators compute. Convolutions that stay have the reason in `meta["reason"]`.
+
+    `parameters` are those inputs of the graph that are parameters and buffers. NotImplementedError if the modes promise
+    what PyTorch's operators, which would stay, do not keep.
+    """
+    _Rewriter(graph, modes, parameters).run()
 
 
 class _Rewriter:
-    def __init__(self, module: fx.GraphModule, modes: Modes) -> None:
-        self.module, self.graph, self.modes = module, module.graph, tuple(modes)
+    def __init__(self, module: fx.GraphModule, modes: Modes, parameters: Collection[Node]) -> None:
+        self.module, self.graph, self.modes, self.parameters = module, module.graph, modes, parameters
+        self.sources: dict[Node, frozenset[Node]] = {}
+        """For batch invariance: the tensors, but for parameters, from which each value follows."""
         self.constants: dict[tuple[Any, ...], Node] = {}
         self.replaced: dict[Node, Node] = {}
 
@@ -96,10 +109,14 @@ class _Rewriter:
             if _strides_are_its_own(node) or _is_needless_copy(node):
                 node.replace_all_uses_with(_args(node)[0])
                 self.graph.erase_node(node)
+        if self.modes.batch_invariant:
+            self._trace_sources()
         nodes = list(self.graph.nodes)
         if any(map(_looks_past_a_view, nodes)):
             for node in nodes:  # what these read depends on where every value lies in memory
                 node.meta["reason"] = "as_strided of a view in the same graph"
+            if self.modes.batch_invariant:
+                self._refuse_what_varies()
             return
         chains = {chain.tail: chain for node in list(self.graph.nodes) if (chain := self._chain(node)) is not None}
         for node in list(self.graph.nodes):
@@ -119,8 +136,36 @@ class _Rewriter:
         for node in self.graph.nodes:
             if node.target in (aten.view.default, aten._unsafe_view.default):
                 node.target = aten.reshape.default  # our results are in channels_last, which a view may not take
+        if self.modes.batch_invariant:
+            self._refuse_what_varies()
         self.graph.lint()
         self.module.recompile()
+
+    # Batch invariance: what is fused for one image is so for many, and PyTorch's sums may be others for another batch
+
+    def _trace_sources(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
+                self.sources[node] = frozenset() if node in self.parameters else frozenset((node,))
+            else:
+                self.sources[node] = frozenset().union(*(self.sources[used] for used in node.all_input_nodes))
+
+    def _is_constant(self, *values: Node | None) -> bool:
+        """Whether sizes of these tell nothing of the batch: one of a single image could be a vector by chance."""
+        return not self.modes.batch_invariant or not any(self.sources[v] for v in values if v is not None)
+
+    def _may_be_summed(self, a: Node, b: Node) -> bool:
+        """Whether both have as many images in any batch, if they have in this one."""
+        return not self.modes.batch_invariant or self.sources[a] == self.sources[b]
+
+    def _refuse_what_varies(self) -> None:
+        left = [node for node in self.graph.nodes if node.target in _SUMS and self.sources[node]]
+        if left:
+            names = {node.target.overloadpacket.__name__: node.meta.get("reason") for node in left}
+            said = ", ".join(f"{name} ({reason})" if reason else name for name, reason in sorted(names.items()))
+            raise NotImplementedError(
+                f"batch_invariant=True cannot be kept by what runs on PyTorch, {said}; leave it out"
+            )
 
     # Convolutions
 
@@ -156,11 +201,11 @@ class _Rewriter:
         """`conv * scale + shift`, where both hold a number for each channel; of a layer scale, there is no shift."""
         scaled, channels = _only_user(conv, aten.mul.Tensor), _shape(conv)[1]
         scale = None if scaled is None else _other_operand(scaled, conv)
-        if scaled is None or not _is_channelwise(scale, channels):
+        if scaled is None or not _is_channelwise(scale, channels) or not self._is_constant(scale):
             return None
         summed = _only_user(scaled, aten.add.Tensor)
         shift = None if summed is None or summed.kwargs else _other_operand(summed, scaled)
-        if summed is None or not _is_channelwise(shift, channels):
+        if summed is None or not _is_channelwise(shift, channels) or not self._is_constant(shift):
             summed, shift = scaled, None
         buffers = _frozen_buffers(scale, shift, channels)
 
@@ -183,7 +228,7 @@ class _Rewriter:
         number: Any = _args(scaled)[1]
         vector = _other_operand(scaled, chain.tail)
         weighs = type(number) in (int, float) and abs(number) <= torch.finfo(torch.float32).max
-        if not (weighs or _is_channelwise(vector, channels)):
+        if not weighs and not (_is_channelwise(vector, channels) and self._is_constant(vector)):
             return None
 
         def norm() -> Norm:
@@ -219,7 +264,7 @@ class _Rewriter:
         a, b = _args(node)
         if node.kwargs or not (isinstance(a, Node) and isinstance(b, Node)) or a is b:
             return
-        if not _is_shape(a, _shape(b)) or not _dtype(a) == _dtype(b) == _dtype(node):
+        if not _is_shape(a, _shape(b)) or not _dtype(a) == _dtype(b) == _dtype(node) or not self._may_be_summed(a, b):
             return
         mine = [t for t in (a, b) if t in chains and len(t.users) == 1 and not chains[t].residual]
         mine = [t for t in mine if chains[t].shortcut is None and chains[t].activation == NONE]
@@ -302,7 +347,7 @@ class _Rewriter:
         a, b = _args(added)
         if not (isinstance(a, Node) and isinstance(b, Node)) or len(_shape(a)) != 4 or not _is_shape(a, _shape(b)):
             return
-        if _dtype(a) != _dtype(b) or _dtype(a) not in DTYPES:
+        if _dtype(a) != _dtype(b) or _dtype(a) not in DTYPES or not self._may_be_summed(a, b):
             return
         with self.graph.inserting_before(node):
             new = self._ours("add_relu", a, b)
@@ -325,6 +370,7 @@ class _Rewriter:
     def _replace(self, old: Node, new: Node) -> None:
         new.meta.update(old.meta)
         self.replaced[old] = new
+        self.sources[new] = self.sources.get(old, frozenset())
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
 

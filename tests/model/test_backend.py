@@ -505,11 +505,99 @@ def test_inductor_captures_nothing_in_our_graphs(monkeypatch):
 
 
 @torch.no_grad()
-def test_batch_invariant():
+def test_what_inductor_cannot_compile_runs_all_the_same(monkeypatch):
+    def compile_fx_inner(*arguments, **options):
+        raise ValueError("Invalid ranges\nmore")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", compile_fx_inner)
+    model, x = integral(sequence(conv(), nn.ReLU())), images()
+    fast = torch.compile(model, backend="resnet_triton", options={"rest": "inductor"})
+    with pytest.warns(RuntimeWarning, match=r"operator by operator here: ValueError: Invalid ranges$"):
+        assert torch.equal(fast(x), model(x))
+
+
+def _gate(m: Any, x: Tensor) -> Tensor:
+    return m.n(m.a(x)) * m.b(x.mean((2, 3), keepdim=True)).relu()
+
+
+def _parameter(*size: int) -> nn.ParameterList:
+    return nn.ParameterList([torch.randn(*size)])
+
+
+INVARIANT: dict[str, Callable[[], nn.Module]] = {
+    "chain": lambda: sequence(conv(), norm(), nn.ReLU()),
+    "gate": lambda: lambdas(_gate, a=conv(), n=norm(), b=nn.Conv2d(8, 8, 1)),
+    "gate and shift": lambda: lambdas(
+        lambda m, x: m.a(x) * x.mean((2, 3), keepdim=True) + m.p[0], a=conv(), p=_parameter(8, 1, 1)
+    ),
+    "scale and gate": lambda: lambdas(
+        lambda m, x: m.a(x) * m.p[0] + x.mean((2, 3), keepdim=True), a=conv(), p=_parameter(8, 1, 1)
+    ),
+    "position": lambda: lambdas(lambda m, x: m.n(m.a(x)) + m.p[0], a=conv(), n=norm(), p=_parameter(1, 8, 9, 9)),
+    "position of an activation": lambda: lambdas(
+        lambda m, x: (F.relu(m.a(x)) + m.p[0]).relu(), a=conv(), p=_parameter(1, 8, 9, 9)
+    ),
+    "residual": lambda: Residual(None),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", INVARIANT)
+def test_batch_invariant(name):
+    """Nor is anything fused for one image that is not for several: a vector for a channel may be an image's."""
     torch.manual_seed(0)
-    model, x = sequence(conv(), norm(), nn.ReLU()).eval(), torch.randn(5, 8, 9, 9)
+    model, x = INVARIANT[name]().half().eval(), torch.randn(5, 8, 9, 9).half()
     fast = torch.compile(model, backend="resnet_triton", options={"batch_invariant": True})
     assert torch.equal(fast(x)[3:4], fast(x[3:4]))
+    assert used(fast, x) == used(fast, x[:1])
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: sequence(conv(), nn.ConvTranspose2d(8, 8, 2)), r"convolution \(transposed convolution\); leave it"),
+        (lambda: lambdas(lambda m, x: m.a(x).flatten(2) @ x.flatten(2).mT, a=conv()), "bmm; leave it out"),
+        (lambda: lambdas(lambda m, x: m.a(x)[1].as_strided((2, 2), (1, 1), 1), a=conv()), r"convolution \(as_strided"),
+    ],
+    ids=["transposed", "bmm", "as_strided"],
+)  # fmt: skip
+@torch.no_grad()
+def test_sums_of_pytorch_are_not_promised_to_be_batch_invariant(model, why):
+    fast = torch.compile(model().eval(), backend="resnet_triton", options={"batch_invariant": True})
+    with pytest.raises(Exception, match=f"batch_invariant=True cannot be kept by what runs on PyTorch, {why}"):
+        fast(images())
+
+
+def test_nor_are_those_with_gradients():
+    fast = torch.compile(conv(), backend="resnet_triton", options={"batch_invariant": True})
+    with pytest.raises(Exception, match="batch_invariant=True cannot be kept where grad mode is on"):
+        fast(images())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rest", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_autocast_that_is_off_within_a_model(rest):
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return m.a(x.float())
+
+    torch.manual_seed(0)
+    model, x = lambdas(forward, a=conv()).eval(), torch.randn(2, 8, 9, 9)
+    fast = torch.compile(model, backend="resnet_triton", options={"rest": rest})
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fast(x), expected)
+        assert fast(x.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(fast(x), expected)
+
+
+@torch.inference_mode()
+def test_a_gradient_that_a_model_takes_of_an_inference_tensor():
+    model = lambdas(lambda m, x: torch.func.grad(lambda t: m.a(t).square().sum())(x), a=conv()).eval()
+    x = torch.randn(2, 8, 9, 9)
+    expected = model(x)
+    assert expected.any()
+    torch.testing.assert_close(torch.compile(model, backend="resnet_triton")(x), expected)
 
 
 @torch.no_grad()

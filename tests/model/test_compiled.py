@@ -261,6 +261,21 @@ def test_a_class_that_pickles_itself():
 
 
 @torch.no_grad()
+def test_a_graph_that_is_edited():
+    model, x = torch.fx.symbolic_trace(integral(sequence(conv(), nn.ReLU()))), images()
+    expected = model(x)
+    assert torch.equal(optimize(model)(x), expected)
+    output = model.graph.output_node()
+    with model.graph.inserting_before(output):
+        output.args = (model.graph.call_function(torch.neg, output.args),)
+    model.recompile()
+    assert torch.equal(model(x), -expected)
+    assert used(model, x)[CBR, "torch"] == 1
+    assert torch.equal(model.train()(x), -expected)
+    assert torch.equal(revert(model)(x), -expected)
+
+
+@torch.no_grad()
 def test_a_part_and_then_the_whole():
     model = integral(sequence(sequence(conv()), nn.ReLU()))
     expected = model(images())
@@ -808,6 +823,21 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     revert(model)
     assert all(w.is_contiguous() for w in weights)
     assert "_triton_moved" not in vars(model)
+
+
+@torch.no_grad()
+def test_moved_filters_that_come_to_share_their_memory_stay():
+    """With another process, or with another filter."""
+    model, x = integral(sequence(conv(), conv(), conv())), images()
+    expected = model(x)
+    optimize(model, kernels="triton")(x)
+    model[0].share_memory()
+    model[2].weight.data = model[1].weight.data
+    memory = [m.weight.data_ptr() for m in model]
+    assert [m.weight.data_ptr() for m in model.train()] == memory
+    assert model[0].weight.is_shared()
+    assert not torch.equal(model(x), expected), "its filters are others"
+    assert [m.weight.data_ptr() for m in revert(model)] == memory
 
 
 @pytest.mark.filterwarnings(f"ignore:{COPIES}")
