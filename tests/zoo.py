@@ -1,6 +1,6 @@
 """Models of other people, and what `optimize` makes of each: the rows of docs/models.md.
 
-    PYTHONPATH=tests:. python tests/zoo.py
+    TRITON_INTERPRET=1 PYTHONPATH=tests:. python tests/zoo.py
 
 writes the rows there again. It needs the extra `zoo`. Weights are random, for what is compared is the optimized model
 with itself as it was.

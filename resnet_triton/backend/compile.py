@@ -2,7 +2,8 @@
 
 AOTAutograd makes the graph functional: no operator in it writes its inputs or returns a view that somebody writes
 later. In that form it is rewritten (`rewrite.py`). Parameters and buffers stay inputs, so an edit of a weight shows at
-the next call. Where gradients are wanted, the graph runs as it is, for our operators have none.
+the next call. Where gradients are wanted, for which our operators have no formula, and on a CPU, for which there are no
+kernels, the graph runs as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..graphs.function import GraphedFunction
 from ..graphs.replay import CudaGraph, check_cuda_graph
-from ..ops import dispatch
+from ..ops import dispatch, interpreter
 from ..ops.dispatch import Modes
 from ..ops.trace import Call, propagate, trace_graph
 from . import layouts, overlap
@@ -81,12 +82,14 @@ def compile_graph(
             f"grad mode is on, and gradients are PyTorch's; {dispatch.REMEDIES[dispatch.GRADIENT]}", modes, inputs
         )
         return graph.forward
+    given = layouts.as_they_were(moved(), graph, inputs)
+    if record is None and rest == "eager" and _is_pytorchs(modes, inputs, given):
+        return graph.forward
     if any(isinstance(x, Tensor) and x.is_inference() for x in inputs) and not _takes_gradients(graph):
         for node in graph.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
             node.args = (False,)  # of these inputs nothing is saved for a gradient
         graph.recompile()
     _leave_out_dropout(graph)
-    given = layouts.as_they_were(moved(), graph, inputs)
     whole: list[GraphedFunction] = []
     written: set[int] = set()
 
@@ -125,6 +128,17 @@ def compile_graph(
         return compiled
     filters = [i for i, (x, fake) in enumerate(zip(inputs, given, strict=True)) if x is not fake]
     return _unless_overlapping(compiled, graph.forward, inputs, written, filters, modes)
+
+
+def _is_pytorchs(modes: Modes, inputs: Sequence[Any], given: Sequence[Any]) -> bool:
+    """Whether all of a graph would run on PyTorch, so that ours would only come between: on a CPU.
+
+    Not where kernels are interpreted, for then a test wants to see what a GPU would run; nor on filters that lie
+    otherwise than they are `given`.
+    """
+    if modes != dispatch.AUTO or interpreter.active() or any(isinstance(x, Tensor) and x.is_cuda for x in inputs):
+        return False
+    return all(x is fake for x, fake in zip(inputs, given, strict=True))
 
 
 def _takes_gradients(graph: fx.GraphModule) -> bool:

@@ -591,6 +591,20 @@ def test_autocast_that_is_off_within_a_model(rest):
     torch.testing.assert_close(fast(x), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "rewritten"), [({}, False), ({"kernels": "torch"}, True), ({"batch_invariant": True}, True)], ids=str
+)
+def test_on_a_cpu_a_graph_runs_as_it_is(monkeypatch, options, rewritten):
+    """But where kernels are interpreted, as in all other tests."""
+    model, x = sequence(conv(), norm(), nn.ReLU()).eval(), torch.randn(2, 8, 9, 9)
+    monkeypatch.setattr("resnet_triton.backend.compile.interpreter.active", lambda: False)
+    fast = torch.compile(model, backend="resnet_triton", options=options)
+    assert used(fast, x) == ({(CBR, "torch"): 1} if rewritten else {})
+    torch.testing.assert_close(fast(x), model(x))
+    assert fast(x).is_contiguous()
+
+
 @torch.inference_mode()
 def test_a_gradient_that_a_model_takes_of_an_inference_tensor():
     model = lambdas(lambda m, x: torch.func.grad(lambda t: m.a(t).square().sum())(x), a=conv()).eval()
