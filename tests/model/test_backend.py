@@ -202,7 +202,7 @@ def test_patterns(name, kernels):
 def test_vectors_of_16_bits_are_made_in_one_step_each(monkeypatch):
     """In fp32, without a cast first."""
     graphs, rewrite = [], backend.rewrite.rewrite
-    monkeypatch.setattr(backend.compile, "rewrite", lambda gm, modes: (rewrite(gm, modes), graphs.append(gm.graph)))
+    monkeypatch.setattr(backend.compile, "rewrite", lambda gm, *rest: (rewrite(gm, *rest), graphs.append(gm.graph)))
     model = integral(lambdas(lambda m, x: m.b(m.a(x)) * 0.5, a=conv(bias=True), b=norm())).half()
     x = exact.channels_last(images().half())
     expected = model(x)
@@ -298,7 +298,7 @@ def test_results_have_the_strides_and_the_aliases_that_the_model_gives_them(n):
 def test_a_group_norm_takes_values_as_the_model_lays_them_out(memory_format, monkeypatch):
     """For what torch 2.14 says of its result's strides does not follow from its argument's."""
     graphs, rewrite = [], backend.rewrite.rewrite
-    monkeypatch.setattr(backend.compile, "rewrite", lambda gm, modes: (rewrite(gm, modes), graphs.append(gm.graph)))
+    monkeypatch.setattr(backend.compile, "rewrite", lambda gm, *rest: (rewrite(gm, *rest), graphs.append(gm.graph)))
     model = integral(sequence(conv(), nn.GroupNorm(2, 8), nn.ReLU()))
     x = images().contiguous(memory_format=memory_format)
     y = torch.compile(model, backend="resnet_triton")(x)
