@@ -117,10 +117,10 @@ def _is_of_dynamo(error: BaseException) -> bool:
 def precompile(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)) -> None:
     """Compile the kernels that `model` would run now for `inputs`, as `report` takes them, side by side on all cores.
 
-    A first call finds them then; by itself it compiles one after another. What is in Triton's cache is only loaded, and
-    a kernel that does not compile is left to the call. Runs nothing: the model is traced on fake tensors. TypeError if
-    `model` is no module or `inputs` neither tensor nor tuple, ValueError if it contains no ResNet or block of one, or
-    none that runs on our operators.
+    A first call, and the capture of a graph, find them then; by themselves they compile one after another. What is in
+    Triton's cache is only loaded, and a kernel that does not compile is left to the call. Runs nothing: the model is
+    traced on fake tensors. TypeError if `model` is no module or `inputs` neither tensor nor tuple, ValueError if it
+    contains no ResNet or block of one, or none that runs on our operators.
     """
     check_module(model)
     given = _of_a_call(inputs)

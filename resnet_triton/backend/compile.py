@@ -21,12 +21,14 @@ from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from ..graphs.function import GraphedFunction
 from ..graphs.replay import CudaGraph, check_cuda_graph
 from ..ops import dispatch, interpreter
 from ..ops.dispatch import Modes
-from ..ops.trace import Call, propagate, trace_graph
+from ..ops.trace import Call, compile_calls, propagate, trace_graph
+from ..support.processes import cores
 from . import layouts, overlap
 from .inductor import compile_rest
 from .rewrite import rewrite
@@ -100,10 +102,14 @@ def compile_graph(
         rewrite(gm, modes, _parameters(gm.graph))
         if record is None:
             _warn_of_coverage(gm.graph)
+        calls = []
+        if record is None and _sizes_may_change(gm.graph):  # kernels are compiled when sizes are known
             propagate(gm, layouts.restore_arguments)
-            _warn_of_copies(gm.graph, modes)
         else:
             calls = trace_graph(gm, {node: node.name for node in gm.graph.nodes}, layouts.restore_arguments)
+        if record is None:
+            _warn_of_copies(gm.graph, modes)
+            compile_calls(calls, cores())
         layouts.restore_results(gm.graph)
         gm.recompile()
         if record is not None:
@@ -232,6 +238,12 @@ def _graphed(graph: fx.Graph, forward: Function, cuda_graph: CudaGraph) -> Graph
     computed = {node.meta["val"].dtype for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)}
     widens = torch.float32 in computed - given
     return GraphedFunction(forward, tensors - fixed, tensors & fixed, cuda_graph, widens)
+
+
+def _sizes_may_change(graph: fx.Graph) -> bool:
+    """Whether it is compiled for sizes that are not numbers yet."""
+    values = tree_leaves([node.meta.get("val") for node in graph.nodes])
+    return any(isinstance(n, torch.SymInt) for v in values for n in (v.shape if isinstance(v, Tensor) else (v,)))
 
 
 def _parameters(graph: fx.Graph) -> set[fx.Node]:

@@ -27,6 +27,7 @@ from ..config.device import DeviceFacts
 from ..kernels.launch import Launch
 from . import OPERATORS, ConvBnRelu, Operation, gluon, interpreter
 from .dispatch import tracer
+from .in_graph import dependent_launches
 
 _HEAVY = (
     "convolution", "mm", "addmm", "max_pool2d_with_indices", "mean", "add",
@@ -74,7 +75,8 @@ class Call:
 
     def launches(self, facts: DeviceFacts) -> tuple[Launch, ...]:
         """The launches our kernels would make of this call on a device with these facts, in order."""
-        return self.ours.launches(self.ours.output(), facts)
+        with unset_fake_temporarily():  # a compiler's, in which meta tensors would be fake ones
+            return self.ours.launches(self.ours.output(), facts)
 
     def kernels(self, facts: DeviceFacts) -> list[str]:
         """The names of the kernels that `launches` would launch."""
@@ -184,12 +186,12 @@ class _Propagation(FakeTensorProp):
 def compile_calls(calls: Iterable[Call], jobs: int) -> None:
     """Compile in `jobs` threads what those calls launch that run on our kernels; nothing where these are interpreted.
 
-    A kernel that fails is left to fail when it runs.
+    By themselves, and in a graph. A kernel that fails is left to fail when it runs.
     """
     launches: dict[torch.device, list[Launch]] = {}
     for call in calls:
         if call.backend == "triton" and not interpreter.active():
-            launches.setdefault(call.device, []).extend(call.launches(gluon.facts(call.device)))
+            launches.setdefault(call.device, []).extend(_all_launches(call))
     for device, found in launches.items():
         from triton import AsyncCompileMode
 
@@ -197,6 +199,16 @@ def compile_calls(calls: Iterable[Call], jobs: int) -> None:
         with here, ThreadPoolExecutor(jobs) as pool, AsyncCompileMode(pool, ignore_errors=True):
             for launch in found:
                 launch.compile()
+
+
+def _all_launches(call: Call) -> Iterator[Launch]:
+    facts = gluon.facts(call.device)
+    yield from call.launches(facts)
+    token = dependent_launches.set(True)
+    try:
+        yield from (launch for launch in call.launches(facts) if launch.dependent)
+    finally:
+        dependent_launches.reset(token)
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -247,5 +259,5 @@ def _without_memory(call: Call) -> Call:
 def _meta(a: Any) -> Any:
     if not isinstance(a, Tensor):
         return a
-    with unset_fake_temporarily():  # a compiler's, in which it would be a fake one, of which no launch can be made
+    with unset_fake_temporarily():  # of a fake tensor no launch can be made
         return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")

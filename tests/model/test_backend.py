@@ -605,6 +605,22 @@ def test_on_a_cpu_a_graph_runs_as_it_is(monkeypatch, options, rewritten):
     assert fast(x).is_contiguous()
 
 
+@torch.no_grad()
+def test_kernels_are_compiled_side_by_side_before_the_first_call(monkeypatch):
+    """Once sizes are numbers: of sizes that may change they are compiled when they are known."""
+    given = []
+    monkeypatch.setattr(backend.compile, "compile_calls", lambda calls, jobs: given.append([*map(_about, calls)]))
+    model = integral(sequence(conv(), norm(), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout()))
+    fast = torch.compile(model, backend="resnet_triton")
+    for n in (2, 3, 4):
+        assert torch.equal(fast(images(n)), model(images(n)))
+    assert given == [[(CBR, (2, 8, 8, 8)), (POOL, (2, 8, 8, 8))], []]
+
+
+def _about(call: Call) -> tuple[str, tuple[int, ...]]:
+    return call.operator, tuple(call.ours.x.shape)
+
+
 @torch.inference_mode()
 def test_a_gradient_that_a_model_takes_of_an_inference_tensor():
     model = lambdas(lambda m, x: torch.func.grad(lambda t: m.a(t).square().sum())(x), a=conv()).eval()

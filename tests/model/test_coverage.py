@@ -188,10 +188,11 @@ def test_report_of_a_model_around_a_compiled_part():
 # --- precompile ------------------------------------------------------------------------------------------------------
 
 PRECOMPILE = """
-import sys, threading, triton
+import sys, threading, torch, triton
 from resnet_triton import models, precompile
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import dispatch, original
+from resnet_triton.ops.in_graph import dependent_launches
 from resnet_triton.ops.trace import compile_calls, trace
 from resnet_triton.tuner.precompile import pretend
 
@@ -206,10 +207,13 @@ def listener(*, src, cache_hit, **more):
 
 triton.knobs.compilation.listener = listener
 model = models.ResNet(models.BasicBlock, [1, 1, 1, 1], num_classes=10).eval().half()
+model.to(memory_format=torch.channels_last)
 precompile(model, (2, 3, 64, 64))
 launches = [launch for call in trace(model, (2, 3, 64, 64)) for launch in call.launches(KNOWN[90])]
+dependent_launches.set(True)  # as in a graph
+launches += [launch for call in trace(model, (2, 3, 64, 64)) for launch in call.launches(KNOWN[90])]
 count = len(compiled)  # layers of several sizes may be one compilation
-assert 6 < count <= len(launches) == 10 and not any(hit for _, hit in compiled), compiled
+assert 6 < count <= len(launches) == 20 and not any(hit for _, hit in compiled), compiled
 assert threading.get_ident() not in threads
 for launch in launches:
     assert "ptx" in launch.compile().asm

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor, nn
 
 import resnet_triton
@@ -476,6 +477,20 @@ def test_a_replay_returns_before_the_gpu_is_done():
     model(x)
     done.record()
     assert not done.query()
+
+
+def test_kernels_of_a_compiled_model_are_compiled_beside_each_other(monkeypatch):
+    """All of them, those of its graph too, before any is launched."""
+    threads = []
+    listener = triton.knobs.compilation, "listener", lambda **event: threads.append(threading.get_ident())
+    monkeypatch.setattr(*listener)
+    layers = nn.Conv2d(8, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(24, 40, 3)
+    model = optimize(nn.Sequential(*layers).eval().cuda().half())
+    x = torch.randn(2, 8, 20, 20, device="cuda").half()
+    for _ in range(3):
+        model(x)
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 # --- memory and failures ---------------------------------------------------------------------------------------------
