@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -54,12 +55,6 @@ class Prepared(NamedTuple):
     out: Tensor | None
     launches: tuple[Launch, ...] = ()
     reason: str = ""
-
-    def launched(self) -> Prepared:
-        """The same, with everything launched."""
-        for launch in self.launches:
-            launch.run()
-        return self
 
 
 class Operation:
@@ -162,12 +157,13 @@ class Operation:
         if facts is None:
             facts = gluon.facts(self.x.device)
         with _on(self.x.device):
-            prepared, others = self.prepare(result, facts), gluon.without(facts)
+            out, launches, reason = self.prepare(result, facts)
             try:
-                prepared.launched()
+                for launch in launches:
+                    launch.run()
             except Exception as error:
-                prepared = gluon.in_place_of(prepared.launches, error, lambda: self.prepare(result, others).launched())
-        out, launches, reason = prepared
+                others = partial(self._prepare_and_launch, result, gluon.without(facts))
+                out, launches, reason = gluon.in_place_of(launches, error, others)
         if ran is not None:
             ran.extend(launches)
         if out is None:
@@ -201,6 +197,12 @@ class Operation:
         if again and (reason := _unsafe_reason(again)) is None:
             return Prepared(out, again)
         return Prepared(None, (), reason or "")
+
+    def _prepare_and_launch(self, result: Result, facts: DeviceFacts) -> Prepared:
+        prepared = self.prepare(result, facts)
+        for launch in prepared.launches:
+            launch.run()
+        return prepared
 
     def fall_back(self, reason: str) -> Tensor:
         """Validate and run on PyTorch, or raise if the kernels were asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import pickle
 import threading
@@ -638,10 +639,12 @@ class Torch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
         self.fails, self.recording, self.random = fails, set[Any](), True
         self.cleared: list[bool] = []  # workspaces of cuBLAS, within a capture or not
+        self.sync_debug_mode = 2  # "error"
         stream = mock.Mock(device=torch.device("cuda:1"))
         monkeypatch.setattr(cuda_graph, "_side_stream", lambda device: stream)
         stand_ins = {"CUDAGraph": lambda: self, "graph": self.graph, "stream": contextlib.nullcontext,
-                     "graph_pool_handle": lambda: (0, 1)}  # fmt: skip
+                     "graph_pool_handle": lambda: (0, 1), "get_sync_debug_mode": lambda: self.sync_debug_mode,
+                     "set_sync_debug_mode": functools.partial(setattr, self, "sync_debug_mode")}  # fmt: skip
         for name, value in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, value)
         for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool"):
@@ -661,6 +664,7 @@ class Torch:
     def capture_begin(self, capture_error_mode: str, pool: Any = (1, 0)) -> None:
         assert capture_error_mode == "thread_local"
         assert not self.recording
+        assert self.sync_debug_mode == 0, "torch 2.13 waits here"
         self.recording, self.random = {pool}, False
 
     def capture_end(self, pool: Any = (1, 0)) -> None:
@@ -705,6 +709,7 @@ def test_pytorch_knows_when_a_capture_is_over(monkeypatch, raises, cannot_end, b
         cuda_graph.capture(entry, mock.Mock(graph=fake) if beside else None)
     assert not fake.recording
     assert fake.random
+    assert fake.sync_debug_mode == 2
     assert within == [([], True), ([True], False)], "at first nothing is captured; then cuBLAS has no memory yet"
     assert fake.cleared == [True, True]
     assert gc.isenabled()
