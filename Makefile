@@ -74,7 +74,7 @@ test-newer: $(NEWER_TRITONS:%=test-%) ## the same by every Triton newer than the
 $(NEWER_TRITONS:%=test-%): test-%: $(VENV)/triton-%/.installed
 	$(WITH_TRITON) OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) tests/kernels tests/tools/test_codegen.py $(ARGS)
 
-software-gpu: $(STAMP) ## the tests of GPUs, on one in software, in 15 minutes; needs PyTorch's build for CUDA 13
+software-gpu: $(STAMP) ## the tests of GPUs, on one in software: 25 minutes, 18 GB; needs PyTorch's build for CUDA 13
 	$(HERMETIC) PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -p software_gpu \
 		tests/model/test_software_gpu.py tests/model/test_gpu.py $(ARGS)
 
