@@ -180,4 +180,5 @@ def test_what_reciprocals_normalise_exactly():
     assert normalises_exactly((3.0,), (2.0**-126,)), "none becomes infinite"
     assert normalises_exactly((0.5,), (1.7 * 2.0**125,)), "no quotient lies halfway between two numbers"
     assert not normalises_exactly((0.5,), (2.0**126,)), "some do"
+    assert not normalises_exactly((-2.15046,), (1.9056e38,)), "one is halfway in fp64, and no tie in fp32"
     assert not normalises_exactly((0.5, 0.5), (0.5, 1e-45)), "its reciprocal is infinite"
