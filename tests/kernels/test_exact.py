@@ -667,7 +667,8 @@ def test_activations(device: torch.device, dtype: torch.dtype) -> None:
         expected = reference.activate(residual.double(), *activation)
         finite = expected.isfinite()
         assert same(y[~finite], expected[~finite].to(dtype)), activation
-        signed = finite & (y != 0) if "relu" in activation.activation else finite  # of ReLU, zero of either sign
+        of_either_sign = activation.activation in ("relu", "relu6")  # a maximum may take either zero
+        signed = finite & (y != 0) if of_either_sign else finite
         assert torch.equal(y.signbit()[signed], expected.signbit()[signed]), activation
         error = (y.double() - expected)[finite].abs() - sums.half_unit(y, expected)[finite]
         assert (error <= 2.0**-21 * residual.double().abs()[finite]).all(), (activation, error.max())
