@@ -243,19 +243,25 @@ def test_activations_that_round(name: str, activation: str) -> None:
     torch.testing.assert_close(out, expected.to(out.dtype), rtol=2**-10, atol=2**-20)
 
 
-def test_factors_are_rounded_to_tf32() -> None:
+@pytest.mark.parametrize("added", ["residual", "shortcut"])
+def test_factors_are_rounded_to_tf32(added: str) -> None:
     """And not cut, which would make every sum smaller; nor is a residual rounded."""
-    case = Case((1, 4, 8, 16), 64, (8, 16, 1), 64, 6, filter=1, residual=True, dtype="float32")
-    call = conv_call(generator(torch.device("cpu"), 0), case.shape, affine=False)
-    mean, var, *_, eps = call.batch_norm
+    case = Case((1, 4, 8, 16), 64, (8, 16, 1), 64, 6, filter=1, dtype="float32", short_stride=1)
+    case = case._replace(residual=True) if added == "residual" else case._replace(shortcut=4)
+    call = conv_call(generator(torch.device("cpu"), 0), case.shape, affine=False, short_affine=False)
     near, residual = 1 + 3 * 2**-12, 1 + 2**-20
-    for tensor, value in ((call.x, near), (call.weight, near), (call.residual, residual), (mean, 0), (var, 1 - eps)):
-        tensor.fill_(value)
+    for convolution in filter(None, (call, call.shortcut)):
+        mean, var, *_, eps = convolution.batch_norm
+        for tensor, value in ((convolution.x, near), (convolution.weight, near), (mean, 0), (var, 1 - eps)):
+            tensor.fill_(value)
+    if added == "residual":
+        call.residual.fill_(residual)
     out = call.output()
     (found,) = replace(call, tile=case.config).launches(out, KNOWN[90])
     assert not simulate(found, ptx(found), early=found.parameters).faults
     tf32 = 1 + 2**-10 if hasattr(TensorDescriptor, "round_f32_to_tf32") else 1  # not of Triton 3.6.0
-    assert_exact(out, torch.full_like(out, 4 * tf32**2 + residual))
+    product = 4 * tf32**2
+    assert_exact(out, torch.full_like(out, product + (residual if added == "residual" else product)))
 
 
 # --- what a dependent launch does before it waits --------------------------------------------------------------------

@@ -34,6 +34,7 @@ _GLUON = ["test_hopper_conv.py::test_exact", "test_hopper_conv.py::test_any_shar
 """None of them interprets a kernel: after that Gluon compiles nothing in the same process, and every mutant dies."""
 
 _EARLY = "test_hopper_conv.py::test_what_comes_before_the_wait_is_found"
+_TF32 = "test_hopper_conv.py::test_factors_are_rounded_to_tf32"
 
 INTERPRETED: dict[str, list[str]] = {
     "add_relu.py": [
@@ -81,8 +82,8 @@ INTERPRETED: dict[str, list[str]] = {
         "test_functional.py::test_global_avg_pool",
         "test_beyond_int32.py::test_global_avg_pool",
     ],
-    "hopper.py": [*_GLUON, "test_hopper_conv.py::test_factors_are_rounded_to_tf32"],
-    "hopper_conv.py": [*_GLUON, _EARLY],
+    "hopper.py": [*_GLUON, _TF32],
+    "hopper_conv.py": [*_GLUON, _EARLY, _TF32],
     "hopper_conv64.py": ["test_hopper_conv.py::test_exact[64"],
     "hopper_few.py": [*(f"{test}[few" for test in _GLUON), _EARLY],
     "hopper_stem.py": ["test_hopper_stem.py"],
