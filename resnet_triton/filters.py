@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .graphs.cuda_graph import at_rest
+
 Filters = Iterable[tuple[str, nn.Parameter]]
 _moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
 """What any model has moved, by its id."""
@@ -21,10 +23,12 @@ _moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
 
 def move(module: nn.Module, filters: Filters) -> None:
     """To channels_last memory, those that lie in memory of their own and are not there already."""
-    users = users_of(module)
-    for name, weight in filters:
-        if not weight.is_contiguous(memory_format=torch.channels_last) and not _has_company(weight, users):
-            _lay_out(weight, torch.channels_last)
+    users, elsewhere = users_of(module), torch.channels_last
+    found = [(name, w) for name, w in filters if not w.is_contiguous(memory_format=elsewhere)]
+    found = [(name, w) for name, w in found if not _has_company(w, users)]
+    with at_rest(weight for _, weight in found):
+        for name, weight in found:
+            _lay_out(weight, elsewhere)
             vars(module).setdefault("_triton_moved", set()).add(name)  # at once, as memory may run out at the next one
             _moved[id(weight)] = weight
 
@@ -36,11 +40,12 @@ def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) 
     """
     users = users_of(module)
     weights = ((name, weight) for name, conv in convolutions for weight in conv.parameters())
-    found = ((name, weight) for name, weight in weights if not is_lazy(weight) and weight.dim() == 4)
-    for weight in moved(module, found):
-        if not _has_company(weight, users):
-            _lay_out(weight, torch.contiguous_format)
-        _moved.pop(id(weight), None)
+    found = list(moved(module, ((name, w) for name, w in weights if not is_lazy(w) and w.dim() == 4)))
+    with at_rest(found):
+        for weight in found:
+            if not _has_company(weight, users):
+                _lay_out(weight, torch.contiguous_format)
+            _moved.pop(id(weight), None)
     vars(module).pop("_triton_moved", None)
 
 

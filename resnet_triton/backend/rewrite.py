@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from ..graphs.cuda_graph import finish
 from ..ops import NONE, RELU, Activation  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
 from ..ops.stem import STEM_CONV, STEM_POOL
@@ -381,7 +382,9 @@ class _Rewriter:
         if key not in self.constants:
             name = f"_constant_{len(self.constants)}"
             with torch.inference_mode(False), torch._subclasses.fake_tensor.unset_fake_temporarily():
-                self.module.register_buffer(name, torch.full((channels,), value, dtype=torch.float32, device=where))
+                made = torch.full((channels,), value, dtype=torch.float32, device=where)
+                finish(made)  # calls may come on other streams
+                self.module.register_buffer(name, made)
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
                 self.constants[key] = self.graph.get_attr(name)

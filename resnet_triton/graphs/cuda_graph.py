@@ -6,7 +6,7 @@ import contextlib
 import functools
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.in_graph import dependent_launches, graph_semaphores
 
-_capturing = threading.Lock()
+_capturing = threading.RLock()
 """One capture at a time in the process: PyTorch waits for the device first, which a capture elsewhere forbids."""
 
 
@@ -63,18 +63,42 @@ def _several(buffer: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def takes(x: Tensor) -> bool:
     """Whether a call on `x` could run as a graph: on an NVIDIA GPU, and nobody is capturing this stream already."""
-    return x.is_cuda and torch.version.hip is None and not torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and torch.version.hip is None and not capturing(x)
 
 
 def capturing(x: Tensor) -> bool:
     """Whether somebody captures the current stream of the device of `x`."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not x.is_cuda:
+        return False
+    with on(x.device):  # it is the current device's stream that PyTorch is asked about
+        return torch.cuda.is_current_stream_capturing()
 
 
 def finish(x: Tensor) -> None:
-    """Wait until what has been launched on the current stream of the device of `x` is done."""
-    if x.is_cuda:
-        torch.cuda.current_stream(x.device).synchronize()
+    """Wait until what has been launched on the current stream of the device of `x` is done, if nobody captures it.
+
+    For what is written once, on whichever stream comes first, and read on others, too.
+    """
+    if x.is_cuda and not capturing(x):
+        with _may_wait():
+            torch.cuda.current_stream(x.device).synchronize()
+
+
+@contextlib.contextmanager
+def at_rest(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """At the beginning and at the end nothing runs on the GPUs of `tensors`, on whichever stream it was launched.
+
+    For tensors that are given other memory: other streams may still read the old one, and may read the new one next.
+    """
+    devices = {t.device for t in tensors if t.device.type == "cuda" and not capturing(t)}
+    with _capturing if devices else _HERE:
+        for device in devices:
+            torch.cuda.synchronize(device)
+        try:
+            yield
+        finally:
+            for device in devices:
+                torch.cuda.synchronize(device)
 
 
 _HERE = contextlib.nullcontext()

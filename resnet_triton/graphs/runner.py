@@ -159,8 +159,9 @@ class Runner(Graphs):
             return model
         with self._lock:
             if self._snapshot is None and model.uncaptured_model_reason() is None and not cuda.capturing(x):
-                self._snapshot, self._fingerprint = snapshot(model), Fingerprint(model)
+                made, known = snapshot(model), Fingerprint(model)
                 cuda.finish(x)  # the next call may come on another stream
+                self._snapshot, self._fingerprint = made, known
             return model if self._snapshot is None else self._snapshot
 
     def _entry(self, source: Graphed, key: Key, x: Tensor) -> Entry:

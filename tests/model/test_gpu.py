@@ -429,6 +429,19 @@ def test_inside_the_graphs_of_inductor():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_somebody_captures_another_device_than_the_current_one():
+    with torch.cuda.device(1):
+        model, x, graph, stream = chain(), images(2, size=6), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        optimize(model, cuda_graph=True)
+        captured(model, x)
+        expected = model(x)
+        with torch.cuda.graph(graph, stream=stream), torch.cuda.device(0):
+            y = model(x)
+        graph.replay()
+        torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_device_than_the_current_one():
     with torch.cuda.device(1):
         model, x = build(), images(2)
@@ -466,6 +479,60 @@ def test_a_capture_waits_even_where_that_is_made_an_error():
     model(x)
     assert replays(model) == 1
     torch.cuda.synchronize()
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_freezing_waits_even_where_that_is_made_an_error():
+    """For a snapshot is taken on one stream, and read on others."""
+    model, x, streams = build(freeze=True), images(2), [torch.cuda.Stream() for _ in range(2)]
+    expected = model._forward_impl(x)
+    torch.cuda.synchronize()
+    with no_waiting():
+        answers = [on_stream(stream, model, x) for stream in streams]
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in answers)
+
+
+def on_stream(stream: torch.cuda.Stream, model: Any, x: Tensor) -> Tensor:
+    with torch.cuda.stream(stream):
+        return model(x)
+
+
+def chain() -> nn.Module:
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval().half().cuda()
+
+
+def test_what_a_first_call_makes_is_there_for_other_streams():
+    """Filters in another order, and a missing norm's statistics."""
+    for model in (chain(), chain().to(memory_format=torch.channels_last)):
+        x = images(2, size=6)
+        expected = model(x)
+        optimize(model, cuda_graph=False)
+        torch.cuda.synchronize()
+        answers = [on_stream(torch.cuda.Stream(), model, x) for _ in range(3)]
+        torch.cuda.synchronize()
+        for y in answers:
+            torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_filters_are_moved_between_the_calls_of_all_streams():
+    model, x, stream = chain(), images(2, size=6), torch.cuda.Stream()
+    expected = model(x)
+    optimize(model, cuda_graph=False)(x)
+    torch.cuda.synchronize()
+    for _ in range(small(20, 6)):
+        y = on_stream(stream, model, x)
+        model.train()
+        others = [torch.full((16, 3, 3, 3), 7.0, dtype=torch.float16, device="cuda") for _ in range(20)]
+        torch.cuda.current_stream().synchronize()
+        model.eval()
+        z = on_stream(stream, model, x)
+        torch.cuda.synchronize()
+        del others
+        for answer in (y, z):
+            torch.testing.assert_close(answer, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_a_replay_returns_before_the_gpu_is_done():

@@ -684,7 +684,7 @@ class Torch:
 
     def _cuda_releasePool(self, device: int | None, pool: Any) -> None:
         assert (device, pool) == (1, (0, 1))
-        assert cuda_graph._capturing.locked(), "another thread's capture would raise"
+        assert cuda_graph._capturing._is_owned(), "another thread's capture would raise"
 
 
 @pytest.mark.parametrize("cannot_end", [False, True])
