@@ -10,6 +10,7 @@ has the module for itself: it moves filters to channels_last memory, and where t
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import threading
@@ -194,8 +195,14 @@ def backend(**settings: Any) -> Callable[..., Any]:
 
 
 def fresh(function: Any, name: str) -> Callable[..., Any]:
-    """A copy of a function, with a code object of its own: by that, Dynamo keeps what it compiled, and only so much."""
-    return types.FunctionType(function.__code__.replace(), globals(), name)
+    """A copy of a function, with code of its own: by that, Dynamo keeps what it compiled, and only so much.
+
+    And by the code's name which sizes have changed: those of another model would make this one's dynamic at once.
+    """
+    return types.FunctionType(function.__code__.replace(co_name=f"{name}_{next(_numbers)}"), globals(), name)
+
+
+_numbers = itertools.count()
 
 
 def call(module: Any, args: Any, kwargs: Any) -> Any:

@@ -276,6 +276,18 @@ def test_a_graph_that_is_edited():
 
 
 @torch.no_grad()
+def test_sizes_of_one_model_are_no_news_of_another(monkeypatch):
+    """Each is compiled for the sizes of its first call, which are numbers, and then for any."""
+    found = []
+    monkeypatch.setattr("resnet_triton.backend.compile.compile_calls", lambda calls, jobs: found.append(len(calls)))
+    for n in (2, 3):
+        model = optimize(conv().eval())
+        model(images(n))
+        model(images(n + 4))
+    assert found == [1, 0, 1, 0]
+
+
+@torch.no_grad()
 def test_a_part_and_then_the_whole():
     model = integral(sequence(sequence(conv()), nn.ReLU()))
     expected = model(images())
