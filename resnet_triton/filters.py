@@ -45,7 +45,7 @@ def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) 
         for weight in found:
             if not _has_company(weight, users):
                 _lay_out(weight, torch.contiguous_format)
-            _moved.pop(id(weight), None)
+                _moved.pop(id(weight), None)
     vars(module).pop("_triton_moved", None)
 
 

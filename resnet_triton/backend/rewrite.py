@@ -45,12 +45,10 @@ _ACTIVATIONS: dict[Any, tuple[tuple[int, ...], Activation]] = {
     aten.silu.default: ((), Activation("silu")),
     aten.gelu.default: ((), Activation("gelu")),
 }
-# What sums products, and may do so in another order for another batch.
+# Words in the names of operators that sum products, and may do so in another order for another batch.
 _SUMS = {
-    aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
-    aten.addbmm.default, aten.mv.default, aten.addmv.default, aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
+    "convolution", "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "matmul", "dot", "vdot", "linear",
+    "trilinear", "attention", "transformer", "rnn", "lstm", "gru", "cdist",
 }  # fmt: skip
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.squeeze.dims, aten.squeeze.dim)
 
@@ -160,9 +158,9 @@ class _Rewriter:
         return not self.modes.batch_invariant or self.sources[a] == self.sources[b]
 
     def _refuse_what_varies(self) -> None:
-        left = [node for node in self.graph.nodes if node.target in _SUMS and self.sources[node]]
+        left = [node for node in self.graph.nodes if _sums_products(node, self.module) and self.sources[node]]
         if left:
-            names = {node.target.overloadpacket.__name__: node.meta.get("reason") for node in left}
+            names = {node.target.name().rpartition("::")[2]: node.meta.get("reason") for node in left}
             said = ", ".join(f"{name} ({reason})" if reason else name for name, reason in sorted(names.items()))
             raise NotImplementedError(
                 f"batch_invariant=True cannot be kept by what runs on PyTorch, {said}; leave it out"
@@ -389,6 +387,18 @@ class _Rewriter:
             with self.graph.inserting_before(first):
                 self.constants[key] = self.graph.get_attr(name)
         return self.constants[key]
+
+
+def _sums_products(node: Node, module: torch.nn.Module) -> bool:
+    """Whether this, of PyTorch, sums products, or a branch that it may take does, which is a part of `module`."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        parts = [getattr(module, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
+        branches = [part for part in parts if isinstance(part, fx.GraphModule)]
+        return any(_sums_products(inner, branch) for branch in branches for inner in branch.graph.nodes)
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "resnet_triton":
+        return False
+    return not _SUMS.isdisjoint(target._schema.name.partition("::")[2].split("_"))
 
 
 def _strides_are_its_own(node: Node) -> bool:

@@ -170,14 +170,22 @@ def _may_wait() -> Iterator[None]:
     torch 2.13 waits for a stream when a capture has begun. If that is made an error, the capture never ends, and from
     then on CUDA refuses whatever waits.
     """
-    mode = torch.cuda.get_sync_debug_mode()
-    if mode:
-        torch.cuda.set_sync_debug_mode(0)
+    with _switching:
+        _found.append(_found[0] if _found else torch.cuda.get_sync_debug_mode())
+        if _found[0]:
+            torch.cuda.set_sync_debug_mode(0)
     try:
         yield
     finally:
-        if mode:
-            torch.cuda.set_sync_debug_mode(mode)
+        with _switching:
+            mode = _found.pop()
+            if mode and not _found:
+                torch.cuda.set_sync_debug_mode(mode)
+
+
+_switching = threading.Lock()
+_found: list[int] = []
+"""The mode that there was, once for each who waits: it is one for all threads, and the last puts it back."""
 
 
 @contextlib.contextmanager

@@ -558,8 +558,11 @@ def test_batch_invariant(name):
         (lambda: sequence(conv(), nn.ConvTranspose2d(8, 8, 2)), r"convolution \(transposed convolution\); leave it"),
         (lambda: lambdas(lambda m, x: m.a(x).flatten(2) @ x.flatten(2).mT, a=conv()), "bmm; leave it out"),
         (lambda: lambdas(lambda m, x: m.a(x)[1].as_strided((2, 2), (1, 1), 1), a=conv()), r"convolution \(as_strided"),
+        (lambda: lambdas(lambda m, x: m.t(m.a(x).flatten(2)), a=conv(),
+                         t=nn.TransformerEncoderLayer(64, 2, 8, batch_first=True)), "_transformer_encoder_layer_fwd;"),
+        (lambda: lambdas(lambda m, x: torch.cond(x.sum() > 0, m.b, m.a, (x,)), a=conv(), b=conv()), "cond;"),
     ],
-    ids=["transposed", "bmm", "as_strided"],
+    ids=["transposed", "bmm", "as_strided", "transformer", "branch"],
 )  # fmt: skip
 @torch.no_grad()
 def test_sums_of_pytorch_are_not_promised_to_be_batch_invariant(model, why):

@@ -715,6 +715,17 @@ def test_pytorch_knows_when_a_capture_is_over(monkeypatch, raises, cannot_end, b
     assert gc.isenabled()
 
 
+def test_the_last_who_waits_puts_the_mode_back(monkeypatch):
+    """In one thread, here; it is one mode for all."""
+    fake = Torch(monkeypatch, False)
+    first, second = cuda_graph._may_wait(), cuda_graph._may_wait()
+    with second:
+        with first:
+            assert fake.sync_debug_mode == 0
+        assert fake.sync_debug_mode == 0
+    assert fake.sync_debug_mode == 2
+
+
 # --- copies, moves, the end ------------------------------------------------------------------------------------------
 
 
