@@ -23,12 +23,12 @@ _moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
 
 def move(module: nn.Module, filters: Filters) -> None:
     """To channels_last memory, those that lie in memory of their own and are not there already."""
-    users, elsewhere = users_of(module), torch.channels_last
-    found = [(name, w) for name, w in filters if not w.is_contiguous(memory_format=elsewhere)]
+    users = users_of(module)
+    found = [(name, w) for name, w in filters if not w.is_contiguous(memory_format=torch.channels_last)]
     found = [(name, w) for name, w in found if not _has_company(w, users)]
     with at_rest(weight for _, weight in found):
         for name, weight in found:
-            _lay_out(weight, elsewhere)
+            _lay_out(weight, torch.channels_last)
             vars(module).setdefault("_triton_moved", set()).add(name)  # at once, as memory may run out at the next one
             _moved[id(weight)] = weight
 

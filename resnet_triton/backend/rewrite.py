@@ -114,8 +114,7 @@ class _Rewriter:
         if any(map(_looks_past_a_view, nodes)):
             for node in nodes:  # what these read depends on where every value lies in memory
                 node.meta["reason"] = "as_strided of a view in the same graph"
-            if self.modes.batch_invariant:
-                self._refuse_what_varies()
+            self._refuse_what_varies()
             return
         chains = {chain.tail: chain for node in list(self.graph.nodes) if (chain := self._chain(node)) is not None}
         for node in list(self.graph.nodes):
@@ -135,8 +134,7 @@ class _Rewriter:
         for node in self.graph.nodes:
             if node.target in (aten.view.default, aten._unsafe_view.default):
                 node.target = aten.reshape.default  # our results are in channels_last, which a view may not take
-        if self.modes.batch_invariant:
-            self._refuse_what_varies()
+        self._refuse_what_varies()
         self.graph.lint()
         self.module.recompile()
 
@@ -149,15 +147,17 @@ class _Rewriter:
             else:
                 self.sources[node] = frozenset().union(*(self.sources[used] for used in node.all_input_nodes))
 
-    def _is_constant(self, *values: Node | None) -> bool:
-        """Whether sizes of these tell nothing of the batch: one of a single image could be a vector by chance."""
-        return not self.modes.batch_invariant or not any(self.sources[v] for v in values if v is not None)
+    def _is_constant(self, value: Node | None) -> bool:
+        """Whether its sizes tell nothing of the batch: of a single image it could be a vector by chance."""
+        return not self.modes.batch_invariant or value is None or not self.sources[value]
 
     def _may_be_summed(self, a: Node, b: Node) -> bool:
         """Whether both have as many images in any batch, if they have in this one."""
         return not self.modes.batch_invariant or self.sources[a] == self.sources[b]
 
     def _refuse_what_varies(self) -> None:
+        if not self.modes.batch_invariant:
+            return
         left = [node for node in self.graph.nodes if _sums_products(node, self.module) and self.sources[node]]
         if left:
             names = {node.target.name().rpartition("::")[2]: node.meta.get("reason") for node in left}
