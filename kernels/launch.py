@@ -52,9 +52,9 @@ class Launch:
         """Names of the arguments that are parameters of a layer, which no kernel of a forward pass writes."""
         return frozenset(filter(is_parameter, self.arguments))
 
-    def run(self) -> None:
-        """Launch on the current device and stream. Does not wait."""
-        self.kernel[self.grid](**self.arguments, **self._options())
+    def run(self) -> Any:
+        """Launch on the current device and stream. Does not wait. Returns the compiled kernel, None if interpreted."""
+        return self.kernel[self.grid](**self.arguments, **self._options())
 
     def compile(self) -> Any:
         """The compiled kernel that `run` would launch, from Triton's cache if it is there."""

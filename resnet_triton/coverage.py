@@ -16,7 +16,7 @@ from .compiled import Compiled
 from .convert import OURS, check_module, convertible, qualified
 from .entry_point import BACKEND
 from .graphs import runner
-from .ops import dispatch, gluon, original
+from .ops import dispatch, first_run, gluon, original
 from .ops.trace import Call, compile_calls, trace
 from .support.processes import cores
 
@@ -26,13 +26,14 @@ class Report:
     """What runs where. `calls` in execution order; `counted`, the operator calls this process has made so far (one that
     a graph repeats is not made again); `graphs`, for each whole ResNet and compiled model by name, what its graphs have
     done; `replaced`, by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as
-    they are; `untuned`, one line if convolutions run on kernels, on a GPU on which no tile was ever timed; `limit`, one
-    if torch.compile will not compile the model again."""
+    they are; `compared`, one line on kernels' first results, if a GPU has given any; `untuned`, one if convolutions run
+    on kernels, on a GPU on which no tile was ever timed; `limit`, one if torch.compile will not compile this again."""
 
     calls: list[Call]
     counted: dict[tuple[str, str], int]
     graphs: dict[str, str]
     replaced: dict[str, str]
+    compared: str | None = None
     untuned: str | None = None
     limit: str | None = None
 
@@ -51,7 +52,7 @@ class Report:
         for name, why in self.replaced.items():
             where.setdefault(why, []).append(name or "the model")
         runs = [f"{why}, so what is there now runs: {_some(names)}" for why, names in where.items()]
-        said = [line for line in (self.untuned, self.limit) if line]
+        said = [line for line in (self.untuned, self.limit, self.compared) if line]
         return "\n".join([*lines, *said, *graphs, *runs, f"calls so far in this process: {counts}"])
 
 
@@ -99,7 +100,7 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     calls = [_explained(call, replaced, left) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
     untuned = config.untuned(gluon.facts(tiled[0])) if tiled else None
-    return Report(calls, dict(dispatch.calls), graphs, replaced, untuned, limit)
+    return Report(calls, dict(dispatch.calls), graphs, replaced, first_run.describe(), untuned, limit)
 
 
 def _of_the_model(error: BaseException) -> BaseException:

@@ -235,7 +235,9 @@ class ResNet(_HasModes, Graphed):
         if alone is None:
             return super()._entry(x)
         out, launch = alone
-        return Entry(out, launch.repeat("x_ptr"), partial(ResNet._forward_impl, self, stem=False))
+        fill = launch.repeat("x_ptr")
+        fill(x)
+        return Entry(out, fill, partial(ResNet._forward_impl, self, stem=False))
 
     def uncaptured_model_reason(self) -> str | None:
         for name, module in self.named_modules():

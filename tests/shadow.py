@@ -110,7 +110,7 @@ class Watch:
         self.order = Order()
         self.fault: AssertionError | None = None
 
-    def launch(self, run: Any, launch: Launch) -> None:
+    def launch(self, run: Any, launch: Launch) -> Any:
         self.kept.append(launch)
         self.kernel, self.order, self.arguments = launch.kernel.__name__, Order(), {}
         tensors = {n: v.base if isinstance(v, TensorDescriptor) else v for n, v in launch.arguments.items()}
@@ -118,7 +118,7 @@ class Watch:
             if isinstance(tensor, Tensor):
                 self.register(name, tensor)
         try:
-            run(launch)
+            compiled = run(launch)
         except Exception:
             if self.fault is not None:  # the interpreter wraps it once for each function of the call
                 raise self.fault from None
@@ -126,6 +126,7 @@ class Watch:
         for argument in self.arguments.values():
             if argument.memory is not None:
                 argument.memory.settle()
+        return compiled
 
     def register(self, name: str, tensor: Tensor) -> None:
         tag = len(self.arguments) + 1

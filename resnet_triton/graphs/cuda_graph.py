@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.in_graph import dependent_launches, graph_semaphores
+from ..support.waiting import may_wait
 
 _capturing = threading.RLock()
 """One capture at a time in the process: PyTorch waits for the device first, which a capture elsewhere forbids."""
@@ -24,7 +25,8 @@ _capturing = threading.RLock()
 class Entry:
     """How inputs get into a graph: `fill` writes `buffer`, one or several, which `body` computes the answer from.
 
-    Without `fill` the graph reads the inputs themselves, `buffer`, and keeps none of their memory.
+    At first the buffer holds inputs of a call, for what kernels make of it is compared with PyTorch's. Without `fill`
+    the graph reads the inputs themselves, `buffer`, and keeps none of their memory.
     """
 
     buffer: Tensor | tuple[Tensor, ...]
@@ -80,7 +82,7 @@ def finish(x: Tensor) -> None:
     For what is written once, on whichever stream comes first, and read on others, too.
     """
     if x.is_cuda and not capturing(x):
-        with _may_wait():
+        with may_wait():
             torch.cuda.current_stream(x.device).synchronize()
 
 
@@ -134,7 +136,7 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
     lent, may = graph_semaphores.set(semaphores), dependent_launches.set(entry.writes_no_parameter)
     try:
         entry.body(entry.buffer)  # which compiles what a graph alone has, too: dependent launches
-        with _capturing, _without_collections(), _may_wait():
+        with _capturing, _without_collections(), may_wait():
             try:
                 with (
                     torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
@@ -161,31 +163,6 @@ def _without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextlib.contextmanager
-def _may_wait() -> Iterator[None]:
-    """Within, `torch.cuda.set_sync_debug_mode` is off.
-
-    torch 2.13 waits for a stream when a capture has begun. If that is made an error, the capture never ends, and from
-    then on CUDA refuses whatever waits.
-    """
-    with _switching:
-        _found.append(_found[0] if _found else torch.cuda.get_sync_debug_mode())
-        if _found[0]:
-            torch.cuda.set_sync_debug_mode(0)
-    try:
-        yield
-    finally:
-        with _switching:
-            mode = _found.pop()
-            if mode and not _found:
-                torch.cuda.set_sync_debug_mode(mode)
-
-
-_switching = threading.Lock()
-_found: list[int] = []
-"""The mode that there was, once for each who waits: it is one for all threads, and the last puts it back."""
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def watched_reason(device: torch.device) -> str | None:
 
 def copied(body: Callable[[Tensor], Tensor], x: Tensor) -> Entry:
     # Not allocated inside the capture: under torch.use_deterministic_algorithms the graph would fill it.
-    buffer = torch.empty_like(x)
+    buffer = torch.empty_like(x).copy_(x)
     return Entry(buffer, lambda images: buffer.copy_(images), body)
 
 

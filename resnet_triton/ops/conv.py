@@ -42,7 +42,7 @@ from .checks import (
 )
 from .dispatch import AUTO, HAS_TRITON, Modes, mixed_dtypes
 from .in_graph import may_depend, semaphores_for
-from .operation import Operation, Result, Shape, one_image, register
+from .operation import Operation, Result, Shape, register
 from .precision import conv_precision
 
 if HAS_TRITON:
@@ -202,11 +202,6 @@ class ConvBnRelu(Operation):
             n=key.n, c=key.c, h=key.h, w=key.w, k=key.k, p=key.p, q=key.q, r=key.r, s=key.s, itemsize=key.itemsize,
             stride=key.stride, groups=self.geometry.groups, residual=key.residual, shortcut_c=key.shortcut_c,
         )  # fmt: skip
-
-    def image(self, i: int) -> Self:
-        residual = None if self.residual is None else one_image(self.residual, i)
-        shortcut = None if self.shortcut is None else self.shortcut._replace(x=one_image(self.shortcut.x, i))
-        return replace(self, x=one_image(self.x, i), residual=residual, shortcut=shortcut)
 
 
 @functools.lru_cache(maxsize=4096)

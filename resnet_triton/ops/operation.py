@@ -12,7 +12,6 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,7 +23,7 @@ from typing_extensions import Self
 from ..config.device import DeviceFacts
 from ..kernels.cost import Cost
 from ..kernels.launch import Launch
-from . import dispatch, gluon, in_graph, interpreter
+from . import dispatch, first_run, gluon, in_graph, interpreter
 from .dispatch import AUTOCAST, GRADIENT, REMEDIES, Choice, Modes, choose, count
 from .schema import Schema
 
@@ -65,7 +64,7 @@ class Operation:
     * where a compiler, a tracer, a mode or a transform looks on, to `dispatched`, from which it comes to `compute`;
     * with autocast or a gradient, to `fall_back`: to `run_torch`, or an error if our kernels were asked for;
     * otherwise straight to `compute`: where `choose` says PyTorch, `run_torch`; else `prepare` and its launches,
-      or `fall_back` if their machine code may be wrong.
+      or `fall_back` if their machine code may be wrong, or their result was.
     """
 
     name: ClassVar[str]
@@ -92,7 +91,7 @@ class Operation:
         raise NotImplementedError
 
     def other_launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
-        """Other launches, for GPUs on which the machine code of the first ones may give wrong answers; or none."""
+        """Other launches, where the first ones may give wrong answers, by their machine code, or have; or none."""
         return ()
 
     def output(self) -> Tensor:
@@ -109,7 +108,9 @@ class Operation:
 
     def image(self, i: int) -> Self:
         """The call of image `i` alone."""
-        return replace(self, x=one_image(self.x, i))  # type: ignore[type-var]
+        known = zip(self.schema.arguments, self.schema.flatten(self), strict=True)
+        alone: Self = self.schema.build([v if v is None or a.name not in _IMAGES else _one(v, i) for a, v in known])
+        return alone
 
     def run(self) -> Tensor:
         """Compute the result on our kernels or on PyTorch, before torch's eyes where it looks."""
@@ -158,12 +159,16 @@ class Operation:
             facts = gluon.facts(self.x.device)
         with _on(self.x.device):
             out, launches, reason = self.prepare(result, facts)
-            try:
+        kernels: list[Any] = []
+        try:
+            with _on(self.x.device):
                 for launch in launches:
-                    launch.run()
-            except Exception as error:
-                others = partial(self._prepare_and_launch, result, gluon.without(facts))
-                out, launches, reason = gluon.in_place_of(launches, error, others)
+                    kernels.append(launch.run())
+                right = out is None or first_run.is_right(self, out, launches, kernels)
+        except Exception as error:
+            return gluon.in_place_of(launches, error, partial(self.compute, gluon.without(facts), ran))
+        if not right:
+            return self.compute(facts, ran)  # by others
         if ran is not None:
             ran.extend(launches)
         if out is None:
@@ -189,20 +194,14 @@ class Operation:
         if out.numel() == 0:
             return Prepared(out)
         launches = self.launches(out, facts)
-        if not _asynchronous(out.device, facts) or (reason := _unsafe_reason(launches)) is None:
+        if (reason := _reason_against(launches, out.device, facts)) is None:
             return Prepared(out, launches)
         if self.modes.batch_invariant and self.per_image:  # at another batch size the kernel may be another
             raise NotImplementedError(f"batch_invariant=True cannot run here: {reason}")
         again = self.other_launches(out, facts)
-        if again and (reason := _unsafe_reason(again)) is None:
+        if again and (reason := _reason_against(again, out.device, facts)) is None:
             return Prepared(out, again)
         return Prepared(None, (), reason or "")
-
-    def _prepare_and_launch(self, result: Result, facts: DeviceFacts) -> Prepared:
-        prepared = self.prepare(result, facts)
-        for launch in prepared.launches:
-            launch.run()
-        return prepared
 
     def fall_back(self, reason: str) -> Tensor:
         """Validate and run on PyTorch, or raise if the kernels were asked for."""
@@ -228,7 +227,7 @@ class Operation:
         return result.contiguous(memory_format=self.result().memory)
 
 
-def one_image(t: Tensor, i: int) -> Tensor:
+def _one(t: Tensor, i: int) -> Tensor:
     """A copy, because the layout and the alignment of the original could make a difference as well."""
     return t[i : i + 1].clone(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
 
@@ -259,7 +258,10 @@ def _asynchronous(where: torch.device, facts: DeviceFacts) -> bool:
     return where.type == "cuda" and facts.arch == 90 and not interpreter.active()
 
 
-def _unsafe_reason(launches: Sequence[Launch]) -> str | None:
+def _reason_against(launches: Sequence[Launch], where: torch.device, facts: DeviceFacts) -> str | None:
+    """Why these launches must not go ahead: a wrong result of one, or what its machine code may do."""
+    if (reason := first_run.wrong_reason(launches)) is not None or not _asynchronous(where, facts):
+        return reason
     from ..machine_code import verdict  # not above: it asks for Triton
 
     return next((reason for reason in map(verdict.unsafe_reason, launches) if reason is not None), None)

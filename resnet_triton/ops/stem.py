@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from .. import config
 from ..config.device import DeviceFacts
@@ -157,6 +158,13 @@ class Stem(Operation):
         if self.pixel_mean is None or self.pixel_std is None:
             return self.x.to(self.weight.dtype)
         return reference.normalize(self.x, self.pixel_mean, self.pixel_std).to(self.weight.dtype)
+
+    def other_launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
+        return self.launches(out, gluon.without(facts)) if facts.has_gluon else ()
+
+    def image(self, i: int) -> Self:
+        alone = super().image(i)
+        return replace(alone, x=alone._images(), pixel_mean=None, pixel_std=None)
 
     def reference(self) -> Tensor:
         return in_channels_last(reference.stem(self._images(), self.weight, *self.batch_norm))

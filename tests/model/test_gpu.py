@@ -21,7 +21,7 @@ from resnet_triton.config import ConvConfig, ConvShape, lookup
 from resnet_triton.config.device import facts
 from resnet_triton.graphs import look, replay
 from resnet_triton.kernels.launch import Launch
-from resnet_triton.ops import conv
+from resnet_triton.ops import conv, first_run
 from resnet_triton.ops.trace import trace
 from resnet_triton.support import vision
 from resnet_triton.tuner.trial import Trial
@@ -100,6 +100,48 @@ def test_a_replay_is_bitwise_an_eager_call(n, dtype):
         assert torch.equal(model(x), model._forward_impl(x))
     assert replays(model) == 2
     assert model._runner._fingerprint._look is look._compiled().look
+
+
+@pytest.fixture
+def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel has run yet."""
+    monkeypatch.setattr(first_run, "_right", {None})
+    monkeypatch.setattr(first_run, "_wrong", {})
+
+
+def test_first_results_are_compared(unproven: None) -> None:
+    model, x = build(), images(2)
+    for given in (torch.zeros_like(x), x, x):  # of which the first prove nothing of the stem
+        model(given)
+    assert replays(model) == 1
+    launched = {launch.name for call in trace(model, tuple(x.shape)) for launch in call.launches(facts(x.device))}
+    assert ", all right\n" in str(report(model, x))
+    assert len(first_run._right) > len(launched)  # of a kernel there are several, by constants
+
+
+@pytest.mark.parametrize("dependent", [False, True], ids=["in the first call", "in the graph alone"])
+def test_a_wrong_kernel_is_not_launched_again(dependent: bool, unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found at its first run, whether that is the model's first call or the one before its capture."""
+    model, x = build(), images(2)
+    right = model(x).clone()
+    name = next(launch.name for call in trace(model, tuple(x.shape)) if call.operator == "conv_bn_relu"
+                for launch in call.launches(facts(x.device)))  # fmt: skip
+    run = Launch.run
+    resnet_triton.refresh(model)
+    first_run._right.intersection_update({None})
+
+    def wrong(launch: Launch) -> Any:
+        compiled = run(launch)
+        if launch.name == name and launch.dependent >= dependent:
+            written = launch.arguments.get("y_ptr", launch.arguments.get("y_desc"))
+            getattr(written, "base", written).add_(1)
+        return compiled
+
+    monkeypatch.setattr(Launch, "run", wrong)
+    with pytest.warns(RuntimeWarning, match=f"{name} gave a wrong result on this GPU"):
+        captured(model, x)
+    torch.testing.assert_close(model(x), right, rtol=1e-2, atol=1e-2)
+    assert replays(model) == 1
 
 
 @pytest.mark.parametrize("n", small([1, 33], [1, 3]))

@@ -26,7 +26,7 @@ from resnet_triton.bench.worker import WARM_CALLS
 from resnet_triton.graphs import cuda_graph, fingerprint, replay, runner
 from resnet_triton.graphs.function import GraphedFunction
 from resnet_triton.ops import precision
-from resnet_triton.support import vision
+from resnet_triton.support import vision, waiting
 
 torchvision = vision.torchvision()
 
@@ -718,7 +718,7 @@ def test_pytorch_knows_when_a_capture_is_over(monkeypatch, raises, cannot_end, b
 def test_the_last_who_waits_puts_the_mode_back(monkeypatch):
     """In one thread, here; it is one mode for all."""
     fake = Torch(monkeypatch, False)
-    first, second = cuda_graph._may_wait(), cuda_graph._may_wait()
+    first, second = waiting.may_wait(), waiting.may_wait()
     with second:
         with first:
             assert fake.sync_debug_mode == 0

@@ -1,0 +1,120 @@
+"""The first result of each compiled kernel in a process, compared with PyTorch's on the same GPU.
+
+Tests execute kernels without a GPU, so what they rest on is a description of the hardware. Here the hardware itself is
+asked, once for each kernel: a few images are computed again by PyTorch, in fp32. A kernel whose result differs by more
+than rounding is not launched again in this process; others run in its place, or PyTorch.
+
+What this cannot show is a fault that comes and goes. And data that say nothing prove nothing, as images of one colour:
+then the kernel's next result is compared.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.launch import Launch
+from ..support.waiting import may_wait
+
+if TYPE_CHECKING:
+    from .operation import Operation
+
+IMAGES = 4
+"""How many images of a batch are compared: the first, the last, and some between."""
+_TINY = 1e-30
+"""What kernels may lose where they take the smallest numbers of fp32 for zero."""
+
+_right: set[Any] = {None}  # kernels by Triton's object of each, one for each device; interpreted launches have none
+_wrong: dict[Any, str] = {}  # and what is said of them
+
+
+def wrong_reason(launches: Iterable[Launch]) -> str | None:
+    """Why one of these launches must not go ahead: its kernel has given a wrong result in this process."""
+    if not _wrong:
+        return None
+    return next((reason for launch in launches if (reason := _wrong.get(launch.compile())) is not None), None)
+
+
+def is_right(call: Operation, out: Tensor, launches: Sequence[Launch], kernels: Sequence[Any]) -> bool:
+    """Whether `out`, which these launches have just written, is right, if one of their kernels has yet to be compared.
+
+    Waits for the GPU then, and warns if it is wrong. Nothing is compared while somebody captures the stream, nor where
+    PyTorch cannot compute the call, as for lack of memory.
+    """
+    if _right.issuperset(kernels) or not _can_be_compared(out):
+        return True
+    try:
+        differ, telling = compare(call, out)
+    except RuntimeError:
+        return True
+    with may_wait():
+        wrong, proven = torch.stack([differ, telling]).tolist()
+    if not wrong:
+        _right.update(kernels if proven else ())
+        return True
+    names = " + ".join(dict.fromkeys(launch.name for launch in launches))
+    reason = f"{names} gave a wrong result on this GPU ({torch.cuda.get_device_name(out.device)})"
+    _wrong.update(dict.fromkeys(set(kernels) - _right, reason))
+    warnings.warn(
+        f"{reason}, by PyTorch's of the same call; it is not launched again in this process, and what runs in its "
+        "place may be slower; please report it, with what resnet-triton doctor prints",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def describe() -> str | None:
+    """How many kernels have been compared in this process, and which were wrong; None before the first."""
+    compared, wrong = len(_right) - 1 + len(_wrong), "; ".join(dict.fromkeys(_wrong.values()))
+    if not compared:
+        return None
+    return f"kernels whose first result was compared with PyTorch's: {compared}, {wrong or 'all right'}"
+
+
+def _can_be_compared(out: Tensor) -> bool:
+    return out.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def compare(call: Operation, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether `out` differs from the call's result by more than rounding, and whether that it does not tells something.
+
+    Rounding is at most an eps of the result's dtype (or one of TF32) of the sum of all terms, each taken as positive.
+    Results that are infinite, or nearly so, are left out, and so are images beside anything that is not finite.
+    """
+    differ, told, count = [], [], out.shape[0] if call.x.dim() > 1 else 1
+    for i in sorted({j * (count - 1) // max(IMAGES - 1, 1) for j in range(IMAGES)}):
+        one, got = (call.image(i), out[i : i + 1].float()) if call.x.dim() > 1 else (call, out.float())
+        expected = _in_fp32(one).reference()
+        terms = _in_fp32(one, positive=True).reference()
+        limits = torch.finfo(out.dtype)
+        allowed = max(limits.eps, 2**-9) * (_steepness(one) * terms + expected.abs()) + _TINY
+        finite = (expected.abs() < limits.max / 2) & terms.isfinite()
+        finite &= torch.stack([t.isfinite().all() for t in one.schema.tensors(one)]).all()
+        right = (got - expected).abs() <= allowed  # not where one is NaN
+        differ.append((finite & ~right).any())
+        told.append((finite.count_nonzero() * 2 > finite.numel()) & (one.x.amin() < one.x.amax()))
+    return torch.stack(differ).any(), torch.stack(told).any()
+
+
+def _in_fp32(call: Operation, *, positive: bool = False) -> Operation:
+    """The same call on tensors in fp32; or on their magnitudes, with no activation, so that no terms cancel out."""
+    values = dict(zip([a.name for a in call.schema.arguments], call.schema.flatten(call), strict=True))
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            magnitude = -value.abs() if name.endswith("running_mean") else value.abs()  # means are subtracted
+            values[name] = (magnitude if positive else value).float()
+    if positive and "activation" in values:
+        values["activation"] = "none"
+    wide: Operation = call.schema.build(list(values.values()))
+    return wide
+
+
+def _steepness(call: Any) -> float:
+    """By how much an activation may enlarge an error: gelu and the like by 1.13."""
+    activation = getattr(call, "activation", None)
+    return max(2.0, abs(activation.negative_slope)) if activation is not None else 1.0
