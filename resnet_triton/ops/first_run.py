@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.launch import Launch
 from ..support.waiting import may_wait
+from . import gluon
 
 if TYPE_CHECKING:
     from .operation import Operation
@@ -43,20 +44,27 @@ def is_right(call: Operation, out: Tensor, launches: Sequence[Launch], kernels: 
     """Whether `out`, which these launches have just written, is right, if one of their kernels has yet to be compared.
 
     Waits for the GPU then, and warns if it is wrong. Nothing is compared while somebody captures the stream, nor where
-    PyTorch cannot compute the call, as for lack of memory.
+    PyTorch cannot compute the call, as for lack of memory. RuntimeError, naming the kernels, if CUDA fails.
     """
     if _right.issuperset(kernels) or not _can_be_compared(out):
         return True
-    try:
-        differ, telling = compare(call, out)
-    except RuntimeError:
-        return True
+    names = " + ".join(dict.fromkeys(launch.name for launch in launches))
     with may_wait():
-        wrong, proven = torch.stack([differ, telling]).tolist()
+        try:
+            _finish(out)
+        except RuntimeError as error:
+            said = f"CUDA failed when {names} ran for the first time ({str(error).partition(chr(10))[0]})"
+            remedy = (
+                f"; {gluon.VARIABLE}=0 has other kernels run" if any(launch.is_gluon for launch in launches) else ""
+            )
+            raise RuntimeError(f"{said}, and is lost to this process{remedy}") from error
+        try:
+            wrong, proven = torch.stack(compare(call, out)).tolist()
+        except RuntimeError:
+            return True
     if not wrong:
         _right.update(kernels if proven else ())
         return True
-    names = " + ".join(dict.fromkeys(launch.name for launch in launches))
     reason = f"{names} gave a wrong result on this GPU ({torch.cuda.get_device_name(out.device)})"
     _wrong.update(dict.fromkeys(set(kernels) - _right, reason))
     warnings.warn(
@@ -78,6 +86,10 @@ def describe() -> str | None:
 
 def _can_be_compared(out: Tensor) -> bool:
     return out.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _finish(out: Tensor) -> None:
+    torch.cuda.current_stream(out.device).synchronize()
 
 
 def compare(call: Operation, out: Tensor) -> tuple[Tensor, Tensor]:

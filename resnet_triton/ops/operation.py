@@ -147,30 +147,28 @@ class Operation:
         finally:
             torch_c._set_tracing_state(tracing)
 
-    def compute(self, facts: DeviceFacts | None = None, ran: list[Launch] | None = None) -> Tensor:
+    def compute(self, facts: DeviceFacts | None = None) -> Tensor:
         """The result, where nothing looks: here the dispatcher comes in.
 
-        By launches for the device's facts, or for those that are given; `ran` takes the launches that wrote it.
+        By launches for the device's facts, or for those that are given.
         """
         result, choice = self.choose()
         if choice.backend == "torch":
             return self.run_torch()
         if facts is None:
             facts = gluon.facts(self.x.device)
-        with _on(self.x.device):
+        with on(self.x.device):
             out, launches, reason = self.prepare(result, facts)
         kernels: list[Any] = []
         try:
-            with _on(self.x.device):
+            with on(self.x.device):
                 for launch in launches:
                     kernels.append(launch.run())
                 right = out is None or first_run.is_right(self, out, launches, kernels)
         except Exception as error:
-            return gluon.in_place_of(launches, error, partial(self.compute, gluon.without(facts), ran))
+            return gluon.in_place_of(launches, error, partial(self.compute, gluon.without(facts)))
         if not right:
-            return self.compute(facts, ran)  # by others
-        if ran is not None:
-            ran.extend(launches)
+            return self.compute(facts)  # by others
         if out is None:
             return self.fall_back(reason)
         if launches:
@@ -242,7 +240,8 @@ def _fold(t: Tensor | None, dim: int | None, n: int) -> Tensor | None:
 _threads = threading.local()
 
 
-def _on(where: torch.device) -> contextlib.AbstractContextManager[object]:
+def on(where: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where launches for a device may run: it is the current one, or the interpreter this thread's."""
     if where.type != "cuda":
         return interpreter.ready()
     if not hasattr(_threads, "ready"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..config import ConvConfig
-from ..ops import BatchNorm, Geometry, Operation, gluon
+from ..ops import BatchNorm, Geometry, Operation, gluon, operation
 from ..ops.dispatch import Modes
 
 Json = dict[str, Any]
@@ -51,7 +51,6 @@ def attempt(case: Case, where: torch.device) -> Json:
     # A device below 9.0 has no descriptors, so there every convolution takes `conv_pointer`.
     if case.path in ("descriptor", "pointer"):
         facts = replace(facts, gluon=False, arch=80 if case.path == "pointer" else facts.arch)
-    launches: list[Any] = []
     torch.manual_seed(0)
     try:
         with torch.inference_mode():
@@ -59,7 +58,12 @@ def attempt(case: Case, where: torch.device) -> Json:
             half = _in_fp16(call, where)
             if case.tile is not None:
                 half = replace(half, tile=case.tile)  # type: ignore[type-var]
-            got = half.compute(facts, launches)
+            with operation.on(where):
+                got, launches, reason = half.prepare(half.choose()[0], facts)
+                if got is None:
+                    raise NotImplementedError(reason)
+                for launch in launches:
+                    launch.run()
             wrong = int((got.double().cpu() != call.reference().half().double()).sum())
     except Exception as error:  # whatever a compiler or driver raises belongs into the report
         said = f"{type(error).__name__}: {error}".partition("\n")[0]

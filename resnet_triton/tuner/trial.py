@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from ..config import ConvConfig, ConvShape
 from ..config.device import DeviceFacts
 from ..kernels.launch import Launch
-from ..ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, gluon, interpreter
+from ..ops import BatchNorm, ConvBnRelu, Geometry, Shortcut, gluon, operation
 from ..ops.dispatch import Modes
 from ..ops.in_graph import dependent_launches
 from ..ops.precision import fp32_precision
@@ -103,7 +102,7 @@ class Trial:
         """Seconds of one launch with the L2 cache cold."""
         sets = zip(self.calls, self.outputs, strict=True)
         planned = [launches_of(call, out, chosen, self.shape.precision, self.facts) for call, out in sets]
-        with _running(self.device):
+        with operation.on(self.device):
             return graph_seconds([partial(_run, launches) for launches in planned], replays=replays, meter=meter)
 
     def is_exact(self, chosen: ConvConfig) -> bool:
@@ -111,7 +110,7 @@ class Trial:
         call, expected = self._exact()
         out = call.output().fill_(float("nan"))
         launches = launches_of(call, out, chosen, self.shape.precision, self.facts)
-        with _running(self.device):
+        with operation.on(self.device):
             _run(launches)
         return torch.equal(out, expected)
 
@@ -132,7 +131,7 @@ class Trial:
             _run(launches)
             wrong.add_((out != expected).any())
 
-        with _running(self.device):
+        with operation.on(self.device):
             for i, name in enumerate(names):
                 MANNERS[name](partial(run, counts[i]), runs, counts.device)
         return dict(zip(names, counts.tolist(), strict=True))
@@ -214,10 +213,6 @@ def launches_of(
 def _run(launches: tuple[Launch, ...]) -> None:
     for launch in launches:
         launch.run()
-
-
-def _running(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else interpreter.ready()
 
 
 def _call(shape: ConvShape, images: Fill, filters: Fill, norm: Norm) -> ConvBnRelu:

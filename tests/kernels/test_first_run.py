@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +31,7 @@ from resnet_triton.ops import (
     Shortcut,
     dispatch,
     first_run,
+    gluon,
     operation,
 )
 from resnet_triton.ops.dispatch import Modes
@@ -214,6 +218,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(first_run, "_right", {None})
     monkeypatch.setattr(first_run, "_wrong", {})
     monkeypatch.setattr(first_run, "may_wait", contextlib.nullcontext)
+    monkeypatch.setattr(first_run, "_finish", lambda out: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     return wrong
 
@@ -272,11 +277,11 @@ def boxes() -> ConvBnRelu:
 
 def test_another_kernel_runs_in_place_of_a_wrong_one(gpu: set[str]) -> None:
     gpu.add("conv_box")
-    call, ran = boxes(), list[Launch]()
+    call = boxes()
     with pytest.warns(RuntimeWarning, match="conv_box gave a wrong result"):
-        out = call.compute(ran=ran)
+        out = call.run()
     assert not differs(call, out)
-    assert [launch.name for launch in ran] == ["conv_pointer"]
+    assert first_run._right == {None, "conv_pointer"}
 
 
 def test_the_other_kernel_is_compared_too(gpu: set[str]) -> None:
@@ -310,3 +315,32 @@ def test_what_pytorch_cannot_compute_is_not_compared(gpu: set[str], monkeypatch:
         patched.setattr(Linear, "reference", fail)
         call.run()
     assert first_run.describe() is None
+
+
+@pytest.mark.parametrize("is_gluon", [True, False])
+def test_a_kernel_that_cuda_fails_in_is_named(is_gluon: bool, gpu: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(out: Tensor) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(first_run, "_finish", fail)
+    monkeypatch.setattr(Launch, "is_gluon", is_gluon)
+    said = (
+        r"CUDA failed when linear ran for the first time \(CUDA error: an illegal memory access was encountered\), and "
+    )
+    with pytest.raises(
+        RuntimeError, match=f"{said}is lost to this process{'; RESNET_TRITON_GLUON=0' if is_gluon else '$'}"
+    ):
+        small("linear", "cpu").run()
+
+
+@pytest.mark.parametrize(("value", "chosen"), [("0", False), ("1", True), (None, True)])
+def test_a_variable_keeps_gluon_from_being_chosen(value: str | None, chosen: bool) -> None:
+    code = (
+        "import torch; from resnet_triton.config import device; from resnet_triton.config.targets import KNOWN\n"
+        "from resnet_triton.ops import gluon; device.facts = lambda where: KNOWN[90]\n"
+        "print(gluon.facts(torch.device('cuda')).has_gluon)"
+    )
+    environment = {name: v for name, v in os.environ.items() if name not in (gluon.VARIABLE, "TRITON_INTERPRET")}
+    environment |= {} if value is None else {gluon.VARIABLE: value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(chosen)

@@ -450,7 +450,7 @@ def test_a_thread_asks_the_runtime_for_a_context_before_it_launches_anything(mon
 
     def work() -> None:
         for _ in range(2):
-            with operation._on(torch.device("cuda:0")) as known:
+            with operation.on(torch.device("cuda:0")) as known:
                 before.append(known)
 
     for _ in range(2):

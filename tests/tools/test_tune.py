@@ -25,7 +25,7 @@ from test_robust_processes import ended
 from resnet_triton.config import ConvConfig, ConvShape, choice, conv_heuristic, table
 from resnet_triton.config.candidates import candidates, neighbours
 from resnet_triton.config.targets import KNOWN
-from resnet_triton.ops import ConvBnRelu
+from resnet_triton.ops import ConvBnRelu, interpreter
 from resnet_triton.support.terminal import bar
 from resnet_triton.support.timing import Spread
 from resnet_triton.tools import cli, tune
@@ -295,7 +295,7 @@ def test_every_set_of_buffers_is_launched(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_candidate_is_timed_as_a_graph_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial.interpreter, "active", lambda: False)
+    monkeypatch.setattr(interpreter, "active", lambda: False)
     call = trial.random_call(ConvShape(1, 64, 8, 8, 64, 3, 3, padding=(1, 1)), CPU, 0)
     few, plain = ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few"), ConvConfig(64, 64, 32, 4, 3)
     made = [trial.launches_of(call, call.output(), chosen, "ieee", KNOWN[90])[0] for chosen in (few, plain)]
