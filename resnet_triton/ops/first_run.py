@@ -50,14 +50,7 @@ def is_right(call: Operation, out: Tensor, launches: Sequence[Launch], kernels: 
         return True
     names = " + ".join(dict.fromkeys(launch.name for launch in launches))
     with may_wait():
-        try:
-            _finish(out)
-        except RuntimeError as error:
-            said = f"CUDA failed when {names} ran for the first time ({str(error).partition(chr(10))[0]})"
-            remedy = (
-                f"; {gluon.VARIABLE}=0 has other kernels run" if any(launch.is_gluon for launch in launches) else ""
-            )
-            raise RuntimeError(f"{said}, and is lost to this process{remedy}") from error
+        _finish(out.device, names, any(launch.is_gluon for launch in launches))
         try:
             wrong, proven = torch.stack(compare(call, out)).tolist()
         except RuntimeError:
@@ -88,8 +81,14 @@ def _can_be_compared(out: Tensor) -> bool:
     return out.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
-def _finish(out: Tensor) -> None:
-    torch.cuda.current_stream(out.device).synchronize()
+def _finish(where: torch.device, names: str, is_gluon: bool) -> None:
+    """Wait for the current stream, where kernels of these names were launched last."""
+    try:
+        torch.cuda.current_stream(where).synchronize()
+    except RuntimeError as error:
+        said = f"CUDA failed when {names} ran for the first time ({str(error).partition(chr(10))[0]})"
+        remedy = f"; {gluon.VARIABLE}=0 has other kernels run" if is_gluon else ""
+        raise RuntimeError(f"{said}, and is lost to this process{remedy}") from error
 
 
 def compare(call: Operation, out: Tensor) -> tuple[Tensor, Tensor]:
