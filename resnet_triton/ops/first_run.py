@@ -103,7 +103,8 @@ def compare(call: Operation, out: Tensor) -> tuple[Tensor, Tensor]:
         expected = _in_fp32(one).reference()
         terms = _in_fp32(one, positive=True).reference()
         limits = torch.finfo(out.dtype)
-        allowed = max(limits.eps, 2**-9) * (_steepness(one) * terms + expected.abs()) + _TINY
+        smallest = max(limits.smallest_normal * limits.eps, _TINY)
+        allowed = max(limits.eps, 2**-9) * (_steepness(one) * terms + expected.abs()) + smallest
         finite = (expected.abs() < limits.max / 2) & terms.isfinite()
         finite &= torch.stack([t.isfinite().all() for t in one.schema.tensors(one)]).all()
         right = (got - expected).abs() <= allowed  # not where one is NaN
