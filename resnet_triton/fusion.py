@@ -106,7 +106,7 @@ def conv_norm_act(
     x: Tensor,
     conv: Any,
     norm: Any,
-    act: nn.Module | None,
+    act: Any,
     modes: Modes,
     *,
     identity: Tensor | None = None,
@@ -119,7 +119,7 @@ def conv_norm_act(
         y = _conv_norm(x, conv, norm, modes, fused)
         if identity is not None:
             y += identity if downsample is None else downsample(identity)  # in place, for a hook may have kept y
-        return y if act is None else act(y)
+        return act(y)
 
     shortcut = None if downsample is None or identity is None else _shortcut(identity, downsample)
     if shortcut is not None:
@@ -127,7 +127,7 @@ def conv_norm_act(
     elif downsample is not None:
         identity = call_module(downsample, identity, modes)
     y = ConvBnRelu(x, *fused, identity, shortcut, RELU if relu else NONE, modes).run()
-    return y if relu or act is None else call_module(act, y, modes)
+    return y if relu else call_module(act, y, modes)
 
 
 def call_module(module: Any, x: Any, modes: Modes) -> Any:

@@ -282,7 +282,9 @@ class ResNet(_HasModes, Graphed):
                     return x
                 raise TypeError("x has dtype torch.uint8, expected a floating one; set model.normalize to pass bytes")
             check_pixels(*self.normalize, x.shape[1])
-            return reference.normalize(x, *self.normalize).to(self.conv1.weight.dtype)
+            weight = getattr(self.conv1, "weight", None)  # somebody's own stem may have none
+            dtype = (next(self.parameters()) if weight is None else weight).dtype
+            return reference.normalize(x, *self.normalize).to(dtype)
         return x
 
     def _stem(self, x: Tensor) -> Tensor:
@@ -295,14 +297,15 @@ class ResNet(_HasModes, Graphed):
         """Convolution, batch norm, ReLU and pool as one call, if they are what it computes."""
         conv, pool = self.conv1, self.maxpool
         fused = fuse(conv, self.bn1)
+        if isinstance(x, fx.Proxy) or isinstance(fused, str) or fused.geometry != STEM_CONV:
+            return None
         ordinary = (
-            not isinstance(x, fx.Proxy)
-            and conv.kernel_size == (7, 7)
+            conv.kernel_size == (7, 7)
             and plain(self.relu, nn.ReLU)
             and plain_pool(pool)
             and (pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)) == STEM_POOL
         )
-        if not ordinary or isinstance(fused, str) or fused.geometry != STEM_CONV:
+        if not ordinary:
             return None
         pixels = self.normalize if x.dtype == torch.uint8 else None
         if x.dtype != fused.weight.dtype and pixels is None:

@@ -556,7 +556,9 @@ def _frozen_buffers(scale: Any, shift: Any, channels: Any) -> Norm | None:
         return None
     for weight, root in (_args(scale), _args(scale)[::-1]):
         summed = _args(root)[0] if isinstance(root, Node) and root.target is aten.rsqrt.default else None
-        if summed is None or summed.target is not aten.add.Tensor or not isinstance(_args(summed)[1], float):
+        if summed is None or summed.target is not aten.add.Tensor or summed.kwargs:
+            continue
+        if not isinstance(_args(summed)[1], float):
             continue
         if _args(summed)[1] < 0:
             continue

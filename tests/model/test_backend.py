@@ -47,9 +47,9 @@ from resnet_triton.ops.trace import Call
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def _frozen_with_a_negative_eps(m: Any, x: Tensor) -> Tensor:
+def _frozen(m: Any, x: Tensor, eps: float, alpha: int = 1) -> Tensor:
     mean, var, weight = (t.reshape(1, -1, 1, 1) for t in (m.v, m.v + 5, m.v + 2))
-    scale = weight * (var + -1.0).rsqrt()
+    scale = weight * torch.add(var, eps, alpha=alpha).rsqrt()
     return m.a(x) * scale + (mean - mean * scale)
 
 
@@ -153,7 +153,8 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
                         a=conv()),
         [CBR],
     ),
-    "a negative eps of a frozen norm": (lambda: lambdas(_frozen_with_a_negative_eps, a=conv()), [CBR]),
+    "a negative eps of a frozen norm": (lambda: lambdas(lambda m, x: _frozen(m, x, -1.0), a=conv()), [CBR]),
+    "an eps of a frozen norm, several times": (lambda: lambdas(lambda m, x: _frozen(m, x, 0.5, 6), a=conv()), [CBR]),
     "no pixels": (lambda: lambdas(lambda m, x: m.a(x)[:, :, :0].mean((2, 3), True).isnan().float(), a=conv()), [CBR]),
     "no pixels, linear": (
         lambda: lambdas(lambda m, x: m.b(m.a(x)[:, :, :0].mean((2, 3))).isnan().float(), a=conv(), b=nn.Linear(8, 4)),

@@ -299,6 +299,47 @@ def test_a_shortcut_without_layers():
     assert torch.equal(revert(model)(image()), expected)
 
 
+def deep_stem() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1))
+
+
+class Wrapped(nn.Module):
+    """As LoRA and quantisation wrap layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modes", [{}, {"freeze": True}], ids=str)
+@pytest.mark.parametrize("stem", [deep_stem, Wrapped])
+def test_a_stem_of_somebodys_own(stem, modes):
+    """Bytes are normalised in front of it."""
+    model = small()
+    model.conv1 = stem()
+    expected = model(image())
+    close(optimize(model, **modes)(image()), expected)
+    pixels = image().clamp(0, 1).mul(255).byte()
+    model.normalize = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if modes:
+        resnet_triton.refresh(model)
+    close(model(pixels), model(pixels / 255))
+    with disabled(model):
+        close(model(pixels), model(pixels / 255))
+
+
+@torch.no_grad()
+def test_a_missing_activation_is_an_error_as_ever():
+    model = optimize(small())
+    model.layer1[0].relu = None
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        model(image())
+
+
 @torch.no_grad()
 def test_segmentation_backbone():
     """IntermediateLayerGetter keeps the children of a ResNet, not the ResNet; half of its blocks are dilated."""
