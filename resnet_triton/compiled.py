@@ -44,6 +44,8 @@ class Compiled(nn.Module):
         program = its.ready(self)
         if program is not None:
             return program.run(self, args, kwargs)
+        if programs.captured(self):
+            return super().__call__(*args, **kwargs)
         with its.first:
             program = its.ready(self) or its.make(self)
             if program is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .graphs.cuda_graph import at_rest
+from .graphs.cuda_graph import at_rest, capturing
 
 Filters = Iterable[tuple[str, nn.Parameter]]
 _moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
@@ -22,10 +22,13 @@ _moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
 
 
 def move(module: nn.Module, filters: Filters) -> None:
-    """To channels_last memory, those that lie in memory of their own and are not there already."""
+    """To channels_last memory, those that lie in memory of their own and are not there already.
+
+    Not while somebody captures: the copy would be made when the graph is replayed, from memory that is free by then.
+    """
     users = users_of(module)
     found = [(name, w) for name, w in filters if not w.is_contiguous(memory_format=torch.channels_last)]
-    found = [(name, w) for name, w in found if not _has_company(w, users)]
+    found = [(name, w) for name, w in found if not _has_company(w, users) and not capturing(w)]
     with at_rest(weight for _, weight in found):
         for name, weight in found:
             _lay_out(weight, torch.channels_last)
@@ -36,11 +39,13 @@ def move(module: nn.Module, filters: Filters) -> None:
 def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) -> None:
     """Undo `move`, whatever the filters of a convolution are called by now: they may have been parametrized.
 
-    One that has come to share its memory since then stays where it is.
+    One that has come to share its memory since then stays where it is, and all do while somebody captures.
     """
     users = users_of(module)
     weights = ((name, weight) for name, conv in convolutions for weight in conv.parameters())
     found = list(moved(module, ((name, w) for name, w in weights if not is_lazy(w) and w.dim() == 4)))
+    if any(map(capturing, found)):
+        return
     with at_rest(found):
         for weight in found:
             if not _has_company(weight, users):

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import filters
+from .graphs.cuda_graph import capturing
 from .graphs.fingerprint import Watch
 from .graphs.function import GraphedFunction
 from .ops import dispatch, original
@@ -171,6 +172,20 @@ def of(module: nn.Module) -> Programs:
             del its["_triton_programs"]
         found = its.setdefault("_triton_programs", Programs())
     return found
+
+
+def captured(module: nn.Module) -> bool:
+    """Whether somebody captures the stream that a call would run on. Warns: nothing is compiled in a capture."""
+    first = next(filter(filters.is_plain, module.parameters()), None)
+    if first is None or not capturing(first):
+        return False
+    warnings.warn(
+        f"{type(module).__name__} is captured as it was written, for it has not been called like this before; call it "
+        "once, and then capture",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return True
 
 
 def _original(module: Any) -> Any:

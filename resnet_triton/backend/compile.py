@@ -37,7 +37,10 @@ Function = Callable[..., Any]
 _MODES: dict[str | None, CudaGraph] = {
     None: "auto", "default": "auto", "reduce-overhead": True, "max-autotune": True, "max-autotune-no-cudagraphs": False,
 }  # fmt: skip
-_CHANGING = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_CHANGING = {
+    torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output,
+    torch.Tag.cudagraph_unsafe,
+}  # fmt: skip
 _OVERLAP = "an input that the model writes may overlap another one; plain copies of both do not"
 _OURS = ("resnet_triton.conv_bn_relu.default", "resnet_triton.stem.default")
 
@@ -272,7 +275,7 @@ def _ungraphed_reason(graph: fx.Graph) -> str | None:
             if layouts.is_mutable(node):
                 return f"{node.target} changes an input"
             if not _CHANGING.isdisjoint(node.target.tags):
-                return f"{node.target} does not compute the same each time"
+                return f"{node.target} does not compute the same each time, or may not be in a graph"
     return None
 
 

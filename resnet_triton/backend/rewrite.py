@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from ..graphs.cuda_graph import finish
+from ..graphs.cuda_graph import capturing, finish
 from ..ops import NONE, RELU, Activation  # which registers torch.ops.resnet_triton
 from ..ops.dispatch import DTYPES, Modes
 from ..ops.stem import STEM_CONV, STEM_POOL
@@ -374,19 +374,28 @@ class _Rewriter:
         self.graph.erase_node(old)
 
     def _constant(self, value: float, channels: int, like: Node) -> Node:
-        """`channels` equal numbers in fp32, made once."""
+        """`channels` equal numbers in fp32, made once; at each call, if somebody captures now, who would have them
+        made when the graph is replayed."""
         where = like.meta["val"].device
         key = (value, channels, where)
         if key not in self.constants:
-            name = f"_constant_{len(self.constants)}"
-            with torch.inference_mode(False), torch._subclasses.fake_tensor.unset_fake_temporarily():
-                made = torch.full((channels,), value, dtype=torch.float32, device=where)
-                finish(made)  # calls may come on other streams
-                self.module.register_buffer(name, made)
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
-                self.constants[key] = self.graph.get_attr(name)
+                if capturing(like.meta["val"]):
+                    made = self._call(aten.full.default, [channels], value, dtype=torch.float32, device=where)
+                else:
+                    made = self.graph.get_attr(self._buffer(channels, value, where))
+            self.constants[key] = made
         return self.constants[key]
+
+    def _buffer(self, channels: int, value: float, where: torch.device) -> str:
+        """The name of a new buffer."""
+        name = f"_constant_{len(self.constants)}"
+        with torch.inference_mode(False), torch._subclasses.fake_tensor.unset_fake_temporarily():
+            made = torch.full((channels,), value, dtype=torch.float32, device=where)
+            finish(made)  # calls may come on other streams
+            self.module.register_buffer(name, made)
+        return name
 
 
 def _sums_products(node: Node, module: torch.nn.Module) -> bool:

@@ -91,8 +91,9 @@ def at_rest(tensors: Iterable[Tensor]) -> Iterator[None]:
     """At the beginning and at the end nothing runs on the GPUs of `tensors`, on whichever stream it was launched.
 
     For tensors that are given other memory: other streams may still read the old one, and may read the new one next.
+    Not while somebody captures.
     """
-    devices = {t.device for t in tensors if t.device.type == "cuda" and not capturing(t)}
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
     with _capturing if devices else _HERE:
         for device in devices:
             torch.cuda.synchronize(device)

@@ -76,7 +76,8 @@ class Call:
     def launches(self, facts: DeviceFacts) -> tuple[Launch, ...]:
         """The launches our kernels would make of this call on a device with these facts, in order."""
         with unset_fake_temporarily():  # a compiler's, in which meta tensors would be fake ones
-            return self.ours.launches(self.ours.output(), facts)
+            out = self.ours.output()
+            return self.ours.launches(out, facts) if out.numel() else ()
 
     def kernels(self, facts: DeviceFacts) -> list[str]:
         """The names of the kernels that `launches` would launch."""

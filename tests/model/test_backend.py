@@ -765,10 +765,21 @@ def test_a_graph_that_computes_in_fp32_is_one_for_tf32_or_not(cuda):
     assert len(cuda.graphs) == 2
 
 
+@torch.library.custom_op("tests::unsafe", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
+def unsafe(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@unsafe.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 UNGRAPHED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an input that is written": (lambda: lambdas(lambda m, x: m.a(x.add_(1)), a=conv()), "changes an input"),
     "training": (lambda: sequence(conv(), nn.BatchNorm2d(8, momentum=0.5)).train(), "changes an input"),
     "random numbers": (lambda: lambdas(lambda m, x: m.a(x) + torch.rand(()), a=conv()), "the same each time"),
+    "an operator that says so": (lambda: lambdas(lambda m, x: unsafe(m.a(x)), a=conv()), "may not be in a graph"),
     "a branch": (
         lambda: lambdas(lambda m, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (m.a(x),)), a=conv()),
         "cond may take another branch",

@@ -36,7 +36,7 @@ from small_models import (
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from resnet_triton import compiled_report, disabled, optimize, programs, refresh, report, revert
+from resnet_triton import compiled_report, disabled, filters, optimize, programs, refresh, report, revert
 from resnet_triton.backend import resnet_triton
 from resnet_triton.ops import dispatch, original
 
@@ -835,6 +835,35 @@ def test_filters_are_moved_once_where_nobody_can_tell(name, recwarn):
     revert(model)
     assert all(w.is_contiguous() for w in weights)
     assert "_triton_moved" not in vars(model)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:each call copies 1 filters")
+def test_nothing_is_compiled_nor_moved_while_somebody_captures(monkeypatch):
+    """It would be done when the graph is replayed, if ever, and memory be free by then."""
+    model, x = integral(sequence(conv(), norm())), images()
+    expected, memory = model(x), [p.data_ptr() for p in model.parameters()]
+    optimize(model, kernels="triton")
+    for where in (programs, filters):
+        monkeypatch.setattr(where, "capturing", lambda t: True)
+    with pytest.warns(RuntimeWarning, match="Sequential is captured as it was written, for it has not been called"):
+        assert torch.equal(model(x), expected)
+    assert programs.made(model) == []
+    monkeypatch.setattr(programs, "capturing", lambda t: False)
+    model(x)
+    model.train().eval()
+    assert [p.data_ptr() for p in model.parameters()] == memory
+    monkeypatch.undo()
+    model.eval()(x)
+    memory = [p.data_ptr() for p in model.parameters()]
+    for where in (programs, filters):
+        monkeypatch.setattr(where, "capturing", lambda t: True)
+    assert torch.equal(model(x), expected)  # compiled before
+    model.train()
+    assert [p.data_ptr() for p in model.parameters()] == memory
+    monkeypatch.undo()
+    model.train()
+    assert model[0].weight.is_contiguous()
 
 
 @torch.no_grad()

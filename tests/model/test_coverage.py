@@ -15,7 +15,9 @@ from torchvision_models import image, randomised, reasons, small, torchvision, t
 
 from resnet_triton import disabled, optimize, precompile, report
 from resnet_triton.backend import resnet_triton
+from resnet_triton.config.targets import KNOWN
 from resnet_triton.ops import dispatch
+from resnet_triton.ops.trace import trace
 
 
 class Layers(tv.ResNet):
@@ -130,6 +132,12 @@ def test_report_changes_nothing(training):
     assert result.counted == calls
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]), key
+
+
+def test_an_empty_batch_takes_no_launches():
+    """A detector's head may get none: descriptors of no images are an error of Triton's."""
+    for call in trace(optimize(torchvision.models.resnet18().eval()), (0, 3, 64, 64), torch.float16):
+        assert call.launches(KNOWN[90]) == ()
 
 
 def test_report_of_a_huge_batch_takes_no_memory():

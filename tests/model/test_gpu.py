@@ -458,6 +458,32 @@ def test_inside_the_users_own_graph():
     assert replays(model) == 0
 
 
+def test_a_compiled_model_that_somebody_captures_at_once():
+    """Nothing is made in the capture that later calls read: its filters move at the call behind it."""
+    known, model, x, graph = chain(), chain(), images(2, size=6), torch.cuda.CUDAGraph()
+    expected = model(x)
+    optimize(known)(x)  # whose kernels are loaded: without, the capture would fail
+    optimize(model)
+    with pytest.warns(RuntimeWarning, match="Sequential is captured as it was written"), torch.cuda.graph(graph):
+        y = model(x)
+    graph.replay()
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_somebody_captures_other_sizes_than_those_that_were_called():
+    model, x, other, graph = chain(), images(2, size=6), images(3, size=6), torch.cuda.CUDAGraph()
+    expected, wanted = model(x), model(other)
+    optimize(model, cuda_graph=False)(x)
+    with torch.cuda.graph(graph):
+        y = model(other)
+    torch.testing.assert_close(model(other), wanted, rtol=1e-2, atol=1e-2)  # before anything was replayed
+    torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
+    graph.replay()
+    torch.testing.assert_close(y, wanted, rtol=1e-2, atol=1e-2)
+
+
 @inductors_kernels
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # Inductor's first one
 def test_inside_the_graphs_of_inductor():
