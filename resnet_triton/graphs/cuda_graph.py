@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import threading
@@ -131,13 +132,13 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
     """
     device = _several(entry.buffer)[0].device
     graph = torch.cuda.CUDAGraph()
-    stream = _side_stream(device)
     pool = torch.cuda.graph_pool_handle() if beside is None else beside.graph.pool()
     semaphores = torch.zeros(1024, dtype=torch.int32, device=device)  # by a kernel that waits for whatever was before
     lent, may = graph_semaphores.set(semaphores), dependent_launches.set(entry.writes_no_parameter)
     try:
         entry.body(entry.buffer)  # which compiles what a graph alone has, too: dependent launches
         with _capturing, _without_collections(), may_wait():
+            stream = _side_stream(device)
             try:
                 with (
                     torch.cuda.stream(stream),  # torch.cuda.graph does not leave its stream if ending a capture fails
@@ -202,5 +203,13 @@ def _end(stream: torch.cuda.Stream, pool: tuple[int, int], written: Tensor) -> N
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: graphs share memory only if they were captured on the same stream."""
+    """One for all captures: graphs share memory only if they were captured on the same stream.
+
+    It is the driver's, where there is one to ask: PyTorch has 32 streams, which it hands out in turns, and CUDA
+    captures what any thread launches on this one.
+    """
+    handle, non_blocking = ctypes.c_void_p(), 1  # no work on the default stream, which would spoil a capture, waits
+    with contextlib.suppress(OSError, AttributeError), torch.cuda.device(device):
+        if ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(handle), non_blocking) == 0:
+            return torch.cuda.ExternalStream(handle.value, device)
     return torch.cuda.Stream(device)

@@ -14,6 +14,7 @@ typedef void (*Launch)(CUfunction, const char *, const unsigned *, CUstream, uns
 /* Of the runtime beside it, if there is one: `software_gpu/runtime.cpp`. */
 __attribute__((weak)) CUcontext *software_context(void);
 __attribute__((weak)) int software_spoils(void);
+__attribute__((weak)) int cudaStreamCreateWithPriority(CUstream *, unsigned, int);
 
 static Encode encode;
 static Launch launch;
@@ -99,6 +100,11 @@ CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *activ
   return *flags = 0, *active = 1, CUDA_SUCCESS;
 }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return *context = (CUcontext)1, CUDA_SUCCESS; }
+CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
+  if (!software_context || !*software_context())
+    return CUDA_ERROR_INVALID_CONTEXT;
+  return cudaStreamCreateWithPriority(stream, flags, 0), CUDA_SUCCESS;
+}
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
   return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
 }

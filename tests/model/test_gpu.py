@@ -603,6 +603,35 @@ def test_filters_are_moved_between_the_calls_of_all_streams():
             torch.testing.assert_close(answer, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_a_capture_takes_nothing_of_other_threads():
+    """Whichever of PyTorch's streams they have: there are 32, which it hands out in turns."""
+    model, x, counts = build(), images(2), torch.zeros(32, device="cuda")
+    counts += 0  # the kernel is loaded
+    streams = [torch.cuda.Stream() for _ in counts]
+    torch.cuda.synchronize()
+
+    def elsewhere() -> None:
+        with torch.inference_mode():
+            for stream, count in zip(streams, counts, strict=True):
+                with torch.cuda.stream(stream):
+                    count += 1
+
+    def head(y: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            other = threading.Thread(target=elsewhere)
+            other.start()
+            other.join()
+        return type(model)._head(model, y)
+
+    model._head = head
+    captured(model, x)
+    for _ in range(2):
+        assert torch.equal(model(x), model._forward_impl(x))
+    assert replays(model) == 2
+    torch.cuda.synchronize()
+    assert counts.eq(1).all()
+
+
 def test_a_replay_returns_before_the_gpu_is_done():
     model, x = build(), images(small(8, 2))
     captured(model, x)

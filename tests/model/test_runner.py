@@ -715,6 +715,19 @@ def test_pytorch_knows_when_a_capture_is_over(monkeypatch, raises, cannot_end, b
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("error", [None, 0, 201], ids=["no library", "a stream", "an error"])
+def test_captures_share_no_stream_with_others_if_the_driver_makes_one(monkeypatch, error):
+    library = mock.Mock(side_effect=OSError) if error is None else mock.Mock()
+    library.return_value.cuStreamCreate.return_value = error
+    monkeypatch.setattr(cuda_graph.ctypes, "CDLL", library)
+    for name in ("device", "Stream", "ExternalStream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    stream = cuda_graph._side_stream.__wrapped__(torch.device("cuda:1"))
+    made, other = torch.cuda.ExternalStream, torch.cuda.Stream
+    assert stream is (made if error == 0 else other).return_value
+    torch.cuda.device.assert_called_once_with(torch.device("cuda:1"))
+
+
 def test_the_last_who_waits_puts_the_mode_back(monkeypatch):
     """In one thread, here; it is one mode for all."""
     fake = Torch(monkeypatch, False)
