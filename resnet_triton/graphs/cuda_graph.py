@@ -146,8 +146,8 @@ def capture(entry: Entry, beside: Captured | None) -> Captured:
                     _workspaces_of_its_own(),
                 ):
                     output = entry.body(entry.buffer)
-            except Exception:
-                _end(stream, pool, semaphores)
+            except BaseException:
+                _end(graph, stream, pool, semaphores)
                 raise
     finally:
         graph_semaphores.reset(lent)
@@ -181,12 +181,17 @@ def _workspaces_of_its_own() -> Iterator[None]:
         torch._C._cuda_clearCublasWorkspaces()
 
 
-def _end(stream: torch.cuda.Stream, pool: tuple[int, int], written: Tensor) -> None:
-    """Tell PyTorch that a capture is over.
+def _end(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int], written: Tensor) -> None:
+    """Tell CUDA and PyTorch that a capture is over.
+
+    `torch.cuda.graph` ends none if Ctrl-C comes as soon as it has begun. From then on CUDA refuses whatever waits.
 
     torch 2.11 does not notice where ending it fails (mended in pytorch#180395). From then on `torch.cuda.empty_cache`
     and every other capture raise, and until a capture ends well, so does whatever draws random numbers on the device.
     """
+    with torch.cuda.stream(stream), contextlib.suppress(RuntimeError):
+        if torch.cuda.is_current_stream_capturing():
+            _end_with(written, graph)
     try:
         torch._C._cuda_endAllocateToPool(stream.device.index, pool)
     except RuntimeError:  # it has noticed
@@ -195,10 +200,14 @@ def _end(stream: torch.cuda.Stream, pool: tuple[int, int], written: Tensor) -> N
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            written.zero_()  # PyTorch warns of an empty graph
-        finally:
-            graph.capture_end()
+        _end_with(written, graph)
+
+
+def _end_with(written: Tensor, graph: torch.cuda.CUDAGraph) -> None:
+    try:
+        written.zero_()  # PyTorch warns of an empty graph
+    finally:
+        graph.capture_end()
 
 
 @functools.cache

@@ -709,6 +709,30 @@ def test_a_failed_capture_leaves_the_model_usable(action):
     assert "the capture failed 2 times" in report(model).graphs[""]
 
 
+@pytest.mark.parametrize("method", ["capture_begin", "capture_end"])
+def test_ctrl_c_at_the_ends_of_a_capture(method, monkeypatch):
+    model, x = build(), images(2)
+    expected = model(x)
+    real = getattr(torch.cuda.CUDAGraph, method)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.undo()
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, method, interrupted)
+    stream = torch.cuda.current_stream()
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.rand(1, device="cuda")
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+    assert replays(model) == 1
+
+
 def test_garbage_spoils_no_capture():
     """Python would collect it any time. What destroys a graph is forbidden while another is captured."""
     model, x, graph = build(), images(2), torch.cuda.CUDAGraph()

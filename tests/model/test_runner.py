@@ -637,13 +637,14 @@ class Torch:
     """What torch 2.11 does for a capture, and how it takes it that one cannot be ended."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-        self.fails, self.recording, self.random = fails, set[Any](), True
+        self.fails, self.capturing, self.recording, self.random = fails, False, set[Any](), True
         self.cleared: list[bool] = []  # workspaces of cuBLAS, within a capture or not
         self.sync_debug_mode = 2  # "error"
         stream = mock.Mock(device=torch.device("cuda:1"))
         monkeypatch.setattr(cuda_graph, "_side_stream", lambda device: stream)
         stand_ins = {"CUDAGraph": lambda: self, "graph": self.graph, "stream": contextlib.nullcontext,
-                     "graph_pool_handle": lambda: (0, 1), "get_sync_debug_mode": lambda: self.sync_debug_mode,
+                     "graph_pool_handle": lambda: (0, 1), "is_current_stream_capturing": lambda: self.capturing,
+                     "get_sync_debug_mode": lambda: self.sync_debug_mode,
                      "set_sync_debug_mode": functools.partial(setattr, self, "sync_debug_mode")}  # fmt: skip
         for name, value in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -659,19 +660,21 @@ class Torch:
         try:
             yield
         finally:
-            self.capture_end(pool)
+            self.capture_end()
 
     def capture_begin(self, capture_error_mode: str, pool: Any = (1, 0)) -> None:
         assert capture_error_mode == "thread_local"
         assert not self.recording
         assert self.sync_debug_mode == 0, "torch 2.13 waits here"
-        self.recording, self.random = {pool}, False
+        self.capturing, self.recording, self.random = True, {pool}, False
 
-    def capture_end(self, pool: Any = (1, 0)) -> None:
+    def capture_end(self) -> None:
+        assert self.capturing
+        self.capturing = False
         if self.fails:
             self.fails = False
             raise RuntimeError("operation failed due to a previous error during capture")
-        self._cuda_endAllocateToPool(1, pool)
+        self._cuda_endAllocateToPool(1, *self.recording)
         self.random = True
 
     def _cuda_clearCublasWorkspaces(self) -> None:
@@ -713,6 +716,26 @@ def test_pytorch_knows_when_a_capture_is_over(monkeypatch, raises, cannot_end, b
     assert within == [([], True), ([True], False)], "at first nothing is captured; then cuBLAS has no memory yet"
     assert fake.cleared == [True, True]
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("cannot_end", [False, True])
+def test_ctrl_c_when_a_capture_has_just_begun(monkeypatch, cannot_end):
+    """Of the real module."""
+    fake = Torch(monkeypatch, cannot_end)
+    begin = fake.capture_begin
+
+    def interrupted(*args: Any) -> None:
+        fake.capture_begin = begin
+        begin(*args)
+        raise KeyboardInterrupt
+
+    fake.capture_begin = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        cuda_graph.capture(cuda_graph.Entry(torch.zeros(1), lambda x: None, lambda x: x + 1), None)
+    assert not fake.capturing
+    assert not fake.recording
+    assert fake.random
+    assert fake.sync_debug_mode == 2
 
 
 @pytest.mark.parametrize("error", [None, 0, 201], ids=["no library", "a stream", "an error"])
