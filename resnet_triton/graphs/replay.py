@@ -8,6 +8,7 @@ draw random numbers on the device.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import warnings
 from collections import Counter, OrderedDict
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import dispatch
+from ..ops import dispatch, gluon
 from ..ops.dispatch import DTYPES
 from ..ops.precision import conv_precision, matmul_precision
 from . import cuda_graph as cuda
@@ -36,6 +37,7 @@ _PLACES = 4  # such graphs of a shape
 _IMAGES = frozenset((*DTYPES, torch.uint8))
 WAITING = "a shape's first calls"
 FAILED = "the capture failed"
+FAILED_BEFORE = "an earlier capture failed"
 
 CudaGraph = bool | Literal["auto"]
 
@@ -80,11 +82,15 @@ Place = Any  # addresses of inputs; None if no kernel may read them there
 class _Shape:
     """What is remembered of an input shape: calls without a graph, and how many of them earn it one."""
 
-    wanted: int
+    wanted: float  # infinitely many, if it is to have none
     calls: int = 0
     wasted: int = 0
-    failed: bool = False
+    failed: bool = False  # the last capture
     settled: int = field(default_factory=lambda: SETTLED)  # replays on inputs at one place that earn the next graph
+
+    def again(self) -> None:
+        """The next graph has to be earned by 1, 2, 4, ... calls."""
+        self.wanted, self.calls, self.wasted = 2**self.wasted, 0, self.wasted + 1
 
 
 @dataclass
@@ -106,7 +112,8 @@ class Graphs:
     A shape's first call runs without a graph, and behind its second `consider` captures one. From then on `replay`
     answers. If the graph is dropped, because the model has changed or other shapes needed its room, the next call
     captures again, or a later one if the graph had not been used (`_drop`). Inputs that keep coming from the same
-    addresses earn further graphs, which read them there (`_settle`). A shape whose capture failed has none for good.
+    addresses earn further graphs, which read them there (`_settle`). A shape whose capture failed has none for good, or
+    earns it again if the reason is passing: memory has run out, or somebody else captures.
     """
 
     def __init__(self) -> None:
@@ -132,7 +139,7 @@ class Graphs:
         with self._lock:
             self.eager[reason] += 1
             first = self.eager[reason] == 1
-        if first and cuda_graph is True and reason not in (WAITING, FAILED):
+        if first and cuda_graph is True and reason not in (WAITING, FAILED, FAILED_BEFORE):
             warnings.warn(f"cuda_graph=True, but calls run without a graph: {reason}", RuntimeWarning, stacklevel=2)
 
     def describe(self) -> str:
@@ -189,10 +196,8 @@ class Graphs:
         if len(self._shapes) > _REMEMBERED:
             self._shapes.popitem(last=False)
         shape.calls += 1
-        if shape.failed:
-            return FAILED
         if key in self._graphs or shape.calls < shape.wanted:  # another thread may have captured it a moment ago
-            return WAITING
+            return FAILED_BEFORE if shape.failed else WAITING
         return None
 
     def _capture(self, key: Key, entry: Callable[[], Entry]) -> str | None:
@@ -208,8 +213,8 @@ class Graphs:
             self.begin()
             self._graphs[key] = _Replayed(cuda.capture(entry(), beside))
         if key not in self._graphs:
-            self._shapes[key].failed = True
             return FAILED
+        self._shapes[key].failed = False
         if self.is_stale():
             self._drop_all()
         elif self.was_written():
@@ -246,6 +251,12 @@ class Graphs:
             with cuda.on(key[0]), torch.inference_mode(False), torch.no_grad():
                 yield
         except Exception as error:
+            if key not in self._graphs:  # it would have been the first
+                shape = self._shapes[key]
+                shape.failed = True
+                shape.again()
+                if not gluon.is_passing(error):
+                    shape.wanted = math.inf
             self._drop_all()  # torch 2.11 captures nothing more into memory where ending a capture has failed
             warnings.warn(f"no CUDA graph for {_name(key)}, its capture failed: {error}", RuntimeWarning, stacklevel=4)
 
@@ -254,11 +265,11 @@ class Graphs:
             self._drop(key)
 
     def _drop(self, key: Key) -> None:
-        """Where a graph was never used, the shape's next one has to be earned by 1, 2, 4, ... calls: more shapes than
-        `LIMIT` in turns, or a model changed before each call, would be captured every time."""
+        """Where a graph was never used, the shape's next one has to be earned: more shapes than `LIMIT` in turns, or a
+        model changed before each call, would be captured every time."""
         graphs, shape = self._graphs.pop(key), self._shapes.get(key)
         if shape is not None and graphs.replays == 0:
-            shape.wanted, shape.calls, shape.wasted = 2**shape.wasted, 0, shape.wasted + 1
+            shape.again()
 
 
 def _cloned(output: Any) -> Any:

@@ -698,15 +698,17 @@ def test_a_failed_capture_leaves_the_model_usable(action):
         y = model(x)
     assert torch.cuda.current_stream() == stream
     assert torch.equal(y, expected)
-    assert torch.equal(model(x), expected)
     del model._head
     torch.cuda.empty_cache()  # raises while the allocator believes that a capture is under way
     torch.rand(1, device="cuda")  # and so does the generator
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+    assert replays(model) == 1
     for n in (3, 1):
         captured(model, images(n))
         assert torch.equal(model(images(n)), model._forward_impl(images(n)))
-    assert replays(model) >= 2
-    assert "the capture failed 2 times" in report(model).graphs[""]
+    assert replays(model) >= 3
+    assert "the capture failed 1 times" in report(model).graphs[""]
 
 
 @pytest.mark.parametrize("method", ["capture_begin", "capture_end"])
