@@ -5,7 +5,8 @@ or moved, a module replaced or given another class, an attribute set (`eps`, `tr
 `forward`), a hook, the code of a class replaced. torch.compile looks at all of these but hooks and code.
 
 What leaves no trace in a dict is looked at in each call (`look.py`). All else is in dicts, which have versions: only if
-one has changed, what is in them is compared.
+one has changed, what is in them is compared. A dict of hooks, modules or tensors may be replaced, too, by one that is
+equal as yet: so each has to be the same object.
 """
 
 from __future__ import annotations
@@ -34,23 +35,24 @@ class Watch:
         self._full: list[Any] = []
         self._parts: dict[str, Callable[[], bool]] = {}
         self._state: int | None = None
+        self._add("tables", map(vars, self._modules), values=_own_tables)  # first, for the next are found in these
         classes = {cls for kind in set(map(type, self._modules)) for cls in kind.__mro__} - {object}
         self._add("code", map(_namespace, classes), values=_methods)
         self._add("modules", (d for m in self._modules for d in (*_children(m), *_hooks(m))))
-        self._look_at([], ())
+        self._look_at(())
 
     def _add(self, name: str, dicts: Iterable[Any], **how: Any) -> list[Any]:
         """Check what is in `dicts`, too, and return it. By `name`, tests leave it out."""
         dicts = list(dicts)
         self._empty += [d for d in dicts if not d]
         part = _Dicts([d for d in dicts if d], **how)
-        self._full += part.dicts
+        self._full = list({id(d): d for d in (*self._full, *part.dicts)}.values())
         self._parts[name] = part.hold
         return part.known[1]
 
-    def _look_at(self, modules: list[nn.Module], tensors: tuple[Tensor, ...]) -> None:
-        """Check classes of modules and memory of tensors, too."""
-        self._looked_at = self._empty, modules, tensors
+    def _look_at(self, tensors: tuple[Tensor, ...]) -> None:
+        """Check the modules' classes and `__dict__`, and memory of tensors, too."""
+        self._looked_at = self._empty, self._modules, tensors
         self._look = fastest(*self._looked_at)
         self._seen = self._look(*self._looked_at)
 
@@ -79,7 +81,7 @@ class Fingerprint(Watch):
         self._add("attributes", map(vars, self._modules), same=_are_equal)
         tensors = self._add("tensors", (d for m in self._modules for d in _tables(m)))
         read = [t for t in tensors if t is not None and t.is_floating_point()]
-        self._look_at(self._modules, tuple({id(t): t for t in read}.values()))
+        self._look_at(tuple({id(t): t for t in read}.values()))
         # Kept, or others could get their addresses: classes, and memory, which a graph reads whatever becomes of the
         # parameters. Another thread's edit between these lines shows when the model is looked at next.
         self._classes = list(map(type, self._modules))
@@ -199,6 +201,14 @@ def _contents(dicts: Iterable[dict[Any, Any]]) -> Contents:
     """Names and values."""
     dicts = list(dicts)
     return list(map(tuple, dicts)), list(chain.from_iterable(map(dict.values, dicts)))
+
+
+_TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
+"""Names of the dicts that PyTorch keeps in each module."""
+
+
+def _own_tables(attributes: Iterable[dict[str, Any]]) -> Contents:
+    return [], [d.get(name) for d in attributes for name in _TABLES]
 
 
 def _methods(namespaces: Iterable[dict[str, Any]]) -> Contents:

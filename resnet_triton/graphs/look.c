@@ -58,10 +58,15 @@ static int note_addresses(Notes *notes, PyObject *values, PyObject *places) {
   return 0;
 }
 
-static int note_classes(Notes *notes, PyObject *modules) {
+static int note_modules(Notes *notes, PyObject *modules) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(modules); i++) {
-    PyTypeObject *cls = Py_TYPE(PyList_GET_ITEM(modules, i));
+    PyObject *module = PyList_GET_ITEM(modules, i);
+    PyTypeObject *cls = Py_TYPE(module);
+    PyObject *own = PyObject_GenericGetDict(module, NULL);
+    if (!own) return -1;
+    Py_DECREF(own); /* the module keeps it */
     if (note(notes, &cls, sizeof cls)) return -1;
+    if (note(notes, &own, sizeof own)) return -1;
   }
   return 0;
 }
@@ -86,7 +91,7 @@ static PyObject *look(PyObject *self, PyObject *args) {
   if (!PyArg_ParseTuple(args, "O!O!O!", &PyList_Type, &dicts, &PyList_Type, &modules, &PyTuple_Type, &tensors))
     return NULL;
   Notes notes = {0};
-  int failed = !are_empty(dicts) || note_classes(&notes, modules) || note_tensors(&notes, tensors);
+  int failed = !are_empty(dicts) || note_modules(&notes, modules) || note_tensors(&notes, tensors);
   return taken(&notes, failed);
 }
 

@@ -1,4 +1,5 @@
-"""What is looked at in each call of a captured model: dicts that were empty, classes of modules, and where tensors lie.
+"""What is looked at in each call of a captured model: dicts that were empty, which class and which `__dict__` a module
+has, and where tensors lie.
 
 `look.c` does so in a sixth of the time. Triton compiles it, as it does its own launcher, and keeps it in its cache.
 PyTorch describes tensors to it by a standard, DLPack's exchange API for C. Where it cannot be compiled, Python does it.
@@ -23,15 +24,16 @@ Look = Callable[[list[dict[Any, Any]], list[nn.Module], tuple[Tensor, ...]], Any
 
 
 def look(dicts: list[dict[Any, Any]], modules: list[nn.Module], tensors: tuple[Tensor, ...]) -> Any:
-    """A value that changes when a module's class, or a tensor's address, dtype, size or stride, changes; None if a dict
-    is not empty.
+    """A value that changes when a module's class, or the dict that is its `__dict__`, changes, or a tensor's address,
+    dtype, size or stride; None if a dict is not empty.
 
     A lazily negated view of the same memory (`torch._neg_view`) looks alike.
     """
     if any(dicts):
         return None
     layouts = list(map(_dtype, tensors)), list(map(Tensor.size, tensors)), list(map(Tensor.stride, tensors))
-    return list(map(type, modules)), list(map(Tensor.data_ptr, tensors)), layouts
+    own = list(map(id, map(vars, modules)))
+    return list(map(type, modules)), own, list(map(Tensor.data_ptr, tensors)), layouts
 
 
 def addresses(values: Sequence[Any], places: tuple[int, ...]) -> Hashable:

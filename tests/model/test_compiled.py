@@ -10,6 +10,7 @@ import io
 import pickle
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -442,6 +443,14 @@ def _registered_again(module: nn.Module) -> Callable[[], None]:
     return module.register_forward_hook(hook, with_kwargs=True).remove
 
 
+def _hooked_elsewhere(model: Any) -> Callable[[], None]:
+    """The dicts of hooks are replaced by other empty ones, and then comes a call."""
+    for module in model.modules():
+        module._forward_hooks = OrderedDict()
+    model(images())
+    return model.inner.register_forward_hook(_plus_one).remove
+
+
 def _told(module: Any, args: Any, *rest: Any) -> Tensor | None:
     return None if len(rest) == 1 else rest[-1] + 1
 
@@ -463,6 +472,7 @@ UNSEEN: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "a hook": lambda m: m.inner.register_forward_hook(_plus_one).remove,
     "what a hook is told": lambda m: _registered_again(m.inner),
     "a hook before": lambda m: m.inner.conv.register_forward_pre_hook(lambda module, args: (args[0] + 1,)).remove,
+    "a hook in another dict": lambda m: _hooked_elsewhere(m),
     "forward of a class": lambda m: _patched(Inner, "forward", lambda self, x: self.helper(x) + 7),
     "a method of a class": lambda m: _patched(Inner, "helper", lambda self, x: self.conv(x) + 7),
     "every call": lambda m: _patched(nn.Module, "_call_impl", _doubled(nn.Module._call_impl)),

@@ -229,6 +229,20 @@ def replace_class(model: Any, r: random.Random) -> Undo:
     return put(one(model, r, nn.ReLU), "__class__", nn.Identity)
 
 
+def replace_table(edit: Edit, *names: str) -> Edit:
+    """By an equal one, in all modules and with calls before the edit: a graph, and its replay."""
+
+    def replaced(model: Any, r: random.Random) -> Undo:
+        for m in model.modules():
+            for name in names:
+                setattr(m, name, copy.copy(getattr(m, name)))
+        for _ in range(2):
+            answer(model, images(2, 32))
+        return edit(model, r)
+
+    return replaced
+
+
 def train(model: Any, r: random.Random) -> Undo:
     return one(model, r, nn.BatchNorm2d).train().eval
 
@@ -257,6 +271,10 @@ EDITS: dict[str, tuple[Edit, str | None]] = {
     "code of a class replaced": (patch_class, "code"),
     "class replaced": (replace_class, "classes"),
     "mode switched": (train, "attributes"),
+    "tensor replaced in another table": (replace_table(replace_tensor, "_parameters", "_buffers"), "tables"),
+    "module replaced in another table": (replace_table(replace_module, "_modules"), "tables"),
+    "hook added to another table": (replace_table(add_hook, "_forward_hooks", "_forward_pre_hooks"), "tables"),
+    "attribute set in another table": (replace_table(set_attribute, "__dict__"), "dicts"),
 }
 """Edits, and the one check that sees each; None where there is nothing to see."""
 
@@ -269,10 +287,11 @@ def look_past(f: Fingerprint, i: int) -> None:
     f._look, f._seen = others, others(*f._looked_at)
 
 
+_PARTS = ("tables", "code", "modules", "attributes", "tensors")
 CHECKS: dict[str, Callable[[Fingerprint], object]] = {
-    **{part: lambda f, part=part: f._parts.pop(part) for part in ("code", "modules", "attributes", "tensors")},
+    **{part: lambda f, part=part: f._parts.pop(part) for part in _PARTS},
     "empty": lambda f: vars(f).update(_looked_at=([], *f._looked_at[1:])),
-    **{part: lambda f, i=i: look_past(f, i) for i, part in enumerate(("classes", "addresses", "layouts"))},
+    **{part: lambda f, i=i: look_past(f, i) for i, part in enumerate(("classes", "dicts", "addresses", "layouts"))},
 }
 """How each check of a fingerprint is switched off."""
 

@@ -43,6 +43,10 @@ CHANGES: dict[str, tuple[Callable[[Looked], object], str]] = {
         lambda looked: setattr(looked.module, "__class__", nn.Tanh),
         "if (note(notes, &cls, sizeof cls)) return -1;",
     ),
+    "attributes": (
+        lambda looked: setattr(looked.module, "__dict__", vars(looked.module).copy()),
+        "if (note(notes, &own, sizeof own)) return -1;",
+    ),
     "moved": (lambda looked: looked.set_data(Tensor.clone), "note_address(notes, &t) || "),
     "swapped": (
         lambda looked: torch.utils.swap_tensors(looked.tensor, nn.Parameter(looked.tensor.detach().clone())),
