@@ -211,7 +211,9 @@ class ResNet(_HasModes, Graphed):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(x) is not Tensor or self.training or not runner.wanted(self, x):
             return self._forward_impl(x)
-        return self._forward_impl(x) if original.anywhere and is_disabled(self) else runner.run(self, x)
+        if original.anywhere and any(map(is_disabled, self.modules())):
+            return self._forward_impl(x)
+        return runner.run(self, x)
 
     def _forward_impl(self, x: Tensor, *, stem: bool = True) -> Tensor:
         """Without the stem, `x` is what the stem returns."""

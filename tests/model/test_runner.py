@@ -21,7 +21,7 @@ from fake_cuda import FakeCuda, FakeEvent, captured, images, small, with_grad
 from torch import Tensor, nn
 
 import resnet_triton
-from resnet_triton import ops, optimize, refresh, report, revert
+from resnet_triton import disabled, ops, optimize, refresh, report, revert
 from resnet_triton.bench.worker import WARM_CALLS
 from resnet_triton.graphs import cuda_graph, fingerprint, replay, runner
 from resnet_triton.graphs.function import GraphedFunction
@@ -74,6 +74,26 @@ def test_kernels_torch_is_left_alone_unless_graphs_are_forced(cuda):
     assert not cuda.graphs
     captured(small(kernels="torch", cuda_graph=True), images())
     assert len(cuda.graphs) == 1
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_no_graph_where_a_block_is_disabled(cuda, freeze):
+    model, x = small(freeze=freeze), images()
+    block = model.layer1[0]
+    with disabled(block):
+        captured(model, x)
+    assert not cuda.graphs
+    captured(model, x)
+    with disabled(block), mock.patch.object(block.relu, "forward", torch.zeros_like):  # which no graph knows
+        assert torch.equal(model(x), model._forward_impl(x))
+        assert cuda.graphs[0].replays == 0
+    with disabled(small()):
+        model(x)
+    with disabled(block):
+        thread = threading.Thread(target=torch.no_grad()(model), args=(x,))
+        thread.start()
+        thread.join()
+    assert [graph.replays for graph in cuda.graphs] == [2]
 
 
 def test_results_are_the_callers(cuda):
