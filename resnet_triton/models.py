@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import ops
+from .filters import is_plain
 from .fusion import call_module, conv_norm_act, fuse, is_frozen_norm, plain, plain_pool, watched
 from .graphs import runner
 from .graphs.cuda_graph import Entry
@@ -252,6 +253,11 @@ class ResNet(_HasModes, Graphed):
                 return f"{where} has a hook"
             if module.training and isinstance(module, _TRAINED):
                 return f"{where} is in training mode"
+            tables = (module._parameters, module._buffers, vars(module))
+            if any(isinstance(t, Tensor) and not is_plain(t) for table in tables for t in list(table.values())):
+                return f"{where} has a tensor of another kind, whose memory may be replaced unseen"
+            if any(isinstance(vars(module).get(name), list) for name in _SIZES):
+                return f"{where} has a list as an attribute, which may be edited unseen"
         return None
 
     @property
@@ -358,6 +364,8 @@ STATELESS: set[type] = {
 }  # fmt: skip
 """A call of these, but for training, depends on its input, tensors and plain attributes, and changes nothing."""
 _TRAINED = (nn.BatchNorm2d, nn.BatchNorm1d, nn.Dropout)
+_SIZES = ("kernel_size", "stride", "padding", "dilation", "output_size", "normalized_shape")
+"""Attributes that may be lists."""
 for _cls in STATELESS - original.LAYERS.keys():
     original.remember(_cls)
 

@@ -78,9 +78,9 @@ class Fingerprint(Watch):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._add("attributes", map(vars, self._modules), same=_are_equal)
-        tensors = self._add("tensors", (d for m in self._modules for d in _tables(m)))
-        read = [t for t in tensors if t is not None and t.is_floating_point()]
+        values = self._add("attributes", map(vars, self._modules), same=_are_equal)
+        values = values + self._add("tensors", (d for m in self._modules for d in _tables(m)))
+        read = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
         self._look_at(tuple({id(t): t for t in read}.values()))
         # Kept, or others could get their addresses: classes, and memory, which a graph reads whatever becomes of the
         # parameters. Another thread's edit between these lines shows when the model is looked at next.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_cuda import captured, doubled, images, small, with_grad
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_triton import models, report
@@ -129,6 +130,19 @@ def test_the_memory_of_a_graph_outlives_the_parameter(cuda):
     assert addresses == {t.data_ptr() for t in model.state_dict().values() if t.is_floating_point()}
     set_data(model.conv1.weight, torch.clone)
     assert model.conv1.weight.data_ptr() not in addresses  # taken, as long as the fingerprint lives
+
+
+@pytest.mark.parametrize("data", ["replaced", "resized"])
+def test_a_weight_that_is_a_plain_attribute(cuda, data):
+    model, x = small(), images()
+    as_attribute(model.fc, model.fc.weight.detach())
+    model.fc.bias = None
+    captured(model, x)
+    assert torch.equal(model(x), model._forward_impl(x))
+    set_data(model.fc.weight, lambda t: t * 2 if data == "replaced" else t[:7])
+    for _ in range(2):
+        assert torch.equal(model(x), model._forward_impl(x))
+    assert [graph.replays for graph in cuda.graphs] == [1, 1]
 
 
 def test_a_parameter_deleted(cuda):
@@ -284,11 +298,25 @@ class Counting(nn.ReLU):
         return super().forward(x)
 
 
+def wrapped(t: Tensor) -> nn.Parameter:
+    """It has no memory, but tensors in it that have."""
+    return nn.Parameter(TwoTensor(t.detach(), t.detach()))
+
+
+def as_attribute(layer: Any, weight: Tensor) -> None:
+    """As those leave it who prune, shard or replicate."""
+    del layer.weight
+    vars(layer)["weight"] = weight
+
+
 OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "hook": (lambda m: m.layer2[0].bn1.register_forward_hook(doubled), "layer2.0.bn1 has a hook"),
     "layer-hook": (lambda m: m.layer2.register_forward_hook(doubled), "layer2 has a hook"),
     "training": (lambda m: m.layer3[0].bn2.train(), "layer3.0.bn2 is in training mode"),
     "module": (lambda m: setattr(m.layer1[0], "relu", Counting()), "layer1.0.relu is a Counting"),
+    "list": (lambda m: setattr(m.maxpool, "stride", [2, 2]), "maxpool has a list"),
+    "subclass": (lambda m: setattr(m.fc, "weight", wrapped(m.fc.weight)), "fc has a tensor of another kind"),
+    "subclass-as-attribute": (lambda m: as_attribute(m.fc, wrapped(m.fc.weight)), "fc has a tensor of another kind"),
 }
 
 
