@@ -15,6 +15,7 @@ import gc
 import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import is_
@@ -30,15 +31,17 @@ class Watch:
     """Of what torch.compile misses: the code of a model's classes, its hooks, and the modules that may have some."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
+        modules = list(model.modules())
+        self._model, self._class, self._own = weakref.ref(model), type(model), vars(model)  # not kept: it has this
+        self._modules = modules[1:]
         self._empty: list[Any] = []
         self._full: list[Any] = []
         self._parts: dict[str, Callable[[], bool]] = {}
         self._state: int | None = None
-        self._add("tables", map(vars, self._modules), values=_own_tables)  # first, for the next are found in these
-        classes = {cls for kind in set(map(type, self._modules)) for cls in kind.__mro__} - {object}
+        self._add("tables", map(vars, modules), values=_own_tables)  # first, for the next are found in these
+        classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__} - {object}
         self._add("code", map(_namespace, classes), values=_methods)
-        self._add("modules", (d for m in self._modules for d in (*_children(m), *_hooks(m))))
+        self._add("modules", (d for m in modules for d in (*_children(m), *_hooks(m))))
         self._look_at(())
 
     def _add(self, name: str, dicts: Iterable[Any], **how: Any) -> list[Any]:
@@ -62,6 +65,9 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether the model is still what it was."""
+        model = self._model()
+        if type(model) is not self._class or model.__dict__ is not self._own:
+            return False
         seen = self._look(*self._looked_at)
         if seen is None or seen != self._seen:
             return False
@@ -78,8 +84,9 @@ class Fingerprint(Watch):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        values = self._add("attributes", map(vars, self._modules), same=_are_equal)
-        values = values + self._add("tensors", (d for m in self._modules for d in _tables(m)))
+        modules = [model, *self._modules]
+        values = self._add("attributes", map(vars, modules), same=_are_equal)
+        values = values + self._add("tensors", (d for m in modules for d in _tables(m)))
         read = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
         self._look_at(tuple({id(t): t for t in read}.values()))
         # Kept, or others could get their addresses: classes, and memory, which a graph reads whatever becomes of the

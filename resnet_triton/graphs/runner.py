@@ -51,6 +51,12 @@ class Graphed(nn.Module):
         forget_if_moved(self)
         return self
 
+    def __del__(self) -> None:
+        """Its graphs end with it at once, though its fingerprint leads from them to its attributes, and so to them."""
+        known = self._runner
+        if known is not None and known.owner() is self:  # not a replica's
+            known.end()
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the graphs, which copies and pickles cannot take along."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -117,6 +123,10 @@ class Runner(Graphs):
         """Whether the model is what it was when it was captured or frozen."""
         known = self._fingerprint  # another thread's call may find it outdated meanwhile
         return known is None or known.holds()
+
+    def end(self) -> None:
+        """Let go of the model's parts, when nobody can call it any more."""
+        self._fingerprint = None
 
     def is_stale(self) -> bool:
         if self._snapshot is not None or self.holds():

@@ -230,11 +230,11 @@ def replace_class(model: Any, r: random.Random) -> Undo:
 
 
 def replace_table(edit: Edit, *names: str) -> Edit:
-    """By an equal one, in all modules and with calls before the edit: a graph, and its replay."""
+    """By an equal one, and with calls before the edit: a graph, and its replay. The model keeps its own `__dict__`."""
 
     def replaced(model: Any, r: random.Random) -> Undo:
         for m in model.modules():
-            for name in names:
+            for name in names if m is not model else [name for name in names if name != "__dict__"]:
                 setattr(m, name, copy.copy(getattr(m, name)))
         for _ in range(2):
             answer(model, images(2, 32))

@@ -136,8 +136,9 @@ def test_without_a_compiler_python_looks(monkeypatch: Any, missing: str, tmp_pat
     else:
         monkeypatch.setitem(sys.modules, "triton.runtime.build", None)
     look._compiled.cache_clear()
+    layer = nn.ReLU()
     try:
-        check = Fingerprint(nn.ReLU())
+        check = Fingerprint(layer)
     finally:
         look._compiled.cache_clear()
     assert check._look is look.look

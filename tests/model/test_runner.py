@@ -858,6 +858,44 @@ def test_graphs_end_with_the_model(cuda):
     assert dead(cuda)
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_graphs_and_weights_end_with_the_model_at_once(cuda, freeze):
+    model = small(freeze=freeze)
+    captured(model, images())
+    replica = model._replicate_for_data_parallel()
+    del replica
+    kept = [weakref.ref(t) for t in (*model.parameters(), cuda.graphs[0])]
+    assert model._runner.holds()
+    assert model._runner._fingerprint
+    cuda.graphs.clear()
+    gc.disable()
+    try:
+        del model
+        assert not any(ref() is not None for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_another_class_of_the_model_itself(cuda):
+    model, x = small(), images()
+    captured(model, x)
+    model.__class__ = type("Other", (type(model),), {"_head": lambda self, x: x})
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert cuda.graphs[0].replays == 0
+
+
+def test_another_dict_of_the_model_itself(cuda):
+    model, x = small(), images()
+    model.normalize = (0.5,) * 3, (0.5,) * 3
+    x = images().clamp(0, 1).mul(255).byte()
+    captured(model, x)
+    model.__dict__ = vars(model).copy()
+    captured(model, x)
+    model.normalize = (0.25,) * 3, (0.5,) * 3
+    assert torch.equal(model(x), model._forward_impl(x))
+    assert cuda.graphs[0].replays == 0
+
+
 def test_revert_frees(cuda):
     model = optimize(torchvision.models.resnet18(num_classes=3).eval(), inplace=True)
     captured(model, images(size=32))
