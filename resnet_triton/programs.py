@@ -174,17 +174,15 @@ def of(module: nn.Module) -> Programs:
     return found
 
 
-def captured(module: nn.Module) -> bool:
+def captured(module: Any) -> bool:
     """Whether somebody captures the stream that a call would run on. Warns: nothing is compiled in a capture."""
     first = next(filter(filters.is_plain, module.parameters()), None)
     if first is None or not capturing(first):
         return False
-    warnings.warn(
-        f"{type(module).__name__} is captured as it was written, for it has not been called like this before; call it "
-        "once, and then capture",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+    name: Any = type(module).__name__
+    said = "has not been called like this before it is captured; call it once, and then capture"
+    dispatch.raise_if_required(module._triton_options["kernels"], f"{name} {said}")
+    warnings.warn(f"{name} is captured as it was written, for it {said}", RuntimeWarning, stacklevel=3)
     return True
 
 

@@ -71,7 +71,7 @@ def takes(x: Tensor) -> bool:
 
 def capturing(x: Tensor) -> bool:
     """Whether somebody captures the current stream of the device of `x`."""
-    if not x.is_cuda:
+    if x.device.type != "cuda":
         return False
     with on(x.device):  # it is the current device's stream that PyTorch is asked about
         return torch.cuda.is_current_stream_capturing()

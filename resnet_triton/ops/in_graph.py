@@ -34,6 +34,11 @@ _kept: dict[tuple[torch.device, int], Tensor] = {}
 """Semaphores outside graphs, by device and stream."""
 
 
+def forget_semaphores() -> None:
+    """A kernel that is wrong may have left them at something: take new ones from now on."""
+    _kept.clear()
+
+
 def semaphores_for(where: torch.device, tiles: int) -> Tensor:
     """Zeros for launches that follow each other, on a stream or in a graph, and leave them at zero."""
     if where.type == "cuda":  # elsewhere a launch is interpreted, may be interrupted, and leaves them at something

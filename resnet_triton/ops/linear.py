@@ -84,6 +84,7 @@ class AvgPoolLinear(Operation):
     x (N, C, H, W), weight (K, C), bias (K,), result (N, K).
     """
 
+    rounds_between = True
     autocast = True
 
     x: Tensor

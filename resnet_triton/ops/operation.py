@@ -72,6 +72,9 @@ class Operation:
     per_image: ClassVar[bool] = True
     """Whether sums over the batch could differ: then a batch-invariant call on PyTorch computes images one by one."""
 
+    rounds_between: ClassVar[bool] = False
+    """Whether the kernels round to the result's dtype before the end: what they sum."""
+
     autocast: ClassVar[bool] = False
     """Whether PyTorch would compute it in another dtype under autocast; then PyTorch does."""
 
@@ -159,16 +162,14 @@ class Operation:
             facts = gluon.facts(self.x.device)
         with on(self.x.device):
             out, launches, reason = self.prepare(result, facts)
-        kernels: list[Any] = []
-        try:
-            with on(self.x.device):
+            kernels: list[Any] = []
+            try:
                 for launch in launches:
                     kernels.append(launch.run())
-                right = out is None or first_run.is_right(self, out, launches, kernels)
-        except Exception as error:
-            return gluon.in_place_of(launches, error, partial(self.compute, gluon.without(facts)))
-        if not right:
-            return self.compute(facts)  # by others
+            except Exception as error:
+                return gluon.in_place_of(launches, error, partial(self.compute, gluon.without(facts)))
+            if out is not None and not first_run.is_right(self, out, launches, kernels):
+                return self.compute(facts)  # by others
         if out is None:
             return self.fall_back(reason)
         if launches:

@@ -40,6 +40,7 @@ class Stem(Operation):
     Bytes become `(x / 255 - pixel_mean) / pixel_std` first.
     """
 
+    rounds_between = True
     autocast = True
 
     x: Tensor

@@ -853,11 +853,14 @@ def test_nothing_is_compiled_nor_moved_while_somebody_captures(monkeypatch):
     """It would be done when the graph is replayed, if ever, and memory be free by then."""
     model, x = integral(sequence(conv(), norm())), images()
     expected, memory = model(x), [p.data_ptr() for p in model.parameters()]
-    optimize(model, kernels="triton")
+    optimize(model)
     for where in (programs, filters):
         monkeypatch.setattr(where, "capturing", lambda t: True)
     with pytest.warns(RuntimeWarning, match="Sequential is captured as it was written, for it has not been called"):
         assert torch.equal(model(x), expected)
+    optimize(model, kernels="triton")
+    with pytest.raises(NotImplementedError, match="cannot run this call: Sequential has not been called like this"):
+        model(x)
     assert programs.made(model) == []
     monkeypatch.setattr(programs, "capturing", lambda t: False)
     model(x)

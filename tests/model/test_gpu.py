@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,6 +108,7 @@ def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel has run yet."""
     monkeypatch.setattr(first_run, "_right", {None})
     monkeypatch.setattr(first_run, "_wrong", {})
+    monkeypatch.setattr(first_run, "_tried", Counter())
 
 
 def test_first_results_are_compared(unproven: None) -> None:
