@@ -93,7 +93,7 @@ def _compared(call: Operation, out: Tensor) -> tuple[bool, bool]:
 
 def describe() -> str | None:
     """How many kernels have been compared in this process, and which were wrong; None before the first."""
-    compared, wrong = len(_tried), "; ".join(dict.fromkeys(_wrong.values()))
+    compared, wrong = len(_right) - 1 + len(_wrong), "; ".join(dict.fromkeys(_wrong.values()))
     if not compared:
         return None
     return f"kernels whose first result was compared with PyTorch's: {compared}, {wrong or 'all right'}"

@@ -275,7 +275,7 @@ def verdicts(found: list[dict[str, str]]) -> dict[str, set[str]]:
 def test_weak_tests_let_mutants_live_and_strong_ones_kill_them(tmp_path):
     status, printed, found = session("test_launch.py::test_rounding_up", "", tmp_path)
     assert status == 1
-    rounding, launches = ("cdiv", "next_power_of_2"), ("Launch.run", "Launch._options")
+    rounding, launches = ("cdiv", "next_power_of_2"), ("Launch.repeat", "Launch._options")
     weak = verdicts(found)
     assert [weak[key] for key in (*rounding, *launches)] == [{"killed"}] * 2 + [{"survived"}] * 2
     assert "+ not self.dependent" in printed
