@@ -59,7 +59,7 @@ def small(name: str, device: Any, dtype: torch.dtype = torch.float32, kernels: s
 
 def with_tensors(call: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The call with each of its tensors changed, in the order of the schema."""
-    return call.schema.build([change(v) if isinstance(v, Tensor) else v for v in call.schema.flatten(call)])
+    return call.schema.with_tensors(call, lambda _, t: change(t))
 
 
 def through_the_dispatcher(call: Operation) -> Tensor:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.launch import Launch
+from ..kernels.values import NONE
 from ..support.waiting import may_wait
 from . import gluon
 from .in_graph import forget_semaphores
@@ -153,17 +155,15 @@ def _varies(x: Tensor) -> Tensor:
     return (values.amin(-1) < values.amax(-1)).any()
 
 
-def _in_fp32(call: Operation, *, positive: bool = False) -> Operation:
+def _in_fp32(call: Operation, *, positive: bool = False) -> Any:
     """The same call on tensors in fp32; or on their magnitudes, with no activation, so that no terms cancel out."""
-    values = dict(zip([a.name for a in call.schema.arguments], call.schema.flatten(call), strict=True))
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            magnitude = -value.abs() if name.endswith("running_mean") else value.abs()  # means are subtracted
-            values[name] = (magnitude if positive else value).float()
-    if positive and "activation" in values:
-        values["activation"] = "none"
-    wide: Operation = call.schema.build(list(values.values()))
-    return wide
+
+    def changed(name: str, t: Tensor) -> Tensor:
+        magnitude = -t.abs() if name.endswith("running_mean") else t.abs()  # means are subtracted
+        return (magnitude if positive else t).float()
+
+    wide: Any = call.schema.with_tensors(call, changed)
+    return replace(wide, activation=NONE) if positive and hasattr(wide, "activation") else wide
 
 
 def _steepness(call: Any) -> float:

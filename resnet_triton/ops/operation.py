@@ -111,8 +111,7 @@ class Operation:
 
     def image(self, i: int) -> Self:
         """The call of image `i` alone."""
-        known = zip(self.schema.arguments, self.schema.flatten(self), strict=True)
-        alone: Self = self.schema.build([v if v is None or a.name not in _IMAGES else _one(v, i) for a, v in known])
+        alone: Self = self.schema.with_tensors(self, lambda name, t: _one(t, i) if name in _IMAGES else t)
         return alone
 
     def run(self) -> Tensor:

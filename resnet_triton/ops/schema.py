@@ -113,6 +113,11 @@ class Schema:
             if argument.type == "Tensor" or (argument.type == "Tensor?" and value is not None):
                 check_tensor(argument.name, value)
 
+    def with_tensors(self, operation: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+        """The operation with each of its tensors changed, by the name of the argument."""
+        known = zip(self.arguments, self.flatten(operation), strict=True)
+        return self.build([change(a.name, value) if isinstance(value, Tensor) else value for a, value in known])
+
     def build(self, values: Any) -> Any:
         """The operation with these arguments. One expression, for compiled models do so at each call."""
         return self._build(*values)

@@ -253,12 +253,9 @@ def _without_memory(call: Call) -> Call:
     """A call with meta tensors in place of real or fake ones."""
     if call.operation is None:
         return call
-    schema = call.operation.schema
-    return replace(call, operation=schema.build([_meta(a) for a in schema.flatten(call.operation)]))
+    return replace(call, operation=call.operation.schema.with_tensors(call.operation, _meta))
 
 
-def _meta(a: Any) -> Any:
-    if not isinstance(a, Tensor):
-        return a
+def _meta(_: str, t: Tensor) -> Tensor:
     with unset_fake_temporarily():  # of a fake tensor no launch can be made
-        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")

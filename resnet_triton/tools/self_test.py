@@ -73,8 +73,7 @@ def attempt(case: Case, where: torch.device) -> Json:
 
 
 def _in_fp16(call: Operation, where: torch.device) -> Operation:
-    values = call.schema.flatten(call)
-    moved: Operation = call.schema.build([v.to(where, torch.float16) if isinstance(v, Tensor) else v for v in values])
+    moved: Operation = call.schema.with_tensors(call, lambda _, t: t.to(where, torch.float16))
     return moved
 
 
