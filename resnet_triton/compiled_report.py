@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -126,20 +125,3 @@ def undone(model: nn.Module) -> Iterator[None]:
 def _copy(t: Tensor) -> Tensor:
     with torch.inference_mode(t.is_inference()), torch.no_grad():
         return t.clone()
-
-
-def limit(model: nn.Module) -> str | None:
-    """Whether torch.compile has compiled `model` as often as it does, for `report`."""
-    if "torch._dynamo" not in sys.modules:  # which it imports first, in an order of its own
-        return None
-    from torch._dynamo import config, eval_frame  # not above: importing Dynamo takes two seconds
-
-    from .backend.compile import at_limit
-
-    codes = [program.code for program in programs.made(model)]
-    if not isinstance(model, Compiled):  # a module that somebody has compiled, or what torch.compile returned
-        written: Any = getattr(model, "_orig_mod", model)
-        called: Any = getattr(model.forward, "_torchdynamo_orig_callable", model.forward)
-        codes = [f.__code__ for f in (type(written).forward, called) if hasattr(f, "__code__")]
-    full = any(len(eval_frame._debug_get_cache_entry_list(code)) >= config.recompile_limit for code in codes)
-    return at_limit("the model") if full else None

@@ -27,7 +27,7 @@ class Report:
     a graph repeats is not made again); `graphs`, for each whole ResNet and compiled model by name, what its graphs have
     done; `replaced`, by name, modules with code that is not torchvision's, PyTorch's or ours, which therefore run as
     they are; `compared`, one line on kernels' first results, if a GPU has given any; `untuned`, one if convolutions run
-    on kernels, on a GPU on which no tile was ever timed; `limit`, one if torch.compile will not compile this again."""
+    on kernels, on a GPU on which no tile was ever timed."""
 
     calls: list[Call]
     counted: dict[tuple[str, str], int]
@@ -35,7 +35,6 @@ class Report:
     replaced: dict[str, str]
     compared: str | None = None
     untuned: str | None = None
-    limit: str | None = None
 
     def __str__(self) -> str:
         rows = [("layer", "operator", "runs on", "why, or how")]
@@ -52,7 +51,7 @@ class Report:
         for name, why in self.replaced.items():
             where.setdefault(why, []).append(name or "the model")
         runs = [f"{why}, so what is there now runs: {_some(names)}" for why, names in where.items()]
-        said = [line for line in (self.untuned, self.limit, self.compared) if line]
+        said = [line for line in (self.untuned, self.compared) if line]
         return "\n".join([*lines, *said, *graphs, *runs, f"calls so far in this process: {counts}"])
 
 
@@ -77,7 +76,6 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     whole, backend = compiled_report.is_whole(model), compiled_report.other_backend(model)
     by_compiler = whole or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())
     by_compiler = by_compiler and backend is None
-    limit = compiled_report.limit(model) if by_compiler else None
     model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
     graphs |= {name: programs.describe(m) for name, m in model.named_modules() if isinstance(m, Compiled)}
@@ -100,7 +98,7 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     calls = [_explained(call, replaced, left) for call in found]
     tiled = [call.device for call in calls if call.backend == "triton" and call.tiled]
     untuned = config.untuned(gluon.facts(tiled[0])) if tiled else None
-    return Report(calls, dict(dispatch.calls), graphs, replaced, first_run.describe(), untuned, limit)
+    return Report(calls, dict(dispatch.calls), graphs, replaced, first_run.describe(), untuned)
 
 
 def _of_the_model(error: BaseException) -> BaseException:

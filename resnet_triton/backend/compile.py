@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._guards import CompileContext, TracingContext
+from torch._guards import TracingContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -80,8 +80,6 @@ def compile_graph(
     channels_last memory: values lie as if it had not. RuntimeError where that cannot be.
     """
     modes, cuda_graph, rest = settings(mode, options)
-    if record is None:
-        _warn_of_limit()
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         _warn_as_written(
             f"grad mode is on, and gradients are PyTorch's; {dispatch.REMEDIES[dispatch.GRADIENT]}", modes, inputs
@@ -302,21 +300,6 @@ def _name(node: fx.Node, owners: Mapping[fx.Node, str | None]) -> str:
     called = re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else ""
     owner = next(filter(None, map(owners.get, node.all_input_nodes)), "")
     return owner if not called or f".{called}." in f".{owner}." else called
-
-
-def _warn_of_limit() -> None:
-    """Once for a function, when torch.compile compiles it for the last time."""
-    compilation = CompileContext.current_compile_id()
-    if compilation is not None and compilation.frame_compile_id == torch._dynamo.config.recompile_limit - 1:
-        warnings.warn(at_limit("a function"), RuntimeWarning, stacklevel=2)
-
-
-def at_limit(what: str) -> str:
-    """What it means that torch.compile will not compile `what` again."""
-    return (
-        f"torch.compile has compiled {what} {torch._dynamo.config.recompile_limit} times, its limit: calls of other "
-        "dtypes, sizes or modes run without our kernels; raise torch._dynamo.config.recompile_limit"
-    )
 
 
 def _warn_as_written(reason: str, modes: Modes, inputs: Sequence[Any]) -> None:

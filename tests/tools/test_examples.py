@@ -174,16 +174,6 @@ def test_lines_of_the_kernels_readme_run() -> None:
     torch.testing.assert_close(names["out"].double(), (conv + names["other"]).relu(), rtol=1e-2, atol=1e-2)
 
 
-def test_pictures_are_what_their_script_draws(tmp_path: Path) -> None:
-    """If not, `python docs/pictures.py` draws them again."""
-    runpy.run_path(str(ROOT / "docs" / "pictures.py"))["main"](tmp_path)
-    drawn, kept = (
-        {p.name: p.read_text(encoding="utf-8") for p in folder.iterdir()}
-        for folder in (tmp_path, ROOT / "docs/pictures")
-    )
-    assert drawn == kept
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
