@@ -141,6 +141,13 @@ class Programs:
         program = self.by_mode.get(_mode(module))
         return program if program is not None and program.called and program.holds(_original(module)) else None
 
+    def given_up(self) -> str | None:
+        """Why nothing more is compiled."""
+        if self.made <= _LIMIT:
+            return None
+        changed = f"its hooks, methods or modules were changed {_LIMIT} times"
+        return f"{changed}; resnet_triton.refresh lets it be compiled again"
+
     def make(self, module: Any) -> Program | None:
         """What a call runs that is none of these; None if the module has changed too often."""
         key, replica, module = _mode(module), module, _original(module)
@@ -148,14 +155,11 @@ class Programs:
         if program is not None and program.holds(module):  # but its first call has failed
             return program
         self.made += 1
-        if self.made > _LIMIT:
+        if (reason := self.given_up()) is not None:
+            dispatch.raise_if_required(module._triton_options["kernels"], reason)
             if self.made == _LIMIT + 1:
-                warnings.warn(
-                    f"{type(module).__name__} runs as it was written from now on, for its hooks, methods or modules "
-                    f"were changed {_LIMIT} times; resnet_triton.refresh lets it be compiled again",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+                said = f"{type(module).__name__} runs as it was written from now on, for {reason}"
+                warnings.warn(said, RuntimeWarning, stacklevel=4)
             return None
         if replica is module:
             move(module)
@@ -249,6 +253,11 @@ def describe(module: Any) -> str:
     """What CUDA graphs have done for its calls, for `report`."""
     alike = Counter(function.describe() for function in functions(module))
     said = [line if n == 1 else f"{line} ({n} functions)" for line, n in alike.items()]
+    its: Programs | None = vars(module).get("_triton_programs")
+    if its is not None and (reason := its.given_up()) is not None:
+        said.append(f"new calls run as written, for {reason}")
+    if any(program.raised >= _LIMIT for program in made(module)):
+        said.append(f"what is not compiled yet runs as written, for {_LIMIT} calls in a row have raised")
     return f"cuda_graph={module._triton_options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
 
 

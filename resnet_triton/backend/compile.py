@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -80,6 +80,8 @@ def compile_graph(
     channels_last memory: values lie as if it had not. RuntimeError where that cannot be.
     """
     modes, cuda_graph, rest = settings(mode, options)
+    if record is None and (modes.batch_invariant or modes.kernels == "triton"):
+        _refuse_last_compilation()
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         _warn_as_written(
             f"grad mode is on, and gradients are PyTorch's; {dispatch.REMEDIES[dispatch.GRADIENT]}", modes, inputs
@@ -300,6 +302,16 @@ def _name(node: fx.Node, owners: Mapping[fx.Node, str | None]) -> str:
     called = re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else ""
     owner = next(filter(None, map(owners.get, node.all_input_nodes)), "")
     return owner if not called or f".{called}." in f".{owner}." else called
+
+
+def _refuse_last_compilation() -> None:
+    """RuntimeError in torch.compile's last compilation of a function: what follows would run as written, unseen."""
+    compilation, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    if compilation is not None and (compilation.frame_compile_id or 0) >= limit - 1:
+        raise RuntimeError(
+            f"torch.compile compiles a function at most {limit} times, and then runs it without our kernels, which "
+            'batch_invariant=True and kernels="triton" rule out; raise torch._dynamo.config.recompile_limit'
+        )
 
 
 def _warn_as_written(reason: str, modes: Modes, inputs: Sequence[Any]) -> None:

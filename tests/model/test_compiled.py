@@ -396,6 +396,17 @@ def test_what_cannot_be_compiled_is_refused():
 
 
 @torch.no_grad()
+def test_what_must_run_on_kernels_does_not_pass_torchs_limit_of_compilations():
+    invariant = torch.compile(conv(), backend="resnet_triton", options={"batch_invariant": True})
+    for model in (invariant, optimize(integral(sequence(conv())), kernels="triton")):
+        with torch._dynamo.config.patch(recompile_limit=2):
+            model(images())
+            for _ in range(2):
+                with pytest.raises(Exception, match="at most 2 times, .* raise torch._dynamo.config.recompile_limit"):
+                    model.half()(images().half())
+
+
+@torch.no_grad()
 def test_models_of_one_class_do_not_meet_torchs_limit_of_compilations():
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(3):
@@ -533,6 +544,10 @@ def test_who_changes_a_model_at_each_call_is_not_compiled_each_time():
     for _ in range(3):
         call_with_a_hook()
     assert not used(model, x)
+    assert "new calls run as written, for its hooks, methods or modules were changed 16" in str(report(model, x.shape))
+    optimize(model, kernels="triton")
+    with pytest.raises(NotImplementedError, match="changed 16 times; resnet_triton.refresh lets it"):
+        call_with_a_hook()
     assert used(refresh(model), x)
 
 
@@ -584,6 +599,7 @@ def test_who_raises_at_each_call_is_not_compiled_each_time():
         assert not used(model, images(size=6))
         with pytest.raises(ValueError, match="odd"):
             model(x[..., 1:])
+    assert "runs as written, for 16 calls in a row have raised" in str(report(model, x.shape))
     assert used(refresh(model), images(size=6))
 
 
