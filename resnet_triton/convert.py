@@ -47,7 +47,8 @@ def optimize(
 
     Of a model that was optimized before only the modes change.
 
-    With `inplace=False` the result is a deep copy that shares nothing with `model`, which stays as it is.
+    With `inplace=False` the result is a deep copy with parameters and buffers of its own, and `model` stays as it is. A
+    function among its attributes or hooks is not copied: what it refers to it still does.
 
     `cuda_graph="auto"` captures the inference of a whole ResNet, or of a compiled model, on a GPU as a CUDA graph when
     an input shape comes the second time, and replays it afterwards; True captures at the first call and warns where
@@ -66,7 +67,7 @@ def optimize(
 
     Raises ValueError if a mode is unknown, there is nothing to optimize, or `freeze=True` or `batch_invariant=True`
     finds no whole ResNet, or `cuda_graph=True` nothing but blocks; TypeError if `model` is no module, if its class
-    allows no subclass, or for `inplace=False` if it holds something that cannot be copied.
+    allows no subclass, or for `inplace=False` if it cannot be copied or its copy shares a parameter or buffer.
     """
     check_module(model)
     dispatch.check_kernels(kernels)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -124,51 +123,30 @@ def test_hooks_are_the_same_objects(kind):
     assert len(recorder.seen) == 1
 
 
-UNCOPIED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "lock": (lambda m: setattr(m, "lock", threading.Lock()), "lock, a lock, cannot be copied"),
-    "nested": (lambda m: setattr(m.layer2[0], "cache", {"a": [1, {"b": threading.RLock()}]}),
-               r"layer2.0.cache\['a'\]\[1\]\['b'\], a RLock, cannot"),
-    "file": (lambda m: setattr(m.fc, "log", sys.__stderr__), "fc.log, a TextIOWrapper, cannot be copied"),
-    "tensor": (lambda m: setattr(m.layer1, "seen", m.fc.weight * 2), "layer1.seen, a Tensor, cannot be copied"),
-    "generator": (lambda m: setattr(m, "steps", iter(i for i in ())), "steps, a generator, cannot"),
-    "hook": (lambda m: m.layer4.register_forward_hook(Locked(m).hook), r"layer4._forward_hooks.*__self__.lock, a lock"),
-    "module": (lambda m: setattr(m, "fc", Uncopied(512, 10)), r"fc, a Uncopied, cannot be copied \(not me\)"),
-    "shared": (lambda m: setattr(m, "fc", Selfish(512, 10)), "fc.weight is shared by a deep copy"),
-    "patched": (lambda m: setattr(m, "forward", lambda x, f=m.forward: f(x)), "forward refers to the model"),
-    "closure": (lambda m: m.fc.register_forward_hook(lambda *_: m.fc and None), "_forward_hooks refers to the model"),
-    "weakref": (lambda m: setattr(m.fc, "owner", weakref.ref(m)), "fc.owner refers to the model"),
-}  # fmt: skip
-
-
-class Locked(Recorder):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.lock = model, threading.Lock()
-
-
-class Uncopied(nn.Linear):
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise RuntimeError("not me\nand not now")
-
-
 class Selfish(nn.Linear):
     def __deepcopy__(self, memo: Any) -> Any:
         return self
 
 
+UNCOPIED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "lock": (lambda m: setattr(m, "lock", threading.Lock()), "the model cannot be copied .*lock"),
+    "tensor": (lambda m: setattr(m.layer1, "seen", m.fc.weight * 2), "the model cannot be copied .*leaves"),
+    "shared": (lambda m: setattr(m, "fc", Selfish(512, 10)), "fc.weight is shared by a deep copy"),
+}
+
+
 @pytest.mark.parametrize("kind", UNCOPIED)
-def test_what_cannot_be_copied_is_named(kind):
-    change, named = UNCOPIED[kind]
+def test_what_cannot_be_copied_is_one_line(kind):
+    change, said = UNCOPIED[kind]
     model = small()
     change(model)
-    with pytest.raises(TypeError, match=named + r".*; optimize\(model, inplace=True\)") as raised:
+    with pytest.raises(TypeError, match=said + r".*; optimize\(model, inplace=True\)") as raised:
         optimize(model, inplace=False)
     assert "\n" not in str(raised.value)
     assert type(model) is tv.ResNet
     with torch.no_grad():
         expected = model(image())
         close(optimize(model)(image()), expected)  # in place it does not matter
-        close(optimize(model, freeze=kind != "shared")(image()), expected)
 
 
 @pytest.mark.parametrize("inplace", [True, False])
