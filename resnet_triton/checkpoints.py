@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,12 +97,8 @@ def read(file: str | os.PathLike[str] | BinaryIO, key: str | None = None) -> Che
             raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
         return _read(file, key)
     path = Path(file)
-    expected = "expected a checkpoint, one file that torch.save or safetensors wrote"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file, {expected}")
-    if not stat.S_ISREG(path.stat().st_mode):
-        what = "a folder" if path.is_dir() else "not a regular file"
-        raise ValueError(f"{path}: {what}, {expected}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file, expected a checkpoint, one file of torch.save or safetensors")
     with path.open("rb") as opened:
         return _read(opened, key)
 
@@ -112,8 +107,6 @@ def _read(file: BinaryIO, key: str | None) -> Checkpoint:
     try:
         data = tensor_files.read(file)
         networks = _find(data)
-        if key is not None and key not in networks:
-            networks |= _find(data, key)
         chosen = _choose(list(networks), key)
         network = networks[chosen]
         model = _build(network if key is None else network._replace(besides=[]), chosen)
@@ -136,10 +129,10 @@ class _Network(NamedTuple):
     besides: list[str]
 
 
-def _find(data: Any, key: str | None = None) -> dict[str, _Network]:
-    """Every ResNet in `data`, or on the way to `key`, by the names that lead to it. ValueError if `data` has none."""
+def _find(data: Any) -> dict[str, _Network]:
+    """Every ResNet in `data`, by the first names that lead to it. ValueError if there is none."""
     networks = {}
-    for path, value in _contents(data, key):
+    for path, value in _contents(data):
         tensors = _tensors(value)
         prefixes = [name.removesuffix(_BLOCK) for name in tensors if f".{name}".endswith(f".{_BLOCK}")]
         prefixes = sorted((prefix for prefix in prefixes if f"{prefix}{_STEM}" in tensors), key=len)
@@ -148,21 +141,19 @@ def _find(data: Any, key: str | None = None) -> dict[str, _Network]:
             state = {name.removeprefix(prefix): tensors[name] for name, owner in owners.items() if owner == prefix}
             besides = [name for name, owner in owners.items() if owner is None]
             networks[f"{path}.{prefix}".strip(".")] = _Network(state, besides)
-    if not networks and key is None:
+    if not networks:
         raise _no_resnet(data)
     return networks
 
 
-def _contents(data: Any, key: str | None = None) -> Iterator[tuple[str, Any]]:
-    """`data` and what it holds, dictionaries and lists at any depth, each once, with the names that lead to it; or what
-    lies on the way to `key`, also where it is the same as something elsewhere."""
+def _contents(data: Any) -> Iterator[tuple[str, Any]]:
+    """`data` and what it holds, dictionaries and lists at any depth, each once, with the names that lead to it."""
     pending, seen = [("", data)], set()
     while pending:
         path, value = pending.pop()
-        this = id(value), "" if key is None else path
-        if this in seen or (key is not None and path and not f"{key}.".startswith(f"{path}.")):
+        if id(value) in seen:
             continue
-        seen.add(this)
+        seen.add(id(value))
         yield path, value
         inside: Any = value.items() if isinstance(value, dict) else ()
         if isinstance(value, list | tuple):
