@@ -16,8 +16,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What is decoded at all. Pillow knows many more formats, some of them run other programs."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Which files of a folder are taken for images."""
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF,
-UNSIGNED, WHITE_IS_ZERO = 1, 0  # and two of their values
 MAX_ASPECT = 50  # resizing the short side to 256 pixels multiplies the long side
 
 
@@ -59,10 +57,8 @@ def read_pixels(path: str | os.PathLike[str], transforms: Any, file: BinaryIO | 
 def load_image(path: str | os.PathLike[str], file: BinaryIO | None = None) -> Any:
     """An RGB Pillow image: the first, of several, turned upright as its EXIF data say.
 
-    It is read from `file`, if that is given, and `path` is only its name. 9 to 16 bits are scaled to 8, where Pillow's
-    own conversion would clip nearly all of them to white; transparent is white; signed and floating-point samples and
-    those of more bits are refused, because nobody knows their range. ValueError, naming the file, if there is no image
-    to be had.
+    It is read from `file`, if that is given, and `path` is only its name. Transparent is white. ValueError, naming the
+    file, if there is no image to be had, or one of whose samples Pillow makes no 8 bits.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -76,15 +72,13 @@ def load_image(path: str | os.PathLike[str], file: BinaryIO | None = None) -> An
             raise ValueError(f"{path}: {error.strerror}; {wanted}") from None
         with file:
             return load_image(path, file)
-    if file.seek(0, os.SEEK_END) == 0:
-        raise ValueError(f"{path}: the file is empty; {wanted}")
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError
-            largest, inverted = _read_tags(image)
+            _check_samples(image)
             image.load()
-            upright = _to_rgb(_upright(image), largest, inverted)
+            upright = _to_rgb(_upright(image))
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image this program reads; {wanted}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -98,24 +92,13 @@ def load_image(path: str | os.PathLike[str], file: BinaryIO | None = None) -> An
     return upright
 
 
-def _read_tags(image: Any) -> tuple[int, bool]:
-    """The largest value of a sample, and whether it means black, of an image that is open and not yet loaded.
-
-    The file's tags say so, decoded values do not. Puts right the transparent value of a PNG, which is in units of its
-    samples, while Pillow scales those of less than 8 bits.
-    """
-    tags = getattr(image, "tag_v2", {})  # TIFF's
-    bits = max(tags.get(BITS_PER_SAMPLE, (1,))) if tags else 16
-    kinds = {UNSIGNED: "", 2: "signed ", 3: "floating-point "}
-    kind = kinds.get(max(tags.get(SAMPLE_FORMAT, (UNSIGNED,))), "unknown ")
-    if kind or bits > 16:
-        raise ValueError(f"{bits}-bit {kind}samples, expected unsigned ones of up to 16 bits")
-    if image.format == "PNG" and "transparency" in image.info:
-        stored = image.tile[0][3]
-        if stored == "RGB;16B":
-            raise ValueError("a transparent colour of 16 bits, expected 8 bits or an alpha channel")
-        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(stored, 1)
-    return 2**bits - 1, bool(tags) and tags.get(PHOTOMETRIC, WHITE_IS_ZERO) == WHITE_IS_ZERO
+def _check_samples(image: Any) -> None:
+    """ValueError if Pillow would clip or misread the samples of an image that is open and not yet loaded."""
+    sample_format = getattr(image, "tag_v2", {}).get(339, (1,))  # TIFF's; 1 is unsigned
+    keyed = image.format == "PNG" and "transparency" in image.info
+    misread = keyed and image.tile[0][3] in ("L;2", "L;4", "RGB;16B")  # scaled, but not the transparent colour
+    if image.mode.startswith(("I", "F")) or set(sample_format) != {1} or misread:
+        raise ValueError("samples of other than 8 bits, or signed ones; convert it to 8 bits first")
 
 
 def _upright(image: Any) -> Any:
@@ -127,27 +110,11 @@ def _upright(image: Any) -> Any:
         return image
 
 
-def _to_rgb(image: Any, largest: int, inverted: bool) -> Any:
+def _to_rgb(image: Any) -> Any:
     """Any mode to RGB: transparency over white rather than dropped."""
     from PIL import Image
 
-    if image.mode.startswith("I"):
-        image = _to_8_bits(image, largest, inverted)
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return image.convert("RGB")
-
-
-def _to_8_bits(image: Any, largest: int, inverted: bool) -> Any:
-    """Grey samples, which Pillow leaves as they are stored, to mode L, or LA if one value is transparent."""
-    import numpy
-    from PIL import Image
-
-    stored = numpy.asarray(image)
-    grey = ((stored.astype(numpy.uint32) * 255 + largest // 2) // largest).astype(numpy.uint8)
-    scaled = Image.fromarray(255 - grey if inverted else grey)
-    if "transparency" not in image.info:
-        return scaled
-    opaque = stored != image.info["transparency"]
-    return Image.merge("LA", (scaled, Image.fromarray(opaque.astype(numpy.uint8) * 255)))

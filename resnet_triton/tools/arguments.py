@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="IMAGE",
         help="a JPEG, PNG, WebP, BMP, GIF or TIFF file, or a folder to search with all below it; of several frames the "
-        "first; turned upright as EXIF says, 16 bits scaled to 8, transparent made white",
+        "first; turned upright as EXIF says, transparent made white",
     )
     p.add_argument(
         "--weights", default="DEFAULT", metavar="FILE|NAME",

@@ -20,12 +20,13 @@ import pytest
 import torch
 
 from resnet_triton.support import images, vision
-from resnet_triton.tools import cli, predict
+from resnet_triton.tools import cli
 
 PIL_Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("rich")
 torchvision = vision.torchvision()
 GREY = (200, 200, 200)
+DEEP = (b"\0" + struct.pack(">H", 200 * 257) * 12) * 3  # 4x3 pixels of 16 bits, in colour
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
@@ -40,21 +41,13 @@ def png(width: int, height: int, pixels: bytes, *chunks: bytes, depth: int = 8, 
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def tiff(samples: bytes, bits: int, white: int, *, kind: int = 1, order: str = "<", turned: int = 1) -> bytes:
-    """Grey, 4x3, samples of `bits`; `white` is 0 where 0 means white, else 1; `kind` 1 unsigned, 2 signed, 3 float."""
+def tiff(samples: bytes, *, bits: int = 8, white: int = 1, kind: int = 1, turned: int = 1) -> bytes:
+    """Grey, 4x3; `white` is 0 where 0 means white, else 1; `kind` 1 unsigned, 2 signed, 3 float."""
     tags = {
         256: 4, 257: 3, 258: bits, 259: 1, 262: white, 273: 8, 274: turned, 278: 3, 279: len(samples), 339: kind,
     }  # fmt: skip
-    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
-    head = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(samples))
-    return head + samples + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
-
-
-def deep_png(value: int, transparent: int | None = None, *, channels: int = 1) -> bytes:
-    """4x3 pixels of 16 bits, grey or coloured; one value may be transparent."""
-    key = [] if transparent is None else [chunk(b"tRNS", struct.pack(">H", transparent) * channels)]
-    row = b"\0" + struct.pack(">H", value) * (4 * channels)
-    return png(4, 3, row * 3, *key, depth=16, colour=0 if channels == 1 else 2)
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(samples)) + samples + struct.pack("<H", 10) + entries + bytes(4)
 
 
 def saved(image: Any, kind: str, **options: Any) -> bytes:
@@ -74,31 +67,41 @@ def frames(kind: str, **options: Any) -> bytes:
 BOMB = png(60_000, 60_000, bytes(60_001))
 TEXT_BOMB = png(4, 3, bytes(5 * 3), chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2 << 20))))
 
+EIGHT = "samples of other than 8 bits, or signed ones; convert it to 8 bits first"
 HOSTILE = {
-    "bomb.png": (BOMB, "pixels; scale it down first"),
+    "bomb.png": (png(60_000, 60_000, bytes(60_001)), "pixels; scale it down first"),
     "large.png": (png(12_000, 12_000, bytes(12_001)), "over [0-9]+ pixels"),  # of which Pillow only warns
     "sliver.png": (png(1, 1000, bytes(2000)), "1x1000 pixels, expected sides within 50:1"),
-    "text-bomb.png": (TEXT_BOMB, "cannot be decoded"),
-    "no-pixels.png": (png(0, 7, b""), "cannot be decoded|not an image"),
+    "text-bomb.png": (
+        png(4, 3, bytes(5 * 3), chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2 << 20)))), "cannot be decoded",
+    ),
     "too-few.png": (png(40, 30, bytes(100)), "cannot be decoded"),
     "cut.jpg": (saved(grey("RGB", GREY), "JPEG")[:-200], "cannot be decoded"),
-    "cut.gif": (saved(grey("RGB", GREY), "GIF")[:-20], "cannot be decoded"),
-    "cut.webp": (saved(grey("RGB", GREY), "WEBP")[:-20], "cannot be decoded|not an image"),
     "cut.tif": (saved(grey("RGB", GREY), "TIFF", compression="tiff_lzw")[:-200], "cannot be decoded|not an image"),
-    "head.jpg": (saved(grey("RGB", GREY), "JPEG")[:11], "not an image|cannot be decoded"),
     "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-    "text.jpg": (b"a shopping list", "not an image"),
-    "zeros.png": (bytes(10_000), "not an image"),
-    "unsigned-32.tif": (tiff(struct.pack("<12I", *[200 * 257] * 12), 32, 1), "32-bit samples"),
-    "signed-32.tif": (tiff(struct.pack("<12i", *[200 * 257] * 12), 32, 1, kind=2), "32-bit signed samples"),
-    "signed-16.tif": (tiff(struct.pack(">12h", *[20_000] * 12), 16, 1, kind=2, order=">"), "16-bit signed samples"),
-    "signed-8.tif": (tiff(bytes([100] * 12), 8, 1, kind=2), "8-bit signed samples"),
-    "float.tif": (tiff(struct.pack("<12f", *[0.8] * 12), 32, 0, kind=3), "32-bit floating-point samples"),
-    "key-16-rgb.png": (deep_png(200 * 257, 200, channels=3), "a transparent colour of 16 bits"),
-}
+    "empty.jpg": (b"", "not an image"),
+    "grey-16.png": (saved(grey("I;16", 200 * 257), "PNG"), EIGHT),
+    "grey-16.tif": (saved(grey("I;16B", 200 * 257), "TIFF"), EIGHT),
+    "unsigned-32.tif": (tiff(bytes(48), bits=32), EIGHT),
+    "signed-8.tif": (tiff(bytes(12), kind=2), EIGHT),
+    "float.tif": (tiff(bytes(48), bits=32, kind=3), EIGHT),
+    "key-2.png": (png(4, 3, b"\0\x55" * 3, chunk(b"tRNS", b"\0\x01"), depth=2), EIGHT),
+    "key-4.png": (png(4, 3, b"\0\x55\x55" * 3, chunk(b"tRNS", b"\0\x05"), depth=4), EIGHT),
+    "key-16.png": (png(4, 3, DEEP, chunk(b"tRNS", b"\0\xc8" * 3), depth=16, colour=2), EIGHT),
+}  # fmt: skip
 
 
-def refused(path: Path, words: str) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="POSIX's files")
+@pytest.mark.parametrize("name", [*HOSTILE, "pipe.png", "loop.png", "/dev/zero"])
+def test_hostile_images_are_refused_without_waiting(tmp_path: Path, name: str) -> None:
+    content, words = HOSTILE.get(name, (b"", "not a regular file|Too many levels of symbolic links"))
+    path = tmp_path / name
+    if name == "pipe.png":
+        os.mkfifo(path)
+    elif name == "loop.png":
+        path.symlink_to(path)
+    elif name in HOSTILE:
+        path.write_bytes(content)
     start = time.monotonic()
     with pytest.raises(ValueError, match=words) as raised:
         images.load_image(path)
@@ -107,46 +110,20 @@ def refused(path: Path, words: str) -> None:
     assert time.monotonic() - start < 5, "refused before it is decoded"
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_images_are_refused(tmp_path: Path, name: str) -> None:
-    content, words = HOSTILE[name]
-    (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, words)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="POSIX's files")
-def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "loop.png").symlink_to("loop.png")
-    refused(tmp_path / "pipe.png", "not a regular file")
-    refused(tmp_path / "loop.png", "Too many levels of symbolic links")
-    refused(Path("/dev/zero"), "not a regular file")
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("sixteen.png", deep_png(200 * 257)),
-        ("sixteen-rgb.png", deep_png(200 * 257, channels=3)),
-        ("sixteen-key.png", deep_png(200 * 257, 200)),
-        ("sixteen.tif", saved(grey("I;16", 200 * 257), "TIFF")),
-        ("big-endian.tif", saved(grey("I;16B", 200 * 257), "TIFF")),
-        ("inverted-16.tif", tiff(struct.pack("<12H", *[55 * 257] * 12), 16, 0)),
-        ("inverted-8.tif", tiff(bytes([55] * 12), 8, 0)),
-        ("twelve.tif", tiff(bytes.fromhex("c8cc8c" * 6), 12, 1)),
+        ("16-rgb.png", png(4, 3, DEEP, depth=16, colour=2)),
+        ("inverted.tif", tiff(b"\x37" * 12, white=0)),
         ("animated.gif", frames("GIF")),
         ("animated.webp", frames("WEBP", lossless=True)),
-        ("animated.png", frames("PNG")),
         ("pages.tif", frames("TIFF")),
-        ("rgb.webp", saved(grey("RGB", GREY), "WEBP", lossless=True)),
         ("rgb.bmp", saved(grey("RGB", GREY), "BMP")),
         ("luminance.png", saved(grey("L", 200), "PNG")),
         ("alpha.png", saved(grey("RGBA", (145, 145, 145, 128)), "PNG")),  # half of 145, half of white
         ("grey-alpha.png", saved(grey("LA", (145, 128)), "PNG")),
         ("key.png", saved(grey("RGB", GREY), "PNG", transparency=(1, 2, 3))),
-        ("palette.gif", saved(grey("RGB", GREY).quantize(4), "GIF")),
         ("palette-alpha.png", saved(grey("RGBA", (145, 145, 145, 128)).quantize(4), "PNG")),
-        ("cmyk.tif", saved(grey("CMYK", (55, 55, 55, 0)), "TIFF")),
         ("cmyk.jpg", saved(grey("CMYK", (55, 55, 55, 0)), "JPEG", quality=95)),
         ("ycbcr.tif", saved(grey("YCbCr", (200, 128, 128)), "TIFF")),
         ("not a PNG.png", saved(grey("L", 200), "BMP")),
@@ -162,21 +139,17 @@ def test_unusual_images_come_out_as_they_look(tmp_path: Path, name: str, content
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    "content",
     [
-        ("1.tif", tiff(bytes([0b00000000] * 3), 1, 0)),
-        ("1.png", png(4, 3, b"\0\0" * 3, chunk(b"tRNS", b"\0\0"), depth=1)),
-        ("2.png", png(4, 3, b"\0\x55" * 3, chunk(b"tRNS", b"\0\x01"), depth=2)),
-        ("4.png", png(4, 3, b"\0\x55\x55" * 3, chunk(b"tRNS", b"\0\x05"), depth=4)),
-        ("8.png", png(4, 3, b"\0\x55\x55\x55\x55" * 3, chunk(b"tRNS", b"\0\x55"))),
-        ("16.png", deep_png(100 * 257 + 3, 100 * 257 + 3)),
-        ("palette.png", png(4, 3, bytes(15), chunk(b"PLTE", b"\x0a\x14\x1e"), chunk(b"tRNS", b"\0"), colour=3)),
+        png(4, 3, b"\0\0" * 3, chunk(b"tRNS", b"\0\0"), depth=1),
+        png(4, 3, b"\0\x55\x55\x55\x55" * 3, chunk(b"tRNS", b"\0\x55")),
+        png(4, 3, bytes(15), chunk(b"PLTE", b"\x0a\x14\x1e"), chunk(b"tRNS", b"\0"), colour=3),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["1 bit", "8 bits", "palette"],
 )
-def test_white_and_transparent_values_are_white_at_every_depth(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert images.load_image(tmp_path / name).getextrema() == ((255, 255),) * 3
+def test_a_transparent_colour_is_white(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "key.png").write_bytes(content)
+    assert images.load_image(tmp_path / "key.png").getextrema() == ((255, 255),) * 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -187,16 +160,13 @@ def test_every_orientation_is_pillows(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     PIL_Image.effect_noise((40, 20), 60).convert("RGB").save(tmp_path / "lying.jpg", exif=exif, quality=95)
     grid = bytes(range(0, 240, 20))
-    (tmp_path / "lying.tif").write_bytes(tiff(grid, 8, 1, turned=orientation))
-    with PIL_Image.open(tmp_path / "lying.jpg") as stored:
-        expected = {"lying.jpg": ImageOps.exif_transpose(stored)}
+    (tmp_path / "lying.tif").write_bytes(tiff(grid, turned=orientation))
     scan = PIL_Image.frombytes("L", (4, 3), grid)
     scan.getexif().update(exif)
-    expected["lying.tif"] = ImageOps.exif_transpose(scan).convert("RGB")
-    for name, picture in expected.items():
-        loaded = images.load_image(tmp_path / name)
+    for name, stored in (("lying.jpg", PIL_Image.open(tmp_path / "lying.jpg")), ("lying.tif", scan)):
+        expected, loaded = ImageOps.exif_transpose(stored).convert("RGB"), images.load_image(tmp_path / name)
         assert (loaded.width > loaded.height) == (orientation < 5)
-        assert (loaded.size, loaded.tobytes()) == (picture.size, picture.tobytes()), name
+        assert (loaded.size, loaded.tobytes()) == (expected.size, expected.tobytes()), name
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file names are bytes on POSIX")
@@ -215,16 +185,6 @@ def test_file_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "caf\\udce9" in err
-
-
-def test_too_little_memory_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for error in (MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: not enough "
-                                              "memory: you tried to allocate 4000000000000 bytes.")):  # fmt: skip
-        monkeypatch.setattr(predict, "predict", lambda *_, **__: (_ for _ in ()).throw(error))  # noqa: B023
-        assert cli.main(["predict", "a.png"]) == 2
-        assert capsys.readouterr().err.startswith("resnet-triton: error: this machine has too little free memory, ")
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------
@@ -275,27 +235,23 @@ def server(tmp_path: Path, weights: bytes, monkeypatch: pytest.MonkeyPatch) -> I
     http.server_close()
 
 
-def stored(folder: Path) -> list[str]:
-    return [path.name for path in (folder / "hub" / "checkpoints").iterdir()]
-
-
 @pytest.mark.filterwarnings("ignore:Implicitly cleaning up <HTTPError:ResourceWarning")  # torch.hub leaves it open
-@pytest.mark.parametrize(("fault", "word"), [("half", "invalid hash value"), ("not found", "404")])
 def test_a_failed_download_leaves_nothing_and_the_next_one_works(
-    server: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, word: str
+    server: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grey("RGB", GREY).save(tmp_path / "grey.png")
     run = ["predict", str(tmp_path / "grey.png"), "--device", "cpu", "--json"]
-    server(fault)
-    assert cli.main(run) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert re.fullmatch(rf"resnet-triton: error: cannot download .*{word}.*; try again, or use --weights FILE.*\n", err)
-    assert stored(tmp_path) == []
-    if fault == "half":
-        server("")
-        assert cli.main(run) == 0
-        assert len(stored(tmp_path)) == 1
+    kept = tmp_path / "hub" / "checkpoints"
+    for fault, word in (("half", "invalid hash value"), ("not found", "404")):
+        server(fault)
+        assert cli.main(run) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(rf"resnet-triton: error: cannot download .*{word}.*; try again, or use --weights.*\n", err)
+        assert list(kept.iterdir()) == []
+    server("")
+    assert cli.main(run) == 0
+    assert len(list(kept.iterdir())) == 1
 
 
 def test_a_damaged_file_in_the_cache_is_named(
