@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import tempfile
 from collections.abc import Callable
 
 import torch
@@ -22,30 +21,23 @@ Question = Callable[[argparse.Namespace], object]
 
 
 def ask(command: str, args: argparse.Namespace) -> None:
-    """ValueError, ModuleNotFoundError or OSError, in one line, for the first thing that `command` needs and lacks."""
+    """ValueError or ModuleNotFoundError, in one line, for the first thing that `command` needs and lacks."""
     for question in NEEDS[command]:
         question(args)
 
 
-def package(name: str) -> Question:
-    """An optional package, which has to work and not just to be there."""
+def _vision(args: argparse.Namespace) -> None:
+    importlib.import_module("PIL.Image")  # torchvision does not say well that it is missing
+    vision.torchvision()
 
-    def question(args: argparse.Namespace) -> None:
-        top = name.partition(".")[0]
-        try:
-            vision.torchvision() if name == "torchvision" else importlib.import_module(name)
-        except Exception as error:  # a library it cannot load, a version that does not go with another's
-            if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == top:
-                raise
-            why = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{top} is installed, but cannot be imported ({why}); install it again") from None
 
-    return question
+def _digits(args: argparse.Namespace) -> None:
+    importlib.import_module("sklearn.datasets")
 
 
 def _tables(args: argparse.Namespace) -> None:
     if not args.json:
-        package("rich")(args)
+        importlib.import_module("rich")
 
 
 def _device(args: argparse.Namespace) -> None:
@@ -85,23 +77,15 @@ def _cache(args: argparse.Namespace) -> None:
         raise ValueError(obstacle)
 
 
-def _temporary(args: argparse.Namespace) -> None:
-    try:
-        tempfile.gettempdir()
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.strerror}; set TMPDIR to a folder that you can write to") from None
-
-
-_VISION = (package("PIL.Image"), package("torchvision"))  # the second does not say well that the first is missing
 NEEDS: dict[str, tuple[Question, ...]] = {
     "doctor": (_tables,),
-    "predict": (*_VISION, _device, _cache),
-    "demo": (_tables, _triton, *_VISION, package("sklearn.datasets"), _device, _cache),
-    "bench": (_tables, *_VISION, _device, _kernels_on_a_gpu, _cache, _temporary),
+    "predict": (_vision, _device, _cache),
+    "demo": (_tables, _triton, _vision, _digits, _device, _cache),
+    "bench": (_tables, _vision, _device, _kernels_on_a_gpu, _cache),
     "compare": (_tables,),
-    "codegen": (_compiler, _cache, _temporary),
+    "codegen": (_compiler, _cache),
     "report": (_tables, _compiler),
-    "tune": (_tables, _gpu, _kernels_on_a_gpu, _cache, _temporary),
-    "benchmarks.gpu": (*_VISION, _gpu, _kernels_on_a_gpu, _cache, _temporary),
-    "benchmarks.gpu --rehearse": (*_VISION, _triton, _temporary),
+    "tune": (_tables, _gpu, _kernels_on_a_gpu, _cache),
+    "benchmarks.gpu": (_vision, _gpu, _kernels_on_a_gpu, _cache),
+    "benchmarks.gpu --rehearse": (_vision, _triton),
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import json
 import os
@@ -30,13 +29,6 @@ _OPTIONAL = {
     "safetensors": "safetensors",
 }  # fmt: skip
 """Optional packages by import name, and what installs them."""
-
-_REMEDIES = {
-    errno.ENOSPC: "; free some space, or choose another place",
-    errno.EDQUOT: "; free some space, or choose another place",
-    errno.EACCES: "; choose another place, or change its permissions",
-    errno.EROFS: "; choose another place",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,7 +275,7 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: not enough memory" in str(error):
         return "this machine has too little free memory, expected room for one batch; use a smaller --batch"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}{_REMEDIES.get(error.errno or 0, '')}"
+        return f"{error.filename or 'output'}: {error.strerror}"
     return str(error) if isinstance(error, ValueError | OSError | NotImplementedError) else None
 
 

@@ -12,15 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import pytest
 import torch
 from exact import pretending
 
-from resnet_triton import __version__, ops
+from resnet_triton import ops
 from resnet_triton.support import vision
 from resnet_triton.tools import cli, predict
-from resnet_triton.tools.arguments import parser
 
 PIL_Image = pytest.importorskip("PIL.Image")
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
@@ -88,21 +86,11 @@ def picture(tmp_path: Path) -> Path:
 # --- the command itself ----------------------------------------------------------------------------------------------
 
 
-def test_version_and_help(run: Run) -> None:
-    assert run("--version") == (0, f"resnet-triton {__version__}\n", "")
-    for arguments in (["--help"], *([name, "--help"] for name in ("doctor", "predict", "demo", "codegen", "compare"))):
-        outcome = run(*arguments)
-        assert (outcome.code, outcome.err) == (0, "")
-        assert outcome.out.startswith("usage: resnet-triton")
-        assert "%%" not in outcome.out
-
-
-def test_every_option_says_what_it_is_for() -> None:
-    (commands,) = (action for action in parser()._actions if action.metavar == "COMMAND")
-    assert isinstance(commands.choices, dict)
-    for name, of_command in commands.choices.items():
-        for action in of_command._actions:
-            assert re.match(r"\w", action.help or ""), (name, action.option_strings)
+@pytest.mark.parametrize("command", ["", "doctor", "predict", "demo", "bench", "compare", "codegen", "report", "tune"])
+def test_help(run: Run, command: str) -> None:
+    outcome = run(*command.split(), "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"usage: resnet-triton {command}".rstrip())
 
 
 def test_module_survives_a_closed_pipe() -> None:
@@ -116,18 +104,6 @@ def test_module_survives_a_closed_pipe() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_a_progress_bar_leaves_stdout_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with cli.bar("working", 1) as step:
-        print("a row")
-        step()
-    out, err = capsys.readouterr()
-    assert out == "a row\n"
-    assert "working" in err
-
-
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -135,10 +111,8 @@ def test_a_progress_bar_leaves_stdout_alone(
         (["paint"], "paint"),
         (["predict"], "IMAGE"),
         (["predict", "a.png", "--topk", "0"], "positive"),
-        (["predict", "a.png", "--batch", "many"], "many"),
         (["predict", "a.png", "--kernels", "cudnn"], "cudnn"),
         (["predict", "a.png", "--device", "toaster"], "toaster"),
-        (["predict", "a.png", "--device", "cuda:99"], "cuda:99"),
     ],
 )
 def test_wrong_arguments(run: Run, arguments: list[str], word: str) -> None:
@@ -155,31 +129,24 @@ def test_debug_shows_the_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         run(*wrong)
 
 
-def test_ctrl_c(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+def test_how_a_command_ends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends_with(error: BaseException) -> Outcome:
+        monkeypatch.setattr(predict, "predict", lambda *_, **__: (_ for _ in ()).throw(error))
+        return run("predict", "a.png")
 
-    monkeypatch.setattr(predict, "predict", interrupted)
-    assert run("predict", "a.png") == (130, "", "")
-
-
-def test_bugs_keep_their_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(predict, "predict", broken)
-    with pytest.raises(ZeroDivisionError):
-        run("predict", "a.png")
+    assert ends_with(KeyboardInterrupt()) == (130, "", "")
+    fails(ends_with(MemoryError()), "this machine has too little free memory")
+    fails(ends_with(torch.OutOfMemoryError("CUDA out of memory")), "the GPU has too little free memory")
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        ends_with(ZeroDivisionError())
 
 
 @pytest.mark.parametrize(
     ("package", "command", "installs"),
     [
         ("rich", ["doctor"], "rich, or use --json"),
-        ("torchvision", ["predict", "a.png"], "torchvision"),
         ("PIL", ["predict", "a.png"], "pillow"),
         ("safetensors.torch", ["predict", "a.png", "--weights", "w.safetensors"], "safetensors"),
-        ("sklearn.datasets", ["demo"], "scikit-learn"),
     ],
 )
 def test_missing_packages(
@@ -284,26 +251,21 @@ def test_kernels_that_cannot_run(run: Run, monkeypatch: pytest.MonkeyPatch, pict
     )  # fmt: skip
 
 
-def jpeg() -> bytes:
-    return PHOTOS[0].read_bytes()
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "words"),
     [
-        ("picture.ppm", b"P6 1 1 255 abc", ["not an image"]),  # an image, of a format that is not on the list
-        ("empty.jpg", b"", ["empty"]),
-        ("truncated.jpg", jpeg()[:20000], ["cannot be decoded", "truncated"]),
-        ("absent.jpg", None, ["No such file"]),
+        ("picture.ppm", ["JPEG", "not an image"]),  # an image, of a format that is not on the list
+        ("truncated.jpg", ["cannot be decoded", "truncated"]),
+        ("absent.jpg", ["No such file"]),
     ],
 )
 def test_a_bad_image_is_named_and_the_others_go_on(
-    run: Run, tmp_path: Path, checkpoint: Path, picture: Path, name: str, content: bytes | None, words: list[str]
+    run: Run, tmp_path: Path, checkpoint: Path, picture: Path, name: str, words: list[str]
 ) -> None:
+    (tmp_path / "picture.ppm").write_bytes(b"P6 1 1 255 abc")
+    (tmp_path / "truncated.jpg").write_bytes(PHOTOS[0].read_bytes()[:20000])
     path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    fails(run("predict", path, "--weights", checkpoint, "--device", "cpu"), str(path), "JPEG", *words)
+    fails(run("predict", path, "--weights", checkpoint, "--device", "cpu"), str(path), *words)
     outcome = run("predict", picture, path, picture, "--weights", checkpoint, "--device", "cpu", "--json", "--batch", 2)
     first, bad, last = rows(outcome)
     assert outcome.code == 2
@@ -313,20 +275,16 @@ def test_a_bad_image_is_named_and_the_others_go_on(
 
 
 @pytest.mark.parametrize(
-    ("weights", "words"),
+    ("weights", "word"),
     [
-        ("IMAGENET1K_V9", ["IMAGENET1K_V9", "expected one of IMAGENET1K_V1, DEFAULT, or a checkpoint"]),
-        ("ResNet50_Weights.IMAGENET1K_V1", ["ResNet50_Weights", "IMAGENET1K_V1"]),
-        ("absent.pt", ["absent.pt", "no such file"]),
-        ("grey.png", ["grey.png", "a picture, expected"]),
-        (".", ["a folder, expected a checkpoint"]),
+        ("IMAGENET1K_V9", "expected one of IMAGENET1K_V1, DEFAULT, or a checkpoint"),
+        ("grey.png", "expected a file of torch.save or safetensors"),
+        (".", "not a regular file, expected a checkpoint"),
     ],
 )
-def test_unknown_weights(
-    run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path, weights: str, words: list[str]
-) -> None:
+def test_unknown_weights(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path, weights: str, word: str) -> None:
     monkeypatch.chdir(picture.parent)
-    fails(run("predict", picture, "--weights", weights), *words)
+    fails(run("predict", picture, "--weights", weights), weights, word)
 
 
 def test_bad_image_is_found_before_a_download(run: Run, tmp_path: Path) -> None:
@@ -342,15 +300,12 @@ State = dict[str, Any]
         (lambda s: {k: v for k, v in s.items() if k != "layer1.0.bn1.bias"}, ["1 missing", "layer1.0.bn1.bias"]),
         (lambda s: {"state_dict": s, "categories": ["one"]}, ["categories", "10"]),
         (lambda s: {"state_dict": s, "image_size": "big"}, ["image_size", "1 to 4096", "'big'"]),
-        (lambda s: {"state_dict": s, "image_size": True}, ["image_size", "1 to 4096", "True"]),
-        (lambda s: {"state_dict": s, "image_size": 32.0}, ["image_size", "1 to 4096", "32.0"]),
-        (lambda s: {"state_dict": s, "image_size": numpy.int64(32)}, ["image_size", "1 to 4096", "numpy"]),
         (
             lambda s: {**s, "fc.weight": s["fc.weight"][:1], "fc.bias": s["fc.bias"][:1]},
             ["one output", "torch.sigmoid"],
         ),
         (lambda s: {"student": s, "teacher": {k: v + 1 for k, v in s.items()}}, ["'student' and 'teacher'", "key"]),
-        (lambda s: {**s, "bn1.running_var": s["bn1.running_var"] * -1}, ["NaN"]),
+        (lambda s: {**s, "bn1.running_var": s["bn1.running_var"] * -1}, ["NaN"]),  # in the scores
     ],
 )
 def test_bad_checkpoints(
@@ -373,7 +328,7 @@ def test_a_checkpoint_of_another_depth_and_its_average(run: Run, tmp_path: Path,
         assert ("took" in outcome.err, said in outcome.err) == (bool(said), True)
 
 
-@pytest.mark.parametrize("outputs", [2, 10, 1000])
+@pytest.mark.parametrize("outputs", [10, 1000])
 def test_only_who_knows_the_classes_names_them(run: Run, tmp_path: Path, picture: Path, outputs: int) -> None:
     """Many networks have 1000 classes."""
     torch.manual_seed(0)
@@ -397,7 +352,6 @@ def test_only_who_knows_the_classes_names_them(run: Run, tmp_path: Path, picture
         assert name == models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"][index]
     else:
         fails(run("predict", picture, *options, "--classes", "imagenet"), "imagenet: 1000 class names", str(outputs))
-    fails(run("predict", picture, *options, "--classes", tmp_path / "absent.txt"), "absent.txt", "No such file")
     fails(run("predict", picture, *options, "--classes", picture), "grey.png", "a class name a line")
 
 
@@ -481,7 +435,7 @@ def test_doctor_finds_a_broken_kernel(run: Run, tmp_path: Path, monkeypatch: pyt
     assert re.fullmatch(r"\d+ of 8192 values differ", wrong["detail"])
 
 
-def test_doctor_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_fails_where_the_kernels_cannot_be_tested(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from resnet_triton.tools import doctor
 
     def crashes(module: str) -> None:
@@ -489,9 +443,8 @@ def test_doctor_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor, "no_kernels", lambda where: "a reason")
     monkeypatch.setattr(doctor, "in_interpreter", crashes)
-    monkeypatch.setattr(vision, "_stubs", [None])
     monkeypatch.setenv("COLUMNS", "200")
     outcome = run("doctor")
     assert (outcome.code, outcome.err) == (1, "")
-    for words in (torch.__version__, "WRONG", "no memory", "layer4.1.conv2", "A kernel is wrong", "`import torchv"):
+    for words in ("WRONG", "no memory", "layer4.1.conv2", "A kernel is wrong"):
         assert words in outcome.out
