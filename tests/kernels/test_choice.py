@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import warnings
@@ -134,94 +133,37 @@ def timed(timing: Any) -> str:
     return document(entries=[{**json.loads(document())["entries"][0], "timing": timing}])
 
 
-HOSTILE: dict[str, str | bytes] = {
-    "empty": "",
-    "not JSON": "schema: 1",
-    "half a file": document()[:-20],
-    "a bracket too many": document() + "]",
-    "binary": bytes(range(256)) * 100,
-    "not UTF-8": document().encode().replace(b"H200", b"\xff\xfe"),
-    "UTF-16": document().encode("utf-16"),
-    "byte order mark": b"\xef\xbb\xbf" + document().encode(),
-    "a list": "[]",
-    "a number": "1",
-    "no entries": json.dumps({"schema": 1}),
-    "entries no list": document(entries={}),
-    "no schema": json.dumps({"entries": []}),
-    "schema 2": document(schema=2),
-    "schema as a string": document(schema="1"),
-    "schema as a bool": document(schema=True),
-    "entry no object": document(entries=[[]]),
-    "entry empty": document(entries=[{}]),
-    "unknown key in entry": document(entries=[{**json.loads(document())["entries"][0], "run": "x"}]),
-    "shape no object": document([1, 64]),
-    "shape incomplete": document({"n": 1}),
-    "config no object": document(SHAPE, "fast"),
-    "config incomplete": document(SHAPE, {"block_m": 64}),
-    "unknown key in config": document(SHAPE, {**asdict(TUNED), "__class__": "x"}),
-    "unknown key in shape": changed(eval="1"),
-    "string for int": changed(n="32"),
-    "float for int": changed(n=32.0),
-    "NaN": changed(n=float("nan")),
-    "infinity": changed(n=float("inf")),
-    "bool for int": changed(c=True),
-    "null for int": changed(c=None),
-    "int for bool": changed(residual=0),
-    "int for string": changed(dtype=16),
-    "negative": changed(h=-56),
-    "huge": changed(w=2**31),
-    "very huge": changed(w=10**4000),
-    "too many digits": document().replace("56", "5" * 5000, 1),
-    "pair too short": changed(stride=[1]),
-    "pair too long": changed(stride=[1, 1, 1]),
-    "bool in pair": changed(stride=[True, True]),
-    "negative in pair": changed(padding=[-1, 1]),
-    "null for pair": changed(padding=None),
-    "string for pair": changed(padding="11"),
-    "box of floats": document(SHAPE, {**asdict(TUNED), "box": [1.0, 2.0, 32.0]}),
-    "newline in a key": changed(**{"a\nb": 1}),
-    "newline in a value": changed(dtype=["a\nb"]),
-    "long key": changed(**{"x" * 1_000_000: 1}),
-    "long value": changed(dtype=["x" * 1_000_000]),
-    "no GPU": document().replace('"gpu"', '"driver"'),
-    "GPU as a number": document(gpu=200),
-    "unknown key": document(run="x"),
-    "Triton as a number": document(triton=3.7),
-    "a key twice": document().replace('"n": 32', '"n": 32, "n": 64'),
-    "a shape twice": document(entries=json.loads(document())["entries"] * 2),
-    "facts no object": document(facts=[90]),
-    "facts null": document(facts=None),
-    "facts incomplete": document(facts={"arch": 90}),
-    "unknown key in facts": document(facts={**asdict(FACTS), "l2": 1}),
-    "fact as a string": document(facts={**asdict(FACTS), "arch": "90"}),
-    "fact of zero": document(facts={**asdict(FACTS), "sm_count": 0}),
-    "timing no object": timed(3.5),
-    "timing incomplete": timed({"us": 3.5}),
-    "timing with an unknown key": timed({**asdict(TIMING), "command": "x"}),
-    "timing as a string": timed({**asdict(TIMING), "us": "3.5"}),
-    "timing as a bool": timed({**asdict(TIMING), "us": True}),
-    "timing negative": timed({**asdict(TIMING), "us": -1.0}),
-    "timing NaN": timed({**asdict(TIMING), "us": float("nan")}),
-    "timing infinite": timed({**asdict(TIMING), "us": 1.5}).replace("1.5", "1e999"),
-    "deep nesting": '{"schema": 1, "entries": ' + "[" * 100_000 + "]" * 100_000 + "}",
-    "nested value": changed(n=functools.reduce(lambda inner, _: [inner], range(400), 1)),
-    "oversize": document() + " " * (4 << 20),
+HOSTILE: dict[str, tuple[str | bytes, str]] = {
+    "half a file": (document()[:-20], "not JSON"),
+    "binary": (bytes(range(256)) * 100, "not JSON"),
+    "deep nesting": ('{"schema": 1, "entries": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
+    "oversize": (document() + " " * (4 << 20), "expected at most 4194304 bytes"),
+    "NaN": (changed(n=float("nan")), "not JSON"),
+    "a key twice": (document().replace('"n": 32', '"n": 32, "n": 64'), "not JSON"),
+    "a list": ("[]", 'expected an object with "schema": 1'),
+    "schema 2": (document(schema=2), 'expected an object with "schema": 1'),
+    "entry no object": (document(entries=[[]]), 'entry 0 must have "shape"'),
+    "shape no object": (document([1, 64]), "ConvShape must be an object, got list"),
+    "config incomplete": (document(SHAPE, {"block_m": 64}), "missing 4 required"),
+    "unknown key": (document(SHAPE, {**asdict(TUNED), "__class__": "x"}), "unknown key '__class__' in ConvConfig"),
+    "string for int": (changed(n="32"), r"ConvShape\.n must be int"),
+    "float for int": (document(SHAPE, {**asdict(TUNED), "block_m": 64.0}), r"ConvConfig\.block_m must be int"),
+    "bool for int": (document(SHAPE, {**asdict(TUNED), "split_k": True}), r"ConvConfig\.split_k must be int"),
+    "box of floats": (document(SHAPE, {**asdict(TUNED), "box": [1.0, 2.0, 32.0]}), r"ConvConfig\.box must be tuple"),
+    "pair too short": (changed(stride=[1]), r"ConvShape\.stride must be tuple"),
+    "long value": (changed(dtype=["x" * 1_000_000]), r"ConvShape\.dtype must be str"),
+    "facts incomplete": (document(facts={"arch": 90}), "missing 5 required"),
+    "Triton as a number": (timed({**asdict(TIMING), "triton": 3.7}), r"Timing\.triton must be str"),
 }
-
-
-SAID = {"not JSON": "not JSON", "half a file": "not JSON", "a bracket too many": "not JSON", "binary": "not JSON",
-        "long key": "unknown key", "long value": r"ConvShape\.dtype must be str"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_table_is_one_short_warning_that_says_what_to_do(folder: Path, name: str) -> None:
-    path = write(folder, HOSTILE[name])
-    with pytest.raises(ValueError, match=r"^[^\n]+$"):
-        table.load(path)
-    ignored(path, SAID.get(name, ""))
+    content, fault = HOSTILE[name]
+    ignored(write(folder, content), fault)
 
 
-def ignored(path: Path, fault: str = "") -> None:
+def ignored(path: Path, fault: str) -> None:
     with pytest.warns(UserWarning, match=fault) as caught:
         assert lookup(SHAPE, GPU) == lookup(replace(SHAPE), GPU) == conv_heuristic(SHAPE, GPU)
     (warning,) = (str(w.message) for w in caught)

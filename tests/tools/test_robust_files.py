@@ -102,25 +102,20 @@ def test_a_failed_write_leaves_the_old_file(
     assert set(content(tmp_path)) == set(before)
 
 
-def test_a_file_keeps_who_may_read_it(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("old")
-    file.chmod(0o640)
-    files.replace(file, "new")
-    assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o640)
-
-
-def test_a_symbolic_link_and_the_umask_are_respected(tmp_path: Path) -> None:
+def test_modes_links_and_the_umask_are_respected(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")
+    new, old = tmp_path / "elsewhere" / "new", tmp_path / "elsewhere" / "old"
+    old.write_text("old")
+    old.chmod(0o604)
     before = os.umask(0o027)
     try:
-        files.replace(tmp_path / "link", "text")
+        for file in (new, old):
+            (tmp_path / file.name).symlink_to(file)
+            files.replace(tmp_path / file.name, "text")
     finally:
         os.umask(before)
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "elsewhere" / "file").read_text() == "text"
-    assert (tmp_path / "elsewhere" / "file").stat().st_mode & 0o777 == 0o640
+    assert all((tmp_path / file.name).is_symlink() and file.read_text() == "text" for file in (new, old))
+    assert [file.stat().st_mode & 0o777 for file in (new, old)] == [0o640, 0o604]
 
 
 def test_a_full_disk_costs_the_demo_nothing_but_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,14 +160,10 @@ def stopped() -> Any:
 
 
 NOTHING: dict[str, tuple[int, list[Callable[[Run], Steps]]]] = {
-    "Ctrl-C at once": (130, [once(stopped)]),
     "Ctrl-C after the ceilings": (130, [once(lambda: [[Ceiling("copy", bytes_per_s=1.0)]]), once(stopped)]),
-    "Ctrl-C after a failure": (130, [once(lambda: [[failed("ours", 1, "no memory")]]), once(stopped)]),
     "no time": (1, [late]),
-    "ceilings, and no time": (1, [once(lambda: [[Ceiling("copy", bytes_per_s=1.0)]]), late]),
     "every step fails": (1, [once(lambda: 1 / 0), once(lambda: 1 / 0)]),
     "every alternative fails": (1, [once(lambda: [[failed("ours", 1, "no memory"), failed("eager", 1, "no memory")]])]),
-    "no phase": (1, []),
 }
 
 
@@ -201,16 +192,12 @@ def test_earlier_results_stay_until_something_is_timed(
     assert all(content(tmp_path / "used")[name] != before[name] for name in before)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"format": "resnet-triton-benchmark", "version": 3, "rows": 1}'])
 @pytest.mark.usefixtures("measured")
-def test_a_file_of_somebody_elses_is_not_replaced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
-) -> None:
-    (tmp_path / "results.json").write_text(text)
+def test_a_file_of_somebody_elses_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text("[]")
     assert cli.main(["bench", "--device", "cpu", "--json", "--out", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert (out, err.count("\n"), content(tmp_path)) == ("", 1, {"results.json": text.encode()})
-    assert err.startswith(f"resnet-triton: error: {tmp_path}/results.json: ")
+    assert (out, err.count("\n"), content(tmp_path)) == ("", 1, {"results.json": b"[]"})
     assert err.endswith("; move it away, or choose another folder with --out\n")
 
 
@@ -227,9 +214,7 @@ def test_a_disk_that_becomes_full_costs_no_results(
     assert [found["alternative"] for found in json.loads(out)["rows"]] == ["measured"]
     assert "results.json yet: No space left on device" in err, "said when it was found"
     last = err.splitlines()[-1]
-    assert last == f"resnet-triton: error: {tmp_path}/results.json: No space left on device; free some space, or " + (
-        "choose another place"
-    )
+    assert last == f"resnet-triton: error: {tmp_path}/results.json: No space left on device"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -241,8 +226,7 @@ def test_a_full_disk_under_the_output_is_one_line(
         monkeypatch.setattr(sys, "stdout", full)
         assert cli.main(["compare", "--json", str(tmp_path), str(tmp_path)]) == 2
         monkeypatch.undo()
-    error = "resnet-triton: error: output: No space left on device; free some space, or choose another place\n"
-    assert capsys.readouterr().err == error
+    assert capsys.readouterr().err == "resnet-triton: error: output: No space left on device\n"
 
 
 # --- Triton's cache --------------------------------------------------------------------------------------------------
@@ -255,9 +239,6 @@ def test_doctor_warns_of_a_full_disk_and_of_no_folder(tmp_path: Path, monkeypatc
     assert doctor._cache()["warning"] is None
     with full_disk():
         assert ": File too large, so no kernel can be compiled; set TRITON_CACHE_DIR" in doctor._cache()["warning"]
-    (tmp_path / "cache").write_text("in the way")
-    assert "Not a directory, so no kernel can be compiled" in doctor._cache()["warning"]
-    (tmp_path / "cache").unlink()
     (tmp_path / "cache").symlink_to("cache")
     assert "Too many levels of symbolic links" in doctor._cache()["warning"]
 
@@ -267,10 +248,11 @@ def test_doctor_warns_of_a_full_disk_and_of_no_folder(tmp_path: Path, monkeypatc
 
 def test_numbers_of_a_table_never_break_a_lookup(folder: Path) -> None:
     """All that the schema lets through: the extremes of each field, one and two at a time."""
-    extremes = [0, 1, 3, 2**31 - 1]
+    extremes = [-8, 0, 1, 3, 10**30]
     names = ["block_m", "block_k", "block_c", "num_warps", "num_stages", "split_k"]
-    boxes = [None, (0, 0, 0), (1, 1, 64), (2**31 - 1,) * 3]
-    for start in (CONFIG, replace(CONFIG, box=None)):
+    boxes = [None, (0, 0, 0), (1, 1, 64), (-1, -1, 64), (10**30,) * 3]
+    few = ConvConfig(32, 64, 64, 4, 1, (4, 8, 1), kernel="hopper_few")
+    for start in (CONFIG, replace(CONFIG, box=None), few, *(replace(few, kernel=k) for k in ("hopper_conv64", "?"))):
         tried = [replace(start, **{a: x, b: y}) for a in names for b in names for x in extremes for y in extremes]
         tried += [replace(config, box=box) for config in tried[::7] for box in boxes]
         for config in tried:
