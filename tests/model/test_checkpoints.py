@@ -98,10 +98,9 @@ FORMS: dict[str, Callable[[State], Any]] = {
     "FSDP": lambda s: {k.replace("layer1.", "layer1._fsdp_wrapped_module."): v for k, v in s.items()},
     "AveragedModel of DataParallel": lambda s: averaged(named("module.", s)),
     "ema_pytorch's counters": lambda s: {"initted": torch.tensor(True), "step": torch.tensor(9), **named("ema.", s)},
-    "model_state_dict": lambda s: {"model_state_dict": s, "optimizer": {"state": {0: {"exp_avg": s["fc.bias"]}}}},
+    "an optimizer": lambda s: {"model_state_dict": s, "epoch": 3, "optimizer": {0: {"exp_avg": s["fc.bias"]}}},
     "nested": lambda s: [{"epoch": 3}, {"checkpoint": {"network": {"weights": named("module.", s)}}}],
     "the same twice": lambda s: {"best": s, "last": s},
-    "beside a number": lambda s: {**s, "epoch": 3},
     "holds itself, and doubles 64 times": lambda s: endless({"state_dict": s}),
     "argparse.Namespace": lambda s: {"model": s, "args": argparse.Namespace(out=Path("x"), on=torch.device("cpu"))},
     "NumPy": lambda s: {"net": s, "acc": numpy.float64(0.9), "losses": numpy.arange(3.0), "kind": numpy.dtype("f4")},
@@ -109,7 +108,6 @@ FORMS: dict[str, Callable[[State], Any]] = {
     "defaultdict": lambda s: {"model": s, "history": collections.defaultdict(list, loss=[0.5])},
     "wrapped, before 1.6": lambda s: {"net": named("module.", s)},
     "bfloat16, batch norms in float32": lambda s: {k: v.bfloat16() if v.dim() > 1 else v for k, v in s.items()},
-    "float64": lambda s: {k: v.double() if v.is_floating_point() else v for k, v in s.items()},
     "float8": lambda s: {k: v.to(torch.float8_e4m3fn) if v.dim() > 1 else v for k, v in s.items()},
 }  # fmt: skip
 
@@ -164,14 +162,13 @@ def test_answers_are_torchvisions() -> None:
         torch.testing.assert_close(load(saved({"model": theirs.state_dict()}))(x), theirs(x))
 
 
-@pytest.mark.parametrize("key", ["arch", "model_name"])
 @pytest.mark.parametrize(("name", "doubted"), [("resnetblur18", True), ("resnet18.a1_in1k", False), ("mine", False)])
-def test_a_file_that_names_another_model_is_doubted(key: str, name: str, doubted: bool) -> None:
+def test_a_file_that_names_another_model_is_doubted(name: str, doubted: bool) -> None:
     """Anti-aliased pooling has no weights."""
     state = state_of()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert holds(load(saved({key: name, "state_dict": state})), state)
+        assert holds(load(saved({"arch": name, "state_dict": state})), state)
     assert [f"names its model {name!r}" in str(w.message) for w in said] == [True] * doubted
 
 
@@ -224,14 +221,12 @@ def quantised(state: State) -> State:
 
 
 NO_CHECKPOINTS: dict[str, tuple[Callable[[State], Any], str]] = {
-    "int8": (lambda s: {k: v.to(torch.int8) for k, v in s.items()}, "conv1.weight is torch.int8, expected floating-"),
     "one of uint8": (lambda s: {**s, "fc.bias": s["fc.bias"].byte()}, r"1 unusable \(fc.bias is torch.uint8, expected"),
     "quantised": (quantised, "fc.weight is torch.qint8, expected floating-point"),
     "sparse": (lambda s: {**s, "fc.weight": s["fc.weight"].to_sparse()}, "fc.weight has the layout torch.sparse_coo"),
     "meta": (lambda s: {k: v.to("meta") for k, v in s.items()}, "122 unusable .conv1.weight is on the meta device"),
     "NaN": (lambda s: {**s, "bn1.bias": s["bn1.bias"] * torch.nan}, "bn1.bias holds NaN or infinity"),
     "too large": (lambda s: {**s, "fc.bias": s["fc.bias"].double() * 1e200}, "fc.bias holds NaN or infinity"),
-    "wrong shape": (lambda s: {**s, "fc.weight": s["fc.weight"].T}, r"fc.weight \(512, 10\) instead of \(512, 512\)"),
     "CIFAR's stem": (lambda s: {**s, "conv1.weight": s["conv1.weight"][..., :3, :3]}, r"\(64, 3, 3, 3\) instead of"),
     "0 classes": (lambda s: {**s, "fc.weight": s["fc.weight"][:0], "fc.bias": s["fc.bias"][:0]}, "0 classes, expec"),
     "no classifier": (lambda s: without("fc", s), r"a ResNet-18, but 2 missing .fc.weight, fc.bias.; without a .*Fal"),
@@ -239,15 +234,10 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[State], Any], str]] = {
                            r"1 unexpected \(projector.weight\); the key 'encoder' takes the ResNet alone"),
     "a block is missing": (lambda s: without("layer4.1", s), r"\(2, 2, 2, 1\) BasicBlocks, expected \(2, 2, 2, 2\) as"),
     "a stage is missing": (lambda s: without("layer1", s), "no ResNet with conv1.weight and layer1.0.conv1.weight"),
-    "group norm": (lambda _: state_of(norm_layer=lambda c: nn.GroupNorm(2, c)), r"40 missing \(bn1.running_mean"),
     "DenseNet": (lambda _: state_of("densenet121"), "another architecture: features.conv0.weight.*timm.create_model"),
-    "a detector": (lambda _: named("body.", without("fc", state_of("resnet50"))) | {"rpn.weight": torch.ones(1)},
-                   "a ResNet-50, but 2 missing .fc.weight, fc.bias.; 1 unexpected .rpn.weight"),
     "with a wrapper and without": (lambda s: s | named("module.", s), "conv1.weight twice, once as module.conv1."),
-    "a pickled model": (lambda _: models.resnet18(), r"pickled model \(torchvision.models.resnet.ResNet\).*save model"),
-    "a pickled model in a wrapper": (lambda _: {"model": nn.Sequential(nn.ReLU())}, "Sequential.*save model.state_"),
+    "a pickled model": (lambda _: {"m": models.resnet18()}, r"pickled model \(torchvision\S*.ResNet\).*save model"),
     "empty": (lambda _: {}, r"no tensors \(dict\), expected a state_dict"),
-    "an object": (lambda _: Configuration(), r"no tensors \(\S*Configuration\), expected a state_dict"),
     "blocked code": (lambda s: {"state_dict": s, "x": os.system}, "cannot be read safely .*system.* is blocked"),
 }  # fmt: skip
 
@@ -297,25 +287,20 @@ def test_what_is_no_checkpoint_is_called_by_its_name(case: str) -> None:
     refused(content(), words)
 
 
-def test_paths_without_a_file(tmp_path: Path) -> None:
+def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"/absent\.pt"):
         resnet_triton.load_checkpoint(tmp_path / "absent.pt")
     for path in (tmp_path, Path("/dev/zero")):
         with pytest.raises(ValueError, match=f"{path}: not a regular file, expected a checkpoint"):
             resnet_triton.load_checkpoint(path)
-    with pytest.raises(TypeError, match="file is a dict, expected a path or a binary file"):
-        resnet_triton.load_checkpoint({})
-
-
-def test_open_files() -> None:
-    buffer = io.BytesIO()
-    torch.save(state_of(), buffer)  # which leaves it at its end
-    assert holds(resnet_triton.load_checkpoint(buffer), state_of())
-    with open(__file__) as text, pytest.raises(TypeError, match=r"file is a TextIOWrapper, expected .* a binary file"):
-        resnet_triton.load_checkpoint(text)
-    stream: Any = io.RawIOBase()
+    anything: Any = {}
+    with open(__file__) as text:
+        for anything in ({}, text):
+            with pytest.raises(TypeError, match=r"file is a \w+, expected a path or a binary file"):
+                resnet_triton.load_checkpoint(anything)
+    anything = io.RawIOBase()
     with pytest.raises(ValueError, match=r"^checkpoint: cannot seek, expected a file that can, as io\.BytesIO\(file"):
-        resnet_triton.load_checkpoint(stream)
+        resnet_triton.load_checkpoint(anything)
 
 
 class Malicious(NamedTuple):

@@ -4,9 +4,7 @@
 needs kernels that are not interpreted, so everything that compiles runs in subprocesses without TRITON_INTERPRET.
 """
 
-import contextlib
 import importlib.metadata
-import io
 import itertools
 import json
 import re
@@ -162,24 +160,30 @@ def faults(row: CompiledLaunch = ROW, **code: object) -> list[str]:
     return replace(row, code=replace(CODE, **code)).faults()
 
 
+FAULTY = {
+    "spills 8 bytes": {"spill_bytes": 8},
+    "ptxas serialised wgmma": {"messages": ("(C7513) ... wgmma.mma_async instructions are serialized",)},
+    "needs 232449 bytes of shared memory": {"shared_memory": 232449},
+    "2 floating-point atomics": {"float_atomics": 2},
+    "no release": {"disorder": ("no release",)},
+    "3 maxima or minima that drop NaN": {"dropped_nans": 3},
+    "1 approximate or flushing operations": {"approximations": 1},
+    "loads 8 bytes at a time in a loop, expected 16": {"narrowest_load": 8},
+    "accesses 32 bytes at a time, pointers are aligned to 16": {"widest_store": 32},
+    "no TMA": {"tma": False},
+    "no wgmma": {"wgmma": 0},
+}
+
+
 def test_each_fault_is_named():
     assert faults() == []
-    assert faults(spill_bytes=8) == ["spills 8 bytes"]
-    assert faults(messages=("(C7513) ... wgmma.mma_async instructions are serialized",)) == ["ptxas serialised wgmma"]
-    assert faults(shared_memory=232449) == ["needs 232449 bytes of shared memory"]
-    assert faults(float_atomics=2) == ["2 floating-point atomics"]
-    assert faults(disorder=("one", "another")) == ["one", "another"]
-    assert faults(dropped_nans=3) == ["3 maxima or minima that drop NaN"]
-    assert faults(approximations=1) == ["1 approximate or flushing operations"]
-    assert faults(narrowest_load=8) == ["loads 8 bytes at a time in a loop, expected 16"]
+    for fault, code in FAULTY.items():
+        assert faults(**code) == [fault]
     assert faults(replace(ROW, channels=3), narrowest_load=2) == []
     wide = replace(ROW, wide_input=True, wide_output=True)
     assert faults(wide, widest_load=16, widest_store=16) == []
     assert faults(wide, widest_load=8, widest_store=16) == ["loads at most 8 bytes at a time, expected 16"]
     assert faults(wide, widest_load=16, widest_store=2) == ["stores at most 2 bytes at a time, expected 16"]
-    assert faults(widest_store=32) == ["accesses 32 bytes at a time, pointers are aligned to 16"]
-    assert faults(tma=False) == ["no TMA"]
-    assert faults(wgmma=0) == ["no wgmma"]
     stem = replace(ROW, filter="7x7")
     assert faults(stem, wgmma=0, tma=False) == []
     assert faults(stem, tensor_core="none") == ["no tensor-core instruction"]
@@ -216,38 +220,6 @@ def test_each_fault_of_a_kernel_whose_warps_have_different_parts_is_named():
     assert faults(**own, messages=("(C7506) ... setmaxnreg ignored",)) == ["(C7506) ... setmaxnreg ignored"]
     assert faults(**own, messages=("(C7513) ... are serialized",)) == ["ptxas serialised wgmma"]
     assert faults(replace(ROW, batch=1), **own, wgmma=0, tma=False) == ["no wgmma", "no TMA"]
-
-
-SPECIALISED = """
-import json
-import torch
-from resnet_triton.codegen import compile_for, specialise, target
-from resnet_triton.codegen.rows import _compiled, _Planned
-from resnet_triton.kernels.hopper_conv import hopper_conv
-from resnet_triton.kernels.values import RELU, BatchNorm, ConvConfig, Convolution, Geometry
-
-def nhwc(*size):
-    return torch.empty(size, dtype=torch.float16).to(memory_format=torch.channels_last)
-
-v = torch.ones(64, dtype=torch.float64)
-launch = hopper_conv(Convolution(
-    nhwc(128, 64, 28, 28), nhwc(128, 64, 28, 28), nhwc(64, 64, 3, 3), BatchNorm(v, v, v, v, 1e-5),
-    Geometry((1, 1), (1, 1)), residual=None, shortcut=None, activation=RELU, precision="ieee",
-    config=ConvConfig(128, 64, 64, 4, 6, (1, 1, 128)), programs=132, partials=None, semaphores=None,
-))
-planned = _Planned("layer", "conv_bn_relu", 128, "float16", 0, launch, target(90), specialise(launch))
-print(json.dumps(_compiled(planned, compile_for(planned.source, 90)).record()))
-"""
-
-
-def test_a_kernel_whose_warps_have_different_parts_is_read():
-    row = json.loads(run(SPECIALISED))
-    assert row["faults"] == []
-    assert (row["num_warps"], row["num_stages"], row["programs_per_sm"], row["occupancy"]) == (12, 6, 1, 0.188)
-    assert (row["waves"], row["dots"], row["wgmma"], row["wgmma_registers"]) == (1.0, 2, 8, 0)
-    assert row["pendings"] == [1, 0, 1, 0]
-    assert row["specialised"]
-    assert row["setmaxnreg"]
 
 
 MEMORY_BOUND = """
@@ -368,27 +340,12 @@ def test_what_gluon_leaves_behind_is_read():
     sass = SASS.replace("R24, gdesc[UR8], R24", "R24, R64, gdesc[UR8], R24", 1)
     code = read(ttir="", ttgir=ttgir, ptx=ptx, sass=sass, log=LOG, shared_memory=0)
     assert (code.dots, code.pendings, code.warps, code.wgmma, code.wgmma_registers) == (1, (1,), 12, 3, 1)
-    assert code.specialised
-    assert code.setmaxnreg
+    assert (code.specialised, code.setmaxnreg) == (True, True)
     plain = read(ttir="%a = tt.dot", ttgir="", ptx=PTX, sass=SASS, log=LOG, shared_memory=0)
-    assert (plain.dots, plain.warps, plain.wgmma_registers, plain.specialised, plain.setmaxnreg) == (
-        1,
-        0,
-        0,
-        False,
-        False,
-    )
+    assert not any((plain.warps, plain.wgmma_registers, plain.specialised, plain.setmaxnreg))
 
 
 RESULT = {"triton": "3.7.1", "ptxas": {"sm_90": "12.8"}, "rows": [ROW.record()]}
-
-
-def test_a_report_is_a_table():
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        report.show(RESULT)
-    version, heading, line = printed.getvalue().splitlines()
-    assert version == "Triton 3.7.1, ptxas 12.8 for sm_90"
-    assert heading.index("regs") + len("regs") == line.index("99") + len("99")
 
 
 def test_a_summary_has_each_target_and_the_budget_of_those_that_are_held(tmp_path):
@@ -406,21 +363,16 @@ def test_a_summary_has_each_target_and_the_budget_of_those_that_are_held(tmp_pat
     assert list(budget.regressions(RESULT, found)) == []
 
 
-FOREIGN = {
-    "[]": "expected an object",
-    "": "not JSON",
-    '{"triton": "3.7.1", "rows": NaN}': "not JSON .NaN is no number",
-    '{"triton": "3.7.1", "rows": {}}': "expected rows with arch, batch",
-    '{"triton": "3.7.1", "rows": [{"arch": "sm_90"}]}': "expected rows with arch, batch",
-    '{"triton": "4", "rows": []}': "was made with Triton 4, expected 3.7.1",
-}
-
-
-@pytest.mark.parametrize("text", FOREIGN)
-def test_a_budget_that_is_none_is_refused_before_the_work(tmp_path, text):
-    Path(tmp_path, "budget.json").write_text(text)
-    with pytest.raises(ValueError, match=f"budget.json:? {FOREIGN[text]}"):
-        budget.load(Path(tmp_path, "budget.json"), "3.7.1")
+def test_a_budget_that_is_none_is_refused_before_the_work(tmp_path):
+    path = tmp_path / "budget.json"
+    for text, fault in {
+        "[]": "expected an object",
+        '{"triton": "3.7.1", "rows": [{"arch": "sm_90"}]}': "expected rows with arch, batch",
+        '{"triton": "4", "rows": []}': "was made with Triton 4, expected 3.7.1",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"budget.json:? {fault}"):
+            budget.load(path, "3.7.1")
 
 
 def test_the_committed_budget_holds_what_make_codegen_compiles():
@@ -448,7 +400,7 @@ def test_the_budget_catches_what_got_worse():
     assert list(budget.regressions({**RESULT, "rows": rows}, RESULT)) == [], "not held"
 
 
-@pytest.mark.parametrize("rows", [[], [{"batch": 64}], [{"arch": "sm_100"}], [{"dtype": "tf32"}]])
+@pytest.mark.parametrize("rows", [[], [{"batch": 64}], [{"arch": "sm_100"}]])
 def test_a_budget_that_compares_nothing_does_not_pass(rows):
     found = {**RESULT, "rows": [{**ROW.record(), **changes} for changes in rows]}
     (nothing,) = budget.regressions(found, RESULT)

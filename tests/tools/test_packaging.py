@@ -49,19 +49,6 @@ def walk(folder: Path) -> Iterator[Path]:
 # The source tree
 
 
-def test_kernels_folder_is_no_regular_package() -> None:
-    assert not (KERNELS / "__init__.py").exists()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="a checkout on Windows may hold a text file for the symlink")
-def test_symlink_to_kernels() -> None:
-    link = PACKAGE / "kernels"
-    if not (ROOT / ".git").exists() and not link.exists():
-        pytest.skip("an unpacked sdist has no symlink")
-    assert link.is_symlink()
-    assert os.readlink(link) == "../kernels"
-
-
 @pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="not a git checkout")
 def test_git_tracks_the_symlink_and_no_build_products() -> None:
     entries = run("git", "ls-files", "--stage", "-z", cwd=ROOT).split("\0")
@@ -100,15 +87,14 @@ def test_import_is_lazy() -> None:
 
 
 @pytest.mark.parametrize(
-    "absent",
+    ("absent", "command", "code"),
     [
-        pytest.param({"triton"}, id="triton"),
-        pytest.param(
-            {"numpy", "scipy", "torchvision", "PIL", "safetensors", "rich", "sklearn", "matplotlib"}, id="every extra"
-        ),
+        ({"triton"}, ["doctor", "--json"], 0),
+        ({"numpy", "scipy", "torchvision", "PIL", "safetensors", "rich", "sklearn", "matplotlib"}, ["predict", "x"], 2),
     ],
+    ids=["triton", "every extra"],
 )
-def test_cpu_path_works_without(absent: set[str]) -> None:
+def test_cpu_path_and_command_line_work_without(absent: set[str], command: list[str], code: int) -> None:
     run(
         sys.executable,
         "-c",
@@ -131,6 +117,8 @@ def test_cpu_path_works_without(absent: set[str]) -> None:
             with torch.inference_mode():
                 logits = resnet_triton.resnet18(num_classes=10).eval()(torch.rand(1, 3, 32, 32))
             assert logits.shape == (1, 10) and logits.isfinite().all()
+            from resnet_triton.tools import cli
+            assert cli.main({command}) == {code}
         """),
         cwd=ROOT,
     )
@@ -235,13 +223,11 @@ def test_sdist_and_the_wheel_built_from_it(tmp_path: Path, checkout: Path, wheel
 
 
 @pytest.mark.packaging
-@pytest.mark.parametrize("leftover", ["nothing", "text file"])
-def test_wheel_without_the_symlink(tmp_path: Path, checkout: Path, wheel_folder: Path, leftover: str) -> None:
+def test_wheel_without_the_symlink(tmp_path: Path, checkout: Path, wheel_folder: Path) -> None:
     source = shutil.copytree(checkout, tmp_path / "project", symlinks=True)
     link = source / "resnet_triton" / "kernels"
     link.unlink(missing_ok=True)
-    if leftover == "text file":  # what git leaves where symlinks are not supported
-        link.write_text("../kernels", encoding="utf-8")
+    link.write_text("../kernels", encoding="utf-8")  # what git leaves where symlinks are not supported
     assert wheel_contents(build(source, tmp_path / "dist", "--wheel")) == wheel_contents(wheel_folder)
 
 
@@ -264,18 +250,14 @@ def test_editable_install(tmp_path: Path, checkout: Path, bare_python: Path) -> 
 
 
 @pytest.mark.packaging
-def test_uninstalled_checkout(checkout: Path, bare_python: Path) -> None:
-    expected = (checkout / "kernels" / "conv_bn_relu.py").resolve()
-    assert location_of_kernels(bare_python, checkout, PYTHONPATH=".") == expected
-
-
-@pytest.mark.packaging
-def test_checkout_does_not_hide_another_package_named_kernels(
+def test_uninstalled_checkout_beside_another_package_named_kernels(
     tmp_path: Path, checkout: Path, bare_python: Path
 ) -> None:
     other = tmp_path / "elsewhere" / "kernels" / "__init__.py"
     other.parent.mkdir(parents=True)
     other.write_text("", encoding="utf-8")
+    expected = (checkout / "kernels" / "conv_bn_relu.py").resolve()
+    assert location_of_kernels(bare_python, checkout, PYTHONPATH=".") == expected
     script = "import resnet_triton.kernels.conv_bn_relu, kernels; print(kernels.__file__)"
     found = run(bare_python, "-c", script, cwd=checkout, PYTHONPATH=str(other.parents[1])).strip()
     assert Path(found).resolve() == other.resolve()

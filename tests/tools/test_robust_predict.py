@@ -60,13 +60,6 @@ def grey(mode: str, value: Any) -> Any:
     return PIL_Image.new(mode, (40, 30), value)
 
 
-def frames(kind: str, **options: Any) -> bytes:
-    return saved(grey("RGB", GREY), kind, save_all=True, append_images=[grey("RGB", (0, 0, 0))], duration=50, **options)
-
-
-BOMB = png(60_000, 60_000, bytes(60_001))
-TEXT_BOMB = png(4, 3, bytes(5 * 3), chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2 << 20))))
-
 EIGHT = "samples of other than 8 bits, or signed ones; convert it to 8 bits first"
 HOSTILE = {
     "bomb.png": (png(60_000, 60_000, bytes(60_001)), "pixels; scale it down first"),
@@ -82,7 +75,6 @@ HOSTILE = {
     "empty.jpg": (b"", "not an image"),
     "grey-16.png": (saved(grey("I;16", 200 * 257), "PNG"), EIGHT),
     "grey-16.tif": (saved(grey("I;16B", 200 * 257), "TIFF"), EIGHT),
-    "unsigned-32.tif": (tiff(bytes(48), bits=32), EIGHT),
     "signed-8.tif": (tiff(bytes(12), kind=2), EIGHT),
     "float.tif": (tiff(bytes(48), bits=32, kind=3), EIGHT),
     "key-2.png": (png(4, 3, b"\0\x55" * 3, chunk(b"tRNS", b"\0\x01"), depth=2), EIGHT),
@@ -115,11 +107,7 @@ def test_hostile_images_are_refused_without_waiting(tmp_path: Path, name: str) -
     [
         ("16-rgb.png", png(4, 3, DEEP, depth=16, colour=2)),
         ("inverted.tif", tiff(b"\x37" * 12, white=0)),
-        ("animated.gif", frames("GIF")),
-        ("animated.webp", frames("WEBP", lossless=True)),
-        ("pages.tif", frames("TIFF")),
-        ("rgb.bmp", saved(grey("RGB", GREY), "BMP")),
-        ("luminance.png", saved(grey("L", 200), "PNG")),
+        ("animated.gif", saved(grey("RGB", GREY), "GIF", save_all=True, append_images=[grey("RGB", 0)])),
         ("alpha.png", saved(grey("RGBA", (145, 145, 145, 128)), "PNG")),  # half of 145, half of white
         ("grey-alpha.png", saved(grey("LA", (145, 128)), "PNG")),
         ("key.png", saved(grey("RGB", GREY), "PNG", transparency=(1, 2, 3))),
