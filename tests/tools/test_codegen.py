@@ -263,30 +263,6 @@ def test_kernels_bound_by_memory_move_16_bytes_at_a_time():
     }  # fmt: skip
 
 
-ACTIVATIONS = """
-import torch
-from resnet_triton import codegen
-from resnet_triton.config import ConvConfig
-from resnet_triton.config.targets import KNOWN
-from resnet_triton.ops import Activation, BatchNorm, ConvBnRelu, Geometry
-
-with torch.device("meta"):
-    x, weight, v = torch.empty(256, 64, 8, 8).half(), torch.empty(256, 64, 1, 1).half(), torch.empty(256)
-wide = ConvConfig(128, 256, 64, 4, 3, (1, 1, 128), kernel="hopper_conv")
-for activation, tile in (("gelu", wide), ("silu", ConvConfig(256, 128, 64, 8, 3, (1, 1, 256)))):
-    call = ConvBnRelu(x, weight, BatchNorm(v, v, v, v, 1e-5), Geometry(), activation=Activation(activation), tile=tile)
-    (launch,) = call.launches(call.output(), KNOWN[90])
-    assert launch.arguments["BLOCK_K"] == tile.block_k
-    print(codegen.compile_for(codegen.specialise(launch), 90).spill_bytes)
-"""
-
-
-@pytest.mark.slow
-def test_activations_of_the_largest_tiles_do_not_spill():
-    """Of GELU by tl.erf 464 bytes do."""
-    assert run(ACTIVATIONS).split() == ["0", "0"]
-
-
 LOG = """ptxas info    : 0 bytes gmem
 ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...
 ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...

@@ -49,15 +49,6 @@ def walk(folder: Path) -> Iterator[Path]:
 # The source tree
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="not a git checkout")
-def test_git_tracks_the_symlink_and_no_build_products() -> None:
-    entries = run("git", "ls-files", "--stage", "-z", cwd=ROOT).split("\0")
-    modes = {path: entry.split()[0] for entry, _, path in (e.partition("\t") for e in entries if e)}
-    assert modes.get("resnet_triton/kernels") == "120000"
-    products = re.compile(r"(^|/)(build|dist|\.venv|__pycache__|[^/]*\.egg-info)/|\.py[cod]$")
-    assert [path for path in modes if products.search(path)] == []
-
-
 def test_oldest_triton_is_one_number() -> None:
     floor = re.search(r'"triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     checked = re.search(r"^OLDEST_TRITON := ([\d.]+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -220,15 +211,6 @@ def test_sdist_and_the_wheel_built_from_it(tmp_path: Path, checkout: Path, wheel
     missing = {path.relative_to(checkout).as_posix() for path in wanted} - names
     assert missing == set()
     assert wheel_contents(folder) == wheel_contents(wheel_folder)
-
-
-@pytest.mark.packaging
-def test_wheel_without_the_symlink(tmp_path: Path, checkout: Path, wheel_folder: Path) -> None:
-    source = shutil.copytree(checkout, tmp_path / "project", symlinks=True)
-    link = source / "resnet_triton" / "kernels"
-    link.unlink(missing_ok=True)
-    link.write_text("../kernels", encoding="utf-8")  # what git leaves where symlinks are not supported
-    assert wheel_contents(build(source, tmp_path / "dist", "--wheel")) == wheel_contents(wheel_folder)
 
 
 @pytest.mark.packaging

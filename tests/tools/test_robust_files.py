@@ -65,9 +65,7 @@ def add_to_table(folder: Path, driver: str) -> None:
 
 WRITERS: dict[str, Writer] = {
     "a file": lambda folder, text: files.replace(folder / "file", text * 100),
-    "tuned table": save_table,
     "entry of a tuned table": add_to_table,
-    "results": lambda folder, name: results.save(results.Results([row(name)]), folder / "results.json"),
     "report": lambda folder, name: output.write(results.Results([row(name)]), folder),
     "codegen": write_codegen,
     "demo's weights": lambda folder, text: digits._keep(folder / "digits.pt", text.encode() * 100),
@@ -262,20 +260,6 @@ def test_numbers_of_a_table_never_break_a_lookup(folder: Path) -> None:
         choice.forget()
         for n in (0, 1, 31, 32, 33, 100):
             assert is_legal(lookup(replace(SHAPE, n=n), GPU), replace(SHAPE, n=n), GPU) or n == 0
-
-
-def test_a_table_that_changes_while_it_is_used_is_read_once(folder: Path) -> None:
-    path = folder / "nvidia-h200.json"
-    table.save(table.Table(GPU.name, entries={SHAPE: table.Entry(CONFIG)}), path)
-    assert lookup(SHAPE, GPU) == CONFIG
-    path.write_text("half a ta")
-    larger = replace(SHAPE, n=48)
-    assert lookup(SHAPE, GPU) == CONFIG
-    assert is_legal(lookup(larger, GPU), larger, GPU)
-    table.save(table.Table(GPU.name, entries={SHAPE: table.Entry(replace(CONFIG, num_warps=8))}), path)
-    assert lookup(SHAPE, GPU) == CONFIG
-    choice.forget()
-    assert lookup(SHAPE, GPU) == replace(CONFIG, num_warps=8)
 
 
 def test_two_tuners_of_one_table_lose_nothing(tmp_path: Path) -> None:

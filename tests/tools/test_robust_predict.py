@@ -8,13 +8,11 @@ import io
 import os
 import re
 import struct
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -178,81 +176,53 @@ def test_file_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixtu
 # --- downloads -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def weights() -> bytes:
-    """Random weights as a file: small, for all that a download can go wrong with."""
-    torch.manual_seed(0)
-    buffer = io.BytesIO()
-    torch.save(torchvision.models.resnet18().state_dict(), buffer)
-    return buffer.getvalue()
+class Download(NamedTuple):
+    """What is downloaded, whole, from where, and where to; and the command that downloads it."""
 
-
-Serve = Callable[[str], None]
+    content: bytes
+    source: Path
+    kept: Path
+    command: list[str]
 
 
 @pytest.fixture
-def server(tmp_path: Path, weights: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """A server on this machine in place of torchvision's, and an empty cache; call it with what is to go wrong."""
-    fault = [""]
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if fault[0] == "not found":
-                self.send_error(404)
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(weights)))
-            self.end_headers()
-            self.wfile.write(weights[: len(weights) // 2] if fault[0] == "half" else weights)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    digest = hashlib.sha256(weights).hexdigest()[:8]
+def download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Download]:
+    """Random weights in a file of this machine in place of torchvision's, and an empty cache."""
+    torch.manual_seed(0)
+    buffer = io.BytesIO()
+    torch.save(torchvision.models.resnet18().state_dict(), buffer)
+    source = tmp_path / f"resnet18-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pth"
     chosen = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    url = f"http://127.0.0.1:{http.server_port}/resnet18-{digest}.pth"
-    monkeypatch.setattr(chosen, "_value_", dataclasses.replace(chosen.value, url=url))
-    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(chosen, "_value_", dataclasses.replace(chosen.value, url=source.as_uri()))
     before = torch.hub.get_dir()
     torch.hub.set_dir(tmp_path / "hub")
-    yield lambda kind: fault.__setitem__(0, kind)
-    torch.hub.set_dir(before)
-    http.shutdown()
-    http.server_close()
-
-
-@pytest.mark.filterwarnings("ignore:Implicitly cleaning up <HTTPError:ResourceWarning")  # torch.hub leaves it open
-def test_a_failed_download_leaves_nothing_and_the_next_one_works(
-    server: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     grey("RGB", GREY).save(tmp_path / "grey.png")
-    run = ["predict", str(tmp_path / "grey.png"), "--device", "cpu", "--json"]
-    kept = tmp_path / "hub" / "checkpoints"
-    for fault, word in (("half", "invalid hash value"), ("not found", "404")):
-        server(fault)
-        assert cli.main(run) == 2
+    kept = tmp_path / "hub" / "checkpoints" / source.name
+    yield Download(buffer.getvalue(), source, kept, ["predict", str(tmp_path / "grey.png"), "--device", "cpu"])
+    torch.hub.set_dir(before)
+
+
+def test_a_failed_download_leaves_nothing_and_the_next_one_works(
+    download: Download, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content, word in ((b"", "No such file"), (download.content[:100_000], "invalid hash value")):
+        if content:
+            download.source.write_bytes(content)
+        assert cli.main(download.command) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert re.fullmatch(rf"resnet-triton: error: cannot download .*{word}.*; try again, or use --weights.*\n", err)
-        assert list(kept.iterdir()) == []
-    server("")
-    assert cli.main(run) == 0
-    assert len(list(kept.iterdir())) == 1
+        assert list(download.kept.parent.iterdir()) == []
+    download.source.write_bytes(download.content)
+    assert cli.main(download.command) == 0
+    assert list(download.kept.parent.iterdir()) == [download.kept]
 
 
-def test_a_damaged_file_in_the_cache_is_named(
-    server: Serve, tmp_path: Path, weights: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_in_the_cache_is_named(download: Download, capsys: pytest.CaptureFixture[str]) -> None:
     """torch checks what it downloads, and believes what it finds."""
-    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
-    kept = tmp_path / "hub" / "checkpoints" / os.path.basename(url)
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(weights[:100_000])
-    grey("RGB", GREY).save(tmp_path / "grey.png")
-    assert cli.main(["predict", str(tmp_path / "grey.png"), "--device", "cpu"]) == 2
+    download.kept.parent.mkdir(parents=True)
+    download.kept.write_bytes(download.content[:100_000])
+    assert cli.main(download.command) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"resnet-triton: error: {kept}: ResNet18_Weights.IMAGENET1K_V1 cannot be read (")
+    assert err.startswith(f"resnet-triton: error: {download.kept}: ResNet18_Weights.IMAGENET1K_V1 cannot be read (")
     assert err.endswith("; delete the file\n")
-    assert len(err) < 600
