@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -97,79 +98,68 @@ def _prefixed(say: Callable[[str], None], prefix: str, text: str) -> None:
     say(f"{prefix}, {text}")
 
 
-class Lost(Exception):
-    """A worker died or took too long, and is no more."""
-
-
-class Worker:
-    """The process of an alternative, and the line to it."""
-
-    def __init__(self, spec: Spec, alternative: Alternative, folder: Path) -> None:
-        self.line, far = multiprocessing.get_context("spawn").Pipe()
-        caches = {name: str(folder / name.lower()) for name in CACHES}
-        self.child = Child(serve, (far, spec, alternative), folder / "log.txt", caches)
-        far.close()
-
-    def send(self, request: str, **arguments: Any) -> None:
-        with contextlib.suppress(OSError):  # `receive` will notice
-            self.line.send((request, arguments))
-
-    def receive(self, limit: float) -> Any:
-        """The answer. Lost if there is none within `limit` seconds; RuntimeError if the request failed."""
-        try:
-            if not self.line.poll(max(limit, 0)):
-                self.end()
-                raise Lost(f"{_LATE} {limit:.0f} s")
-            answer = self.line.recv()
-        except (EOFError, OSError):
-            self.child.process.join(5)
-            code = self.child.process.exitcode
-            self.end()
-            raise Lost(f"its process ended with code {code}: {self.child.last_words()}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def ask(self, request: str, limit: float, **arguments: Any) -> Any:
-        self.send(request, **arguments)
-        return self.receive(limit)
-
-    def end(self) -> None:
-        self.line.close()
-        self.child.end()
+def connect(spec: Spec, alternative: Alternative, folder: Path) -> tuple[Child, Connection]:
+    """A process for an alternative, and the line to it."""
+    line, far = multiprocessing.get_context("spawn").Pipe()
+    caches = {name: str(folder / name.lower()) for name in CACHES}
+    child = Child(serve, (far, spec, alternative), folder / "log.txt", caches)
+    far.close()
+    return child, line
 
 
 @dataclass
 class Contender:
     """An alternative during a run: its process while it lives, and what is known so far of a batch size."""
 
+    spec: Spec
     alternative: Alternative
     folder: Path
-    worker: Worker | None = None
+    process: tuple[Child, Connection] | None = None
     samples: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     failure: str | None = None
 
-    def ask(self, request: str, limit: float, **arguments: Any) -> Any:
-        """The answer, or None and a failure."""
-        self.send(request, **arguments)
-        return self.receive(limit)
+    def start(self) -> None:
+        """Start the process if there is none, and forget the batch size before."""
+        self.samples, self.facts, self.failure = {}, {}, None
+        self.process = self.process or connect(self.spec, self.alternative, self.folder)
+
+    def end(self) -> None:
+        """End the process if there is one."""
+        if self.process is not None:
+            (child, line), self.process = self.process, None
+            line.close()
+            child.end()
 
     def send(self, request: str, **arguments: Any) -> None:
-        if self.worker is not None and not self.failure:
-            self.worker.send(request, **arguments)
+        """Ask for something, unless something has failed."""
+        if self.process is not None and not self.failure:
+            with contextlib.suppress(OSError):  # `receive` will notice
+                self.process[1].send((request, arguments))
 
     def receive(self, limit: float) -> Any:
-        """The answer to what was sent, or None and a failure."""
-        if self.worker is None or self.failure:
+        """The answer to what was sent; or None and a failure, within `limit` seconds or because there is none."""
+        if self.process is None or self.failure:
             return None
+        child, line = self.process
         try:
-            return self.worker.receive(limit)
-        except (Lost, RuntimeError) as error:
-            self.failure = str(error)
-            if isinstance(error, Lost):
-                self.worker = None
-            return None
+            if line.poll(max(limit, 0)):
+                answer = line.recv()
+                if not isinstance(answer, Exception):
+                    return answer
+                self.failure = str(answer)
+                return None
+            self.failure = f"{_LATE} {limit:.0f} s"
+        except (EOFError, OSError):
+            child.process.join(5)
+            self.failure = f"its process ended with code {child.process.exitcode}: {child.last_words()}"
+        self.end()
+        return None
+
+    def ask(self, request: str, limit: float, **arguments: Any) -> Any:
+        """Send and receive."""
+        self.send(request, **arguments)
+        return self.receive(limit)
 
     def turn(self) -> None:
         """Time it for a moment and check its answer once more."""
@@ -188,7 +178,7 @@ class Race:
         self._temporary = tempfile.TemporaryDirectory(prefix="resnet-triton-bench-", ignore_cleanup_errors=True)
         self.folder = Path(self._temporary.name)
         self._limit = 0.0
-        self.contenders = [Contender(a, self.folder / str(i)) for i, a in enumerate(chosen)]
+        self.contenders = [Contender(spec, a, self.folder / str(i)) for i, a in enumerate(chosen)]
 
     def __enter__(self) -> Race:
         return self
@@ -196,15 +186,13 @@ class Race:
     def __exit__(self, *_: object) -> None:
         with undisturbed():  # a second Ctrl-C would leave processes that this one waits for at its end
             for c in self.contenders:
-                if c.worker is not None:
-                    c.worker.end()
+                c.end()
             self._temporary.cleanup()
 
     def start(self) -> None:
         """Start the processes that do not run, and forget the batch size before."""
         for c in self.contenders:
-            c.samples, c.facts, c.failure = {}, {}, None
-            c.worker = c.worker or Worker(self.spec, c.alternative, c.folder)
+            c.start()
 
     def line_up(self, batch: int, deadline: float) -> None:
         """Start the processes that do not run, and compute what is right. RuntimeError if fp64 fails.

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +90,10 @@ class Contest:
         data = torch.load(file, weights_only=True, map_location=self.device)
         self.expected, self.call = data["expected"], self.base
         self.images = self.alternative.images(data["images"])
-        peak = Peak(self.device)
+        self._synchronize()
+        if cuda := self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            held = torch.cuda.memory_allocated(self.device)
         start, before = time.perf_counter(), Counter(dispatch.calls)
         self.call = self.alternative.build(self.base, self.images)
         self.call(self.images)
@@ -101,7 +103,8 @@ class Contest:
         for _ in range(WARM_CALLS[self.device.type]):
             self.call(self.images)
         self._synchronize()
-        return {"first_s": first, "peak_bytes": peak.bytes(), "error": self._error()}
+        peak = torch.cuda.max_memory_allocated(self.device) - held if cuda else None
+        return {"first_s": first, "peak_bytes": peak, "error": self._error()}
 
     def _error(self) -> float:
         return relative_error(self.call(self.images), self.expected)
@@ -148,40 +151,3 @@ class Contest:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class Peak:
-    """The most memory in use since this was made, above what was in use then; None where that cannot be told."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device if device.type == "cuda" else None
-        if self.cuda is not None:
-            torch.cuda.synchronize(self.cuda)
-            torch.cuda.reset_peak_memory_stats(self.cuda)
-            self.before: int | None = torch.cuda.memory_allocated(self.cuda)
-        else:
-            self.before = self._status("VmRSS") if self._forget() else None
-
-    def bytes(self) -> int | None:
-        if self.cuda is not None:
-            after: int | None = torch.cuda.max_memory_allocated(self.cuda)
-        else:
-            after = self._status("VmHWM")
-        return None if after is None or self.before is None else max(after - self.before, 0)
-
-    @staticmethod
-    def _forget() -> bool:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: begin a new high-water mark
-        except OSError:
-            return False
-        return True
-
-    @staticmethod
-    def _status(key: str) -> int | None:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return None
-        found = next((line for line in lines if line.startswith(key + ":")), None)
-        return None if found is None else int(found.split()[1]) * 1024

