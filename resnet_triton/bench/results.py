@@ -7,11 +7,9 @@ are checked when they are read; whatever is wrong with one is said in one line.
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +113,11 @@ class Step:
     found: dict[str, Any]
     environment: dict[str, Any] | None
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What a later run of the same step replaces."""
+        return self.phase, self.name
+
 
 @dataclass
 class Results:
@@ -131,18 +134,13 @@ class Results:
         """Whether there is a row with a time."""
         return any(row.p50_s is not None for row in self.rows)
 
-    def add(self, items: Sequence[Measurement | Ceiling]) -> None:
+    def add(self, items: Sequence[Measurement | Ceiling | Step]) -> None:
         """Keep these; one that was there before is replaced."""
+        lists: dict[type, list[Any]] = {Measurement: self.rows, Ceiling: self.ceilings, Step: self.steps}
         for item in items:
-            kept: list[Any] = self.rows if isinstance(item, Measurement) else self.ceilings
+            kept = lists[type(item)]
             place = next((i for i, other in enumerate(kept) if other.key == item.key), len(kept))
             kept[place : place + 1] = [item]
-
-    def note(self, step: Step) -> None:
-        """Keep a step that ran; one that was there before is replaced."""
-        names = [(s.phase, s.name) for s in self.steps]
-        place = names.index(name) if (name := (step.phase, step.name)) in names else len(names)
-        self.steps[place : place + 1] = [step]
 
     def tasks(self) -> dict[tuple[Any, ...], list[Measurement]]:
         """Rows by what was to be done, in the order they came."""
@@ -182,15 +180,7 @@ def one_line(error: BaseException) -> str:
 
 def as_text(results: Results) -> str:
     """The content of a file: JSON, one row a line."""
-    data = {"format": FORMAT, "version": VERSION, **vars(results)}
-
-    def text(value: Any) -> str:
-        if not isinstance(value, list) or not value:
-            return json.dumps(value)
-        items = (asdict(item) if is_dataclass(item) and not isinstance(item, type) else item for item in value)
-        return "[\n" + ",\n".join(json.dumps(item, allow_nan=False) for item in items) + "\n]"
-
-    return "{" + ",\n".join(f'"{name}": {text(value)}' for name, value in data.items()) + "}\n"
+    return files.by_line({"format": FORMAT, "version": VERSION, **asdict(results)})
 
 
 def save(results: Results, path: Path) -> None:
@@ -201,41 +191,25 @@ def save(results: Results, path: Path) -> None:
 def load(path: Path) -> Results:
     """Read a file, or the one in a folder. ValueError says in one line what is wrong with it."""
     path = path / FILE if path.is_dir() else path
-    results = _read(path)
-    count = Counter(row.key for row in results.rows)
-    if twice := next((key for key, times in count.items() if times > 1), None):
-        raise ValueError(f"{path}: {count[twice]} rows of {twice}, expected one")
-    return results
-
-
-def resume(folder: Path) -> Results:
-    """What an earlier run of ours left in a folder; ValueError if the file there is none of ours."""
-    try:
-        return _read(folder / FILE)
-    except (FileNotFoundError, NotADirectoryError):
-        return Results()
-    except ValueError as error:
-        raise ValueError(f"{error}; move it away, or choose another folder with --out") from None
-
-
-def _read(path: Path) -> Results:
     data = files.read_json(path, MAX_BYTES)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f'{path}: no results of bench, expected an object with "format": "{FORMAT}"')
     if data.get("version") != VERSION:
         raise ValueError(f"{path}: is of version {data.get('version')!r}, expected {VERSION}; run the benchmark again")
     try:
-        found = Results(
+        return Results(
             [Measurement(**row) for row in data["rows"]], [Ceiling(**c) for c in data["ceilings"]],
             [Step(**step) for step in data["steps"]], data["complete"], data["running"],
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged, {one_line(error)}") from None
-    for row in found.rows:
-        if not isinstance(row.environment, dict) or type(row.batch) is not int:
-            raise ValueError(f"{path}: batch {row.batch!r}, environment {row.environment!r}, expected int and object")
-        for name in ("p20_s", "p50_s", "p80_s"):
-            seconds = getattr(row, name)
-            if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < float("inf")):
-                raise ValueError(f"{path}: {name} is {seconds!r:.40}, expected seconds above 0")
-    return found
+
+
+def resume(folder: Path) -> Results:
+    """What an earlier run of ours left in a folder; ValueError if the file there is none of ours."""
+    try:
+        return load(folder / FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return Results()
+    except ValueError as error:
+        raise ValueError(f"{error}; move it away, or choose another folder with --out") from None

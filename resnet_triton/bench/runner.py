@@ -127,7 +127,7 @@ def _step(phase: Phase, name: str, action: Action, run: Run) -> None:
     finally:
         faulthandler.cancel_dump_traceback_later()
     seconds = round(time.monotonic() - start, 3)
-    run.results.note(Step(phase.name, name, seconds, failure, found, run.environment))
+    run.results.add([Step(phase.name, name, seconds, failure, found, run.environment)])
     run.results.running = None
     run.keep()
     if phase.step_limit is not None and run.device.type == "cuda":
@@ -161,7 +161,7 @@ def run_apart(
         running, results.running = results.running, None
         if running is not None and code is not None:  # else its phase's time was up, not its own
             failure = f"ended the process or took more than {phase.step_limit} s: {child.last_words()}"
-            results.note(Step(running[0], running[1], 0.0, failure, {}, None))
+            results.add([Step(running[0], running[1], 0.0, failure, {}, None)])
             stale = [step for step in stale if step.name != running[1]]
         save(results, folder / FILE)
         if code == 0:

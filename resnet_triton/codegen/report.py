@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -47,7 +46,7 @@ def ptxas_version(arch: int) -> str:
 def write(result: Record, folder: Path) -> None:
     """The summary as codegen.json in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    files.replace(folder / "codegen.json", as_json(summary(result)))
+    files.replace(folder / "codegen.json", files.by_line(summary(result)))
 
 
 def summary(result: Record) -> Record:
@@ -66,15 +65,6 @@ def _target(arch: str, found: list[Record]) -> Record:
         "faulty": sum(bool(row["faults"]) for row in found),
         "faults": Counter(fault for row in found for fault in row["faults"]),
     }
-
-
-def as_json(result: Record) -> str:
-    """One row a line, so that a difference between two reports reads well."""
-    parts = []
-    for key, value in result.items():
-        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in value) if isinstance(value, list) else ""
-        parts.append(f'"{key}": ' + (f"[\n{lines}\n]" if lines else json.dumps(value)))
-    return "{" + ",\n".join(parts) + "}\n"
 
 
 _CONFIGURATION = ("kernel", "tile", "split_k", "num_warps", "num_stages", "dtype")

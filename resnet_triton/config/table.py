@@ -1,6 +1,8 @@
 """Tables: one JSON file per GPU, read as data, checked before use and replaced as a whole.
 
-    {"schema": 1, "gpu": ..., "driver": ..., "triton": ..., "torch": ..., "date": ..., "facts": {...}, "entries": [
+    {"schema": 1,
+    "gpu": ..., "driver": ..., "triton": ..., "torch": ..., "date": ..., "facts": {...},
+    "entries": [
     {"shape": {...}, "config": {...}, "timing": {...}},
     ...
     ]}
@@ -13,7 +15,6 @@ legal on the GPU is asked at each use.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import reprlib
@@ -94,13 +95,12 @@ def path_of(gpu: str) -> Path:
 def save(table: Table, path: Path) -> None:
     """Write the table; a failure of whatever kind leaves the old one."""
     header = {name: value for name, value in asdict(replace(table, entries={})).items() if value is not None}
-    lines = []
+    entries = []
     for shape in sorted(table.entries, key=astuple):
         config, timing = table.entries[shape]
         entry = {"shape": asdict(shape), "config": asdict(config)}
-        lines.append(json.dumps(entry if timing is None else {**entry, "timing": asdict(timing)}, allow_nan=False))
-    head = json.dumps({"schema": SCHEMA, **header, "entries": []}).removesuffix("]}")
-    files.replace(path, head + "\n" + ",\n".join(lines) + "\n]}\n")
+        entries.append(entry if timing is None else {**entry, "timing": asdict(timing)})
+    files.replace(path, files.by_line({"schema": SCHEMA, **header, "entries": entries}))
 
 
 def add(table: Table, shape: ConvShape, entry: Entry, path: Path) -> Table:

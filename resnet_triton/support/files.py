@@ -61,6 +61,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
+def by_line(data: dict[str, Any]) -> str:
+    """`data` as JSON, an item of a list a line, so that a difference between two files reads well."""
+
+    def text(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return json.dumps(value, allow_nan=False)
+        return "[\n" + ",\n".join(json.dumps(item, allow_nan=False) for item in value) + "\n]"
+
+    return "{" + ",\n".join(f"{json.dumps(name)}: {text(value)}" for name, value in data.items()) + "}\n"
+
+
 def prepare(folder: Path) -> None:
     """Make a folder and try to write there, which is better found out before long work than after it."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -166,7 +166,7 @@ def _codegen(args: argparse.Namespace) -> int:
     if args.out:
         report.write(result, args.out)
     if args.json:
-        print(report.as_json(result), end="")
+        print(files.by_line(result), end="")
     else:
         report.show(result)
     failures = budget.faults(result) + ([] if allowed is None else list(budget.regressions(result, allowed)))
@@ -225,8 +225,9 @@ def _compare(args: argparse.Namespace) -> int:
     old, new = load(args.old), load(args.new)
     for line in compare.differences(old, new):
         print(f"note: {line}", file=sys.stderr)
-    changes = _emit(args, lambda: compare.compare(old, new, limits, args.metric), compare.show, compare.as_text)
-    return fail([*compare.gaps(changes, limits, args.metric), *compare.failures(changes)])
+    rows, failures = compare.compare(old, new, limits, args.metric)
+    _emit(args, lambda: rows, compare.show)
+    return fail(failures)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -220,8 +220,8 @@ def test_phases_are_repeated_when_asked(folder, monkeypatch):
     found = results.load(folder)
     assert (code, found.steps, found.rows) == (1, STEPS, [row()]), "nothing is forgotten before it is done again"
     again = results.Step("exact", "step", 2.0, None, {}, None)
-    assert programme(folder, monkeypatch, lambda phase, known, again_: again_ and known.note(again)) == 1
-    code = programme(folder, monkeypatch, lambda phase, known, a: a and known.note(again), "--again", "exact")
+    assert programme(folder, monkeypatch, lambda phase, known, again_: again_ and known.add([again])) == 1
+    code = programme(folder, monkeypatch, lambda phase, known, a: a and known.add([again]), "--again", "exact")
     assert (code, results.load(folder).steps) == (0, [again, STEPS[1]])
 
 
@@ -266,7 +266,7 @@ def test_a_programme_that_finds_nothing_fails(folder, monkeypatch, capsys, found
         if found is KeyboardInterrupt:
             raise KeyboardInterrupt
         if found is not None:
-            known.note(found)
+            known.add([found])
 
     assert programme(folder, monkeypatch, find, "--phases", phases) == code
     err = capsys.readouterr().err
