@@ -35,6 +35,8 @@ from resnet_triton.tools import tune as tuner
 from resnet_triton.tuner.precompile import Compilers
 from resnet_triton.tuner.trial import Trial
 
+from .wrong_runs import wrong_runs
+
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark"]
 """pytest-benchmark before 5.3 warns under xdist that it disables itself, and warnings are errors here."""
@@ -108,7 +110,7 @@ def exact(run: Run, *, dtypes: Sequence[str]) -> Steps:
 def _exact(shape: ConvShape, chosen: ConvConfig, job: Future[list[str]] | None, run: Run) -> Iterator[Found]:
     runs = 1 if rehearsed(run) else 100
     yield {"config": asdict(chosen), "faults": job.result() if job else []}
-    wrong = Trial(shape, run.device, 0).wrong_runs(chosen, runs)
+    wrong = wrong_runs(Trial(shape, run.device, 0), chosen, runs)
     yield {"runs": runs * len(wrong), "wrong": wrong}
     if any(wrong.values()):
         raise AssertionError(f"wrong in {wrong} of {runs} runs each")

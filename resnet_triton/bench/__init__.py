@@ -2,6 +2,6 @@
 
 results, environment, child (a process) -> runner (phases of steps)
 alternatives, check (of answers) -> worker -> race (whole models)
-cases, baselines, check -> layers; ceilings (of the device)
+cases, baselines -> data, check -> layers; ceilings (of the device)
 results -> report -> page, output (files), compare; everything -> command
 """

@@ -1,11 +1,10 @@
-"""What is measured of layers: every distinct operator call of some models, and random data to make it on."""
+"""What is measured of layers: every distinct operator call of some models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
-from math import prod
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from ..ops import (
     Operation,
     Stem,
 )
-from ..ops.dispatch import Kernels
 from ..ops.stem import STEM_POOL
 from ..ops.trace import Call, trace
 from ..support.names import check_known
@@ -119,24 +117,3 @@ def _unfused(call: Call) -> Iterator[Call]:
         pool = GlobalAvgPool(fused.x, fused.modes)
         yield other(pool)
         yield other(Linear(pool.output().flatten(1), fused.weight, fused.bias, fused.modes))
-
-
-def filled(call: Operation, device: torch.device, *, seed: int, kernels: Kernels) -> Operation:
-    """The call on normally distributed data, scaled as in a trained network, images and filters in channels_last."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def fill(name: str, like: Any) -> Any:
-        if not isinstance(like, Tensor):
-            return like
-        values = torch.randn(like.shape, generator=generator, device=device)
-        if name.endswith("var"):
-            values = values.abs() + 0.5
-        elif name.endswith("weight") and like.dim() > 1:
-            values /= prod(like.shape[1:]) ** 0.5
-        memory = torch.channels_last if like.dim() == 4 else torch.contiguous_format
-        return values.to(like.dtype, memory_format=memory)
-
-    names = (argument.name for argument in call.schema.arguments)
-    data: Operation = call.schema.build([*map(fill, names, call.schema.flatten(call))])
-    data.modes = data.modes._replace(kernels=kernels)
-    return data

@@ -23,17 +23,15 @@ from ..ops.dispatch import Kernels
 from ..ops.trace import Call
 from ..support import timing
 from ..support.names import check_known
-from . import baselines
+from . import baselines, data
 from .baselines import Answer
-from .cases import Case, filled
+from .cases import Case
 from .check import allowed, relative_error
 from .results import Measurement, one_line
 from .runner import OutOfTime, Run, Steps
 
 ALTERNATIVES = ("ours", "eager", "cudnn fused", "compile")
 _REPLAYS = 25
-_CHUNK = 32  # images at a time in fp64: a batch of stem outputs would not fit a smaller GPU
-_IMAGES = ("x", "residual", "shortcut_x", "other")  # the arguments that have a slice for each image
 
 
 def steps(
@@ -133,11 +131,8 @@ class Problem:
 
     def __init__(self, call: Operation, device: torch.device, *, kernels: Kernels = "auto") -> None:
         self.operator = call.name
-        first = filled(call, device, seed=0, kernels=kernels)
-        tensors = [*first.schema.tensors(first), first.output()]
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-        sets = 1 + 2 * l2_bytes // sum(t.numel() * t.element_size() for t in tensors)
-        self.sets = [first, *(filled(call, device, seed=seed, kernels=kernels) for seed in range(1, sets))]
+        self.sets = data.sets(call, device, l2_bytes, kernels)
 
     def build(self, alternative: str) -> list[Answer]:
         """An alternative as one call for each set."""
@@ -161,15 +156,7 @@ class Problem:
     @functools.cached_property
     def exact(self) -> Tensor:
         """The answer to the first set in fp64."""
-        call, schema = self.sets[0], self.sets[0].schema
-
-        def some(start: int) -> Iterator[Any]:
-            for argument, a in zip(schema.arguments, schema.flatten(call), strict=True):
-                part = a[start : start + _CHUNK] if argument.name in _IMAGES and a is not None else a
-                yield part.double() if isinstance(part, Tensor) else part
-
-        eager = baselines.EAGER[self.operator]
-        return torch.cat([eager(schema.build([*some(start)])) for start in range(0, len(call.x), _CHUNK)])
+        return torch.cat([*data.answers(self.sets[0])])
 
 
 def applicable(call: Call, device: torch.device, alternatives: Sequence[str] = ALTERNATIVES) -> list[str]:

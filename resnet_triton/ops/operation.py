@@ -32,7 +32,7 @@ Shape = tuple[int, ...]
 _library = torch.library.Library("resnet_triton", "DEF")
 _told: set[str] = set()
 """Reasons of which somebody on a GPU was told."""
-_IMAGES = {"x", "other", "residual", "shortcut_x"}
+IMAGES = {"x", "other", "residual", "shortcut_x"}
 """Arguments whose first dimension is the batch."""
 
 
@@ -111,7 +111,7 @@ class Operation:
 
     def image(self, i: int) -> Self:
         """The call of image `i` alone."""
-        alone: Self = self.schema.with_tensors(self, lambda name, t: _one(t, i) if name in _IMAGES else t)
+        alone: Self = self.schema.with_tensors(self, lambda name, t: _one(t, i) if name in IMAGES else t)
         return alone
 
     def run(self) -> Tensor:
@@ -297,10 +297,10 @@ def register(name: str, cls: type[Operation]) -> None:
         """A batch of calls: as one of larger batches, or one after the other if their parameters differ."""
         n, split = info.batch_size, [isinstance(d, int) for d in dims]  # a list of numbers has a list of Nones
         known = list(zip(cls.schema.arguments, values, dims, split, strict=True))
-        if values[0].dim() - split[0] < 2 or any(s and a.name not in _IMAGES for a, _, _, s in known):
+        if values[0].dim() - split[0] < 2 or any(s and a.name not in IMAGES for a, _, _, s in known):
             calls = ([v.select(d, i) if s else v for _, v, d, s in known] for i in range(n))
             return torch.stack([build(call).dispatched() for call in calls]), 0
-        out = build([v if a.name not in _IMAGES else _fold(v, d, n) for a, v, d, _ in known]).dispatched()
+        out = build([v if a.name not in IMAGES else _fold(v, d, n) for a, v, d, _ in known]).dispatched()
         return out.unflatten(0, (n, len(out) // n)), 0
 
     OPERATORS[name] = cls

@@ -15,8 +15,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from resnet_triton.bench import baselines, ceilings, layers, results
-from resnet_triton.bench.cases import cases, filled, grouped
+from resnet_triton.bench import baselines, ceilings, data, layers, results
+from resnet_triton.bench.cases import cases, grouped
+from resnet_triton.bench.data import filled
 from resnet_triton.bench.layers import Problem, applicable
 from resnet_triton.bench.runner import OutOfTime, Run
 from resnet_triton.kernels.launch import Launch
@@ -203,7 +204,7 @@ def test_kernels_that_cannot_run_are_a_failure(monkeypatch):
 
 
 def test_without_a_reference_all_rows_say_so(monkeypatch):
-    monkeypatch.setattr(layers, "_CHUNK", 0)
+    monkeypatch.setattr(data, "CHUNK", 0)
     rows = measured("fc")
     assert [row.failure[:26] for row in rows.values()] == ["no reference: ValueError: "] * 2
 
@@ -309,7 +310,7 @@ def test_which_alternatives_apply():
 def test_more_images_than_fp64_takes_at_a_time(monkeypatch):
     (case,) = small("layer2.0.conv2", batch=5)
     whole = Problem(case.call.ours, CPU).exact
-    monkeypatch.setattr(layers, "_CHUNK", 2)
+    monkeypatch.setattr(data, "CHUNK", 2)
     torch.testing.assert_close(Problem(case.call.ours, CPU).exact, whole, rtol=1e-12, atol=1e-12)
 
 
@@ -328,9 +329,9 @@ def test_on_a_gpu_buffers_take_turns(monkeypatch):
         work()
         return [2.0 * sets] * replays
 
-    fill = layers.filled
+    fill = data.filled
     monkeypatch.setitem(baselines.EAGER, "conv_bn_relu", noted)
-    monkeypatch.setattr(layers, "filled", lambda call, device, **options: fill(call, CPU, **options))
+    monkeypatch.setattr(data, "filled", lambda call, device, **options: fill(call, CPU, **options))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda where: SimpleNamespace(L2_cache_size=1 << 20))
     monkeypatch.setattr(timing, "replay", replay)
     each = 4 * (2 * 8 * 8 * 64 + 64 * 576 + 4 * 64)
