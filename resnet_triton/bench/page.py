@@ -6,14 +6,12 @@ import base64
 import html
 import io
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from ..support.terminal import printable
 from .report import Table, Task, case, headlines, no_ratio_reason, tables, views
 from .results import Results, best, speedup
 
@@ -30,8 +28,6 @@ th, td { padding: .2rem .7rem .2rem 0; text-align: left; border-bottom: 1px soli
 """
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "resnet-triton",
-    "text.parse_math": False,
     "axes.grid": True,
     "grid.color": "#d5d8dc",
     "axes.axisbelow": True,
@@ -39,18 +35,15 @@ _STYLE: dict[str, Any] = {
 }
 _OURS, _LOSS = "#d55e00", "#999999"
 _OTHERS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "black")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render(results: Results) -> str:
     """The whole page."""
     lines = "".join(f"<p>{html.escape(line)}</p>\n" for line in headlines(results) or ["No results."])
-    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():  # no reader's own settings
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser's fonts will have it
+    with matplotlib.style.context(["default", _STYLE]):  # no reader's own settings
         drawn = "".join(_image(title, figure) for title, figure in charts(results))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>resnet-triton: benchmark results</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
         f"<h1>resnet-triton: benchmark results</h1>\n{lines}{drawn}"
         + "\n".join(map(_table, tables(results)))
@@ -60,7 +53,7 @@ def render(results: Results) -> str:
 
 def _image(title: str, figure: Figure) -> str:
     file, title = io.BytesIO(), html.escape(title)
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    figure.savefig(file, format="svg")
     data = base64.b64encode(file.getvalue()).decode()
     return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/svg+xml;base64,{data}">\n'
 
@@ -85,18 +78,13 @@ def _table(table: Table) -> str:
 def charts(results: Results) -> Iterator[tuple[str, Figure]]:
     """All that have data, each with one subject and one way of timing: GPU time where there is any."""
     for view, tasks in views(results, "model", preferred=True).items():
-        yield printable(f"Speed-up over the best alternative. {view}"), speedups(tasks, [case(t) for t in tasks])
-        yield printable(f"Latency and throughput. {view}"), curves(tasks)
+        yield f"Speed-up over the best alternative. {view}", speedups(tasks, [case(t) for t in tasks])
+        yield f"Latency and throughput. {view}", curves(tasks)
     for view, tasks in views(results, "kernel", preferred=True).items():
         for batch in dict.fromkeys(task[0].batch for task in tasks):
             some = [task for task in tasks if task[0].batch == batch]
             names = [str(task[0].layer) for task in some]
-            yield printable(f"Speed-up of each layer at batch {batch}. {view}"), speedups(some, names)
-
-
-def _name(text: str, most: int = 60) -> str:
-    text = printable(text)
-    return text if len(text) <= most else text[: most - 1] + "…"
+            yield f"Speed-up of each layer at batch {batch}. {view}", speedups(some, names)
 
 
 def speedups(tasks: Sequence[Task], names: Sequence[str]) -> Figure:
@@ -109,11 +97,9 @@ def speedups(tasks: Sequence[Task], names: Sequence[str]) -> Figure:
     notes = []
     for task, ratio in zip(tasks, ratios, strict=True):
         other = best(task, ours=False)
-        notes.append(
-            _name(no_ratio_reason(task) if ratio is None or other is None else f"{ratio:.2f}× {other.alternative}")
-        )
+        notes.append(no_ratio_reason(task) if ratio is None or other is None else f"{ratio:.2f}× {other.alternative}")
     axes.bar_label(bars, notes, padding=3, fontsize=8)
-    axes.set_yticks(range(len(tasks)), [_name(name) for name in names])
+    axes.set_yticks(range(len(tasks)), names)
     axes.invert_yaxis()
     axes.axvline(1, color="black")
     axes.margins(x=0.5)
@@ -136,7 +122,7 @@ def curves(tasks: Sequence[Task]) -> Figure:
         look |= {"marker": "os^Dv<>PX*dh"[i % 12], "markersize": 4}
         latency.plot(batches, [time * 1e3 for time in times], **look)
         rates = [batch / time for batch, time in zip(batches, times, strict=True)]
-        throughput.plot(batches, rates, label=_name(name), **look)
+        throughput.plot(batches, rates, label=name, **look)
     for axes, label in ((latency, "latency (ms)"), (throughput, "throughput (images/s)")):
         axes.set(xscale="log", yscale="log", xlabel="batch size (images)", ylabel=label)
         axes.set_xticks(batches, [str(batch) for batch in batches])
