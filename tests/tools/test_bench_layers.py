@@ -25,11 +25,6 @@ from resnet_triton.ops import OPERATORS, dispatch
 from resnet_triton.support import timing
 
 CPU = torch.device("cpu")
-TEXTS = "device clocks driver os python torch triton torchvision cudnn resnet_triton commit"
-ENVIRONMENT = {
-    **dict.fromkeys(TEXTS.split(" "), "unknown"),
-    "device_kind": "cpu", "threads": 1, "date": "2026-01-01T00:00:00+00:00",
-}  # fmt: skip
 
 
 def small(*names, batch=1, dtype="float32", image=32):
@@ -39,7 +34,7 @@ def small(*names, batch=1, dtype="float32", image=32):
 
 
 def measure(case, device=CPU, alternatives=("ours", "eager"), kernels="auto", seconds=0.01):
-    return layers.measure(case, device, ENVIRONMENT, alternatives=alternatives, kernels=kernels, seconds=seconds)
+    return layers.measure(case, device, {}, alternatives=alternatives, kernels=kernels, seconds=seconds)
 
 
 def measured(name, **options):
@@ -64,20 +59,16 @@ def test_layers_of_resnet18():
         *(f"layer{i}.{block}.conv{j}" for i in (2, 3, 4) for block in (0, 1) for j in (1, 2)),
     ]  # fmt: skip
     others = [case for case in found if case.call.operator != "conv_bn_relu"]
-    assert [(c.layer, c.call.operator, tuple(c.call.ours.x.shape)) for c in others] == [
-        ("conv1", "stem", (2, 3, 224, 224)),
-        ("fc", "avg_pool_linear", (2, 512, 7, 7)),
-        ("conv1 max_pool2d", "max_pool2d", (2, 64, 112, 112)),
-        ("layer1.0.conv2 add_relu", "add_relu", (2, 64, 56, 56)),
-        ("layer2.0.conv2 add_relu", "add_relu", (2, 128, 28, 28)),
-        ("layer3.0.conv2 add_relu", "add_relu", (2, 256, 14, 14)),
-        ("layer4.0.conv2 add_relu", "add_relu", (2, 512, 7, 7)),
-        ("fc global_avg_pool", "global_avg_pool", (2, 512, 7, 7)),
-        ("fc linear", "linear", (2, 512)),
+    assert [(c.layer, tuple(c.call.ours.x.shape)) for c in others] == [
+        ("conv1", (2, 3, 224, 224)),
+        ("fc", (2, 512, 7, 7)),
+        ("conv1 max_pool2d", (2, 64, 112, 112)),
+        *((f"layer{i}.0.conv2 add_relu", (2, 32 << i, 112 >> i, 112 >> i)) for i in (1, 2, 3, 4)),
+        ("fc global_avg_pool", (2, 512, 7, 7)),
+        ("fc linear", (2, 512)),
     ]
     assert {case.call.operator for case in found} == set(OPERATORS)
-    assert {(case.batch, case.image, case.dtype) for case in found} == {(2, 224, "float16")}
-    assert {case.call.ours.x.dtype for case in found} == {torch.float16}
+    assert {(case.batch, case.image, case.call.ours.x.dtype) for case in found} == {(2, 224, torch.float16)}
 
 
 def test_models_share_their_cases():
@@ -86,22 +77,14 @@ def test_models_share_their_cases():
     assert found["resnet50", "layer3.0.conv3"].call.shape.shortcut_c == 512
     assert ("resnet50", "layer3.1.conv2") not in found
     several = cases(["resnet18"], [1, 3], ["float32", "bfloat16"])
-    kinds = [("float32", 1), ("bfloat16", 1), ("float32", 3), ("bfloat16", 3)]
-    assert list(dict.fromkeys((case.dtype, case.batch) for case in several)) == kinds
-    assert len(several) == 4 * len(cases(["resnet18"]))
+    assert len({(case.dtype, case.batch, case.layer) for case in several}) == 4 * len(cases(["resnet18"]))
 
 
 def test_grouped_convolutions():
-    found = grouped([1, 2], ["float32"])
-    assert [case.layer for case in found][3::15] == ["384 channels, 14x14, 3x3"] * 2
-    assert [case.model for case in found][6:9] == ["depthwise", "groups of 4", "groups of 8"]
+    found = grouped([1], ["float32"])
     assert found[7].cost.flops == 2 * 56 * 56 * 128 * 9 * 4
     assert found[1].call.ours.output().shape == (1, 96, 56, 56)
-    assert found[6].cost.flops == 2 * 49 * 49 * 768
-    ours, eager = measure(found[6])
-    assert ours.correct
-    assert eager.correct
-    assert (ours.batch, ours.config) == (1, None)
+    assert all(row.good for row in measure(found[6]))
 
 
 def test_what_is_unknown_is_refused():
@@ -113,34 +96,27 @@ def test_what_is_unknown_is_refused():
 
 def test_data_as_in_a_trained_network():
     (case,) = small("layer2.0.conv2", batch=4)
-    call = filled(case.call.ours, CPU, seed=0, kernels="auto")
-    x, weight, var = call.x, call.weight, call.batch_norm.running_var
-    assert call.modes.kernels == "auto"
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert weight.std().item() == pytest.approx((128 * 9) ** -0.5, rel=0.02)
-    assert var.min() > 0.4
-    again, other = (filled(case.call.ours, CPU, seed=seed, kernels="auto") for seed in (0, 1))
-    assert torch.equal(x, again.x)
-    assert not torch.equal(x, other.x)
+    first, again, other = (filled(case.call.ours, CPU, seed=seed, kernels="auto") for seed in (0, 0, 1))
+    for image in (first.x, first.weight):
+        assert image.is_contiguous(memory_format=torch.channels_last)
+    assert first.weight.std().item() == pytest.approx((128 * 9) ** -0.5, rel=0.02)
+    assert first.batch_norm.running_var.min() > 0.4
+    assert torch.equal(first.x, again.x)
+    assert not torch.equal(first.x, other.x)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_row_is_valid_and_right(tmp_path):
+def test_every_row_is_valid_and_right():
     rows = [row for case in small() for row in measure(case, alternatives=["eager", "ours"])]
-    results.save(results.Results(rows), tmp_path / "results.json")
-    assert results.load(tmp_path / "results.json").rows == rows
     for row in rows:
         assert (row.good, row.failure, row.ours) == (True, None, row.alternative == "ours"), row
         assert (row.suite, row.model, row.clock, row.l2) == ("kernel", "resnet18", "wall", "uncontrolled")
         assert len(row.samples_s) >= 5
         assert row.bytes > 0
         assert row.config is None, "PyTorch has no tiles"
-    tasks = results.Results(rows).tasks()
-    assert len(tasks) == len(small()), "no two cases share a name"
-    assert all(results.speedup(group) for group in tasks.values())
+    assert len(results.Results(rows).tasks()) == len(small()), "no two cases share a name"
     conv = next(row for row in rows if row.layer == "layer1.0.conv1")
     assert (conv.flops, conv.bytes) == (2 * 8 * 8 * 64 * 576, 4 * (2 * 8 * 8 * 64 + 64 * 576))
 
@@ -192,15 +168,7 @@ def test_a_failure_is_one_row(monkeypatch, good_calls):
     assert len(ours.failure) < 1000
     assert (ours.samples_s, ours.p50_s, ours.correct) == ([], None, None)
     assert eager.good
-    assert len(eager.samples_s) >= 5
     assert len(calls) == good_calls + 1, "a failure is final"
-
-
-def test_kernels_that_cannot_run_are_a_failure(monkeypatch):
-    monkeypatch.setattr("resnet_triton.ops.interpreter.active", lambda: False)
-    rows = measured("layer1.0.conv1", kernels="triton")
-    assert 'NotImplementedError: kernels="triton" cannot run this call: CPU tensors' in rows["ours"].failure
-    assert rows["eager"].good
 
 
 def test_without_a_reference_all_rows_say_so(monkeypatch):
@@ -210,16 +178,10 @@ def test_without_a_reference_all_rows_say_so(monkeypatch):
 
 
 def test_a_slowdown_shows_in_full(monkeypatch):
-    def sleeping(seconds: float, y: Tensor) -> Tensor:
-        time.sleep(seconds)
-        return y
-
+    plant(monkeypatch, "linear", lambda y: time.sleep(0.06) or y)
     eager = baselines.EAGER["linear"]
-    monkeypatch.setitem(baselines.EAGER, "linear", lambda *args: sleeping(0.02, eager(*args)))
-    plant(monkeypatch, "linear", lambda y: sleeping(0.06, y))
-    rows = measured("fc linear")
-    assert rows["ours"].p50_s / rows["eager"].p50_s == pytest.approx(3, rel=0.5)
-    assert results.speedup(list(rows.values())) == pytest.approx(1 / 3, rel=0.5)
+    monkeypatch.setitem(baselines.EAGER, "linear", lambda *args: time.sleep(0.02) or eager(*args))
+    assert results.speedup(list(measured("fc linear").values())) == pytest.approx(1 / 3, rel=0.5)
 
 
 def test_the_deadline_is_kept(monkeypatch, tmp_path):
@@ -262,15 +224,14 @@ def test_ours_are_the_kernels(device, monkeypatch):
 def test_tiles_are_plain_data():
     (case,) = small("layer1.0.conv1", batch=32)
     tiles = baselines.tiles(filled(case.call.ours, CPU, seed=0, kernels="triton"))
-    assert isinstance(tiles["box"], list)
     assert json.loads(json.dumps(tiles)) == tiles
 
 
 def test_launches_are_planned_beforehand(device):
     (case,) = small("fc global_avg_pool")
-    problem = Problem(case.call.ours, device, kernels="triton")
+    call = Problem(case.call.ours, device, kernels="triton").build("ours")[0]
     before = dict(dispatch.calls)
-    assert problem.error(problem.build("ours")[0]) <= problem.limit
+    call()
     assert dict(dispatch.calls) == before, "the operator, which plans each time, was not called"
 
 
@@ -356,10 +317,6 @@ def test_on_a_gpu():
         assert all(row.good for row in rows), rows
         assert {(row.clock, row.l2) for row in rows} == {("gpu", "cold")}
         assert next(row for row in rows if row.ours).p50_s < 1e-3
-    problem = Problem(chosen[1].call.ours, gpu)
-    held = sum(t.numel() * t.element_size() for args in problem.sets for t in args if isinstance(t, Tensor))
-    assert held > torch.cuda.get_device_properties(gpu).L2_cache_size
-    assert len({args[0].data_ptr() for args in problem.sets}) == len(problem.sets)
 
 
 # --- ceilings --------------------------------------------------------------------------------------------------------
@@ -372,14 +329,6 @@ def test_ceilings(monkeypatch, tmp_path):
     assert (copy.key, matmul.key) == (("copy", None), ("matmul", "float32"))
     assert 5e8 < copy.bytes_per_s < 1e12
     assert 1e9 < matmul.flops_per_s < 1e13
-
-
-def test_a_slow_dtype_gets_small_matrices(monkeypatch):
-    sides = {}
-    for seconds in (1e-3, 1e-2):
-        monkeypatch.setattr(ceilings, "matmul", lambda *args, s=seconds: s)
-        sides[seconds] = ceilings._side(CPU, torch.float16)
-    assert sides == {1e-3: 1024, 1e-2: 256}
 
 
 # --- pytest-benchmark ------------------------------------------------------------------------------------------------
@@ -410,12 +359,8 @@ def test_pytest_benchmark_compares_and_checks(tmp_path):
     assert "wrong before it was timed" in done.stdout
     assert "FAILED benchmarks/test_layers.py::test_layer[resnet18-fc_linear-" in done.stdout
     found = json.loads(out.read_text())["benchmarks"]
-    groups = [benchmark["group"].partition(",")[0] for benchmark in found]
-    assert groups[:2] == ["resnet18 layer1.0.conv1"] * 2
-    info = found[0]["extra_info"]
-    assert info["flops"] == 2 * 8 * 8 * 64 * 576
-    assert info["error"] <= info["limit"]
-    assert {"dtype", "batch", "bytes", "device", "torch", "triton"} <= set(info)
+    assert [benchmark["group"].partition(",")[0] for benchmark in found][:2] == ["resnet18 layer1.0.conv1"] * 2
+    assert found[0]["extra_info"]["flops"] == 2 * 8 * 8 * 64 * 576
 
 
 def test_interpreted_kernels_are_not_benchmarked(monkeypatch):
