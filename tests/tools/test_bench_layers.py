@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import planted_alternatives as planted
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -85,13 +85,6 @@ def test_grouped_convolutions():
     assert found[7].cost.flops == 2 * 56 * 56 * 128 * 9 * 4
     assert found[1].call.ours.output().shape == (1, 96, 56, 56)
     assert all(row.good for row in measure(found[6]))
-
-
-def test_what_is_unknown_is_refused():
-    with pytest.raises(ValueError, match="no model 'vgg', expected some of resnet18, resnet34, resnet50"):
-        cases(["resnet18", "vgg"])
-    with pytest.raises(ValueError, match="no alternative 'theirs', expected some of ours, eager, cudnn fused, compile"):
-        measured("fc", alternatives=["ours", "theirs"])
 
 
 def test_data_as_in_a_trained_network():
@@ -227,19 +220,12 @@ def test_tiles_are_plain_data():
     assert json.loads(json.dumps(tiles)) == tiles
 
 
-def test_launches_are_planned_beforehand(device):
-    (case,) = small("fc global_avg_pool")
-    call = Problem(case.call.ours, device, kernels="triton").build("ours")[0]
-    before = dict(dispatch.calls)
-    call()
-    assert dict(dispatch.calls) == before, "the operator, which plans each time, was not called"
-
-
 def test_a_kernel_that_writes_nothing_is_red(device, monkeypatch):
     (case,) = small("fc global_avg_pool")
     problem = Problem(case.call.ours, device, kernels="triton")
-    call = problem.build("ours")[0]
+    call, before = problem.build("ours")[0], dict(dispatch.calls)
     assert problem.error(call) <= problem.limit
+    assert dict(dispatch.calls) == before, "the operator, which plans each time, was not called"
     monkeypatch.setattr(Launch, "run", lambda self: None)
     monkeypatch.setattr("shadow.Watch.finish", lambda self: None, raising=False)
     assert not problem.error(call) <= problem.limit
@@ -247,14 +233,7 @@ def test_a_kernel_that_writes_nothing_is_red(device, monkeypatch):
 
 @pytest.mark.parametrize("layer", ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv2"])
 def test_batch_norm_is_folded_for_cudnn(monkeypatch, layer):
-    def relu(x, w, b, *geometry):
-        return F.relu(F.conv2d(x, w, b, *geometry))
-
-    def add_relu(x, w, z, alpha, b, *geometry):
-        return F.relu(F.conv2d(x, w, b, *geometry) + alpha * z)
-
-    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
-    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    planted.cudnn_on_a_cpu(monkeypatch)
     (case,) = small(layer, batch=2)
     problem = Problem(case.call.ours, CPU)
     (call,) = problem.build("cudnn fused")
@@ -277,12 +256,11 @@ def test_more_images_than_fp64_takes_at_a_time(monkeypatch):
 
 def test_on_a_gpu_buffers_take_turns(monkeypatch):
     """The GPU's part on CPU tensors, with another clock."""
-    places = []
-    eager = baselines.EAGER["conv_bn_relu"]
+    places, eager, fill = [], baselines.EAGER["conv_bn_relu"], data.filled
 
-    def noted(*args):
-        y = eager(*args)
-        places.append((args[0].x.data_ptr(), y.data_ptr()))
+    def noted(call):
+        y = eager(call)
+        places.append((call.x.data_ptr(), y.data_ptr()))
         return y
 
     def replay(work, replays):
@@ -290,22 +268,17 @@ def test_on_a_gpu_buffers_take_turns(monkeypatch):
         work()
         return [2.0 * sets] * replays
 
-    fill = data.filled
     monkeypatch.setitem(baselines.EAGER, "conv_bn_relu", noted)
     monkeypatch.setattr(data, "filled", lambda call, device, **options: fill(call, CPU, **options))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda where: SimpleNamespace(L2_cache_size=1 << 20))
     monkeypatch.setattr(timing, "replay", replay)
-    each = 4 * (2 * 8 * 8 * 64 + 64 * 576 + 4 * 64)
-    sets = 1 + (2 << 20) // each
-    (case,) = small("layer1.0.conv1")
-    eager_row, cudnn = measure(case, torch.device("cuda"), ["eager", "cudnn fused"])
+    sets = 1 + (2 << 20) // (4 * (2 * 8 * 8 * 64 + 64 * 576 + 4 * 64))
+    eager_row, cudnn = measure(*small("layer1.0.conv1"), torch.device("cuda"), ["eager", "cudnn fused"])
     assert (eager_row.clock, eager_row.l2, eager_row.good) == ("gpu", "cold", True)
     assert set(eager_row.samples_s) == {2.0}
     assert "cudnn_convolution_relu" in cudnn.failure, "CPU tensors are not for cuDNN"
-    turn = places[:sets]
-    assert len(turn) == sets
-    assert len({x for x, _ in turn}) == sets, "every call has inputs of its own"
-    assert len({y for _, y in turn}) == sets, "and an output of its own"
+    inputs, outputs = zip(*places[:sets], strict=True)
+    assert len({*inputs}) == len({*outputs}) == sets, "every call has buffers of its own"
 
 
 @pytest.mark.gpu

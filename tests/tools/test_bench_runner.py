@@ -39,6 +39,9 @@ def run(steps, folder, left=100.0):
 
 
 def test_what_is_found_is_written_before_the_step_is_over(tmp_path):
+    """And what the phase has started is ended, whatever happens."""
+    ended = []
+
     def work():
         yield {"runs": 1}
         yield [row()]
@@ -46,9 +49,16 @@ def test_what_is_found_is_written_before_the_step_is_over(tmp_path):
         assert (found.rows, found.running, found.complete) == ([row()], ["phase", "step"], [])
         raise KeyboardInterrupt
 
+    def steps(run):
+        try:
+            yield "step", work
+        finally:
+            ended.append(True)
+
     with pytest.raises(KeyboardInterrupt):
-        run([("step", work)], tmp_path)
+        run_phase(Phase("phase", steps), Run(CPU, tmp_path, Results(), time.monotonic() + 9, print))
     assert results.load(tmp_path).rows == [row()]
+    assert ended
 
 
 def test_a_failure_is_a_part_of_the_results_and_others_go_on(tmp_path):
@@ -83,21 +93,25 @@ def test_a_second_run_goes_on_where_the_first_ran_out_of_time(tmp_path):
     assert (done, found.complete) == (["first", "late", "late"], ["phase"])
 
 
-def test_what_a_phase_has_started_is_ended(tmp_path):
-    ended = []
+def test_a_phase_is_done_again_step_by_step(tmp_path):
+    def again(old, *found):
+        steps = [(str(i), partial(list, [{"us": us}]) if us else stop) for i, us in enumerate(found)]
+        run_phase(phase(*steps), Run(CPU, tmp_path, results.resume(tmp_path), time.monotonic() + 9, print), old)
 
-    def steps(run):
-        try:
-            yield "stop", interrupt
-        finally:
-            ended.append(True)
-
-    def interrupt():
+    def stop():
         raise KeyboardInterrupt
 
+    def known():
+        return [step.found["us"] for step in results.load(tmp_path).steps]
+
+    again([], 1, 2)
+    old = results.load(tmp_path).steps
     with pytest.raises(KeyboardInterrupt):
-        run_phase(Phase("phase", steps), Run(CPU, tmp_path, Results(), time.monotonic() + 9, print))
-    assert ended
+        again(old, 3, None)
+    assert known() == [3, 2]
+    again(old, 4, 4)
+    assert known() == [3, 4], "what is new is not done again"
+    assert results.load(tmp_path).complete == ["phase"]
 
 
 # --- in processes of their own ---------------------------------------------------------------------------------------
@@ -162,7 +176,7 @@ def test_a_tool_out_of_time_is_not_waited_for_with_its_children(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "failure"), [(1, "exit code 1; tests/a.py::b - wrong"), (None, "no time to finish")])
-def test_tests_are_counted(tmp_path, monkeypatch, capsys, code, failure):
+def test_tests_are_counted(tmp_path, monkeypatch, code, failure):
     text = "a PASSED\nb FAILED\n" + "=== short test summary info\nFAILED tests/a.py::b - wrong\n" * (code is not None)
     monkeypatch.setattr(gpu_phases, "_output", lambda command, run: (code, text))
     cuda = Run(torch.device("cuda"), tmp_path, Results(), time.monotonic() + 60, print)
@@ -171,22 +185,18 @@ def test_tests_are_counted(tmp_path, monkeypatch, capsys, code, failure):
     with pytest.raises(AssertionError, match=failure):
         found.extend(step())
     assert (found[0]["PASSED"], found[0]["FAILED"]) == (1, 1)
-    assert capsys.readouterr().out == text + "\n"
 
 
 def test_the_files_that_phases_name_are_there():
-    files = [
-        p.steps.keywords["file"] for p in gpu.PHASES if isinstance(p.steps, partial) and "file" in p.steps.keywords
-    ]
-    assert len(files) >= 5
-    assert [file for file in files if not (gpu_phases.ROOT / file).exists()] == []
+    files = [p.steps.keywords.get("file") for p in gpu.PHASES if isinstance(p.steps, partial)]
+    assert [file for file in files if file and not (gpu_phases.ROOT / file).exists()] == []
+    assert any(files)
 
 
 def test_unknown_phases_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path / "new"), "--phases", "exact,nothing"])
     assert "no phase 'nothing', expected some of exact, callers, layers" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
 
 
 STEPS = [results.Step(name, "step", 1.0, None, {}, None) for name in ("exact", "models")]
@@ -223,26 +233,6 @@ def test_phases_are_repeated_when_asked(folder, monkeypatch):
     assert programme(folder, monkeypatch, lambda phase, known, again_: again_ and known.add([again])) == 1
     code = programme(folder, monkeypatch, lambda phase, known, a: a and known.add([again]), "--again", "exact")
     assert (code, results.load(folder).steps) == (0, [again, STEPS[1]])
-
-
-def test_a_phase_is_done_again_step_by_step(tmp_path):
-    def steps(*found):
-        return [(str(i), partial(list, [{"us": us}])) for i, us in enumerate(found)]
-
-    run(steps(1, 2), tmp_path)
-    old = results.load(tmp_path).steps
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    left = Run(CPU, tmp_path, results.resume(tmp_path), time.monotonic() + 9, print)
-    with pytest.raises(KeyboardInterrupt):
-        run_phase(phase(steps(3)[0], ("1", interrupted)), left, old)
-    assert [s.found["us"] for s in results.load(tmp_path).steps] == [3, 2]
-    left = Run(CPU, tmp_path, results.resume(tmp_path), time.monotonic() + 9, print)
-    run_phase(phase(*steps(4, 4)), left, old)
-    assert [s.found["us"] for s in results.load(tmp_path).steps] == [3, 4], "what is new is not done again"
-    assert results.load(tmp_path).complete == ["phase"]
 
 
 FAILED = results.Step("exact", "new", 1.0, "wrong", {}, None)
