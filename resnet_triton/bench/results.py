@@ -29,8 +29,8 @@ class Measurement:
     `suite` is "model" or "kernel", which has a `layer`; `image` the height and width of the model's input; `clock`
     "wall" or, between events on the device, "gpu"; `l2` whether a GPU's L2 cache was flushed: "cold", "warm" or
     "uncontrolled". Errors are relative to fp64, before and after the timing; `correct` says that both are within the
-    limit. The first call is in a new process, with the compiler's caches empty; `peak_bytes` are those above
-    parameters and images; `flops` are the operation's, however computed, and `bytes` the least traffic of any
+    limit. The first call is in a new process, with the compiler's caches empty; `peak_bytes` are a GPU's,
+    above parameters and images; `flops` are the operation's, however computed, and `bytes` the least traffic of any
     implementation; `config` are a kernel's tiles; `failure` is why there are no samples.
     """
 

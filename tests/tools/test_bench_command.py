@@ -72,14 +72,10 @@ def test_a_phase_that_fails_is_named_and_the_others_go_on(contest, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [
-        (["--dtypes", "int8"], "no dtype 'int8', expected some of float16, bfloat16, float32"),
-        (["--baselines", "magic"], "no alternative 'magic' on"),
-        (["--models", "resnet9000"], "no model 'resnet9000', expected some of resnet18"),
-    ],
+    [("--dtypes", "no dtype 'x', expected"), ("--baselines", "no alternative 'x' on"), ("--models", "no model 'x', ")],
 )
 def test_what_cannot_be_run_is_named(tmp_path, capsys, option, message):
-    assert cli.main(["bench", *option, "--out", str(tmp_path / "none")]) == 2
+    assert cli.main(["bench", option, "x", "--out", str(tmp_path / "none")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
