@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ..kernels.cost import Cost
 from ..support import terminal
 from .results import SKIPPED, Measurement, Results, best, geometric_mean, speedup
 
@@ -84,24 +85,12 @@ def remark(row: Measurement) -> str:
     return "not timed" if row.p50_s is None else "not checked" if row.correct is None else ""
 
 
-class Roof(NamedTuple):
-    """The rates of plain code on a device; None where none was measured."""
-
-    bytes_per_s: float | None
-    flops_per_s: float | None
-
-    def seconds(self, row: Measurement) -> float | None:
-        """The least time for a row's work: its traffic or its arithmetic, whichever takes longer."""
-        parts = ((row.bytes, self.bytes_per_s), (row.flops, self.flops_per_s))
-        return max((work / rate for work, rate in parts if work and rate), default=None)
-
-
-def roof(results: Results, dtype: str) -> Roof:
-    """The ceilings for a dtype. None in a file of several devices: a ceiling does not say whose it is."""
-    if len({place(row) for row in results.rows}) > 1:
-        return Roof(None, None)
+def roof(results: Results, dtype: str) -> tuple[float, float] | None:
+    """FLOP/s and bytes/s of plain code. None in a file of several devices: a ceiling does not say whose it is."""
     rates = {c.key: c.bytes_per_s or c.flops_per_s for c in results.ceilings}
-    return Roof(rates.get(("copy", None)), rates.get(("matmul", dtype)))
+    flops, traffic = rates.get(("matmul", dtype)), rates.get(("copy", None))
+    alone = len({place(row) for row in results.rows}) == 1
+    return (flops, traffic) if alone and flops and traffic else None
 
 
 # --- one sentence ----------------------------------------------------------------------------------------------------
@@ -205,13 +194,13 @@ def summaries(results: Results, suite: str) -> Iterator[Table]:
         yield _table(f"Against the best alternative: {view}", columns, (_summary(task, limits) for task in tasks))
 
 
-def _summary(task: Task, limits: Roof) -> list[object]:
+def _summary(task: Task, limits: tuple[float, float] | None) -> list[object]:
     mine, other, ratio = best(task, ours=True), best(task, ours=False), speedup(task)
     times = [row.p50_s if row else None for row in (mine, other)]
     peaks = [digits(row.peak_bytes, 2**-20) if row else "" for row in (mine, other)]
     kernel = task[0].suite == "kernel"
     scale = 1e6 if kernel else 1e3
-    floor = limits.seconds(task[0]) if kernel else None
+    floor = Cost(task[0].flops or 0, task[0].bytes or 0).floor(*limits) if kernel and limits else None
     remarks = [f"{row.alternative} {remark(row)}" for row in task if remark(row)]
     if ratio is not None and ratio < 1:
         remarks.insert(0, "slower")

@@ -169,31 +169,21 @@ def test_workers_do_not_outlive_a_conductor_that_was_killed(tmp_path):
     script = """
         import sys, time
         from pathlib import Path
-        import torch
-        sys.path.insert(0, sys.argv[1])
-        import planted_alternatives as planted
-        from resnet_triton.bench import race
-        from resnet_triton.bench.worker import Spec
+        from resnet_triton.bench.child import Child
         if __name__ == "__main__":
-            folder, hang = Path(sys.argv[2]), planted.alternative(planted.hang)
-            contender = race.Contender(Spec(image=32, tiny=True), hang, folder)
-            contender.start()
-            contender.ask("hello", 60)
-            torch.save({"images": torch.ones(2, 3, 32, 32), "expected": torch.ones(2, 16)}, folder / "data.pt")
-            contender.send("prepare", file=str(folder / "data.pt"))
-            time.sleep(2)
-            print(contender.process[0].process.pid, flush=True)
+            log = Path(sys.argv[1])
+            child = Child(time.sleep, (600,), log, {})
+            while not log.exists():
+                time.sleep(0.1)
+            print(child.process.pid, flush=True)
             time.sleep(600)
     """
     (tmp_path / "conduct.py").write_text(textwrap.dedent(script))
-    here = Path(__file__).parents[1]
-    command = [sys.executable, str(tmp_path / "conduct.py"), str(here), str(tmp_path / "worker")]
-    environ = {**os.environ, "PYTHONPATH": str(here.parent)}
-    conductor = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
-    pid = int(conductor.stdout.readline())
-    conductor.kill()
-    conductor.wait()
-    conductor.stdout.close()
+    command = [sys.executable, str(tmp_path / "conduct.py"), str(tmp_path / "log.txt")]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as conductor:
+        pid = int(conductor.stdout.readline())
+        conductor.kill()
     assert ended({pid})
 
 
