@@ -46,8 +46,11 @@ def ours_in_disguise(model, images):
 
 
 def crash(model, images):
-    print("about to crash", flush=True)
-    os._exit(7)
+    """With one image."""
+    if len(images) == 1:
+        print("about to crash", flush=True)
+        os._exit(7)
+    return model
 
 
 def hang(model, images):

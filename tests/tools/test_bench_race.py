@@ -156,7 +156,7 @@ def test_processes_crash_and_hang_alone_and_start_again(tmp_path, monkeypatch):
                 rows |= {(row.alternative, row.batch): row for row in some}
         assert time.monotonic() - start < 60
     assert rows["crash", 1].failure == "its process ended with code 7: about to crash"
-    assert rows["crash", 2].failure == rows["crash", 1].failure, "it gets another process for another batch size"
+    assert rows["crash", 2].good, "it gets another process for another batch size"
     assert rows["hang", 1].good
     assert re.fullmatch(r"skipped: the budget was used up, \d+ s into its first call", rows["hang", 2].failure)
     assert rows["forks", 2].good, "one that was ready in time is timed all the same"
