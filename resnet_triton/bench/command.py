@@ -19,6 +19,7 @@ from .results import Results, resume
 from .runner import Phase, Run, Say, run_phase
 from .worker import Spec
 
+SUITES = ("model", "kernel")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -40,7 +41,7 @@ class Plan:
 def plan(
     *,
     device: str = "auto",
-    suites: Sequence[str] = ("model", "kernel"),
+    suites: Sequence[str] = SUITES,
     models: Sequence[str] = ("resnet18",),
     batches: Sequence[int] = (),
     dtypes: Sequence[str] = (),
@@ -52,6 +53,7 @@ def plan(
     """A plan with defaults for the device: empty stands for all. ValueError names what is unknown."""
     where = find_device(device)
     cuda = where.type == "cuda"
+    check_known("suite", suites, SUITES)
     check_known("model", models, cases.MODELS)
     check_known("dtype", dtypes, DTYPES)
     ours = [a.name for a in alternatives(where).values() if a.ours]

@@ -139,11 +139,12 @@ def parser() -> argparse.ArgumentParser:
 
     b = command(
         "bench", "time ResNet and its layers against PyTorch's ways to run them, and write tables and charts",
-        "resnet-triton bench --model --batches 1,32,256 --baselines 'compile max-autotune,folded graph'",
+        "resnet-triton bench --suites model --batches 1,32,256 --baselines 'compile max-autotune,folded graph'",
     )  # fmt: skip
-    only = b.add_mutually_exclusive_group()
-    only.add_argument("--model", dest="only_model", action="store_true", help="whole models only")
-    only.add_argument("--kernels", dest="only_kernel", action="store_true", help="single layers only")
+    b.add_argument(
+        "--suites", type=_names, default="model,kernel", metavar="S,S",
+        help="model times a whole model, kernel its layers (default: %(default)s)",
+    )  # fmt: skip
     models(b, f"whose layers to time: {_MODELS}; the first one is timed as a whole, too")
     b.add_argument(
         "--batches", type=_positives, default=[], metavar="N,N",

@@ -198,9 +198,8 @@ def _bench(args: argparse.Namespace) -> int:
     from ..bench import command, report, results
     from ..support.terminal import clock
 
-    suites = [name for name in ("model", "kernel") if getattr(args, f"only_{name}")]
     plan = command.plan(
-        device=args.device, suites=suites or ("model", "kernel"), models=args.models, batches=args.batches,
+        device=args.device, suites=args.suites, models=args.models, batches=args.batches,
         dtypes=args.dtypes, baselines=args.baselines, budget=args.budget, out=args.out, image=args.image,
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ def test_a_run(contest, tmp_path, capsys, monkeypatch):
 
 def test_a_wrong_answer_fails_the_command_and_claims_nothing(contest, tmp_path, capsys):
     contest(planted.alternative(planted.late, ours=True), planted.alternative(planted.slow))
-    assert cli.main([*BENCH, str(tmp_path), "--model", "--json"]) == 1
+    assert cli.main([*BENCH, str(tmp_path), "--suites", "model", "--json"]) == 1
     out, err = capsys.readouterr()
     assert [row["correct"] for row in json.loads(out)["rows"]] == [False, True]
     assert "resnet-triton: error: resnet18, 32x32, batch 1, float32, wall clock: late: gives a wrong answer" in err

@@ -207,7 +207,7 @@ def test_a_disk_that_becomes_full_costs_no_results(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "results.json"))
 
     monkeypatch.setattr(files, "replace", full)
-    assert cli.main(["bench", "--model", "--device", "cpu", "--json", "--out", str(tmp_path)]) == 2
+    assert cli.main(["bench", "--suites", "model", "--device", "cpu", "--json", "--out", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert [found["alternative"] for found in json.loads(out)["rows"]] == ["measured"]
     assert "results.json yet: No space left on device" in err, "said when it was found"

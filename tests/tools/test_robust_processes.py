@@ -23,7 +23,7 @@ from resnet_triton.bench import results
 from resnet_triton.support.processes import Pool, undisturbed
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCH = ["bench", "--device", "cpu", "--model", "--image", "32", "--batches", "1", "--baselines", "eager"]
+BENCH = ["bench", "--device", "cpu", "--suites", "model", "--image", "32", "--batches", "1", "--baselines", "eager"]
 STOPS = {"ctrl-c": (signal.SIGINT, 130), "terminated": (signal.SIGTERM, 143)}
 
 
