@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +13,12 @@ import torch
 import torch.nn.functional as TF
 from calls import CALLS, WITH_SHORTCUT, small, through_the_dispatcher, with_tensors
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_triton import BasicBlock, resnet18
 from resnet_triton import functional as F
+from resnet_triton import resnet18
 from resnet_triton.ops import (
-    OPERATORS,
     AddRelu,
     BatchNorm,
     ConvBnRelu,
@@ -30,12 +26,10 @@ from resnet_triton.ops import (
     Linear,
     MaxPool2d,
     Stem,
-    dispatch,
 )
 
 BACKENDS = ("torch", "triton")
 EVERY_CALL = pytest.mark.parametrize("name", CALLS)
-EVERY_OPERATOR = pytest.mark.parametrize("name", OPERATORS)
 # torch's own forward-mode derivatives still use torch.jit.script
 JIT_SCRIPT = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
@@ -257,24 +251,6 @@ def test_gradcheck(device, name):
     assert torch.autograd.gradgradcheck(lambda *t: run_on(call, *t), tensors(call))
 
 
-@JIT_SCRIPT
-@EVERY_OPERATOR
-def test_forward_mode_in_fp32(device, name):
-    call = small(name, device, kernels="auto")
-    x, tangent = call.x, torch.ones_like(call.x)
-    _, actual = torch.func.jvp(lambda x: replace(call, x=x).run(), (x,), (tangent,))
-    _, expected = torch.func.jvp(lambda x: theirs(replace(call, x=x)), (x,), (tangent,))
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@EVERY_OPERATOR
-def test_torch_func_grad(device, name):
-    call = small(name, device, kernels="auto")
-    actual = torch.func.grad(lambda x: replace(call, x=x).run().square().sum())(call.x)
-    expected = torch.func.grad(lambda x: theirs(replace(call, x=x)).square().sum())(call.x)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
 # --- torch.compile, export, functorch --------------------------------------------------------------------------------
 
 
@@ -308,15 +284,6 @@ def test_compiled_functions(device, recompiles, layout, kernels):
     assert recompiles() == 1
 
 
-def test_compiled_gradients(device, recompiles):
-    results = []
-    for function in (torch.compile(chain, fullgraph=True, backend="aot_eager"), chain):
-        leaves = tensors(with_gradients(small("conv_bn_relu", device)))
-        function(leaves, "auto").square().sum().backward()
-        results.append([t.grad for t in leaves])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled_model_with_a_dynamic_batch(device, recompiles):
@@ -327,15 +294,6 @@ def test_compiled_model_with_a_dynamic_batch(device, recompiles):
         x = torch.randn(batch, 3, 32, 32, device=device)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     assert recompiles() == 1
-
-
-def test_compiled_training(device, recompiles):
-    """Modules that are called as they are, here in training mode, must not break the graph."""
-    torch.manual_seed(0)
-    block = BasicBlock(4, 4).train().to(device)
-    x = torch.randn(2, 4, 5, 5, device=device)
-    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
 
 
 # torch's own remarks on saving any channels_last weight and, 2.11's, on loading any; the program is compared below
@@ -360,16 +318,6 @@ def test_export_with_a_dynamic_batch(device, grad):
         torch.testing.assert_close(torch.export.load(buffer).module()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-@EVERY_CALL
-@torch.no_grad()
-def test_make_fx(device, name, tracing_mode):
-    call = small(name, device)
-    graph = make_fx(lambda *t: run_on(call, *t), tracing_mode=tracing_mode)(*tensors(call))
-    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [overload(call)]
-    torch.testing.assert_close(graph(*tensors(call)), theirs(call), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("kernels", BACKENDS)
 @EVERY_CALL
 def test_vmap(device, name, kernels):
@@ -382,25 +330,3 @@ def test_vmap(device, name, kernels):
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_threads(device):
-    """Two threads at once: the same answers as one after the other, and no call goes uncounted.
-
-    On the PyTorch path without a GPU: Triton's interpreter keeps the running program in one global place.
-    """
-    call = small("conv_bn_relu", device, kernels="auto")
-    calls = [with_tensors(call, lambda t, seed=seed: t + seed) for seed in range(8)]
-    expected = [call.run() for call in calls]
-
-    def work(call: ConvBnRelu) -> Tensor:
-        with torch.no_grad():
-            return call.run()
-
-    before = Counter(dispatch.calls)
-    with ThreadPoolExecutor(2) as pool:
-        actual = list(pool.map(work, calls))
-    assert sum((dispatch.calls - before).values()) == len(calls)
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)

@@ -281,37 +281,3 @@ def test_only_the_projects_own_choice_is_trusted() -> None:
 
 
 # --- the doctor ------------------------------------------------------------------------------------------------------
-
-DOCTOR = """
-import json, sys
-from dataclasses import replace
-from pathlib import Path
-import torch
-from resnet_triton import resnet18
-from resnet_triton.tools import doctor
-from resnet_triton.config.targets import KNOWN
-from resnet_triton.machine_code import verdict
-from resnet_triton.ops.trace import trace
-from resnet_triton.tuner import precompile
-
-precompile.pretend(90)
-calls = [replace(call, backend="triton") for call in trace(resnet18().eval(), (1, 3, 224, 224), torch.float16)]
-some = [call for call in calls if call.name in ("layer1.0.conv2", "layer1.1.conv2", "layer2.0.conv1")]
-found = [doctor._machine_code(some, KNOWN[90]), doctor._machine_code(some, KNOWN[80])]
-verdict._known.clear()
-verdict._edition = lambda: "another"
-verdict.disassemble = lambda cubin: Path(sys.argv[1]).read_text()
-found.append(doctor._machine_code(some, KNOWN[90]))
-print(json.dumps([found, [doctor._verdict(each) for each in found]]))
-"""
-
-
-@pytest.mark.slow
-def test_the_doctor_reads_machine_code() -> None:
-    (hopper, ampere, wrong), words = json.loads(run(DOCTOR, str(WRONG)))
-    assert (hopper["kernels"], hopper["hazards"]) == (2, []), "two layers share one"
-    assert (ampere["kernels"], ampere["hazards"]) == (0, []), "no product there is asynchronous"
-    assert len(wrong["hazards"]) == 8
-    assert hopper["judged"] == ((hopper["triton"], hopper["ptxas"]) in verdict.JUDGED)
-    assert words[0].endswith("2 kernels read, no hazard")
-    assert "NOT SAFE: hopper_few_kernel: LDSM.16.M88.4 at 1b90 overwrites R168" in words[2]

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from small_models import (
     CBR,
-    Denoiser,
     Residual,
     conv,
     downsample,
@@ -253,30 +252,6 @@ def test_a_class_without_subclasses_is_refused():
 
 
 @torch.no_grad()
-def test_a_class_that_pickles_itself():
-    model = optimize(torch.compile(conv(), backend="eager"))
-    assert torch.equal(copy.deepcopy(model)(images()), model(images()))
-    traced = optimize(torch.fx.symbolic_trace(sequence(conv())).eval())
-    expected = traced(images())
-    assert torch.equal(pickle.loads(pickle.dumps(traced))(images()), expected)
-
-
-@torch.no_grad()
-def test_a_graph_that_is_edited():
-    model, x = torch.fx.symbolic_trace(integral(sequence(conv(), nn.ReLU()))), images()
-    expected = model(x)
-    assert torch.equal(optimize(model)(x), expected)
-    output = model.graph.output_node()
-    with model.graph.inserting_before(output):
-        output.args = (model.graph.call_function(torch.neg, output.args),)
-    model.recompile()
-    assert torch.equal(model(x), -expected)
-    assert used(model, x)[CBR, "torch"] == 1
-    assert torch.equal(model.train()(x), -expected)
-    assert torch.equal(revert(model)(x), -expected)
-
-
-@torch.no_grad()
 def test_sizes_of_one_model_are_no_news_of_another(monkeypatch):
     """Each is compiled for the sizes of its first call, which are numbers, and then for any."""
     found = []
@@ -286,38 +261,6 @@ def test_sizes_of_one_model_are_no_news_of_another(monkeypatch):
         model(images(n))
         model(images(n + 4))
     assert found == [1, 0, 1, 0]
-
-
-@torch.no_grad()
-def test_a_part_and_then_the_whole():
-    model = integral(sequence(sequence(conv()), nn.ReLU()))
-    expected = model(images())
-    optimize(model[0])(images())
-    whole = optimize(model, inplace=False)
-    assert torch.equal(whole(images()), expected)
-    assert torch.equal(revert(model)(images()), expected)
-
-
-@torch.no_grad()
-def test_two_inputs_and_no_tensor():
-    model = optimize(integral(lambdas_of_two()))
-    with disabled(model):
-        expected = model(images(), scale=2, other=images())
-    assert torch.equal(model(images(), scale=2, other=images()), expected)
-    assert torch.equal(model(images(), scale=1, other=None), model(images()))
-
-
-def lambdas_of_two() -> nn.Module:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = conv()
-
-        def forward(self, x: Tensor, other: Tensor | None = None, scale: int = 1) -> Tensor:
-            y = self.conv(x) if other is None else self.conv(x) + self.conv(other)
-            return y * scale
-
-    return Two()
 
 
 @torch.no_grad()
@@ -362,21 +305,6 @@ def test_a_model_around_modules_of_torchscript():
         edit(model)
         edit(plain)
         assert torch.equal(model(x), plain(x))
-
-
-class FeatureList(nn.ModuleDict):
-    """As timm's models return features."""
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [x := module(x) for module in self.values()]
-
-
-@torch.no_grad()
-def test_a_list_that_is_called():
-    model, x = integral(FeatureList({"a": conv(), "b": conv()})), images()
-    expected = model(x)
-    assert all(map(torch.equal, optimize(model)(x), expected))
-    assert used(model, x) == {("conv_bn_relu", "torch"): 2}
 
 
 @torch.no_grad()
@@ -677,17 +605,6 @@ def test_report_of_parts_that_are_not_named_or_that_torch_compile_was_given():
     assert [name.partition(".")[0] for name in names] == ["0", "1"]
 
 
-@torch.no_grad()
-def test_report_takes_the_arguments_of_a_call():
-    calls = report(nn.DataParallel(optimize(Denoiser().eval())), (images(), torch.tensor([3, 5]))).calls
-    assert (calls[0].name, calls[0].operator) == ("conv", CBR)
-
-
-def test_report_says_what_the_model_raised():
-    with pytest.raises(ValueError, match=r"^Conv2d does not take zeros of \(1, 3, 9, 9\): Given groups=1"):
-        report(optimize(conv().eval()), (1, 3, 9, 9))
-
-
 class Broken(nn.Module):
     """torch.compile compiles it once for all of its kind."""
 
@@ -746,12 +663,6 @@ def test_reports_do_not_use_up_what_torch_compiles():
         for _ in range(2):
             assert ours(report(integral(Broken()), (2, 8, 8, 8)).calls) == [CBR]
         assert used(optimize(integral(Broken())), images())
-
-
-@torch.no_grad()
-def test_report_counts_calls_and_not_replays(cuda):
-    one = Broken()
-    assert ours(report(optimize(integral(sequence(*[one] * 5))), (2, 8, 8, 8)).calls) == [CBR] * 5
 
 
 @torch.no_grad()
@@ -935,27 +846,6 @@ def test_an_input_that_is_part_of_a_moved_filter_and_written():
     model(images())
     with pytest.raises(RuntimeError, match="writes is a part of its filters, expected a copy"):
         model(model.a.weight.data[2:5])
-
-
-class Times(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = conv()
-
-    def forward(self, x: Tensor, value: float) -> Tensor:
-        return (self.a(x) * value).amax((2, 3))
-
-
-@torch.no_grad()
-def test_moved_filters_and_a_number_that_changes():
-    """torch.compile makes a tensor of it."""
-    model, x = integral(Times()), images()
-    values = (0.5, 0.25, 2.0, 4.0)
-    expected = [model(x, v) for v in values]
-    optimize(model, kernels="triton")
-    assert all(torch.equal(model(x, v), y) for v, y in zip(values, expected, strict=True))
-    assert used(model, x, 8.0) == {("conv_bn_relu", "triton"): 1}
-    assert not model.a.weight.is_contiguous()
 
 
 class Flaky(nn.Module):

@@ -248,13 +248,6 @@ def test_shards(kind: str, sharded: Callable[[Any], None]) -> None:
     assert [base for base in type(model).__mro__ if base.__module__.startswith("resnet_triton")] == []
 
 
-@pytest.mark.usefixtures("sharded")  # for its group
-def test_report_of_a_model_for_distributed_training() -> None:
-    model = optimize(nn.Sequential(nn.Conv2d(3, 512, 3), nn.Conv2d(512, 64, 3), nn.Conv2d(64, 64, 3)).eval())
-    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)  # more than that, torch.compile splits
-    assert [call.name for call in report(wrapped, image()).calls] == ["0", "1", "2"]
-
-
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
@@ -296,13 +289,6 @@ class Two(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.model(x) + self.model(y)
-
-
-def test_a_class_of_the_same_name_is_told_apart() -> None:
-    model = optimize(small())
-    model.layer1[0].conv1.__class__ = Conv2d
-    said = "test_ecosystem's Conv2d and torch's BatchNorm2d instead of torch's Conv2d and BatchNorm2d"
-    assert said in str(report(model, (1, 3, 32, 32)))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -116,19 +116,6 @@ def test_a_patched_instance(cuda: Any, way: Callable[..., Any], place: str, orig
     assert cuda.graphs[-1].replays > 0
 
 
-@pytest.mark.parametrize(("way", "place"), INSTANCES, ids=lambda value: getattr(value, "__name__", value))
-def test_an_instance_patched_beforehand(cuda: Any, way: Callable[..., Any], place: str) -> None:
-    (model, plain), x = pair("torchvision"), images()
-    path, name = PLACES[place]
-    for m in (model, plain):
-        target = m.get_submodule(path)
-        setattr(target, name, way(target, name))
-    expected = plain(x)
-    captured(optimize(model), x)
-    close(model(x), expected)
-    assert not cuda.graphs
-
-
 CLASSES: dict[str, tuple[Any, str]] = {
     "torchvision-forward": (tv.ResNet, "forward"), "torchvision-impl": (tv.ResNet, "_forward_impl"),
     "torchvision-block": (tv.BasicBlock, "forward"),

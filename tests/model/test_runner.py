@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import gc
 import pickle
@@ -20,7 +19,6 @@ import torch
 from fake_cuda import FakeCuda, FakeEvent, captured, images, small, with_grad
 from torch import Tensor, nn
 
-import resnet_triton
 from resnet_triton import disabled, ops, optimize, refresh, report, revert
 from resnet_triton.bench.worker import WARM_CALLS
 from resnet_triton.graphs import cuda_graph, fingerprint, replay, runner
@@ -54,12 +52,6 @@ def test_capture_and_replay(cuda, mode, captures, replays):
     assert sum(g.replays for g in cuda.graphs) == replays
 
 
-def test_default_is_auto(cuda):
-    model = resnet_triton.resnet18(num_classes=3).eval()
-    captured(model, images(size=32))
-    assert len(cuda.graphs) == 1
-
-
 def test_only_what_our_models_launch_may_start_before_the_kernel_before_has_ended(cuda):
     """In another function a kernel may copy a parameter just before it is read."""
     captured(small(), images())
@@ -67,13 +59,6 @@ def test_only_what_our_models_launch_may_start_before_the_kernel_before_has_ende
     for _ in range(3):
         function(values)
     assert [graph.writes_no_parameter for graph in cuda.graphs] == [True, False]
-
-
-def test_kernels_torch_is_left_alone_unless_graphs_are_forced(cuda):
-    captured(small(kernels="torch"), images())
-    assert not cuda.graphs
-    captured(small(kernels="torch", cuda_graph=True), images())
-    assert len(cuda.graphs) == 1
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -132,28 +117,6 @@ def test_another_input_is_another_graph(cuda, change):
     assert torch.equal(model(x), model._forward_impl(x))
 
 
-@pytest.mark.parametrize(
-    "view",
-    [lambda x: x[:, :, ::2, ::2], lambda x: x[:1].expand(2, 3, 16, 16), lambda x: torch._neg_view(x)],
-    ids=["strided", "expanded", "negative"],
-)
-def test_inputs_of_any_layout(cuda, view):
-    model = small()
-    x = view(images())
-    captured(model, x)
-    assert torch.equal(model(x), model._forward_impl(x))
-    assert cuda.graphs[0].replays == 1
-
-
-def test_bytes(cuda):
-    model = small()
-    model.normalize = ((0.5,) * 3, (0.25,) * 3)
-    x = (images() * 50).clamp(0, 255).to(torch.uint8)
-    captured(model, x)
-    assert torch.equal(model(x), model._forward_impl(x))
-    assert cuda.graphs[0].replays == 1
-
-
 def test_means_are_numbers_that_a_graph_can_trust(cuda):
     """A list edited in place would leave the graph with the means it was captured with."""
     model = small()
@@ -169,16 +132,6 @@ def test_means_are_numbers_that_a_graph_can_trust(cuda):
     assert len(cuda.graphs) == 2
 
 
-def test_a_replay_that_fails_leaves_the_next_one_its_turn(cuda):
-    model = small()
-    x = images()
-    captured(model, x)
-    with mock.patch.object(torch.Tensor, "clone", side_effect=MemoryError), pytest.raises(MemoryError):
-        model(x)
-    assert all(graph.pool.turn is None for graph in cuda.graphs)
-    assert torch.equal(model(x), model._forward_impl(x))
-
-
 def test_captured_in_inference_mode_and_replayed_outside(cuda):
     model = small()
     with torch.inference_mode():
@@ -186,25 +139,6 @@ def test_captured_in_inference_mode_and_replayed_outside(cuda):
         assert model(images()).is_inference()
     assert not model(images()).is_inference()
     assert cuda.graphs[0].replays == 2
-
-
-def test_a_head_of_other_layers_is_captured_too(cuda, monkeypatch):
-    model = small()
-    model.fc = nn.Sequential(
-        nn.Dropout(), nn.BatchNorm1d(512), nn.Linear(512, 16), nn.SiLU(), nn.LayerNorm(16), nn.LogSoftmax(1)
-    ).eval()
-    captured(model, images())
-    assert torch.equal(model(images()), model._forward_impl(images()))
-    assert cuda.graphs[0].replays > 0
-    model.fc[0].train()  # from now on it draws random numbers
-    captured(model, images())
-    assert len(cuda.graphs) == 1
-    model.fc[0].eval()
-    captured(model, images())
-    assert len(cuda.graphs) == 2
-    monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: 2 * x)
-    expected = model._forward_impl(images())
-    assert torch.equal(model(images()), expected)
 
 
 def test_fp32_precision_belongs_to_the_shape(cuda):
@@ -455,15 +389,6 @@ def test_edits_show_where_inputs_have_settled(cuda, monkeypatch, edit):
     for n in range(10):
         assert torch.equal(model(x), model._forward_impl(x))
         assert len(cuda.graphs) == (3 if n < 8 else 4)
-
-
-def test_inputs_of_a_frozen_model_settle(cuda):
-    model, x = small(freeze=True), images()
-    settled(model, x)
-    expected = model(x)
-    model.bn1.eps = 0.5
-    assert torch.equal(model(x), expected)
-    assert cuda.graphs[1].replays == 2
 
 
 def test_a_capture_that_fails_where_inputs_settle(cuda, monkeypatch):
@@ -810,30 +735,6 @@ def test_the_last_who_waits_puts_the_mode_back(monkeypatch):
 # --- copies, moves, the end ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.deepcopy,
-        lambda m: pickle.loads(pickle.dumps(m)),
-        copy.copy,
-        lambda m: m._replicate_for_data_parallel(),
-        lambda m: optimize(m, inplace=False),
-    ],
-    ids=["deepcopy", "pickle", "copy", "replica", "inplace=False"],
-)
-def test_copies_start_afresh(cuda, copied):
-    model, x = small(), images()
-    state = list(model.state_dict())
-    captured(model, x)
-    assert list(model.state_dict()) == state
-    other = copied(model)
-    if other._modules is not model._modules and other.conv1 is not model.conv1:
-        other.conv1.weight.mul_(2)
-    assert torch.equal(other(x), other._forward_impl(x))
-    assert len(cuda.graphs) == 1
-    assert cuda.graphs[0].replays == 0
-
-
 def test_a_model_given_to_torch_compile_pickles():
     model = small()
     model.compile(backend="eager")
@@ -912,14 +813,6 @@ def test_a_move_frees(cuda, inside):
     whole = nn.Sequential(model) if inside else model
     whole.half()
     assert dead(cuda)
-
-
-def test_a_move_to_where_it_is_changes_nothing(cuda):
-    model, x = small(), images()
-    captured(model, x)
-    model.to("cpu").float().eval()
-    model(x)
-    assert cuda.graphs[0].replays == 1
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import captured, doubled, images, small
+from fake_cuda import captured, images, small
 from torch import Tensor, nn
 
-from resnet_triton import functional, optimize, refresh
+from resnet_triton import functional, refresh
 from resnet_triton.graphs import fingerprint, snapshot
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -83,30 +83,6 @@ def test_a_move_renews_the_snapshot():
     assert close(model(x), model._forward_impl(x))
 
 
-def test_a_frozen_model_in_training_mode_trains():
-    model = small(freeze=True)
-    model(images())
-    before = model.bn1.running_mean.clone()
-    model.train()(images(4))
-    assert not torch.equal(model.bn1.running_mean, before)
-
-
-def test_a_frozen_model_has_gradients():
-    model = small(freeze=True)
-    model(images())
-    with torch.enable_grad():
-        model(images()).sum().backward()
-    assert model.bn1.weight.grad.any()
-
-
-def test_a_model_with_a_hook_is_not_frozen():
-    model, x = small(freeze=True), images()
-    model.fc.register_forward_hook(doubled)
-    model(x)
-    model.bn1.running_var.mul_(4)
-    assert torch.equal(model(x), model._forward_impl(x))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 def test_scale_and_shift(dtype, affine):
@@ -154,17 +130,6 @@ def test_frozen_in_inference_mode_and_called_outside(cuda):
         captured(model, x)
     assert close(model(x), model._forward_impl(x))
     assert close(model(x[:1]), model._forward_impl(x[:1]))
-
-
-def test_freezing_a_captured_model(cuda):
-    model, x = small(), images()
-    captured(model, x)
-    optimize(model, freeze=True, inplace=True)
-    before = model(x)
-    model.bn1.running_var.mul_(4)
-    assert torch.equal(model(x), before)
-    optimize(model, freeze=True, inplace=True)
-    assert close(model(x), model._forward_impl(x))
 
 
 def test_a_snapshot_is_finished_before_another_stream_may_read_it(cuda):

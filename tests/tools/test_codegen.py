@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from compiling import CODE, ROW, TRITON, run
 
 from resnet_triton import resnet18
-from resnet_triton.codegen import HELD, TARGETS, CompiledLaunch, budget, report, target
+from resnet_triton.codegen import HELD, TARGETS, CompiledLaunch, budget, report
 from resnet_triton.machine_code import read
 from resnet_triton.machine_code.ordering import NO_BARRIER_BEFORE_ATOMIC, WEAK_ATOMIC
 from resnet_triton.ops.trace import trace
@@ -376,14 +376,6 @@ def test_the_budget_catches_what_got_worse():
     assert list(budget.regressions({**RESULT, "rows": rows}, RESULT)) == [], "not held"
 
 
-@pytest.mark.parametrize("rows", [[], [{"batch": 64}], [{"arch": "sm_100"}]])
-def test_a_budget_that_compares_nothing_does_not_pass(rows):
-    found = {**RESULT, "rows": [{**ROW.record(), **changes} for changes in rows]}
-    (nothing,) = budget.regressions(found, RESULT)
-    assert nothing.startswith("nothing was compared: the budget holds none of these")
-    assert list(budget.regressions(RESULT, {**RESULT, "rows": found["rows"]})) == [nothing]
-
-
 def test_the_command_fails_on_a_fault_and_on_a_broken_budget(monkeypatch, tmp_path, capsys):
     found = {**RESULT, "triton": importlib.metadata.version("triton")}
     monkeypatch.setattr(report, "compile_all", lambda *_: found)
@@ -399,49 +391,3 @@ def test_the_command_fails_on_a_fault_and_on_a_broken_budget(monkeypatch, tmp_pa
     assert "200 registers, expected at most 107" in errors
     found["rows"] = [{**found["rows"][0], "arch": "sm_100"}]
     assert cli.main(["codegen"]) == 0, "reported only"
-
-
-def test_targets():
-    assert [target(arch).name for arch in (90, "90", "sm_90")] == ["sm_90"] * 3
-    with pytest.raises(ValueError, match=r"cannot compile for 'sm_70', expected one of sm_80, sm_86"):
-        report.compile_all(["sm_70"], [1], ["float16"], 1, None)
-    with pytest.raises(ValueError, match="no dtype 'int8', expected some of float16"):
-        report.compile_all(["90"], [1], ["int8"], 1, None)
-
-
-NEIGHBOURS = """
-import json
-import torch
-from resnet_triton import resnet18
-from resnet_triton.codegen import specialise
-from resnet_triton.config.targets import KNOWN
-from resnet_triton.ops.trace import trace
-
-model = resnet18().eval()
-shared, found = 0, []
-for arch, batches in ((90, (97, 100, 112, 127)), (90, (2, 3)), (80, (17, 18, 20, 32))):
-    compiled, seen = {}, {}
-    for batch in batches:
-        for i, call in enumerate(trace(model, (batch, 3, 224, 224), torch.float16)):
-            for launch in call.launches(KNOWN[arch]):
-                code = specialise(launch)
-                tiles = [(k, v) for k, v in code.constants if k.startswith(("BOX", "BLOCK", "SPLIT"))]
-                shares = launch.arguments.get("SPLIT_K")
-                tile = str((i, code.kernel, tiles, shares, launch.num_warps, launch.num_stages))
-                shared += tile in compiled
-                if compiled.setdefault(tile, code) != code:
-                    found.append(f"{call.name} at {batch}: other constants or types")
-                for p in launch.kernel.params:
-                    value = launch.arguments[p.name]
-                    if isinstance(value, int) and not p.is_constexpr and not p.do_not_specialize:
-                        if seen.setdefault((tile, p.name), value) != value:
-                            found.append(f"{code.kernel}: {p.name} varies and is specialised")
-print(json.dumps([shared, found]))
-"""
-
-
-@pytest.mark.slow
-def test_a_new_batch_size_compiles_nothing_that_its_neighbours_did():
-    shared, found = json.loads(run(NEIGHBOURS))
-    assert found == []
-    assert shared > 60, "most tiles are the same for neighbours"

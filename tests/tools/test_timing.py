@@ -2,7 +2,6 @@
 
 import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,12 +20,6 @@ def test_sleeps_are_timed_in_turns():
     assert [len(s) for s in samples.values()] == [5, 5]
     assert 0.01 <= timing.spread(samples["a"]).p50 < 0.04  # a busy machine wakes up late
     assert 0.05 <= timing.spread(samples["b"]).p50 < 0.08
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
-def test_percentiles_are_numpys(count):
-    samples = torch.rand(count, dtype=torch.float64).tolist()
-    assert timing.spread(samples) == pytest.approx(np.percentile(samples, [50, 20, 80]))
 
 
 def test_rounds_fill_the_time_given():
@@ -51,11 +44,6 @@ def test_rounds_fill_the_time_given():
     assert len(timing.interleaved_for(1.0, {"nothing": lambda: None})["nothing"]) == 1000, "at most"
 
 
-def test_no_rounds_are_refused():
-    with pytest.raises(ValueError, match="rounds=0, expected at least 1"):
-        timing.interleaved({"a": lambda: None}, rounds=0)
-
-
 def test_launches_take_turns_and_are_counted_singly():
     order = []
     calls = [lambda i=i: order.append(i) for i in range(4)]
@@ -69,13 +57,6 @@ def test_launches_take_turns_and_are_counted_singly():
     order.clear()
     assert timing.graph_seconds(calls, replays=5, meter=meter).p50 == pytest.approx(3.6)
     assert order == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1], "too few launches would drown in the clock's resolution"
-
-
-def test_nothing_to_time_is_refused():
-    with pytest.raises(ValueError, match="0 calls, replays=5; expected at least one call and two replays"):
-        timing.graph_seconds([], replays=5)
-    with pytest.raises(ValueError, match="1 calls, replays=1"):
-        timing.graph_seconds([lambda: None], replays=1)
 
 
 @pytest.mark.gpu
