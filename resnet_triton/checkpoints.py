@@ -107,6 +107,8 @@ def _read(file: BinaryIO, key: str | None) -> Checkpoint:
     try:
         data = tensor_files.read(file)
         networks = _find(data)
+        if key is not None and key not in networks:
+            networks |= _find(data, key)
         chosen = _choose(list(networks), key)
         network = networks[chosen]
         model = _build(network if key is None else network._replace(besides=[]), chosen)
@@ -129,10 +131,10 @@ class _Network(NamedTuple):
     besides: list[str]
 
 
-def _find(data: Any) -> dict[str, _Network]:
-    """Every ResNet in `data`, by the first names that lead to it. ValueError if there is none."""
+def _find(data: Any, key: str | None = None) -> dict[str, _Network]:
+    """Every ResNet in `data`, or on the way to `key`, by the names that lead to it. ValueError if `data` has none."""
     networks = {}
-    for path, value in _contents(data):
+    for path, value in _contents(data, key):
         tensors = _tensors(value)
         prefixes = [name.removesuffix(_BLOCK) for name in tensors if f".{name}".endswith(f".{_BLOCK}")]
         prefixes = sorted((prefix for prefix in prefixes if f"{prefix}{_STEM}" in tensors), key=len)
@@ -141,19 +143,21 @@ def _find(data: Any) -> dict[str, _Network]:
             state = {name.removeprefix(prefix): tensors[name] for name, owner in owners.items() if owner == prefix}
             besides = [name for name, owner in owners.items() if owner is None]
             networks[f"{path}.{prefix}".strip(".")] = _Network(state, besides)
-    if not networks:
+    if not networks and key is None:
         raise _no_resnet(data)
     return networks
 
 
-def _contents(data: Any) -> Iterator[tuple[str, Any]]:
-    """`data` and what it holds, dictionaries and lists at any depth, each once, with the names that lead to it."""
+def _contents(data: Any, key: str | None = None) -> Iterator[tuple[str, Any]]:
+    """`data` and what it holds, dictionaries and lists at any depth, each once, with the names that lead to it; or what
+    lies on the way to `key`, also where it is the same as something elsewhere."""
     pending, seen = [("", data)], set()
     while pending:
         path, value = pending.pop()
-        if id(value) in seen:
+        this = id(value), "" if key is None else path
+        if this in seen or (key is not None and path and not f"{key}.".startswith(f"{path}.")):
             continue
-        seen.add(id(value))
+        seen.add(this)
         yield path, value
         inside: Any = value.items() if isinstance(value, dict) else ()
         if isinstance(value, list | tuple):

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._guards import CompileContext, TracingContext
+from torch._guards import TracingContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -305,12 +306,16 @@ def _name(node: fx.Node, owners: Mapping[fx.Node, str | None]) -> str:
 
 
 def _refuse_last_compilation() -> None:
-    """RuntimeError in torch.compile's last compilation of a function: what follows would run as written, unseen."""
-    compilation, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
-    if compilation is not None and (compilation.frame_compile_id or 0) >= limit - 1:
+    """RuntimeError the last time that torch.compile compiles a function: what follows would run as written, unseen."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    limit = torch._dynamo.config.recompile_limit
+    compiled = _debug_get_cache_entry_list(InstructionTranslator.current_tx().f_code)
+    if len(compiled) >= limit - 1:
         raise RuntimeError(
-            f"torch.compile compiles a function at most {limit} times, and then runs it without our kernels, which "
-            'batch_invariant=True and kernels="triton" rule out; raise torch._dynamo.config.recompile_limit'
+            f"torch.compile compiles a function at most {limit} times and then runs it without our kernels, which "
+            'batch_invariant=True and kernels="triton" rule out, so the last time is refused; raise '
+            "torch._dynamo.config.recompile_limit"
         )
 
 

@@ -197,12 +197,21 @@ def load(path: Path) -> Results:
     if data.get("version") != VERSION:
         raise ValueError(f"{path}: is of version {data.get('version')!r}, expected {VERSION}; run the benchmark again")
     try:
-        return Results(
+        found = Results(
             [Measurement(**row) for row in data["rows"]], [Ceiling(**c) for c in data["ceilings"]],
             [Step(**step) for step in data["steps"]], data["complete"], data["running"],
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged, {one_line(error)}") from None
+    for row in found.rows:
+        if not isinstance(row.environment, dict) or type(row.batch) is not int:
+            raise ValueError(f"{path}: batch {row.batch!r}, environment {row.environment!r}, expected int and object")
+        for seconds in (row.p20_s, row.p50_s, row.p80_s):
+            if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < float("inf")):
+                raise ValueError(f"{path}: a time of {seconds!r:.40}, expected seconds above 0")
+    if len({row.key for row in found.rows}) < len(found.rows):
+        raise ValueError(f"{path}: a row is there twice, expected each once")
+    return found
 
 
 def resume(folder: Path) -> Results:

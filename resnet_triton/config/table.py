@@ -15,6 +15,7 @@ legal on the GPU is asked at each use.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import reprlib
@@ -148,7 +149,7 @@ def load(path: Path) -> Table:
 
 
 def _build(cls: type, data: Any, where: str, **given: Any) -> Any:
-    """`cls` of an object's values and `given`. Types are checked, ranges are left to `is_legal`."""
+    """`cls` of an object's values and `given`. Types are checked; what a tile may be is left to `is_legal`."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: {cls.__name__} must be an object, got {type(data).__name__}")
     known = {f.name: str(f.type) for f in fields(cls) if f.name not in given}
@@ -156,7 +157,8 @@ def _build(cls: type, data: Any, where: str, **given: Any) -> Any:
         raise ValueError(f"{where}: unknown key {reprlib.repr(unknown[0])} in {cls.__name__}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     for name, value in values.items():
-        if _kind(value) not in known[name].replace("float", "float | int").split(" | "):
+        kinds = known[name].replace("float", "float | int").split(" | ")
+        if _kind(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{where}: {cls.__name__}.{name} must be {known[name]}, got {reprlib.repr(value)}")
     try:
         return cls(**values, **given)

@@ -26,18 +26,30 @@ def ask(command: str, args: argparse.Namespace) -> None:
         question(args)
 
 
+def _import(name: str) -> None:
+    """An optional package, which has to work and not just to be there."""
+    try:
+        vision.torchvision() if name == "torchvision" else importlib.import_module(name)
+    except Exception as error:  # a library it cannot load, a version that does not go with another's
+        package = name.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
+            raise
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{package} is installed, but cannot be imported ({why}); install it again") from None
+
+
 def _vision(args: argparse.Namespace) -> None:
-    importlib.import_module("PIL.Image")  # torchvision does not say well that it is missing
-    vision.torchvision()
+    _import("PIL.Image")  # torchvision does not say well that it is missing
+    _import("torchvision")
 
 
 def _digits(args: argparse.Namespace) -> None:
-    importlib.import_module("sklearn.datasets")
+    _import("sklearn.datasets")
 
 
 def _tables(args: argparse.Namespace) -> None:
     if not args.json:
-        importlib.import_module("rich")
+        _import("rich")
 
 
 def _device(args: argparse.Namespace) -> None:

@@ -153,6 +153,7 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
     "pair too short": (changed(stride=[1]), r"ConvShape\.stride must be tuple"),
     "long value": (changed(dtype=["x" * 1_000_000]), r"ConvShape\.dtype must be str"),
     "facts incomplete": (document(facts={"arch": 90}), "missing 5 required"),
+    "a time without an end": (timed({**asdict(TIMING), "us": 9e99}).replace("9e+99", "1e999"), r"Timing\.us must be f"),
     "Triton as a number": (timed({**asdict(TIMING), "triton": 3.7}), r"Timing\.triton must be str"),
 }
 

@@ -358,3 +358,19 @@ def test_a_file_that_was_loaded_may_go(tmp_path: Path) -> None:
         model.fc.weight[0, 0] = 7
     assert model.fc.weight[0, 1] != 7
     copy.deepcopy(model).train()(torch.rand(2, 3, 32, 32)).sum().backward()
+
+
+def test_the_same_model_by_each_of_its_names() -> None:
+    """Also where there are more names than anybody could look at, or no end of them."""
+    state = state_of()
+    model = {"model": state}
+    data: Any = {"student": model, "teacher": model, "best": state}
+    for name in ("self", ""):
+        data[name] = data
+    for _ in range(64):  # twice as many names each time
+        data = {"a": data, "b": data}
+    file, way = saved(data), "a." * 32 + "b." * 32
+    for key in ("student.model", "teacher.model", "best", "self.teacher.model"):
+        assert holds(load(file, key=way + key), state)
+    with pytest.raises(ValueError, match=r"holds no ResNet with the key 'a.student', expected 'a.a"):
+        load(file, key="a.student")

@@ -71,6 +71,15 @@ def test_every_command_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, troub
                 ask.ask(command, args)
 
 
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(vision, "torchvision", broken)
+    with pytest.raises(ValueError, match=r"torchvision is installed, but cannot be imported \(operator .*install it"):
+        ask.ask("predict", Namespace(device="cpu"))
+
+
 def test_tables_in_json_need_no_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
     ask.ask("compare", Namespace(json=True))

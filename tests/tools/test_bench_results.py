@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import synthetic_results as synthetic
@@ -51,6 +52,10 @@ DAMAGE = {
     "another program's": (lambda text: '{"benchmarks": []}', 'no results of bench, expected an object with "format"'),
     "NaN": (lambda text: text.replace('"p50_s": ', '"p50_s": NaN, "a": ', 1), "not JSON .NaN is no number"),
     "another version": (lambda text: text.replace('"version": 3', '"version": 1'), "is of version 1, expected 3"),
+    "a time of nothing": (lambda text: re.sub('"p50_s": [^,]*', '"p50_s": 0', text, count=1), "a time of 0, expected"),
+    "a time in words": (lambda text: re.sub('"p50_s": [^,]*', '"p50_s": "1"', text, count=1), "a time of '1', exp"),
+    "no environment": (lambda text: re.sub('"environment": {[^}]*}', '"environment": null', text), "batch 8, envir"),
+    "a row twice": (lambda text: re.sub(r"(\n\{.suite.*)", r"\1,\1", text, count=1), "a row is there twice"),
     "a missing field": (lambda text: text.replace('"batch": 8, ', "", 1), "damaged, TypeError: .*'batch'"),
 }
 
@@ -115,11 +120,16 @@ COMPARED = {  # old rows, new rows, limits, and how the complaints end
     "other threads": ([row(environment=CPU)], [row(us=1.0, environment={**CPU, "threads": 9})], ["p50:+5%"],
                       ["measured on Synthetic CPU 9000, 2 threads before, on Synthetic CPU 9000, 9 threads now"]),
     "the same run": ([row()], [row()], ["p50:+5%"], ["ours: cannot be compared: both are the same measurement"]),
-    "no such metric": ([row()], [row(us=99.0)], ["peak_memory:+5%"], ["has peak_memory in both results"]),
+    "no such metric": ([row()], [row(us=99.0)], ["peak_memory:+5%"],
+                       ["has peak_memory in both results", "peak_memory cannot be compared: none before, none now"]),
     "a metric lost": ([row(peak_bytes=9), row(batch=9, peak_bytes=9)], [row(), row(batch=9, us=9.0, peak_bytes=9)],
                       ["peak_memory:+5%"], ["ours: peak_memory cannot be compared: 9 before, none now"]),
     "nothing before": ([row(peak_bytes=0)], [row(peak_bytes=9)], ["peak_memory:+5%"], ["compared: 0 before, 9 now"]),
-    "no alternative": ([row()], [row(us=99.0)], ["speedup:-5%"], ["no row of ours has speedup in both results"]),
+    "no alternative": ([row()], [row(us=99.0)], ["speedup:-5%"],
+                       ["has speedup in both results", "ours: speedup cannot be compared: none before, none now"]),
+    "an alternative for some": ([row(), row(batch=9), row("eager", batch=9)],
+                                [row(us=99.0), row(batch=9, us=99.0), row("eager", batch=9)], ["speedup:-50%"],
+                                ["ours: speedup cannot be compared: none before, none now"]),
 }  # fmt: skip
 
 
