@@ -82,16 +82,20 @@ class Program:
         codes = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
         return any((code.co_filename, code.co_name) == ours for code in codes)
 
+    def is_given_up(self) -> bool:
+        """Whether it compiles nothing more, for too many calls in a row have raised. Where kernels are required, it
+        goes on."""
+        return self.raised >= _LIMIT and self.options["kernels"] != "triton"
+
     def _count_error(self) -> None:
         """By itself torch.compile compiles nothing more for a function that has raised: have it go on. But not where
         `_LIMIT` calls in a row have raised, of which each waits for a compiler."""
         from torch._C._dynamo import eval_frame  # not above: it is torch.compile's to import what it needs first
 
         self.raised += 1
-        given_up = self.raised >= _LIMIT and self.options["kernels"] != "triton"
-        action = eval_frame._FrameAction.RUN_ONLY if given_up else eval_frame._FrameAction.DEFAULT
+        action = eval_frame._FrameAction.RUN_ONLY if self.is_given_up() else eval_frame._FrameAction.DEFAULT
         eval_frame.set_code_exec_strategy(self.code, eval_frame._FrameExecStrategy(action, action))
-        if given_up and self.raised == _LIMIT:
+        if self.is_given_up() and self.raised == _LIMIT:
             warnings.warn(
                 f"{_LIMIT} calls of {self.function.__name__} in a row have raised or did not compile, so what is not "
                 "compiled yet runs as it was written from now on; resnet_triton.refresh lets it be compiled again",
@@ -256,7 +260,7 @@ def describe(module: Any) -> str:
     its: Programs | None = vars(module).get("_triton_programs")
     if its is not None and (reason := its.given_up()) is not None:
         said.append(f"new calls run as written, for {reason}")
-    if any(program.raised >= _LIMIT for program in made(module)):
+    if any(program.is_given_up() for program in made(module)):
         said.append(f"what is not compiled yet runs as written, for {_LIMIT} calls in a row have raised")
     return f"cuda_graph={module._triton_options['cuda_graph']!r}; {'; '.join(said) or 'graphs: none'}"
 

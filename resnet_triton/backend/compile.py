@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -307,8 +308,6 @@ def _name(node: fx.Node, owners: Mapping[fx.Node, str | None]) -> str:
 
 def _refuse_last_compilation() -> None:
     """RuntimeError the last time that torch.compile compiles a function: what follows would run as written, unseen."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
     limit = torch._dynamo.config.recompile_limit
     compiled = _debug_get_cache_entry_list(InstructionTranslator.current_tx().f_code)
     if len(compiled) >= limit - 1:

@@ -536,6 +536,16 @@ def test_who_raises_at_each_call_is_not_compiled_each_time():
 
 
 @torch.no_grad()
+def test_who_requires_kernels_is_not_given_up_for_errors():
+    model, x = optimize(integral(lambdas(even, a=conv())), kernels="triton"), images()
+    for _ in range(programs._LIMIT):
+        with pytest.raises(ValueError, match="odd"):
+            model(x[..., 1:])
+    assert "runs as written" not in str(report(model, x.shape))
+    assert used(model, x)
+
+
+@torch.no_grad()
 def test_the_graphs_of_an_optimized_model(cuda):
     """Each model has graphs of its own; an edit of the model is never missed; `report` counts."""
     model, x = optimize(integral(Outer()), cuda_graph=True), images()
