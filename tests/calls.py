@@ -1,4 +1,4 @@
-"""A small call of every operator on random data, and what can be done with any call."""
+"""A small call of every operator, on random data or on integers, and what can be done with any call."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from exact import KERNELS, channels_last, depthwise_call, generator, grouped_call, integers, stem_call
 from torch import Tensor
 
 from resnet_triton import ops
@@ -55,6 +56,34 @@ def small(name: str, device: Any, dtype: torch.dtype = torch.float32, kernels: s
             return ops.AvgPoolLinear(x, randn(7, 4), randn(7), modes)
         case _:
             raise ValueError(name)
+
+
+def _data(*shape: int) -> Tensor:
+    return integers(generator(torch.device("cpu"), 1), 3, *shape, dtype=torch.float16)
+
+
+def _images(*shape: int) -> Tensor:
+    return channels_last(_data(*shape))
+
+
+def _grouped(make: Callable[..., ops.ConvBnRelu], *sizes: Any, **options: Any) -> ops.ConvBnRelu:
+    g = generator(torch.device("cpu"), 0)
+    return make(g, *sizes, ops.Geometry((2, 1), (1, 1), **options), torch.float16, residual=True)
+
+
+ON_INTEGERS: dict[str, Callable[[], Operation]] = {
+    "groups": lambda: _grouped(grouped_call, (1, 28, 9, 10), (28, 3, 3), groups=7),
+    "depthwise": lambda: _grouped(depthwise_call, (1, 24, 9, 10), (3, 3)),
+    "stem": lambda: stem_call(generator(torch.device("cpu"), 0), 1, 3, 20, 16, 64, torch.float16),
+    "linear": lambda: ops.Linear(_data(3, 300), _data(10, 300), _data(10), KERNELS),
+    "avg_pool_linear": lambda: ops.AvgPoolLinear(_data(2, 64, 2, 2), _data(10, 64), _data(10), KERNELS),
+    "max_pool": lambda: ops.MaxPool2d(_images(1, 8, 9, 9), *STEM_POOL, modes=KERNELS),
+    "max_pool of 28": lambda: ops.MaxPool2d(_images(1, 8, 5, 9), (4, 7), (2, 1), (1, 3), modes=KERNELS),
+    "add_relu": lambda: ops.AddRelu(_images(1, 8, 9, 9), _images(1, 8, 9, 9), KERNELS),
+    "global_avg_pool": lambda: ops.GlobalAvgPool(_images(2, 8, 4, 4), KERNELS),
+    "global_avg_pool, narrow": lambda: ops.GlobalAvgPool(_images(1, 24, 8, 9), KERNELS),
+}
+"""Calls in fp16 whose answers are exact."""
 
 
 def with_tensors(call: Any, change: Callable[[Tensor], Tensor]) -> Any:

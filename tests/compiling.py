@@ -6,12 +6,16 @@ They are forks of one process, which has imported what nearly all of them need: 
 from __future__ import annotations
 
 import atexit
+import base64
 import functools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +23,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from resnet_triton.codegen import CompiledLaunch
+from resnet_triton.codegen import CompiledLaunch, specialise
+from resnet_triton.kernels.launch import Launch
 from resnet_triton.machine_code import Code
 
 TRITON = tuple(map(int, version("triton").split(".")[:2])) if find_spec("triton") else (0, 0)
@@ -77,6 +82,29 @@ def run(script: str, *arguments: str) -> str:
         out, err = (path.read_text() for path in outputs)
     assert code == "0\n", f"exit code {code.strip() or 'unknown'}: {out[-2000:]}{err[-2000:]}"
     return out
+
+
+PTX = """
+import base64, json, pickle, sys
+from resnet_triton import codegen
+sys.path[:0] = sys.argv[3:]
+sources = pickle.loads(base64.b64decode(sys.argv[2]))
+print(json.dumps([codegen.triton_compile(source, int(sys.argv[1])).asm["ptx"] for source in sources]))
+"""
+
+
+def seen_by_compilers(launch: Launch) -> Launch:
+    """The launch of a kernel as a compiler sees it, also where it is interpreted."""
+    from triton.runtime.jit import JITFunction
+
+    kernel = launch.kernel
+    return launch if hasattr(kernel, "params") else replace(launch, kernel=JITFunction(kernel.fn))
+
+
+def ptx(launches: Sequence[Launch], arch: int, *folders: str) -> list[str]:
+    """What launches that compilers have seen compile to. Their kernels may be in modules of these folders."""
+    sources = pickle.dumps([specialise(launch) for launch in launches])
+    return json.loads(run(PTX, str(arch), base64.b64encode(sources).decode(), *folders))
 
 
 def environ() -> dict[str, str]:

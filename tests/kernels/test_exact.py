@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import random
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -39,19 +39,18 @@ from exact import (
     run,
     run_conv,
 )
+from layers import Layer, layers, small, steps, tiles_written
 from torch import Tensor
 
-from resnet_triton import config, ops, resnet18
+from resnet_triton import config, ops
 from resnet_triton.config import ConvConfig, ConvShape, is_legal, supports_descriptors
 from resnet_triton.config import tiles as grid_size
 from resnet_triton.config.device import facts
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.conv_depthwise import conv_depthwise
-from resnet_triton.kernels.launch import cdiv
-from resnet_triton.kernels.values import ACTIVATIONS, groups_at_once, is_flat
+from resnet_triton.kernels.values import ACTIVATIONS, groups_at_once
 from resnet_triton.ops import NONE, RELU, Activation, BatchNorm, ConvBnRelu, Geometry, dispatch, reference
 from resnet_triton.ops.dispatch import Modes
-from resnet_triton.ops.trace import trace
 
 INF, NAN = float("inf"), float("nan")
 PATHS = {
@@ -67,93 +66,13 @@ ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 SPECIAL_VALUES = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def steps(shape: ConvShape, chosen: ConvConfig) -> int:
-    """Products of tiles in one program: what a program costs in the interpreter."""
-    if chosen.box is None and is_flat(shape.c):
-        main = cdiv(shape.c * shape.r * shape.s, chosen.block_c)
-    else:
-        main = shape.r * shape.s * cdiv(shape.c, chosen.block_c)
-    return main + cdiv(shape.shortcut_c, chosen.block_c)
-
-
 # --- ResNet-18's convolutions ----------------------------------------------------------------------------------------
 
 
-class Layer(NamedTuple):
-    """One of ResNet-18's convolutions and a configuration that the lookup chooses for it."""
-
-    name: str
-    shape: ConvShape
-    chosen: ConvConfig
-
-    def __str__(self) -> str:
-        box = "x".join(map(str, self.chosen.box)) if self.chosen.box else "pointer"
-        box += f"-split{self.chosen.split_k}" * (self.chosen.split_k > 1)
-        tile = f"{self.chosen.block_m}x{self.chosen.block_k}x{self.chosen.block_c}"
-        precision = f"-{self.shape.precision}" if self.shape.dtype == "float32" else ""
-        return f"{self.shape.dtype}{precision}-{self.name}-n{self.shape.n}-{tile}-{box}"
-
-
 @functools.cache
-def resnet18_convolutions() -> list[tuple[str, ConvShape]]:
-    traced = trace(resnet18().eval(), (1, 3, 224, 224))
-    stem = traced[0].ours
-    assert isinstance(stem, ops.Stem)
-    return [("conv1", stem.convolution(stem.x).shape)] + [  # as GPUs without descriptors run it
-        (c.name, c.shape) for c in traced if c.operator == "conv_bn_relu"
-    ]
-
-
-def layers() -> list[Layer]:
-    """Every distinct (layer, configuration) at eleven batch sizes, with descriptors (sm_90) and without (sm_80).
-
-    Not those in Gluon: see `test_hopper_conv.py`.
-
-    Float16 and bfloat16 are tiled alike: the interpreter takes them in turns, a GPU both. fp32 is tested at four sizes,
-    in the interpreter only with tiles that the others do not have.
-    """
-    gpu = torch.cuda.is_available()
-    halves = [("float16", "ieee"), ("bfloat16", "ieee")]
-    found: dict[Any, Layer] = {}
-    for arch in (90, 80):
-        for batch in (1, 8, 32, 128, 256, 2, 3, 7, 33, 64, 129):
-            for i, (name, shape) in enumerate(resnet18_convolutions()):
-                turn = (i + batch.bit_length()) % 2
-                numbers = halves if gpu else [halves[turn]]
-                singles = [("float32", "tf32"), ("float32", "ieee")] if batch in (1, 8, 32, 128) else []
-                for dtype, precision in (*numbers, *singles):
-                    shape = replace(shape, n=batch, dtype=dtype, precision=precision)
-                    chosen = config.lookup(shape, replace(KNOWN[arch], gluon=False))
-                    kind = replace(shape, n=min(batch, 2))  # one image has views of its own
-                    kind = kind if gpu else replace(kind, dtype="", precision="")
-                    found.setdefault((kind, chosen), Layer(name, shape, chosen))
-    return list(found.values())
-
-
-def small(shape: ConvShape, chosen: ConvConfig) -> ConvShape:
-    """The layer on smaller images, and fewer: just over whole tiles, so that the last is ragged."""
-    if chosen.box is None:
-        n, p, q = cdiv(chosen.block_m + 1, 35), 5, 7
-    else:
-        p, q, n = chosen.box[0] + 1, 2 * chosen.box[1] + 1, chosen.box[2] + 1  # fewer rows of tiles
-        n = 1 if shape.n == 1 else n
-        if n * p * q * shape.c * shape.k > 3e7:
-            n = min(n, 3)  # one ragged tile of images: the reference takes its time, too
-    return replace(shape, n=n, h=p * shape.stride[0], w=q * shape.stride[1])
-
-
-def tiles_written(written: Tensor, chosen: ConvConfig) -> int:
-    """How many tiles of the output were written; each has to be written completely or not at all."""
-    n, k, p, q = (torch.arange(size) for size in written.shape)
-    if chosen.box is None:
-        pixels = torch.arange(len(n) * len(p) * len(q)).reshape(len(n), 1, len(p), len(q)) // chosen.block_m
-    else:
-        rows, columns, images = chosen.box
-        pixels = ((n // images)[:, None, None, None] * 1000 + (p // rows)[:, None]) * 1000 + q // columns
-    tiles = pixels * 1000 + (k // chosen.block_k)[:, None, None]
-    touched = set(tiles[written].tolist())
-    assert not touched & set(tiles[~written].tolist())
-    return len(touched)
+def cases() -> list[Layer]:
+    """At eleven batch sizes, with descriptors (sm_90) and without (sm_80); `test_hopper_conv.py` has those in Gluon."""
+    return layers((90, 80), (1, 8, 32, 128, 256, 2, 3, 7, 33, 64, 129), every_dtype=torch.cuda.is_available())
 
 
 def is_soon_done(layer: Layer) -> bool:
@@ -163,7 +82,7 @@ def is_soon_done(layer: Layer) -> bool:
 
 @pytest.mark.parametrize(
     "layer",
-    [pytest.param(x, id=str(x), marks=() if is_soon_done(x) else pytest.mark.slow) for x in layers()],
+    [pytest.param(x, id=str(x), marks=() if is_soon_done(x) else pytest.mark.slow) for x in cases()],
 )
 def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
     shape, chosen = layer.shape, layer.chosen
@@ -189,9 +108,9 @@ def test_resnet18_layer(device: torch.device, layer: Layer) -> None:
 
 
 def test_layers_cover_what_they_claim() -> None:
-    cases = layers()
-    assert {layer.chosen.kernel for layer in cases} == {"conv_pointer", "conv_box"}
-    assert {(s.c, s.k, s.r, s.stride[0], s.residual, s.shortcut_c) for _, s, _ in cases} == {
+    found = cases()
+    assert {layer.chosen.kernel for layer in found} == {"conv_pointer", "conv_box"}
+    assert {(s.c, s.k, s.r, s.stride[0], s.residual, s.shortcut_c) for _, s, *_ in found} == {
         (3, 64, 7, 2, False, 0),
         *((c, c, 3, 1, residual, 0) for c in (64, 128, 256, 512) for residual in (False, True)),
         *((c // 2, c, 3, 2, False, 0) for c in (128, 256, 512)),

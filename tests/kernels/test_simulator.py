@@ -1,12 +1,9 @@
 """The kernels' compiled PTX, executed on a CPU and judged (`tests/simulator/`), and faults that it has to find."""
 
-import base64
 import functools
 import itertools
-import json
 import math
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -23,16 +20,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from compiling import TRITON, oldest, run
+from calls import ON_INTEGERS
+from compiling import TRITON, oldest, ptx, seen_by_compilers
 from exact import (
     KERNELS,
     channels_last,
     conv_call,
     conv_reference,
-    depthwise_call,
     depthwise_tiled,
     generator,
-    grouped_call,
     integers,
     plan,
     rounded,
@@ -42,10 +38,8 @@ from exact import (
 from simulator import CHECKS, Unknown, simulate
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime.jit import JITFunction
 
 from resnet_triton import ops
-from resnet_triton.codegen import specialise
 from resnet_triton.config import ConvConfig, ConvShape, is_legal
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.avg_pool_linear import avg_pool_linear
@@ -53,7 +47,6 @@ from resnet_triton.kernels.conv_bn_relu import conv_bn_relu
 from resnet_triton.kernels.hopper_stem import hopper_stem
 from resnet_triton.kernels.launch import Launch
 from resnet_triton.kernels.values import Convolution
-from resnet_triton.ops.stem import STEM_POOL
 
 FACTS = """
 from triton.experimental import gluon
@@ -101,13 +94,6 @@ def move(x_desc, y_desc, row, column):
     async_store(y_desc, [row + 2, column], box)
     tma.store_wait(0)
 """
-COMPILE = """
-import base64, json, pickle, sys
-from resnet_triton import codegen
-sys.path.insert(0, sys.argv[1])
-sources = pickle.loads(base64.b64decode(sys.argv[2]))
-print(json.dumps([codegen.triton_compile(source, 90).asm["ptx"] for source in sources]))
-"""
 CPU = torch.device("cpu")
 PADDED = {"r": 3, "s": 3, "padding": (1, 1)}
 
@@ -122,10 +108,7 @@ class Case:
 
     def __post_init__(self) -> None:
         """As a compiler sees the kernels, also where they are interpreted."""
-        self.launches = [
-            launch if hasattr(launch.kernel, "params") else replace(launch, kernel=JITFunction(launch.kernel.fn))
-            for launch in self.launches
-        ]
+        self.launches = [seen_by_compilers(launch) for launch in self.launches]
 
 
 def conv(shape: ConvShape, config: ConvConfig, programs: int = 2, legal: bool = True) -> Case:
@@ -158,19 +141,15 @@ def call(made: ops.Operation) -> Case:
 
 def infinite_group() -> Case:
     """Beside it sums are not numbers at first."""
-    geometry = ops.Geometry((2, 1), (1, 1), groups=7)
-    made = grouped_call(generator(CPU, 0), (1, 28, 9, 10), (28, 3, 3), geometry, torch.float16, residual=True)
+    made: Any = ON_INTEGERS["groups"]()
     made.weight[4:8] = made.batch_norm.bn_weight[4:8] = 1
     made.x[0, 5, 4, 4] = math.inf
     return call(made)
 
 
 def depthwise(rows: int, block_c: int) -> Case:
-    made = depthwise_call(
-        generator(CPU, 0), (1, 24, 9, 10), (3, 3), ops.Geometry((2, 1), (1, 1)), torch.float16, residual=True
-    )
     with depthwise_tiled(rows, block_c):
-        return call(made)
+        return call(ON_INTEGERS["depthwise"]())
 
 
 def dependent_head() -> Case:
@@ -233,18 +212,11 @@ CASES = {
     "conv_pointer by wgmma": lambda: conv(ConvShape(1, 32, 10, 12, 64, **PADDED), ConvConfig(64, 64, 32, 4, 3)),
     "conv_pointer of groups": lambda: infinite_group(),
     "conv_depthwise": lambda: depthwise(4, 64),
-    "stem": lambda: call(stem_call(generator(CPU, 0), 1, 3, 20, 16, 64, torch.float16)),
-    "linear": lambda: call(ops.Linear(data(3, 300), data(10, 300), data(10), KERNELS)),
-    "avg_pool_linear": lambda: call(ops.AvgPoolLinear(data(2, 64, 2, 2), data(10, 64), data(10), KERNELS)),
     "avg_pool_linear, dependent": lambda: dependent_head(),
-    "max_pool": lambda: call(ops.MaxPool2d(channels_last(data(1, 8, 9, 9)), *STEM_POOL, modes=KERNELS)),
-    "max_pool of 28": lambda: call(
-        ops.MaxPool2d(channels_last(data(1, 8, 5, 9)), (4, 7), (2, 1), (1, 3), modes=KERNELS)
-    ),
-    "add_relu": lambda: call(ops.AddRelu(channels_last(data(1, 8, 9, 9)), channels_last(data(1, 8, 9, 9)), KERNELS)),
-    "global_avg_pool": lambda: call(ops.GlobalAvgPool(channels_last(data(2, 8, 4, 4)), KERNELS)),
-    "global_avg_pool, narrow": lambda: call(ops.GlobalAvgPool(channels_last(data(1, 24, 8, 9)), KERNELS)),
 }  # fmt: skip
+CASES |= {
+    name: lambda make=make: call(make()) for name, make in ON_INTEGERS.items() if name not in ("groups", "depthwise")
+}
 RACE = "conv_box as it was"
 """Its pixels are rows of a product and come through registers."""
 
@@ -299,10 +271,9 @@ def compiled() -> dict[str, list[str]]:
         name: make().launches
         for name, make in {**CASES, RACE: raced, "planted in": planted_in, **PRODUCTS, **moves}.items()
     }
-    sources = pickle.dumps([specialise(launch) for launches in made.values() for launch in launches])
     with TemporaryDirectory() as folder:
         Path(folder, "facts.py").write_text(FACTS)
-        texts = iter(json.loads(run(COMPILE, folder, base64.b64encode(sources).decode())))
+        texts = iter(ptx([launch for launches in made.values() for launch in launches], 90, folder))
     return {name: [next(texts) for _ in launches] for name, launches in made.items()}
 
 

@@ -1,4 +1,4 @@
-"""Executes the PTX that a launch compiles to for sm_90, on a CPU, and judges how its parts wait for each other.
+"""Executes the PTX that a launch compiles to, for sm_80 and later, and judges how its parts wait for each other.
 
 It knows of no kernel: names, parameters and tensor maps come from the launch and the PTX, and what it has no meaning
 for is an error, never skipped. Values are exact on integers. The order of events is judged for all orders at once

@@ -27,8 +27,9 @@ class Operation(NamedTuple):
     sources: list[str]
 
 
-TABLE: dict[str, Operation] = {}
-_KINDS = {"p": "pred", "n": "u32", "b": "b32", "h": "b16", "f": "f32"}
+TABLE: dict[tuple[str, int], Operation] = {}
+"""By opcode and number of sources."""
+_KINDS = {"p": "pred", "n": "u32", "b": "b32", "h": "b16", "f": "f32", "d": "b64"}
 
 
 def _define(signature: str, types: str, operations: dict[str, Callable[..., Array]]) -> None:
@@ -38,7 +39,7 @@ def _define(signature: str, types: str, operations: dict[str, Callable[..., Arra
         kinds = {**_KINDS, "t": t, "w": t[0] + {"16": "32", "32": "64"}.get(t[1:], "")}
         result, *sources = (kinds[letter] for letter in signature)
         for name, compute in operations.items():
-            TABLE[f"{name}.{t}"] = Operation(compute, result, sources)
+            TABLE[f"{name}.{t}", len(sources)] = Operation(compute, result, sources)
 
 
 def from_bf16(a: Array) -> Array:
@@ -115,6 +116,19 @@ def _maximum(a: Array, b: Array) -> Array:
     return np.where((a == 0) & (b == 0), a + b, np.maximum(a, b)).astype(a.dtype)
 
 
+def _fma(a: Array, b: Array, c: Array) -> Array:
+    return a.astype(np.float64) * b + c
+
+
+def _of_pairs(compute: Callable[..., Array], *pairs: Array) -> Array:
+    """On two fp32 values in each register of 64 bits."""
+    return compute(*(pair.copy().view(np.float32) for pair in pairs)).astype(np.float32).view(np.uint64)
+
+
+def _bf16_pairs(*pairs: Array) -> list[Array]:
+    return [from_bf16(pair.copy().view(np.uint16)) for pair in pairs]
+
+
 def _shuffle(how: str, a: Array, by: Array, clamp: Array, members: Array) -> Array:
     """Between the lanes of a warp, all of them."""
     if (clamp != 31).any() or (members != 0xFFFFFFFF).any():
@@ -133,6 +147,7 @@ INTEGERS = "s16 u16 s32 u32 s64 u64"
 _INF = np.float32(np.inf)
 COMPARE = {f"setp.{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 SUMS = {"add": np.add, "sub": np.subtract}
+PRODUCT_OR_SUM = {**SUMS, "mul": np.multiply}
 
 _define("ptt", INTEGERS + " b16 b32 b64", COMPARE)
 _define("ttt", "b16 b32 b64 pred", {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor})
@@ -142,6 +157,7 @@ _define("ttt", INTEGERS, {**SUMS, "mul.lo": np.multiply, "min": np.minimum, "max
 _define("ttt", "s16 u16 s32 u32 s64", {"div": _divide, "rem": lambda a, b: a - _divide(a, b) * b})
 _define("tttt", INTEGERS, {"mad.lo": lambda a, b, c: a * b + c})
 _define("ttt", "s16 u16 s32 u32", {"mul.hi": lambda a, b: _wide(a) * _wide(b) >> 8 * a.itemsize})
+_define("ttt", "u64", {"mul.hi": lambda a, b: (a.astype(object) * b.astype(object) >> 64).astype(np.uint64)})
 _define("wtt", "s16 u16 s32 u32", {"mul.wide": lambda a, b: _wide(a) * _wide(b)})
 _define("wttw", "s16 u16 s32 u32", {"mad.wide": lambda a, b, c: _wide(a) * _wide(b) + c})
 _define("tt", " ".join(TYPES), {"mov": lambda a: a})
@@ -153,11 +169,18 @@ _define("tttn", "b32", {"shf.l.wrap": _funnel})
 _define("ttnnn", "b32", {f"shfl.sync.{how}": partial(_shuffle, how) for how in ("idx", "bfly")})
 _define("ttn", "s32 u32", {"redux.sync.min": partial(_reduce, np.min), "redux.sync.max": partial(_reduce, np.max)})
 
-_define("ttt", "f16 f32", {**SUMS, "mul": np.multiply, "max.NaN": _maximum})
+_define("ttt", "f16 f32", {**PRODUCT_OR_SUM, "max.NaN": _maximum})
 _define("ttt", "f32", {"add.rn": np.add, "div.rn": np.divide, "div.full": lambda a, b: np.nextafter(a / b, _INF)})
-_define("tttt", "f32", {"fma.rn": lambda a, b, c: a.astype(np.float64) * b + c})
+_define("tttt", "f32", {"fma.rn": _fma})
 _define("tt", "s16 s32 s64 f32", {"neg": np.negative})
 _define("tt", "f32", {"sqrt.rn": np.sqrt, "abs": np.abs, "ex2.approx": np.exp2, "ex2.approx.ftz": np.exp2})
+_define("tttt", "f32", {"max.NaN": lambda a, b, c: _maximum(_maximum(a, b), c)})
+_define("hhh", "bf16", {"max.NaN": lambda a, b: to_bf16(_maximum(from_bf16(a), from_bf16(b)))})
+_define("bbb", "bf16x2", {"max.NaN": lambda a, b: to_bf16(_maximum(*_bf16_pairs(a, b))).view(np.uint32)})
+_define(
+    "ddd", "f32x2", {f"{name}{rn}": partial(_of_pairs, f) for name, f in PRODUCT_OR_SUM.items() for rn in ("", ".rn")}
+)
+_define("dddd", "f32x2", {"fma.rn": partial(_of_pairs, _fma)})
 _define("ptt", "f16 f32", {**COMPARE, "setp.nan": lambda a, b: np.isnan(a) | np.isnan(b)})
 _define("ptt", "f32", {"setp.num": lambda a, b: ~(np.isnan(a) | np.isnan(b))})
 _define("bbb", "f16x2", {"max.NaN": lambda a, b: _maximum(a.view(np.float16), b.view(np.float16)).view(np.uint32)})
@@ -165,8 +188,11 @@ _define("bbb", "s16x2 u16x2", {"add": lambda a, b: (a.view(np.uint16) + b.view(n
 
 for t in (SIZED := "s8 u8 " + INTEGERS).split():
     _define("ft", t, {"cvt.rn.f32": lambda a: a.astype(np.float32)})
-    TABLE |= {f"cvt.{t}.{source}": Operation(partial(_cast, t), t, [source]) for source in SIZED.split()}
+    TABLE |= {(f"cvt.{t}.{source}", 1): Operation(partial(_cast, t), t, [source]) for source in SIZED.split()}
 _define("ht", "f32", {"cvt.rn.f16": to_f16, "cvt.rn.bf16": to_bf16})
 _define("btt", "f32", {"cvt.rn.f16x2": partial(_pack, to_f16), "cvt.rn.bf16x2": partial(_pack, to_bf16)})
 _define("fh", "f16", {"cvt.f32": lambda a: a.view(np.float16)})
 _define("fh", "bf16", {"cvt.f32": from_bf16})
+for t, wide in (("f16", lambda a: a.view(np.float16).astype(np.float32)), ("bf16", from_bf16)):
+    _define("fhf", t, {"add.rn.f32": lambda a, c, wide=wide: wide(a) + c})
+    _define("fhhf", t, {"fma.rn.f32": lambda a, b, c, wide=wide: _fma(wide(a), wide(b), c)})

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import tensor_memory
 from .arithmetic import TABLE, TYPES, Array, Operation
 from .judge import GRID, Agent, Barrier, learn
 from .machine import Machine, Row, Step, Strand, Work
@@ -17,7 +18,21 @@ from .ptx import Instruction, Kernel, Unknown
 MAPS = 1 << 20
 """Address of the first parameter, which a tensor map is known by; the others follow."""
 _SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
-_NO_RESULT = ("st", "cp", "mbarrier", "bar", "barrier", "bra", "brx", "ret", "fence", "wgmma", "setmaxnreg", "stmatrix")
+_NO_RESULT = (
+    "st",
+    "cp",
+    "mbarrier",
+    "bar",
+    "barrier",
+    "bra",
+    "brx",
+    "ret",
+    "fence",
+    "wgmma",
+    "setmaxnreg",
+    "stmatrix",
+    "tcgen05",
+)
 
 
 class Address(NamedTuple):
@@ -59,8 +74,8 @@ class Decoder:
             if match := re.fullmatch(pattern, i.op):
                 run = functools.partial(function, **match.groupdict())
                 return functools.partial(_guarded, args=args, run=run, takes=takes, guard=guard)
-        operation = TABLE.get(i.op)
-        if operation is None or guard or len(args) != 1 + len(operation.sources):
+        operation = TABLE.get((i.op, len(args) - 1))
+        if operation is None or guard:
             raise Unknown(f"{self.kernel.name}, {i.place}")
         return functools.partial(compute, args=args, operation=operation)
 
@@ -112,7 +127,7 @@ def pack(s: Strand, args: Any, width: str) -> None:
 
 def compare_halves(s: Strand, args: Any) -> None:
     halves = [s.get(x, "b32").copy().view(np.float16).reshape(-1, 2) for x in args[1:]]
-    for into, result in zip(args[0], TABLE["setp.nan.f16"].compute(*halves).T, strict=True):
+    for into, result in zip(args[0], TABLE["setp.nan.f16", 2].compute(*halves).T, strict=True):
         s.put(into, "pred", result)
 
 
@@ -189,11 +204,16 @@ def move(s: Strand, args: Any, lanes: Array, way: str, space: str, t: str) -> No
     rows = values if isinstance(values, list) else [values]
     memory, at = locate(s, address, lanes, space)
     size = np.dtype(TYPES[t]).itemsize * len(rows)
-    inside = memory.access(s.agent(lanes), at, size, "writes" if way == "st" else "reads")
-    places, lanes = at[inside, None] + np.arange(size), lanes[inside]
     if way == "st":
-        memory.bytes[places] = np.stack([s.get(row, t) for row in rows], 1).view(np.uint8)[lanes]
+        data, same = np.stack([s.get(row, t) for row in rows], 1).view(np.uint8)[lanes], None
+        if space == "shared":
+            there = np.clip(at, 0, len(memory.bytes) - size)[:, None] + np.arange(size)
+            same = (memory.bytes[there] == data).all(1)
+        inside = memory.access(s.agent(lanes), at, size, "writes", same)
+        memory.bytes[at[inside, None] + np.arange(size)] = data[inside]
     else:
+        inside = memory.access(s.agent(lanes), at, size, "reads")
+        places, lanes = at[inside, None] + np.arange(size), lanes[inside]
         for row, column in zip(rows, memory.bytes[places].view(TYPES[t]).T, strict=True):
             s.put(row, t, column, lanes)
 
@@ -397,6 +417,10 @@ def multiply_at_once(s: Strand, args: Any, kind: str) -> None:
         s.put(into, "f32", total[:, row[:32], column[:32]].reshape(-1) + s.get(old, "f32"))
 
 
+def commit_products(s: Strand, args: Any, lane: int) -> None:
+    tensor_memory.commit(s, barrier_at(s, shared_at(s, args[0], lane), lane // 32, "arrives"), lane)
+
+
 _KIND = r"(?P<kind>f16|bf16|tf32)\.(?P=kind)"
 INSTRUCTIONS: list[Any] = [
     # The lanes that a guard lets through, or "each" of them in turn; the others act as a whole or not at all.
@@ -433,4 +457,14 @@ INSTRUCTIONS: list[Any] = [
     (r"wgmma\.wait_group\.sync\.aligned", lambda s, args: s.end("product", args[0], ["product"])),
     (rf"wgmma\.mma_async\.sync\.aligned\.(?P<shape>m64n(?P<n>\d+)k\d+\.f32)\.{_KIND}", multiply),
     (rf"mma\.sync\.aligned\.m16n8k(16|8)\.row\.col\.f32\.{_KIND}\.f32", multiply_at_once),
+    (r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared\.b32", tensor_memory.allocate, "lanes"),
+    (
+        r"tcgen05\.(relinquish_alloc_permit\.cta_group::1|wait::(ld|st))\.sync\.aligned",
+        lambda s, args, lanes: None,
+        "lanes",
+    ),
+    (r"tcgen05\.dealloc\.cta_group::1\.sync\.aligned\.b32", tensor_memory.free, "lanes"),
+    (r"tcgen05\.(?P<way>ld|st)\.sync\.aligned\.(32x32b|(?P<halves>16x32bx2))\.x\d+\.b32", tensor_memory.move, "lanes"),
+    (r"tcgen05\.mma\.cta_group::1\.kind::(?P<kind>f16|tf32)", tensor_memory.multiply, "each"),
+    (r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(\.shared::cluster)?\.b64", commit_products, "each"),
 ]

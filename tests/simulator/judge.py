@@ -86,8 +86,11 @@ class Memory:
         self.reads: dict[tuple[int, ...], Array] = {}
         self.newest: dict[tuple[int, ...], int] = {}
 
-    def access(self, agent: Agent, at: Array, size: int, verb: str) -> Array:
-        """Judge an access of some bytes at each of some places, and say which are within this memory."""
+    def access(self, agent: Agent, at: Array, size: int, verb: str, same: Array | None = None) -> Array:
+        """Judge an access of some bytes at each of some places, and say which are within this memory.
+
+        Where it writes the `same` as is there, another warp may just have done so: of a vector that several hold.
+        """
         inside = (at >= 0) & (at + size <= len(self.bytes)) & ((self.base + at) % size == 0)
         last = np.clip(at, 0, len(self.bytes) - size) + size - 1
         inside &= self.covered[last] & self.covered[last - size + 1]
@@ -98,7 +101,7 @@ class Memory:
             return inside
         row = np.broadcast_to(agent.row, at.shape)[inside]
         units = at[inside, None] // self.unit + np.arange(max(size // self.unit, 1))
-        self._after_writes(agent, units, row[:, None], verb)
+        self._after_writes(agent, units, row[:, None], verb, None if same is None else same[inside, None])
         if verb in WRITES:
             self._after_reads(agent, units, row[:, None], verb)
             values = np.array([(components[0], value) for components, value in agent.epochs])[row]
@@ -111,12 +114,14 @@ class Memory:
                 self.newest[components] = value
         return inside
 
-    def _after_writes(self, agent: Agent, units: Array, row: Array, verb: str) -> None:
+    def _after_writes(self, agent: Agent, units: Array, row: Array, verb: str, same: Array | None) -> None:
         """Whoever wrote there did so before."""
         writer, written = self.writer[units], self.written[units]
         late = agent.clock[row, agent.proxy, writer] < written
         if late.any() and verb in WRITES:
             late &= writer != NEVER
+        if late.any() and same is not None:
+            late &= ~(same & np.array([kind == "warp" for kind, _ in self.judge.components])[writer])
         if not late.any():
             return
         first = np.unravel_index(np.argmax(late), late.shape)
@@ -146,9 +151,10 @@ class Memory:
 
 @dataclass
 class Phase:
-    """Of a barrier: who has arrived in it, and what they knew."""
+    """Of a barrier: who has arrived in it, what had happened then, and what of that they tell who waits."""
 
     pending: int
+    past: Array
     clock: Array
     arrivals: list[tuple[int, int]] = field(default_factory=list)  # (component, value) of each
     expected: int = 0
@@ -162,7 +168,7 @@ class Barrier:
 
     def __init__(self, judge: Judge, name: str, count: int, loads: int, base: int) -> None:
         self.judge, self.name, self.count, self.loads, self.base = judge, name, count, loads, base
-        self.phases = [Phase(count, np.zeros((2, judge.size), np.int32))]
+        self.phases = [Phase(count, *np.zeros((2, 2, judge.size), np.int32))]
 
     @property
     def current(self) -> int:
@@ -180,13 +186,17 @@ class Barrier:
                 text = f"{verb} at {self.name} of count {self.count}, maybe in the phase before"
                 self.judge.report("count", place, text)
 
-    def arrive(self, clock: Array, component: int, place: str, expected: int = 0, count: int = 1) -> None:
+    def arrive(
+        self, clock: Array, component: int, place: str, expected: int = 0, count: int = 1, knows: Array | None = None
+    ) -> None:
+        """Whoever waits learns what is known here, or `knows` alone."""
         self._sure(clock, place, "arrives")
         phase = self.phases[-1]
         phase.expected += expected
         phase.pending -= count
         phase.arrivals.append((component, int(clock[0, component])))
-        learn(phase.clock, clock)
+        learn(phase.past, clock)
+        learn(phase.clock, clock if knows is None else knows)
         clock[0, component] += 1
         if phase.pending < 0:
             self.judge.report("count", place, f"arrives at {self.name} beyond its count of {self.count}")
@@ -212,9 +222,9 @@ class Barrier:
             phase = self.phases[-1]
             phase.clock[:, self.loads] = self.base + len(self.phases)
             for component, value, place in phase.waits:
-                if phase.clock[0, component] < value:
+                if phase.past[0, component] < value:
                     self._passed(place, self.current - 1)
-            self.phases.append(Phase(self.count, np.zeros_like(phase.clock)))
+            self.phases.append(Phase(self.count, np.zeros_like(phase.clock), np.zeros_like(phase.clock)))
 
     def _passed(self, place: str, number: int) -> None:
         text = f"waits for phase {number} of {self.name}, but phase {number + 1} may complete before it looks"

@@ -81,10 +81,11 @@ class Strand:
         self.expect((targets == targets[:, :1]).all(), "lanes of a warp that stay together")
         same = int(np.argmax(np.append(targets[:, 0], -1) != targets[0, 0]))
         if same < self.warps:
-            running = any(map(any, self.groups.values()))
+            running = self.sums or any(self.groups["bulk"])
             self.expect(not running, "warps that stay together while a product or store of theirs runs")
             other = Strand(self.program, self.first + same, self.last, self.pc)
             other.unfenced, other.closed = set(self.unfenced), dict(self.closed)
+            other.groups["copy"] = [list(group) for group in self.groups["copy"]]  # each waits for its own
             self.program.strands.append(other)
             self.take(self.first, self.first + same)
             other.part(targets[same:])
@@ -147,6 +148,8 @@ class Strand:
         if self.machine.rng is None:
             work.finish()
             work = work._replace(finish=lambda: None)
+        else:
+            work = work._replace(finish=functools.cache(work.finish))  # once, whichever strand waits for it
         self.groups[kind][-1].append(work)
 
     def close(self, kind: str) -> None:
@@ -190,6 +193,7 @@ class Program:
         self.views["u32"][: len(first)] = np.stack(np.broadcast_arrays(*first))
         data = machine.noise.integers(0, 256, SHARED + SHARED_BYTES, np.uint8)
         self.shared = Memory(judge, "shared memory", data, 0, 2, np.arange(len(data)) >= SHARED, NEVER)
+        self.tensor: Any = None  # its tensor memory, once it has some: see `tensor_memory.py`
         self.barriers: dict[int, Barrier] = {}  # mbarriers by address, and those of bar.sync by number
         self.retired: dict[int, Barrier] = {}
         self.loads: list[Callable[[], None]] = []  # those that have not landed
@@ -226,7 +230,7 @@ class Program:
                 return
         for barrier in self.retired.values():
             last = max((number for number, phase in enumerate(barrier.phases) if phase.issued), default=-1)
-            if self.clocks[:, 0, barrier.loads].max() <= barrier.base + last:
+            if last >= 0 and self.clocks[:, 0, barrier.loads].max() <= barrier.base + last:
                 self.machine.judge.report("arrival", self.name, f"ends while a load at {barrier.name} may be under way")
 
     def _advance(self, strand: Strand) -> bool:
