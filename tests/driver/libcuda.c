@@ -14,6 +14,7 @@ typedef void (*Launch)(CUfunction, const char *, const unsigned *, CUstream, uns
 /* Of the runtime beside it, if there is one: `software_gpu/runtime.cpp`. */
 __attribute__((weak)) CUcontext *software_context(void);
 __attribute__((weak)) int software_spoils(void);
+__attribute__((weak)) int cudaDeviceGetAttribute(int *, int, int); // whose names have the same numbers
 __attribute__((weak)) int cudaStreamCreateWithPriority(CUstream *, unsigned, int);
 
 static Encode encode;
@@ -72,6 +73,8 @@ CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute name, int va
 }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute name, CUdevice device) {
+  if (cudaDeviceGetAttribute)
+    return cudaDeviceGetAttribute(value, name, device);
   *value = name == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 227 << 10
            : name == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR        ? 9
                                                                          : 0;

@@ -140,6 +140,7 @@ PLANTED: dict[str, tuple[int, str, Callable[[str], str]]] = {
     "sums read before they are summed": (100, "release", no_wait("tcgen05.ld")),
     "products of what has not arrived": (100, "arrival", no_wait("tcgen05.mma")),
     "sums that nobody is told of": (100, "deadlock", lambda text: re.sub(r".*tcgen05\.commit.*", "", text)),
+    "tensor memory that is kept": (100, "deadlock", lambda text: re.sub(r".*tcgen05\.dealloc.*", "", text)),
     "too few columns": (100, "bounds", lambda text: re.sub(r"(tcgen05\.(?:de)?alloc.*), \d+;", r"\1, 32;", text)),
     "pixels that have not arrived": (120, "arrival", no_wait("mma.sync")),
 }

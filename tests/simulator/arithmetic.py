@@ -177,9 +177,7 @@ _define("tt", "f32", {"sqrt.rn": np.sqrt, "abs": np.abs, "ex2.approx": np.exp2, 
 _define("tttt", "f32", {"max.NaN": lambda a, b, c: _maximum(_maximum(a, b), c)})
 _define("hhh", "bf16", {"max.NaN": lambda a, b: to_bf16(_maximum(from_bf16(a), from_bf16(b)))})
 _define("bbb", "bf16x2", {"max.NaN": lambda a, b: to_bf16(_maximum(*_bf16_pairs(a, b))).view(np.uint32)})
-_define(
-    "ddd", "f32x2", {f"{name}{rn}": partial(_of_pairs, f) for name, f in PRODUCT_OR_SUM.items() for rn in ("", ".rn")}
-)
+_define("ddd", "f32x2", {name: partial(_of_pairs, compute) for name, compute in PRODUCT_OR_SUM.items()})
 _define("dddd", "f32x2", {"fma.rn": partial(_of_pairs, _fma)})
 _define("ptt", "f16 f32", {**COMPARE, "setp.nan": lambda a, b: np.isnan(a) | np.isnan(b)})
 _define("ptt", "f32", {"setp.num": lambda a, b: ~(np.isnan(a) | np.isnan(b))})

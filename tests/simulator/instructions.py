@@ -19,20 +19,9 @@ MAPS = 1 << 20
 """Address of the first parameter, which a tensor map is known by; the others follow."""
 _SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
 _NO_RESULT = (
-    "st",
-    "cp",
-    "mbarrier",
-    "bar",
-    "barrier",
-    "bra",
-    "brx",
-    "ret",
-    "fence",
-    "wgmma",
-    "setmaxnreg",
+    "st", "cp", "mbarrier", "bar", "barrier", "bra", "brx", "ret", "fence", "wgmma", "tcgen05", "setmaxnreg",
     "stmatrix",
-    "tcgen05",
-)
+)  # fmt: skip
 
 
 class Address(NamedTuple):
@@ -458,11 +447,8 @@ INSTRUCTIONS: list[Any] = [
     (rf"wgmma\.mma_async\.sync\.aligned\.(?P<shape>m64n(?P<n>\d+)k\d+\.f32)\.{_KIND}", multiply),
     (rf"mma\.sync\.aligned\.m16n8k(16|8)\.row\.col\.f32\.{_KIND}\.f32", multiply_at_once),
     (r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared\.b32", tensor_memory.allocate, "lanes"),
-    (
-        r"tcgen05\.(relinquish_alloc_permit\.cta_group::1|wait::(ld|st))\.sync\.aligned",
-        lambda s, args, lanes: None,
-        "lanes",
-    ),
+    (r"tcgen05\.relinquish_alloc_permit\.cta_group::1\.sync\.aligned", lambda s, args, lanes: None, "lanes"),
+    (r"tcgen05\.wait::(ld|st)\.sync\.aligned", lambda s, args: None),
     (r"tcgen05\.dealloc\.cta_group::1\.sync\.aligned\.b32", tensor_memory.free, "lanes"),
     (r"tcgen05\.(?P<way>ld|st)\.sync\.aligned\.(32x32b|(?P<halves>16x32bx2))\.x\d+\.b32", tensor_memory.move, "lanes"),
     (r"tcgen05\.mma\.cta_group::1\.kind::(?P<kind>f16|tf32)", tensor_memory.multiply, "each"),

@@ -228,6 +228,8 @@ class Program:
                     strand.pc += 1  # to what it waits at
                     strand.report("deadlock", f"waits for {strand.waiting}, and nobody is left to end it")
                 return
+        if self.tensor is not None and self.tensor.covered.any():
+            self.machine.judge.report("deadlock", self.name, "ends with tensor memory that the next one will wait for")
         for barrier in self.retired.values():
             last = max((number for number, phase in enumerate(barrier.phases) if phase.issued), default=-1)
             if last >= 0 and self.clocks[:, 0, barrier.loads].max() <= barrier.base + last:

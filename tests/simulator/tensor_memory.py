@@ -1,7 +1,7 @@
 """Tensor memory of compute capability 10.0, 128 lanes x 512 columns of 32 bits, and the products that add to it.
 
 One thread issues products, which are done in its order; a commit has them arrive at an mbarrier when they are. Not
-seen: `tcgen05.wait`, for loads and stores are done at once here.
+seen: `tcgen05.wait` and `tcgen05.fence`, for loads and stores are done at once here.
 """
 
 from typing import Any
@@ -15,9 +15,8 @@ from .memory import numbers, operand, words_of
 
 LANES, COLUMNS = 128, 512
 _KINDS = {("f16", 0): "f16", ("f16", 1): "bf16", ("tf32", 2): "tf32"}
-_FORM = (
-    3 << 4 | 7 << 7 | 7 << 10 | 3 << 15 | 63 << 17 | 31 << 24
-)  # the fields of a product's form that have a meaning here
+_FORM = 3 << 4 | 7 << 7 | 7 << 10 | 3 << 15 | 63 << 17 | 31 << 24
+"""The fields of a product's form: types of sums, rows and columns, which of them are turned, N and M."""
 
 
 def allocate(s: Strand, args: Any, lanes: Array) -> None:
@@ -35,9 +34,7 @@ def allocate(s: Strand, args: Any, lanes: Array) -> None:
 
 def free(s: Strand, args: Any, lanes: Array) -> None:
     address, columns = args
-    s.expect(
-        s.program.tensor is not None and s.get(address, "u32")[lanes[0]] == COLUMNS - columns, "what was allocated"
-    )
+    s.expect((s.get(address, "u32")[lanes] == COLUMNS - columns).all(), "the address of all that was allocated")
     s.program.tensor.covered[:] = False
 
 

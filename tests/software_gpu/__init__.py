@@ -1,7 +1,7 @@
 """Two GPUs in software, for PyTorch's build for CUDA where there is none: a plugin of pytest, `-p software_gpu`.
 
-PyTorch, Triton and its launcher are what they are on GPUs of compute capability 9.0. Below them the runtime
-(`runtime.cpp`) and the driver (`driver/libcuda.c`) are other libraries, and memory of the device is memory of the host:
+PyTorch, Triton and its launcher are what they are on GPUs. Below them the runtime (`runtime.cpp`) and the driver
+(`driver/libcuda.c`) are other libraries, and memory of the device is memory of the host:
 
 * Streams, events, captures and graphs are kept in order as CUDA promises, and in no other: what has been launched waits
   until somebody waits for it, and then any that is ready comes next. So what lacks an event reads too early or too
@@ -10,13 +10,14 @@ PyTorch, Triton and its launcher are what they are on GPUs of compute capability
   (`operators.py`). New memory is full of NaN.
 
 Not seen: time, races within a kernel (the simulator's own tests judge these), clusters, other kernels than Triton's.
-`SOFTWARE_GPU_SEED` is that of the order. It knows CUDA 13.
+They are H200s, or `SOFTWARE_GPU=sm_80` says what else. `SOFTWARE_GPU_SEED` is that of the order. It knows CUDA 13.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def _build(folder: Path) -> Path:
 
 RUNTIME = ctypes.CDLL(str(_build(Path(_folder.name))), mode=ctypes.RTLD_GLOBAL)  # before PyTorch looks for one
 RUNTIME.software_block.argtypes, RUNTIME.software_block.restype = [c_size_t], c_size_t
+RUNTIME.software_device.argtypes = [c_int, c_int, c_size_t]
 RUNTIME.software_launch.argtypes = [c_void_p, c_long]
 
 _work: dict[int, Callable[[], object]] = {}  # for good: a graph may launch it again
@@ -84,7 +86,11 @@ def _run(number: int) -> int:
 
 RUNTIME.software_start(_run)
 
+from resnet_triton.config.targets import target  # noqa: E402
+
 from . import kernels, operators  # noqa: E402
 
+FACTS = target(os.environ.get("SOFTWARE_GPU", "sm_90")).facts
+RUNTIME.software_device(FACTS.arch, FACTS.sm_count, FACTS.shared_memory)
 DRIVER = kernels.install(Path(_folder.name))
 operators.install()

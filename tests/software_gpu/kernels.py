@@ -41,7 +41,7 @@ class Memory:
         self.before = self.bytes.copy()
         self.read, self.written = np.zeros((2, len(self.bytes)), bool)
 
-    def access(self, agent: Agent, at: Array, size: int, verb: str) -> Array:
+    def access(self, agent: Agent, at: Array, size: int, verb: str, same: Array | None = None) -> Array:
         if not ((at >= 0) & (at + size <= len(self.bytes)) & (at % size == 0)).all():
             raise RuntimeError(f"{verb} {size} bytes outside {self.name}")
         places = at[:, None] + np.arange(size)

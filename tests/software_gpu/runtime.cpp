@@ -290,7 +290,13 @@ API Error cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t stream) 
   return cudaSuccess;
 }
 
-// --- devices: two of compute capability 9.0
+// --- devices: two alike
+
+static int capability, multiprocessors;
+static size_t shared_memory; // of a program
+API void software_device(int arch, int count, size_t shared) {
+  capability = arch, multiprocessors = count, shared_memory = shared;
+}
 
 API Error cudaGetDeviceCount(int *count) { return *count = 2, cudaSuccess; }
 API Error cudaGetDevice(int *current) { return *current = device, cudaSuccess; }
@@ -298,15 +304,18 @@ API Error cudaSetDevice(int chosen) { return device = chosen, cudaSuccess; }
 API Error cudaGetDeviceProperties(cudaDeviceProp *p, int number) {
   *p = {};
   strcpy(p->name, "Software GPU");
-  p->major = 9, p->multiProcessorCount = 132, p->warpSize = 32, p->totalGlobalMem = total, p->pciBusID = number + 1;
+  p->major = capability / 10, p->minor = capability % 10, p->multiProcessorCount = multiprocessors;
+  p->warpSize = 32, p->totalGlobalMem = total, p->pciBusID = number + 1;
   p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048, p->regsPerMultiprocessor = 65536;
-  p->sharedMemPerBlock = 48 << 10, p->sharedMemPerBlockOptin = 227 << 10, p->sharedMemPerMultiprocessor = 228 << 10;
+  p->sharedMemPerBlock = 48 << 10, p->sharedMemPerBlockOptin = shared_memory;
+  p->sharedMemPerMultiprocessor = shared_memory + 1024;
   return cudaSuccess;
 }
 API Error cudaDeviceGetAttribute(int *value, cudaDeviceAttr name, int) {
-  *value = name == cudaDevAttrComputeCapabilityMajor          ? 9
-           : name == cudaDevAttrMultiProcessorCount           ? 132
-           : name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 << 10
+  *value = name == cudaDevAttrComputeCapabilityMajor          ? capability / 10
+           : name == cudaDevAttrComputeCapabilityMinor        ? capability % 10
+           : name == cudaDevAttrMultiProcessorCount           ? multiprocessors
+           : name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (int)shared_memory
                                                               : 0;
   return cudaSuccess;
 }
