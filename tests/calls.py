@@ -1,4 +1,4 @@
-"""A small call of every operator, on random data or on integers, and what can be done with any call."""
+"""A small call of every operator on random data, some on integers, and what can be done with any call."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def resnet18_convolutions() -> list[tuple[str, ConvShape]]:
 def layers(archs: Iterable[int], batches: Iterable[int], *, every_dtype: bool = False) -> list[Layer]:
     """Every distinct (layer, configuration) of some GPUs at some batch sizes, without those in Gluon.
 
-    Float16 and bfloat16 are tiled alike, so they are taken in turns; and fp32, at four batch sizes, only with tiles
-    that the others do not have. Not so with `every_dtype`.
+    fp32 has batches of 1, 8, 32 and 128 alone. Float16 and bfloat16 are tiled alike, so unless `every_dtype`, they take
+    turns, and fp32 only adds tiles that they do not have.
     """
     halves = [("float16", "ieee"), ("bfloat16", "ieee")]
     found: dict[Any, Layer] = {}

@@ -73,7 +73,7 @@ CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute name, int va
 }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute name, CUdevice device) {
-  if (cudaDeviceGetAttribute)
+  if (software_context) // else it is NVIDIA's
     return cudaDeviceGetAttribute(value, name, device);
   *value = name == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 227 << 10
            : name == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR        ? 9

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from resnet_triton.config.targets import target
+
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_name() != "Software GPU", reason="needs the GPU in software"
 )
+
+
+def test_it_is_the_gpu_that_was_asked_for():
+    known = target(os.environ.get("SOFTWARE_GPU", "sm_90")).known
+    found = torch.cuda.get_device_properties()
+    assert (10 * found.major + found.minor, found.multi_processor_count) == (known.arch, known.sm_count)
+    assert found.shared_memory_per_block_optin == known.shared_memory
+    assert found.max_threads_per_multi_processor == 32 * known.sm_warps
 
 
 def two_streams(waits: bool) -> Tensor:

@@ -159,6 +159,8 @@ def let_in(s: Strand, args: list[Any]) -> None:
 
 
 def meet(s: Strand, args: Any) -> bool:
+    if s.storing:
+        s.report("race", "comes to a barrier while it may still store to tensor memory")
     number, threads = (*args, 32 * s.machine.warps)[:2]
     s.expect(isinstance(number, int) and isinstance(threads, int), "a barrier and a count that are in the text")
     barrier = s.program.barriers.get(number) or s.program.barrier(number, f"barrier {number}", threads // 32)
@@ -448,7 +450,8 @@ INSTRUCTIONS: list[Any] = [
     (rf"mma\.sync\.aligned\.m16n8k(16|8)\.row\.col\.f32\.{_KIND}\.f32", multiply_at_once),
     (r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared\.b32", tensor_memory.allocate, "lanes"),
     (r"tcgen05\.relinquish_alloc_permit\.cta_group::1\.sync\.aligned", lambda s, args, lanes: None, "lanes"),
-    (r"tcgen05\.wait::(ld|st)\.sync\.aligned", lambda s, args: None),
+    (r"tcgen05\.wait::ld\.sync\.aligned", lambda s, args: None),
+    (r"tcgen05\.wait::st\.sync\.aligned", lambda s, args: setattr(s, "storing", False)),
     (r"tcgen05\.dealloc\.cta_group::1\.sync\.aligned\.b32", tensor_memory.free, "lanes"),
     (r"tcgen05\.(?P<way>ld|st)\.sync\.aligned\.(32x32b|(?P<halves>16x32bx2))\.x\d+\.b32", tensor_memory.move, "lanes"),
     (r"tcgen05\.mma\.cta_group::1\.kind::(?P<kind>f16|tf32)", tensor_memory.multiply, "each"),

@@ -89,7 +89,8 @@ class Memory:
     def access(self, agent: Agent, at: Array, size: int, verb: str, same: Array | None = None) -> Array:
         """Judge an access of some bytes at each of some places, and say which are within this memory.
 
-        Where it writes the `same` as is there, another warp may just have done so: of a vector that several hold.
+        Where it writes the `same` as is there, another warp may just have done so: of a vector that several hold. Then
+        the write before counts, and this one as a read: whoever overwrites it comes after both.
         """
         inside = (at >= 0) & (at + size <= len(self.bytes)) & ((self.base + at) % size == 0)
         last = np.clip(at, 0, len(self.bytes) - size) + size - 1
@@ -101,29 +102,34 @@ class Memory:
             return inside
         row = np.broadcast_to(agent.row, at.shape)[inside]
         units = at[inside, None] // self.unit + np.arange(max(size // self.unit, 1))
-        self._after_writes(agent, units, row[:, None], verb, None if same is None else same[inside, None])
+        again = self._after_writes(agent, units, row[:, None], verb, False if same is None else same[inside, None])
         if verb in WRITES:
-            self._after_reads(agent, units, row[:, None], verb)
+            self._after_reads(agent, units, row[:, None], verb, again)
             values = np.array([(components[0], value) for components, value in agent.epochs])[row]
-            self.writer[units], self.written[units] = values[:, :1], values[:, 1:]
-        else:
-            for i, (components, value) in enumerate(agent.epochs):
-                if components not in self.reads:
-                    self.reads[components] = np.full(len(self.writer), -1, np.int32)
-                self.reads[components][units[row == i]] = value
-                self.newest[components] = value
+            self.writer[units] = np.where(again, self.writer[units], values[:, :1])
+            self.written[units] = np.where(again, self.written[units], values[:, 1:])
+            if not again.any():
+                return inside
+            units, row = units[again], np.broadcast_to(row[:, None], again.shape)[again]
+        for i, (components, value) in enumerate(agent.epochs):
+            if components not in self.reads:
+                self.reads[components] = np.full(len(self.writer), -1, np.int32)
+            self.reads[components][units[row == i]] = value
+            self.newest[components] = value
         return inside
 
-    def _after_writes(self, agent: Agent, units: Array, row: Array, verb: str, same: Array | None) -> None:
-        """Whoever wrote there did so before."""
+    def _after_writes(self, agent: Agent, units: Array, row: Array, verb: str, same: Array | bool) -> Array:
+        """Whoever wrote there did so before; or it is the `same`, by another warp: where it is, is returned."""
         writer, written = self.writer[units], self.written[units]
         late = agent.clock[row, agent.proxy, writer] < written
         if late.any() and verb in WRITES:
             late &= writer != NEVER
-        if late.any() and same is not None:
-            late &= ~(same & np.array([kind == "warp" for kind, _ in self.judge.components])[writer])
+        again = np.zeros_like(late)
+        if late.any() and same is not False:
+            again = late & same & np.array([kind == "warp" for kind, _ in self.judge.components])[writer]
+            late &= ~again
         if not late.any():
-            return
+            return again
         first = np.unravel_index(np.argmax(late), late.shape)
         component = int(writer[first])
         kind, name = self.judge.components[component]
@@ -134,14 +140,15 @@ class Memory:
         elif self.base and check in ("race", "arrival"):
             check = "global"
         self.judge.report(check, agent.place, f"{verb} {self.name} at byte {units[first] * self.unit}{text}")
+        return again
 
-    def _after_reads(self, agent: Agent, units: Array, row: Array, verb: str) -> None:
+    def _after_reads(self, agent: Agent, units: Array, row: Array, verb: str, again: Array) -> None:
         """Whoever read there has done with it."""
         for components, read in self.reads.items():
             known = agent.clock[:, 0, components].min(1)
             if self.newest[components] <= known.min():
                 continue
-            late = read[units] > known[row]
+            late = (read[units] > known[row]) & ~again
             if late.any():
                 byte = units.reshape(-1)[np.argmax(late)] * self.unit
                 kind, name = self.judge.components[components[0]]

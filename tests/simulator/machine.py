@@ -68,6 +68,7 @@ class Strand:
         self.sums: set[int] = set()
         self.factors: set[int] = set()
         self.unfenced: set[int] = set()  # registers of products that were written since the last wgmma.fence
+        self.storing = False  # whether something may still be stored to tensor memory
         self.take(first, last)
 
     def take(self, first: int, last: int) -> None:
@@ -85,6 +86,7 @@ class Strand:
             self.expect(not running, "warps that stay together while a product or store of theirs runs")
             other = Strand(self.program, self.first + same, self.last, self.pc)
             other.unfenced, other.closed = set(self.unfenced), dict(self.closed)
+            other.storing = self.storing
             other.groups["copy"] = [list(group) for group in self.groups["copy"]]  # each waits for its own
             self.program.strands.append(other)
             self.take(self.first, self.first + same)
@@ -205,6 +207,8 @@ class Program:
     def barrier(self, key: int, name: str, count: int) -> Barrier:
         """A new one, where one may have been before."""
         old, judge = self.retired.get(key), self.machine.judge
+        if old:
+            self._expect_no_loads(old)
         loads = old.loads if old else judge.component("load", f"a load at {name}")
         base = old.base + len(old.phases) if old else 0
         self.barriers[key] = self.retired[key] = Barrier(judge, f"{name} of {self.name}", count, loads, base)
@@ -231,9 +235,13 @@ class Program:
         if self.tensor is not None and self.tensor.covered.any():
             self.machine.judge.report("deadlock", self.name, "ends with tensor memory that the next one will wait for")
         for barrier in self.retired.values():
-            last = max((number for number, phase in enumerate(barrier.phases) if phase.issued), default=-1)
-            if last >= 0 and self.clocks[:, 0, barrier.loads].max() <= barrier.base + last:
-                self.machine.judge.report("arrival", self.name, f"ends while a load at {barrier.name} may be under way")
+            self._expect_no_loads(barrier)
+
+    def _expect_no_loads(self, barrier: Barrier) -> None:
+        """A program that ends, or makes a barrier anew, has waited for all loads there."""
+        last = max((number for number, phase in enumerate(barrier.phases) if phase.issued), default=-1)
+        if last >= 0 and self.clocks[:, 0, barrier.loads].max() <= barrier.base + last:
+            self.machine.judge.report("arrival", self.name, f"ends while a load at {barrier.name} may be under way")
 
     def _advance(self, strand: Strand) -> bool:
         """Run until it has to wait; whether it came any further."""

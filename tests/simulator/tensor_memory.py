@@ -1,7 +1,9 @@
 """Tensor memory of compute capability 10.0, 128 lanes x 512 columns of 32 bits, and the products that add to it.
 
-One thread issues products, which are done in its order; a commit has them arrive at an mbarrier when they are. Not
-seen: `tcgen05.wait` and `tcgen05.fence`, for loads and stores are done at once here.
+One thread issues products, and those that add to the same sums are done in its order; a commit has them arrive at an
+mbarrier when they are. Loads and stores are done at once, but a warp comes to no barrier before it has waited for its
+stores. `tcgen05.wait::ld` is not asked for: LLVM moves uses of what is loaded before it, ptxas makes it a NOP, and in
+machine code a scoreboard holds back who uses such a register (LDTM, Triton 3.7.1).
 """
 
 from typing import Any
@@ -35,12 +37,14 @@ def allocate(s: Strand, args: Any, lanes: Array) -> None:
 def free(s: Strand, args: Any, lanes: Array) -> None:
     address, columns = args
     s.expect((s.get(address, "u32")[lanes] == COLUMNS - columns).all(), "the address of all that was allocated")
-    s.program.tensor.covered[:] = False
+    memory = s.program.tensor
+    memory.access(s.agent(lanes[:1]), np.flatnonzero(memory.covered[::4]) * 4, 4, "writes")
+    memory.covered[:] = False
 
 
 def _places(rows: Array, columns: Array) -> Array:
-    """The first byte of each word, in the order of rows and columns."""
-    return (rows[:, None] * COLUMNS + columns).reshape(-1) * 4
+    """The first byte of each word of some rows, and of some columns of each; negative if there is no such column."""
+    return np.where(columns < COLUMNS, rows.astype(np.int64)[:, None] * COLUMNS + columns, -1) * 4
 
 
 def move(s: Strand, args: Any, lanes: Array, way: str, halves: str) -> None:
@@ -55,7 +59,7 @@ def move(s: Strand, args: Any, lanes: Array, way: str, halves: str) -> None:
     rows = first + (thread % 16 if halves else thread)
     column = (at & 0xFFFF) + (thread // 16 * apart[0] if halves else 0)
     s.expect((rows // 32 == (s.first + lanes // 32) % 4).all(), "lanes of the warp's own quarter")
-    places = (rows.astype(np.int64) * COLUMNS + column)[:, None] * 4 + np.arange(len(registers)) * 4
+    places = _places(rows, column[:, None] + np.arange(len(registers)))
     memory, agent = s.program.tensor, s.agent(lanes)
     agent = agent._replace(row=np.repeat(agent.row, len(registers)))
     if not memory.access(agent, places.reshape(-1), 4, "writes" if way == "st" else "reads").all():
@@ -63,6 +67,7 @@ def move(s: Strand, args: Any, lanes: Array, way: str, halves: str) -> None:
     words = memory.bytes.view(np.uint32)
     if way == "st":
         words[places // 4] = np.stack([s.get(r, "b32")[lanes] for r in registers], 1)
+        s.storing = True
     else:
         for register, values in zip(registers, words[places // 4].T, strict=True):
             s.put(register, "b32", values, lanes)
@@ -74,8 +79,8 @@ def multiply(s: Strand, args: Any, lane: int, kind: str) -> None:
     form, adds = int(s.get(form, "u32")[lane]), bool(s.get(add, "pred")[lane])
     code, n, m = form >> 7 & 7, (form >> 17 & 63) * 8, (form >> 24 & 31) * 16
     known = form & ~_FORM == 0 and form >> 4 & 3 == 1 and code == form >> 10 & 7 and m in (64, 128)
-    known = known and (kind, code) in _KINDS and lane < 32
-    s.expect(known, f"a product of the first warp, of a form that is known, not {form:#x}")
+    known = known and (kind, code) in _KINDS and 0 < n <= 256 and n % (m // 8) == 0
+    s.expect(known and lane == 0, f"a product of the first thread, of a form that is known, not {form:#x}")
     name = _KINDS[kind, code]
     size, word = words_of(name)
     rows = np.arange(m) if m == 128 else np.arange(m) // 16 * 32 + np.arange(m) % 16
@@ -88,7 +93,7 @@ def multiply(s: Strand, args: Any, lane: int, kind: str) -> None:
 
     def in_tensor(address: Any, width: int) -> Array:
         at = int(s.get(address.base, "u32")[lane]) + address.offset
-        return _places(rows + (at >> 16), (at & 0xFFFF) + np.arange(width))
+        return _places(rows + (at >> 16), (at & 0xFFFF) + np.arange(width)).reshape(-1)
 
     def in_shared(descriptor: Row, extent: int, turned: int) -> Array:
         bits = int(s.get(descriptor, "u64")[lane])
@@ -119,7 +124,7 @@ def multiply(s: Strand, args: Any, lane: int, kind: str) -> None:
 
 def commit(s: Strand, barrier: Barrier, lane: int) -> None:
     """The products so far arrive at a barrier when they are done; whoever waits there knows of them, and of no more."""
-    s.expect(lane < 32, "a commit of the first warp")
+    s.expect(lane == 0, "a commit of the first thread")
     s.close("product")
     own, number, place = int(s.own("product")[0]), s.closed["product"], s.place
     clock, knows = s.clock[0].copy(), np.zeros_like(s.clock[0])

@@ -54,7 +54,7 @@ def _build(folder: Path) -> Path:
 
 RUNTIME = ctypes.CDLL(str(_build(Path(_folder.name))), mode=ctypes.RTLD_GLOBAL)  # before PyTorch looks for one
 RUNTIME.software_block.argtypes, RUNTIME.software_block.restype = [c_size_t], c_size_t
-RUNTIME.software_device.argtypes = [c_int, c_int, c_size_t]
+RUNTIME.software_device.argtypes = [c_int, c_int, c_int, c_size_t]
 RUNTIME.software_launch.argtypes = [c_void_p, c_long]
 
 _work: dict[int, Callable[[], object]] = {}  # for good: a graph may launch it again
@@ -90,7 +90,7 @@ from resnet_triton.config.targets import target  # noqa: E402
 
 from . import kernels, operators  # noqa: E402
 
-FACTS = target(os.environ.get("SOFTWARE_GPU", "sm_90")).facts
-RUNTIME.software_device(FACTS.arch, FACTS.sm_count, FACTS.shared_memory)
+KNOWN = target(os.environ.get("SOFTWARE_GPU", "sm_90")).known
+RUNTIME.software_device(KNOWN.arch, KNOWN.sm_count, KNOWN.sm_warps, KNOWN.shared_memory)
 DRIVER = kernels.install(Path(_folder.name))
 operators.install()

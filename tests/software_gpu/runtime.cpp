@@ -292,10 +292,10 @@ API Error cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t stream) 
 
 // --- devices: two alike
 
-static int capability, multiprocessors;
-static size_t shared_memory; // of a program
-API void software_device(int arch, int count, size_t shared) {
-  capability = arch, multiprocessors = count, shared_memory = shared;
+static int capability, multiprocessors, warps; // warps of a multiprocessor
+static size_t shared_memory;                   // of a program
+API void software_device(int arch, int count, int most, size_t shared) {
+  capability = arch, multiprocessors = count, warps = most, shared_memory = shared;
 }
 
 API Error cudaGetDeviceCount(int *count) { return *count = 2, cudaSuccess; }
@@ -306,7 +306,7 @@ API Error cudaGetDeviceProperties(cudaDeviceProp *p, int number) {
   strcpy(p->name, "Software GPU");
   p->major = capability / 10, p->minor = capability % 10, p->multiProcessorCount = multiprocessors;
   p->warpSize = 32, p->totalGlobalMem = total, p->pciBusID = number + 1;
-  p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048, p->regsPerMultiprocessor = 65536;
+  p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 32 * warps, p->regsPerMultiprocessor = 65536;
   p->sharedMemPerBlock = 48 << 10, p->sharedMemPerBlockOptin = shared_memory;
   p->sharedMemPerMultiprocessor = shared_memory + 1024;
   return cudaSuccess;
