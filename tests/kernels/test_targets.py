@@ -5,6 +5,7 @@ They are A100 (sm_80), RTX 4090 (sm_89), B200 (sm_100) and RTX 5090 (sm_120).
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable
@@ -88,6 +89,23 @@ def is_soon_done(group: tuple[int, int, str, str]) -> bool:
 ])  # fmt: skip
 def test_layers(group: tuple[int, int, str, str]) -> None:
     execute([x for x in LAYERS if (x.arch, x.shape.n, x.shape.dtype, x.shape.precision) == group], group[0])
+
+
+@pytest.mark.parametrize("arch", [80, 100, 120])
+def test_padding_times_infinity_is_nan(arch: int) -> None:
+    """No tap is skipped, nothing that is not finite gets beside its place, and ReLU keeps it."""
+    layer = next(x for x in LAYERS if (x.arch, x.shape.n, x.name) == (arch, 1, "layer1.0.conv1"))
+    call = replace(conv_call(generator(CPU, 0), small(layer.shape, layer.chosen)), tile=layer.chosen)
+    call.x[0, 0, 0, 0], call.weight[1, 0, 0, -1], call.weight[2, -1, -1, 0] = math.inf, -math.inf, math.nan
+    out = call.output().fill_(777)
+    launches = [seen_by_compilers(launch) for launch in call.launches(out, KNOWN[arch])]
+    (text,) = ptx(launches, arch)
+    assert faults(launches[0], text) == []
+    expected = conv_reference(call)
+    torch.testing.assert_close(out, expected.to(out.dtype), rtol=0, atol=0, equal_nan=True)
+    assert expected.isnan().any()
+    assert expected.isinf().any()
+    assert expected.isfinite().any()
 
 
 @pytest.mark.slow
