@@ -1,6 +1,6 @@
 """What other GPUs than Hopper's run: the PTX of their kernels, executed on a CPU and judged (`simulator/`).
 
-They are A100 (sm_80), RTX 4090 (sm_89), B200 (sm_100) and RTX 5090 (sm_120).
+They are A100 (sm_80), RTX A6000 (sm_86), RTX 4090 (sm_89), B200 (sm_100) and RTX 5090 (sm_120).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from resnet_triton.kernels.launch import Launch
 CPU = torch.device("cpu")
 NUMBERS = [("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee")]
 LAYERS = [
-    layer for archs in ((80, 89), (100,), (120,)) for layer in layers(archs, (1, 256))
+    layer for archs in ((80, 86, 89), (100,), (120,)) for layer in layers(archs, (1, 256))
     if (layer.shape.dtype, layer.shape.precision) != NUMBERS[-1] or layer.name in ("layer2.0.conv2", "layer4.1.conv2")
 ]  # fmt: skip
-"""Of a tile that sm_80 and sm_89 have both, sm_80's. fp32 is of one image; IEEE, which takes long, of two layers."""
+"""A tile of several GPUs before Hopper is tried on one. fp32 is of one image; IEEE, which takes long, of two layers."""
 GROUPS = sorted({(x.arch, x.shape.n, x.shape.dtype, x.shape.precision) for x in LAYERS})
 
 
@@ -122,14 +122,14 @@ def test_a_schedule_gives_the_same(arch: int) -> None:
 def test_layers_cover_what_they_claim() -> None:
     found = {(x.arch, x.chosen.kernel, x.chosen.split_k > 1, (x.shape.dtype, x.shape.precision)) for x in LAYERS}
     both = {"conv_pointer", "conv_box"}
-    for archs, kernels in (((80, 89), {"conv_pointer"}), ((100,), both), ((120,), both)):
+    for archs, kernels in (((80, 86, 89), {"conv_pointer"}), ((100,), both), ((120,), both)):
         of, splits, numbers = (set(x) for x in zip(*(row[1:] for row in found if row[0] in archs), strict=True))
         assert of == kernels
         assert splits == {False, True}
         assert numbers == set(NUMBERS)
 
 
-@pytest.mark.parametrize("arch", [80, 89, 100, 120])
+@pytest.mark.parametrize("arch", [80, 86, 89, 100, 120])
 def test_operators(arch: int) -> None:
     work = []
     for name, make in ON_INTEGERS.items():
