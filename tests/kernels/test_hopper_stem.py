@@ -46,6 +46,7 @@ class Case(NamedTuple):
 
 CASES = {
     "columns of several tiles": Case((1, 3, 16, 284), programs=3),
+    "a column more than a tile": Case((1, 1, 5, 226), programs=1),
     "pixels": Case((3, 3, 14, 28), layout=channels_last, strip=1),
     "floats": Case((2, 3, 13, 62), torch.float32, special=True),
     "odd": Case((2, 1, 9, 19), strip=3, affine=False, programs=1),
