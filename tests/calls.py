@@ -58,12 +58,13 @@ def small(name: str, device: Any, dtype: torch.dtype = torch.float32, kernels: s
             raise ValueError(name)
 
 
-def _data(*shape: int) -> Tensor:
+def data(*shape: int) -> Tensor:
+    """Small integers in fp16."""
     return integers(generator(torch.device("cpu"), 1), 3, *shape, dtype=torch.float16)
 
 
 def _images(*shape: int) -> Tensor:
-    return channels_last(_data(*shape))
+    return channels_last(data(*shape))
 
 
 def _grouped(make: Callable[..., ops.ConvBnRelu], *sizes: Any, **options: Any) -> ops.ConvBnRelu:
@@ -75,8 +76,8 @@ ON_INTEGERS: dict[str, Callable[[], Operation]] = {
     "groups": lambda: _grouped(grouped_call, (1, 28, 9, 10), (28, 3, 3), groups=7),
     "depthwise": lambda: _grouped(depthwise_call, (1, 24, 9, 10), (3, 3)),
     "stem": lambda: stem_call(generator(torch.device("cpu"), 0), 1, 3, 20, 16, 64, torch.float16),
-    "linear": lambda: ops.Linear(_data(3, 300), _data(10, 300), _data(10), KERNELS),
-    "avg_pool_linear": lambda: ops.AvgPoolLinear(_data(2, 64, 2, 2), _data(10, 64), _data(10), KERNELS),
+    "linear": lambda: ops.Linear(data(3, 300), data(10, 300), data(10), KERNELS),
+    "avg_pool_linear": lambda: ops.AvgPoolLinear(data(2, 64, 2, 2), data(10, 64), data(10), KERNELS),
     "max_pool": lambda: ops.MaxPool2d(_images(1, 8, 9, 9), *STEM_POOL, modes=KERNELS),
     "max_pool of 28": lambda: ops.MaxPool2d(_images(1, 8, 5, 9), (4, 7), (2, 1), (1, 3), modes=KERNELS),
     "add_relu": lambda: ops.AddRelu(_images(1, 8, 9, 9), _images(1, 8, 9, 9), KERNELS),

@@ -20,7 +20,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from calls import ON_INTEGERS
+from calls import ON_INTEGERS, data
 from compiling import TRITON, oldest, ptx, seen_by_compilers
 from exact import (
     KERNELS,
@@ -29,7 +29,6 @@ from exact import (
     conv_reference,
     depthwise_tiled,
     generator,
-    integers,
     plan,
     rounded,
     stem_call,
@@ -166,10 +165,6 @@ def specialised(m: int, k: int, stages: int, box: tuple[int, int, int], **fields
 
 def of_64(images: int, stages: int) -> ConvConfig:
     return ConvConfig(2 * images, 64, 64, 4, stages, (2, 1, images), kernel="hopper_conv64")
-
-
-def data(*shape: int) -> torch.Tensor:
-    return integers(generator(CPU, 1), 3, *shape, dtype=torch.float16)
 
 
 SPLIT = ConvShape(2, 64, 4, 4, 64, **PADDED, residual=True)

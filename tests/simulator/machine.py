@@ -208,7 +208,7 @@ class Program:
         """A new one, where one may have been before."""
         old, judge = self.retired.get(key), self.machine.judge
         if old:
-            self._expect_no_loads(old)
+            self._expect_no_loads(old, "makes it anew")
         loads = old.loads if old else judge.component("load", f"a load at {name}")
         base = old.base + len(old.phases) if old else 0
         self.barriers[key] = self.retired[key] = Barrier(judge, f"{name} of {self.name}", count, loads, base)
@@ -235,13 +235,13 @@ class Program:
         if self.tensor is not None and self.tensor.covered.any():
             self.machine.judge.report("deadlock", self.name, "ends with tensor memory that the next one will wait for")
         for barrier in self.retired.values():
-            self._expect_no_loads(barrier)
+            self._expect_no_loads(barrier, "ends")
 
-    def _expect_no_loads(self, barrier: Barrier) -> None:
+    def _expect_no_loads(self, barrier: Barrier, verb: str) -> None:
         """A program that ends, or makes a barrier anew, has waited for all loads there."""
         last = max((number for number, phase in enumerate(barrier.phases) if phase.issued), default=-1)
         if last >= 0 and self.clocks[:, 0, barrier.loads].max() <= barrier.base + last:
-            self.machine.judge.report("arrival", self.name, f"ends while a load at {barrier.name} may be under way")
+            self.machine.judge.report("arrival", self.name, f"{verb} while a load at {barrier.name} may be under way")
 
     def _advance(self, strand: Strand) -> bool:
         """Run until it has to wait; whether it came any further."""
