@@ -69,11 +69,14 @@ from .values import (
 @functools.lru_cache(maxsize=4096)
 def pixel_descriptor(
     size: Size, dtype: torch.dtype, stride: int, box: tuple[int, int, int], block_c: int, round_tf32: bool = False
-) -> tuple[TensorDescriptor, str]:
-    """A descriptor of images (N, C, H, W) that loads `box` (at stride 2: one row of it), and its view."""
+) -> TensorDescriptor:
+    """A descriptor of images (N, C, H, W) that loads `box` (at stride 2: one row of it).
+
+    Its dimensions are (N, H, W, C), or (H, W, N, C) where a box has several images; see `values.pixel_view`.
+    """
     _, box_w, box_n = box
-    view, *layout = pixel_view(size, stride, box if stride == 1 else (1, box_w, box_n), block_c)
-    return descriptor_of(dtype, *layout, round_tf32), view
+    _, *layout = pixel_view(size, stride, box if stride == 1 else (1, box_w, box_n), block_c)
+    return descriptor_of(dtype, *layout, round_tf32)
 
 
 def half_of(box: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -102,10 +105,10 @@ def work_item(item, P, Q, TILES_K: gl.constexpr, SPLIT_K: gl.constexpr,
 
 @gluon.jit
 def load_pixels(desc, full, ring, slot, p, q, n, r, s, c,
-                STRIDE: gl.constexpr, VIEW: gl.constexpr, LOADS: gl.constexpr):  # fmt: skip
+                STRIDE: gl.constexpr, BOX_N: gl.constexpr, LOADS: gl.constexpr):  # fmt: skip
     """Ask for the input box under output box (p, q, n), shifted by r rows and s columns, in LOADS parts."""
     if STRIDE == 1:
-        if VIEW == "images":
+        if BOX_N > 1:
             async_load(desc, [p + r, q + s, n, c], full, ring.index(slot))
         else:
             async_load(desc, [n, p + r, q + s, c], full, ring.index(slot))
@@ -114,7 +117,7 @@ def load_pixels(desc, full, ring, slot, p, q, n, r, s, c,
         parity = (s + 2) % 2
         for row in gl.static_range(LOADS):
             part = ring.index(slot * LOADS + row)
-            if VIEW == "images":
+            if BOX_N > 1:
                 async_load(desc, [(p + row) * 2 + r, column, parity, n, c], full, part)
             else:
                 async_load(desc, [n, (p + row) * 2 + r, parity, column, c], full, part)
@@ -129,16 +132,16 @@ def load_filters(desc, full, ring, slot, step, k, COLUMNS: gl.constexpr, TAPS: g
 
 
 @gluon.jit
-def load_result(desc, full, part, p, q, n, k, VIEW: gl.constexpr):
-    if VIEW == "images":
+def load_result(desc, full, part, p, q, n, k, BOX_N: gl.constexpr):
+    if BOX_N > 1:
         async_load(desc, [p, q, n, k], full, part)
     else:
         async_load(desc, [n, p, q, k], full, part)
 
 
 @gluon.jit
-def store_result(desc, part, p, q, n, k, VIEW: gl.constexpr):
-    if VIEW == "images":
+def store_result(desc, part, p, q, n, k, BOX_N: gl.constexpr):
+    if BOX_N > 1:
         async_store(desc, [p, q, n, k], part)
     else:
         async_store(desc, [n, p, q, k], part)
@@ -148,10 +151,9 @@ def store_result(desc, part, p, q, n, k, VIEW: gl.constexpr):
 def loader(
     x_desc, w_desc, res_desc, short_x_desc, short_w_desc, x_ring, short_ring, w_ring, out, full, empty, added, free,
     items, P, Q,
-    R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
-    SHORT_STEPS: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr, SPLIT_K: gl.constexpr,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr, BOXES: gl.constexpr, PARTS: gl.constexpr,
-    TILES_K: gl.constexpr,
+    R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr, SHORT_STEPS: gl.constexpr, SHORT_STRIDE: gl.constexpr,
+    SPLIT_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr, BOXES: gl.constexpr,
+    PARTS: gl.constexpr, TILES_K: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     """The warp that keeps the ring filled, and loads a tile's residual while its products are under way."""
@@ -181,7 +183,7 @@ def loader(
             tap = step % COLUMNS
             c = step // COLUMNS * BLOCK_C
             load_pixels(x_desc, full.index(slot), x_ring, slot, p, q, n, tap // S - R // 2, tap % S - S // 2, c,
-                        STRIDE, VIEW, BOX_H)  # fmt: skip
+                        STRIDE, BOX_N, BOX_H)  # fmt: skip
             if res_desc is not None:
                 if j == STEPS - 1:  # by now results of the last tile but one have left the buffers, or will soon
                     for part in gl.static_range(PARTS):
@@ -189,7 +191,7 @@ def loader(
                         h, w, m = offset_of(part, PARTS, BOX_H, BOX_W, BOX_N)
                         mbarrier.wait(free.index(buffer), (turn // 2 & 1) ^ 1)
                         mbarrier.expect(added.index(buffer), PIXELS * BLOCK_K * SIZE // PARTS)
-                        load_result(res_desc, added.index(buffer), out.index(buffer), p + h, q + w, n + m, k, Y_VIEW)
+                        load_result(res_desc, added.index(buffer), out.index(buffer), p + h, q + w, n + m, k, BOX_N)
             i += 1
         if short_x_desc is not None:
             if split == SPLIT_K - 1:
@@ -198,7 +200,7 @@ def loader(
                     mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
                     mbarrier.expect(full.index(slot), SHORT_BYTES)
                     load_pixels(short_x_desc, full.index(slot), short_ring, slot * BOXES, p, q, n, 0, 0, j * BLOCK_C,
-                                SHORT_STRIDE, SHORT_VIEW, BOX_H)  # fmt: skip
+                                SHORT_STRIDE, BOX_N, BOX_H)  # fmt: skip
                     async_load(short_w_desc, [0, k, j * BLOCK_C], full.index(slot), w_ring.index(slot * TAPS))
                     i += 1
         turn += 1
@@ -272,7 +274,7 @@ def multiplier(
     mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
     short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps, partials_ptr, semaphores_ptr,
     items, P, Q,
-    K: gl.constexpr, Y_VIEW: gl.constexpr, RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
+    K: gl.constexpr, RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr,
     SHORT_STEPS: gl.constexpr, SPLIT_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr,
     BOXES: gl.constexpr, PINGPONG: gl.constexpr, TILES_K: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -326,7 +328,7 @@ def multiplier(
             mbarrier.wait(added.index(buffer), turn // 2 & 1)
         if last:
             put(y, reinterpret(result, y_desc.dtype, [PIXELS, BLOCK_K], pixels.layout), RESIDUAL, ACTIVATION)
-            store_result(y_desc, result, p + h, q + w, n + m, k, Y_VIEW)
+            store_result(y_desc, result, p + h, q + w, n + m, k, BOX_N)
         if PINGPONG:  # the other group multiplies
             tma.store_wait(0)
             group_barrier()
@@ -342,11 +344,9 @@ def hopper_conv_kernel(
     x_desc, w_desc, y_desc, res_desc, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
     short_x_desc, short_w_desc, short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps,
     partials_ptr, semaphores_ptr, items, P, Q,
-    C: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
-    STRIDE: gl.constexpr, VIEW: gl.constexpr, Y_VIEW: gl.constexpr,
-    SHORT_C: gl.constexpr, SHORT_STRIDE: gl.constexpr, SHORT_VIEW: gl.constexpr,
-    ACTIVATION: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr, TAPS: gl.constexpr,
-    BOXES: gl.constexpr, PINGPONG: gl.constexpr,
+    C: gl.constexpr, K: gl.constexpr, R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr,
+    SHORT_C: gl.constexpr, SHORT_STRIDE: gl.constexpr, ACTIVATION: gl.constexpr, SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr, TAPS: gl.constexpr, BOXES: gl.constexpr, PINGPONG: gl.constexpr,
     BOX_H: gl.constexpr, BOX_W: gl.constexpr, BOX_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(not PINGPONG or (SPLIT_K, TAPS, SHORT_C) == (1, 1, 0), "ping-pong is of plain tiles")
@@ -397,12 +397,12 @@ def hopper_conv_kernel(
             mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps,
             short_mean_ptr, short_var_ptr, short_bn_weight_ptr, short_bn_bias_ptr, short_eps,
             partials_ptr, semaphores_ptr,
-            items, P, Q, K, Y_VIEW, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, BOXES,
-            PINGPONG, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K,
+            items, P, Q, K, RESIDUAL, ACTIVATION, SHORT_STEPS, SPLIT_K, STEPS, STAGES, TAPS, BOXES, PINGPONG, TILES_K,
+            BOX_H, BOX_W, BOX_N, BLOCK_K,
         )) if group < 2 else (loader, (
             x_desc, w_desc, res_desc, short_x_desc, short_w_desc, x_ring, short_ring, w_ring, out, full, empty,
-            added, free, items, P, Q, R, S, STRIDE, VIEW, Y_VIEW, SHORT_STEPS, SHORT_STRIDE, SHORT_VIEW, SPLIT_K,
-            STEPS, STAGES, TAPS, BOXES, PARTS, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
+            added, free, items, P, Q, R, S, STRIDE, SHORT_STEPS, SHORT_STRIDE, SPLIT_K, STEPS, STAGES, TAPS, BOXES,
+            PARTS, TILES_K, BOX_H, BOX_W, BOX_N, BLOCK_K, BLOCK_C,
         ))
         for group in (0, 1, 2)
     ], worker_num_warps=[4, 1], worker_num_regs=[232, 40])  # fmt: skip
@@ -440,12 +440,11 @@ def _constants(
     box_h, box_w, box_n = box
     pingpong = config.kernel == "hopper_pingpong"
     taps = 1 if pingpong else taps_at_once(box, r, stride)
-    x_desc, view = pixel_descriptor(x, dtype, stride, (box_h + taps - 1, box_w, box_n), block_c, round_tf32=True)
-    y_desc, y_view = pixel_descriptor(out, dtype, 1, box if pingpong else half_of(box), block_k)
+    x_desc = pixel_descriptor(x, dtype, stride, (box_h + taps - 1, box_w, box_n), block_c, round_tf32=True)
+    y_desc = pixel_descriptor(out, dtype, 1, box if pingpong else half_of(box), block_k)
     items = cdiv(p, box_h) * cdiv(q, box_w) * cdiv(n, box_n) * cdiv(k, block_k) * config.split_k
     constants: dict[str, object] = {
-        "items": items, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s,
-        "STRIDE": stride, "VIEW": view, "Y_VIEW": y_view, "ACTIVATION": activation,
+        "items": items, "P": p, "Q": q, "C": c, "K": k, "R": r, "S": s, "STRIDE": stride, "ACTIVATION": activation,
         "SPLIT_K": config.split_k, "STAGES": config.num_stages, "TAPS": taps, "BOXES": boxes_in_slot(taps),
         "PINGPONG": pingpong,
         "BOX_H": box_h, "BOX_W": box_w, "BOX_N": box_n, "BLOCK_K": block_k, "BLOCK_C": block_c,
@@ -457,15 +456,14 @@ def _shortcut_arguments(shortcut: Shortcut | None, config: ConvConfig) -> dict[s
     if shortcut is None:
         return _NO_SHORTCUT
     x, weight, batch_norm, (stride, _) = shortcut
-    x_desc, view = pixel_descriptor(x.shape, x.dtype, stride, config.box, config.block_c, round_tf32=True)
+    x_desc = pixel_descriptor(x.shape, x.dtype, stride, config.box, config.block_c, round_tf32=True)
     w_desc = filter_descriptor(weight.shape, weight.dtype, config.block_k, config.block_c)
     return {
         "short_x_desc": with_base(x_desc, x), "short_w_desc": with_base(w_desc, weight),
-        **batch_norm.arguments("short_"), "SHORT_C": x.shape[1], "SHORT_STRIDE": stride, "SHORT_VIEW": view,
+        **batch_norm.arguments("short_"), "SHORT_C": x.shape[1], "SHORT_STRIDE": stride,
     }  # fmt: skip
 
 
 _NO_SHORTCUT: dict[str, object] = {
-    "short_x_desc": None, "short_w_desc": None, **NO_BATCH_NORM.arguments("short_"),
-    "SHORT_C": 0, "SHORT_STRIDE": 1, "SHORT_VIEW": "rows",
+    "short_x_desc": None, "short_w_desc": None, **NO_BATCH_NORM.arguments("short_"), "SHORT_C": 0, "SHORT_STRIDE": 1,
 }  # fmt: skip

@@ -213,8 +213,8 @@ def _constants(
     if config.box is None:
         raise ValueError(f"{config} has no box, expected one")
     box_n = config.box[2]
-    x_desc, _ = pixel_descriptor(x, dtype, 1, (1, 1, box_n), 64)
-    y_desc, _ = pixel_descriptor(out, dtype, 1, (1, 1, box_n), 64)
+    x_desc = pixel_descriptor(x, dtype, 1, (1, 1, box_n), 64)
+    y_desc = pixel_descriptor(out, dtype, 1, (1, 1, box_n), 64)
     items = cdiv(p, 2) * q * cdiv(n, box_n)
     constants: dict[str, object] = {
         "items": items, "P": p, "Q": q, "ACTIVATION": activation, "BOX_N": box_n, "STAGES": config.num_stages,
