@@ -10,12 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compiling import seen_by_compilers
 from exact import pretending
 
 pytest.importorskip("rich")
 pytest.importorskip("triton")
-
-from triton.runtime.jit import JITFunction
 
 from resnet_triton import config, models, optimize
 from resnet_triton.bench import command
@@ -100,17 +99,12 @@ def test_a_batch_size_compiles_nothing_but_tiles_that_are_new():
         for call in trace(model, (batch, 3, 224, 224), torch.float16):
             tile = config.lookup(call.shape, H200) if call.operator == "conv_bn_relu" else None
             for launch in call.launches(H200) if call.operation is not None else ():
-                jitted = (
-                    launch
-                    if hasattr(launch.kernel, "params")
-                    else replace(launch, kernel=JITFunction(launch.kernel.fn))
-                )
                 key = (
                     call.name,
                     launch.kernel.__name__,
                     tile or (launch.arguments.get("BLOCK_M"), launch.arguments.get("BLOCK_K")),
                 )
-                found.setdefault(key, set()).add(specialise(jitted))
+                found.setdefault(key, set()).add(specialise(seen_by_compilers(launch)))
     assert len(found) > 100
     assert {key for key, different in found.items() if len(different) > 1} == set()
 
