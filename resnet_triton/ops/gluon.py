@@ -22,6 +22,14 @@ VARIABLE = "RESNET_TRITON_GLUON"
 _refused = os.environ.get(VARIABLE) == "0"
 
 
+class NotCompiled(Exception):
+    """One of `launches` cannot be judged before it runs, because it does not compile; its error is the cause."""
+
+    def __init__(self, launches: Sequence[Launch], error: Exception) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.launches, self.error = launches, error
+
+
 def is_passing(error: Exception) -> bool:
     """Whether memory has run out, or CUDA loads no kernel during a capture: another time the same kernel may run."""
     words = "out of memory", "stream is capturing", "error during capture"  # of the driver, as Triton hands them on
@@ -47,6 +55,8 @@ def in_place_of(launches: Sequence[Launch], error: Exception, others: Callable[[
     fault, as an earlier one's error that a launch reports.
     """
     global _refused
+    if isinstance(error, NotCompiled):
+        launches, error = error.launches, error.error
     names = [launch.kernel.__name__ for launch in launches if launch.is_gluon]
     if not names or is_passing(error):
         raise error

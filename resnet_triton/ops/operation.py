@@ -160,9 +160,10 @@ class Operation:
         if facts is None:
             facts = gluon.facts(self.x.device)
         with on(self.x.device):
-            out, launches, reason = self.prepare(result, facts)
+            launches: Sequence[Launch] = ()
             kernels: list[Any] = []
             try:
+                out, launches, reason = self.prepare(result, facts)
                 for launch in launches:
                     kernels.append(launch.run())
             except Exception as error:
@@ -258,12 +259,18 @@ def _asynchronous(where: torch.device, facts: DeviceFacts) -> bool:
 
 
 def _reason_against(launches: Sequence[Launch], where: torch.device, facts: DeviceFacts) -> str | None:
-    """Why these launches must not go ahead: a wrong result of one, or what its machine code may do."""
-    if (reason := first_run.wrong_reason(launches)) is not None or not _asynchronous(where, facts):
-        return reason
-    from ..machine_code import verdict  # not above: it asks for Triton
+    """Why these launches must not go ahead: a wrong result of one, or what its machine code may do.
 
-    return next((reason for reason in map(verdict.unsafe_reason, launches) if reason is not None), None)
+    `gluon.NotCompiled` if that asks for a kernel which does not compile.
+    """
+    try:
+        if (reason := first_run.wrong_reason(launches)) is not None or not _asynchronous(where, facts):
+            return reason
+        from ..machine_code import verdict  # not above: it asks for Triton
+
+        return next((reason for reason in map(verdict.unsafe_reason, launches) if reason is not None), None)
+    except Exception as error:  # whatever a compiler raises
+        raise gluon.NotCompiled(launches, error) from error
 
 
 OPERATORS: dict[str, type[Operation]] = {}

@@ -22,6 +22,7 @@ from resnet_triton.config import ConvConfig, ConvShape, is_legal
 from resnet_triton.config.conv import shared_memory, tiles
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.kernels.launch import Launch
+from resnet_triton.machine_code import verdict
 from resnet_triton.ops import NONE, RELU, Activation, gluon
 from resnet_triton.ops.in_graph import dependent_launches
 
@@ -387,6 +388,33 @@ def test_a_driver_that_refuses_leads_to_the_next_kernel(fails: list[str]) -> Non
         assert_exact(call.compute(), expected)
     assert_exact(call.compute(), expected)  # and no warning
     assert [name for name in fails if name.startswith("hopper")] == ["hopper_conv_kernel"], "tried once"
+
+
+def test_a_compiler_that_refuses_what_is_to_be_judged_leads_to_the_next_kernel(
+    fails: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an unknown Triton, kernels are compiled and judged before they are launched."""
+    monkeypatch.setattr("resnet_triton.ops.operation._asynchronous", lambda where, facts: True)
+    monkeypatch.setattr(verdict, "compilers", lambda: ("99", ""))
+    monkeypatch.setattr(verdict, "hazards", lambda compiled: ())
+
+    def compiler(launch: Launch) -> None:
+        if launch.is_gluon:
+            raise RuntimeError("PTXASError")
+
+    monkeypatch.setattr(Launch, "compile", compiler)
+    call = conv_call(generator(torch.device("cpu"), 0), MANY)
+    expected = rounded(conv_reference(call), torch.float16)
+    with pytest.warns(UserWarning, match=r"hopper_conv_kernel cannot run here \(RuntimeError: PTXASError\)"):
+        assert_exact(call.compute(), expected)
+    assert_exact(call.compute(), expected)
+    assert fails == ["conv_box_kernel"] * 2
+
+    monkeypatch.setattr(gluon, "_refused", False)
+    monkeypatch.setattr(Launch, "is_gluon", False)
+    monkeypatch.setattr(Launch, "compile", lambda launch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call.compute()
 
 
 def test_errors_of_other_kernels_stay_errors(fails: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
