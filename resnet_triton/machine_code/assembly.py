@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from . import dependent, groups
+from . import dependent, groups, ordering
 from .access import loads, stores
-from .ordering import broken
 from .products import follow
 
 _TENSOR_CORE = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
@@ -64,6 +63,12 @@ class Code:
         return any("serializ" in message for message in self.messages)
 
     @property
+    def refused(self) -> tuple[str, ...]:
+        """What `verdict` would not launch it for."""
+        late = self.warps != 4 and ordering.NO_BARRIER_AFTER_PRODUCT in self.disorder
+        return self.hazards + (ordering.NO_BARRIER_AFTER_PRODUCT,) * late
+
+    @property
     def widest_access(self) -> int:
         """The most bytes that a thread moves at a time through a pointer."""
         return max(self.widest_load, self.widest_store)
@@ -100,7 +105,7 @@ def read(*, ttir: str, ttgir: str, ptx: str, sass: str, log: str, shared_memory:
         messages=tuple(dict.fromkeys(line.partition(": ")[2] for line in said)),
         hazards=followed.hazards,
         float_atomics=len(_FLOAT_ATOMIC.findall(ptx)),
-        disorder=broken(flow) + early.faults,
+        disorder=ordering.broken(flow) + early.faults,
         early=early.parameters,
         dropped_nans=len(_DROPS_NAN.findall(ptx)),
         approximations=len(_APPROXIMATE.findall(ptx)),

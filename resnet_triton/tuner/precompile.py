@@ -17,7 +17,7 @@ from ..codegen import vital_signs
 from ..config import ConvConfig, ConvShape
 from ..config.device import DeviceFacts
 from ..support.processes import Pool
-from .trial import UNSAFE, abstract_call, launches_of
+from .trial import SLOW, abstract_call, launches_of
 
 
 class Compilers:
@@ -61,14 +61,14 @@ def faults(shape: ConvShape, chosen: ConvConfig, facts: DeviceFacts) -> list[str
             try:
                 code = vital_signs(compiled)
             except ValueError as error:  # it compiled, and cannot be read
-                return [f"{UNSAFE}{error}"]
+                return [str(error)]
             if code.spill_bytes:
-                found.append(f"spills {code.spill_bytes} bytes")
+                found.append(f"{SLOW}spills {code.spill_bytes} bytes")
             if code.serialized:
-                found.append("ptxas serialised wgmma")
+                found.append(f"{SLOW}ptxas serialised wgmma")
             if code.shared_memory > facts.shared_memory:
                 found.append(f"needs {code.shared_memory} bytes of shared memory")
-            found += [UNSAFE + hazard for hazard in code.hazards]
+            found += code.refused
         return found
     except OSError:  # a full disk or a cache of somebody else's: no configuration's fault
         raise

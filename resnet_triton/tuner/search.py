@@ -22,7 +22,7 @@ from ..config import ConvConfig, ConvShape, conv_heuristic, table
 from ..config.candidates import candidates, neighbours
 from ..config.device import DeviceFacts
 from ..support.timing import Meter, Spread, replay
-from .trial import UNSAFE, Trial
+from .trial import SLOW, Trial
 
 COUNT = 16  # tiles by the cost model, beside the heuristic's choice
 ROUNDS = 3  # of neighbours
@@ -93,13 +93,12 @@ class Search:
             self.compiler.submit(shape, config)
 
     def _time(self, configs: Sequence[ConvConfig]) -> None:
-        """Time what compiles well; the heuristic's choice, as the one to beat, unless it may give wrong answers."""
+        """Time what compiles well; the heuristic's choice, as the one to beat, if it is no worse than slow."""
         self._submit(self.shape, configs)
         self.seen.update(configs)
         for config in configs:
             faults = self._faults(config)
-            unsafe = any(fault.startswith(UNSAFE) for fault in faults)
-            if not faults or (config == self.start and not unsafe):
+            if not faults or (config == self.start and all(fault.startswith(SLOW) for fault in faults)):
                 self.seconds[config] = self._measure(config, REPLAYS).p50
 
     def _faults(self, config: ConvConfig) -> list[str]:
@@ -125,7 +124,7 @@ class Search:
             wrong.append(config)
         else:
             return Found(None, None, wrong)
-        if self.start not in self.seconds:  # unsafe: nothing to beat
+        if self.start not in self.seconds:  # nothing to beat
             spread = self._measure(config, FINAL_REPLAYS)
             return Found(config, _timing(spread, spread, len(self.seconds)), wrong)
         base, spread = self._measure(self.start, FINAL_REPLAYS), self._measure(config, FINAL_REPLAYS)

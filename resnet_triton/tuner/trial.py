@@ -25,8 +25,8 @@ from ..ops.in_graph import dependent_launches
 from ..ops.precision import fp32_precision
 from ..support.timing import Meter, Spread, graph_seconds
 
-UNSAFE = "may give wrong answers: "
-"""How a fault begins that is worse than slow: such a configuration is not even timed."""
+SLOW = "may be slow: "
+"""How a fault begins that is no worse: the heuristic's choice is timed with it, as the one to beat."""
 
 
 def abstract_call(shape: ConvShape) -> ConvBnRelu:

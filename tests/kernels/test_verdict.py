@@ -52,6 +52,7 @@ import json, sys, warnings
 from pathlib import Path
 import torch
 from triton import knobs
+from resnet_triton.codegen import vital_signs
 from resnet_triton.config import ConvConfig, ConvShape
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.machine_code import verdict
@@ -94,9 +95,10 @@ def unguard(ptx):
 found = {}
 for warps in (4, 8):
     unguarded = launch(warps, num_stages=3, box=(1, 1, 64))
-    asm = unguarded.compile().asm
-    asm["ptx"] = unguard(asm["ptx"])
-    found[f"no barrier, {warps} warps"] = ask(unguarded)[0]
+    compiled = unguarded.compile()
+    assert vital_signs(compiled).refused == ()
+    compiled.asm["ptx"] = unguard(compiled.asm["ptx"])
+    found[f"no barrier, {warps} warps"] = [ask(unguarded)[0], *vital_signs(compiled).refused]
 verdict._warned.clear()
 for path in cache.glob("*/hazards-*.json"):
     path.unlink()
@@ -148,9 +150,9 @@ def test_a_kernel_is_judged_once_and_not_launched_if_it_is_unsafe(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = json.loads(run(JUDGE, str(WRONG), str(tmp_path)))
-    assert found["no barrier, 4 warps"] is None
+    assert found["no barrier, 4 warps"] == [None]
     reason = "no barrier between the wait for a matrix product and the copy to shared memory after it"
-    assert found["no barrier, 8 warps"] == f"conv_box_kernel may give wrong answers: {reason}"
+    assert found["no barrier, 8 warps"] == [f"conv_box_kernel may give wrong answers: {reason}", reason]
     assert found["sound"] == found["remembered"] == [None, [], 1]
     reason, (warning,), files = found["half a file"]
     assert reason.startswith("conv_box_kernel may give wrong answers: LDSM.16.M88.4 at 1b90 overwrites R168 of HGMMA")
