@@ -28,8 +28,8 @@ def conv_bn_relu(
     pixels = n * p * q
     taps = c // groups * r * s + shortcut_c
     flops = 2 * pixels * k * taps
-    rows = p * r if r < stride[0] else h  # a filter narrower than its stride skips the rows in between
-    columns = q * s if s < stride[1] else w
+    rows = min(p * r, h) if r < stride[0] else h  # a filter narrower than its stride skips the rows in between
+    columns = min(q * s, w) if s < stride[1] else w
     read = n * c * rows * columns
     elements = read + k * taps + pixels * k * (2 if residual else 1) + pixels * shortcut_c
     return Cost(flops, elements * itemsize)

@@ -229,9 +229,9 @@ def is_paired(x: Tensor) -> bool:
 @functools.lru_cache(maxsize=64)
 def normalises_exactly(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
     """Whether `quotient` rounds as a division does: for each byte and channel, so that there is nothing to prove."""
-    x = torch.arange(256, dtype=torch.float32)
-    centred = x / 255 - torch.tensor(mean, dtype=torch.float32)[:, None]
-    deviations = torch.tensor(std, dtype=torch.float32)[:, None]
+    x = torch.arange(256, dtype=torch.float32, device="cpu")  # whatever the default device
+    centred = x / 255 - x.new_tensor(mean)[:, None]
+    deviations = x.new_tensor(std)[:, None]
     return _quotients_are_exact(x, x.new_tensor(255.0)) and _quotients_are_exact(centred, deviations)
 
 

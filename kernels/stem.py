@@ -33,7 +33,7 @@ WINDOW = 4 * BLOCK_ELEMENTS
 HALO = 3  # blocks of a window beyond its first
 
 
-@triton.jit(do_not_specialize=["H", "W", "ROWS", "COLUMNS"])
+@triton.jit(do_not_specialize=["stride_n", "stride_c", "stride_h", "stride_w", "H", "W", "ROWS", "COLUMNS"])
 def pack_kernel(
     x_ptr, y_ptr, marks_ptr, stride_n, stride_c, stride_h, stride_w, H, W, ROWS, COLUMNS,
     mean_0, mean_1, mean_2, mean_3, std_0, std_1, std_2, std_3,

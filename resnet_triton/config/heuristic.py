@@ -79,7 +79,7 @@ def linear_heuristic(m: int, c: int, k: int, itemsize: int, precision: str, devi
     """Tiles for a (m, c) by (c, k) product. 16 is the least a tensor core takes.
 
     Of few rows only the weights take time. They are in tiles so narrow that nearly every SM has a program, with so many
-    of their bytes on their way as memory needs (and 80 KB of shared memory hold).
+    of their bytes on their way as memory needs (and 96 KB of shared memory hold).
     """
     ieee = itemsize == 4 and precision == "ieee"
     if m > 16:

@@ -120,12 +120,14 @@ def window(name: str, x: Size, size: tuple[int, int], geometry: Geometry, ceil_m
     return p, q
 
 
-def too_large(shape: Shape, x: Tensor, padding: int) -> str | None:
-    """Kernels count pixels, and elements within one image row, in int32; everything else in int64."""
-    n, _, p, q = shape
+def too_large(shape: Shape, x: Tensor, padding: int, taps: int = 0) -> str | None:
+    """Kernels count pixels, elements within one image row, and the `taps` of filters, in int32; all else in int64."""
+    n, k, p, q = shape
     _, c, h, w = x.shape
-    pixels, row = max(n * p * q, h * w), (w + 2 * padding) * c
-    return f"{pixels} pixels, {row} elements a row exceed int32" if max(pixels, row) >= 2**31 - 2**10 else None
+    pixels, row = max(n * p * q, h * w), max((w + 2 * padding) * c, q * k)
+    if max(pixels, row, taps) < 2**31 - 2**10:
+        return None
+    return f"{pixels} pixels, {row} elements a row or {taps} taps exceed int32"
 
 
 def pair(value: IntOrPair, name: str = "value") -> tuple[int, int]:

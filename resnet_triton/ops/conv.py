@@ -120,7 +120,7 @@ class ConvBnRelu(Operation):
         if groups != 1 and shortcut is not None:
             return "grouped convolution with a shortcut"
         others = () if shortcut is None else shortcut[:2]
-        return mixed_dtypes(x, residual, *others) or too_large(shape, x, padding[1])
+        return mixed_dtypes(x, residual, *others) or too_large(shape, x, padding[1], self.weight.shape[1:].numel())
 
     def launches(self, out: Tensor, facts: DeviceFacts, *, descriptors: bool = True) -> tuple[Launch, ...]:
         dense = self._dense()

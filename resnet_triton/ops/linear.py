@@ -50,9 +50,9 @@ class Linear(Operation):
 
     def fallback_reason(self, shape: Shape) -> str | None:
         check_same_dtype(self.x, weight=self.weight, bias=self.bias)
-        rows = prod(shape[:-1])
-        if rows >= 2**31 - 2**10:
-            return f"{rows} rows exceed int32"
+        rows, k = prod(shape[:-1]), shape[-1]
+        if max(rows, k) >= 2**31 - 2**10:
+            return f"{rows} rows or {k} columns exceed int32"
         return "no input features" if self.weight.shape[1] == 0 else None
 
     def launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:

@@ -73,7 +73,7 @@ class Stem(Operation):
 
     def fallback_reason(self, shape: Shape) -> str | None:
         p, q = ((edge - 1) // 2 + 1 for edge in self.x.shape[2:])
-        return too_large((shape[0], shape[1], p, q), self.x, STEM_CONV.padding[1])
+        return too_large((*shape[:2], p, q), self.x, STEM_CONV.padding[1], self.weight.numel())
 
     def launches(self, out: Tensor, facts: DeviceFacts) -> tuple[Launch, ...]:
         x, weight = self.x, channels_last(self.weight)

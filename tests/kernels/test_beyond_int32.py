@@ -27,7 +27,7 @@ from resnet_triton.kernels.launch import Launch
 from resnet_triton.kernels.linear import linear
 from resnet_triton.kernels.max_pool import max_pool
 from resnet_triton.kernels.values import NONE, BatchNorm, ConvConfig, Convolution, Geometry, Shortcut
-from resnet_triton.ops import interpreter
+from resnet_triton.ops import ConvBnRelu, Linear, Stem, interpreter
 
 pytestmark = pytest.mark.skipif(not interpreter.active(), reason="a GPU's memory has no pages that do not exist")
 RESERVE_NOTHING = 0x4000  # Linux's MAP_NORESERVE; Python names it from 3.13 on
@@ -266,6 +266,42 @@ def test_pack_of_many_images() -> None:
     packed, marks = sparse(*shape), sparse(*shape[:2], dtype=torch.int32)
     run(stem_kernels.pack(out=packed, marks=marks, x=x, mean=None, std=None, block=16, num_warps=4), -2, -1)
     assert_exact(packed[-1, 2, 2].view(2, 2, 4)[..., :3], x[0].permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_is_counted_in_int32(fits: bool) -> None:
+    """Pixels, elements of a row of input or results, and taps of a filter; larger calls run on PyTorch."""
+    big = 2**31 - 2**12 if fits else 2**31 - 2**9
+
+    def made(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float16, device="meta")
+
+    def norm(weight: Tensor) -> BatchNorm:
+        return BatchNorm(*[made(len(weight))] * 4, 1e-5)
+
+    def convolved(x: Tensor, weight: Tensor) -> ConvBnRelu:
+        return ConvBnRelu(x, weight, norm(weight), Geometry())
+
+    def stem(x: Tensor, weight: Tensor) -> Stem:
+        return Stem(x, weight, norm(weight))
+
+    calls = {
+        "pixels": convolved(made(big, 4, 1, 1), made(8, 4, 1, 1)),
+        "row": convolved(made(1, big // 16, 1, 16), made(1, big // 16, 1, 1)),
+        "row of results": convolved(made(1, 1, 1, 16), made(big // 16, 1, 1, 1)),
+        "taps": convolved(made(1, big // 49, 9, 9), made(1, big // 49, 7, 7)),
+        "pixels of a stem": stem(made(big // 16, 3, 8, 8), made(64, 3, 7, 7)),
+        "row of a stem's results": stem(made(1, 1, 1, 32), made(big // 16, 1, 7, 7)),
+        "filters of a stem": stem(made(1, 3, 8, 8), made(big // 147, 3, 7, 7)),
+        "rows": Linear(made(big, 2), made(3, 2), None),
+        "columns": Linear(made(3, 2), made(big, 2), None),
+    }
+    reasons = {name: call.fallback_reason(call.result().shape) for name, call in calls.items()}
+    if fits:
+        del reasons["row of a stem's results"]  # which is within the limit only if its filters are not
+        assert set(reasons.values()) == {None}
+    else:
+        assert [name for name, reason in reasons.items() if "exceed int32" not in (reason or "")] == []
 
 
 def test_stem() -> None:

@@ -34,6 +34,8 @@ def test_bytes_read_each_input_once_and_write_each_output_once():
     assert cost.conv_bn_relu(**layer, r=3, s=3, stride=(2, 2), residual=True).bytes == 2 * (x + 2 * y + 128 * 64 * 9)
     # A 1x1 filter with stride 2 reads every second row and column.
     assert cost.conv_bn_relu(**layer, r=1, s=1, stride=(2, 2)).bytes == 2 * (x // 4 + y + 128 * 64)
+    tiny = cost.conv_bn_relu(n=1, c=16, h=1, w=1, k=16, p=2, q=2, r=1, s=1, itemsize=2, stride=(2, 2))
+    assert tiny.bytes == 2 * (16 + 4 * 16 + 16 * 16), "padding is not read"
     with_shortcut = cost.conv_bn_relu(**layer, r=3, s=3, stride=(2, 2), shortcut_c=32)
     assert with_shortcut.bytes == 2 * (x + y + 128 * 64 * 9 + 128 * 32 + 2 * 32 * 14 * 14)
     assert with_shortcut.flops == 2 * y * (64 * 9 + 32)
@@ -65,10 +67,12 @@ def test_no_size_is_taken_for_another():
     assert cost.add_relu(numel=h, itemsize=item) == (h, 3 * h * item)
 
 
-@pytest.mark.parametrize(("r", "s", "rows", "columns"), [(1, 3, 13, 51), (3, 1, 5, 17), (2, 4, 26, 7), (3, 4, 5, 7)])
+@pytest.mark.parametrize(
+    ("r", "s", "rows", "columns"), [(1, 3, 13, 51), (3, 1, 40, 17), (2, 4, 26, 70), (3, 4, 40, 70)]
+)
 def test_what_lies_between_narrow_filters_is_not_read(r, s, rows, columns):
     """Strides (3, 4): a filter as long as its stride reads everything."""
-    sizes = {"n": 2, "c": 3, "h": 5, "w": 7, "k": 11, "p": 13, "q": 17, "itemsize": 1}
+    sizes = {"n": 2, "c": 3, "h": 40, "w": 70, "k": 11, "p": 13, "q": 17, "itemsize": 1}
     elements = 2 * 3 * rows * columns + 11 * 3 * r * s + 2 * 11 * 13 * 17
     assert cost.conv_bn_relu(**sizes, r=r, s=s, stride=(3, 4)).bytes == elements
 

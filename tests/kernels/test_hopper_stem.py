@@ -166,7 +166,8 @@ def test_layouts_that_it_reads():
             assert is_paired(memory.as_strided((1, channels, 4, 8), (80, 35, 8, 1))) == (channels == 1)
     for c, stride, h, row, w, near in (
         (3, 2**30 // 3, 2, 8, 8, True), (3, 2**30 // 3 + 1, 2, 8, 8, False),
-        (1, 8, 3, 2**30 // 3, 8, True), (1, 8, 3, 2**30 // 3 + 1, 8, False),
+        (1, 8, 6, 2**30 // 6, 8, True), (1, 8, 6, 2**30 // 6 + 1, 8, False),
+        (1, 8, 1, 2**30 // 5, 8, True), (1, 8, 1, 2**30 // 5 + 1, 8, False),
         (1, 8, 1, 8, 2**30 - 1, True), (1, 8, 1, 8, 2**30, False),
     ):  # fmt: skip
         far = torch.empty_strided((1, c, h, w), (8, stride, row, 1), dtype=torch.float16, device="meta")
@@ -183,3 +184,5 @@ def test_what_reciprocals_normalise_exactly():
     assert not normalises_exactly((0.5,), (2.0**126,)), "some do"
     assert not normalises_exactly((-2.15046,), (1.9056e38,)), "one is halfway in fp64, and no tie in fp32"
     assert not normalises_exactly((0.5, 0.5), (0.5, 1e-45)), "its reciprocal is infinite"
+    with torch.device("meta"):
+        assert normalises_exactly((0.25,), (0.5,)), "whatever the default device"
