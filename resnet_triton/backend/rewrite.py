@@ -575,7 +575,8 @@ def _frozen_buffers(scale: Any, shift: Any, channels: Any) -> Norm | None:
         if not isinstance(product, Node) or product.target is not aten.mul.Tensor or scale not in _args(product):
             continue
         vectors: list[Any] = [_vector(t) for t in (_other_operand(product, scale), _args(summed)[0], weight, bias)]
-        if all(_shape(vector) == (channels,) for vector in vectors):
+        floating = all(dtype is not None and dtype.is_floating_point for dtype in map(_dtype, vectors))
+        if floating and all(_shape(vector) == (channels,) for vector in vectors):
             return Norm(vectors[0], vectors[1], vectors[2], vectors[3], _args(summed)[1])
     return None
 
@@ -602,7 +603,7 @@ def _is_global_mean(node: Any) -> bool:
     x, dims = _args(node)[:2]
     if _dtype(x) not in DTYPES or len(_shape(x)) != 4 or _has_zero(_shape(x)[1:]):
         return False
-    return sorted(d % 4 for d in dims) == [2, 3]
+    return dims is not None and sorted(d % 4 for d in dims) == [2, 3]
 
 
 def _flattened(node: Any) -> Node | None:

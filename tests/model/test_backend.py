@@ -47,8 +47,8 @@ from resnet_triton.ops.trace import Call
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def _frozen(m: Any, x: Tensor, eps: float, alpha: int = 1) -> Tensor:
-    mean, var, weight = (t.reshape(1, -1, 1, 1) for t in (m.v, m.v + 5, m.v + 2))
+def _frozen(m: Any, x: Tensor, eps: float, alpha: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    mean, var, weight = (t.reshape(1, -1, 1, 1) for t in (m.v.to(dtype or m.v.dtype), m.v + 5, m.v + 2))
     scale = weight * torch.add(var, eps, alpha=alpha).rsqrt()
     return m.a(x) * scale + (mean - mean * scale)
 
@@ -113,6 +113,7 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "head without bias": (lambda: sequence(head()[0], nn.Flatten(), nn.Linear(8, 4, bias=False)), ["avg_pool_linear"]),
     "head by mean": (lambda: lambdas(lambda m, x: m.fc(x.mean((2, 3))), fc=nn.Linear(8, 4)), ["avg_pool_linear"]),
     "mean": (lambda: nn.AdaptiveAvgPool2d(1), ["global_avg_pool"]),
+    "a mean of all": (lambda: lambdas(lambda m, x: m.a(x).mean(None, keepdim=True), a=conv()), [CBR]),
     "linear": (lambda: lambdas(lambda m, x: m.fc(x[:, :, 0, 0].relu()), fc=nn.Linear(8, 4)), ["linear"]),
     "strides looked at": (lambda: lambdas(lambda m, x: m.a(x).relu().as_strided((4, 3), (1, 7), 5), a=conv()), [CBR]),
     "an input's strides": (lambda: lambdas(lambda m, x: m.a(x) + x[1:].as_strided((1,), (1,), 9), a=conv()), [CBR]),
@@ -154,6 +155,7 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         [CBR],
     ),
     "a negative eps of a frozen norm": (lambda: lambdas(lambda m, x: _frozen(m, x, -1.0), a=conv()), [CBR]),
+    "an integer in a frozen norm": (lambda: lambdas(lambda m, x: _frozen(m, x, 0.5, dtype=torch.int), a=conv()), [CBR]),
     "an eps of a frozen norm, several times": (lambda: lambdas(lambda m, x: _frozen(m, x, 0.5, 6), a=conv()), [CBR]),
     "no pixels": (lambda: lambdas(lambda m, x: m.a(x)[:, :, :0].mean((2, 3), True).isnan().float(), a=conv()), [CBR]),
     "no pixels, linear": (
