@@ -7,11 +7,11 @@ torch.compile, a `Program` (`programs.py`).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -79,6 +79,12 @@ class Compiled(nn.Module):
             programs.move(self)
         return trained
 
+    def __del__(self) -> None:
+        """What was compiled ends with it at once, though that leads back to its attributes, and so to itself."""
+        vars(self).pop("_triton_programs", None)
+        if (theirs := getattr(super(), "__del__", None)) is not None:
+            theirs()
+
     def _uncompiled_reason(self, args: Any, kwargs: Any) -> str | None:
         """Why a call runs as the module was written; None if it runs compiled."""
         if torch.compiler.is_compiling() or dispatch.transformed():
@@ -127,9 +133,17 @@ def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph)
     module.__class__ = joined
 
 
-@functools.cache
+_made: WeakValueDictionary[type, type[nn.Module]] = WeakValueDictionary()
+"""Classes that `_joined` has made, by what they were made of, while something is of them."""
+
+
 def _joined(cls: Any) -> type[nn.Module]:
     """A subclass of `cls` whose calls are compiled, under the same name."""
+    known = _made.get(cls)
+    return _made.setdefault(cls, _join(cls)) if known is None else known  # another thread may have been faster
+
+
+def _join(cls: Any) -> type[nn.Module]:
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "written_class": cls}
     if issubclass(cls, fx.GraphModule):
         members["recompile"] = _recompile

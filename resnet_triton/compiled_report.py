@@ -46,7 +46,10 @@ def trace(model: nn.Module, shape: tuple[Any, ...], whole: bool) -> list[Call]:
     `whole` model, or the modules in it that `optimize` has compiled, if there are any."""
     args = tree_map_only(Tensor, torch.clone, arguments(model, shape))  # for a model may write its inputs
     parts = {id(m): name for name, m in model.named_modules() if isinstance(m, Compiled)}
-    if whole or not parts or any(is_whole(m) and not isinstance(m, Compiled) for m in model.modules()):
+    with torch.no_grad():
+        written = isinstance(model, Compiled) and model._uncompiled_reason(args, {}) is not None
+    by_others = any(is_whole(m) and not isinstance(m, Compiled) for m in model.modules())
+    if by_others or (not written and (whole or not parts)):
         return _trace(model, args, {})[0]
 
     def traced(module: Compiled, args: Any, kwargs: Any) -> Any:

@@ -150,6 +150,8 @@ def _left(model: nn.Module) -> str:
         return "not optimized: call optimize(model)"
     if original.anywhere and all(map(original.is_disabled, ours)):
         return "disabled"
+    if all(isinstance(m, Compiled) and m.training for m in ours):
+        return dispatch.TRAINING
     return "outside what optimize takes: torch.compile(model, backend='resnet_triton') reaches it, too"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -161,6 +162,16 @@ def test_report_of_a_model_around_a_compiled_part():
     assert [operator for _, operator in rows[3:]] == ["aten.convolution", "aten.native_batch_norm"]
     with disabled(layers):
         assert {c.operator.partition(".")[0] for c in report(model, (1, 3, 32, 32)).calls} == {"aten"}
+
+
+@pytest.mark.parametrize("reason", ["training mode", "disabled"])
+def test_report_of_a_compiled_model_that_runs_as_written(reason):
+    """Gradients are no part of it: what inference would run is reported."""
+    model = optimize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).train(reason == "training mode"))
+    with disabled(model) if reason == "disabled" else nullcontext():
+        calls = report(model, (2, 3, 8, 8)).calls
+    assert {(c.operator.partition(".")[0], c.reason) for c in calls} == {("aten", reason)}
+    assert [c.operator for c in report(model.eval(), (2, 3, 8, 8)).calls] == ["conv_bn_relu"]
 
 
 # --- precompile ------------------------------------------------------------------------------------------------------
