@@ -65,7 +65,8 @@ def optimize(
     cannot be promised (training mode, hooks, layers of another kind, which run module by module) a call raises
     NotImplementedError.
 
-    Raises ValueError if a mode is unknown, there is nothing to optimize, or `freeze=True` or `batch_invariant=True`
+    Raises ValueError if a mode is unknown, there is nothing to optimize, a ResNet of torchvision's has something of its
+    own that is called `normalize`, `modes` or as a mode, or `freeze=True` or `batch_invariant=True`
     finds no whole ResNet, or `cuda_graph=True` nothing but blocks; TypeError if `model` is no module, if its class
     allows no subclass, or for `inplace=False` if it cannot be copied or its copy shares a parameter or buffer.
     """
@@ -86,11 +87,14 @@ def optimize(
             f"{qualified(model)} contains no whole ResNet of torchvision's or ours, which {asked} is for; leave it out"
             f"{other if batch_invariant else ''}"
         )
+    for module in filter(converted.is_torchvision, chosen):
+        _check_names(module)
     if not inplace:
         model = copies.independent(model)
         chosen = convertible(model)
+    users = filters.users_of(model)
     for module in chosen if not filters.sharded(model) else ():
-        filters.move(module, _filters(module))  # before anything else, as memory may run out
+        filters.move(module, _filters(module), users)  # before anything else, as memory may run out
     for module in filter(converted.is_derived, model.modules()) if chosen else (model,):
         compiled.compile_in_place(module, kernels, cuda_graph)
     for module in chosen:
@@ -139,6 +143,13 @@ def _convert(module: nn.Module) -> None:
     vars(module)["_before"] = taken
 
 
+def _check_names(module: nn.Module) -> None:
+    """ValueError if something of a module's own has a name that, once it is converted, is ours."""
+    parts = {*module._modules, *module._parameters, *module._buffers}.intersection(_MODES)
+    for name in (*parts, *(name for name in ("modes", "normalize") if hasattr(module, name))):
+        raise ValueError(f"{type(module).__name__} has {name!r} already, which is our name for a mode; rename it first")
+
+
 def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -166,6 +177,7 @@ def revert(model: Model) -> Model:
         said = f"{type(model).__name__} was not converted by optimize, so there is nothing to revert"
         own = "; for filters as torch lays them out, call model.to(memory_format=torch.contiguous_format)"
         raise ValueError(said + own if isinstance(model, OURS) else said)
+    users = filters.users_of(model)
     for module in found:
         its = vars(module)
         if isinstance(module, Compiled):
@@ -173,9 +185,9 @@ def revert(model: Model) -> Model:
             programs.forget(module)
             del its["_triton_options"]
         else:
-            filters.move_back(module, ((name, conv) for name, conv, _ in _convolutions(module)))
+            filters.move_back(module, ((name, conv) for name, conv, _ in _convolutions(module)), users)
             runner.forget(module)
-            for name in (*_MODES, "_normalize"):
+            for name in (*_MODES, "_triton_normalize"):
                 its.pop(name, None)
             its.update(its.pop("_before", {}))
         module.__class__ = _without_ours(type(module))

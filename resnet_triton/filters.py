@@ -17,16 +17,16 @@ from torch.nn.parameter import is_lazy
 from .graphs.cuda_graph import at_rest, capturing
 
 Filters = Iterable[tuple[str, nn.Parameter]]
+Users = Counter[int]
 _moved: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
 """What any model has moved, by its id."""
 
 
-def move(module: nn.Module, filters: Filters) -> None:
-    """To channels_last memory, those that lie in memory of their own and are not there already.
+def move(module: nn.Module, filters: Filters, users: Users) -> None:
+    """To channels_last memory, those that no other of the `users` has a part in and that are not there already.
 
     Not while somebody captures: the copy would be made when the graph is replayed, from memory that is free by then.
     """
-    users = users_of(module)
     found = [(name, w) for name, w in filters if not w.is_contiguous(memory_format=torch.channels_last)]
     found = [(name, w) for name, w in found if not _has_company(w, users) and not capturing(w)]
     with at_rest(weight for _, weight in found):
@@ -36,12 +36,11 @@ def move(module: nn.Module, filters: Filters) -> None:
             _moved[id(weight)] = weight
 
 
-def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]]) -> None:
+def move_back(module: nn.Module, convolutions: Iterable[tuple[str, nn.Module]], users: Users) -> None:
     """Undo `move`, whatever the filters of a convolution are called by now: they may have been parametrized.
 
     One that has come to share its memory since then stays where it is, and all do while somebody captures.
     """
-    users = users_of(module)
     weights = ((name, weight) for name, conv in convolutions for weight in conv.parameters())
     found = list(moved(module, ((name, w) for name, w in weights if not is_lazy(w) and w.dim() == 4)))
     if any(map(capturing, found)):
@@ -66,9 +65,9 @@ def sharded(model: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
 
 
-def users_of(module: nn.Module) -> Counter[int]:
-    """How many tensors of a module are in which memory: some tie weights by their `data`."""
-    tensors = {id(t): t for t in chain(module.parameters(), module.buffers())}.values()
+def users_of(model: nn.Module) -> Users:
+    """How many tensors of a model are in which memory: some tie weights by their `data`."""
+    tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}.values()
     return Counter(t.untyped_storage()._cdata for t in tensors if is_plain(t))
 
 

@@ -141,7 +141,7 @@ class ResNet(_HasModes, Graphed):
     `optimize` sets them.
     """
 
-    _normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    _triton_normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ class ResNet(_HasModes, Graphed):
         Setting it raises ValueError if there is not one of each for every channel that `conv1` takes, if a mean is not
         finite, or a standard deviation not finite and positive.
         """
-        return self._normalize
+        return self._triton_normalize
 
     @normalize.setter
     def normalize(self, statistics: tuple[Sequence[float], Sequence[float]] | None) -> None:
@@ -281,7 +281,7 @@ class ResNet(_HasModes, Graphed):
                 raise ValueError(f"normalize={statistics!r}, expected None or {wanted}") from None
             check_pixels(mean, std, getattr(self.conv1, "in_channels", len(mean)))
             statistics = mean, std
-        self._normalize = statistics
+        self._triton_normalize = statistics
 
     def _floats(self, x: Any) -> Any:
         if not isinstance(x, fx.Proxy) and x.dtype == torch.uint8:

@@ -288,12 +288,14 @@ def move(module: Any) -> None:
     """Lay the filters out as kernels read them, but where they have to stay."""
     if not (module.training or of(module).stay or filters.sharded(module)):
         kernels = module._triton_options["kernels"]
-        filters.move(module, ((name, w) for name, w in _filters(module) if dispatch.meant(kernels, w)))
+        ours = ((name, w) for name, w in _filters(module) if dispatch.meant(kernels, w))
+        filters.move(module, ours, filters.users_of(module))
 
 
 def put_back(module: nn.Module) -> None:
     """Lay the filters of a `Compiled` module out as they were."""
-    filters.move_back(module, ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Conv2d)))
+    convolutions = ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Conv2d))
+    filters.move_back(module, convolutions, filters.users_of(module))
 
 
 _OF_LAYOUT = re.compile(r"\bviews?\b|strid|contiguous|memory.format|lie in memory", re.IGNORECASE)

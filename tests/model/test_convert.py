@@ -460,6 +460,31 @@ def test_filters_in_memory_that_others_use_stay_there():
     assert not optimize(flat)(image()).any()
 
 
+@torch.no_grad()
+def test_filters_that_two_parts_of_a_model_share_stay_shared():
+    """Parts that are converted apart, by their memory: an edit of one is an edit of the other."""
+    model = small()
+    block, twin = model.layer1[0].conv1, nn.Conv2d(64, 64, 3, bias=False)
+    twin.weight.data = block.weight.data
+    both = nn.ModuleDict({"resnet": model, "twin": twin})
+    for change in (optimize, revert):
+        change(both)
+        block.weight.mul_(-1)
+        assert torch.equal(block.weight, twin.weight), change.__name__
+
+
+@pytest.mark.parametrize("name", ["normalize", "modes", "kernels"])
+def test_a_model_whose_own_parts_have_our_names_is_left_alone(name):
+    model = small()
+    setattr(model, name, nn.Identity())
+    with pytest.raises(ValueError, match=f"ResNet has '{name}' already"):
+        optimize(model)
+    assert type(model) is tv.ResNet
+    assert not any(
+        p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.shape[2:] > (1, 1)
+    )
+
+
 # --- disabled --------------------------------------------------------------------------------------------------------
 
 

@@ -284,7 +284,7 @@ def test_what_cannot_normalise(pixels, kind):
         model.normalize = statistics
     assert model.normalize == tuple(map(tuple, NORMALIZE)), "it stays as it was"
     if not message.startswith("normalize"):
-        model._normalize = statistics  # as if it had been right for another conv1
+        model._triton_normalize = statistics  # as if it had been right for another conv1
         for change in (lambda m: None, lambda m: m.train(), lambda m: setattr(m, "maxpool", nn.MaxPool2d(2))):
             change(model)
             with pytest.raises(ValueError, match=message):
