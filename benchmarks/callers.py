@@ -75,7 +75,7 @@ def _beside_the_graph(batch: int, run: Run) -> Iterator[Found]:
         for _ in range(WARM_CALLS[run.device.type]):
             y = model(x)
         ways: dict[str, Callable[[], object]] = {"a call": partial(model, x)}
-        if model._runner is not None:
+        if model._triton_runner is not None:
             models += [_without_dependent_launches(run, x), _never_settled(run, x)]
             captured, other = map(_graph, models[:2])
             bare = captured.graph.replay
@@ -96,7 +96,7 @@ def _beside_the_graph(batch: int, run: Run) -> Iterator[Found]:
 
 def _graph(model: Any, place: int | None = None) -> Any:
     """Of images from anywhere, or of those at an address."""
-    (graphs,) = model._runner._graphs.values()
+    (graphs,) = model._triton_runner._graphs.values()
     return graphs.anywhere if place is None else graphs.there[place]
 
 
@@ -105,7 +105,7 @@ def _never_settled(run: Run, x: Tensor) -> Any:
     model = _model(run)
     for _ in range(3):
         model(x)
-    for shape in model._runner._shapes.values():
+    for shape in model._triton_runner._shapes.values():
         shape.settled = 1 << 60
     return model
 

@@ -71,7 +71,7 @@ def captured(frozen):
     model = optimize(resnet18().eval().half(), kernels="triton", cuda_graph=True, freeze=frozen, inplace=True)
     for _ in range(50):
         model(x)
-    (only,) = model._runner._graphs.values()
+    (only,) = model._triton_runner._graphs.values()
     assert only.replays > 40
     return model
 

@@ -63,7 +63,7 @@ def watched_reason(device: torch.device) -> str | None:
         return "autocast is on"
     if _has_any_global_hook():
         return "a hook on all modules"
-    if dispatch.transformed() or forward_ad._current_level >= 0:
+    if dispatch.transformed() or dispatch.in_function_mode() or forward_ad._current_level >= 0:
         return "a transform, a tracer or a mode sees every operator"
     return None
 
@@ -182,7 +182,7 @@ class Graphs:
     ) -> None:
         """Capture a call that has just run without a graph, by its `entry`, if it is due and `reason` finds nothing."""
         with self._lock:
-            why = self._why_not(key, cuda_graph) or reason() or self._capture(key, entry)
+            why = self._why_not(key, cuda_graph) or reason() or self._capture(key, reason, entry)
         self.note(why or WAITING, cuda_graph)
 
     def drop(self) -> None:
@@ -200,8 +200,8 @@ class Graphs:
             return FAILED_BEFORE if shape.failed else WAITING
         return None
 
-    def _capture(self, key: Key, entry: Callable[[], Entry]) -> str | None:
-        """Why it failed, or None."""
+    def _capture(self, key: Key, reason: Callable[[], str | None], entry: Callable[[], Entry]) -> str | None:
+        """Why there is none, or None."""
         if self.is_stale():
             self._drop_all()
         while len(self._graphs) >= LIMIT:
@@ -211,6 +211,8 @@ class Graphs:
         beside = next((graphs.anywhere for graphs in self._graphs.values()), None)
         with self._capturing(key):
             self.begin()
+            if (why := reason()) is not None:  # by what another thread has changed before it is watched
+                return why
             self._graphs[key] = _Replayed(cuda.capture(entry(), beside))
         if key not in self._graphs:
             return FAILED

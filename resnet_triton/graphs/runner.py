@@ -28,7 +28,7 @@ class Graphed(nn.Module):
     cuda_graph: CudaGraph = "auto"
     frozen = False
     kernels: Kernels
-    _runner: Runner | None = None
+    _triton_runner: Runner | None = None
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         """What `forward` computes, operator by operator."""
@@ -53,14 +53,14 @@ class Graphed(nn.Module):
 
     def __del__(self) -> None:
         """Its graphs end with it at once, though its fingerprint leads from them to its attributes, and so to them."""
-        known = self._runner
+        known = self._triton_runner
         if known is not None and known.owner() is self:  # not a replica's
             known.end()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the graphs, which copies and pickles cannot take along."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("_runner", None)
+        state.pop("_triton_runner", None)
         return state
 
 
@@ -86,12 +86,12 @@ def _graphs_wanted(model: Graphed, x: Tensor) -> bool:
 
 def forget(model: Any) -> None:
     """Drop the graphs and the snapshot of a model."""
-    vars(model).pop("_runner", None)
+    vars(model).pop("_triton_runner", None)
 
 
 def forget_if_moved(model: Graphed) -> None:
     """After `.to()`, `.half()` and the like: let go of the memory that the model has left, if it has."""
-    known = model._runner  # another thread may forget it meanwhile
+    known = model._triton_runner  # another thread may forget it meanwhile
     if known is not None and not known.holds():
         forget(model)
 
@@ -102,10 +102,10 @@ def describe(model: Graphed) -> str:
 
 
 def _of(model: Graphed) -> Runner:
-    runner = model._runner
+    runner = model._triton_runner
     # DataParallel's replicas start with all attributes of the model, a forked process with locks that others hold.
     if runner is None or runner.owner() is not model or runner.process != os.getpid():
-        runner = model._runner = Runner(model)
+        runner = model._triton_runner = Runner(model)
     return runner
 
 
@@ -129,9 +129,13 @@ class Runner(Graphs):
         self._fingerprint = None
 
     def is_stale(self) -> bool:
-        if self._snapshot is not None or self.holds():
+        if self._snapshot is not None:
+            model = self.owner()
+            if model is None or model.frozen:
+                return False
+        elif self.holds():
             return False
-        self._fingerprint = None
+        self._fingerprint = self._snapshot = None
         return True
 
     def begin(self) -> None:

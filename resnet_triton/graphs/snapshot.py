@@ -27,7 +27,7 @@ def _twin(module: Any) -> Any:
     """Another module with the same attributes and weights. Not a deep copy: an attribute may be one that has none."""
     twin = module.__new__(type(module))
     own = vars(module).copy()  # in one step: another thread may call the model meanwhile, or be told to forget graphs
-    vars(twin).update({k: v.copy() if isinstance(v, dict) else v for k, v in own.items() if k != "_runner"})
+    vars(twin).update({k: v.copy() if isinstance(v, dict) else v for k, v in own.items() if k != "_triton_runner"})
     for name, child in module._modules.items():
         twin._modules[name] = None if child is None else _twin(child)
     for name, p in module._parameters.items():

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from ..config import device
 from ..support import locks
@@ -138,6 +140,12 @@ def transformed() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()
     )
+
+
+def in_function_mode() -> bool:
+    """Whether a mode sees every function of PyTorch's that Python calls, other than that of a default device."""
+    count = torch._C._len_torch_function_stack()  # asked first: it takes no time
+    return count > 0 and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def is_watched(tensors: list[Tensor]) -> bool:

@@ -330,7 +330,7 @@ def test_graphs(cuda: Any) -> None:
     assert torch.equal(first, again)
     assert torch.equal(again, alone(model, images))
     model.batch_invariant = False  # is another model to the graph
-    assert not model._runner.holds()
+    assert not model._triton_runner.holds()
 
 
 @pytest.mark.parametrize("name", [name for name, operator in ops.OPERATORS.items() if operator.per_image])

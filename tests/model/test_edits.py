@@ -363,7 +363,7 @@ def test_each_kind_is_seen_by_its_check_alone(cuda: Any, kind: str) -> None:
     model, x = narrow(), images(2, 32)
     captured(model, x)
     before = model(x)
-    CHECKS[check](model._runner._fingerprint)
+    CHECKS[check](model._triton_runner._fingerprint)
     undo = edit(model, random.Random(kind))
     try:
         assert same(answer(model, x), before)  # without its check the answer is stale
@@ -411,7 +411,7 @@ def test_a_call_takes_no_longer_than_a_loop_over_its_tensors(cuda: Any) -> None:
         model(x)
     for graph in cuda.graphs:
         graph.replay = lambda *arguments: None
-    model._runner._done.wait = model._runner._done.record = lambda *arguments: None
+    model._triton_runner._done.wait = model._triton_runner._done.record = lambda *arguments: None
     tensors = [*model.parameters(), *model.buffers()]
 
     def loop() -> None:

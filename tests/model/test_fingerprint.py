@@ -35,7 +35,7 @@ def test_the_memory_of_a_graph_outlives_the_parameter(cuda):
     model, x = small(), images()
     captured(model, x)
     cuda.graphs.clear()  # the fake's records keep memory too
-    addresses = {t.data_ptr() for t in model._runner._fingerprint._memory}
+    addresses = {t.data_ptr() for t in model._triton_runner._fingerprint._memory}
     assert addresses == {t.data_ptr() for t in model.state_dict().values() if t.is_floating_point()}
     set_data(model.conv1.weight, torch.clone)
     assert model.conv1.weight.data_ptr() not in addresses  # taken, as long as the fingerprint lives
@@ -132,7 +132,7 @@ def test_calls_without_a_graph(cuda, kind):
         assert torch.equal(call(model, x), call(reference, x))
     assert len(cuda.graphs) == 1
     assert cuda.graphs[0].replays == 0
-    assert any(reason in noted for noted in model._runner.eager)
+    assert any(reason in noted for noted in model._triton_runner.eager)
 
 
 def test_vmap_sees_every_operator():
@@ -196,7 +196,7 @@ def test_models_without_a_graph(cuda, kind):
     edit(model)
     captured(model, images(), images(3))
     assert not cuda.graphs
-    assert any(reason in noted for noted in model._runner.eager)
+    assert any(reason in noted for noted in model._triton_runner.eager)
 
 
 def test_a_demand_that_cannot_be_met_warns_once(cuda):

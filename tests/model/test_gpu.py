@@ -82,7 +82,7 @@ def images(n: int, dtype: torch.dtype = torch.float16, size: int = EDGE, seed: i
 
 
 def replays(model: Any) -> int:
-    return sum(graph.replays for graph in model._runner._graphs.values())
+    return sum(graph.replays for graph in model._triton_runner._graphs.values())
 
 
 def captured(model: Any, *inputs: Tensor) -> None:
@@ -103,7 +103,7 @@ def test_a_replay_is_bitwise_an_eager_call(n, dtype):
         x = images(n, dtype, seed=seed)
         assert torch.equal(model(x), model._forward_impl(x))
     assert replays(model) == 2
-    assert model._runner._fingerprint._look is look._compiled().look
+    assert model._triton_runner._fingerprint._look is look._compiled().look
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_images_that_stay_are_read_where_they_are(n):
         other = images(n, seed=seed + 100)
         for given in (x, other):
             assert torch.equal(model(given), model._forward_impl(given))
-    (graphs,) = model._runner._graphs.values()
+    (graphs,) = model._triton_runner._graphs.values()
     assert x.data_ptr() in graphs.there
     size, kept = x.untyped_storage().nbytes(), torch.cuda.memory_allocated()
     del x, given
@@ -383,7 +383,7 @@ def test_images_are_read_where_they_are(layout):
     for x in (images(2), images(2).mul(50).clamp(0, 255).byte()):
         x = x.contiguous(memory_format=layout)
         captured(model, x)
-        (*_, graphs) = model._runner._graphs.values()
+        (*_, graphs) = model._triton_runner._graphs.values()
         assert graphs.anywhere.input.shape == (2, 64, EDGE // 4, EDGE // 4), "behind the stem"
         for n in range(4):  # at other addresses, one of them not a multiple of 16
             memory = torch.cat([x.flatten()[:n], (x + n).permute(0, 2, 3, 1).flatten()])[n:]
@@ -430,7 +430,7 @@ def test_several_threads():
     for thread in threads:
         thread.join()
     assert not failures
-    assert len(model._runner._graphs) == 3
+    assert len(model._triton_runner._graphs) == 3
 
 
 def test_a_thread_that_has_not_used_the_gpu_before():
@@ -673,7 +673,7 @@ def test_the_least_recently_used_graph_goes_first():
     for n in sizes:
         captured(model, images(n, size=small(64, 32)))
         model(images(n, size=small(64, 32)))
-    assert len(model._runner._graphs) == replay.LIMIT
+    assert len(model._triton_runner._graphs) == replay.LIMIT
     for n in sizes:
         x = images(n, size=small(64, 32), seed=1)
         assert torch.equal(model(x), model._forward_impl(x))
@@ -905,7 +905,7 @@ def test_dependent_launches_are_dependent_in_a_graph(monkeypatch):
     monkeypatch.setattr(Launch, "run", recorded)
     model, x = build(), images(1)
     captured(model, x)
-    (graphs,) = model._runner._graphs.values()
+    (graphs,) = model._triton_runner._graphs.values()
     graph = graphs.anywhere
     error, *_, count = runtime.cudaGraphGetEdges(graph.graph.raw_cuda_graph(), numEdges=0)
     assert int(error) == 0
@@ -928,7 +928,7 @@ def test_a_graph_lends_its_launches_semaphores_that_stay_at_zero(monkeypatch):
 
     monkeypatch.setattr(conv, "semaphores_for", recorded)
     captured(model, images(1))
-    (graphs,) = model._runner._graphs.values()
+    (graphs,) = model._triton_runner._graphs.values()
     graph = graphs.anywhere
     assert (True, graph.semaphores.data_ptr()) in lent, "a layer of one image is shared"
     assert all(pointer == graph.semaphores.data_ptr() for capturing, pointer in lent if capturing)

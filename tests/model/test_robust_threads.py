@@ -146,7 +146,7 @@ def test_attributes_are_read_while_another_thread_sets_some() -> None:
 def test_a_model_forgotten_while_another_thread_moves_it(cuda: Any) -> None:
     model = small()
     captured(model, images())
-    known = model._runner
+    known = model._triton_runner
 
     def forgotten_meanwhile() -> bool:
         refresh(model)
@@ -155,7 +155,7 @@ def test_a_model_forgotten_while_another_thread_moves_it(cuda: Any) -> None:
     with mock.patch.object(runner.Runner, "holds", side_effect=forgotten_meanwhile):
         runner.forget_if_moved(model)
     assert known is not None
-    assert model._runner is None
+    assert model._triton_runner is None
 
 
 def another_bias(model: Any) -> Callable[[], object]:
@@ -216,10 +216,10 @@ def test_a_model_moved_while_another_thread_finds_its_graphs_outdated(cuda: Any)
 
     model = small()
     captured(model, images())
-    assert model._runner is not None
-    model._runner.__class__ = Meanwhile
+    assert model._triton_runner is not None
+    model._triton_runner.__class__ = Meanwhile
     model.double()
-    assert model._runner is None
+    assert model._triton_runner is None
 
 
 def test_a_model_called_while_another_thread_optimizes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +394,7 @@ def test_a_call_that_fails_half_way_leaves_the_model_usable(cuda: Any, where: st
     assert raiser.called
     for _ in range(3):
         torch.testing.assert_close(model(x), model._forward_impl(x))
-    assert model._runner._lock.acquire(blocking=False)
+    assert model._triton_runner._lock.acquire(blocking=False)
 
 
 def test_memory_that_runs_out_inside_an_operator_is_torchs_error(device: torch.device) -> None:
@@ -496,7 +496,7 @@ def test_a_fork_while_another_thread_is_in_a_call(cuda: Any, held: str) -> None:
         return torch.allclose(model(x), expected)
 
     lock = {
-        "count": dispatch._lock, "interpreter": interpreter._lock, "model": model._runner._lock,
+        "count": dispatch._lock, "interpreter": interpreter._lock, "model": model._triton_runner._lock,
         "first call": its.first, "checkpoint": tensor_files._reading,
     }[held]  # fmt: skip
     taken, done = threading.Event(), threading.Event()

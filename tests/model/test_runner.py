@@ -18,6 +18,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda, FakeEvent, captured, images, small, with_grad
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from resnet_triton import disabled, ops, optimize, refresh, report, revert
 from resnet_triton.bench.worker import WARM_CALLS
@@ -217,7 +218,7 @@ def test_host_calls_of_a_replay_on_a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, getattr(asked, name))
     monkeypatch.setattr(cuda_graph, "takes", lambda x: True)
     model, x = small(), images()
-    model._runner = kept = runner.Runner(model)
+    model._triton_runner = kept = runner.Runner(model)
     buffers = mock.Mock(record_stream=asked.record_stream, clone=asked.clone)
     graph = cuda_graph.Captured(asked, buffers, asked.fill, buffers, buffers)
     kept._graphs[replay.key_of(x)] = replay._Replayed(graph)
@@ -364,7 +365,7 @@ def test_places_that_never_come_back_are_forgotten(cuda, monkeypatch):
     captured(model, images())
     for x in kept:
         model(x)
-    (graphs,) = model._runner._graphs.values()
+    (graphs,) = model._triton_runner._graphs.values()
     assert 0 < len(graphs.seen) <= 8
 
 
@@ -402,7 +403,7 @@ def test_a_capture_that_fails_where_inputs_settle(cuda, monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"no CUDA graph for 2x3x16x16 float32, its capture failed: as CUDA says"):
         y = model(x)
     assert torch.equal(y, model._forward_impl(x))
-    assert not model._runner._graphs
+    assert not model._triton_runner._graphs
     cuda.failure = None
     for _ in range(10):
         assert torch.equal(model(x), model._forward_impl(x))
@@ -550,7 +551,52 @@ def test_shapes_are_forgotten(cuda, monkeypatch):
     model = small()
     for n in range(1, 8):
         model(images(n, 8))
-    assert len(model._runner._shapes) == 3
+    assert len(model._triton_runner._shapes) == 3
+
+
+class Negated(TorchFunctionMode):
+    """What the head returns."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        return -y if "avg_pool_linear" in str(func) else y
+
+
+def test_a_mode_that_sees_functions_is_asked_at_every_call(cuda):
+    """And no graph holds anything of it. A default device is such a mode, too, but it changes no function."""
+    model, x = small(), images()
+    expected = model(x)
+    for _ in range(2):
+        with Negated():
+            for _ in range(3):
+                assert torch.equal(model(x), model._forward_impl(x))
+        assert torch.equal(model(x), expected)
+    assert len(cuda.graphs) == 1
+    before = cuda.graphs[0].replays
+    with torch.device("cpu"):
+        model(x)
+    assert cuda.graphs[0].replays == before + 1
+
+
+def test_a_hook_added_while_a_capture_begins(cuda, monkeypatch):
+    """By another thread, behind the question whether there is one."""
+    model, x, called = small(), images(), []
+    asked = type(model).uncaptured_model_reason
+
+    def meanwhile(self):
+        reason = asked(self)
+        if reason is None and not called:
+            called.append("registered")
+            model.layer1[0].conv1.register_forward_hook(lambda *_: called.append("called"))
+        return reason
+
+    monkeypatch.setattr(type(model), "uncaptured_model_reason", meanwhile)
+    for _ in range(4):
+        model(x)
+    assert called[2:] == ["called"] * (len(called) - 2)
+    before = len(called)
+    model(x)
+    assert len(called) == before + 1
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
@@ -766,8 +812,8 @@ def test_graphs_and_weights_end_with_the_model_at_once(cuda, freeze):
     replica = model._replicate_for_data_parallel()
     del replica
     kept = [weakref.ref(t) for t in (*model.parameters(), cuda.graphs[0])]
-    assert model._runner.holds()
-    assert model._runner._fingerprint
+    assert model._triton_runner.holds()
+    assert model._triton_runner._fingerprint
     cuda.graphs.clear()
     gc.disable()
     try:
@@ -803,7 +849,7 @@ def test_revert_frees(cuda):
     assert len(cuda.graphs) == 1
     revert(model)
     assert dead(cuda)
-    assert not {"_runner", "cuda_graph", "frozen"} & set(vars(model))
+    assert not {"_triton_runner", "cuda_graph", "frozen"} & set(vars(model))
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["itself", "inside"])
@@ -840,7 +886,7 @@ def test_models_do_not_wait_for_each_other(cuda):
             other.start()
             assert inside.wait(60)
             assert torch.equal(models[1](x), expected)  # or it would wait for ever
-            assert models[0]._runner._lock.locked()  # of one model, one call at a time: it has one set of buffers
+            assert models[0]._triton_runner._lock.locked()  # of one model, one call at a time, for its buffers
             go_on.set()
             other.join()
     assert cuda.graphs[1].replays == 2

@@ -132,6 +132,18 @@ def test_frozen_in_inference_mode_and_called_outside(cuda):
     assert close(model(x[:1]), model._forward_impl(x[:1]))
 
 
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_model_that_is_frozen_no_more(cuda, replays):
+    model, x = small(freeze=True, cuda_graph=replays), images()
+    captured(model, x)
+    model.frozen = False
+    model.bn1.weight.mul_(-1)
+    assert close(model(x), model._forward_impl(x))
+    captured(model, x)
+    model.bn1.weight.mul_(-1)
+    assert close(model(x), model._forward_impl(x)), "nor captured from the snapshot"
+
+
 def test_a_snapshot_is_finished_before_another_stream_may_read_it(cuda):
     model = small(freeze=True)
     x = images()
@@ -146,7 +158,7 @@ def test_no_snapshot_is_taken_while_somebody_else_captures(cuda):
     x = images()
     cuda.available, cuda.captured_by_others = False, True
     model(x)
-    assert model._runner._snapshot is None
+    assert model._triton_runner._snapshot is None
     cuda.captured_by_others = False
     model(x)
-    assert model._runner._snapshot is not None
+    assert model._triton_runner._snapshot is not None
