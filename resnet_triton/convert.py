@@ -65,9 +65,9 @@ def optimize(
     cannot be promised (training mode, hooks, layers of another kind, which run module by module) a call raises
     NotImplementedError.
 
-    Raises ValueError if a mode is unknown, there is nothing to optimize, a ResNet of torchvision's has a part of its own
-    by the name of a mode, or anything named `normalize` or `modes`, `freeze=True` or `batch_invariant=True` finds no
-    whole ResNet, or `cuda_graph=True` nothing but blocks; TypeError if `model` is no module, if its class allows no
+    Raises ValueError if a mode is unknown, there is nothing to optimize, `freeze=True` or `batch_invariant=True` finds
+    no whole ResNet, `cuda_graph=True` finds nothing but blocks, or a ResNet of torchvision's has a part by the name of
+    a mode, or anything named `normalize` or `modes`; TypeError if `model` is no module, if its class allows no
     subclass, or for `inplace=False` if it cannot be copied or its copy shares a parameter or buffer.
     """
     check_module(model)
