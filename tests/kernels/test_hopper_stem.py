@@ -155,6 +155,7 @@ def test_layouts_that_it_reads():
     assert reads(pixels[:, :3].contiguous())
     assert reads(pixels[:, :3].contiguous(memory_format=torch.channels_last))
     assert not reads(pixels[:, :3]), "a fourth channel lies between"
+    assert not reads(torch.empty_strided((1, 3, 8, 8), (600, 200, 24, 3))), "two pixels of the same channel do"
     for c in (4, 5):
         assert supports(torch.zeros(2, c, 8, 8), filters.new_zeros(64, c, 7, 7), None, None) == (c == 4), "four fit"
     for dtype in (torch.uint8, torch.float16, torch.float32):
