@@ -104,14 +104,21 @@ def work_item(item, P, Q, TILES_K: gl.constexpr, SPLIT_K: gl.constexpr,
 
 
 @gluon.jit
+def corner(p, q, n, c, BOX_N: gl.constexpr):
+    """A box's first row, column, image and channel, in the order of its descriptor's dimensions."""
+    if BOX_N > 1:
+        first = (p, q, n, c)
+    else:
+        first = (n, p, q, c)
+    return first
+
+
+@gluon.jit
 def load_pixels(desc, full, ring, slot, p, q, n, r, s, c,
                 STRIDE: gl.constexpr, BOX_N: gl.constexpr, LOADS: gl.constexpr):  # fmt: skip
     """Ask for the input box under output box (p, q, n), shifted by r rows and s columns, in LOADS parts."""
     if STRIDE == 1:
-        if BOX_N > 1:
-            async_load(desc, [p + r, q + s, n, c], full, ring.index(slot))
-        else:
-            async_load(desc, [n, p + r, q + s, c], full, ring.index(slot))
+        async_load(desc, corner(p + r, q + s, n, c, BOX_N), full, ring.index(slot))
     else:  # column 2q + s is number q + floor(s / 2) among those of its parity; s is -1, 0 or 1
         column = q + (s + 2) // 2 - 1
         parity = (s + 2) % 2
@@ -129,22 +136,6 @@ def load_filters(desc, full, ring, slot, step, k, COLUMNS: gl.constexpr, TAPS: g
     for i in gl.static_range(TAPS):
         tap = step % COLUMNS + i * COLUMNS
         async_load(desc, [tap, k, step // COLUMNS * BLOCK_C], full.index(slot), ring.index(slot * TAPS + i))
-
-
-@gluon.jit
-def load_result(desc, full, part, p, q, n, k, BOX_N: gl.constexpr):
-    if BOX_N > 1:
-        async_load(desc, [p, q, n, k], full, part)
-    else:
-        async_load(desc, [n, p, q, k], full, part)
-
-
-@gluon.jit
-def store_result(desc, part, p, q, n, k, BOX_N: gl.constexpr):
-    if BOX_N > 1:
-        async_store(desc, [p, q, n, k], part)
-    else:
-        async_store(desc, [n, p, q, k], part)
 
 
 @gluon.jit
@@ -191,7 +182,8 @@ def loader(
                         h, w, m = offset_of(part, PARTS, BOX_H, BOX_W, BOX_N)
                         mbarrier.wait(free.index(buffer), (turn // 2 & 1) ^ 1)
                         mbarrier.expect(added.index(buffer), PIXELS * BLOCK_K * SIZE // PARTS)
-                        load_result(res_desc, added.index(buffer), out.index(buffer), p + h, q + w, n + m, k, BOX_N)
+                        at = corner(p + h, q + w, n + m, k, BOX_N)
+                        async_load(res_desc, at, added.index(buffer), out.index(buffer))
             i += 1
         if short_x_desc is not None:
             if split == SPLIT_K - 1:
@@ -328,7 +320,7 @@ def multiplier(
             mbarrier.wait(added.index(buffer), turn // 2 & 1)
         if last:
             put(y, reinterpret(result, y_desc.dtype, [PIXELS, BLOCK_K], pixels.layout), RESIDUAL, ACTIVATION)
-            store_result(y_desc, result, p + h, q + w, n + m, k, BOX_N)
+            async_store(y_desc, corner(p + h, q + w, n + m, k, BOX_N), result)
         if PINGPONG:  # the other group multiplies
             tma.store_wait(0)
             group_barrier()
