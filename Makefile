@@ -132,6 +132,6 @@ bench: $(STAMP) ## time ResNet-18 and its layers against PyTorch's on this machi
 bench-gpu: $(STAMP) ## everything to check and measure on a GPU, in ten minutes; ARGS=--rehearse without one
 	$(PY) -m benchmarks.gpu --out build/gpu $(ARGS)
 
-clean: ## remove builds and caches (not .venv)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+clean: ## remove builds and caches (not .venv, nor what a GPU has measured)
+	rm -rf $(filter-out build/gpu,$(wildcard build/*)) dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -156,23 +157,27 @@ def _callers(run: Run) -> Iterator[Found]:
 
 def _images_a_second(callers: list[Any], x: Tensor, run: Run) -> float:
     times = 2 if run.device.type == "cpu" else 500
-    ready = threading.Barrier(len(callers) + 1)
+    begins: list[float] = []
+    ready = threading.Barrier(len(callers), action=lambda: begins.append(time.perf_counter()))
 
     def work(model: Any) -> None:
         stream = torch.cuda.stream(torch.cuda.Stream()) if run.device.type == "cuda" else contextlib.nullcontext()
-        with torch.inference_mode(), stream:
-            model(x)
-            _wait(run)
-            ready.wait()
-            for _ in range(times):
+        try:
+            with torch.inference_mode(), stream:
                 model(x)
+                _wait(run)
+                ready.wait()
+                for _ in range(times):
+                    model(x)
+        except BaseException:
+            ready.abort()  # nobody waits for this one
+            raise
 
-    threads = [threading.Thread(target=work, args=(model,)) for model in callers]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    start = time.perf_counter()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(callers)) as threads:
+        done = [threads.submit(work, model) for model in callers]
     _wait(run)
-    return len(callers) * times * len(x) / (time.perf_counter() - start)
+    seconds = time.perf_counter() - begins[0] if begins else 0.0
+    for error in (thread.exception() for thread in done):
+        if error is not None and not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return len(callers) * times * len(x) / seconds

@@ -11,7 +11,7 @@ import argparse
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,15 @@ def run(
         steps = [step for step in resume(folder).steps if step.phase == phase.name]
         bad = sum(step.failure is not None for step in steps)
         print(f"{phase.name}: {how}, {len(steps)} steps, {bad} failed, {time.monotonic() - start:.0f} s", flush=True)
-        archive(folder)
+        _try(archive, folder)
+
+
+def _try(write: Callable[..., object], *arguments: Any) -> None:
+    """What cannot be written, on a full disk, ends nothing: `results.json` has what was measured."""
+    try:
+        write(*arguments)
+    except OSError as error:
+        print(f"cannot write {error.filename}: {error.strerror}", flush=True)
 
 
 def archive(folder: Path) -> None:
@@ -143,8 +151,8 @@ def _measure(phases: Sequence[Phase], again: Sequence[str], a: argparse.Namespac
     finally:
         results = resume(a.out)
         if results != before:
-            output.write(results, a.out)
-        archive(a.out)
+            _try(output.write, results, a.out)
+        _try(archive, a.out)
     print("\n".join(summary(results)))
     if any(step.failure is None for step in results.steps if step not in before.steps):
         return 0

@@ -200,6 +200,8 @@ def _tests(file: str, select: str, processes: int, run: Run) -> Iterator[Found]:
     yield {name: len(re.findall(rf"\b{name}\b", progress)) for name in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     failures = re.findall(r"(?:FAILED|ERROR) (\S+::\S.*)", summary or progress)
     yield {"failures": failures[:100]}
+    if code is None and run.cut:
+        raise OutOfTime("the tests did not finish")
     if code != 0:
         how = "no time to finish" if code is None else f"exit code {code}"
         raise AssertionError("; ".join([how, *failures[:3]]) if failures else f"{how}: {output[-300:]}")

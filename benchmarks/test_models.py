@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from resnet_triton.bench import layers
 from resnet_triton.bench.alternatives import Alternative, alternatives, select
 from resnet_triton.bench.check import allowed, relative_error
 from resnet_triton.bench.worker import Spec, network
@@ -46,7 +47,7 @@ def problem(task: Task) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, fl
 
 def test_model(race: Any, task: Task, problem: Any, alternative: Alternative) -> None:
     model, images, expected, limit = problem
-    with torch.inference_mode():
+    with torch.inference_mode(), layers.cudnn_searches():
         images = alternative.images(images)
         call = alternative.build(copy.deepcopy(model), images)  # ours changes what it is given
         group = "{}, {}, batch {}, image {}".format(*task)

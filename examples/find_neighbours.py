@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.inference_mode():
         embeddings = torch.cat([model(batch.to(device)).float() for batch in pictures.split(64)])
     embeddings = nn.functional.normalize(embeddings - embeddings.mean(0))
-    likeness = (embeddings @ embeddings.T).fill_diagonal_(-1)  # cosines; nobody is their own neighbour
+    likeness = (embeddings @ embeddings.T).fill_diagonal_(-2)  # cosines, from -1 to 1; nobody is their own neighbour
     best = likeness.max(1)
     for name, cosine, neighbour in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
         print(f"{name} -> {names[neighbour]} ({cosine:.2f})")

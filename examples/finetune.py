@@ -17,13 +17,16 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import resnet_triton
+from resnet_triton.tools.arguments import positive
+
+HELD_OUT = 1437  # the first digit that the model is not trained with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", choices=["DEFAULT", "IMAGENET1K_V1"], help="torchvision's name of trained weights")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--images", type=int, default=1437, help="how many digits to train with")
+    parser.add_argument("--images", type=positive, default=HELD_OUT, help="how many digits to train with, at most 1437")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
@@ -33,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.fc = nn.Linear(512, 10)
     model.to(device)
 
-    print(f"before: {accuracy(model, images[1437:], labels[1437:]):.1%} of the held-out digits are right")
-    train(model, images[: args.images], labels[: args.images], args.epochs)
-    print(f"after: {accuracy(model, images[1437:], labels[1437:]):.1%}")
+    held_out, few = (images[HELD_OUT:], labels[HELD_OUT:]), min(args.images, HELD_OUT)
+    print(f"before: {accuracy(model, *held_out):.1%} of the held-out digits are right")
+    train(model, images[:few], labels[:few], args.epochs)
+    print(f"after: {accuracy(model, *held_out):.1%}")
     print(resnet_triton.report(model, (1, 3, 32, 32)))
 
 
@@ -51,7 +55,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     for epoch in range(epochs):
-        for chosen in torch.randperm(len(images), device=images.device).split(64):
+        for chosen in torch.randperm(len(images), device=images.device).chunk(max(len(images) // 64, 1)):
             loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
             optimizer.zero_grad()
             loss.backward()

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--weights", default="DEFAULT", help="a checkpoint, or torchvision's name of trained weights")
-    parser.add_argument("--workers", type=int, default=1, help="how many models; one a GPU, if there are any")
+    parser.add_argument("--workers", type=positive, default=1, help="how many models; one a GPU, if there are any")
     parser.add_argument("--batch", type=positive, default=32)
     args = parser.parse_args(argv)
     if find_spec("ray") is None:

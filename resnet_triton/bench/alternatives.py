@@ -76,9 +76,11 @@ def select(names: list[str], device: torch.device) -> list[Alternative]:
     return [a for name, a in known.items() if name in names]
 
 
-def _eager(model: nn.Module, images: Tensor) -> Model:
-    del images
-    return model
+def _eager(model: nn.Module, images: Tensor) -> Any:
+    """In the images' memory format, or each convolution would convert one of its operands."""
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    moved: Any = model
+    return moved.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _folded(model: nn.Module, images: Tensor) -> Model:

@@ -24,7 +24,7 @@ class Child:
         self, work: Callable[..., object], arguments: tuple[Any, ...], log: Path, environ: Mapping[str, str]
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = log
+        self._log, self._begins = log, log.stat().st_size if log.exists() else 0
         context = multiprocessing.get_context("spawn")
         self.process = context.Process(target=_begin, args=(str(log), work, arguments), daemon=False)
         with undisturbed(), mock.patch.dict(os.environ, environ):  # it finds them before it imports anything
@@ -39,8 +39,9 @@ class Child:
         self.process.join()
 
     def last_words(self) -> str:
-        """The last line of its log."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        """The last line that it has written to the log."""
+        said = self._log.read_bytes()[self._begins :] if self._log.exists() else b""
+        lines = said.decode(errors="replace").splitlines()
         return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it said nothing")
 
 

@@ -103,7 +103,7 @@ def differences(old: Results, new: Results) -> list[str]:
     """Why times of the two files may not be comparable, one line each."""
     found = []
     for name in SAME:
-        values = [sorted({str(row.environment[name]) for row in r.rows}) for r in (old, new)]
+        values = [sorted({str(row.environment.get(name)) for row in r.rows}) for r in (old, new)]
         if values[0] != values[1] and all(values):
             found.append(f"{name} differs: {', '.join(values[0])} before, {', '.join(values[1])} now")
     return found

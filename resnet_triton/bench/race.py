@@ -26,7 +26,7 @@ from .check import allowed, relative_error
 from .child import Child
 from .environment import environment
 from .results import SKIPPED, Measurement
-from .runner import Found, Run, Steps
+from .runner import Found, OutOfTime, Run, Steps
 from .worker import Spec, network, serve
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
@@ -59,9 +59,10 @@ def together(
 ) -> Steps:  # fmt: skip
     """A step for each batch size, with at most about `seconds` of timing each, where time is short.
 
-    Every alternative has a process for each batch size. All of them start, and compile, side by side; nothing is timed
-    before all are ready, or a third of the time is left. So no first call is reported: it was not alone. What another
-    phase has measured stays, if it fails here.
+    Every alternative has a process for each batch size. All of them start, and compile, side by side; then those that
+    do not compile prepare one by one. Nothing is timed before all are ready, or a third of the time is left. So no
+    first call is reported: it was not alone. Nor was what a compiler times to choose by, as "max-autotune" does, so
+    `steps` is what is fair to it. What another phase has measured stays, if it fails here.
     """
     say, measured = partial(_prefixed, run.say, spec.dtype), {row.key for row in run.results.rows if row.good}
 
@@ -73,22 +74,37 @@ def together(
 
     with contextlib.ExitStack() as stack:
         races: dict[int, Race] = {}
+        errors: dict[int, Exception] = {}
+
+        def prepare(some: Sequence[int]) -> Iterator[Found]:
+            races.update({batch: stack.enter_context(Race(spec, chosen, say)) for batch in some})
+            for race in races.values():
+                race.start()
+            for batch, race in races.items():
+                try:
+                    race.line_up(batch, run.deadline)
+                    race.send(batch)
+                except Exception as error:  # of the reference: other batch sizes may have one
+                    errors[batch] = error
+            ready = time.monotonic() + run.left() * 2 / 3
+            for cold in (True, False):
+                for batch, race in races.items():
+                    if batch not in errors:
+                        for rows in race.receive(batch, ready, cold):
+                            yield from news(rows)
 
         def measure(i: int) -> Iterator[Found]:
             if not races:  # an earlier run may have done the first steps
-                races.update({batch: stack.enter_context(Race(spec, chosen, say)) for batch in batches[i:]})
-                for race in races.values():
-                    race.start()
-                for batch, race in races.items():
-                    race.line_up(batch, run.deadline)
-                    race.send(batch)
-                ready = time.monotonic() + run.left() * 2 / 3
-                for batch, race in races.items():
-                    for rows in race.receive(batch, ready):
-                        yield from news(rows)
+                yield from prepare(batches[i:])
+            batch = batches[i]
+            if batch in errors:
+                raise errors[batch]
+            late = [c.alternative.name for c in races[batch].contenders if c.late]
             end = time.monotonic() + min(seconds, run.left() / (len(batches) - i))
-            for rows in races[batches[i]].take_turns(batches[i], end, rounds):
+            for rows in races[batch].take_turns(batch, end, rounds):
                 yield from news(rows)
+            if late and run.cut:
+                raise OutOfTime(f"no time for {', '.join(late)}")
 
         for i, batch in enumerate(batches):
             yield f"{spec.dtype} {batch}", partial(measure, i)
@@ -118,6 +134,11 @@ class Contender:
     samples: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     failure: str | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether it failed because its time was up."""
+        return self.failure is not None and self.failure.startswith(_LATE)
 
     def start(self) -> None:
         """Start the process if there is none, and forget the batch size before."""
@@ -149,7 +170,7 @@ class Contender:
                     return answer
                 self.failure = str(answer)
                 return None
-            self.failure = f"{_LATE} {limit:.0f} s"
+            self.failure = f"{_LATE} {max(limit, 0):.0f} s"
         except (EOFError, OSError):
             child.process.join(5)
             self.failure = f"its process ended with code {child.process.exitcode}: {child.last_words()}"
@@ -197,13 +218,18 @@ class Race:
     def line_up(self, batch: int, deadline: float) -> None:
         """Start the processes that do not run, and compute what is right. RuntimeError if fp64 fails.
 
-        None is to blame for the time this takes, so only `deadline` (of time.monotonic()) ends one that does not start.
+        What does not start until half of the time up to `deadline` (of time.monotonic()) is over is ended.
         """
         self.start()
         self.say(f"batch {batch}: fp64 reference")  # while the processes start
         self._limit, here = self._reference(batch), environment(torch.device(self.spec.device))
+        limit = (time.monotonic() + deadline) / 2
+        for c in self.contenders:
+            c.send("hello")
         for c in self.contenders:  # those still starting would disturb the first calls
-            c.facts["environment"] = c.ask("hello", deadline - time.monotonic()) or here
+            c.facts["environment"] = c.receive(limit - time.monotonic()) or here
+            if c.late:
+                c.failure = f"{c.failure} to start"
 
     def measure(
         self, batch: int, seconds: float, deadline: float, rounds: tuple[int, int] = ROUNDS
@@ -218,8 +244,9 @@ class Race:
             left = deadline - timing - time.monotonic()
             if left > 0:
                 self.say(f"batch {batch}: first call of {c.alternative.name}")
+                started = not c.failure
                 c.facts |= c.ask("prepare", left, file=self._file(batch)) or {}
-                if c.failure and c.failure.startswith(_LATE):
+                if c.late and started:
                     c.failure = f"{SKIPPED}, {left:.0f} s into its first call"
                 c.turn()
             else:
@@ -228,14 +255,17 @@ class Race:
         yield from self.take_turns(batch, time.monotonic() + min(seconds, deadline - time.monotonic()), rounds)
 
     def send(self, batch: int) -> None:
-        """Let the alternatives that are lined up prepare, all at once."""
+        """Let the alternatives that are lined up and compile prepare, all at once."""
         for c in self.contenders:
-            c.send("prepare", file=self._file(batch))
+            if c.alternative.cold:
+                c.send("prepare", file=self._file(batch))
 
-    def receive(self, batch: int, deadline: float) -> Iterator[list[Measurement]]:
-        """Wait until all that were sent are ready; one that is not by then fails. Rows without a time."""
-        self.say(f"batch {batch}: compiling")
-        for c in self.contenders:
+    def receive(self, batch: int, deadline: float, cold: bool) -> Iterator[list[Measurement]]:
+        """Wait until those that compile are ready, or prepare the others; who is late fails. Rows without a time."""
+        self.say(f"batch {batch}: {'compiling' if cold else 'preparing the others'}")
+        for c in (c for c in self.contenders if c.alternative.cold is cold):
+            if not cold:
+                c.send("prepare", file=self._file(batch))
             c.facts |= c.receive(deadline - time.monotonic()) or {}
             c.facts.pop("first_s", None)
             yield self._rows(c, batch)

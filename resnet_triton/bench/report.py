@@ -177,7 +177,7 @@ def _places(results: Results) -> Iterator[Table]:
     for name, environments in found.items():
         facts = []
         for fact in environments[0]:
-            values = sorted({str(environment[fact]) for environment in environments})
+            values = sorted({str(environment.get(fact)) for environment in environments})
             if fact == "date":
                 values = [" to ".join(dict.fromkeys((values[0], values[-1])))]
             facts.append((fact.replace("_", " "), "; ".join(values)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ class Measurement:
     `suite` is "model" or "kernel", which has a `layer`; `image` the height and width of the model's input; `clock`
     "wall" or, between events on the device, "gpu"; `l2` whether a GPU's L2 cache was flushed: "cold", "warm" or
     "uncontrolled". Errors are relative to fp64, before and after the timing; `correct` says that both are within the
-    limit. The first call is in a new process, with the compiler's caches empty; `peak_bytes` are a GPU's,
-    above parameters and images; `flops` are the operation's, however computed, and `bytes` the least traffic of any
+    limit. The first call of a race's first batch size is in a new process, with the compiler's caches empty; those of
+    later ones go on with both. `peak_bytes` are a GPU's, above parameters and images; `flops` are the operation's,
+    however computed, and `bytes` the least traffic of any
     implementation; `config` are a kernel's tiles; `failure` is why there are no samples.
     """
 
@@ -82,9 +83,9 @@ class Measurement:
 
     def checked(self, before: float, after: float, limit: float) -> Measurement:
         """The row with its errors judged; an error that is no number cannot be written and is wrong."""
-        errors = [error if error < float("inf") else None for error in (before, after)]
-        good = before <= limit and after <= limit
-        return replace(self, error_before=errors[0], error_after=errors[1], error_limit=limit, correct=good)
+        kept = [error if error < float("inf") else None for error in (before, after, limit)]
+        good = kept[2] is not None and before <= limit and after <= limit
+        return replace(self, error_before=kept[0], error_after=kept[1], error_limit=kept[2], correct=good)
 
 
 @dataclass(frozen=True)
@@ -199,19 +200,30 @@ def load(path: Path) -> Results:
     try:
         found = Results(
             [Measurement(**row) for row in data["rows"]], [Ceiling(**c) for c in data["ceilings"]],
-            [Step(**step) for step in data["steps"]], data["complete"], data["running"],
+            [Step(**step) for step in data["steps"]], list(data["complete"]), data["running"],
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged, {one_line(error)}") from None
+    for item in [*found.rows, *found.ceilings, *found.steps]:
+        _check_types(item, path)
     for row in found.rows:
-        if not isinstance(row.environment, dict) or type(row.batch) is not int:
-            raise ValueError(f"{path}: batch {row.batch!r}, environment {row.environment!r}, expected int and object")
+        if missing := {"device", "device_kind", "threads"} - set(row.environment):
+            raise ValueError(f"{path}: an environment has no {min(missing)!r}")
         for seconds in (row.p20_s, row.p50_s, row.p80_s):
-            if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < float("inf")):
+            if seconds is not None and not 0 < seconds < float("inf"):
                 raise ValueError(f"{path}: a time of {seconds!r:.40}, expected seconds above 0")
     if len({row.key for row in found.rows}) < len(found.rows):
         raise ValueError(f"{path}: a row is there twice, expected each once")
     return found
+
+
+def _check_types(item: Any, path: Path) -> None:
+    for f in fields(item):
+        kinds = [kind.partition("[")[0] for kind in str(f.type).split(" | ")]
+        value = getattr(item, f.name)
+        kind = type(value).__name__
+        if not (kind in kinds or (value is None and "None" in kinds) or (kind == "int" and "float" in kinds)):
+            raise ValueError(f"{path}: {type(item).__name__}.{f.name} is {value!r:.40}, expected {f.type}")
 
 
 def resume(folder: Path) -> Results:

@@ -40,6 +40,7 @@ class OutOfTime(Exception):
 class Run:
     """What a phase may know and use: its device, its time, and what was found before it.
 
+    `cut` says that the budget ends it sooner than the phase's own limit: what is late then may be in time next time.
     `replaces` says that the folder may hold what another run has found, which stays until this one has timed something.
     """
 
@@ -48,6 +49,7 @@ class Run:
     results: Results
     deadline: float  # of time.monotonic(), which all processes share
     say: Say
+    cut: bool = False
     replaces: bool = False
 
     def left(self) -> float:
@@ -58,15 +60,20 @@ class Run:
         """Write what there is, for the case that this process is killed."""
         if self.replaces and not self.results.timed:
             return
-        try:
-            save(self.results, self.folder / FILE)
-        except OSError as error:  # there may be room again when all is done
-            self.say(f"cannot write {error.filename} yet: {error.strerror}")
+        keep(self.results, self.folder, self.say)
 
     @functools.cached_property
     def environment(self) -> dict[str, Any]:
         """Where this process runs, looked up once: each look asks nvidia-smi and git."""
         return environment(self.device)
+
+
+def keep(results: Results, folder: Path, say: Say) -> None:
+    """Write the results, or say why not: there may be room again when all is done."""
+    try:
+        save(results, folder / FILE)
+    except OSError as error:
+        say(f"cannot write {error.filename} yet: {error.strerror}")
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,13 @@ class Phase:
 def run_phase(phase: Phase, run: Run, again: Sequence[Step] = ()) -> None:
     """Do the steps that the results do not know yet, until the deadline. A failure becomes part of the results.
 
-    Steps of `again` are done once more; what they found before stays until then.
+    Steps of `again` are done once more; what they found before stays until then. A step that runs out of time is for
+    another run, and those behind it may still have enough.
     """
     results = run.results
     done = {step.name for step in results.steps if step.phase == phase.name and step not in again}
     results.complete = [name for name in results.complete if name != phase.name]
+    late = False
     try:
         with contextlib.closing(phase.steps(run)) as steps:  # whatever happens, what it has started is ended
             for name, action in steps:
@@ -100,8 +109,12 @@ def run_phase(phase: Phase, run: Run, again: Sequence[Step] = ()) -> None:
                     raise OutOfTime(f"no time left for {name} and what follows")
                 results.running = [phase.name, name]
                 run.keep()
-                _step(phase, name, action, run)
-        results.complete.append(phase.name)
+                try:
+                    _step(phase, name, action, run)
+                except OutOfTime as error:
+                    run.say(f"{phase.name}, {name}: {error}")
+                    late = True
+        results.complete += [] if late else [phase.name]
     except OutOfTime as error:
         run.say(f"{phase.name}: {error}")
     results.running = None
@@ -141,17 +154,21 @@ def run_apart(
 
     `again` repeats the steps that the folder has already.
     """
-    deadline = min(time.monotonic() + phase.limit, end - phase.spare)
+    limit = time.monotonic() + phase.limit
+    deadline = min(limit, end - phase.spare)
     known = resume(folder)
     if phase.name in known.complete and not again:
         return "complete already"
     stale = [step for step in known.steps if again and step.phase == phase.name]
     if deadline - time.monotonic() < LEAST:
         return "no time left"
+    if known.running is not None:  # when an earlier run was killed, which says nothing about the step
+        known.running = None
+        keep(known, folder, print)
     for _ in range(ATTEMPTS):
         before = resume(folder).steps
         log, added = folder / f"{phase.name}.log", {**phase.environ, **environ}
-        child = Child(_alone, (phase, stale, device, folder, deadline), log, added)
+        child = Child(_alone, (phase, stale, device, folder, deadline, deadline < limit), log, added)
         try:
             child.process.join(max(deadline + 2 - time.monotonic(), 0))
             code = child.process.exitcode
@@ -163,7 +180,7 @@ def run_apart(
             failure = f"ended the process or took more than {phase.step_limit} s: {child.last_words()}"
             results.add([Step(running[0], running[1], 0.0, failure, {}, None)])
             stale = [step for step in stale if step.name != running[1]]
-        save(results, folder / FILE)
+        keep(results, folder, print)
         if code == 0:
             return "complete" if phase.name in results.complete else "out of time"
         if code is None or deadline - time.monotonic() < LEAST:
@@ -173,5 +190,6 @@ def run_apart(
     return "crashed too often"
 
 
-def _alone(phase: Phase, stale: Sequence[Step], device: torch.device, folder: Path, deadline: float) -> None:
-    run_phase(phase, Run(device, folder, resume(folder), deadline, functools.partial(print, flush=True)), stale)
+def _alone(phase: Phase, stale: Sequence[Step], device: torch.device, folder: Path, deadline: float, cut: bool) -> None:
+    say = functools.partial(print, flush=True)
+    run_phase(phase, Run(device, folder, resume(folder), deadline, say, cut), stale)

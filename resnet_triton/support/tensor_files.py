@@ -46,13 +46,16 @@ def read(file: BinaryIO) -> Any:
     """What torch.save or safetensors wrote, on the CPU, with a `Foreign` in place of every foreign object.
 
     ValueError, in one line that does not name the file, if it is anything else or damaged, or written before torch 1.6
-    with foreign objects; ModuleNotFoundError if it needs safetensors and that is not installed.
+    with foreign objects; TypeError if it is open as text; ModuleNotFoundError if it needs safetensors and that is not
+    installed.
     """
     try:
         file.seek(0)
     except (AttributeError, OSError):
         raise ValueError("cannot seek, expected a file that can, as io.BytesIO(file.read())") from None
     head = file.read(32)
+    if not isinstance(head, bytes):
+        raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
     file.seek(0)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 28:
         return _read_safetensors(file)

@@ -87,7 +87,7 @@ def graph_samples(calls: Sequence[Work], *, replays: int, meter: Meter | None = 
     """
     if not calls or replays < 2:
         raise ValueError(f"{len(calls)} calls, replays={replays}; expected at least one call and two replays")
-    launches = max(len(calls), _LAUNCHES)
+    launches = -(-_LAUNCHES // len(calls)) * len(calls)  # whole rounds: the next turn begins where this one did
 
     def turn() -> None:
         for i in range(launches):

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int], debug: Callable[[], bool] = lambda: False) -> int:
     """The exit code of `work`, or of the way it ended, as `main` says."""
+    if sys.stdout is None:  # closed before it began
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a label or file name must not break the output
     try:

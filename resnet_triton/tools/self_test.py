@@ -146,7 +146,7 @@ def in_interpreter(module: str, payload: bytes = b"") -> Any:
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise RuntimeError(f"the process with Triton's interpreter failed: {' '.join(last) or done.returncode}")
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])  # an import may print
 
 
 def interpreted(payload: bytes) -> list[Json]:

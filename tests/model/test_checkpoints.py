@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -294,8 +295,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{path}: not a regular file, expected a checkpoint"):
             resnet_triton.load_checkpoint(path)
     anything: Any = {}
-    with open(__file__) as text:
-        for anything in ({}, text):
+    with open(__file__) as text, tempfile.NamedTemporaryFile("w+") as temporary:
+        for anything in ({}, text, temporary):
             with pytest.raises(TypeError, match=r"file is a \w+, expected a path or a binary file"):
                 resnet_triton.load_checkpoint(anything)
     anything = io.RawIOBase()

@@ -88,7 +88,10 @@ def test_tables_in_json_need_no_rich(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     found = {name: find_device(name) for name in ("auto", "cpu", "cuda", "cuda:0")}
+    assert current == [0], "what is timed by events and streams is on it"
     assert [str(device) for device in found.values()] == ["cuda", "cpu", "cuda", "cuda:0"]
     for name in ("cuda:1", "cuda:256", "cuda:99999999999"):  # torch takes the second for its first GPU
         with pytest.raises(ValueError, match=f"no device '{name}' here, torch sees 1 GPUs; use --device cpu"):

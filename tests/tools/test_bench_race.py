@@ -20,7 +20,7 @@ from test_robust_processes import ended
 from resnet_triton import functional, optimize
 from resnet_triton.bench import alternatives, check, race, results
 from resnet_triton.bench.check import relative_error
-from resnet_triton.bench.runner import Run
+from resnet_triton.bench.runner import OutOfTime, Run
 from resnet_triton.bench.worker import Spec, network
 from resnet_triton.ops import dispatch
 
@@ -107,7 +107,7 @@ class Told(planted.Inline):
     sent: ClassVar[list[str]] = []
 
     def send(self, message):
-        self.sent.append(message[0])
+        self.sent.append((self.what[1].name, message[0]))
         super().send(message)
 
     def poll(self, limit):
@@ -115,24 +115,41 @@ class Told(planted.Inline):
 
 
 def raced(run, *chosen):
-    """What steps of a race where time is short have found beside rows."""
+    """What steps of a race where time is short have found beside rows, and how they failed."""
     found = {}
-    for _, action in race.together(SPEC, chosen, [1, 2], run, seconds=0, rounds=(1, 1)):
-        for some in action():
-            if isinstance(some, dict):
-                found |= some
-            else:
-                run.results.add(some)
+    for name, action in race.together(SPEC, chosen, [1, 2], run, seconds=0, rounds=(1, 1)):
+        try:
+            for some in action():
+                if isinstance(some, dict):
+                    found |= some
+                else:
+                    run.results.add(some)
+        except Exception as error:
+            found[name] = error
     return found
 
 
-def test_where_time_is_short_all_compile_before_anything_is_timed(monkeypatch, tmp_path):
-    """Who is not ready by then fails alone. What another phase has measured stays, and is not that failure's victim."""
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """A run where time is short; in a race of this process, `late` is never ready."""
     monkeypatch.setattr(race, "connect", lambda spec, alternative, folder: (Told(spec, alternative),) * 2)
-    run = Run(torch.device("cpu"), tmp_path, results.Results(), time.monotonic() + 100, print)
-    assert raced(run, planted.alternative(planted.right, ours=True), planted.alternative(planted.late)) == {}
-    before, timing = Told.sent[: Told.sent.index("turn")], Told.sent[Told.sent.index("turn") :]
-    assert (before.count("prepare"), timing.count("prepare")) == (4, 0)
+    Told.sent.clear()
+    return Run(torch.device("cpu"), tmp_path, results.Results(), time.monotonic() + 100, print)
+
+
+CHOSEN = planted.alternative(planted.right, ours=True), planted.alternative(planted.late, cold=True)
+
+
+def test_where_time_is_short_all_compile_before_anything_is_timed(short):
+    """Who is not ready by then fails alone. What another phase has measured stays, and is not that failure's victim."""
+    run = short
+    assert raced(run, *CHOSEN) == {}
+    asked = [request for _, request in Told.sent]
+    timing = asked.index("turn")
+    assert asked.index("prepare") < timing
+    assert "prepare" not in asked[timing:]
+    compiling_first = ["late", "late", "right", "right"]
+    assert [name for name, request in Told.sent if request == "prepare"] == compiling_first
     rows = {(row.alternative, row.batch): row for row in run.results.rows}
     assert {key for key, row in rows.items() if row.good} == {("right", 1), ("right", 2)}
     assert {row.first_call_s for row in rows.values()} == {None}
@@ -141,6 +158,45 @@ def test_where_time_is_short_all_compile_before_anything_is_timed(monkeypatch, t
     broken = dataclasses.replace(planted.alternative(planted.broken, ours=True), name="right")
     assert raced(run, broken) == {"right failed": "ValueError: no such thing"}
     assert [row.good for row in run.results.rows if row.alternative == "right"] == [True, True]
+
+
+def test_who_was_late_since_the_budget_was_used_up_is_tried_again(short):
+    found = raced(dataclasses.replace(short, cut=True), *CHOSEN)
+    assert {name: (type(error), str(error)) for name, error in found.items()} == dict.fromkeys(
+        ["float32 1", "float32 2"], (OutOfTime, "no time for late")
+    )
+    assert {(row.alternative, row.batch) for row in short.results.rows if row.good} == {("right", 1), ("right", 2)}
+
+
+def test_a_batch_size_without_a_reference_leaves_the_others(short, monkeypatch):
+    reference = race.Race._reference
+
+    def fails(self, batch):
+        if batch == 1:
+            raise RuntimeError("no memory")
+        return reference(self, batch)
+
+    monkeypatch.setattr(race.Race, "_reference", fails)
+    found = raced(short, CHOSEN[0])
+    assert {name: str(error) for name, error in found.items()} == {"float32 1": "no memory"}
+    assert [(row.alternative, row.batch) for row in short.results.rows if row.good] == [("right", 2)]
+
+
+def test_who_does_not_start_leaves_time_for_those_who_do(monkeypatch):
+    class Silent(planted.Inline):
+        def poll(self, limit):
+            if self.what[1].build is planted.hang:
+                time.sleep(max(limit, 0))
+                return False
+            return limit >= 0 or self.request == "hello"  # the answer has long been there
+
+    monkeypatch.setattr(race, "connect", lambda spec, alternative, folder: (Silent(spec, alternative),) * 2)
+    with race.Race(SPEC, [planted.alternative(planted.hang), CHOSEN[0]], print) as contest:
+        deadline = time.monotonic() + 6
+        contest.line_up(1, deadline)
+        *_, last = contest.measure(1, 0, deadline + 60, (1, 1))
+    assert [(row.alternative, row.good) for row in last] == [("hang", False), ("right", True)]
+    assert re.fullmatch(r"took more than [0-3] s to start", last[0].failure)
 
 
 @pytest.mark.slow
@@ -216,7 +272,10 @@ def test_alternatives_agree(small, name):
     images = alternative.images(images)
     assert images.is_contiguous(memory_format=torch.channels_last) is alternative.channels_last
     with torch.inference_mode():
-        assert relative_error(alternative.build(copy.deepcopy(base), images)(images), expected) < 1e-6
+        built = alternative.build(copy.deepcopy(base), images)
+        assert relative_error(built(images), expected) < 1e-6
+    filters = dict(built.named_parameters())["layer1.0.conv1.weight"]
+    assert filters.is_contiguous(memory_format=torch.channels_last) is alternative.channels_last, "or cuDNN converts"
 
 
 def test_cudnn_computes_the_model(small, monkeypatch):

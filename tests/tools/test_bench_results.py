@@ -31,10 +31,11 @@ def write(path, *rows):
 def test_what_is_written_is_read_again(tmp_path):
     steps = [Step("models", "float16 8", 1.5, None, {"runs": 3}, GPU), Step("exact", "fc", 0.0, "died", {}, None)]
     rows = [row(), row("eager", 150.0, config={"block": [1, 2]}), row(batch=9).checked(float("nan"), 0.0, 1.0)]
+    rows.append(row(batch=10).checked(0.0, 0.0, float("inf")))
     whole = Results(rows, [Ceiling("copy", bytes_per_s=4e12)], steps, ["models"], ["exact", "conv1"])
     results.save(whole, tmp_path / "results.json")
     assert results.load(tmp_path / "results.json") == whole == results.load(tmp_path) == results.resume(tmp_path)
-    assert [r.correct for r in whole.rows] == [True, True, False], "an error that is no number is wrong"
+    assert [r.correct for r in whole.rows] == [True, True, False, False], "what is no number is wrong"
     assert results.resume(tmp_path / "none") == Results()
 
 
@@ -53,8 +54,20 @@ DAMAGE = {
     "NaN": (lambda text: text.replace('"p50_s": ', '"p50_s": NaN, "a": ', 1), "not JSON .NaN is no number"),
     "another version": (lambda text: text.replace('"version": 3', '"version": 1'), "is of version 1, expected 3"),
     "a time of nothing": (lambda text: re.sub('"p50_s": [^,]*', '"p50_s": 0', text, count=1), "a time of 0, expected"),
-    "a time in words": (lambda text: re.sub('"p50_s": [^,]*', '"p50_s": "1"', text, count=1), "a time of '1', exp"),
-    "no environment": (lambda text: re.sub('"environment": {[^}]*}', '"environment": null', text), "batch 8, envir"),
+    "a time in words": (
+        lambda text: re.sub('"p50_s": [^,]*', '"p50_s": "1"', text, count=1),
+        "Measurement.p50_s is '1', expected float",
+    ),
+    "no environment": (lambda text: re.sub('"environment": {[^}]*}', '"environment": null', text), "Measurement.envi"),
+    "an environment lacks something": (
+        lambda text: text.replace('"threads"', '"t"'),
+        "an environment has no 'threads'",
+    ),
+    "a failure that is a number": (
+        lambda text: text.replace('"failure": null', '"failure": 5', 1),
+        "Measurement.failure is 5, expected str",
+    ),
+    "no list of phases": (lambda text: text.replace('"complete": []', '"complete": null'), "damaged, TypeError: 'None"),
     "a row twice": (lambda text: re.sub(r"(\n\{.suite.*)", r"\1,\1", text, count=1), "a row is there twice"),
     "a missing field": (lambda text: text.replace('"batch": 8, ', "", 1), "damaged, TypeError: .*'batch'"),
 }

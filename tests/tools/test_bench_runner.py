@@ -1,8 +1,10 @@
 """The runner: what is found is kept at once and not repeated; a crash costs itself alone. And the phases of a GPU."""
 
+import errno
 import tarfile
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import planted_alternatives as planted
 import pytest
@@ -10,13 +12,14 @@ import torch
 from synthetic_results import CPU as CPU_ENVIRONMENT
 from synthetic_results import row
 
-from resnet_triton.bench import results
+from resnet_triton.bench import results, runner
+from resnet_triton.bench.child import Child
 from resnet_triton.bench.results import Results
 from resnet_triton.bench.runner import OutOfTime, Phase, Run, run_apart, run_phase
 from resnet_triton.tools import ask
 
 gpu = pytest.importorskip("benchmarks.gpu")
-from benchmarks import gpu_phases  # noqa: E402
+from benchmarks import callers, gpu_phases  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -83,14 +86,16 @@ def test_a_second_run_goes_on_where_the_first_ran_out_of_time(tmp_path):
             yield [row()]
             raise OutOfTime("come again")
 
-    steps = [("first", lambda: done.append("first") or []), ("late", late)]
+    steps = [
+        ("first", lambda: done.append("first") or []), ("late", late), ("short", lambda: done.append("short") or []),
+    ]  # fmt: skip
     found, said = run(steps, tmp_path)
-    assert (done, said) == (["first", "late"], ["phase: come again"])
-    assert ([s.name for s in found.steps], found.complete, found.rows) == (["first"], [], [row()])
+    assert (done, said) == (["first", "late", "short"], ["phase, late: come again"])
+    assert ([s.name for s in found.steps], found.complete, found.rows) == (["first", "short"], [], [row()])
     found, said = run(steps, tmp_path, left=-1)
-    assert (done, said) == (["first", "late"], ["phase: no time left for late and what follows"])
+    assert (done, said) == (["first", "late", "short"], ["phase: no time left for late and what follows"])
     found, _ = run(steps, tmp_path)
-    assert (done, found.complete) == (["first", "late", "late"], ["phase"])
+    assert (done, found.complete) == (["first", "late", "short", "late"], ["phase"])
 
 
 def test_a_phase_is_done_again_step_by_step(tmp_path):
@@ -146,12 +151,64 @@ def test_a_phase_that_hangs_stops_at_its_limit(tmp_path):
     assert run_apart(endless, CPU, tmp_path, time.monotonic() + 5, {}) == "no time left"
 
 
+@pytest.fixture
+def crashing(monkeypatch):
+    """In place of the process of a phase: one that has ended at once."""
+    told = []
+
+    class Ended:
+        process = SimpleNamespace(join=lambda limit: None, exitcode=1)
+
+        def __init__(self, work, arguments, log, environ):
+            told.append(arguments)
+
+        end, last_words = (lambda self: None), (lambda self: "no such thing")
+
+    monkeypatch.setattr(runner, "Child", Ended)
+    return told
+
+
+def test_a_step_under_way_when_an_earlier_run_was_killed_is_not_blamed_for_a_crash(tmp_path, crashing):
+    results.save(Results(running=["phase", "step"]), tmp_path / results.FILE)
+    assert (
+        run_apart(phase(), CPU, tmp_path, time.monotonic() + 100, {}) == "crashed before its first step: no such thing"
+    )
+    assert (found := results.load(tmp_path)).steps == []
+    assert (found.running, len(crashing)) == (None, 1)
+
+
+def test_a_full_disk_does_not_end_the_programme(tmp_path, crashing, monkeypatch, capsys):
+    def full(results, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(runner, "save", full)
+    assert run_apart(phase(), CPU, tmp_path, time.monotonic() + 100, {}).startswith("crashed before")
+    assert capsys.readouterr().out == f"cannot write {tmp_path / results.FILE} yet: No space left on device\n"
+
+
+@pytest.mark.parametrize(("limit", "cut"), [(50.0, False), (200.0, True)])
+def test_a_phase_knows_what_ends_it(tmp_path, crashing, limit, cut):
+    run_apart(Phase("phase", phase().steps, limit), CPU, tmp_path, time.monotonic() + 100, {})
+    assert [arguments[-1] for arguments in crashing] == [cut]
+
+
+def test_last_words_are_those_of_this_process(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("of an earlier one\n")
+    child = Child(print, ("its own",), log, {})
+    child.process.join()
+    assert child.last_words() == "its own"
+    silent = Child(sum, ((),), log, {})
+    silent.process.join()
+    assert silent.last_words() == "it said nothing"
+
+
 # --- the programme for a lent GPU ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path, capsys):
-    names = ["exact", "layers", "models", "test-exact", "test-gpu", "test-contract", "test-invariant"]
+    names = ["exact", "callers", "layers", "models", "test-exact", "test-gpu", "test-contract", "test-invariant"]
     arguments = ["--out", str(tmp_path), "--budget", "900", "--rehearse", "--phases", ",".join(names)]
     assert gpu.main(arguments) == 0
     out = capsys.readouterr().out
@@ -175,16 +232,38 @@ def test_a_tool_out_of_time_is_not_waited_for_with_its_children(tmp_path):
     assert time.monotonic() - start < 15
 
 
-@pytest.mark.parametrize(("code", "failure"), [(1, "exit code 1; tests/a.py::b - wrong"), (None, "no time to finish")])
-def test_tests_are_counted(tmp_path, monkeypatch, code, failure):
+@pytest.mark.parametrize(
+    ("code", "cut", "failure"),
+    [
+        (1, True, "exit code 1; tests/a.py::b - wrong"),
+        (None, False, "no time to finish"),
+        (None, True, "the tests did not finish"),
+    ],
+)
+def test_tests_are_counted(tmp_path, monkeypatch, code, cut, failure):
     text = "a PASSED\nb FAILED\n" + "=== short test summary info\nFAILED tests/a.py::b - wrong\n" * (code is not None)
     monkeypatch.setattr(gpu_phases, "_output", lambda command, run: (code, text))
-    cuda = Run(torch.device("cuda"), tmp_path, Results(), time.monotonic() + 60, print)
+    cuda = Run(torch.device("cuda"), tmp_path, Results(), time.monotonic() + 60, print, cut)
     ((_, step),) = gpu_phases.tests(cuda, file="tests/a.py", select="b", few="b", processes=2)
     found = []
-    with pytest.raises(AssertionError, match=failure):
+    with pytest.raises(OutOfTime if code is None and cut else AssertionError, match=failure):
         found.extend(step())
     assert (found[0]["PASSED"], found[0]["FAILED"]) == (1, 1)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_caller_that_fails_is_no_figure(tmp_path, fails_at):
+    calls = []
+
+    def fails(x):
+        calls.append(x)
+        if len(calls) == fails_at:
+            raise ValueError("no such thing")
+
+    run = Run(CPU, tmp_path, Results(), time.monotonic() + 60, print)
+    assert callers._images_a_second([len, len], torch.zeros(8), run) > 0
+    with pytest.raises(ValueError, match="no such thing"):
+        callers._images_a_second([len, fails], torch.zeros(8), run)
 
 
 def test_the_files_that_phases_name_are_there():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,12 @@ def test_module_survives_a_closed_pipe() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_module_survives_without_a_stdout() -> None:
+    command = shlex.join([sys.executable, "-m", "resnet_triton", "--version"])
+    done = subprocess.run(f"exec {command} >&-", shell=True, cwd=PACKAGE.parent, stderr=-1)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_classify_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 WRONG = ("classify_folder --batch 0", "classify_folder --weights trained.ckpt", "compare_with_compile --runs 0",
-         "compare_with_compile --size 0")  # fmt: skip
+         "compare_with_compile --size 0", "ray_data --workers 0", "finetune --images 0")  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -72,11 +72,16 @@ def test_find_neighbours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     run("find_neighbours.py", str(tmp_path))
     output, notes = capsys.readouterr()
     assert len(output.splitlines()) == 3
+    (tmp_path / "c.png").unlink()
+    run("find_neighbours.py", str(tmp_path))  # opposite to each other, but none their own neighbour
+    assert [line.partition(" (")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "a.png -> b.png", "b.png -> a.png",
+    ]  # fmt: skip
     assert re.fullmatch(r".*broken.png: the image cannot be decoded .*\n", notes)
 
 
 def test_finetune(capsys: pytest.CaptureFixture[str]) -> None:
-    run("finetune.py", "--images", "64")
+    run("finetune.py", "--images", "65")  # one is no batch to normalise over
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0].split()[0] for line in lines[:3]] == ["before", "epoch", "after"]
     assert "layer1.0.conv1" in "\n".join(lines)
