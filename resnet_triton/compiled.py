@@ -31,6 +31,8 @@ class Compiled(nn.Module):
 
     _triton_options: dict[str, Any]
     """The backend's: kernels and cuda_graph."""
+    _triton_shared: frozenset[str]
+    """Filters whose memory something outside of this module is in, by the names of their convolutions."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Nothing: what the other base does for its subclasses is not for this one."""
@@ -125,11 +127,12 @@ _NEW: Any = object().__reduce_ex__(2)[0]
 """What an ordinary object's pickle calls: `copyreg.__newobj__`."""
 
 
-def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph) -> None:
-    """Make `module` a `Compiled` one, in these modes."""
+def compile_in_place(module: nn.Module, kernels: Kernels, cuda_graph: CudaGraph, shared: frozenset[str]) -> None:
+    """Make `module` a `Compiled` one, in these modes, whose `shared` filters stay where they are."""
     cls: Any = type(module)
     joined = cls if isinstance(module, Compiled) else _joined(cls)
-    vars(module)["_triton_options"] = {"kernels": kernels, "cuda_graph": cuda_graph}  # before a thread can ask for it
+    options = {"kernels": kernels, "cuda_graph": cuda_graph}
+    vars(module).update(_triton_options=options, _triton_shared=shared)  # before a thread can ask for it
     module.__class__ = joined
 
 

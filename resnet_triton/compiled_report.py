@@ -41,25 +41,27 @@ def other_backend(model: nn.Module) -> str | None:
     return name if name in list_backends(()) and name != BACKEND else None
 
 
-def trace(model: nn.Module, shape: tuple[Any, ...], whole: bool) -> list[Call]:
+def trace(model: nn.Module, shape: tuple[Any, ...], outer: bool) -> list[Call]:
     """The calls of our operators, and every sizeable one of PyTorch's, in `model(*arguments(shape))` once compiled: the
-    `whole` model, or the modules in it that `optimize` has compiled, if there are any."""
+    whole model, if torch.compile has it (`outer`), or those modules that `optimize` has compiled, if there are any."""
     args = tree_map_only(Tensor, torch.clone, arguments(model, shape))  # for a model may write its inputs
     parts = {id(m): name for name, m in model.named_modules() if isinstance(m, Compiled)}
-    with torch.no_grad():
-        written = isinstance(model, Compiled) and model._uncompiled_reason(args, {}) is not None
     by_others = any(is_whole(m) and not isinstance(m, Compiled) for m in model.modules())
-    if by_others or (not written and (whole or not parts)):
+    if by_others or outer or not parts:
         return _trace(model, args, {})[0]
 
     def traced(module: Compiled, args: Any, kwargs: Any) -> Any:
         with _disable_current_modes():
-            if module._uncompiled_reason(args, kwargs) is None:
+            reason = module._uncompiled_reason(args, kwargs)
+            if reason is None:
                 found, result = _trace(module, args, kwargs)
                 prefix = parts.get(id(module), "")  # a module in a plain list has no name
                 calls.extend(replace(call, name=f"{prefix}.{call.name}".strip(".")) for call in found)
                 return result
-        return super(Compiled, module).__call__(*args, **kwargs)
+        before = len(calls)
+        result = super(Compiled, module).__call__(*args, **kwargs)
+        calls[before:] = [replace(c, reason=c.reason or reason) for c in calls[before:]]
+        return result
 
     with torch.no_grad(), recorded(model) as calls:
         token = compiled.traced.set(traced)

@@ -19,6 +19,7 @@ from .ops import dispatch, original
 from .ops.dispatch import Kernels
 
 _MODES = ("kernels", "batch_invariant", "cuda_graph", "frozen")
+_TORCHVISION = {"_forward_impl", "_make_layer", "expansion"}  # names of its classes, by which ours mean the same
 OURS = tuple(converted.OURS.values())
 
 
@@ -66,9 +67,9 @@ def optimize(
     NotImplementedError.
 
     Raises ValueError if a mode is unknown, there is nothing to optimize, `freeze=True` or `batch_invariant=True` finds
-    no whole ResNet, `cuda_graph=True` finds nothing but blocks, or a ResNet of torchvision's has a part by the name of
-    a mode, or anything named `normalize` or `modes`; TypeError if `model` is no module, if its class allows no
-    subclass, or for `inplace=False` if it cannot be copied or its copy shares a parameter or buffer.
+    no whole ResNet, `cuda_graph=True` finds nothing but blocks, or something in a ResNet of torchvision's has a name of
+    ours, as a part called `kernels` or anything called `normalize`; TypeError if `model` is no module, if its class
+    allows no subclass, or for `inplace=False` if it cannot be copied or its copy shares a parameter or buffer.
     """
     check_module(model)
     dispatch.check_kernels(kernels)
@@ -95,8 +96,10 @@ def optimize(
     users = filters.users_of(model)
     for module in chosen if not filters.sharded(model) else ():
         filters.move(module, _filters(module), users)  # before anything else, as memory may run out
-    for module in filter(converted.is_derived, model.modules()) if chosen else (model,):
-        compiled.compile_in_place(module, kernels, cuda_graph)
+    parts = list(filter(converted.is_derived, model.modules())) if chosen else [model]
+    users = filters.users_of(model) if parts else users
+    for module in parts:
+        compiled.compile_in_place(module, kernels, cuda_graph, programs.shared(module, users))
     for module in chosen:
         if converted.is_torchvision(module):
             _convert(module)
@@ -145,9 +148,10 @@ def _convert(module: nn.Module) -> None:
 
 def _check_names(module: nn.Module) -> None:
     """ValueError if something of a module's own has a name that, once it is converted, is ours."""
-    parts = {*module._modules, *module._parameters, *module._buffers}.intersection(_MODES)
-    for name in (*parts, *(name for name in ("modes", "normalize") if hasattr(module, name))):
-        raise ValueError(f"{type(module).__name__} has {name!r} already, which is our name for a mode; rename it first")
+    ours = set(dir(converted.OURS[type(module).__name__])) - set(dir(nn.Module)) - _TORCHVISION
+    for name in sorted(ours - (vars(module).keys() & set(_MODES))):  # for those `_convert` has a place
+        if not name.startswith("__") and hasattr(module, name):
+            raise ValueError(f"{type(module).__name__} has {name!r} already, which is a name of ours; rename it first")
 
 
 def check_module(model: object) -> None:
@@ -181,13 +185,13 @@ def revert(model: Model) -> Model:
     for module in found:
         its = vars(module)
         if isinstance(module, Compiled):
-            programs.put_back(module)
+            programs.put_back(module, users)
             programs.forget(module)
-            del its["_triton_options"]
+            del its["_triton_options"], its["_triton_shared"]
         else:
             filters.move_back(module, ((name, conv) for name, conv, _ in _convolutions(module)), users)
             runner.forget(module)
-            for name in (*_MODES, "_triton_normalize"):
+            for name in (*_MODES, "_triton_frozen", "_triton_normalize"):
                 its.pop(name, None)
             its.update(its.pop("_before", {}))
         module.__class__ = _without_ours(type(module))

@@ -73,8 +73,9 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     given = _of_a_call(inputs)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    whole, backend = compiled_report.is_whole(model), compiled_report.other_backend(model)
-    by_compiler = whole or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())
+    outer = compiled_report.is_whole(model) and not isinstance(model, Compiled)
+    backend = compiled_report.other_backend(model)
+    by_compiler = outer or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())
     by_compiler = by_compiler and backend is None
     model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
     graphs = {name: runner.describe(m) for name, m in model.named_modules() if isinstance(m, models.ResNet)}
@@ -82,7 +83,7 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     replaced = {name: why for name, m in model.named_modules() if (why := original.replaced(m)) is not None}
     try:
         with compiled_report.undone(model) if by_compiler else nullcontext():
-            found = compiled_report.trace(model, given, whole) if by_compiler else trace(model, given)
+            found = compiled_report.trace(model, given, outer) if by_compiler else trace(model, given)
     except NotImplementedError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -148,10 +149,9 @@ def _left(model: nn.Module) -> str:
     ours = [m for m in model.modules() if isinstance(m, (*OURS, Compiled))]
     if not ours:
         return "not optimized: call optimize(model)"
-    if original.anywhere and all(map(original.is_disabled, ours)):
+    traced = [m for m in ours if not isinstance(m, Compiled)]  # the others say why their calls run as written
+    if original.anywhere and traced and all(map(original.is_disabled, traced)):
         return "disabled"
-    if all(isinstance(m, Compiled) and m.training for m in ours):
-        return dispatch.TRAINING
     return "outside what optimize takes: torch.compile(model, backend='resnet_triton') reaches it, too"
 
 

@@ -271,6 +271,12 @@ def describe(module: Any) -> str:
 # values lie as if they had not. Where torch.compile fails by that, on a view of what a convolution returns, they stay.
 
 
+def shared(module: nn.Module, users: filters.Users) -> frozenset[str]:
+    """The filters in whose memory are others of a model's `users` than this module's, by their convolutions' names."""
+    outside, plain = users - filters.users_of(module), filter(lambda item: filters.is_plain(item[1]), _filters(module))
+    return frozenset(name for name, w in plain if w.untyped_storage()._cdata in outside)
+
+
 def _filters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, child in module.named_modules():
         weight = child._parameters.get("weight") if isinstance(child, nn.Conv2d) else None
@@ -288,14 +294,15 @@ def move(module: Any) -> None:
     """Lay the filters out as kernels read them, but where they have to stay."""
     if not (module.training or of(module).stay or filters.sharded(module)):
         kernels = module._triton_options["kernels"]
-        ours = ((name, w) for name, w in _filters(module) if dispatch.meant(kernels, w))
+        own = ((name, w) for name, w in _filters(module) if name not in module._triton_shared)
+        ours = ((name, w) for name, w in own if dispatch.meant(kernels, w))
         filters.move(module, ours, filters.users_of(module))
 
 
-def put_back(module: nn.Module) -> None:
-    """Lay the filters of a `Compiled` module out as they were."""
+def put_back(module: nn.Module, users: filters.Users | None = None) -> None:
+    """Lay the filters of a `Compiled` module out as they were, but where others of the `users` are in their memory."""
     convolutions = ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Conv2d))
-    filters.move_back(module, convolutions, filters.users_of(module))
+    filters.move_back(module, convolutions, filters.users_of(module) if users is None else users)
 
 
 _OF_LAYOUT = re.compile(r"\bviews?\b|strid|contiguous|memory.format|lie in memory", re.IGNORECASE)

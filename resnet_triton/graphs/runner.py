@@ -26,9 +26,20 @@ class Graphed(nn.Module):
     """A model whose `forward` may be `run`: recorded, and repeated for other images."""
 
     cuda_graph: CudaGraph = "auto"
-    frozen = False
     kernels: Kernels
+    _triton_frozen = False
     _triton_runner: Runner | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether calls use a snapshot of the batch norms. Setting it to another value lets go of the last one."""
+        return self._triton_frozen
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        if value != self._triton_frozen:
+            self._triton_frozen = value
+            forget(self)  # a call under way keeps to a runner that nobody asks again
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         """What `forward` computes, operator by operator."""
@@ -66,7 +77,7 @@ class Graphed(nn.Module):
 
 def wanted(model: Graphed, x: Tensor) -> bool:
     """Whether a call may be more than `model._forward_impl(x)`: a graph's replay, or a snapshot's."""
-    return model.frozen or _graphs_wanted(model, x)
+    return model._triton_frozen or _graphs_wanted(model, x)
 
 
 def run(model: Graphed, x: Tensor) -> Tensor:
@@ -76,7 +87,7 @@ def run(model: Graphed, x: Tensor) -> Tensor:
     if reason is not None:
         runner.note(reason, model.cuda_graph)
         return model._forward_impl(x)
-    return runner.run(model, x, not model.frozen or _graphs_wanted(model, x))
+    return runner.run(model, x, not model._triton_frozen or _graphs_wanted(model, x))
 
 
 def _graphs_wanted(model: Graphed, x: Tensor) -> bool:
@@ -129,13 +140,9 @@ class Runner(Graphs):
         self._fingerprint = None
 
     def is_stale(self) -> bool:
-        if self._snapshot is not None:
-            model = self.owner()
-            if model is None or model.frozen:
-                return False
-        elif self.holds():
+        if self._snapshot is not None or self.holds():
             return False
-        self._fingerprint = self._snapshot = None
+        self._fingerprint = None
         return True
 
     def begin(self) -> None:
@@ -169,7 +176,7 @@ class Runner(Graphs):
 
     def _source(self, model: Graphed, x: Tensor) -> Graphed:
         """The model, or its snapshot if it is frozen."""
-        if not model.frozen:
+        if not model._triton_frozen:
             return model
         with self._lock:
             if self._snapshot is None and model.uncaptured_model_reason() is None and not cuda.capturing(x):

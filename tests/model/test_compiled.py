@@ -613,7 +613,9 @@ def test_weights_of_an_optimized_model_go_with_it():
 
 
 def test_a_class_that_was_optimized_goes_with_its_last_object():
-    """fx makes a class for each of its modules."""
+    """fx makes a class for each of its modules. Models of one class get one."""
+    first, second = (optimize(sequence(conv())) for _ in range(2))
+    assert type(first) is type(second) is not nn.Sequential
     model = torch.fx.symbolic_trace(integral(sequence(conv(), nn.ReLU())))
     cls = weakref.ref(type(model))
     optimize(model)

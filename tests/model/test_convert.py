@@ -10,6 +10,7 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -460,23 +461,58 @@ def test_filters_in_memory_that_others_use_stay_there():
     assert not optimize(flat)(image()).any()
 
 
+class Derived(tv.ResNet):
+    """It has code of its own, so it is compiled."""
+
+    def forward(self, x):
+        return super().forward(x) * 1
+
+
 @torch.no_grad()
-def test_filters_that_two_parts_of_a_model_share_stay_shared():
+@pytest.mark.parametrize("tied_first", [True, False])
+@pytest.mark.parametrize("derived", [False, True])
+def test_filters_that_two_parts_of_a_model_share_stay_shared(derived, tied_first):
     """Parts that are converted apart, by their memory: an edit of one is an edit of the other."""
-    model = small()
-    block, twin = model.layer1[0].conv1, nn.Conv2d(64, 64, 3, bias=False)
-    twin.weight.data = block.weight.data
+    model = Derived(tv.BasicBlock, [1, 1, 1, 1], num_classes=10).eval() if derived else small()
+    conv, twin = model.conv1, nn.Conv2d(3, 64, 7, bias=False)
     both = nn.ModuleDict({"resnet": model, "twin": twin})
-    for change in (optimize, revert):
-        change(both)
-        block.weight.mul_(-1)
-        assert torch.equal(block.weight, twin.weight), change.__name__
+
+    def tie():
+        twin.weight.data = conv.weight.data
+
+    def edits_are_of_both():
+        conv.weight.mul_(-1)
+        return torch.equal(conv.weight, twin.weight)
+
+    if tied_first:
+        tie()
+    optimize(both, kernels="triton")
+    warns = pytest.warns(RuntimeWarning, match="each call copies 1 filters")
+    with warns if derived and tied_first else nullcontext():
+        model(image())
+    if not tied_first:
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+        tie()
+    assert edits_are_of_both()
+    revert(both)
+    assert edits_are_of_both()
+    if tied_first and derived:  # alone, nobody has to stay
+        optimize(model, kernels="triton")(image())
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", ["normalize", "modes", "kernels"])
+OWN = {
+    "normalize": nn.Identity, "modes": nn.Identity, "kernels": nn.Identity, "_pool": lambda: nn.AvgPool2d(2),
+    "_head": lambda: len,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_a_model_whose_own_parts_have_our_names_is_left_alone(name):
     model = small()
-    setattr(model, name, nn.Identity())
+    model.layer1[0].normalize = nn.Identity()  # which blocks of ours have not
+    optimize(copy.deepcopy(model))
+    setattr(model, name, OWN[name]())
     with pytest.raises(ValueError, match=f"ResNet has '{name}' already"):
         optimize(model)
     assert type(model) is tv.ResNet

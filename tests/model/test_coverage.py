@@ -11,6 +11,7 @@ import pytest
 import torch
 from compiling import run
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torchvision_models import image, randomised, reasons, small, torchvision, tv
 
 from resnet_triton import disabled, optimize, precompile, report
@@ -164,14 +165,25 @@ def test_report_of_a_model_around_a_compiled_part():
         assert {c.operator.partition(".")[0] for c in report(model, (1, 3, 32, 32)).calls} == {"aten"}
 
 
-@pytest.mark.parametrize("reason", ["training mode", "disabled"])
+WRITTEN = {
+    "training mode": lambda model: model.train() and nullcontext(),
+    "disabled": disabled,
+    "a hook on all modules": lambda model: register_module_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("reason", WRITTEN)
 def test_report_of_a_compiled_model_that_runs_as_written(reason):
-    """Gradients are no part of it: what inference would run is reported."""
-    model = optimize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).train(reason == "training mode"))
-    with disabled(model) if reason == "disabled" else nullcontext():
-        calls = report(model, (2, 3, 8, 8)).calls
+    """Gradients are no part of it: what inference would run is reported, and of a model around it what runs there."""
+    part = optimize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval())
+    around = nn.Sequential(part, nn.Conv2d(8, 8, 1)).eval()
+    outer = torch.compile(part, backend="resnet_triton")
+    with WRITTEN[reason](part):
+        calls, more, others = (report(m, (2, 3, 8, 8)).calls for m in (part, around, outer))
     assert {(c.operator.partition(".")[0], c.reason) for c in calls} == {("aten", reason)}
-    assert [c.operator for c in report(model.eval(), (2, 3, 8, 8)).calls] == ["conv_bn_relu"]
+    assert ["outside what optimize takes" in c.reason for c in more] == [False] * len(calls) + [True]
+    assert [c.operator for c in others] == ["conv_bn_relu"], "which calls its `forward`"
+    assert [c.operator for c in report(part.eval(), (2, 3, 8, 8)).calls] == ["conv_bn_relu"]
 
 
 # --- precompile ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resnet_triton import functional, refresh
 from resnet_triton.graphs import fingerprint, snapshot
+from resnet_triton.graphs.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -142,6 +143,25 @@ def test_a_model_that_is_frozen_no_more(cuda, replays):
     captured(model, x)
     model.bn1.weight.mul_(-1)
     assert close(model(x), model._forward_impl(x)), "nor captured from the snapshot"
+    assert not replays or cuda.graphs[-1].replays > 0, "and it has graphs again"
+    model.frozen = True
+    assert close(model(x), model._forward_impl(x)), "nor is the first snapshot kept for later"
+
+
+def test_a_model_that_is_frozen_no_more_while_a_thread_captures_its_snapshot(cuda, monkeypatch):
+    model, x = small(freeze=True, cuda_graph=True), images()
+    consider = Runner.consider
+
+    def thawed_before(runner, *arguments):
+        monkeypatch.setattr(Runner, "consider", consider)
+        model.frozen = False
+        model.bn1.weight.mul_(-1)
+        consider(runner, *arguments)
+
+    monkeypatch.setattr(Runner, "consider", thawed_before)
+    model(x)
+    captured(model, x)
+    assert close(model(x), model._forward_impl(x))
 
 
 def test_a_snapshot_is_finished_before_another_stream_may_read_it(cuda):
