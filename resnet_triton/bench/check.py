@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import dispatch
 
@@ -18,12 +18,6 @@ def relative_error(y: Tensor, exact: Tensor) -> float:
 def allowed(eager: float, dtype: torch.dtype) -> float:
     """The error that is allowed where eager PyTorch's is `eager`: three times that, or at least three times eps."""
     return 3 * max(eager, torch.finfo(dtype).eps)
-
-
-def two_models(reference: nn.Module, subject: nn.Module) -> None:
-    """ValueError if what is to be compared is one model, or shares a weight."""
-    if reference is subject or {id(p) for p in reference.parameters()} & {id(p) for p in subject.parameters()}:
-        raise ValueError("reference and subject are one model, expected two; compare with a copy made before optimize")
 
 
 def right_code(ours: bool, where: torch.device, before: Counter[tuple[str, str]]) -> None:

@@ -81,14 +81,6 @@ def test_ours_must_run_kernels_on_a_gpu(device):
     check.right_code(True, gpu, before)
 
 
-def test_what_is_compared_is_two_models():
-    model = network(SPEC)
-    check.two_models(model, optimize(model, inplace=False))
-    for same in (optimize(model), torch.nn.Sequential(model.conv1)):
-        with pytest.raises(ValueError, match="reference and subject are one model, expected two"):
-            check.two_models(model, same)
-
-
 def test_what_was_measured_is_there_before_the_race_is_over(monkeypatch):
     """Whoever stops after any of these rows has them, judged."""
     monkeypatch.setattr(race, "connect", planted.inline)
