@@ -98,11 +98,14 @@ def _try(write: Callable[..., object], *arguments: Any) -> None:
 def archive(folder: Path) -> None:
     """Everything in the folder as one file."""
     temporary = folder / f".{ARCHIVE}.tmp"
-    with tarfile.open(temporary, "w:gz") as tar:
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name != ARCHIVE and path.suffix != ".tmp":
-                tar.add(path, path.name)
-    temporary.replace(folder / ARCHIVE)
+    try:
+        with files.named(folder / ARCHIVE), tarfile.open(temporary, "w:gz") as tar:
+            for path in sorted(folder.iterdir()):
+                if path.is_file() and path.name != ARCHIVE and path.suffix != ".tmp":
+                    tar.add(path, path.name)
+        temporary.replace(folder / ARCHIVE)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def summary(results: Results) -> list[str]:
@@ -142,7 +145,7 @@ def _measure(phases: Sequence[Phase], again: Sequence[str], a: argparse.Namespac
     ask("benchmarks.gpu --rehearse" if a.rehearse else "benchmarks.gpu", a)
     before = resume(a.out)
     kind = "cpu" if a.rehearse else "cuda"
-    if {step.environment["device_kind"] for step in before.steps if step.environment} - {kind}:
+    if {step.environment.get("device_kind") for step in before.steps if step.environment} - {kind}:
         what = ("a GPU", "a rehearsal") if a.rehearse else ("a rehearsal", "a GPU")
         raise ValueError(f"{a.out} holds results of {what[0]}, which {what[1]} cannot go on with; choose another --out")
     files.prepare(a.out)
@@ -155,6 +158,8 @@ def _measure(phases: Sequence[Phase], again: Sequence[str], a: argparse.Namespac
         _try(archive, a.out)
     print("\n".join(summary(results)))
     if any(step.failure is None for step in results.steps if step not in before.steps):
+        return 0
+    if any(row.p50_s is not None for row in results.rows if row not in before.rows):  # of a step that found no end
         return 0
     if all(phase.name in results.complete for phase in phases) and results.steps == before.steps:
         return 0  # it was all there

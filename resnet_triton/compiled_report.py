@@ -60,7 +60,7 @@ def trace(model: nn.Module, shape: tuple[Any, ...], outer: bool) -> list[Call]:
                 return result
         before = len(calls)
         result = super(Compiled, module).__call__(*args, **kwargs)
-        calls[before:] = [replace(c, reason=c.reason or reason) for c in calls[before:]]
+        calls[before:] = [c if c.operation or c.reason else replace(c, reason=reason) for c in calls[before:]]
         return result
 
     with torch.no_grad(), recorded(model) as calls:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..support import files
-from ..support.names import check_known, find_device
+from ..support.names import check_known, use_device
 from . import cases, ceilings, compare, layers, output, race
 from .alternatives import Alternative, alternatives, select
 from .report import remark
@@ -51,7 +51,7 @@ def plan(
     image: int = 224,
 ) -> Plan:
     """A plan with defaults for the device: empty stands for all. ValueError names what is unknown."""
-    where = find_device(device)
+    where = use_device(device)
     cuda = where.type == "cuda"
     check_known("suite", suites, SUITES)
     check_known("model", models, cases.MODELS)

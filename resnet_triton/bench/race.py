@@ -44,7 +44,7 @@ def steps(
     with Race(spec, chosen, partial(_prefixed, run.say, spec.dtype)) as race:
 
         def measure(i: int, batch: int) -> Iterator[list[Measurement]]:
-            race.line_up(batch, run.deadline)
+            race.line_up(batch, time.monotonic() + run.left() / 2)
             mine = 1 if i else 2  # shares: the first batch size's compilers start cold
             left = run.left() * mine / (len(batches) - i - 1 + mine)
             yield from race.measure(batch, left, time.monotonic() + left, rounds)
@@ -60,9 +60,9 @@ def together(
     """A step for each batch size, with at most about `seconds` of timing each, where time is short.
 
     Every alternative has a process for each batch size. All of them start, and compile, side by side; then those that
-    do not compile prepare one by one. Nothing is timed before all are ready, or a third of the time is left. So no
-    first call is reported: it was not alone. Nor was what a compiler times to choose by, as "max-autotune" does, so
-    `steps` is what is fair to it. What another phase has measured stays, if it fails here.
+    do not compile prepare one by one. Nothing is timed before all are ready: compilers have half of the time, others a
+    sixth more. So no first call is reported: it was not alone. Nor was what a compiler times to choose by, as
+    "max-autotune" does, so `steps` is what is fair to it. What another phase has measured stays, if it fails here.
     """
     say, measured = partial(_prefixed, run.say, spec.dtype), {row.key for row in run.results.rows if row.good}
 
@@ -80,14 +80,15 @@ def together(
             races.update({batch: stack.enter_context(Race(spec, chosen, say)) for batch in some})
             for race in races.values():
                 race.start()
+            started = time.monotonic() + run.left() / 2
             for batch, race in races.items():
                 try:
-                    race.line_up(batch, run.deadline)
+                    race.line_up(batch, started)
                     race.send(batch)
                 except Exception as error:  # of the reference: other batch sizes may have one
-                    errors[batch] = error
-            ready = time.monotonic() + run.left() * 2 / 3
-            for cold in (True, False):
+                    errors[batch] = error.with_traceback(None)  # which would keep its tensors
+            left, now = run.left(), time.monotonic()
+            for cold, ready in ((True, now + left / 2), (False, now + left * 2 / 3)):
                 for batch, race in races.items():
                     if batch not in errors:
                         for rows in race.receive(batch, ready, cold):
@@ -215,19 +216,22 @@ class Race:
         for c in self.contenders:
             c.start()
 
-    def line_up(self, batch: int, deadline: float) -> None:
+    def line_up(self, batch: int, started: float) -> None:
         """Start the processes that do not run, and compute what is right. RuntimeError if fp64 fails.
 
-        What does not start until half of the time up to `deadline` (of time.monotonic()) is over is ended.
+        What has not started when `started` (of time.monotonic()) is over is ended.
         """
         self.start()
         self.say(f"batch {batch}: fp64 reference")  # while the processes start
-        self._limit, here = self._reference(batch), environment(torch.device(self.spec.device))
-        limit = (time.monotonic() + deadline) / 2
+        try:
+            self._limit, here = self._reference(batch), environment(torch.device(self.spec.device))
+        finally:
+            if self.spec.device.startswith("cuda"):
+                torch.cuda.empty_cache()  # the memory is the others' now
         for c in self.contenders:
             c.send("hello")
         for c in self.contenders:  # those still starting would disturb the first calls
-            c.facts["environment"] = c.receive(limit - time.monotonic()) or here
+            c.facts["environment"] = c.receive(started - time.monotonic()) or here
             if c.late:
                 c.failure = f"{c.failure} to start"
 
@@ -295,9 +299,6 @@ class Race:
         eager, exact = base(images), copy.deepcopy(base).double()
         expected = torch.cat([exact(some.double()) for some in images.split(FP64_CHUNK)])
         torch.save({"images": images, "expected": expected}, self._file(batch))
-        del base, exact
-        if images.is_cuda:
-            torch.cuda.empty_cache()  # the memory is the others' now
         return allowed(relative_error(eager, expected), dtype)
 
     def _rows(self, c: Contender, batch: int) -> list[Measurement]:

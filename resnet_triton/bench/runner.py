@@ -113,7 +113,7 @@ def run_phase(phase: Phase, run: Run, again: Sequence[Step] = ()) -> None:
                     _step(phase, name, action, run)
                 except OutOfTime as error:
                     run.say(f"{phase.name}, {name}: {error}")
-                    late = True
+                    results.running, late = None, True
         results.complete += [] if late else [phase.name]
     except OutOfTime as error:
         run.say(f"{phase.name}: {error}")

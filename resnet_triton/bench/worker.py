@@ -17,7 +17,7 @@ from torch import nn
 
 from ..ops import dispatch
 from ..support import vision
-from ..support.names import find_device
+from ..support.names import use_device
 from .alternatives import Alternative, Model
 from .check import relative_error, right_code
 from .environment import environment
@@ -75,7 +75,7 @@ class Contest:
     """One alternative's part. Methods are the requests; what they return crosses to another process."""
 
     def __init__(self, spec: Spec, alternative: Alternative) -> None:
-        self.device, self.alternative = find_device(spec.device), alternative
+        self.device, self.alternative = use_device(spec.device), alternative
         torch.backends.cudnn.benchmark = True
         self.base = network(spec)
         self.call: Model = self.base

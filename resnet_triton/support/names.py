@@ -10,8 +10,6 @@ import torch
 
 def find_device(name: str) -> torch.device:
     """The device called `name`; "auto" is a GPU if there is one. ValueError for a name or a GPU that is not there.
-
-    A GPU with a number becomes PyTorch's current one, which events, streams and waiting are about.
     torch itself takes more names, and of an index only as many bits as it has room for: its "cuda:256" is "cuda:0".
     """
     if name == "auto":
@@ -22,9 +20,15 @@ def find_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if name != "cpu" else 0
     if name != "cpu" and int(found[1] or 0) >= count:
         raise ValueError(f"no device {name!r} here, torch sees {count} GPUs; use --device cpu")
-    if found[1]:
-        torch.cuda.set_device(int(found[1]))
     return torch.device(name)
+
+
+def use_device(name: str) -> torch.device:
+    """`find_device`; a GPU with a number becomes PyTorch's current one, which events, streams and waiting are about."""
+    device = find_device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:

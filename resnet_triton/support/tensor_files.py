@@ -53,7 +53,10 @@ def read(file: BinaryIO) -> Any:
         file.seek(0)
     except (AttributeError, OSError):
         raise ValueError("cannot seek, expected a file that can, as io.BytesIO(file.read())") from None
-    head = file.read(32)
+    try:
+        head: object = file.read(32)
+    except UnicodeDecodeError:
+        head = None
     if not isinstance(head, bytes):
         raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
     file.seek(0)

@@ -24,7 +24,7 @@ from ..convert import optimize
 from ..ops import dispatch
 from ..ops.precision import fp32_precision
 from ..support import vision
-from ..support.names import find_device
+from ..support.names import use_device
 from ..support.terminal import Bar, table
 from .digits import Recipe, half_the_threads, load_digits, sample, trained
 from .doctor import no_kernels, versions
@@ -51,7 +51,7 @@ def run(recipe: Recipe | None = None, *, kernel_images: int = 8, device: str = "
 
     `kernel_images` is how many digits the interpreter gets where there is no GPU; a GPU gets all of them.
     """
-    where = find_device(device)
+    where = use_device(device)
     obstacle = no_kernels(where)
     if obstacle:
         where = torch.device("cpu")

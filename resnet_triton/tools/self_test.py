@@ -143,7 +143,7 @@ def in_interpreter(module: str, payload: bytes = b"") -> Any:
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", script], input=payload, capture_output=True, env=environment)
-    if done.returncode:
+    if done.returncode or not done.stdout:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise RuntimeError(f"the process with Triton's interpreter failed: {' '.join(last) or done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])  # an import may print

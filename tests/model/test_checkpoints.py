@@ -295,8 +295,10 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{path}: not a regular file, expected a checkpoint"):
             resnet_triton.load_checkpoint(path)
     anything: Any = {}
-    with open(__file__) as text, tempfile.NamedTemporaryFile("w+") as temporary:
-        for anything in ({}, text, temporary):
+    torch.save({}, tmp_path / "real.pt")
+    with open(__file__) as text, tempfile.NamedTemporaryFile("w+") as empty, tempfile.NamedTemporaryFile("r+") as real:
+        shutil.copy(tmp_path / "real.pt", real.name)
+        for anything in ({}, text, empty, real):
             with pytest.raises(TypeError, match=r"file is a \w+, expected a path or a binary file"):
                 resnet_triton.load_checkpoint(anything)
     anything = io.RawIOBase()

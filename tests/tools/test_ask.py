@@ -15,7 +15,7 @@ from exact import pretending
 
 from resnet_triton.config.targets import KNOWN
 from resnet_triton.support import files, vision
-from resnet_triton.support.names import find_device
+from resnet_triton.support.names import find_device, use_device
 from resnet_triton.tools import ask, cli
 from resnet_triton.tools.arguments import parser
 
@@ -88,10 +88,11 @@ def test_tables_in_json_need_no_rich(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    current: list[int] = []
+    current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     found = {name: find_device(name) for name in ("auto", "cpu", "cuda", "cuda:0")}
-    assert current == [0], "what is timed by events and streams is on it"
+    assert found == {name: use_device(name) for name in found}
+    assert current == [torch.device("cuda:0")], "what is timed by events and streams is on it"
     assert [str(device) for device in found.values()] == ["cuda", "cpu", "cuda", "cuda:0"]
     for name in ("cuda:1", "cuda:256", "cuda:99999999999"):  # torch takes the second for its first GPU
         with pytest.raises(ValueError, match=f"no device '{name}' here, torch sees 1 GPUs; use --device cpu"):
