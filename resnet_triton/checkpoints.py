@@ -6,7 +6,6 @@ behind the same names, whatever these are: dictionaries ("state_dict"), modules 
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import warnings
@@ -93,7 +92,7 @@ def doubts(found: Checkpoint) -> list[str]:
 def read(file: str | os.PathLike[str] | BinaryIO, key: str | None = None) -> Checkpoint:
     """As `load_checkpoint`, with what it found on the way, and without a warning."""
     if not isinstance(file, str | os.PathLike):
-        if not hasattr(file, "read") or isinstance(file, io.TextIOBase):
+        if not hasattr(file, "read"):
             raise TypeError(f"file is a {type(file).__name__}, expected a path or a binary file")
         return _read(file, key)
     path = Path(file)

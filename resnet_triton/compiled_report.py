@@ -21,14 +21,15 @@ from .ops import dispatch
 from .ops.trace import Call, arguments, recorded
 
 
-def is_whole(model: nn.Module) -> bool:
-    """Whether `model` itself is compiled, by `optimize` or by torch.compile, and not only what is in it."""
-    return isinstance(model, Compiled) or hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+def by_torch(model: nn.Module) -> bool:
+    """Whether `model` itself, and not only what is in it, was given to torch.compile, and not to `optimize`."""
+    given = hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+    return given and not isinstance(model, Compiled)
 
 
 def other_backend(model: nn.Module) -> str | None:
     """The name of the backend by which torch.compile has `model`, if it can be known and is not ours."""
-    if isinstance(model, Compiled) or not is_whole(model):
+    if not by_torch(model):
         return None
     from torch._dynamo import list_backends  # not above: importing Dynamo takes two seconds
 
@@ -46,8 +47,7 @@ def trace(model: nn.Module, shape: tuple[Any, ...], outer: bool) -> list[Call]:
     whole model, if torch.compile has it (`outer`), or those modules that `optimize` has compiled, if there are any."""
     args = tree_map_only(Tensor, torch.clone, arguments(model, shape))  # for a model may write its inputs
     parts = {id(m): name for name, m in model.named_modules() if isinstance(m, Compiled)}
-    by_others = any(is_whole(m) and not isinstance(m, Compiled) for m in model.modules())
-    if by_others or outer or not parts:
+    if outer or not parts or any(map(by_torch, model.modules())):
         return _trace(model, args, {})[0]
 
     def traced(module: Compiled, args: Any, kwargs: Any) -> Any:

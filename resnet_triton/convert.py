@@ -97,7 +97,7 @@ def optimize(
     for module in chosen if not filters.sharded(model) else ():
         filters.move(module, _filters(module), users)  # before anything else, as memory may run out
     parts = list(filter(converted.is_derived, model.modules())) if chosen else [model]
-    users = filters.users_of(model) if parts else users
+    users = filters.users_of(model)  # anew, for some have moved
     for module in parts:
         compiled.compile_in_place(module, kernels, cuda_graph, programs.shared(module, users))
     for module in chosen:

@@ -73,8 +73,7 @@ def report(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 224)
     given = _of_a_call(inputs)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    outer = compiled_report.is_whole(model) and not isinstance(model, Compiled)
-    backend = compiled_report.other_backend(model)
+    outer, backend = compiled_report.by_torch(model), compiled_report.other_backend(model)
     by_compiler = outer or not convertible(model) or any(isinstance(m, Compiled) for m in model.modules())
     by_compiler = by_compiler and backend is None
     model = getattr(model, "_orig_mod", model)  # of what torch.compile returned
@@ -130,7 +129,7 @@ def precompile(model: nn.Module, inputs: tuple[Any, ...] | Tensor = (1, 3, 224, 
     calls = trace(model, given)
     if all(call.operation is None for call in calls):
         why = next((call.reason for call in calls if call.reason), _left(model))
-        if any(map(compiled_report.is_whole, model.modules())):
+        if any(isinstance(m, Compiled) or compiled_report.by_torch(m) for m in model.modules()):
             why = "torch.compile has it; leave it out, for the first call compiles"
         raise ValueError(f"{qualified(getattr(model, '_orig_mod', model))} has nothing to precompile: {why}")
     compile_calls(calls, cores())

@@ -87,6 +87,7 @@ def together(
                     race.send(batch)
                 except Exception as error:  # of the reference: other batch sizes may have one
                     errors[batch] = error.with_traceback(None)  # which would keep its tensors
+                    _free_memory(spec)
             left, now = run.left(), time.monotonic()
             for cold, ready in ((True, now + left / 2), (False, now + left * 2 / 3)):
                 for batch, race in races.items():
@@ -113,6 +114,12 @@ def together(
 
 def _prefixed(say: Callable[[str], None], prefix: str, text: str) -> None:
     say(f"{prefix}, {text}")
+
+
+def _free_memory(spec: Spec) -> None:
+    """Leave the GPU what this process no longer needs."""
+    if spec.device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def connect(spec: Spec, alternative: Alternative, folder: Path) -> tuple[Child, Connection]:
@@ -223,11 +230,8 @@ class Race:
         """
         self.start()
         self.say(f"batch {batch}: fp64 reference")  # while the processes start
-        try:
-            self._limit, here = self._reference(batch), environment(torch.device(self.spec.device))
-        finally:
-            if self.spec.device.startswith("cuda"):
-                torch.cuda.empty_cache()  # the memory is the others' now
+        self._limit, here = self._reference(batch), environment(torch.device(self.spec.device))
+        _free_memory(self.spec)
         for c in self.contenders:
             c.send("hello")
         for c in self.contenders:  # those still starting would disturb the first calls

@@ -10,6 +10,7 @@ import torch
 
 def find_device(name: str) -> torch.device:
     """The device called `name`; "auto" is a GPU if there is one. ValueError for a name or a GPU that is not there.
+
     torch itself takes more names, and of an index only as many bits as it has room for: its "cuda:256" is "cuda:0".
     """
     if name == "auto":

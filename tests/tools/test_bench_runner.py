@@ -170,9 +170,8 @@ def crashing(monkeypatch):
 
 def test_a_step_under_way_when_an_earlier_run_was_killed_is_not_blamed_for_a_crash(tmp_path, crashing):
     results.save(Results(running=["phase", "step"]), tmp_path / results.FILE)
-    assert (
-        run_apart(phase(), CPU, tmp_path, time.monotonic() + 100, {}) == "crashed before its first step: no such thing"
-    )
+    how = run_apart(phase(), CPU, tmp_path, time.monotonic() + 100, {})
+    assert how == "crashed before its first step: no such thing"
     assert (found := results.load(tmp_path)).steps == []
     assert (found.running, len(crashing)) == (None, 1)
 
